@@ -1,0 +1,173 @@
+"""Commands to the model thread and events back from it. The model thread owns cache and scheduler; nobody else calls them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from disagg.transceiver.actions import Verified
+from disagg.transceiver.messages.values import FirstToken, Sampling, TokenLogprobs
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class AttemptKey:
+    """One attempt of one request; every command and event names it."""
+
+    transfer_id: str
+    epoch: int
+
+
+# --- commands -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Serve:
+    """Compute the prompt here and emit every token (colocated, fallback, or max_tokens = 1). `urgent` = head of admission."""
+
+    key: AttemptKey
+    prompt: tuple[int, ...]
+    sampling: Sampling
+    urgent: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Prefill:
+    """Compute the prompt and sample its first token; hold the KV until `Release`. Soft until `Pin`."""
+
+    key: AttemptKey
+    prompt: tuple[int, ...]
+    sampling: Sampling
+
+
+@dataclass(frozen=True, slots=True)
+class Pin:
+    """A FETCH was accepted: promise the peak, never drop from here. Answered by `PinnedEvent`, at once or after recompute began."""
+
+    key: AttemptKey
+
+
+@dataclass(frozen=True, slots=True)
+class Reserve:
+    """Make room for KV that will be received: history = prompt length, decode peak promised. Answered by `ReservedEvent`."""
+
+    key: AttemptKey
+    prompt: tuple[int, ...]
+    sampling: Sampling
+
+
+@dataclass(frozen=True, slots=True)
+class Decode:
+    """The reservation's KV arrived and was verified: emit the first token and decode from it."""
+
+    key: AttemptKey
+    verified: Verified
+
+
+@dataclass(frozen=True, slots=True)
+class Release:
+    """Drop everything held for this attempt, in whatever state. Unknown keys are ignored (delivery is at least once)."""
+
+    key: AttemptKey
+
+
+@dataclass(frozen=True, slots=True)
+class DropSoft:
+    """`fetch_wait_s` passed without FETCH: give the unpinned blocks back; the request stays and is recomputed after `Pin`."""
+
+    key: AttemptKey
+
+
+Command = Serve | Prefill | Pin | Reserve | Decode | Release | DropSoft
+
+
+# --- events -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class FinalUnit:
+    """A block that later steps will not change, with where it lies."""
+
+    group: int
+    ordinal: int
+    slot: int
+    generation: int
+
+
+@dataclass(frozen=True, slots=True)
+class PinnedEvent:
+    key: AttemptKey
+    compute_id: int
+
+
+@dataclass(frozen=True, slots=True)
+class UnitsFinalEvent:
+    """Only units that the receiver may need (protocol.md section 1) are reported, each once per `compute_id`."""
+
+    key: AttemptKey
+    compute_id: int
+    units: tuple[FinalUnit, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class SoftDroppedEvent:
+    key: AttemptKey
+    compute_id: int
+
+
+@dataclass(frozen=True, slots=True)
+class PromptComputedEvent:
+    """Follows every `UnitsFinalEvent` of the same `compute_id`. `finished`: the first token ends the answer."""
+
+    key: AttemptKey
+    compute_id: int
+    first_token: FirstToken
+    finished: bool
+    stop_token_id: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ReservedEvent:
+    """`slots[g]` holds (ordinal, slot) pairs of group g, ascending, for exactly the blocks that must be received."""
+
+    key: AttemptKey
+    slots: tuple[tuple[tuple[int, int], ...], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class TokensEvent:
+    """Generated tokens; the first has `index` (0 = first token of the answer)."""
+
+    key: AttemptKey
+    index: int
+    token_ids: tuple[int, ...]
+    logprobs: tuple[TokenLogprobs, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class FinishedEvent:
+    """The answer ended before `index`; its blocks are already free. `reason`: `stop` or `length`."""
+
+    key: AttemptKey
+    index: int
+    reason: str
+    stop_token_id: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class FailedEvent:
+    """The engine gave the attempt up and freed it. `status`: 400 can never fit, 500 non-finite logits."""
+
+    key: AttemptKey
+    status: int
+    message: str
+
+
+EngineEvent = (
+    PinnedEvent
+    | UnitsFinalEvent
+    | SoftDroppedEvent
+    | PromptComputedEvent
+    | ReservedEvent
+    | TokensEvent
+    | FinishedEvent
+    | FailedEvent
+)

@@ -1,0 +1,100 @@
+"""What a transfer wants done: the outputs of `Transfer.handle`. The shell performs them in order and decides nothing."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from disagg.transceiver.messages.peer import Slice, TransferMessage
+from disagg.transceiver.messages.values import FirstToken, UnitName
+
+
+@dataclass(frozen=True, slots=True)
+class Send:
+    """Send `message` to the peer on the control link."""
+
+    message: TransferMessage
+
+
+@dataclass(frozen=True, slots=True)
+class SendPayload:
+    """Sender, byte-sending planes only: send the bytes of this slice once. `sources` holds (group, ordinal, slot, generation)."""
+
+    number: int
+    sources: tuple[tuple[int, int, int, int], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class AskPin:
+    """Sender: a FETCH was accepted; the engine must pin the request's blocks and answer with `Pinned`."""
+
+
+@dataclass(frozen=True, slots=True)
+class ReleaseSource:
+    """Sender, once per epoch: the peer needs nothing any more, the engine frees the request. `reason`: `acked`, `cancelled`, `lost`, `deadline`, `failed`."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Land:
+    """Receiver: land this slice into the reserved destinations; answer `SliceLanded` or `LandingFailed`."""
+
+    message: Slice
+
+
+@dataclass(frozen=True, slots=True)
+class StopLanding:
+    """Receiver: stop and join every landing job of this epoch; answer `LandingStopped`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Verified:
+    """Receiver, once: every MAC holds and verified units cover what was required. The only licence to decode received KV."""
+
+    transfer_id: str
+    epoch: int
+    first_token: FirstToken
+
+
+@dataclass(frozen=True, slots=True)
+class ReportFailed:
+    """Receiver, once: this epoch failed and its landing jobs are joined. `reason` goes to the router, which owns attempts."""
+
+    reason: str
+    units: tuple[UnitName, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class FreeReservation:
+    """Receiver: the request ended without decoding (cancelled, or finished at prefill): its slots may be freed."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class UnregisterUnits:
+    """Sender: the peer's digests disagree for these units: they, and blocks that extend them, must not be reused."""
+
+    units: tuple[UnitName, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Forget:
+    """The transfer needs no more events; the shell keeps answering repeats from its tombstone until `until` (clock seconds)."""
+
+    until: float
+
+
+Action = (
+    Send
+    | SendPayload
+    | AskPin
+    | ReleaseSource
+    | Land
+    | StopLanding
+    | Verified
+    | ReportFailed
+    | FreeReservation
+    | UnregisterUnits
+    | Forget
+)

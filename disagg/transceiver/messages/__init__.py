@@ -1,0 +1,1 @@
+"""Wire messages: one frozen dataclass each. The codec is apart, in `disagg.transceiver.codec`."""

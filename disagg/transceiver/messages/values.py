@@ -1,0 +1,194 @@
+"""Values that messages carry: who a worker is, how its cache is cut, how to sample.
+
+Frozen and validated where they are built, so that a decoded message is a legal one. Ids are lower-case hex
+strings (32 digits, 128 random bits) so that logs, JSON and the wire show the same name.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+Run = tuple[int, int]
+"""(first ordinal, number of ordinals)"""
+
+
+@dataclass(frozen=True, slots=True)
+class GroupSemantics:
+    """What one layer group attends to and stores: groups of two workers match by these fields."""
+
+    window: int | None
+    num_sink_tokens: int
+    num_kv_heads: int
+    head_dim: int
+    layers: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """Facts that must be equal on both sides; the first field that differs is named in the refusal."""
+
+    protocol_major: int
+    model_fingerprint: str
+    attention: str
+    compute_dtype: str
+    max_model_len: int
+    hash_key_id: str
+    adapter_ids: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Geometry:
+    """How a worker lays its cache out. May differ where a planner converts; today only equal geometry pairs."""
+
+    block_size: int
+    kv_dtype: str
+    groups: tuple[GroupSemantics, ...]
+    slot_nbytes: tuple[int, ...]
+    tensor_parallel_size: int = 1
+    pipeline_parallel_size: int = 1
+    slot_layout: str = "layer-kv-head-token-dim"
+
+
+@dataclass(frozen=True, slots=True)
+class PlaneOffer:
+    """How to reach one data plane of a prefill worker. `token` opens it once; `nonce` proves shared memory."""
+
+    plane: str
+    address: str = ""
+    token: bytes = b""
+    nonce: bytes = b""
+
+
+@dataclass(frozen=True, slots=True)
+class GroupRuns:
+    """Ordinals of one layer group as (first, count) runs, ascending and apart."""
+
+    group: int
+    runs: tuple[Run, ...]
+
+    @property
+    def ordinals(self) -> tuple[int, ...]:
+        return tuple(o for first, count in self.runs for o in range(first, first + count))
+
+
+@dataclass(frozen=True, slots=True)
+class UnitRun:
+    """Consecutive units of one group. `slots` and `generations` are filled only where the receiver reads them (shm)."""
+
+    group: int
+    first: int
+    count: int
+    slots: tuple[int, ...] = ()
+    generations: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class UnitName:
+    """A unit in a failure report: never a flat block id."""
+
+    group: int
+    ordinal: int
+
+
+@dataclass(frozen=True, slots=True)
+class ManifestEntry:
+    """One unit's digest. `rectangle` = (first layer, layers, first head, heads) of the group; all of it when geometry is equal."""
+
+    group: int
+    ordinal: int
+    rectangle: tuple[int, int, int, int]
+    digest: int
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprobs:
+    """Log-probability of the chosen token and of the most likely ones, most likely first."""
+
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingState:
+    """What sampling must carry across a transfer: the seed, and counts of generated tokens for penalties."""
+
+    seed: int
+    output_counts: tuple[tuple[int, int], ...] = ()
+    version: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class FirstToken:
+    """The token prefill sampled at position P, bound by rank 0's MAC to the KV it was computed from."""
+
+    token_id: int
+    logprobs: TokenLogprobs | None
+    state: SamplingState
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How to choose tokens. Pure in (seed, position, logits): see `disagg.engine.sampler`.
+
+    `temperature` 0 is greedy; `top_k` 0 and `top_p` 1.0 are off. `eos_token_ids` come from the model's
+    generation config and count unless `ignore_eos`. `num_logprobs` None = no logprobs, 0 = only the chosen token's.
+    """
+
+    max_tokens: int
+    seed: int = 0
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    min_tokens: int = 0
+    ignore_eos: bool = False
+    eos_token_ids: tuple[int, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    num_logprobs: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.max_tokens < 1:
+            raise ValueError(f"max_tokens: {self.max_tokens}, expected at least 1")
+        if not self.temperature >= 0:
+            raise ValueError(f"temperature: {self.temperature}, expected 0 or more")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p: {self.top_p}, expected more than 0 and at most 1")
+        if not 0 <= self.min_p <= 1:
+            raise ValueError(f"min_p: {self.min_p}, expected 0 to 1")
+        if self.top_k < 0:
+            raise ValueError(f"top_k: {self.top_k}, expected 0 (off) or more")
+        if not self.repetition_penalty > 0:
+            raise ValueError(f"repetition_penalty: {self.repetition_penalty}, expected more than 0")
+
+
+@dataclass(frozen=True, slots=True)
+class MetricSample:
+    """One figure of a worker's metrics as its lease carries it. `kind` is `gauge` or `counter`."""
+
+    name: str
+    kind: str
+    labels: tuple[tuple[str, str], ...]
+    value: float
+
+
+@dataclass(frozen=True, slots=True)
+class GroupBytes:
+    """What one layer group cost in a transfer. `full_copy_*` = all layers of the group, every block of the prompt."""
+
+    group: int
+    name: str
+    num_blocks: int
+    nbytes: int
+    full_copy_blocks: int
+    full_copy_nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class StageTimes:
+    """Seconds a worker spent on one request, on its own clock; keys are stage names such as `queue`, `prefill`, `wire`."""
+
+    stages: tuple[tuple[str, float], ...] = field(default=())

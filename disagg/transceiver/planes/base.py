@@ -1,0 +1,124 @@
+"""A data plane: one way of moving slots from a prefill worker's pools into a decode worker's.
+
+The receiving process is the only writer of its pools; no plane writes remotely. `SourcePlane` lives in the process
+that owns the sources, `LandingPlane` in the process that owns the destinations; both pass
+`tests/transceiver/test_planes.py`, whatever the plane.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from disagg.transceiver.messages.values import PlaneOffer
+
+Bytes = npt.NDArray[np.uint8]
+
+
+@dataclass(frozen=True, slots=True)
+class PoolRegion:
+    """One pool's memory in this process.
+
+    `slots`: uint8 `[num_slots, slot_nbytes]`. `generations`: uint64 `[num_slots]`, written only by the owner and
+    raised before a slot's first byte changes. `fd`: the memfd both lie in (generations first, slots from byte
+    `slots_offset`), or -1 where memory cannot be shared.
+    """
+
+    slots: Bytes
+    generations: npt.NDArray[np.uint64]
+    fd: int
+    slots_offset: int
+
+
+@dataclass(frozen=True, slots=True)
+class SourceUnit:
+    """A unit at the sender: group, ordinal, the pool that holds the group, its slot and the generation planned."""
+
+    group: int
+    ordinal: int
+    pool: int
+    slot: int
+    generation: int
+
+
+@dataclass(frozen=True, slots=True)
+class Destination:
+    """Where one unit of a slice lands, and where it comes from (`source_slot` and `source_generation` on shm only, else -1)."""
+
+    group: int
+    ordinal: int
+    pool: int
+    slot: int
+    source_slot: int = -1
+    source_generation: int = -1
+
+
+@dataclass(frozen=True, slots=True)
+class LandingJob:
+    """One slice to land. Units in slice order; two jobs never share a destination slot."""
+
+    source: str
+    transfer_id: str
+    epoch: int
+    number: int
+    destinations: tuple[Destination, ...]
+
+
+class SourcePlane(ABC):
+    """Sender side of a plane. `sends_bytes` planes push each slice's payload once; others let the receiver read."""
+
+    name: str
+    sends_bytes: bool
+
+    @abstractmethod
+    async def start(self, pools: Sequence[PoolRegion]) -> None:
+        """Begin listening. Idempotent is not required; called once."""
+
+    @abstractmethod
+    def offer(self, peer: str) -> PlaneOffer:
+        """How the peer incarnation `peer` may open this plane; carries a token for it alone."""
+
+    @abstractmethod
+    async def send(self, peer: str, transfer_id: str, epoch: int, number: int, units: Sequence[SourceUnit]) -> None:
+        """Send one slice's bytes in order (byte-sending planes). Raises `PeerLost` when the link is gone."""
+
+    @abstractmethod
+    async def drop(self, peer: str) -> None:
+        """Forget a lost incarnation: close its connection and revoke its token. Safe to repeat."""
+
+    @abstractmethod
+    async def close(self) -> None:
+        """Release sockets and mappings. Safe to repeat."""
+
+
+class LandingPlane(ABC):
+    """Receiver side of a plane, one per source incarnation."""
+
+    name: str
+
+    @abstractmethod
+    async def connect(self, me: str, offer: PlaneOffer, pools: Sequence[PoolRegion]) -> None:
+        """Open the plane from incarnation `me` and land into `pools`. Raises `PlaneRefused` or `PeerLost`."""
+
+    @abstractmethod
+    async def fetch(self, job: LandingJob) -> None:
+        """Wait until the bytes of `job` can be copied here (at once on shm). Cancellable at any point."""
+
+    @abstractmethod
+    def land(self, job: LandingJob) -> int:
+        """Copy every unit of `job` into its destination slot; returns payload bytes landed. Runs on the landing thread.
+
+        Raises `SourceChanged` when a generation differs before or after the copy; destinations are then garbage.
+        """
+
+    @abstractmethod
+    def discard(self, transfer_id: str, epoch: int) -> None:
+        """Drop payloads that arrived for this epoch and will not be landed. Safe to repeat."""
+
+    @abstractmethod
+    async def close(self) -> None:
+        """Unmap and close. Safe to repeat; called only when no job is running."""
