@@ -5,15 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from disagg.transceiver.actions import Verified
-from disagg.transceiver.messages.values import FirstToken, Sampling, TokenLogprobs
+from disagg.transceiver.messages.values import AttemptKey, FirstToken, Sampling, TokenLogprobs
 
-
-@dataclass(frozen=True, slots=True, order=True)
-class AttemptKey:
-    """One attempt of one request; every command and event names it."""
-
-    transfer_id: str
-    epoch: int
+__all__ = ["AttemptKey", "Command", "EngineEvent"]
 
 
 # --- commands -----------------------------------------------------------------------------------------------

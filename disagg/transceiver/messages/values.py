@@ -12,6 +12,14 @@ Run = tuple[int, int]
 """(first ordinal, number of ordinals)"""
 
 
+@dataclass(frozen=True, slots=True, order=True)
+class AttemptKey:
+    """One attempt of one request: the transfer id names the request, the epoch the attempt."""
+
+    transfer_id: str
+    epoch: int
+
+
 @dataclass(frozen=True, slots=True)
 class GroupSemantics:
     """What one layer group attends to and stores: groups of two workers match by these fields."""

@@ -1,0 +1,68 @@
+"""What the HTTP layer asks of the router: token ids in, token ids out. Text, JSON and templates stay above; workers below."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from disagg.transceiver.messages.values import Sampling, TokenLogprobs
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationRequest:
+    """One answer to generate. `request_id` is the client's X-Request-Id or one the HTTP layer drew."""
+
+    request_id: str
+    prompt: tuple[int, ...]
+    sampling: Sampling
+
+
+@dataclass(frozen=True, slots=True)
+class TokenChunk:
+    """Tokens in order, never twice, never with a gap. `logprobs` is as long as `token_ids`, or empty if not asked for."""
+
+    index: int
+    token_ids: tuple[int, ...]
+    logprobs: tuple[TokenLogprobs, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationEnd:
+    """The last item of every complete generation. `reason` is `stop` or `length`."""
+
+    reason: str
+    stop_token_id: int | None = None
+    num_cached_tokens: int = 0
+
+
+class GenerationError(Exception):
+    """The request cannot be answered: `status` is the true HTTP status, whether or not a token was already sent."""
+
+    def __init__(self, status: int, message: str, *, retry_after_s: float | None = None) -> None:
+        super().__init__(message)
+        self.status = status
+        self.message = message
+        self.retry_after_s = retry_after_s
+
+
+class Backend(Protocol):
+    """The router as the HTTP layer sees it. All methods run on the event loop."""
+
+    def generate(self, request: GenerationRequest) -> AsyncIterator[TokenChunk | GenerationEnd]:
+        """Yield chunks, then one `GenerationEnd`. Raises `GenerationError`. Closing the iterator cancels everywhere."""
+
+    def is_ready(self) -> bool:
+        """Whether a request could be placed now."""
+
+    def max_model_len(self) -> int | None:
+        """Prompt plus answer limit of the registered workers; None while none is registered."""
+
+    def workers(self) -> list[dict[str, Any]]:
+        """One JSON object per registered worker, for `GET /workers`."""
+
+    def record(self, request_id: str) -> Mapping[str, Any] | None:
+        """The record of one request, live or recent, for `GET /requests/{id}`."""
+
+    def metrics(self) -> bytes:
+        """Prometheus text of the router and of every worker, labelled."""
