@@ -5,9 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from disagg.transceiver.actions import Verified
-from disagg.transceiver.messages.values import AttemptKey, FirstToken, Sampling, TokenLogprobs
-
-__all__ = ["AttemptKey", "Command", "EngineEvent"]
+from disagg.transceiver.messages.values import AttemptKey as AttemptKey
+from disagg.transceiver.messages.values import FirstToken, Sampling, TokenLogprobs
 
 
 # --- commands -----------------------------------------------------------------------------------------------

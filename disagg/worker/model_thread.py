@@ -1,0 +1,107 @@
+"""The thread that owns engine and cache. The event loop posts commands; replies come back in one batch per step."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import queue
+import threading
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+from disagg.engine.commands import Command, EngineEvent
+from disagg.engine.stats import EngineStats
+
+log = logging.getLogger(__name__)
+
+CLOSE = None
+
+
+class StepEngine(Protocol):
+    """What this thread drives: `disagg.engine.engine.Engine`."""
+
+    @property
+    def has_work(self) -> bool: ...
+
+    def handle(self, command: Command) -> list[EngineEvent]: ...
+
+    def step(self) -> list[EngineEvent]: ...
+
+    def stats(self) -> EngineStats: ...
+
+
+class ModelThread:
+    """Runs `engine` until closed.
+
+    `on_events` and `on_death` are called on `loop`. A thread that dies reports once and runs no more: the cache may be
+    half changed, so its process must end.
+    """
+
+    def __init__(
+        self,
+        engine: StepEngine,
+        loop: asyncio.AbstractEventLoop,
+        on_events: Callable[[Sequence[EngineEvent]], None],
+        on_death: Callable[[BaseException], None],
+    ) -> None:
+        self._engine = engine
+        self._loop = loop
+        self._on_events = on_events
+        self._on_death = on_death
+        self._inbox: queue.SimpleQueue[Command | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name="model", daemon=True)
+        self.stats = engine.stats()
+        """The figures after the last step; replaced whole, so any thread may read it."""
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def submit(self, command: Command) -> None:
+        """Post `command`; wakes an idle thread. Never blocks."""
+        self._inbox.put(command)
+
+    async def close(self) -> None:
+        """Stop after the running step and join."""
+        self._inbox.put(CLOSE)
+        if self._thread.is_alive():
+            await asyncio.to_thread(self._thread.join)
+
+    def step(self, *, wait: bool) -> bool:
+        """One turn: drain the commands, compute a step, reply. False when told to close."""
+        commands = self._drain(wait=wait)
+        events = [event for command in commands if command is not None for event in self._engine.handle(command)]
+        if self._engine.has_work:
+            events += self._engine.step()
+        self.stats = self._engine.stats()
+        self._reply(events)
+        return CLOSE not in commands
+
+    def _run(self) -> None:
+        try:
+            progressed = True
+            while True:
+                before = self.stats.steps
+                if not self.step(wait=not (progressed and self._engine.has_work)):
+                    return
+                # Work that waits for room makes no step: sleep until a command (a release) arrives.
+                progressed = self.stats.steps != before
+        except BaseException as death:  # reported, then the process ends: nothing may go on with this cache
+            log.exception("model thread died")
+            self._post(self._on_death, death)
+
+    def _drain(self, *, wait: bool) -> list[Command | None]:
+        commands: list[Command | None] = [self._inbox.get()] if wait else []
+        while True:
+            try:
+                commands.append(self._inbox.get_nowait())
+            except queue.Empty:
+                return commands
+
+    def _reply(self, events: list[EngineEvent]) -> None:
+        if events:
+            self._post(self._on_events, events)
+
+    def _post(self, callback: Callable[..., None], *args: object) -> None:
+        # The loop closes only after `close()` joined this thread, unless the process is being torn down.
+        if not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(callback, *args)
