@@ -1,0 +1,1 @@
+"""Settings, secret and resources of a process. Imports neither torch nor transformers."""

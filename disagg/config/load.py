@@ -1,0 +1,102 @@
+"""One settings object out of flags, environment and a YAML file, in this order of precedence."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Final, TypeVar
+
+import yaml
+from pydantic import ValidationError
+
+from disagg.config.errors import ConfigError
+from disagg.config.settings import RouterSettings, Settings, UpSettings, WorkerSettings
+
+PREFIX: Final = "DISAGG_"
+OTHER_VARIABLES: Final = frozenset({"DISAGG_SECRET", "DISAGG_CONFIG"})
+
+_KINDS: Final = {"int": "a whole number", "float": "a number", "bool": "true or false"}
+
+S = TypeVar("S", bound=Settings)
+
+
+def load(cls: type[S], flags: Mapping[str, Any], environ: Mapping[str, str], config: Path | None = None) -> S:
+    """Merge and validate. `flags` holds only what was given. Raises ConfigError: one sentence that names the origin."""
+    values: dict[str, Any] = {}
+    origins: dict[str, str] = {}
+    for source, describe in (
+        (read_yaml(cls, config) if config else {}, f"`{{field}}` in `{config}`"),
+        (read_environ(cls, environ), "`{variable}`"),
+        (flags, "`{flag}`"),
+    ):
+        for field, value in source.items():
+            values[field] = value
+            origins[field] = describe.format(field=field, variable=variable_of(field), flag=flag_of(field))
+    try:
+        return cls.model_validate(values)
+    except ValidationError as exc:
+        raise ConfigError(_sentence(exc, values, origins)) from None
+
+
+def flag_of(field: str) -> str:
+    return "--" + field.replace("_", "-")
+
+
+def variable_of(field: str) -> str:
+    return PREFIX + field.upper()
+
+
+def read_environ(cls: type[Settings], environ: Mapping[str, str]) -> dict[str, str]:
+    """The fields of `cls` that have a non-empty `DISAGG_*` variable."""
+    return {field: environ[name] for field in cls.model_fields if environ.get(name := variable_of(field))}
+
+
+def unknown_variables(environ: Mapping[str, str]) -> list[str]:
+    """`DISAGG_*` variables that no command reads: most likely misspelt."""
+    known = {variable_of(field) for cls in (RouterSettings, WorkerSettings, UpSettings) for field in cls.model_fields}
+    return sorted(name for name in environ if name.startswith(PREFIX) and name not in known | OTHER_VARIABLES)
+
+
+def read_yaml(cls: type[Settings], path: Path) -> dict[str, Any]:
+    """The file's mapping, each key a field of `cls`. Raises ConfigError."""
+    try:
+        content = yaml.safe_load(path.read_text())
+    except OSError as exc:
+        raise ConfigError(f"`--config` cannot be read: `{path}`: {(exc.strerror or str(exc)).lower()}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as exc:
+        raise ConfigError(f"`{path}` is not YAML: {' '.join(str(exc).split())}") from None
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise ConfigError(f"`{path}` holds a {type(content).__name__}: expected lines of `key: value`")
+    for key in content:
+        if key not in cls.model_fields:
+            raise ConfigError(
+                f"`{key}` in `{path}` is no setting of this command{_nearest(str(key), cls.model_fields)}"
+            )
+    return {key: value for key, value in content.items() if value is not None}
+
+
+def _nearest(word: str, known: Iterable[str]) -> str:
+    matches = difflib.get_close_matches(word, list(known), n=1)
+    return f": did you mean `{matches[0]}`?" if matches else ": see its `--help` for the settings it has"
+
+
+def _sentence(exc: ValidationError, values: Mapping[str, Any], origins: Mapping[str, str]) -> str:
+    """The first complaint as `origin` is `value`: what was expected. Whole-model complaints begin with `field: `."""
+    error = exc.errors()[0]
+    message = error["msg"].removeprefix("Value error, ").replace("Input should be", "expected", 1)
+    if not error["loc"]:
+        field, _, message = message.partition(": ")
+        return f"`{flag_of(field)}`: {message}"
+    if error["type"].startswith(("int_", "float_", "bool_")):
+        message = f"expected {_KINDS[error['type'].partition('_')[0]]}"
+    field = str(error["loc"][0])
+    if field not in origins:
+        return message
+    return f"{origins[field]} is `{_shown(values[field])}`: {message}"
+
+
+def _shown(value: object) -> str:
+    return ",".join(map(str, value)) if isinstance(value, list | tuple) else str(value)

@@ -1,0 +1,73 @@
+"""Values as people write them: memory sizes, comma lists, endpoints."""
+
+from __future__ import annotations
+
+import re
+from typing import Final
+
+UNITS: Final = {
+    "": 1, "b": 1,
+    "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30, "tib": 1 << 40,
+    "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12,
+}  # fmt: skip
+
+
+def parse_nbytes(value: object) -> object:
+    """`512MiB`, `2GiB`, `1.5gb` or a plain count of bytes. Anything that is not text passes through."""
+    if not isinstance(value, str):
+        return value
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", value)
+    if match is None or match[2].lower() not in UNITS:
+        raise ValueError("expected bytes such as `512MiB`, `2GiB` or `536870912`")
+    return int(float(match[1]) * UNITS[match[2].lower()]) if match[2] else int(float(match[1]))
+
+
+def format_nbytes(nbytes: int) -> str:
+    """Three significant digits in binary units, for people."""
+    value = float(nbytes)
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if value < 1024:
+            return f"{value:.3g} {unit}"
+        value /= 1024
+    return f"{value:.3g} TiB"
+
+
+def split_list(value: object) -> object:
+    """`shm,zmq` -> ("shm", "zmq"). Anything that is not text passes through."""
+    if not isinstance(value, str):
+        return value
+    return tuple(part.strip() for part in value.split(",") if part.strip())
+
+
+def tcp_endpoint(value: object) -> object:
+    """`10.0.0.1:8998` or `tcp://10.0.0.1:8998` -> the latter."""
+    if not isinstance(value, str):
+        return value
+    match = re.fullmatch(r"(?:tcp://)?(\[[0-9a-fA-F:]+\]|[^\s:/]+):(\d{1,5})", value.strip())
+    if match is None or not 0 < int(match[2]) < 1 << 16:
+        raise ValueError("expected the router's control endpoint as `tcp://HOST:PORT`")
+    return f"tcp://{match[1]}:{match[2]}"
+
+
+def device(value: str) -> str:
+    """`cpu`, `cuda` or `cuda:N`. Raises ValueError."""
+    if re.fullmatch(r"cpu|cuda(:\d+)?", value) is None:
+        raise ValueError("expected `cpu`, `cuda` or `cuda:N`")
+    return value
+
+
+def plain_name(value: str) -> str:
+    """A name that needs no quoting in logs, metrics and URLs. Raises ValueError."""
+    if re.fullmatch(r"[\w.-]{1,128}", value, re.ASCII) is None:
+        raise ValueError("expected at most 128 letters, digits, `.`, `_` and `-`")
+    return value
+
+
+def endpoint_host(endpoint: str) -> str:
+    """`tcp://[::1]:8998` -> `::1`."""
+    return endpoint.removeprefix("tcp://").rpartition(":")[0].strip("[]")
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach `host`. Names other than `localhost` are not resolved."""
+    return host in {"localhost", "::1"} or re.fullmatch(r"127(\.\d{1,3}){3}", host) is not None

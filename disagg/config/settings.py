@@ -1,0 +1,198 @@
+"""Every setting of every command: a field is a flag, a `DISAGG_*` variable, a YAML key and a line of `--help`."""
+
+from __future__ import annotations
+
+import os
+import socket
+from pathlib import Path
+from typing import Annotated, Final, Literal, Self
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+
+from disagg.config.demo import DEMO_MODEL, demo_model_folder, is_demo_model
+from disagg.config.quantities import (
+    device,
+    endpoint_host,
+    is_loopback,
+    parse_nbytes,
+    plain_name,
+    split_list,
+    tcp_endpoint,
+)
+
+PLANES: Final = ("shm", "zmq")
+CONTROL_PORT: Final = 8998  # next to 8000, free of registered services, the same on every machine of a deployment
+
+Role = Literal["prefill", "decode", "both"]
+Port = Annotated[int, Field(ge=0, le=65535)]
+Count = Annotated[int, Field(ge=1)]
+Seconds = Annotated[float, Field(gt=0)]
+Nbytes = Annotated[int, Field(ge=1), BeforeValidator(parse_nbytes)]
+Names = Annotated[tuple[str, ...], BeforeValidator(split_list)]
+Endpoint = Annotated[str, BeforeValidator(tcp_endpoint)]
+Device = Annotated[str, AfterValidator(device)]
+Devices = Annotated[tuple[Device, ...], Field(min_length=1), BeforeValidator(split_list)]
+WorkerId = Annotated[str, AfterValidator(plain_name)]
+
+
+class Settings(BaseModel):
+    """What every process is told."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True, protected_namespaces=())
+
+    model: str = Field(
+        DEMO_MODEL,
+        description="Model folder or hub id; `demo` is the bundled model",
+        min_length=1,
+        validate_default=True,
+    )
+    insecure: bool = Field(False, description="Use the published secret and no encryption; loopback only")
+    log_level: Literal["debug", "info", "warning", "error"] = Field(
+        "info", description="Least severe log line to write"
+    )
+
+    @field_validator("model")
+    @classmethod
+    def _find_bundled_model(cls, value: str) -> str:
+        return str(demo_model_folder()) if value == DEMO_MODEL else value
+
+
+class SecretSettings(Settings):
+    secret_file: Path | None = Field(None, description="File with the cluster secret, readable by its owner only")
+
+
+class HttpSettings(Settings):
+    """What the router serves and how."""
+
+    host: str = Field("127.0.0.1", description="Address of the HTTP API", min_length=1)
+    port: Port = Field(8000, description="Port of the HTTP API; 0 takes a free one")
+    served_model_name: str | None = Field(None, description="Model name in the API [default: as given to --model]")
+    api_key: str | None = Field(None, description="Bearer key that clients must send", min_length=1, repr=False)
+    max_attempts: Count = Field(3, description="Attempts per request in all; 1 means no retry")
+    request_timeout_s: Seconds = Field(600.0, description="Seconds after which a request is given up")
+    max_queued: Count = Field(1024, description="Requests that may wait; more get 503 with Retry-After")
+
+    @property
+    def served_name(self) -> str:
+        """The model's name in the API."""
+        return self.served_model_name or (DEMO_MODEL if is_demo_model(self.model) else self.model)
+
+
+class RouterSettings(HttpSettings, SecretSettings):
+    """`disagg router`."""
+
+    admin_port: Port = Field(8001, description="Loopback port of the admin listener; 0 takes a free one")
+    control_host: str = Field("127.0.0.1", description="Address where workers register", min_length=1)
+    control_port: Port = Field(CONTROL_PORT, description="Port where workers register; 0 takes a free one")
+
+    @model_validator(mode="after")
+    def _keep_insecure_local(self) -> Self:
+        _refuse_insecure(self.insecure, "control_host", self.control_host)
+        return self
+
+
+class EngineSettings(Settings):
+    """What a worker computes with. `up` hands them to all of its workers."""
+
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="Compute and KV type")
+    block_size: Count = Field(16, description="Tokens per KV block; a power of two")
+    max_model_len: Count | None = Field(
+        None, description="Prompt plus answer limit [default: what model and memory allow]"
+    )
+    max_num_seqs: Count = Field(64, description="Sequences computed in one step")
+    max_num_batched_tokens: Count = Field(512, description="Tokens computed in one step; longer prompts go in chunks")
+    kv_cache_memory: Nbytes | None = Field(
+        None, description="KV cache bytes, such as 512MiB; `up` divides them [default: a share of what is free]"
+    )
+    tensor_parallel_size: Count = Field(1, description="Ranks per worker; only 1 is supported")
+    planes: Names = Field(PLANES, description="Data planes in order of preference, of shm and zmq")
+    fetch_wait_s: Seconds = Field(
+        30.0, description="Seconds that computed KV waits for the decode worker to ask for it"
+    )
+    verify_weights: bool = Field(False, description="Hash whole weight files into the model's fingerprint")
+    check: bool = Field(False, description="Check the cache's invariants after each step (slow)")
+
+    @field_validator("block_size")
+    @classmethod
+    def _is_power_of_two(cls, value: int) -> int:
+        if value & (value - 1):
+            raise ValueError("expected a power of two, such as 16 or 32")
+        return value
+
+    @field_validator("tensor_parallel_size")
+    @classmethod
+    def _is_one_rank(cls, value: int) -> int:
+        if value > 1:
+            raise ValueError("expected 1: workers of several ranks are not supported, start more workers instead")
+        return value
+
+    @field_validator("planes")
+    @classmethod
+    def _are_known_planes(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if not value or len(set(value)) < len(value) or set(value) - set(PLANES):
+            raise ValueError(f"expected one or more of {', '.join(PLANES)}, each once, preferred first")
+        return value
+
+
+class WorkerSettings(EngineSettings, SecretSettings):
+    """`disagg prefill`, `disagg decode` and `disagg both`: the role is the command."""
+
+    router: Endpoint = Field(f"tcp://127.0.0.1:{CONTROL_PORT}", description="Control endpoint of the router")
+    worker_id: WorkerId | None = Field(None, description="Name in logs and metrics [default: role-host-pid]")
+    host: str = Field("127.0.0.1", description="Address where peer workers connect", min_length=1)
+    advertise_host: str | None = Field(None, description="Address told to peers [default: --host]", min_length=1)
+    device: Device = Field("cpu", description="cpu, cuda or cuda:N")
+    threads: Count | None = Field(None, description="CPU threads of the model [default: all cores]")
+    memory_share: float = Field(1.0, gt=0, le=1, description="This worker's part of the default KV cache memory")
+
+    @model_validator(mode="after")
+    def _keep_insecure_local(self) -> Self:
+        _refuse_insecure(self.insecure, "host", self.host)
+        _refuse_insecure(self.insecure, "router", endpoint_host(self.router))
+        return self
+
+    @model_validator(mode="after")
+    def _can_be_reached(self) -> Self:
+        if self.host in {"0.0.0.0", "::"} and self.advertise_host is None:  # noqa: S104 (compared, never bound here)
+            raise ValueError(f"host: `{self.host}` is no address a peer can connect to: add `--advertise-host`")
+        return self
+
+    def name(self, role: Role) -> str:
+        """The worker id, given or made from role, host and pid."""
+        return self.worker_id or f"{role}-{socket.gethostname()}-{os.getpid()}"
+
+    @property
+    def peer_host(self) -> str:
+        """The address that peers are told."""
+        return self.advertise_host or self.host
+
+
+class UpSettings(HttpSettings, EngineSettings):
+    """`disagg up`: router and workers on this machine, connected over loopback."""
+
+    admin_port: Port = Field(0, description="Loopback port of the admin listener; 0 takes a free one")
+    control_port: Port = Field(0, description="Loopback port where workers register; 0 takes a free one")
+    prefill: int = Field(1, ge=0, description="Prefill workers")
+    decode: int = Field(1, ge=0, description="Decode workers")
+    both: int = Field(0, ge=0, description="Workers that do both, without a transfer")
+    prefill_devices: Devices = Field(("cpu",), description="Devices of prefill workers in turn, such as cuda:0,cuda:1")
+    decode_devices: Devices = Field(("cpu",), description="Devices of decode (and `both`) workers in turn")
+    threads: Count | None = Field(None, description="CPU threads of each worker [default: cores / workers]")
+
+    @model_validator(mode="after")
+    def _can_serve(self) -> Self:
+        if not self.both and not (self.prefill and self.decode):
+            raise ValueError(
+                "prefill: nobody could answer a request: start a prefill and a decode worker, or `--both 1`"
+            )
+        return self
+
+    @property
+    def num_workers(self) -> int:
+        return self.prefill + self.decode + self.both
+
+
+def _refuse_insecure(insecure: bool, field: str, host: str) -> None:
+    """Raise ValueError, naming the field, when the published secret would leave this machine."""
+    if insecure and not is_loopback(host):
+        raise ValueError(f"{field}: `{host}` is not loopback and `--insecure` is: give a `--secret-file` instead")
