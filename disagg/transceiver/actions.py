@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from disagg.transceiver.messages.peer import Slice, TransferMessage
+from disagg.transceiver.messages.peer import Refused, Slice, TransferMessage
 from disagg.transceiver.messages.values import FirstToken, UnitName
 
 
@@ -12,7 +12,7 @@ from disagg.transceiver.messages.values import FirstToken, UnitName
 class Send:
     """Send `message` to the peer on the control link."""
 
-    message: TransferMessage
+    message: TransferMessage | Refused
 
 
 @dataclass(frozen=True, slots=True)

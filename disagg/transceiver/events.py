@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from disagg.transceiver.messages.peer import TransferMessage
+from disagg.transceiver.messages.peer import Refused, TransferMessage
 from disagg.transceiver.messages.values import FirstToken, GroupRuns, UnitName
 
 
@@ -37,9 +37,12 @@ class LandedUnit:
 
 @dataclass(frozen=True, slots=True)
 class MessageArrived:
-    """A message of this (transfer, epoch) whose header already named this incarnation as destination."""
+    """A message of this (transfer, epoch) whose header already named this incarnation as destination.
 
-    message: TransferMessage
+    REFUSED has no header; the shell delivers one that names a transfer and epoch to that transfer.
+    """
+
+    message: TransferMessage | Refused
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +65,11 @@ class Tick:
 
 
 # --- sender -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class LeaseRenewed:
+    """A HEARTBEAT of the peer named this transfer and epoch: its sources stay pinned for another `LEASE_S`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,6 +149,6 @@ class LandingStopped:
     """No job of this epoch holds a destination slot any more (answers the action `StopLanding`)."""
 
 
-SenderEvent = Pinned | UnitsFinal | SoftDropped | PromptComputed | FinishedEarly | ComputeFailed
+SenderEvent = LeaseRenewed | Pinned | UnitsFinal | SoftDropped | PromptComputed | FinishedEarly | ComputeFailed
 ReceiverEvent = Reserved | SliceLanded | LandingFailed | LandingStopped
 Event = MessageArrived | CancelAsked | PeerGone | Tick | SenderEvent | ReceiverEvent

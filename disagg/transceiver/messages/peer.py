@@ -51,12 +51,17 @@ class Welcome:
 
 @dataclass(frozen=True, slots=True)
 class Refused:
-    """HELLO, FETCH or REGISTER not served: which field differs and both values. `stale_peer` names a dead incarnation."""
+    """HELLO, FETCH or REGISTER not served: which field differs and both values. `stale_peer` names a dead incarnation.
+
+    A refused FETCH is named by `transfer_id` and `epoch`; the other refusals leave them empty.
+    """
 
     field: str
     ours: str
     theirs: str
     destination: str = ""
+    transfer_id: str = ""
+    epoch: int = 0
 
 
 @dataclass(frozen=True, slots=True)

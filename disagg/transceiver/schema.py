@@ -1,0 +1,154 @@
+"""The wire shape of a type, compiled once from its annotations: how to write a value as msgpack and read it back.
+
+A shape knows no bytes. `write` turns a value into what msgpack packs (records as maps, tuples as arrays) and `read`
+does the reverse; both check types strictly, so that what the wire carries is exactly what the dataclass declares.
+Strict means: `True` is no integer, a number is no string, an integer is accepted for a float because packers shorten
+`1.0`-like values in other languages. Errors are `ShapeError` with the path of the offending field.
+"""
+
+from __future__ import annotations
+
+import types
+import typing
+from abc import ABC, abstractmethod
+from dataclasses import MISSING, Field, fields, is_dataclass
+from typing import Any, Union, get_args, get_origin, get_type_hints
+
+
+class ShapeError(ValueError):
+    """A value is not of its declared type. The codec turns it into the local or the remote protocol error."""
+
+
+class Shape(ABC):
+    @abstractmethod
+    def write(self, value: Any, path: str) -> Any:
+        """The packable form of `value`. Raises `ShapeError`."""
+
+    @abstractmethod
+    def read(self, value: Any, path: str) -> Any:
+        """The value of an unpacked form. Raises `ShapeError`."""
+
+
+class Scalar(Shape):
+    """`int`, `str`, `bytes` or `bool`: the same form on both sides."""
+
+    def __init__(self, kind: type) -> None:
+        self.kind = kind
+
+    def write(self, value: Any, path: str) -> Any:
+        if type(value) is not self.kind:
+            raise ShapeError(f"{path}: {type(value).__name__}, expected {self.kind.__name__}")
+        return value
+
+    read = write
+
+
+class Float(Shape):
+    """Always packed as a float, so that a value has one encoding; an integer is accepted on both sides."""
+
+    def write(self, value: Any, path: str) -> float:
+        if type(value) is not float and type(value) is not int:
+            raise ShapeError(f"{path}: {type(value).__name__}, expected float")
+        return float(value)
+
+    read = write
+
+
+class Optional(Shape):
+    def __init__(self, item: Shape) -> None:
+        self.item = item
+
+    def write(self, value: Any, path: str) -> Any:
+        return None if value is None else self.item.write(value, path)
+
+    def read(self, value: Any, path: str) -> Any:
+        return None if value is None else self.item.read(value, path)
+
+
+class Many(Shape):
+    """`tuple[X, ...]`. Plain integers take a short cut: a prompt has up to a million of them."""
+
+    def __init__(self, item: Shape) -> None:
+        self.item = item
+        self.is_ints = isinstance(item, Scalar) and item.kind is int
+
+    def write(self, value: Any, path: str) -> list[Any]:
+        if type(value) is not tuple:
+            raise ShapeError(f"{path}: {type(value).__name__}, expected tuple")
+        return list(value) if self._all_ints(value) else [self.item.write(item, f"{path}[]") for item in value]
+
+    def read(self, value: Any, path: str) -> tuple[Any, ...]:
+        if type(value) is not list:
+            raise ShapeError(f"{path}: {type(value).__name__}, expected array")
+        return tuple(value) if self._all_ints(value) else tuple(self.item.read(item, f"{path}[]") for item in value)
+
+    def _all_ints(self, values: typing.Sequence[Any]) -> bool:
+        return self.is_ints and set(map(type, values)) <= {int}
+
+
+class Fixed(Shape):
+    """`tuple[X, Y]`."""
+
+    def __init__(self, items: tuple[Shape, ...]) -> None:
+        self.items = items
+
+    def write(self, value: Any, path: str) -> list[Any]:
+        self._check(value, tuple, path)
+        return [
+            shape.write(item, f"{path}[{i}]") for i, (shape, item) in enumerate(zip(self.items, value, strict=True))
+        ]
+
+    def read(self, value: Any, path: str) -> tuple[Any, ...]:
+        self._check(value, list, path)
+        pairs = zip(self.items, value, strict=True)
+        return tuple(shape.read(item, f"{path}[{i}]") for i, (shape, item) in enumerate(pairs))
+
+    def _check(self, value: Any, kind: type[tuple[Any, ...]] | type[list[Any]], path: str) -> None:
+        if type(value) is not kind or len(value) != len(self.items):
+            raise ShapeError(f"{path}: {type(value).__name__}, expected {len(self.items)} items")
+
+
+class Record(Shape):
+    """A dataclass as a map by field name. Unknown names are ignored; a missing one takes the field's default."""
+
+    def __init__(self, kind: type) -> None:
+        hints = get_type_hints(kind)
+        self.kind = kind
+        self.members = tuple((f.name, shape_of(hints[f.name]), _is_required(f)) for f in fields(kind))
+
+    def write(self, value: Any, path: str) -> dict[str, Any]:
+        if type(value) is not self.kind:
+            raise ShapeError(f"{path}: {type(value).__name__}, expected {self.kind.__name__}")
+        return {name: shape.write(getattr(value, name), f"{path}.{name}") for name, shape, _ in self.members}
+
+    def read(self, value: Any, path: str) -> Any:
+        if type(value) is not dict:
+            raise ShapeError(f"{path}: {type(value).__name__}, expected map")
+        present = {name: s.read(value[name], f"{path}.{name}") for name, s, _ in self.members if name in value}
+        missing = [name for name, _, is_required in self.members if is_required and name not in present]
+        if missing:
+            raise ShapeError(f"{path}.{missing[0]}: missing")
+        try:
+            return self.kind(**present)
+        except ValueError as exc:  # the dataclass's own validation
+            raise ShapeError(f"{path}: {exc}") from exc
+
+
+def shape_of(hint: Any) -> Shape:
+    """The shape of a type annotation. Raises `TypeError` for a type that the wire does not know."""
+    if hint in (int, str, bytes, bool):
+        return Scalar(hint)
+    if hint is float:
+        return Float()
+    if is_dataclass(hint):
+        return Record(typing.cast(type, hint))
+    arguments = get_args(hint)
+    if get_origin(hint) is tuple:
+        return Many(shape_of(arguments[0])) if arguments[-1] is Ellipsis else Fixed(tuple(map(shape_of, arguments)))
+    if get_origin(hint) in (Union, types.UnionType) and len(arguments) == 2 and arguments[1] is type(None):
+        return Optional(shape_of(arguments[0]))
+    raise TypeError(f"no wire shape for {hint!r}")
+
+
+def _is_required(field: Field[Any]) -> bool:
+    return field.default is MISSING and field.default_factory is MISSING
