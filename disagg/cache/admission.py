@@ -1,0 +1,80 @@
+"""May this sequence start? Only when every pool can promise the most it will ever hold, so it never waits midway."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+
+from disagg.cache.layout import CacheLayout, LayerGroup
+from disagg.cache.pool import NUM_RESERVED_SLOTS
+from disagg.cache.window import live_slots_bound, stale_range
+
+Peaks = tuple[int, ...]
+"""Slots per pool."""
+
+
+def peak_slots(layout: CacheLayout, *, total_tokens: int, history: int, step_tokens: int) -> Peaks:
+    """Most slots per pool that a sequence holds from `history` tokens on until it has `total_tokens`.
+
+    `step_tokens`: the most tokens that one step adds (1 in decode, the chunk in prefill). A full group holds every
+    block; a windowed one its bound during such a step, and never a block that is already stale at `history`.
+    """
+    assert 0 <= history <= total_tokens
+    assert step_tokens >= 1
+    peaks = [0] * layout.num_pools
+    for group, pool in zip(layout.groups, layout.pool_of_group, strict=True):
+        peaks[pool] += group_peak_slots(group, layout, total_tokens, history, step_tokens)
+    return tuple(peaks)
+
+
+def group_peak_slots(group: LayerGroup, layout: CacheLayout, total_tokens: int, history: int, step_tokens: int) -> int:
+    """`peak_slots` of one group alone."""
+    num_blocks = layout.num_blocks(total_tokens)
+    if group.window is None:
+        return num_blocks
+    stale = stale_range(history, group.window, group.num_sink_tokens, layout.block_size)
+    never_allocated = len(range(min(stale.start, num_blocks), min(stale.stop, num_blocks)))
+    bound = live_slots_bound(group.window, group.num_sink_tokens, layout.block_size, step_tokens)
+    return min(bound, num_blocks - never_allocated)
+
+
+class Promises:
+    """Slots promised per pool. The sum of all promises never exceeds a pool, so a promised slot can always be taken.
+
+    Blocks of soft sequences hold no promise: whoever needs a promised slot drops them.
+    """
+
+    def __init__(self, num_slots: Sequence[int]) -> None:
+        """`num_slots[p]` as in `KVCache`: the two reserved ones included."""
+        self.usable: Peaks = tuple(count - NUM_RESERVED_SLOTS for count in num_slots)
+        self._peaks: dict[Hashable, Peaks] = {}
+
+    @property
+    def promised(self) -> Peaks:
+        return tuple(sum(peaks[pool] for peaks in self._peaks.values()) for pool in range(len(self.usable)))
+
+    def fits_empty(self, peaks: Peaks) -> bool:
+        """Whether the peaks fit when nobody else holds anything: if not, waiting is pointless."""
+        return all(peak <= usable for peak, usable in zip(peaks, self.usable, strict=True))
+
+    def try_promise(self, key: Hashable, peaks: Peaks) -> bool:
+        """Promise `peaks` to `key`, in every pool or in none."""
+        assert key not in self._peaks, f"{key} holds a promise already"
+        sums = zip(self.promised, peaks, self.usable, strict=True)
+        if any(promised + peak > usable for promised, peak, usable in sums):
+            return False
+        self._peaks[key] = peaks
+        return True
+
+    def shrink(self, key: Hashable, peaks: Peaks) -> None:
+        """Give back what `key` will not need any more; no pool's promise grows."""
+        self._peaks[key] = tuple(min(old, new) for old, new in zip(self._peaks[key], peaks, strict=True))
+
+    def of(self, key: Hashable) -> Peaks | None:
+        return self._peaks.get(key)
+
+    def release(self, key: Hashable) -> None:
+        """Forget the promise of `key`; without one, nothing happens."""
+        self._peaks.pop(key, None)
+
+    def check_invariants(self) -> None:
+        assert all(promised <= usable for promised, usable in zip(self.promised, self.usable, strict=True))

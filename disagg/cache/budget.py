@@ -1,0 +1,88 @@
+"""How many slots each pool gets from one memory budget: by what a sequence really holds, not by its length.
+
+A full group holds every block of a sequence, a windowed one only its window. N sequences of the maximum length need
+    full:      N * ceil(L/T)
+    windowed:  N * (floor((W+T-2)/T) + 1 + sinks) + ceil(B/T) + A      (capped by N * ceil(L/T))
+slots, where B tokens are computed per step by at most A sequences that prefill (each may straddle one block more).
+"""
+
+from __future__ import annotations
+
+from disagg.cache.admission import Peaks, group_peak_slots, peak_slots
+from disagg.cache.errors import BudgetTooSmall
+from disagg.cache.layout import CacheLayout
+from disagg.cache.pool import NUM_RESERVED_SLOTS
+
+MAX_PREFILLS_PER_STEP = 8
+"""A: more prefills than this in one step slow each other down and shorten nobody's wait."""
+
+
+def split_budget(
+    layout: CacheLayout, *, nbytes: int, max_model_len: int, max_num_seqs: int, max_num_batched_tokens: int
+) -> tuple[int, ...]:
+    """Slots per pool, the two reserved included, that together take at most `nbytes`.
+
+    At least one sequence of `max_model_len` is seated, else BudgetTooSmall; at most `max_num_seqs` are: memory beyond
+    that is left alone. In between, every pool gets the same share of the way.
+    """
+    limits = (max_model_len, max_num_batched_tokens)
+    least, most = _seat_one(layout, *limits), _seat(layout, max_num_seqs, *limits)
+    most = tuple(max(pair) for pair in zip(least, most, strict=True))
+    floor, ceiling = _nbytes(layout, least), _nbytes(layout, most)
+    if nbytes < floor:
+        raise BudgetTooSmall(_too_small(layout, nbytes, floor, *limits))
+    spare, range_ = min(nbytes, ceiling) - floor, max(1, ceiling - floor)
+    slots = [low + (high - low) * spare // range_ for low, high in zip(least, most, strict=True)]
+    return tuple(count + NUM_RESERVED_SLOTS for count in slots)
+
+
+def seats(layout: CacheLayout, num_slots: Peaks, *, max_model_len: int, max_num_batched_tokens: int) -> int:
+    """Sequences of `max_model_len` that pools of `num_slots` (reserved included) hold at once; 0 without KV."""
+    count = 0
+    while layout.num_pools and all(
+        need <= have - NUM_RESERVED_SLOTS
+        for need, have in zip(_seat(layout, count + 1, max_model_len, max_num_batched_tokens), num_slots, strict=True)
+    ):
+        count += 1
+    return count
+
+
+def largest_model_len(layout: CacheLayout, nbytes: int, *, max_model_len: int, max_num_batched_tokens: int) -> int:
+    """The longest sequence, up to `max_model_len`, that `nbytes` can seat; 0 when not even one token fits."""
+    low, high = 0, max_model_len
+    while low < high:
+        middle = (low + high + 1) // 2
+        if _nbytes(layout, _seat_one(layout, middle, max_num_batched_tokens)) <= nbytes:
+            low = middle
+        else:
+            high = middle - 1
+    return low
+
+
+def _seat_one(layout: CacheLayout, max_model_len: int, max_num_batched_tokens: int) -> Peaks:
+    step = min(max_model_len, max_num_batched_tokens)
+    return peak_slots(layout, total_tokens=max_model_len, history=0, step_tokens=step)
+
+
+def _seat(layout: CacheLayout, num_seqs: int, max_model_len: int, max_num_batched_tokens: int) -> Peaks:
+    step_peak = layout.num_blocks(max_num_batched_tokens) + min(num_seqs, MAX_PREFILLS_PER_STEP)
+    demand = [0] * layout.num_pools
+    for group, pool in zip(layout.groups, layout.pool_of_group, strict=True):
+        decode = num_seqs * group_peak_slots(group, layout, max_model_len, 0, 1)
+        whole = num_seqs * layout.num_blocks(max_model_len)
+        demand[pool] += whole if group.window is None else min(decode + step_peak, whole)
+    return tuple(demand)
+
+
+def _nbytes(layout: CacheLayout, peaks: Peaks) -> int:
+    """Bytes of pools that hold `peaks` and the reserved slots."""
+    return sum((n + NUM_RESERVED_SLOTS) * size for n, size in zip(peaks, layout.slot_nbytes, strict=True))
+
+
+def _too_small(layout: CacheLayout, nbytes: int, floor: int, max_model_len: int, max_num_batched_tokens: int) -> str:
+    fits = largest_model_len(layout, nbytes, max_model_len=max_model_len, max_num_batched_tokens=max_num_batched_tokens)
+    shorter = f", or `--max-model-len` of at most {fits}" if fits else ""
+    return (
+        f"`--kv-cache-memory`: {nbytes} bytes, but one sequence of {max_model_len} tokens needs {floor}; "
+        f"give at least {floor}{shorter}"
+    )
