@@ -1,0 +1,47 @@
+# Every target makes .venv first, once: the commands work on a machine that has only python and make.
+SHELL := /bin/bash
+PYTHON ?= python3
+VENV := .venv
+READY := $(VENV)/.ready
+BIN := $(VENV)/bin
+
+.PHONY: help setup demo test test-slow test-gpu check format bench wheel
+.DEFAULT_GOAL := help
+
+help:  ## list the commands
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' Makefile
+
+setup: $(READY)  ## make .venv with everything the other commands need
+
+$(READY): pyproject.toml constraints.txt tools/setup_venv.py
+	@command -v $(PYTHON) >/dev/null || { echo "error: \`$(PYTHON)\` not found: install Python 3.11 or later, or name one with \`make PYTHON=...\`" >&2; exit 2; }
+	@$(PYTHON) tools/setup_venv.py $(VENV)
+
+demo: $(READY)  ## serve the bundled model with prefill and decode workers, send one request, show what moved
+	@$(BIN)/disagg demo
+
+test: $(READY)  ## all tests that need neither a GPU nor patience
+	$(BIN)/pytest -m "not slow and not gpu" --hypothesis-profile=ci --durations=15
+
+test-slow: $(READY)  ## the long tests
+	$(BIN)/pytest -m slow --durations=15
+
+test-gpu: $(READY)  ## the tests that need a CUDA device
+	$(BIN)/pytest -m gpu --durations=15
+
+check: $(READY)  ## lint, formatting, types, import layers, size bounds
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/python tools/check_sizes.py
+
+format: $(READY)  ## rewrite the code as `make check` wants it
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+bench: $(READY)  ## measure transfers on this machine
+	$(BIN)/disagg bench transfer
+
+wheel: $(READY)  ## build the wheel into dist/
+	$(BIN)/pip wheel --no-deps --no-build-isolation --wheel-dir dist .

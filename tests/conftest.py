@@ -1,0 +1,47 @@
+"""What every test gets: hypothesis profiles, one torch thread, tracebacks of crashes, honest skips."""
+
+from __future__ import annotations
+
+import faulthandler
+import sys
+
+import pytest
+from hypothesis import HealthCheck, settings
+
+faulthandler.enable()
+
+# No deadlines: the machines that run this are shared, and a slow example is not a wrong one.
+settings.register_profile("dev", deadline=None, max_examples=50)
+# The same examples each time, so that a red CI is about the change; `dev` and `explore` look for new ones.
+settings.register_profile("ci", deadline=None, max_examples=100, derandomize=True, print_blob=True)
+settings.register_profile(
+    "explore",
+    deadline=None,
+    max_examples=5000,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+)
+settings.load_profile("dev")  # pytest's --hypothesis-profile, applied later, wins
+
+
+def pytest_collection_finish() -> None:
+    """One thread: what is tested is results, and the tests' own processes share the cores."""
+    if torch := sys.modules.get("torch"):
+        torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    gpu_items = [item for item in items if "gpu" in item.keywords]
+    if gpu_items and (missing := missing_gpu()):
+        for item in gpu_items:
+            item.add_marker(pytest.mark.skip(reason=missing))
+
+
+def missing_gpu() -> str | None:
+    """Why the tests marked `gpu` cannot run here."""
+    import torch
+
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} is a CPU build; install the CUDA build to run this"
+    if not torch.cuda.is_available():
+        return "no CUDA device: torch.cuda.is_available() is False"
+    return None

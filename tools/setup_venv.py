@@ -1,0 +1,192 @@
+"""Make a virtual environment with disagg (editable) and everything its tests need.
+
+    python3 tools/setup_venv.py .venv
+
+Run by `make`; the file `.ready` inside the environment says that it is complete. Nothing is ever removed: an
+environment that exists is brought up to date. The standard library is all that may be used here.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import unquote, urlparse
+
+ROOT = Path(__file__).resolve().parent.parent
+OLDEST_PYTHON = (3, 11)
+CPU_INDEX = "https://download.pytorch.org/whl/cpu"
+CPU_INDEX_ANSWER_S = 8  # one small page at a 3 s connect timeout, and the time that pip needs to start
+CPU_BUILD = "CPU build, about 200 MB"
+CUDA_BUILD = "on Linux this is the CUDA build, about 3 GB with its libraries"
+
+
+class SetupError(Exception):
+    """Something that the user can mend, in one sentence."""
+
+
+@dataclass(frozen=True)
+class TorchSource:
+    """Where torch comes from: `index` is None when pip's own configuration decides."""
+
+    index: str | None
+    why: str
+
+
+def choose_torch(
+    *,
+    override: str | None,
+    linux: bool,
+    driver: bool,
+    local_wheel: Callable[[], str | None],
+    cpu_index_answers: Callable[[], bool],
+) -> TorchSource:
+    """The build of torch that fits this machine.
+
+    On Linux, PyPI's torch is the CUDA build: without an NVIDIA driver its gigabytes would only lie there.
+    `local_wheel` and `cpu_index_answers` are called at most once, and only when their answer matters.
+    """
+    if override:
+        return TorchSource(override, "from TORCH_INDEX")
+    if wheel := local_wheel():
+        return TorchSource(None, f"{wheel}, which pip is configured to find on this machine")
+    if not linux:
+        return TorchSource(None, CPU_BUILD)
+    if driver:
+        return TorchSource(None, f"this machine has an NVIDIA driver; {CUDA_BUILD}")
+    if cpu_index_answers():
+        return TorchSource(CPU_INDEX, f"no NVIDIA driver; {CPU_BUILD}, from PyTorch's CPU index")
+    return TorchSource(None, f"PyTorch's CPU index does not answer; {CUDA_BUILD}. TORCH_INDEX=URL names another index")
+
+
+def has_nvidia_driver() -> bool:
+    return any(Path(path).exists() for path in ("/proc/driver/nvidia/version", "/dev/nvidiactl", "/dev/dxg"))
+
+
+def pip(python: Path, *arguments: str) -> list[str]:
+    return [str(python), "-m", "pip", "--disable-pip-version-check", *arguments]
+
+
+def find_local_wheel(python: Path, requirement: str) -> str | None:
+    """Name and size of the wheel of `requirement` in the folders pip is told to look in, without any network."""
+    report = python.parent.parent / "torch.json"
+    command = pip(python, "install", "--quiet", "--dry-run", "--no-index", "--no-deps", "--ignore-installed")
+    found = subprocess.run([*command, "--report", str(report), requirement], capture_output=True)
+    if found.returncode != 0:
+        return None
+    url = json.loads(report.read_text())["install"][0]["download_info"]["url"]
+    report.unlink()
+    path = Path(unquote(urlparse(url).path))
+    size = f", {path.stat().st_size / 1e6:.0f} MB" if path.is_file() else ""
+    return f"{path.name}{size}"
+
+
+def cpu_index_answers(python: Path, requirement: str) -> bool:
+    """Ask through pip, because pip knows this machine's proxies and certificates."""
+    name, version = requirement.split("==")
+    command = pip(python, "index", "versions", name, "--index-url", CPU_INDEX, "--timeout", "3", "--retries", "0")
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=CPU_INDEX_ANSWER_S)
+    except subprocess.TimeoutExpired:
+        return False
+    return answer.returncode == 0 and version in answer.stdout
+
+
+def torch_requirement() -> str:
+    """`torch==...` of the constraints file."""
+    found = re.search(r"^torch==\S+", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
+    if found is None:
+        raise SetupError("constraints.txt pins no torch: restore the line `torch==...`")
+    return found.group()
+
+
+def dev_requirements() -> list[str]:
+    """The dependency group `dev`; read here, because `pip install --group` needs a newer pip than venvs come with."""
+    import tomllib  # new in 3.11: imported once the version is known to be right
+
+    groups: dict[str, list[str]] = tomllib.loads((ROOT / "pyproject.toml").read_text())["dependency-groups"]
+    return groups["dev"]
+
+
+def run(command: list[str], what: str) -> None:
+    if subprocess.run(command, cwd=ROOT).returncode != 0:
+        raise SetupError(f"{what} failed, see above: mend the cause and run the same command again, it continues")
+
+
+def make_venv(folder: Path) -> Path:
+    """The environment's python; a folder whose python does not start (a copied or orphaned one) is made anew."""
+    python = folder / "bin" / "python"
+    if python.exists() and subprocess.run([str(python), "-m", "pip", "--version"], capture_output=True).returncode == 0:
+        return python
+    try:
+        import ensurepip  # noqa: F401 - Debian ships neither without python3-venv
+        import venv  # noqa: F401
+    except ImportError as exc:
+        package = f"python{sys.version_info[0]}.{sys.version_info[1]}-venv"
+        raise SetupError(f"{sys.executable} has no venv module: `apt-get install {package}`, or PYTHON=...") from exc
+    run([sys.executable, "-m", "venv", "--clear", str(folder)], "making the environment")
+    return python
+
+
+def install_torch(python: Path) -> None:
+    requirement = torch_requirement()
+    present = "import importlib.metadata as m, sys; sys.exit(m.version('torch').split('+')[0] != sys.argv[1])"
+    version = requirement.split("==")[1]
+    if subprocess.run([str(python), "-c", present, version], capture_output=True).returncode == 0:
+        say("2/3", f"{requirement} is there already")
+        return
+    source = choose_torch(
+        override=os.environ.get("TORCH_INDEX"),
+        linux=sys.platform == "linux",
+        driver=has_nvidia_driver(),
+        local_wheel=lambda: find_local_wheel(python, requirement),
+        cpu_index_answers=lambda: cpu_index_answers(python, requirement),
+    )
+    say("2/3", f"{requirement}: {source.why}")
+    index = ["--index-url", source.index] if source.index else []
+    run(pip(python, "install", "--no-deps", *index, requirement), "installing torch")
+
+
+def install_project(python: Path) -> None:
+    """Build tools first, then the project without build isolation: nothing outside the constraints is fetched."""
+    say("3/3", "disagg (editable), its dependencies and the tools of `make`")
+    constrained = pip(python, "install", "--constraint", "constraints.txt")
+    run([*constrained, "--quiet", "setuptools"], "installing setuptools")
+    run([*constrained, "--no-build-isolation", "--editable", ".", *dev_requirements()], "installing disagg")
+
+
+def say(step: str, text: str) -> None:
+    print(f"[{step}] {text}", flush=True)
+
+
+def main(arguments: list[str]) -> int:
+    started = time.monotonic()
+    folder = Path(arguments[0] if arguments else ".venv").absolute()
+    try:
+        if sys.version_info < OLDEST_PYTHON:
+            have, need = (".".join(map(str, version[:2])) for version in (sys.version_info, OLDEST_PYTHON))
+            raise SetupError(
+                f"{sys.executable} is Python {have}, disagg needs {need} or later: `make PYTHON=python{need}`"
+            )
+        say("1/3", f"environment in {os.path.relpath(folder)}, with {sys.executable}")
+        python = make_venv(folder)
+        install_torch(python)
+        install_project(python)
+    except SetupError as exc:
+        print(f"error: {exc}", file=sys.stderr)
+        return 2
+    (folder / ".ready").touch()
+    free = shutil.disk_usage(folder).free / 1e9
+    say("done", f"{time.monotonic() - started:.0f} s, {free:.0f} GB of disk left")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
