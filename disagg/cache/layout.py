@@ -66,7 +66,7 @@ class LayerGroup:
 
 @dataclass(frozen=True, slots=True)
 class CacheLayout:
-    """`pool_of_group[g]`: the pool of group g; `slot_nbytes[p]`: bytes per slot of pool p; `producers`: (layer, producer)."""
+    """`pool_of_group[g]`: the pool of group g; `slot_nbytes[p]`: bytes per slot of pool p; `producers`: pairs."""
 
     block_size: int
     groups: tuple[LayerGroup, ...]
