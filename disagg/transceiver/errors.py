@@ -33,3 +33,7 @@ class SourceChanged(TransceiverError):
 
 class TicketRefused(RemoteProtocolError):
     """A FETCH without a valid ticket for this transfer, epoch and incarnation."""
+
+
+class EndpointRefused(TransceiverError):
+    """This process cannot listen at, or connect to, that address; the message says why and what to do."""

@@ -1,0 +1,36 @@
+"""Runs an async test in a loop of its own, with a deadline, and fails it when it leaves a task behind."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+from collections.abc import Awaitable, Callable, Coroutine
+from typing import Any, ParamSpec, TypeVar
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+DEADLINE_S = (
+    30.0  # no test needs a tenth of it; a hang should fail with its own traceback, long before pytest's timeout
+)
+
+
+def in_event_loop(test: Callable[P, Coroutine[Any, Any, None]]) -> Callable[P, None]:
+    @functools.wraps(test)
+    def run(*args: P.args, **kwargs: P.kwargs) -> None:
+        asyncio.run(_supervised(test(*args, **kwargs)))
+
+    return run
+
+
+async def within(awaitable: Awaitable[T], seconds: float = 5.0) -> T:
+    """The result, or `TimeoutError`: what loopback does takes milliseconds."""
+    async with asyncio.timeout(seconds):
+        return await awaitable
+
+
+async def _supervised(test: Coroutine[Any, Any, None]) -> None:
+    async with asyncio.timeout(DEADLINE_S):
+        await test
+    left = asyncio.all_tasks() - {asyncio.current_task()}
+    assert not left, f"tasks left behind: {left}"
