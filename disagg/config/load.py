@@ -11,11 +11,12 @@ import yaml
 from pydantic import ValidationError
 
 from disagg.config.errors import ConfigError
-from disagg.config.settings import RouterSettings, Settings, UpSettings, WorkerSettings
+from disagg.config.settings import DemoSettings, RouterSettings, Settings, UpSettings, WorkerSettings
 
 PREFIX: Final = "DISAGG_"
 OTHER_VARIABLES: Final = frozenset({"DISAGG_SECRET", "DISAGG_CONFIG"})
 
+COMMANDS: Final = (UpSettings, DemoSettings, RouterSettings, WorkerSettings)
 _KINDS: Final = {"int": "a whole number", "float": "a number", "bool": "true or false"}
 
 S = TypeVar("S", bound=Settings)
@@ -52,9 +53,23 @@ def read_environ(cls: type[Settings], environ: Mapping[str, str]) -> dict[str, s
     return {field: environ[name] for field in cls.model_fields if environ.get(name := variable_of(field))}
 
 
+def to_flags(settings: Settings, *, hide: Iterable[str] = ()) -> list[str]:
+    """The command line that gives `settings` again; defaults are left out, and so are the fields in `hide`."""
+    flags = []
+    for field, info in type(settings).model_fields.items():
+        value = getattr(settings, field)
+        if field in hide or value is None or (value == info.default and field != "model"):
+            continue
+        if isinstance(value, bool):
+            flags.append(flag_of(field) if value else "--no-" + flag_of(field)[2:])
+        else:
+            flags += [flag_of(field), _shown(value)]
+    return flags
+
+
 def unknown_variables(environ: Mapping[str, str]) -> list[str]:
     """`DISAGG_*` variables that no command reads: most likely misspelt."""
-    known = {variable_of(field) for cls in (RouterSettings, WorkerSettings, UpSettings) for field in cls.model_fields}
+    known = {variable_of(field) for cls in COMMANDS for field in cls.model_fields}
     return sorted(name for name in environ if name.startswith(PREFIX) and name not in known | OTHER_VARIABLES)
 
 
@@ -92,6 +107,8 @@ def _sentence(exc: ValidationError, values: Mapping[str, Any], origins: Mapping[
         return f"`{flag_of(field)}`: {message}"
     if error["type"].startswith(("int_", "float_", "bool_")):
         message = f"expected {_KINDS[error['type'].partition('_')[0]]}"
+    if error["type"].endswith("too_short"):
+        message = "expected a value"
     field = str(error["loc"][0])
     if field not in origins:
         return message

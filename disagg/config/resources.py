@@ -37,6 +37,11 @@ def available_memory_nbytes(cgroup: Path = CGROUP, meminfo: Path = MEMINFO) -> i
     return available
 
 
+def default_kv_cache_nbytes(memory_share: float = 1.0) -> int:
+    """The most a CPU worker takes when `--kv-cache-memory` is not given; `memory_share` is its part among siblings."""
+    return int(CPU_MEMORY_FRACTION * memory_share * available_memory_nbytes())
+
+
 def threads_per_worker(num_workers: int, cores: int) -> int:
     """Torch threads of each worker that shares `cores`: more threads than cores only wait for each other."""
     return max(1, cores // num_workers)

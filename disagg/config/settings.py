@@ -104,7 +104,7 @@ class EngineSettings(Settings):
     kv_cache_memory: Nbytes | None = Field(
         None, description="KV cache bytes, such as 512MiB; `up` divides them [default: a share of what is free]"
     )
-    tensor_parallel_size: Count = Field(1, description="Ranks per worker; only 1 is supported")
+    tensor_parallel_size: Count = Field(1, description="Ranks per worker", json_schema_extra={"hidden": True})
     planes: Names = Field(PLANES, description="Data planes in order of preference, of shm and zmq")
     fetch_wait_s: Seconds = Field(
         30.0, description="Seconds that computed KV waits for the decode worker to ask for it"
@@ -190,6 +190,15 @@ class UpSettings(HttpSettings, EngineSettings):
     @property
     def num_workers(self) -> int:
         return self.prefill + self.decode + self.both
+
+
+class DemoSettings(UpSettings):
+    """`disagg demo`: as `up`, but every port is a free one, and logs are quiet unless asked for."""
+
+    port: Port = Field(0, description="Port of the HTTP API; 0 takes a free one")
+    log_level: Literal["debug", "info", "warning", "error"] = Field(
+        "warning", description="Least severe log line to write"
+    )
 
 
 def _refuse_insecure(insecure: bool, field: str, host: str) -> None:

@@ -1,0 +1,88 @@
+"""The `disagg` command. Results go to stdout, logs to stderr; a user's mistake is one sentence and exit code 2."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from typing import Any, Final, get_args
+
+import typer
+
+from disagg import __version__
+from disagg.cli.options import command
+from disagg.cli.process import INTERRUPTED, USER_ERROR, run_router, run_worker
+from disagg.config.errors import ConfigError
+from disagg.config.settings import DemoSettings, Role, RouterSettings, UpSettings, WorkerSettings
+
+app = typer.Typer(
+    help="Serve a language model with prefill and decode on separate workers.",
+    epilog="Every option is also a `DISAGG_*` variable and a key of the `--config` file: flag > variable > file.",
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+INHERITED = ("announce_fd", "secret_fd")
+HELP_OF_ROLE = {
+    "prefill": "Start one worker that computes prompts and sends their KV.",
+    "decode": "Start one worker that receives KV and generates.",
+    "both": "Start one worker that computes prompts and generates: no transfer.",
+}
+
+
+# click's UsageError, wherever this typer keeps its click
+USAGE_ERROR: Final[Any] = next(cls for cls in typer.BadParameter.__mro__ if cls.__name__ == "UsageError")
+
+
+def _up(settings: UpSettings) -> int:
+    from disagg.cli.up import up
+
+    return up(settings)
+
+
+def _demo(settings: DemoSettings) -> int:
+    from disagg.cli.demo import demo
+
+    return demo(settings)
+
+
+app.command("up", help="Start router and workers on this machine.")(command(UpSettings, _up))
+app.command("demo", help="Serve the bundled model for one request and show what it moved.")(
+    command(DemoSettings, _demo)
+)
+app.command("router", help="Start the router: HTTP API, registration, dispatch.")(
+    command(RouterSettings, run_router, hidden=INHERITED)
+)
+for _role in get_args(Role):
+    app.command(_role, help=HELP_OF_ROLE[_role])(
+        command(WorkerSettings, functools.partial(run_worker, _role), hidden=INHERITED)
+    )
+
+
+@app.command("version", help="Print the version.")
+def version() -> None:
+    typer.echo(__version__)
+
+
+def run() -> None:
+    """Entry point of the console script."""
+    sys.exit(main(sys.argv[1:]))
+
+
+def main(argv: list[str]) -> int:
+    """Run one command line; its exit code. Errors of the command line become one sentence."""
+    try:
+        code = app(argv or ["--help"], prog_name="disagg", standalone_mode=False)
+    except ConfigError as exc:
+        return _refuse(str(exc))
+    except USAGE_ERROR as exc:
+        return _refuse(exc.format_message().rstrip(".") + ": see `disagg --help`")
+    except (KeyboardInterrupt, typer.Abort):
+        return INTERRUPTED
+    return code if isinstance(code, int) else 0
+
+
+def _refuse(sentence: str) -> int:
+    print("disagg:", " ".join(sentence.split()), file=sys.stderr)  # noqa: T201
+    return USER_ERROR

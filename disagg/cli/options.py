@@ -1,0 +1,74 @@
+"""Turn a settings class into the options of a command, so that flag, variable, YAML key and help cannot drift apart."""
+
+from __future__ import annotations
+
+import inspect
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import UnionType
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
+
+import typer
+from pydantic.fields import FieldInfo
+
+from disagg.config.load import flag_of, load, unknown_variables
+from disagg.config.settings import Settings
+
+S = TypeVar("S", bound=Settings)
+
+
+def command(cls: type[S], action: Callable[..., int], *, hidden: tuple[str, ...] = ()) -> Callable[..., None]:
+    """A typer command that loads `cls` and exits with `action(settings, **hidden)`. `hidden` names integer flags."""
+
+    def run(**given: Any) -> None:
+        extra = {name: given.pop(name) for name in hidden}
+        config = given.pop("config") or os.environ.get("DISAGG_CONFIG")
+        flags = {field: value for field, value in given.items() if value is not None}
+        settings = load(cls, flags, os.environ, Path(config) if config else None)
+        for name in unknown_variables(os.environ):
+            print(f"disagg: no command reads `{name}`: is it misspelt?", file=sys.stderr)  # noqa: T201
+        raise typer.Exit(action(settings, **extra))
+
+    annotations = {field: _option(field, info) for field, info in cls.model_fields.items()}
+    annotations["config"] = Annotated[
+        str | None, typer.Option("--config", help="YAML file with settings", metavar="FILE")
+    ]
+    annotations |= {name: Annotated[int | None, typer.Option(flag_of(name), hidden=True)] for name in hidden}
+    run.__annotations__ = annotations
+    run.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+        [
+            inspect.Parameter(n, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=a)
+            for n, a in annotations.items()
+        ]
+    )
+    return run
+
+
+def _option(field: str, info: FieldInfo) -> Any:
+    """Text is validated by the settings class, whose sentences are the same for flag, variable and file."""
+    flag, text = flag_of(field), info.description or ""
+    if info.annotation is bool:
+        return Annotated[bool | None, typer.Option(f"{flag}/--no-{flag[2:]}", help=text, show_default=False)]
+    hidden = info.json_schema_extra == {"hidden": True}
+    help_text, metavar = _help(text, info.default), _metavar(info.annotation)
+    return Annotated[str | None, typer.Option(flag, help=help_text, metavar=metavar, hidden=hidden)]
+
+
+def _help(text: str, default: object) -> str:
+    if default is None or "[default" in text:
+        return text
+    shown = ",".join(map(str, default)) if isinstance(default, tuple) else default
+    return f"{text} [default: {shown}]"
+
+
+def _metavar(annotation: Any) -> str:
+    """What to write after the flag: INT, SECONDS or the choices."""
+    if get_origin(annotation) in {Union, UnionType}:
+        annotation = get_args(annotation)[0]
+    if get_origin(annotation) is Annotated:
+        annotation = get_args(annotation)[0]
+    if get_origin(annotation) is Literal:
+        return "|".join(get_args(annotation))
+    return {int: "INT", float: "NUMBER", Path: "FILE"}.get(annotation, "TEXT")

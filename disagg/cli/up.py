@@ -1,0 +1,219 @@
+"""`disagg up`: router and workers on this machine under one supervisor."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import sys
+import time
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import cycle
+from typing import Any, Final
+
+import aiohttp
+
+from disagg.cli.child import ChildSpec
+from disagg.cli.display import display
+from disagg.cli.process import require_free_port
+from disagg.cli.supervisor import ClusterError, Ready, Supervisor
+from disagg.config.load import COMMANDS, OTHER_VARIABLES, to_flags, variable_of
+from disagg.config.quantities import format_nbytes
+from disagg.config.resources import num_cores, threads_per_worker
+from disagg.config.secret import INSECURE_SECRET, draw_secret
+from disagg.config.settings import EngineSettings, HttpSettings, Role, RouterSettings, UpSettings, WorkerSettings
+
+LOOPBACK: Final = "127.0.0.1"
+LINKS_TIMEOUT_S: Final = 30.0  # all workers are ready by then: what remains are handshakes of milliseconds
+POLL_S: Final = 0.1  # below what a person notices, and two leases long enough not to be a load
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """What one decode worker says of its link to one prefill worker."""
+
+    prefill: str
+    decode: str
+    plane: str
+    state: str
+    detail: str
+
+
+Work = Callable[[Ready, Sequence[Ready], Sequence[Pair]], Awaitable[int]]
+
+
+class LocalCluster:
+    """The processes of one `up`, and what each is told."""
+
+    def __init__(self, settings: UpSettings, model: str) -> None:
+        self._settings = settings
+        self._shared = {"model": model, "insecure": settings.insecure, "log_level": settings.log_level}
+        self._threads = settings.threads or threads_per_worker(settings.num_workers, num_cores())
+
+    def router(self, ready: Ready | None) -> ChildSpec:
+        """A router that starts again takes the ports it announced: clients and workers know them."""
+        told = {field: getattr(self._settings, field) for field in HttpSettings.model_fields}
+        told |= self._shared | {"served_model_name": self._settings.served_name, "control_host": LOOPBACK}
+        told |= {"admin_port": self._settings.admin_port, "control_port": self._settings.control_port}
+        if ready is not None:
+            told |= {"port": _port(ready["url"]), "admin_port": _port(ready["admin"])}
+            told |= {"control_port": _port(ready["control"])}
+        env = child_environment(os.environ)
+        if self._settings.api_key is not None:
+            env[variable_of("api_key")] = self._settings.api_key  # not argv, which every user can read
+        return _spec("router", "router", to_flags(RouterSettings(**told), hide=("api_key",)), env)
+
+    def workers(self, ready: Ready) -> list[ChildSpec]:
+        decode_devices = cycle(self._settings.decode_devices)
+        devices = {"prefill": cycle(self._settings.prefill_devices), "decode": decode_devices, "both": decode_devices}
+        counts: dict[Role, int] = {
+            "prefill": self._settings.prefill,
+            "decode": self._settings.decode,
+            "both": self._settings.both,
+        }
+        placed = [(role, f"{role}-{n}", next(devices[role])) for role, count in counts.items() for n in range(count)]
+        used = [device for _, _, device in placed]
+        return [self._worker(*place, ready["control"], used.count(place[2])) for place in placed]
+
+    def _worker(self, role: Role, name: str, device: str, control: str, num_sharing: int) -> ChildSpec:
+        """`num_sharing` workers use this device's memory, this one included."""
+        told = {field: getattr(self._settings, field) for field in EngineSettings.model_fields} | self._shared
+        told |= {"router": control, "worker_id": name, "device": device, "threads": self._threads}
+        told |= {"memory_share": round(1 / num_sharing, 4)}
+        if self._settings.kv_cache_memory is not None:
+            told |= {"kv_cache_memory": self._settings.kv_cache_memory // self._settings.num_workers}
+        env = child_environment(os.environ) | {"OMP_NUM_THREADS": str(self._threads)}
+        return _spec(name, role, to_flags(WorkerSettings(**told)), env)
+
+
+def up(settings: UpSettings) -> int:
+    """Serve until a signal; the exit code."""
+    return serve(settings, _serve_forever(settings))
+
+
+def serve(settings: UpSettings, work: Work) -> int:
+    """Start the cluster and await `work(router, workers, pairs)`, whose result is the exit code.
+
+    Raises ConfigError for what the user gave.
+    """
+    for port, host, flag in (
+        (settings.port, settings.host, "--port"),
+        (settings.admin_port, LOOPBACK, "--admin-port"),
+        (settings.control_port, LOOPBACK, "--control-port"),
+    ):
+        require_free_port(host, port, flag)
+    cluster = LocalCluster(settings, _resolved(settings.model))
+    secret = INSECURE_SECRET if settings.insecure else draw_secret()
+    with display() as shown:
+
+        async def connected(router: Ready, workers: Sequence[Ready]) -> int:
+            pairs = await wait_for_pairs(settings, router["url"])
+            shown.settle()
+            return await work(router, workers, pairs)
+
+        try:
+            return asyncio.run(Supervisor(cluster, secret, shown).run(connected))
+        except ClusterError as exc:
+            shown.say(str(exc))
+            return 1
+
+
+def child_environment(environ: Mapping[str, str]) -> dict[str, str]:
+    """Our environment without settings: they were read here, and a child gets its own as flags."""
+    read = {variable_of(field) for cls in COMMANDS for field in cls.model_fields} | OTHER_VARIABLES
+    return {name: value for name, value in environ.items() if name not in read}
+
+
+async def wait_for_pairs(settings: UpSettings, url: str) -> list[Pair]:
+    """Until the router can place a request and every prefill worker is linked with every decode worker.
+
+    Raises ClusterError with the reason of one missing pair after LINKS_TIMEOUT_S.
+    """
+    headers = {"Authorization": f"Bearer {settings.api_key}"} if settings.api_key else {}
+    deadline = time.monotonic() + LINKS_TIMEOUT_S
+    async with aiohttp.ClientSession(headers=headers, timeout=aiohttp.ClientTimeout(total=LINKS_TIMEOUT_S)) as session:
+        while True:
+            ready, pairs = await _placeable(session, url)
+            linked = [pair for pair in pairs if pair.state == "ready"]
+            if ready and len(linked) >= settings.prefill * settings.decode:
+                return linked
+            if time.monotonic() > deadline:
+                raise ClusterError(_missing(pairs))
+            await asyncio.sleep(POLL_S)
+
+
+async def _placeable(session: aiohttp.ClientSession, url: str) -> tuple[bool, list[Pair]]:
+    """`GET /ready` and `GET /workers`."""
+    try:
+        async with session.get(f"{url}/ready") as response:
+            ready = response.status == 200
+        async with session.get(f"{url}/workers") as response:
+            response.raise_for_status()
+            return ready, pairs_of(await response.json())
+    except aiohttp.ClientConnectionError:  # the router is being restarted
+        return False, []
+
+
+def _missing(pairs: Sequence[Pair]) -> str:
+    start = f"workers started but cannot serve after {LINKS_TIMEOUT_S:.0f} s"
+    for pair in pairs:
+        if pair.state != "ready":
+            return f"{start}: {pair.prefill} -> {pair.decode} is {pair.state}: {pair.detail or 'no reason given'}"
+    return f"{start}: none of them registered"
+
+
+def _serve_forever(settings: UpSettings) -> Work:
+    async def work(router: Ready, workers: Sequence[Ready], pairs: Sequence[Pair]) -> int:
+        for line in summary(settings, router, workers, pairs):
+            print(line, flush=True)  # noqa: T201 (this is the command's result)
+        await asyncio.Event().wait()
+        raise AssertionError("only a signal or a lost child ends this")
+
+    return work
+
+
+def pairs_of(body: Mapping[str, Any]) -> list[Pair]:
+    """The links in the answer of `GET /workers`."""
+    return [
+        Pair(link["worker_id"], worker["worker_id"], link["plane"], link["state"], link["detail"])
+        for worker in body["workers"]
+        for link in worker["links"]
+    ]
+
+
+def summary(settings: UpSettings, router: Ready, workers: Sequence[Ready], pairs: Sequence[Pair]) -> list[str]:
+    """What is running, and how to ask it something."""
+    return [
+        f"serving `{settings.served_name}` at {router['url']} (admin: {router['admin']})",
+        *(
+            f"  {worker['worker_id']}: {worker['device']}, {worker['threads']} of {num_cores()} cores, "
+            f"{format_nbytes(worker['memory'])} of KV cache, max-model-len {worker['max_model_len']}"
+            for worker in workers
+        ),
+        *(f"  {pair.prefill} -> {pair.decode}: {pair.plane}" for pair in pairs),
+        curl(settings, router["url"]),
+    ]
+
+
+def curl(settings: UpSettings, url: str) -> str:
+    """A command to paste; the key is left for the user to fill in."""
+    body = {"model": settings.served_name, "prompt": "If the file does not exist,", "max_tokens": 48}
+    key = " -H 'Authorization: Bearer YOUR_KEY'" if settings.api_key else ""
+    return f"curl {url}/v1/completions -H 'Content-Type: application/json'{key} -d '{json.dumps(body)}'"
+
+
+def _resolved(model: str) -> str:
+    """The model's folder, fetched once here rather than by every child. Raises ConfigError."""
+    from disagg.engine.checkpoint import resolve_model  # here, so that `--help` need not load it
+
+    return str(resolve_model(model))
+
+
+def _spec(name: str, command: str, flags: Sequence[str], env: Mapping[str, str]) -> ChildSpec:
+    """`-P`: the top-level links `cache`, `kernels` and `transceiver` must not shadow other packages."""
+    return ChildSpec(name, (sys.executable, "-P", "-m", "disagg", command, *flags), env)
+
+
+def _port(url: str) -> int:
+    return int(url.rpartition(":")[2].rstrip("/"))
