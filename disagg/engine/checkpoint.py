@@ -1,0 +1,280 @@
+"""A model folder as the hub ships it, read without torch or transformers: where it is, what it is, how it likes to be sampled."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from dataclasses import dataclass
+from hashlib import blake2b
+from pathlib import Path
+from typing import IO, Any
+
+INDEX_NAME = "model.safetensors.index.json"
+WEIGHTS_NAME = "model.safetensors"
+TOKENIZER_FILES = (
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "merges.txt",
+    "special_tokens_map.json",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "vocab.json",
+)
+# Written by whichever tool saved the folder last; they do not change what the model computes.
+VOLATILE_CONFIG_KEYS = frozenset({"_name_or_path", "_commit_hash", "transformers_version"})
+SAMPLE_NBYTES = 4096  # per sample: one page, so a tensor costs three page reads
+# safetensors' own limit; a longer header is a damaged or hostile file.
+MAX_HEADER_NBYTES = 100_000_000
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+HUB_FILES = ("*.json", "*.safetensors", "*.jinja", "tokenizer.model", "merges.txt")
+
+
+class ModelRefused(ValueError):
+    """The model cannot be served; the message is one sentence for the user."""
+
+
+@dataclass(frozen=True, slots=True)
+class TensorEntry:
+    """One tensor of a safetensors file. `start`, `end`: absolute byte offsets in `path`. `dtype` as safetensors names it."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    path: Path
+    start: int
+    end: int
+
+    @property
+    def nbytes(self) -> int:
+        return self.end - self.start
+
+
+# --- where it is --------------------------------------------------------------------------------------------
+
+
+def resolve_model(name: str) -> Path:
+    """The folder `name` names: a path, or a hub id, downloaded or found in the hub's cache (HF_HOME, HF_TOKEN, HF_HUB_OFFLINE).
+
+    Raises ModelRefused when there is no such folder or model, or the folder holds no config or no safetensors.
+    """
+    folder = Path(name).expanduser()
+    if not folder.is_dir():
+        if folder.exists():
+            raise ModelRefused(f"model `{name}` is a file, expected a folder with config.json and safetensors files")
+        if not HUB_ID.fullmatch(name):
+            raise ModelRefused(f"model folder `{name}` does not exist; give a folder with config.json or a hub id")
+        folder = _download(name)
+    read_config(folder)
+    weight_files(folder)
+    return folder
+
+
+def _download(name: str) -> Path:
+    import huggingface_hub  # only a hub id needs it, and it takes a while to import
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+    try:
+        return Path(huggingface_hub.snapshot_download(name, allow_patterns=list(HUB_FILES)))
+    except GatedRepoError as exc:
+        raise ModelRefused(f"model `{name}` is gated: accept its licence on the hub and set HF_TOKEN") from exc
+    except RepositoryNotFoundError as exc:
+        raise ModelRefused(
+            f"model `{name}` is neither a folder here nor a model on the hub (a private one needs HF_TOKEN)"
+        ) from exc
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError, ValueError) as exc:
+        raise ModelRefused(
+            f"model `{name}` is no folder here, is not in the hub's cache, and the hub cannot be reached; give a folder"
+        ) from exc
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """config.json as it stands. Raises ModelRefused when it is missing or is no JSON object."""
+    config = _read_json(folder, "config.json")
+    if config is None:
+        raise ModelRefused(f"model folder `{folder}` has no config.json; give a folder as the hub ships it")
+    return config
+
+
+def _read_json(folder: Path, name: str) -> dict[str, Any] | None:
+    try:
+        value = json.loads((folder / name).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as exc:
+        raise ModelRefused(f"`{folder / name}` cannot be read as JSON: {exc}") from exc
+    if not isinstance(value, dict):
+        raise ModelRefused(f"`{folder / name}` holds no JSON object")
+    return value
+
+
+# --- its weights --------------------------------------------------------------------------------------------
+
+
+def weight_files(folder: Path) -> tuple[Path, ...]:
+    """The safetensors files that make up the model: the index's shards, or the one file. Raises ModelRefused."""
+    index = _read_json(folder, INDEX_NAME)
+    if index is None:
+        names = [WEIGHTS_NAME]
+    else:
+        weight_map = index.get("weight_map")
+        if not isinstance(weight_map, dict) or not all(_is_plain_name(name) for name in weight_map.values()):
+            raise ModelRefused(f"`{folder / INDEX_NAME}` has no usable weight_map; fetch the model again")
+        names = sorted(set(weight_map.values()))
+    for name in names:
+        if not (folder / name).is_file():
+            raise ModelRefused(f"model folder `{folder}` lacks {name}; only safetensors checkpoints are served")
+    return tuple(folder / name for name in names)
+
+
+def _is_plain_name(name: object) -> bool:
+    return isinstance(name, str) and name != "" and Path(name).name == name
+
+
+def read_tensors(folder: Path) -> tuple[TensorEntry, ...]:
+    """Every tensor of the model by name, from the files' headers alone, so in the same order however it is sharded."""
+    entries = [entry for path in weight_files(folder) for entry in _read_header(path)]
+    return tuple(sorted(entries, key=lambda entry: entry.name))
+
+
+def _read_header(path: Path) -> list[TensorEntry]:
+    try:
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if length > min(MAX_HEADER_NBYTES, path.stat().st_size):
+                raise ValueError(f"header of {length} bytes")
+            header = json.loads(file.read(length))
+        end = path.stat().st_size
+        return [
+            _entry(name, fields, path, 8 + length, end) for name, fields in header.items() if name != "__metadata__"
+        ]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as exc:
+        raise ModelRefused(f"`{path}` is no whole safetensors file ({exc}); fetch it again") from exc
+
+
+def _entry(name: str, fields: dict[str, Any], path: Path, base: int, file_end: int) -> TensorEntry:
+    first, last = fields["data_offsets"]
+    if not 0 <= first <= last <= file_end - base:
+        raise ValueError(f"tensor {name} lies outside the file")
+    return TensorEntry(name, str(fields["dtype"]), tuple(fields["shape"]), path, base + first, base + last)
+
+
+# --- who it is ----------------------------------------------------------------------------------------------
+
+
+def fingerprint(folder: Path, *, verify_weights: bool = False) -> str:
+    """blake2b-128 (hex) of config, tokenizer files and weights: equal fingerprints, equal models.
+
+    Of each tensor its name, dtype, shape and three 4 KiB samples count, with `verify_weights` all its bytes. How the
+    tensors are spread over shards does not. Raises ModelRefused.
+    """
+    state = blake2b(digest_size=16)
+    _update(state, b"config", _canonical(read_config(folder)))
+    for name in TOKENIZER_FILES:
+        path = folder / name
+        if path.is_file():
+            _update(state, name.encode(), path.read_bytes())
+    files: dict[Path, IO[bytes]] = {}
+    try:
+        for entry in read_tensors(folder):
+            file = files.get(entry.path) or files.setdefault(entry.path, entry.path.open("rb"))
+            head = json.dumps([entry.name, entry.dtype, entry.shape]).encode()
+            _update(state, head, _content(file, entry, verify_weights))
+    except OSError as exc:
+        raise ModelRefused(f"the weights in `{folder}` cannot be read: {exc}") from exc
+    finally:
+        for file in files.values():
+            file.close()
+    return state.hexdigest()
+
+
+def _canonical(config: dict[str, Any]) -> bytes:
+    kept = {key: value for key, value in config.items() if key not in VOLATILE_CONFIG_KEYS}
+    return json.dumps(kept, sort_keys=True, separators=(",", ":")).encode()
+
+
+def _update(state: blake2b, name: bytes, data: bytes) -> None:
+    for part in (name, data):  # lengths first, so that no two sequences of parts run together alike
+        state.update(len(part).to_bytes(8, "little"))
+        state.update(part)
+
+
+def _content(file: IO[bytes], entry: TensorEntry, whole: bool) -> bytes:
+    """What counts of a tensor's bytes: first, middle and last sample, or a digest of all."""
+    if whole:
+        return _digest_all(file, entry)
+    size = min(SAMPLE_NBYTES, entry.nbytes)
+    starts = (entry.start, entry.start + (entry.nbytes - size) // 2, entry.end - size)
+    return b"".join(os.pread(file.fileno(), size, start) for start in starts)
+
+
+def _digest_all(file: IO[bytes], entry: TensorEntry) -> bytes:
+    state = blake2b(digest_size=16)
+    for start in range(
+        entry.start, entry.end, 1 << 22
+    ):  # 4 MiB at a time: big enough that reads cost nothing beside hashing
+        state.update(os.pread(file.fileno(), min(1 << 22, entry.end - start), start))
+    return state.digest()
+
+
+# --- how it likes to be sampled -----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationDefaults:
+    """What a request gets that does not say otherwise, as vLLM takes it from generation_config.json.
+
+    `max_tokens` None = up to the model's length. `bos_token_id` None = the model has none.
+    """
+
+    eos_token_ids: tuple[int, ...] = ()
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    max_tokens: int | None = None
+    bos_token_id: int | None = None
+
+
+# generation_config.json's name -> ours; `do_sample` is ignored there too: a temperature is honoured without it.
+SAMPLING_KEYS = {
+    "temperature": "temperature",
+    "top_k": "top_k",
+    "top_p": "top_p",
+    "min_p": "min_p",
+    "repetition_penalty": "repetition_penalty",
+    "max_new_tokens": "max_tokens",
+}
+
+
+def generation_defaults(folder: Path) -> GenerationDefaults:
+    """eos ids of generation_config.json (or else config.json) and of the tokenizer, and sampling defaults. ModelRefused."""
+    generation = _read_json(folder, "generation_config.json") or {}
+    config = read_config(folder)
+    text = config.get("text_config") if isinstance(config.get("text_config"), dict) else {}
+    sources = [generation, config, text or {}]
+    eos = next((ids for ids in (_ids(source.get("eos_token_id")) for source in sources) if ids), ())
+    bos = next((ids[0] for ids in (_ids(source.get("bos_token_id")) for source in sources) if ids), None)
+    own = _tokenizer_eos(folder)
+    given = {ours: generation[key] for key, ours in SAMPLING_KEYS.items() if generation.get(key) is not None}
+    if not all(isinstance(value, int | float) and not isinstance(value, bool) for value in given.values()):
+        raise ModelRefused(f"`{folder / 'generation_config.json'}` has a sampling default that is no number: {given}")
+    if given.get("top_k", 0) < 0:  # -1 is a spelling of "off"
+        given["top_k"] = 0
+    return GenerationDefaults(eos_token_ids=tuple(dict.fromkeys([*eos, *own])), bos_token_id=bos, **given)
+
+
+def _ids(value: object) -> tuple[int, ...]:
+    values = value if isinstance(value, list) else [value]
+    return tuple(v for v in values if isinstance(v, int) and not isinstance(v, bool))
+
+
+def _tokenizer_eos(folder: Path) -> tuple[int, ...]:
+    """The id of the tokenizer's own eos token, if its files say both the token and its id."""
+    eos = (_read_json(folder, "tokenizer_config.json") or {}).get("eos_token")
+    content = eos.get("content") if isinstance(eos, dict) else eos
+    added = (_read_json(folder, "tokenizer.json") or {}).get("added_tokens") or []
+    return tuple(int(token["id"]) for token in added if token.get("content") == content)

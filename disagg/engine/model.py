@@ -1,0 +1,197 @@
+"""From a folder to a model that can run: its layers, what memory it takes, its weights."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections import Counter
+from dataclasses import asdict, dataclass
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from disagg.cache.host_memory import available_nbytes
+from disagg.cache.layout import LayerSpec
+from disagg.engine import hf
+from disagg.engine.architecture import (
+    Architecture,
+    check_text_config,
+    find_architecture,
+    needs_dequantising,
+    rope_by_layer_type,
+)
+from disagg.engine.checkpoint import ModelRefused, read_config, read_tensors
+from disagg.engine.probe import AttentionCall, probe
+
+log = logging.getLogger(__name__)
+
+DTYPES = ("float32", "bfloat16", "float16")
+GIB = 1 << 30
+# Beside the weights: activations of a step, tokenizer-free Python and torch themselves. Measured 0.6 GiB for a tiny model.
+OVERHEAD_NBYTES = GIB // 2
+
+
+@dataclass(frozen=True, slots=True)
+class Skeleton:
+    """A model known by its configuration alone: no weights were read. `num_parameters` counts tied ones once."""
+
+    architecture: Architecture
+    config: Any
+    calls: tuple[AttentionCall, ...]
+    num_parameters: int
+    is_quantised: bool
+
+    @property
+    def vocab_size(self) -> int:
+        return int(self.config.vocab_size)
+
+    @property
+    def max_position_embeddings(self) -> int:
+        return int(self.config.max_position_embeddings)
+
+    def layers(self, dtype: str) -> tuple[LayerSpec, ...]:
+        """Each attention layer as it calls attention, KV stored in `dtype`. No supported class has sink tokens."""
+        return tuple(
+            LayerSpec(
+                index=call.layer,
+                window=call.window,
+                num_sink_tokens=0,
+                num_kv_heads=call.num_kv_heads,
+                head_dim=call.head_dim,
+                dtype=dtype,
+                producer=call.producer,
+            )
+            for call in self.calls
+        )
+
+    @property
+    def attention(self) -> str:
+        """A signature of attention's semantics: windows, sharing, heads, scale, softcap, sink logits and RoPE per layer."""
+        rope = rope_by_layer_type(self.config)
+        facts = json.dumps([[asdict(call) for call in self.calls], rope], sort_keys=True, default=str)
+        windows = Counter("full" if call.window is None else f"window-{call.window}" for call in self.calls)
+        summary = "+".join(f"{count}x{name}" for name, count in windows.items())
+        return f"{summary}:{blake2b(facts.encode(), digest_size=8).hexdigest()}"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LoadedModel:
+    """A model ready to run. `dtype`: torch's name of the compute dtype; `attention`: see `Skeleton.attention`."""
+
+    module: torch.nn.Module
+    layers: tuple[LayerSpec, ...]
+    vocab_size: int
+    max_position_embeddings: int
+    dtype: str
+    device: torch.device
+    attention: str
+    weights_nbytes: int
+
+
+def read_skeleton(folder: Path) -> Skeleton:
+    """The model's structure from its configuration, built on the meta device. Raises ModelRefused."""
+    raw = read_config(folder)
+    architecture = find_architecture(raw)
+    is_quantised = needs_dequantising(raw, architecture)
+    try:
+        config = hf.load_config(folder).get_text_config()
+        check_text_config(config)
+        if is_quantised:
+            config.__dict__.pop("quantization_config", None)
+        module = hf.build_skeleton(architecture.text_class, config)
+        calls = probe(module, "meta")
+    except ModelRefused:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as exc:
+        raise ModelRefused(f"`{folder / 'config.json'}` does not describe a model that can be built: {exc}") from exc
+    _check_calls(calls)
+    num_parameters = sum(parameter.numel() for parameter in module.parameters())
+    return Skeleton(architecture, config, calls, num_parameters, is_quantised)
+
+
+def _check_calls(calls: tuple[AttentionCall, ...]) -> None:
+    for call in calls:
+        if call.value_dim != call.head_dim:
+            raise ModelRefused(f"layer {call.layer}: keys of {call.head_dim} and values of {call.value_dim} dimensions")
+        if call.num_heads % call.num_kv_heads:
+            raise ModelRefused(f"layer {call.layer}: {call.num_heads} heads over {call.num_kv_heads} KV heads")
+
+
+def layers_from_config(folder: Path, dtype: str = "auto") -> tuple[LayerSpec, ...]:
+    """The layers `load_model` would find, without reading a weight. Raises ModelRefused."""
+    skeleton = read_skeleton(folder)
+    return skeleton.layers(resolve_dtype(folder, skeleton, dtype))
+
+
+def resolve_dtype(folder: Path, skeleton: Skeleton, dtype: str) -> str:
+    """`auto`: the configuration's dtype, or where it is silent that of most of the weights' bytes. Raises ModelRefused."""
+    if dtype == "auto":
+        configured = getattr(skeleton.config, "dtype", None) or read_config(folder).get("dtype")
+        dtype = str(configured).removeprefix("torch.") if configured else _weights_dtype(folder)
+    if dtype not in DTYPES:
+        raise ModelRefused(f"dtype `{dtype}` is not supported; expected auto, {', '.join(DTYPES)}")
+    return dtype
+
+
+def _weights_dtype(folder: Path) -> str:
+    names = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+    nbytes: Counter[str] = Counter()
+    for tensor in read_tensors(folder):
+        nbytes[names.get(tensor.dtype, tensor.dtype)] += tensor.nbytes
+    return nbytes.most_common(1)[0][0] if nbytes else "float32"
+
+
+def load_model(folder: Path, *, dtype: str = "auto", device: str = "cpu") -> LoadedModel:
+    """Build the model and read its weights. Raises ModelRefused: unsupported, damaged, or too large for the memory.
+
+    The memory is compared before any weight is read; progress goes to the log.
+    """
+    skeleton = read_skeleton(folder)
+    dtype_name = resolve_dtype(folder, skeleton, dtype)
+    torch_dtype: torch.dtype = getattr(torch, dtype_name)
+    nbytes = skeleton.num_parameters * torch_dtype.itemsize
+    _check_memory(folder, nbytes, dtype_name, torch.device(device), skeleton.is_quantised)
+    started = time.monotonic()
+    module = _read_weights(folder, skeleton, torch_dtype).to(device)
+    if probe(module, device) != skeleton.calls:
+        raise ModelRefused(f"model `{folder}`: its layers attend differently from what config.json says")
+    log.info("loaded %s: %.2f GiB in %s, %.1f s", folder, nbytes / GIB, dtype_name, time.monotonic() - started)
+    return LoadedModel(
+        module=module,
+        layers=skeleton.layers(dtype_name),
+        vocab_size=skeleton.vocab_size,
+        max_position_embeddings=skeleton.max_position_embeddings,
+        dtype=dtype_name,
+        device=torch.device(device),
+        attention=skeleton.attention,
+        weights_nbytes=nbytes,
+    )
+
+
+def _check_memory(folder: Path, nbytes: int, dtype: str, device: torch.device, is_quantised: bool) -> None:
+    available = available_nbytes() if device.type == "cpu" else torch.cuda.mem_get_info(device)[0]
+    sizes = f"{nbytes / GIB:.2f} GiB of weights as {dtype}, {available / GIB:.2f} GiB of memory available on {device}"
+    if nbytes + OVERHEAD_NBYTES > available:
+        raise ModelRefused(
+            f"model `{folder}` does not fit: {sizes}; use a smaller model, dtype bfloat16 or more memory"
+        )
+    log.info("%s %s: %s", "dequantising MXFP4 model" if is_quantised else "loading", folder, sizes)
+
+
+def _read_weights(folder: Path, skeleton: Skeleton, dtype: torch.dtype) -> torch.nn.Module:
+    architecture = skeleton.architecture
+    try:
+        module, missing, unexpected = hf.load_weights(
+            architecture.text_class, skeleton.config, folder, dtype, architecture.renames, skeleton.is_quantised
+        )
+    except (OSError, ValueError, RuntimeError, KeyError) as exc:
+        raise ModelRefused(f"the weights in `{folder}` cannot be loaded: {exc}") from exc
+    if missing:  # transformers would fill them with noise and say so in a warning
+        raise ModelRefused(f"the weights in `{folder}` lack {len(missing)} tensors, such as `{min(missing)}`")
+    surplus = sorted(name for name in unexpected if not architecture.is_expected_extra(name))
+    if surplus:
+        log.warning("%s: %d tensors are not used, such as `%s`", folder, len(surplus), surplus[0])
+    return module

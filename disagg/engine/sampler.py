@@ -1,0 +1,155 @@
+"""From logits to tokens: a pure function of (seed, absolute position, logits, ids so far).
+
+Order, as in vLLM: mask stop tokens until `min_tokens`, logit bias, repetition, frequency and presence penalties; then at
+temperature 0 the argmax, else temperature, min-p, top-k, top-p and a Gumbel-max draw. Reported log-probabilities are
+those of the raw logits, before all of it. Every row is computed alone, so its token does not depend on the batch, and in
+NumPy on the CPU, so it does not depend on the device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from disagg.engine.philox import gumbel
+from disagg.transceiver.messages.values import Sampling, TokenLogprobs
+
+Row = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True)
+class SampleInput:
+    """`position`: absolute position of the token to be chosen. `prompt`, `output`: the sequence's ids so far."""
+
+    sampling: Sampling
+    position: int
+    prompt: Sequence[int]
+    output: Sequence[int]
+
+
+@dataclass(frozen=True, slots=True)
+class Sampled:
+    """`finite` False: the row's logits held NaN or infinity, and `token_id` means nothing."""
+
+    token_id: int
+    logprobs: TokenLogprobs | None
+    finite: bool
+
+
+def sample(logits: torch.Tensor, inputs: Sequence[SampleInput]) -> list[Sampled]:
+    """One token per row of `logits` (float32 `[len(inputs), vocab_size]`)."""
+    assert logits.shape[0] == len(inputs)
+    if not inputs:
+        return []
+    greedy = logits.argmax(-1).tolist()
+    finite = logits.isfinite().all(-1).tolist()
+    return [
+        _sample_row(logits[i], row, greedy[i]) if finite[i] else Sampled(0, None, finite=False)
+        for i, row in enumerate(inputs)
+    ]
+
+
+def _sample_row(logits: torch.Tensor, row: SampleInput, greedy: int) -> Sampled:
+    sampling = row.sampling
+    if sampling.temperature == 0 and not _is_adjusted(row):
+        return Sampled(greedy, _logprobs(logits, greedy, sampling.num_logprobs), finite=True)
+    adjusted = _adjust(logits.cpu().numpy().copy(), row)
+    token_id = int(adjusted.argmax()) if sampling.temperature == 0 else _draw(adjusted, row)
+    return Sampled(token_id, _logprobs(logits, token_id, sampling.num_logprobs), finite=True)
+
+
+def _logprobs(logits: torch.Tensor, token_id: int, count: int | None) -> TokenLogprobs | None:
+    """log_softmax of the raw logits, in float32; equal values in order of id."""
+    if count is None:
+        return None
+    logprobs = logits.log_softmax(-1)
+    values, ids = logprobs.topk(min(count, len(logprobs)))
+    top = sorted(zip(ids.tolist(), values.tolist(), strict=True), key=lambda pair: (-pair[1], pair[0]))
+    return TokenLogprobs(float(logprobs[token_id]), tuple(top))
+
+
+# --- what changes even the greedy choice --------------------------------------------------------------------
+
+
+def _is_adjusted(row: SampleInput) -> bool:
+    s = row.sampling
+    penalised = s.repetition_penalty != 1 or s.frequency_penalty != 0 or s.presence_penalty != 0
+    return penalised or bool(s.logit_bias) or len(row.output) < s.min_tokens
+
+
+def _adjust(logits: Row, row: SampleInput) -> Row:
+    sampling = row.sampling
+    if len(row.output) < sampling.min_tokens:
+        logits[_known([*sampling.eos_token_ids, *sampling.stop_token_ids], logits)] = -np.inf
+    for token_id, bias in sampling.logit_bias:
+        if 0 <= token_id < len(logits):
+            logits[token_id] += bias
+    return _penalise(logits, row)
+
+
+def _known(ids: Sequence[int], logits: Row) -> npt.NDArray[np.int64]:
+    array = np.asarray(ids, np.int64)
+    return array[(array >= 0) & (array < len(logits))]
+
+
+def _penalise(logits: Row, row: SampleInput) -> Row:
+    """Repetition: divides positive logits, multiplies negative ones, of ids seen in prompt or output (CTRL, arXiv:1909.05858).
+
+    Frequency and presence, as OpenAI defines them: minus count * frequency, minus presence, of ids in the output.
+    """
+    sampling = row.sampling
+    if sampling.repetition_penalty != 1:
+        seen = np.unique(_known([*row.prompt, *row.output], logits))
+        factor = np.float32(sampling.repetition_penalty)
+        logits[seen] = np.where(logits[seen] > 0, logits[seen] / factor, logits[seen] * factor)
+    if sampling.frequency_penalty != 0 or sampling.presence_penalty != 0:
+        used, counts = np.unique(_known(row.output, logits), return_counts=True)
+        logits[used] -= (counts * sampling.frequency_penalty + sampling.presence_penalty).astype(np.float32)
+    return logits
+
+
+# --- drawing ------------------------------------------------------------------------------------------------
+
+
+def _draw(logits: Row, row: SampleInput) -> int:
+    """Gumbel-max over the candidates that the filters leave. Noise belongs to the id, so filters do not shift it."""
+    sampling = row.sampling
+    scaled = logits.astype(np.float64) / sampling.temperature
+    kept = np.flatnonzero(scaled > -np.inf)
+    kept = _min_p(scaled, kept, sampling.min_p)
+    kept = _top_k(scaled, kept, sampling.top_k)
+    kept = _top_p(scaled, kept, sampling.top_p)
+    return int(kept[np.argmax(scaled[kept] + gumbel(sampling.seed, row.position, kept))])
+
+
+Kept = npt.NDArray[np.int64]
+Scaled = npt.NDArray[np.float64]
+
+
+def _min_p(scaled: Scaled, kept: Kept, min_p: float) -> Kept:
+    """Ids whose probability is at least `min_p` times the largest."""
+    if min_p == 0:
+        return kept
+    return kept[scaled[kept] >= scaled[kept].max() + np.log(min_p)]
+
+
+def _top_k(scaled: Scaled, kept: Kept, top_k: int) -> Kept:
+    """The `top_k` likeliest; ties with the last of them stay, as in vLLM."""
+    if top_k == 0 or top_k >= len(kept):
+        return kept
+    threshold = np.partition(scaled[kept], -top_k)[-top_k]
+    return kept[scaled[kept] >= threshold]
+
+
+def _top_p(scaled: Scaled, kept: Kept, top_p: float) -> Kept:
+    """The likeliest ids whose probabilities first sum to `top_p` or more, among those kept so far; at least one."""
+    if top_p == 1:
+        return kept
+    order = np.argsort(-scaled[kept], kind="stable")
+    weights = np.exp(scaled[kept][order] - scaled[kept].max())
+    before = np.cumsum(weights / weights.sum()) - weights / weights.sum()
+    return np.sort(kept[order[before < top_p]])

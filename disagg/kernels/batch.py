@@ -1,0 +1,69 @@
+"""What a step asks of paged attention: neutral to the device, built once per step and layer group."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+# The slot that padding reads: always finite, never written. `disagg.cache.pool` reserves it under the same number.
+NULL_SLOT = 0
+
+
+@dataclass(frozen=True, slots=True)
+class QueryRun:
+    """Consecutive queries of one sequence at positions `start` ... `start + num_queries - 1`.
+
+    `table` is int32, index = ordinal, value = slot or -1. Every block that a query writes or attends to has a slot.
+    """
+
+    table: npt.NDArray[np.int32]
+    start: int
+    num_queries: int
+
+    def __post_init__(self) -> None:
+        assert self.start >= 0
+        assert self.num_queries >= 0
+
+    @property
+    def end(self) -> int:
+        return self.start + self.num_queries
+
+
+@dataclass(frozen=True, slots=True)
+class PagedBatch:
+    """The queries of one step in flat order, and what its layer group lets them see.
+
+    A query at p attends to keys in [p - window + 1, p] (window None: [0, p]) and to the `num_sink_tokens` leading positions.
+    """
+
+    runs: tuple[QueryRun, ...]
+    block_size: int
+    window: int | None
+    num_sink_tokens: int
+
+    @property
+    def num_queries(self) -> int:
+        return sum(run.num_queries for run in self.runs)
+
+    def ordinals(self, run: QueryRun) -> npt.NDArray[np.int64]:
+        """Blocks that some query of `run` attends to, ascending: the sink blocks, then the window."""
+        end = -(-run.end // self.block_size)
+        if self.window is None:
+            return np.arange(end)
+        first = max(0, run.start - self.window + 1) // self.block_size
+        sinks = min(-(-self.num_sink_tokens // self.block_size), first)
+        return np.concatenate([np.arange(sinks), np.arange(first, end)])
+
+    def slots(self, run: QueryRun, ordinals: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        slots = run.table[ordinals].astype(np.int64)
+        assert (slots > NULL_SLOT).all(), f"a query at {run.start} needs a block that has no slot"
+        return slots
+
+    def allowed(self, queries: npt.NDArray[np.int64], keys: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
+        """Which of `keys` (absolute positions) each of `queries` attends to; the arrays broadcast."""
+        allowed = keys <= queries
+        if self.window is not None:
+            allowed &= (keys > queries - self.window) | (keys < self.num_sink_tokens)
+        return allowed

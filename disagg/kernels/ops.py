@@ -1,0 +1,64 @@
+"""Every kernel under one name. `backend` is the only place that looks at a device.
+
+A layer's pool is `[num_slots, 2, num_kv_heads, block_size, head_dim]`: K and V of one layer, a strided view of memory in which
+a slot holds all layers of its group. Nothing here copies it.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import cast
+
+import torch
+
+from disagg.kernels import reference
+from disagg.kernels.batch import PagedBatch
+from disagg.kernels.reference import Plan
+
+
+def backend(device: torch.device) -> ModuleType:
+    """The implementation for `device`. Torch operations serve every device; a Triton module takes over `cuda` here."""
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"device: {device.type}, expected cpu or cuda")
+    return reference
+
+
+def plan(batch: PagedBatch, pool: torch.Tensor, dtype: torch.dtype) -> Plan:
+    """Index and mask tensors for `batch`, good for every layer of the group that `pool` belongs to.
+
+    `dtype` is that of the queries. Reads shape, strides and device of `pool`, not its contents.
+    """
+    return cast(Plan, backend(pool.device).plan(batch, pool, dtype))
+
+
+def write_kv(pool: torch.Tensor, plan: Plan, key: torch.Tensor, value: torch.Tensor) -> None:
+    """Store `key` and `value`, `[num_queries, num_kv_heads, head_dim]` in the batch's flat order, in their blocks."""
+    backend(pool.device).write_kv(pool, plan, key, value)
+
+
+def paged_attention(
+    query: torch.Tensor,
+    pool: torch.Tensor,
+    plan: Plan,
+    *,
+    scale: float,
+    softcap: float | None = None,
+    sink_logits: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Attention of `query` `[num_queries, num_heads, head_dim]` over the batch's blocks; same shape out.
+
+    scores = q·k * scale; with `softcap` c they become c * tanh(scores / c). `sink_logits` `[num_heads]` adds one key to
+    each head's softmax that has this score and no value (gpt-oss). The queries' own K and V are written first.
+    """
+    out = backend(pool.device).paged_attention(query, pool, plan, scale, softcap, sink_logits)
+    return cast(torch.Tensor, out)
+
+
+def gather_slots(memory: torch.Tensor, slots: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    """Copy `slots` (int64) of `memory` `[num_slots, slot_nbytes]` uint8 to `out` `[len(slots), slot_nbytes]`."""
+    return cast(torch.Tensor, backend(memory.device).gather_slots(memory, slots, out))
+
+
+def scatter_slots(memory: torch.Tensor, slots: torch.Tensor, staging: torch.Tensor) -> None:
+    """Copy `staging` `[len(slots), slot_nbytes]` to `slots` (int64, distinct) of `memory` `[num_slots, slot_nbytes]` uint8."""
+    backend(memory.device).scatter_slots(memory, slots, staging)
