@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Collection, Hashable, Sequence
 
 from disagg.cache.layout import CacheLayout, LayerGroup
 from disagg.cache.pool import NUM_RESERVED_SLOTS
@@ -40,7 +40,7 @@ def group_peak_slots(group: LayerGroup, layout: CacheLayout, total_tokens: int, 
 class Promises:
     """Slots promised per pool. The sum of all promises never exceeds a pool, so a promised slot can always be taken.
 
-    Blocks of soft sequences hold no promise: whoever needs a promised slot drops them.
+    A soft sequence's promise is revocable: whoever may not wait for it releases it and drops the sequence.
     """
 
     def __init__(self, num_slots: Sequence[int]) -> None:
@@ -56,11 +56,18 @@ class Promises:
         """Whether the peaks fit when nobody else holds anything: if not, waiting is pointless."""
         return all(peak <= usable for peak, usable in zip(peaks, self.usable, strict=True))
 
+    def fits(self, peaks: Peaks, *, without: Collection[Hashable] = ()) -> bool:
+        """Whether `peaks` could be promised now, or after the promises of `without` were released."""
+        left = list(self.usable)
+        for key, held in self._peaks.items():
+            if key not in without:
+                left = [have - take for have, take in zip(left, held, strict=True)]
+        return all(peak <= have for peak, have in zip(peaks, left, strict=True))
+
     def try_promise(self, key: Hashable, peaks: Peaks) -> bool:
         """Promise `peaks` to `key`, in every pool or in none."""
         assert key not in self._peaks, f"{key} holds a promise already"
-        sums = zip(self.promised, peaks, self.usable, strict=True)
-        if any(promised + peak > usable for promised, peak, usable in sums):
+        if not self.fits(peaks):
             return False
         self._peaks[key] = peaks
         return True

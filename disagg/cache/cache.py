@@ -89,11 +89,12 @@ class KVCache:
         """
         assert self._sequences.get(sequence.key) is sequence, f"sequence {sequence.key} is closed"
         assert sequence.history <= history <= capacity
-        wanted = [self._wanted(group, capacity, history) for group in self.layout.groups]
-        if not self._fits(sequence, wanted):
-            return False
-        kept = [self._evict(sequence, group, keep) for group, keep in enumerate(wanted)]
-        sequence.tables = tuple(self._grow(group, *pair) for group, pair in enumerate(zip(kept, wanted, strict=True)))
+        shape = self._shape(capacity, history)
+        if shape != self._shape(sequence.capacity, sequence.history):  # most decode steps stay inside one block
+            wanted = [self._wanted(group, capacity, history) for group in self.layout.groups]
+            if not self._fits(sequence, wanted):
+                return False
+            self._apply(sequence, wanted)
         sequence.capacity, sequence.history = capacity, history
         return True
 
@@ -141,12 +142,22 @@ class KVCache:
             wanted = self._wanted(group, sequence.capacity, sequence.history)
             assert ((table != HOLE) == wanted).all(), f"{sequence.key}: group {group.name} holds other than it needs"
 
+    def _shape(self, capacity: int, history: int) -> tuple[int, ...]:
+        """All that decides which ordinals have a slot: how many there are, and where each group's stale range ends."""
+        size = self.layout.block_size
+        ends = (stale_range(history, g.window, g.num_sink_tokens, size).stop for g in self.layout.groups)
+        return (self.layout.num_blocks(capacity), *ends)
+
     def _wanted(self, group: LayerGroup, capacity: int, history: int) -> NDArray[np.bool_]:
         """Which ordinals of [0, ceil(capacity/T)) must have a slot: those that are not stale at `history`."""
         wanted = np.ones(self.layout.num_blocks(capacity), dtype=np.bool_)
         stale = stale_range(history, group.window, group.num_sink_tokens, self.layout.block_size)
         wanted[stale.start : stale.stop] = False
         return wanted
+
+    def _apply(self, sequence: CachedSequence, wanted: Sequence[NDArray[np.bool_]]) -> None:
+        kept = [self._evict(sequence, group, keep) for group, keep in enumerate(wanted)]
+        sequence.tables = tuple(self._grow(group, *pair) for group, pair in enumerate(zip(kept, wanted, strict=True)))
 
     def _fits(self, sequence: CachedSequence, wanted: Sequence[NDArray[np.bool_]]) -> bool:
         """Whether each pool can give the difference; groups that share a pool add up."""
