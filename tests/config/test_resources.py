@@ -1,0 +1,73 @@
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from disagg.config.quantities import endpoint_host, format_nbytes, is_loopback, parse_nbytes
+from disagg.config.resources import (
+    CPU_MEMORY_FRACTION,
+    available_memory_nbytes,
+    default_kv_cache_nbytes,
+    num_cores,
+    threads_per_worker,
+)
+
+
+def test_cores_are_limited_by_a_quota(tmp_path: Path) -> None:
+    (tmp_path / "cpu.max").write_text("50000 100000\n")
+    assert num_cores(tmp_path) == 1
+    (tmp_path / "cpu.max").write_text("max 100000\n")
+    assert num_cores(tmp_path) == len(os.sched_getaffinity(0))
+    assert num_cores(tmp_path / "none") == len(os.sched_getaffinity(0))
+
+
+def test_memory_is_limited_by_a_cgroup(tmp_path: Path) -> None:
+    meminfo = tmp_path / "meminfo"
+    meminfo.write_text("MemTotal: 200 kB\nMemAvailable:     100 kB\n")
+    assert available_memory_nbytes(tmp_path, meminfo) == 102400
+    (tmp_path / "memory.max").write_text("5000\n")
+    (tmp_path / "memory.current").write_text("1000\n")
+    assert available_memory_nbytes(tmp_path, meminfo) == 4000
+    (tmp_path / "memory.max").write_text("max\n")
+    assert available_memory_nbytes(tmp_path, meminfo) == 102400
+
+
+def test_this_machine_has_cores_and_memory() -> None:
+    assert num_cores() >= 1
+    assert 0 < default_kv_cache_nbytes(0.5) < CPU_MEMORY_FRACTION * available_memory_nbytes()
+
+
+@pytest.mark.parametrize(("workers", "cores", "threads"), [(2, 8, 4), (3, 8, 2), (4, 2, 1), (1, 1, 1)])
+def test_workers_share_the_cores(workers: int, cores: int, threads: int) -> None:
+    assert threads_per_worker(workers, cores) == threads
+
+
+@pytest.mark.parametrize(
+    ("text", "nbytes"),
+    [("1", 1), ("512MiB", 512 << 20), ("2 gib", 2 << 30), ("1.5KiB", 1536), ("1kb", 1000), ("7B", 7)],
+)
+def test_sizes_are_read_in_binary_and_decimal_units(text: str, nbytes: int) -> None:
+    assert parse_nbytes(text) == nbytes
+
+
+@pytest.mark.parametrize("text", ["", "MiB", "-1", "1 2", "1XB", "0x10"])
+def test_other_sizes_are_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="expected bytes such as"):
+        parse_nbytes(text)
+
+
+@pytest.mark.parametrize(("nbytes", "text"), [(0, "0 B"), (1536, "1.5 KiB"), (3 << 29, "1.5 GiB"), (5 << 40, "5 TiB")])
+def test_sizes_are_shown_with_three_digits(nbytes: int, text: str) -> None:
+    assert format_nbytes(nbytes) == text
+
+
+def test_loopback_is_known_without_a_resolver() -> None:
+    assert all(map(is_loopback, ("localhost", "127.0.0.1", "127.9.8.7", "::1")))
+    assert not any(map(is_loopback, ("0.0.0.0", "10.0.0.1", "127.0.0.1.example.com", "::", "")))
+
+
+def test_the_host_of_an_endpoint() -> None:
+    assert endpoint_host("tcp://node7:80") == "node7"
+    assert endpoint_host("tcp://[::1]:80") == "::1"
