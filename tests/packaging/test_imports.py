@@ -67,7 +67,8 @@ def test_a_safe_path_python_finds_disagg_and_not_the_links(cwd: Path) -> None:
 
 def test_the_kernels_package_has_no_version_and_imports_nothing_heavy() -> None:
     """transformers asks any package called `kernels` for its version; ours must not answer."""
-    code = "import sys, disagg.kernels as k; print(hasattr(k, '__version__'), *{'transformers', 'triton'} & {*sys.modules})"
+    heavy = "{'transformers', 'triton'} & {*sys.modules}"
+    code = f"import sys, disagg.kernels as k; print(hasattr(k, '__version__'), *{heavy})"
     assert python("-c", code, cwd=ROOT).split() == ["False"]
 
 
