@@ -1,0 +1,375 @@
+"""One request at the router: its attempts, its token stream, its end. Pure: events in, actions out, time an argument.
+
+The router owns attempts (protocol.md section 5). An *attempt* is one placement under one epoch: a prefill and a decode
+worker, one worker alone, or the decode worker computing the prompt itself after a transfer failed. What may follow:
+
+    transfer failed, or prefill failed (503)   another prefill worker, once per decode worker; then the prompt at decode
+    server lost, or server failed (503)        both sides anew, elsewhere
+    400, 500                                   the client's answer at once: no other worker would do better
+    anything after the first token             an error: a retry could contradict tokens already sent
+
+until `max_attempts` are used; then 503. Every side that was sent work ends on its own or is sent CANCEL_REQUEST: the
+`sides` still open are exactly those.
+
+Tokens: only the current epoch, only from the worker that emits them, only at the next index. Smaller indices are
+repeats and dropped; a gap is a fault. A first token that ends the answer comes from the *prefill* worker; it is held
+until its FINISHED so that losing that worker between the two is still before the first token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+from disagg.router.attempt_events import (
+    Action,
+    Answered,
+    ClientGone,
+    Emit,
+    Event,
+    Fail,
+    OrderMessage,
+    RouterClosing,
+    Send,
+    Tick,
+    WorkerLost,
+)
+from disagg.router.choose import RETRY_BUSY_S, Placement, Unplaceable
+from disagg.router.generation import GenerationEnd, GenerationRequest, TokenChunk
+from disagg.router.record import AttemptRecord, RequestRecord
+from disagg.transceiver.messages.router import (
+    CancelRequest,
+    Dispatch,
+    Finished,
+    PeerTarget,
+    PrefillLocally,
+    RequestFailed,
+    Retarget,
+    Tokens,
+    TransferFailed,
+    TransferReport,
+)
+
+PREFILL_LOST_GRACE_S = 1.0
+"""How long the decode worker has to report the loss of its prefill worker itself, which it sees at the same time as
+the router and with more knowledge (the KV may be verified already). 3 s to the loss + 1 s < the 5 s promised."""
+
+Mint = Callable[[int, str, str, float], bytes]
+"""(epoch, prefill incarnation, decode incarnation, ttl_s) -> ticket"""
+
+
+class Placer(Protocol):
+    """Who could serve now; `disagg.router.choose.Fleet` answers."""
+
+    def place(self, max_tokens: int, exclude: frozenset[str] = frozenset()) -> Placement | Unplaceable: ...
+
+    def prefill_for(self, decode: str, exclude: frozenset[str]) -> PeerTarget | None: ...
+
+
+class Attempts:
+    """All attempts of one request. `handle` is the only way in; `record` says what happened, for `/requests/{id}`."""
+
+    def __init__(
+        self,
+        request: GenerationRequest,
+        transfer_id: str,
+        placer: Callable[[], Placer],
+        mint: Mint,
+        *,
+        max_attempts: int,
+        timeout_s: float,
+        now: float,
+    ) -> None:
+        self.request = request
+        self.transfer_id = transfer_id
+        self.record = RequestRecord(request, transfer_id, now)
+        self.deadline = now + timeout_s
+        self.placement: Placement | None = None
+        self.epoch = 0
+        self.num_tokens = 0
+        self.is_over = False
+        self.sides: dict[str, int] = {}
+        self._placer = placer
+        self._mint = mint
+        self._max_attempts = max_attempts
+        self._held: Tokens | None = None
+        self._retargeted = False
+        self._prefill_lost_at: float | None = None
+        self._failed_prefills: set[str] = set()
+        self._failed_servers: set[str] = set()
+        self._actions: list[Action] = []
+
+    # --- what others may ask --------------------------------------------------------------------------------
+
+    @property
+    def load(self) -> tuple[str, ...]:
+        """Incarnations that still work on this request: the server, and the prefill worker until the first token."""
+        if self.is_over or self.placement is None:
+            return ()
+        prefill = self.placement.prefill
+        waits = prefill is not None and not self.num_tokens
+        return (self.placement.server.incarnation, *([prefill.incarnation] if prefill and waits else []))
+
+    def check_invariants(self) -> None:
+        """Nothing is open after the end; before it the current server is; epochs are the attempts counted."""
+        assert self.epoch == len(self.record.attempts) <= self._max_attempts
+        assert not (self.is_over and self.sides)
+        assert self.is_over or (self.placement is not None and self.placement.server.incarnation in self.sides)
+        assert self.num_tokens <= self.request.sampling.max_tokens
+        assert not self._actions
+
+    # --- the way in -----------------------------------------------------------------------------------------
+
+    def start(self, now: float) -> list[Action]:
+        """Dispatch the first attempt, or fail: nobody can take it."""
+        placed = self._placer().place(self.request.sampling.max_tokens)
+        if isinstance(placed, Unplaceable):
+            self._fail(503, placed.reason, now, placed.retry_after_s)
+        else:
+            self._dispatch(placed, now)
+        return self._take_actions()
+
+    def handle(self, event: Event, now: float) -> list[Action]:
+        """Apply one event. After the end nothing happens any more, except that late reports are kept."""
+        if isinstance(event, Answered) and isinstance(event.message, TransferReport):
+            self.record.note(event.source, event.message)
+        elif not self.is_over:
+            self._react(event, now)
+        return self._take_actions()
+
+    def _take_actions(self) -> list[Action]:
+        actions, self._actions = self._actions, []
+        return actions
+
+    def _react(self, event: Event, now: float) -> None:
+        match event:
+            case ClientGone():
+                self._close("cancelled", now, "the client went away")
+            case _ if now >= self.deadline:
+                self._fail(504, "the request's deadline passed", now)
+            case RouterClosing():
+                self._fail(503, "the router is shutting down", now, RETRY_BUSY_S)
+            case WorkerLost(incarnation, reason):
+                self._lose(incarnation, reason, now)
+            case Answered(source, message):
+                if message.epoch == self.epoch:
+                    self._hear(source, message, now)
+            case Tick():
+                self._check_prefill(now)
+
+    def _hear(self, source: str, message: object, now: float) -> None:
+        assert self.placement is not None
+        if source == self.placement.server.incarnation:
+            self._hear_server(message, now)
+        elif self.placement.prefill is not None and source == self.placement.prefill.incarnation:
+            self._hear_prefill(message, now)
+
+    def _hear_server(self, message: object, now: float) -> None:
+        match message:
+            case Tokens():
+                self._forward(message, now)
+            case Finished():
+                self._finish(message, now)
+            case RequestFailed(status=503):
+                self._server_failed(message.message, now)
+            case RequestFailed():
+                self._fail(true_status(message.status), message.message, now)
+            case TransferFailed():
+                self._transfer_failed(f"the transfer failed: {message.reason}", now)
+
+    def _hear_prefill(self, message: object, now: float) -> None:
+        """Before the server's first token only: with that token the server has all it needs from this worker."""
+        if self.num_tokens:
+            return
+        match message:
+            case Tokens():
+                self._held = message
+            case Finished():
+                self._finish_at_prefill(message, now)
+            case RequestFailed(status=503):
+                self._transfer_failed(message.message, now)
+            case RequestFailed():
+                self._fail(true_status(message.status), message.message, now)
+
+    # --- tokens ---------------------------------------------------------------------------------------------
+
+    def _forward(self, message: Tokens, now: float) -> None:
+        if fault := self._fault_in(message):
+            return self._fail(502, f"fault of the worker: {fault}", now)
+        num_repeated = self.num_tokens - message.index
+        token_ids = message.token_ids[num_repeated:]
+        if not token_ids:
+            return None
+        self._actions.append(Emit(TokenChunk(self.num_tokens, token_ids, message.logprobs[num_repeated:])))
+        self.num_tokens += len(token_ids)
+        self.record.emitted(self.num_tokens, now)
+        return None
+
+    def _fault_in(self, message: Tokens) -> str | None:
+        if not 0 <= message.index <= self.num_tokens:
+            return f"token {message.index} came where {self.num_tokens} was next"
+        if message.index + len(message.token_ids) > self.request.sampling.max_tokens:
+            return f"more than max_tokens = {self.request.sampling.max_tokens} tokens came"
+        if message.logprobs and len(message.logprobs) != len(message.token_ids):
+            return f"{len(message.token_ids)} tokens came with {len(message.logprobs)} logprobs"
+        return None
+
+    def _finish(self, message: Finished, now: float) -> None:
+        if message.index != self.num_tokens or message.reason not in ("stop", "length"):
+            fault = f"finished ({message.reason}) at token {message.index}, {self.num_tokens} came"
+            return self._fail(502, f"fault of the worker: {fault}", now)
+        self._actions.append(Emit(GenerationEnd(message.reason, message.stop_token_id)))
+        self.sides.clear()  # the server is done, and could be so only after it had ACKed the prefill worker's KV
+        return self._close("finished", now)
+
+    def _finish_at_prefill(self, message: Finished, now: float) -> None:
+        """The first token ended the answer. The prefill side is done; the server waits for KV that will not come."""
+        assert self.placement is not None
+        if self._held is not None:
+            self._forward(self._held, now)
+        if not self.is_over:
+            server = self.placement.server.incarnation
+            self._cancel(server, "finished")
+            self._finish(message, now)
+
+    # --- failures -------------------------------------------------------------------------------------------
+
+    def _lose(self, incarnation: str, reason: str, now: float) -> None:
+        self.sides.pop(incarnation, None)
+        assert self.placement is not None
+        if incarnation == self.placement.server.incarnation:
+            self._server_failed(f"worker `{self.placement.server.worker_id}` was lost: {reason}", now)
+        elif self.placement.prefill is not None and incarnation == self.placement.prefill.incarnation:
+            self._prefill_lost_at = now
+
+    def _check_prefill(self, now: float) -> None:
+        """A lost prefill worker is the decode worker's to report; act for it when it does not."""
+        lost_at = self._prefill_lost_at
+        if lost_at is None or self.num_tokens or now - lost_at < PREFILL_LOST_GRACE_S:
+            return
+        if not self.record.current.has_report_of_server:
+            self._transfer_failed("the prefill worker was lost", now)
+
+    def _server_failed(self, reason: str, now: float) -> None:
+        assert self.placement is not None
+        if self.num_tokens:
+            return self._fail(502, reason, now)
+        self._failed_servers.add(self.placement.server.incarnation)
+        if self.epoch >= self._max_attempts:
+            return self._give_up(reason, now)
+        placed = self._place_anew()
+        if isinstance(placed, Unplaceable):
+            return self._give_up(f"{reason}; {placed.reason}", now, placed.retry_after_s)
+        self.record.current.end(reason, now)
+        self._cancel_all("retry")
+        self._retargeted = False
+        return self._dispatch(placed, now)
+
+    def _place_anew(self) -> Placement | Unplaceable:
+        """Where nothing failed yet if possible; else also where a transfer failed, which may have been the server's."""
+        placer, max_tokens = self._placer(), self.request.sampling.max_tokens
+        placed = placer.place(max_tokens, frozenset(self._failed_servers | self._failed_prefills))
+        if isinstance(placed, Unplaceable):
+            placed = placer.place(max_tokens, frozenset(self._failed_servers))
+        return placed
+
+    def _transfer_failed(self, reason: str, now: float) -> None:
+        assert self.placement is not None
+        server, prefill = self.placement.server, self.placement.prefill
+        if self.num_tokens or prefill is None:
+            return self._fail(502, f"fault of the worker: {reason}", now)
+        self._failed_prefills.add(prefill.incarnation)
+        if self.epoch >= self._max_attempts:
+            return self._give_up(reason, now)
+        other = None if self._retargeted else self._other_prefill(server)
+        self.record.current.end(reason, now)
+        self._cancel(prefill.incarnation, "retarget")
+        self._retargeted = True
+        return self._retarget(server, other, now) if other else self._prefill_locally(server, now)
+
+    def _other_prefill(self, server: PeerTarget) -> PeerTarget | None:
+        return self._placer().prefill_for(server.incarnation, frozenset(self._failed_prefills))
+
+    def _give_up(self, reason: str, now: float, retry_after_s: float = RETRY_BUSY_S) -> None:
+        attempts = f"{self.epoch} of {self._max_attempts} attempts used"
+        self._fail(503, f"{reason} ({attempts})", now, retry_after_s)
+
+    # --- placing --------------------------------------------------------------------------------------------
+
+    def _dispatch(self, placement: Placement, now: float) -> None:
+        server, prefill = placement.server, placement.prefill
+        if prefill is None:
+            self._begin(placement, "serve", now)
+            return self._order(server, self._dispatch_to("serve", now))
+        self._begin(placement, "transfer", now)
+        ticket = self._ticket(placement, now)
+        self._order(prefill, self._dispatch_to("prefill", now, server, ticket))
+        return self._order(server, self._dispatch_to("decode", now, prefill, ticket))
+
+    def _retarget(self, server: PeerTarget, prefill: PeerTarget, now: float) -> None:
+        placement = Placement(server, prefill)
+        self._begin(placement, "retarget", now)
+        ticket = self._ticket(placement, now)
+        self._order(prefill, self._dispatch_to("prefill", now, server, ticket))
+        self._order(server, Retarget(self.transfer_id, self.epoch, prefill, ticket))
+
+    def _prefill_locally(self, server: PeerTarget, now: float) -> None:
+        self._begin(Placement(server), "local", now)
+        self._order(server, PrefillLocally(self.transfer_id, self.epoch))
+
+    def _begin(self, placement: Placement, mode: str, now: float) -> None:
+        self.epoch += 1
+        self.placement = placement
+        self._held = self._prefill_lost_at = None
+        self.record.attempts.append(AttemptRecord(self.epoch, mode, placement, now))
+
+    def _ticket(self, placement: Placement, now: float) -> bytes:
+        assert placement.prefill is not None
+        ttl_s = self._remaining_s(now)
+        return self._mint(self.epoch, placement.prefill.incarnation, placement.server.incarnation, ttl_s)
+
+    def _dispatch_to(self, mode: str, now: float, peer: PeerTarget | None = None, ticket: bytes = b"") -> Dispatch:
+        return Dispatch(
+            transfer_id=self.transfer_id,
+            epoch=self.epoch,
+            request_id=self.request.request_id,
+            mode=mode,
+            prompt=self.request.prompt,
+            sampling=self.request.sampling,
+            deadline_s=self._remaining_s(now),  # the ticket's ttl_s too: the prefill worker checks it with this value
+            peer=peer,
+            ticket=ticket,
+        )
+
+    def _remaining_s(self, now: float) -> float:
+        return max(self.deadline - now, 0.0)
+
+    # --- sides and the end ----------------------------------------------------------------------------------
+
+    def _order(self, worker: PeerTarget, message: OrderMessage) -> None:
+        self.sides[worker.incarnation] = self.epoch
+        self._actions.append(Send(worker.incarnation, message))
+
+    def _cancel(self, incarnation: str, reason: str) -> None:
+        epoch = self.sides.pop(incarnation, None)
+        if epoch is not None:
+            self._actions.append(Send(incarnation, CancelRequest(self.transfer_id, epoch, reason)))
+
+    def _cancel_all(self, reason: str) -> None:
+        for incarnation in tuple(self.sides):
+            self._cancel(incarnation, reason)
+
+    def _fail(self, status: int, message: str, now: float, retry_after_s: float | None = None) -> None:
+        self._actions.append(Fail(status, message, retry_after_s))
+        self.record.status = status
+        self._close("failed", now, message)
+
+    def _close(self, state: str, now: float, error: str | None = None) -> None:
+        self.is_over = True
+        self._cancel_all(state)
+        self.record.end(state, now, error)
+
+
+def true_status(status: int) -> int:
+    """A worker's status as the client may see it: an error, whatever the worker said."""
+    return status if 400 <= status <= 599 else 500

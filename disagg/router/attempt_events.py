@@ -1,0 +1,91 @@
+"""What can happen to a request at the router, and what the router does about it. Frozen; time is apart."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from disagg.router.generation import GenerationEnd, TokenChunk
+from disagg.transceiver.messages.router import (
+    CancelRequest,
+    Dispatch,
+    Finished,
+    PrefillLocally,
+    RequestFailed,
+    Retarget,
+    Tokens,
+    TransferFailed,
+    TransferReport,
+)
+
+AnswerMessage = Tokens | Finished | RequestFailed | TransferFailed | TransferReport
+"""What a worker may say of one attempt."""
+
+OrderMessage = Dispatch | Retarget | PrefillLocally | CancelRequest
+"""What the router may say to it."""
+
+
+# --- events -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Answered:
+    """The worker of incarnation `source` said `message` about this request."""
+
+    source: str
+    message: AnswerMessage
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerLost:
+    """The registry gave an incarnation up; nothing more will come from it and nothing reaches it."""
+
+    incarnation: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class ClientGone:
+    """The client closed the stream: nobody reads the answer."""
+
+
+@dataclass(frozen=True, slots=True)
+class RouterClosing:
+    """The router ends; what is live ends with it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Tick:
+    """Time passed: act on what is overdue."""
+
+
+Event = Answered | WorkerLost | ClientGone | RouterClosing | Tick
+
+
+# --- actions ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Send:
+    """Give `message` to the worker of incarnation `to`."""
+
+    to: str
+    message: OrderMessage
+
+
+@dataclass(frozen=True, slots=True)
+class Emit:
+    """Give the client tokens, or the end of its answer."""
+
+    item: TokenChunk | GenerationEnd
+
+
+@dataclass(frozen=True, slots=True)
+class Fail:
+    """End the client's answer with an error. `status` is true whether or not a token was sent before."""
+
+    status: int
+    message: str
+    retry_after_s: float | None = None
+
+
+Action = Send | Emit | Fail

@@ -1,0 +1,112 @@
+"""Prometheus text of the router and of every worker. One collector per router, no global registry, sorted output."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from typing import Final
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.metrics_core import Metric
+from prometheus_client.registry import Collector
+
+from disagg.router.registry import Worker
+from disagg.transceiver.messages.values import MetricSample
+
+_TTFT_BUCKETS: Final = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
+"""From one hop on a fast machine to the default request timeout, two to three per decade."""
+_ITL_BUCKETS: Final = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5)
+"""From a kernel-bound step on a GPU to the time after which a worker is lost anyway."""
+_NAME: Final = re.compile(r"[a-zA-Z_][a-zA-Z0-9_]*")
+
+
+class RouterMetrics:
+    """What the router itself measures, and where every worker's figures are joined to it."""
+
+    def __init__(self, workers: Callable[[], Iterable[Worker]]) -> None:
+        self.ttft = _histogram(
+            "time_to_first_token_seconds", "From receipt of a request to its first token", _TTFT_BUCKETS
+        )
+        self.itl = _histogram("inter_token_latency_seconds", "Between tokens of one answer", _ITL_BUCKETS)
+        self.e2e = _histogram("e2e_request_latency_seconds", "From receipt of a request to its end", _TTFT_BUCKETS)
+        self.requests = Counter("disagg_requests", "Requests that ended", ["outcome"], registry=None)
+        self.attempts = Counter("disagg_attempts", "Attempts that began", ["mode"], registry=None)
+        self.running = Gauge("disagg_requests_running", "Requests in progress at the router", registry=None)
+        own = (self.ttft, self.itl, self.e2e, self.requests, self.attempts, self.running)
+        self._registry = CollectorRegistry(auto_describe=False)
+        self._registry.register(_Everything(own, workers))
+
+    def text(self) -> bytes:
+        return generate_latest(self._registry)
+
+
+def _histogram(name: str, documentation: str, buckets: tuple[float, ...]) -> Histogram:
+    return Histogram(f"disagg_{name}", documentation, buckets=buckets, registry=None)
+
+
+class _Everything(Collector):
+    """The router's own families and the workers', in one pass so that no name can appear twice."""
+
+    def __init__(self, own: Iterable[Collector], workers: Callable[[], Iterable[Worker]]) -> None:
+        self._own = own
+        self._workers = workers
+
+    def collect(self) -> Iterator[Metric]:
+        names = set()
+        for collector in self._own:
+            for family in collector.collect():
+                # A creation time differs from run to run and says what `process_start_time` would say better.
+                family.samples = [sample for sample in family.samples if not sample.name.endswith("_created")]
+                names.add(family.name)
+                yield family
+        yield from worker_families(self._workers(), names)
+
+
+def worker_families(workers: Iterable[Worker], reserved: set[str]) -> Iterator[Metric]:
+    """One family per figure, labelled `worker`. Names get `disagg_`; where the router has one, `disagg_worker_`."""
+    found: dict[tuple[str, str], list[tuple[str, MetricSample]]] = defaultdict(list)
+    for worker in workers:
+        for sample in (*worker.lease.metrics, *lease_samples(worker)):
+            if _NAME.fullmatch(sample.name) and not math.isnan(sample.value):
+                found[_family_name(sample, reserved), sample.kind].append((worker.worker_id, sample))
+    for (name, kind), samples in sorted(found.items(), key=lambda item: item[0]):
+        if (name, "gauge") in found and kind != "gauge":
+            continue  # two workers of different versions disagree on the kind: one family cannot be both
+        yield _family(name, kind, samples)
+
+
+def lease_samples(worker: Worker) -> Iterator[MetricSample]:
+    """Figures that every lease carries anyway, unless the worker's own metrics say the same under the same name."""
+    own = {sample.name.removeprefix("disagg_") for sample in worker.lease.metrics}
+    lease = worker.lease
+    figures = [
+        *(("kv_blocks_used", (("pool", str(i)),), n) for i, n in enumerate(lease.blocks_used)),
+        *(("kv_blocks_free", (("pool", str(i)),), n) for i, n in enumerate(lease.blocks_free)),
+        ("worker_requests_running", (), lease.num_running),
+        ("worker_requests_queued", (), lease.num_queued),
+    ]
+    return (MetricSample(name, "gauge", labels, float(value)) for name, labels, value in figures if name not in own)
+
+
+def _family_name(sample: MetricSample, reserved: set[str]) -> str:
+    name = sample.name.removeprefix("disagg_")
+    if sample.kind == "counter":
+        name = name.removesuffix("_total")
+    return f"disagg_worker_{name}" if f"disagg_{name}" in reserved else f"disagg_{name}"
+
+
+def _family(name: str, kind: str, samples: list[tuple[str, MetricSample]]) -> Metric:
+    """Workers may label one figure differently; a label that a sample lacks is empty: to Prometheus, absent."""
+    given = {label for _, sample in samples for label, _ in sample.labels if _NAME.fullmatch(label)}
+    labels = sorted(given - {"worker"})
+    make = CounterMetricFamily if kind == "counter" else GaugeMetricFamily
+    family = make(name, f"As the worker reported it: {name.removeprefix('disagg_')}", labels=["worker", *labels])
+    rows = {
+        (worker, *(dict(sample.labels).get(label, "") for label in labels)): sample.value for worker, sample in samples
+    }
+    for row, value in sorted(rows.items()):
+        family.add_metric(list(row), value)
+    return family

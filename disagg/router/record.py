@@ -1,0 +1,201 @@
+"""What is remembered of a request for `GET /requests/{id}`: attempts, timeline, blocks and bytes. Bounded."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+from disagg.router.choose import Placement
+from disagg.router.generation import GenerationRequest
+from disagg.transceiver.messages.router import TransferReport
+
+MAX_RECORDS: Final = 1024
+"""Requests remembered: as many as may wait, so that a full queue's records outlive it. About 2 KB each."""
+
+MAX_REPORTS: Final = 4
+"""Reports kept of one attempt: one from each of two sides, and one repeat of each."""
+
+STAGES: Final = ("queue", "prefill", "transfer_wait", "wire", "verify")
+"""Stages of a timeline in the order in which they follow one another; `first_token` is what remains after them."""
+
+
+@dataclass(slots=True)
+class AttemptRecord:
+    """One attempt: `mode` is `transfer`, `serve`, `retarget` or `local`; `outcome` is `running` until it is known."""
+
+    epoch: int
+    mode: str
+    placement: Placement
+    started_at: float
+    ended_at: float | None = None
+    outcome: str = "running"
+    reports: list[tuple[str, TransferReport]] = field(default_factory=list)
+
+    def end(self, outcome: str, now: float) -> None:
+        if self.ended_at is None:
+            self.outcome, self.ended_at = outcome, now
+
+    @property
+    def has_report_of_server(self) -> bool:
+        return self.server_report is not None
+
+    @property
+    def server_report(self) -> TransferReport | None:
+        """What landed, as the receiving side counted it."""
+        server = self.placement.server.incarnation
+        return next((report for source, report in self.reports if source == server), None)
+
+    def stages(self) -> dict[str, float]:
+        """Seconds per stage as reported, on the workers' own clocks. They overlap: prefill and wire run at once."""
+        stages: dict[str, float] = {}
+        for _, report in self.reports:
+            for name, seconds in report.times.stages:
+                stages[name] = max(stages.get(name, 0.0), seconds)
+        return stages
+
+    def describe(self, received_at: float) -> dict[str, Any]:
+        prefill = self.placement.prefill
+        return {
+            "epoch": self.epoch,
+            "mode": self.mode,
+            "prefill": prefill.worker_id if prefill else None,
+            "decode": self.placement.server.worker_id,
+            "outcome": self.outcome,
+            "started_s": self.started_at - received_at,
+            "ended_s": None if self.ended_at is None else self.ended_at - received_at,
+            "stages": {report.worker_id: dict(report.times.stages) for _, report in self.reports},
+        }
+
+
+@dataclass(slots=True)
+class RequestRecord:
+    """One request. `state` is `running`, `finished`, `failed` or `cancelled`; times by the router's clock."""
+
+    request: GenerationRequest
+    transfer_id: str
+    received_at: float
+    state: str = "running"
+    status: int | None = None
+    error: str | None = None
+    num_tokens: int = 0
+    first_token_at: float | None = None
+    ended_at: float | None = None
+    attempts: list[AttemptRecord] = field(default_factory=list)
+
+    @property
+    def current(self) -> AttemptRecord:
+        return self.attempts[-1]
+
+    @property
+    def ttft_s(self) -> float | None:
+        return None if self.first_token_at is None else self.first_token_at - self.received_at
+
+    def emitted(self, num_tokens: int, now: float) -> None:
+        self.num_tokens = num_tokens
+        if self.first_token_at is None:
+            self.first_token_at = now
+
+    def note(self, source: str, report: TransferReport) -> None:
+        """Keep a worker's report of an attempt that it was part of."""
+        for attempt in self.attempts:
+            parties = (attempt.placement.server, attempt.placement.prefill)
+            is_party = any(target is not None and target.incarnation == source for target in parties)
+            if attempt.epoch == report.epoch and is_party and len(attempt.reports) < MAX_REPORTS:
+                attempt.reports.append((source, report))
+
+    def end(self, state: str, now: float, error: str | None) -> None:
+        self.state, self.ended_at, self.error = state, now, error
+        if self.attempts:
+            self.current.end(error or state, now)
+
+    def timeline(self) -> dict[str, float] | None:
+        """Seconds to the first token, cut into stages that follow one another and sum to it; None before it.
+
+        Workers report stages on their own clocks, and prefill, wire and verification overlap. So each stage in turn
+        counts what it *added*: its reported time as far as the stages before it left room. What attempts that failed
+        took is `failed_attempts`; what no stage explains (sampling, messages, the router itself) is `first_token`.
+        """
+        if self.ttft_s is None:
+            return None
+        remaining = self.ttft_s
+        reported = {"failed_attempts": self.current.started_at - self.received_at} | self.current.stages()
+        timeline: dict[str, float] = {}
+        for stage in ("failed_attempts", *STAGES):
+            timeline[stage] = min(reported.get(stage, 0.0), remaining)
+            remaining -= timeline[stage]
+        return timeline | {"first_token": remaining}
+
+    def describe(self) -> dict[str, Any]:
+        return {
+            "request_id": self.request.request_id,
+            "transfer_id": self.transfer_id,
+            "state": self.state,
+            "status": self.status,
+            "error": self.error,
+            "prompt_tokens": len(self.request.prompt),
+            "output_tokens": self.num_tokens,
+            "ttft_s": self.ttft_s,
+            "e2e_s": None if self.ended_at is None else self.ended_at - self.received_at,
+            "timeline": self.timeline(),
+            "transfer": self._describe_transfer(),
+            "attempts": [attempt.describe(self.received_at) for attempt in self.attempts],
+        }
+
+    def _describe_transfer(self) -> dict[str, Any] | None:
+        """What the last attempt moved; None when nothing was (one worker served it, or no report came)."""
+        report = self.current.server_report if self.attempts else None
+        if report is None or self.current.placement.prefill is None:
+            return None
+        return {
+            "plane": report.plane,
+            "num_operations": report.num_operations,
+            "num_blocks": sum(group.num_blocks for group in report.groups),
+            "nbytes": sum(group.nbytes for group in report.groups),
+            "full_copy_nbytes": sum(group.full_copy_nbytes for group in report.groups),
+            "groups": [
+                {
+                    "group": group.group,
+                    "name": group.name,
+                    "num_blocks": group.num_blocks,
+                    "nbytes": group.nbytes,
+                    "full_copy_blocks": group.full_copy_blocks,
+                    "full_copy_nbytes": group.full_copy_nbytes,
+                }
+                for group in report.groups
+            ],
+        }
+
+
+class RecordStore:
+    """The last `MAX_RECORDS` requests, live or ended, by request id or transfer id. The newest of a request id wins."""
+
+    def __init__(self, max_records: int = MAX_RECORDS) -> None:
+        self._max_records = max_records
+        self._by_transfer: OrderedDict[str, RequestRecord] = OrderedDict()
+        self._transfer_of: dict[str, str] = {}
+
+    def __len__(self) -> int:
+        return len(self._by_transfer)
+
+    def add(self, record: RequestRecord) -> None:
+        self._by_transfer[record.transfer_id] = record
+        self._transfer_of[record.request.request_id] = record.transfer_id
+        while len(self._by_transfer) > self._max_records:
+            self._forget(next(iter(self._by_transfer.values())))
+
+    def get(self, any_id: str) -> RequestRecord | None:
+        return self._by_transfer.get(self._transfer_of.get(any_id, any_id))
+
+    def all(self) -> Iterable[RequestRecord]:
+        return self._by_transfer.values()
+
+    def check_invariants(self) -> None:
+        assert len(self._by_transfer) <= self._max_records
+        assert set(self._transfer_of.values()) <= set(self._by_transfer)
+
+    def _forget(self, record: RequestRecord) -> None:
+        del self._by_transfer[record.transfer_id]
+        if self._transfer_of.get(record.request.request_id) == record.transfer_id:
+            del self._transfer_of[record.request.request_id]

@@ -1,0 +1,150 @@
+"""Which workers there are: registrations, leases and losses. Pure: time is an argument, nothing here sends.
+
+A worker is known by its *incarnation*, a random id of one registration; its `worker_id` is a name for people.
+At most one incarnation has a worker id: a new one says that the process before it is dead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from enum import Enum
+
+from disagg.router.pairing import Difference, record_difference
+from disagg.transceiver.messages.peer import Refused
+from disagg.transceiver.messages.router import Lease, PeerTarget, Register
+from disagg.transceiver.timing import LOST_S, SUSPECT_S
+
+ROLES = ("prefill", "decode", "both")
+
+
+class WorkerState(Enum):
+    """In order of preference for new work; DRAINING workers get none. A lost worker is no longer in the registry."""
+
+    READY = "ready"
+    SUSPECT = "suspect"
+    DRAINING = "draining"
+
+
+@dataclass(slots=True)
+class Worker:
+    """One live incarnation: what it registered with and what its last lease said."""
+
+    register: Register
+    lease: Lease
+    heard_at: float
+    draining: bool = field(default=False)
+
+    @property
+    def incarnation(self) -> str:
+        return self.register.incarnation
+
+    @property
+    def worker_id(self) -> str:
+        return self.register.worker_id
+
+    @property
+    def role(self) -> str:
+        return self.register.role
+
+    @property
+    def target(self) -> PeerTarget:
+        return PeerTarget(self.incarnation, self.worker_id, self.register.peer_endpoint)
+
+    def state(self, now: float) -> WorkerState:
+        if self.draining or self.lease.state == WorkerState.DRAINING.value:
+            return WorkerState.DRAINING
+        return WorkerState.SUSPECT if now - self.heard_at >= SUSPECT_S else WorkerState.READY
+
+    def link_state(self, peer: str) -> str:
+        """What this worker last said of its link to incarnation `peer`; `connecting` when it said nothing yet."""
+        return next((link.state for link in self.lease.links if link.incarnation == peer), "connecting")
+
+
+@dataclass(frozen=True, slots=True)
+class Admitted:
+    """The worker is registered. `superseded` = the earlier incarnation of the same worker id, which is lost now."""
+
+    superseded: Worker | None = None
+
+
+class Registry:
+    """Live workers in order of registration.
+
+    `expected_fingerprint`: the model the router was started with; every worker must have it. Without one the
+    workers registered now decide.
+    """
+
+    def __init__(self, expected_fingerprint: str | None = None) -> None:
+        self._expected_fingerprint = expected_fingerprint
+        self._workers: dict[str, Worker] = {}
+
+    def __iter__(self) -> Iterator[Worker]:
+        return iter(self._workers.values())
+
+    def __len__(self) -> int:
+        return len(self._workers)
+
+    def get(self, incarnation: str) -> Worker | None:
+        return self._workers.get(incarnation)
+
+    def register(self, message: Register, now: float) -> Admitted | Refused:
+        """Admit a worker or say which field forbids it. Idempotent: REGISTER is repeated until answered."""
+        known = self._workers.get(message.incarnation)
+        if known is not None:
+            known.heard_at = now
+            return Admitted()
+        if difference := self._difference(message):
+            return Refused(difference.field, difference.ours, difference.theirs, destination=message.incarnation)
+        superseded = self._named(message.worker_id)
+        if superseded is not None:
+            del self._workers[superseded.incarnation]
+        self._workers[message.incarnation] = Worker(message, Lease(message.incarnation, ""), now)
+        return Admitted(superseded)
+
+    def renew(self, lease: Lease, now: float) -> bool:
+        """Take a lease. False when the incarnation is not registered here (any more): it must register anew."""
+        worker = self._workers.get(lease.incarnation)
+        if worker is None:
+            return False
+        worker.lease, worker.heard_at = lease, now
+        return True
+
+    def remove(self, incarnation: str) -> Worker | None:
+        return self._workers.pop(incarnation, None)
+
+    def expire(self, now: float) -> list[Worker]:
+        """Remove and return the workers that were silent for `LOST_S`."""
+        lost = [worker for worker in self if now - worker.heard_at >= LOST_S]
+        for worker in lost:
+            del self._workers[worker.incarnation]
+        return lost
+
+    def drain(self, worker_id: str, draining: bool = True) -> bool:
+        """Give a worker no new requests (or give it some again). False when no such worker is registered."""
+        worker = self._named(worker_id)
+        if worker is not None:
+            worker.draining = draining
+        return worker is not None
+
+    def check_invariants(self) -> None:
+        """Names are unique, keys are incarnations, and all identities are equal."""
+        assert len({worker.worker_id for worker in self}) == len(self)
+        assert all(key == worker.incarnation for key, worker in self._workers.items())
+        assert len({worker.register.identity for worker in self}) <= 1
+        fingerprints = {worker.register.identity.model_fingerprint for worker in self}
+        assert self._expected_fingerprint is None or fingerprints <= {self._expected_fingerprint}
+
+    def _named(self, worker_id: str) -> Worker | None:
+        return next((worker for worker in self if worker.worker_id == worker_id), None)
+
+    def _difference(self, message: Register) -> Difference | None:
+        if message.role not in ROLES:
+            return Difference("role", ", ".join(ROLES), message.role)
+        fingerprint = message.identity.model_fingerprint
+        if self._expected_fingerprint not in (None, fingerprint):
+            return Difference("model_fingerprint", str(self._expected_fingerprint), fingerprint)
+        # A worker that replaces itself need not agree with its dead predecessor.
+        others = (worker for worker in self if worker.worker_id != message.worker_id)
+        other = next(others, None)
+        return record_difference(other.register.identity, message.identity) if other else None

@@ -1,0 +1,267 @@
+"""The router below HTTP: workers register here, requests are placed, their tokens come back. Implements `Backend`.
+
+A thin asyncio shell: the registry knows the workers, `choose` picks among them, `Attempts` decides what each request
+does next, `Cluster` holds the connections; this file hands events and actions between them. Everything but `generate`
+is a plain function on the event loop, so no state is seen half changed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from disagg.router.attempt import Attempts
+from disagg.router.attempt_events import (
+    Action,
+    Answered,
+    AnswerMessage,
+    ClientGone,
+    Emit,
+    Event,
+    Fail,
+    RouterClosing,
+    Send,
+    Tick,
+    WorkerLost,
+)
+from disagg.router.choose import RETRY_BUSY_S, Fleet, Placement
+from disagg.router.cluster import Cluster
+from disagg.router.generation import GenerationEnd, GenerationError, GenerationRequest, TokenChunk
+from disagg.router.metrics import RouterMetrics
+from disagg.router.record import RecordStore
+from disagg.router.status import describe_worker
+from disagg.transceiver.keys import ClusterKeys
+from disagg.transceiver.links import ControlServer
+from disagg.transceiver.messages.router import TransferReport
+from disagg.transceiver.node import draw_id
+from disagg.transceiver.ticket import mint
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class RouterOptions:
+    """`expected_fingerprint`: the model every worker must have; None lets the first worker decide."""
+
+    expected_fingerprint: str | None = None
+    max_attempts: int = 3
+    max_queued: int = 1024
+    request_timeout_s: float = 600.0
+
+    def __post_init__(self) -> None:
+        if self.max_attempts < 1:
+            raise ValueError(f"max_attempts: {self.max_attempts}, expected at least 1")
+        if self.max_queued < 1:
+            raise ValueError(f"max_queued: {self.max_queued}, expected at least 1")
+        if not self.request_timeout_s > 0:
+            raise ValueError(f"request_timeout_s: {self.request_timeout_s}, expected more than 0")
+
+
+@dataclass(slots=True, eq=False)
+class _Stream:
+    """One request in progress and what its client has not read yet: at most max_tokens items and an end."""
+
+    attempts: Attempts
+    last_token_at: float | None = None
+    items: asyncio.Queue[TokenChunk | GenerationEnd | GenerationError] = field(default_factory=asyncio.Queue)
+
+
+class Router:
+    """Use `async with Router.open(...)`, or construct it with a bound server and keep `run` going."""
+
+    def __init__(
+        self,
+        server: ControlServer,
+        keys: ClusterKeys,
+        options: RouterOptions | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.options = options or RouterOptions()
+        self.cluster = Cluster(server, self.options.expected_fingerprint, self, clock)
+        self._keys = keys
+        self._clock = clock
+        self._metrics = RouterMetrics(lambda: self.cluster.registry)
+        self._records = RecordStore()
+        self._streams: dict[str, _Stream] = {}
+        self._turn = 0
+        self._is_closing = False
+
+    @classmethod
+    @contextlib.asynccontextmanager
+    async def open(
+        cls, endpoint: str, keys: ClusterKeys, options: RouterOptions | None = None
+    ) -> AsyncIterator[Router]:
+        """A router listening for workers at tcp://HOST:PORT while the block runs. Raises `EndpointRefused`."""
+        server = ControlServer.bind(endpoint, keys)
+        try:
+            router = cls(server, keys, options)
+            async with asyncio.TaskGroup() as tasks:
+                running = tasks.create_task(router.run())
+                try:
+                    yield router
+                finally:
+                    router.shut_down()
+                    running.cancel()
+        finally:
+            await server.close()
+
+    @property
+    def endpoint(self) -> str:
+        """Where workers register, with the port that was taken."""
+        return self.cluster.endpoint
+
+    async def run(self) -> None:
+        """Serve until cancelled."""
+        await self.cluster.run()
+
+    def shut_down(self) -> None:
+        """End every request with 503 and take no new one. Workers see the closed socket and drop what they hold."""
+        self._is_closing = True
+        self._apply_to_all(RouterClosing())
+
+    # --- Backend: what HTTP asks ----------------------------------------------------------------------------
+
+    async def generate(self, request: GenerationRequest) -> AsyncIterator[TokenChunk | GenerationEnd]:
+        """See `Backend.generate`. The request starts with the first item asked for and is cancelled when closed."""
+        if self._is_closing:
+            raise GenerationError(503, "the router is shutting down", retry_after_s=RETRY_BUSY_S)
+        stream = self._start(request)
+        try:
+            while True:
+                item = await stream.items.get()  # the clock task owns the deadline: it ends every request
+                if isinstance(item, GenerationError):
+                    raise item
+                yield item
+                if isinstance(item, GenerationEnd):
+                    return
+        finally:
+            self._apply(stream, ClientGone())
+
+    def is_ready(self) -> bool:
+        return isinstance(self._fleet().place(max_tokens=2), Placement)
+
+    def max_model_len(self) -> int | None:
+        return min((worker.register.identity.max_model_len for worker in self.cluster.registry), default=None)
+
+    def workers(self) -> list[dict[str, Any]]:
+        fleet, load, now = list(self.cluster.registry), self._load(), self._clock()
+        return [describe_worker(worker, fleet, load, now) for worker in fleet]
+
+    def drain(self, worker_id: str, draining: bool = True) -> bool:
+        """Give a worker no new requests, or some again. False when it is not registered."""
+        return self.cluster.registry.drain(worker_id, draining)
+
+    def record(self, request_id: str) -> Mapping[str, Any] | None:
+        record = self._records.get(request_id)
+        return None if record is None else record.describe()
+
+    def metrics(self) -> bytes:
+        self._metrics.running.set(len(self._streams))
+        return self._metrics.text()
+
+    # --- requests -------------------------------------------------------------------------------------------
+
+    def _start(self, request: GenerationRequest) -> _Stream:
+        transfer_id, now = draw_id(), self._clock()
+
+        def mint_ticket(epoch: int, prefill: str, decode: str, ttl_s: float) -> bytes:
+            key, prompt = self._keys.ticket, request.prompt
+            return mint(
+                key, transfer_id=transfer_id, epoch=epoch, prefill=prefill, decode=decode, prompt=prompt, ttl_s=ttl_s
+            )
+
+        attempts = Attempts(
+            request,
+            transfer_id,
+            self._fleet,
+            mint_ticket,
+            max_attempts=self.options.max_attempts,
+            timeout_s=self.options.request_timeout_s,
+            now=now,
+        )
+        self._records.add(attempts.record)
+        stream = _Stream(attempts)
+        actions = attempts.start(now)
+        self._streams[transfer_id] = stream
+        self._perform(stream, actions, now)
+        return stream
+
+    def _apply(self, stream: _Stream, event: Event) -> None:
+        now = self._clock()
+        self._perform(stream, stream.attempts.handle(event, now), now)
+
+    def _apply_to_all(self, event: Event) -> None:
+        for stream in list(self._streams.values()):
+            self._apply(stream, event)
+
+    def _perform(self, stream: _Stream, actions: list[Action], now: float) -> None:
+        for action in actions:
+            match action:
+                case Send(to, message):
+                    self.cluster.order(to, message)
+                case Emit(item):
+                    self._measure(stream, item, now)
+                    stream.items.put_nowait(item)
+                case Fail(status, message, retry_after_s):
+                    stream.items.put_nowait(GenerationError(status, message, retry_after_s=retry_after_s))
+        if stream.attempts.is_over and self._streams.pop(stream.attempts.transfer_id, None) is not None:
+            self._note_end(stream, now)
+
+    def _measure(self, stream: _Stream, item: TokenChunk | GenerationEnd, now: float) -> None:
+        if isinstance(item, GenerationEnd):
+            return
+        if stream.last_token_at is None:
+            self._metrics.ttft.observe(now - stream.attempts.record.received_at)
+        else:
+            gap_s = (now - stream.last_token_at) / len(item.token_ids)
+            for _ in item.token_ids:
+                self._metrics.itl.observe(gap_s)
+        stream.last_token_at = now
+
+    def _note_end(self, stream: _Stream, now: float) -> None:
+        record = stream.attempts.record
+        self._metrics.e2e.observe(now - record.received_at)
+        self._metrics.requests.labels(outcome=record.state).inc()
+        for attempt in record.attempts:
+            self._metrics.attempts.labels(mode=attempt.mode).inc()
+        level = logging.WARNING if record.state == "failed" else logging.INFO
+        log.log(
+            level,
+            "request %s %s: %d tokens, %d attempts%s",
+            record.request.request_id,
+            record.state,
+            record.num_tokens,
+            len(record.attempts),
+            f", {record.error}" if record.error else "",
+        )
+
+    def _load(self) -> Counter[str]:
+        return Counter(worker for stream in self._streams.values() for worker in stream.attempts.load)
+
+    def _fleet(self) -> Fleet:
+        self._turn += 1
+        return Fleet(list(self.cluster.registry), self._clock(), self._load(), self._turn, self.options.max_queued)
+
+    # --- ClusterListener: what happens below ------------------------------------------------------------------
+
+    def answered(self, source: str, message: AnswerMessage) -> None:
+        if stream := self._streams.get(message.transfer_id):
+            self._apply(stream, Answered(source, message))
+        elif isinstance(message, TransferReport) and (record := self._records.get(message.transfer_id)):
+            record.note(source, message)
+
+    def lost(self, incarnation: str, reason: str) -> None:
+        self._apply_to_all(WorkerLost(incarnation, reason))
+
+    def is_serving(self, transfer_id: str, incarnation: str) -> bool:
+        stream = self._streams.get(transfer_id)
+        return stream is not None and incarnation in stream.attempts.sides
+
+    def time_passed(self) -> None:
+        self._apply_to_all(Tick())
