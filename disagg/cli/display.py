@@ -90,7 +90,7 @@ class LiveDisplay(PlainDisplay):
         table = Table.grid(padding=(0, 2))
         for child, shown in self._rows.items():
             table.add_row(child, shown)
-        self._live.update(table)
+        self._live.update(table, refresh=True)
 
     def log(self, line: str) -> None:
         with contextlib.suppress(OSError):

@@ -56,8 +56,8 @@ class Supervisor:
     async def run(self, work: Work) -> int:
         """Start everything, then `work(router, workers)`: its result is the exit code. All children end before this.
 
-        Returns 128 + n after signal n. Raises ConfigError when a child refused what the user gave, ClusterError when one
-        could not be kept alive.
+        Returns 128 + n after signal n. Raises ConfigError when a child refused what the user gave, ClusterError when
+        one could not be kept alive.
         """
         with self._signals():
             try:

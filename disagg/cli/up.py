@@ -18,6 +18,7 @@ from disagg.cli.child import ChildSpec
 from disagg.cli.display import display
 from disagg.cli.process import require_free_port
 from disagg.cli.supervisor import ClusterError, Ready, Supervisor
+from disagg.config.errors import ConfigError
 from disagg.config.load import COMMANDS, OTHER_VARIABLES, to_flags, variable_of
 from disagg.config.quantities import format_nbytes
 from disagg.config.resources import num_cores, threads_per_worker
@@ -176,7 +177,7 @@ def _serve_forever(settings: UpSettings) -> Work:
 def pairs_of(body: Mapping[str, Any]) -> list[Pair]:
     """The links in the answer of `GET /workers`."""
     return [
-        Pair(link["worker_id"], worker["worker_id"], link["plane"], link["state"], link["detail"])
+        Pair(link["worker"], worker["id"], link["plane"], link["state"], link["detail"])
         for worker in body["workers"]
         for link in worker["links"]
     ]
@@ -205,9 +206,12 @@ def curl(settings: UpSettings, url: str) -> str:
 
 def _resolved(model: str) -> str:
     """The model's folder, fetched once here rather than by every child. Raises ConfigError."""
-    from disagg.engine.checkpoint import resolve_model  # here, so that `--help` need not load it
+    from disagg.engine.checkpoint import ModelRefused, resolve_model  # here, so that `--help` need not load it
 
-    return str(resolve_model(model))
+    try:
+        return str(resolve_model(model))
+    except ModelRefused as exc:
+        raise ConfigError(str(exc)) from exc
 
 
 def _spec(name: str, command: str, flags: Sequence[str], env: Mapping[str, str]) -> ChildSpec:

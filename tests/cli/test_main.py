@@ -1,0 +1,116 @@
+"""The command line from outside: exit codes, one sentence on stderr, nothing heavy before it is needed."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from disagg import __version__
+from disagg.cli.main import main
+
+
+@pytest.fixture(autouse=True)
+def _no_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in os.environ if name.startswith("DISAGG_")]:
+        monkeypatch.delenv(name)
+
+
+@pytest.fixture
+def busy_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        yield server.getsockname()[1]
+
+
+def refusal(argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """The one sentence on stderr of a command that exits with code 2."""
+    assert main(argv) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    lines = captured.err.splitlines()
+    assert len(lines) == 1
+    assert lines[0].startswith("disagg: ")
+    return lines[0]
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["frobnicate"], "No such command 'frobnicate'"),
+        (["up", "--frobnicate"], "No such option: --frobnicate"),
+        (["prefill", "--block-size"], "requires an argument"),
+        (["up", "stray"], "unexpected extra argument"),
+        (["decode", "--block-size", "12"], "`--block-size` is `12`: expected a power of two"),
+        (["up", "--tensor-parallel-size", "2"], "workers of several ranks are not supported"),
+        (["router", "--config", "/none.yaml"], "`--config` cannot be read"),
+        (["router", "--port", "0"], "no cluster secret: give the same `--secret-file`"),
+        (["prefill"], "no cluster secret"),
+        (["both", "--secret-file", "/none"], "`--secret-file` cannot be read"),
+        (["up", "--model", "/no/such/folder"], "/no/such/folder"),
+    ],
+)
+def test_a_user_s_mistake_is_one_sentence_and_exit_code_2(
+    argv: list[str], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert words in refusal(argv, capsys)
+
+
+@pytest.mark.parametrize("flag", ["--port", "--admin-port", "--control-port"])
+@pytest.mark.parametrize("command", ["up", "router"])
+def test_a_busy_port_is_refused_before_anything_starts(
+    command: str, flag: str, busy_port: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = [command, "--port", "0", "--admin-port", "0", "--control-port", "0", "--insecure", flag, str(busy_port)]
+    assert f"port {busy_port} on `127.0.0.1` is busy: choose another with `{flag}`" in refusal(argv, capsys)
+
+
+def test_an_address_that_is_not_ours_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "cannot listen on `192.0.2.1` port 8000 (`--port`)" in refusal(["up", "--host", "192.0.2.1"], capsys)
+
+
+def test_a_misspelt_variable_is_pointed_out(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("DISAGG_BLOK_SIZE", "16")
+    assert main(["router"]) == 2
+    assert "no command reads `DISAGG_BLOK_SIZE`" in capsys.readouterr().err
+
+
+def test_the_version_is_a_result(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["version"]) == 0
+    assert capsys.readouterr().out == __version__ + "\n"
+
+
+@pytest.mark.parametrize("argv", [[], ["--help"], ["up", "--help"], ["prefill", "-h"], ["demo", "--help"]])
+def test_help_is_a_result_without_control_characters(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(argv) == 0
+    assert "\x1b" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", ["up", "demo", "router", "prefill", "decode", "both"])
+def test_help_shows_no_internal_and_no_unbuilt_option(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    main([command, "--help"])
+    shown = capsys.readouterr().out
+    assert not any(flag in shown for flag in ("-fd", "tensor-parallel", "DISAGG_SECRET"))
+
+
+def test_help_loads_nothing_heavy() -> None:
+    code = (
+        "import sys; from disagg.cli.main import main; main(['up', '--help']); "
+        "print(sorted({'torch', 'transformers', 'zmq', 'starlette', 'aiohttp', 'numpy'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_the_module_is_the_command() -> None:
+    done = subprocess.run([sys.executable, "-P", "-m", "disagg", "version"], capture_output=True, text=True, check=True)
+    assert done.stdout == __version__ + "\n"
+
+
+def test_a_secret_is_never_taken_from_argv(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "No such option: --secret" in refusal(["router", "--secret", "0123456789abcdef"], capsys)

@@ -1,0 +1,130 @@
+"""What `disagg up` tells its processes and its user."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+from disagg.cli.child import ChildSpec
+from disagg.cli.up import LocalCluster, Pair, child_environment, curl, pairs_of, summary
+from disagg.config.resources import num_cores
+from disagg.config.settings import UpSettings
+
+ROUTER = {"url": "http://127.0.0.1:8000", "admin": "http://127.0.0.1:41000", "control": "tcp://127.0.0.1:42000"}
+
+
+def cluster(**settings: object) -> LocalCluster:
+    return LocalCluster(UpSettings.model_validate(settings), "/models/m")
+
+
+def flag(spec: ChildSpec, name: str) -> str | None:
+    return spec.argv[spec.argv.index(name) + 1] if name in spec.argv else None
+
+
+def test_processes_are_started_with_a_safe_path() -> None:
+    assert cluster().router(None).argv[1:5] == ("-P", "-m", "disagg", "router")
+
+
+def test_there_are_as_many_workers_of_each_role_as_asked_for() -> None:
+    names = [spec.name for spec in cluster(prefill=2, decode=1, both=1).workers(ROUTER)]
+    assert names == ["prefill-0", "prefill-1", "decode-0", "both-0"]
+
+
+def test_workers_register_where_the_router_announced() -> None:
+    assert {flag(spec, "--router") for spec in cluster().workers(ROUTER)} == {"tcp://127.0.0.1:42000"}
+
+
+def test_a_router_that_starts_again_takes_the_ports_it_had() -> None:
+    again = cluster(port=0).router(ROUTER)
+    assert (flag(again, "--port"), flag(again, "--admin-port"), flag(again, "--control-port")) == (
+        None,
+        "41000",
+        "42000",
+    )
+    assert flag(cluster(port=0).router(None), "--port") == "0"
+
+
+def test_the_api_key_travels_in_the_environment_of_the_router_alone() -> None:
+    started = cluster(api_key="hush")
+    router, workers = started.router(None), started.workers(ROUTER)
+    assert router.env["DISAGG_API_KEY"] == "hush"
+    assert not any("hush" in " ".join(spec.argv) for spec in (router, *workers))
+    assert not any("DISAGG_API_KEY" in spec.env for spec in workers)
+    assert "hush" not in repr(router)
+
+
+def test_children_do_not_read_the_settings_of_up_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    environ = {"DISAGG_PORT": "1", "DISAGG_CONFIG": "x", "DISAGG_SECRET": "s", "HF_HOME": "/hf"}
+    assert child_environment(environ) == {"HF_HOME": "/hf"}
+    monkeypatch.setenv("DISAGG_BLOCK_SIZE", "64")
+    assert all("DISAGG_BLOCK_SIZE" not in spec.env for spec in cluster().workers(ROUTER))
+
+
+def test_workers_share_memory_and_cores() -> None:
+    workers = cluster(kv_cache_memory="90MiB", prefill=2, decode=1).workers(ROUTER)
+    assert {flag(spec, "--kv-cache-memory") for spec in workers} == {str(30 << 20)}
+    assert {flag(spec, "--memory-share") for spec in workers} == {"0.3333"}
+    assert {flag(spec, "--threads") for spec in workers} == {str(max(1, num_cores() // 3))}
+    assert {spec.env["OMP_NUM_THREADS"] for spec in workers} == {str(max(1, num_cores() // 3))}
+
+
+def test_devices_are_dealt_in_turn_and_share_their_own_memory() -> None:
+    workers = cluster(prefill=2, decode=2, prefill_devices="cuda:0,cuda:1", decode_devices="cuda:1").workers(ROUTER)
+    assert [flag(spec, "--device") for spec in workers] == ["cuda:0", "cuda:1", "cuda:1", "cuda:1"]
+    assert [flag(spec, "--memory-share") for spec in workers] == [None, "0.3333", "0.3333", "0.3333"]
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "flags"),
+    [
+        ("block_size", 32, ["--block-size", "32"]),
+        ("check", True, ["--check"]),
+        ("insecure", True, ["--insecure"]),
+        ("planes", "zmq", ["--planes", "zmq"]),
+        ("max_model_len", 128, ["--max-model-len", "128"]),
+        ("log_level", "debug", ["--log-level", "debug"]),
+    ],
+)
+def test_every_worker_is_told_what_up_was_told(setting: str, value: object, flags: list[str]) -> None:
+    for spec in cluster(**{setting: value}).workers(ROUTER):
+        assert " ".join(flags) in " ".join(spec.argv)
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "flags"),
+    [
+        ("max_attempts", 1, ["--max-attempts", "1"]),
+        ("served_model_name", "tiny", ["--served-model-name", "tiny"]),
+        ("host", "127.0.0.9", ["--host", "127.0.0.9"]),
+        ("insecure", True, ["--insecure"]),
+    ],
+)
+def test_the_router_is_told_what_up_was_told(setting: str, value: object, flags: list[str]) -> None:
+    assert " ".join(flags) in " ".join(cluster(**{setting: value}).router(None).argv)
+
+
+def test_the_environment_passes_proxies_on_for_model_downloads_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HTTPS_PROXY", "http://proxy:1")
+    assert child_environment(os.environ)["HTTPS_PROXY"] == "http://proxy:1"
+
+
+def test_links_are_read_from_the_list_of_workers() -> None:
+    link = {"worker": "prefill-0", "plane": "shm", "state": "ready", "detail": "", "gb_per_s": 1.0}
+    body = {"workers": [{"id": "prefill-0", "links": []}, {"id": "decode-0", "links": [link]}]}
+    assert pairs_of(body) == [Pair("prefill-0", "decode-0", "shm", "ready", "")]
+
+
+def test_the_summary_says_where_what_and_how() -> None:
+    worker = {"worker_id": "decode-0", "device": "cpu", "threads": 1, "memory": 5 << 20, "max_model_len": 2048}
+    lines = summary(UpSettings(), ROUTER, [worker], [Pair("prefill-0", "decode-0", "shm", "ready", "")])
+    assert lines[0] == "serving `demo` at http://127.0.0.1:8000 (admin: http://127.0.0.1:41000)"
+    assert lines[1] == f"  decode-0: cpu, 1 of {num_cores()} cores, 5 MiB of KV cache, max-model-len 2048"
+    assert lines[2] == "  prefill-0 -> decode-0: shm"
+    assert lines[3].startswith("curl http://127.0.0.1:8000/v1/completions")
+
+
+def test_the_curl_line_does_not_show_the_key() -> None:
+    line = curl(UpSettings(api_key="hush"), "http://127.0.0.1:1")
+    assert "hush" not in line
+    assert "Bearer YOUR_KEY" in line
