@@ -1,0 +1,58 @@
+"""Generating the choices of one request, all at once; the first failure, or the client's leaving, ends all of them."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from typing import cast
+
+from disagg.api.answer import Answer, AnswerToken, Delta, Finish
+from disagg.router.generation import Backend, GenerationEnd, GenerationError, GenerationRequest, TokenChunk
+
+
+@dataclass(slots=True)
+class Choice:
+    """One answer in the making. `echo` is the prompt's text where the request wants it back."""
+
+    index: int
+    request: GenerationRequest
+    answer: Answer
+    echo: str = ""
+    texts: list[str] = field(default_factory=list)
+    tokens: list[AnswerToken] = field(default_factory=list)
+    finish: Finish | None = None
+    has_begun: bool = False
+
+    def add(self, delta: Delta) -> None:
+        self.texts.append(delta.text)
+        self.tokens += delta.tokens
+        self.finish = delta.finish
+
+
+Emit = Callable[[Choice, Delta], Awaitable[None]]
+
+
+async def generate_all(backend: Backend, choices: Sequence[Choice], emit: Emit) -> None:
+    """Run every choice to its finish and hand each step to `emit`. Raises GenerationError, the first there was."""
+    if len(choices) == 1:
+        await _generate(backend, choices[0], emit)
+        return
+    try:
+        async with asyncio.TaskGroup() as group:
+            for choice in choices:
+                group.create_task(_generate(backend, choice, emit))
+    except ExceptionGroup as failures:
+        raise failures.exceptions[0] from failures
+
+
+async def _generate(backend: Backend, choice: Choice, emit: Emit) -> None:
+    items = cast("AsyncGenerator[TokenChunk | GenerationEnd]", backend.generate(choice.request))
+    async with aclosing(items):
+        async for item in items:
+            delta = choice.answer.feed(item)
+            await emit(choice, delta)
+            if delta.finish is not None:
+                return
+    raise GenerationError(502, "the answer ended before it was complete")

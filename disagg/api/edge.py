@@ -1,0 +1,103 @@
+"""The outermost layer: request ids on every response, the API key, and errors as OpenAI error objects."""
+
+from __future__ import annotations
+
+import hmac
+import logging
+import uuid
+from collections.abc import MutableMapping
+from typing import Any, Final, cast
+
+from starlette.datastructures import Headers
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from disagg.api.errors import ApiError
+from disagg.api.wire import error_response
+
+HEADER: Final = "x-request-id"
+MAX_ID_LENGTH: Final = 128  # it is logged on every line and crosses the wire with each attempt
+OPEN_PATHS: Final = frozenset({"/health", "/ready", "/version", "/metrics"})  # what probes and scrapers read
+
+log: Final = logging.getLogger(__name__)
+
+
+def request_id_of(scope: Scope) -> str:
+    return cast("str", scope["state"]["request_id"])
+
+
+class Edge:
+    """ASGI middleware. Whatever happens below it, the client gets one whole response with its `X-Request-Id`."""
+
+    def __init__(self, app: ASGIApp, api_key: str | None = None) -> None:
+        self._app = app
+        self._key = None if api_key is None else f"Bearer {api_key}".encode()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return
+        response = _Response(send, uuid.uuid4().hex)
+        scope.setdefault("state", {})["request_id"] = response.request_id
+        try:
+            self._admit(scope, response)
+            await self._app(scope, receive, response.send)
+        except ApiError as exc:
+            await error_response(exc)(scope, receive, response.send)
+        except Exception:
+            log.exception("request `%s`: an error of our own", response.request_id)
+            await self._apologise(scope, receive, response)
+
+    def _admit(self, scope: Scope, response: _Response) -> None:
+        """Take the client's request id and check its key. Raises ApiError 400 or 401."""
+        headers = Headers(scope=scope)
+        if (given := headers.get(HEADER)) is not None:
+            response.request_id = scope["state"]["request_id"] = check_request_id(given)
+        if self._key is None or scope["path"] in OPEN_PATHS:
+            return
+        if not hmac.compare_digest(headers.get("authorization", "").encode(), self._key):
+            raise ApiError(401, "the API key is missing or wrong: send the header `Authorization: Bearer KEY`")
+
+    async def _apologise(self, scope: Scope, receive: Receive, response: _Response) -> None:
+        if response.has_started:  # its bytes are out: leaving it unfinished makes the server cut the connection
+            return
+        message = f"the server failed; its log says why under request id `{response.request_id}`"
+        await error_response(ApiError(500, message))(scope, receive, response.send)
+
+
+class _Response:
+    """Watches a response start, and puts the request's id on it."""
+
+    def __init__(self, send: Send, request_id: str) -> None:
+        self._send = send
+        self.request_id = request_id
+        self.has_started = False
+
+    async def send(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            self.has_started = True
+            _add_header(message, self.request_id)
+        await self._send(message)
+
+
+def _add_header(message: MutableMapping[str, Any], request_id: str) -> None:
+    message["headers"] = [*message.get("headers", ()), (HEADER.encode(), request_id.encode())]
+
+
+def check_request_id(given: str) -> str:
+    """The client's id, if logs and headers can hold it. Raises ApiError 400."""
+    if not 1 <= len(given) <= MAX_ID_LENGTH or not (given.isascii() and given.isprintable()):
+        message = f"`X-Request-Id`: expected 1 to {MAX_ID_LENGTH} printable ASCII characters"
+        raise ApiError(400, message, param="X-Request-Id")
+    return given
+
+
+async def http_exception(request: Request, exc: Exception) -> Response:
+    """Routing's own refusals (404, 405) as error objects."""
+    assert isinstance(exc, HTTPException)
+    reasons = {404: "there is no `{path}` here", 405: "`{path}` does not answer {method}"}
+    reason = reasons.get(exc.status_code, exc.detail).format(path=request.url.path, method=request.method)
+    response = error_response(ApiError(exc.status_code, reason))
+    response.headers.update(exc.headers or {})
+    return response

@@ -1,0 +1,147 @@
+"""`POST /v1/completions` and `POST /v1/chat/completions`: from body to answer, ended at once when the client leaves."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Coroutine, Sequence
+from typing import Any, Final
+
+from starlette.requests import Request
+from starlette.types import Receive, Scope, Send
+
+from disagg.api.answer import Answer
+from disagg.api.choices import Choice, generate_all
+from disagg.api.edge import request_id_of
+from disagg.api.errors import ApiError, bad_request, from_generation, no_workers
+from disagg.api.fields import CHAT, parse_params
+from disagg.api.params import RequestParams
+from disagg.api.prompts import PromptEncoder
+from disagg.api.sampling import answer_tokens, base_seed, build_sampling, check_together, check_vocabulary
+from disagg.api.settings import ApiSettings
+from disagg.api.shapes import shape_for
+from disagg.api.sinks import ClientStalledError, EventSink, Head, Sink, WholeSink
+from disagg.api.stops import StopMatcher
+from disagg.api.tokenizer import ModelTokenizer
+from disagg.api.wire import error_response, read_json
+from disagg.router.generation import Backend, GenerationError, GenerationRequest
+from disagg.transceiver.messages.values import Sampling
+
+log: Final = logging.getLogger(__name__)
+
+
+class GenerateEndpoint:
+    """One of the two endpoints, as an ASGI application."""
+
+    def __init__(self, endpoint: str, backend: Backend, settings: ApiSettings, tokenizer: ModelTokenizer) -> None:
+        self._endpoint = endpoint
+        self._backend = backend
+        self._settings = settings
+        self._tokenizer = tokenizer
+        self._encoder = PromptEncoder(tokenizer)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        request = Request(scope, receive)
+        params = parse_params(self._endpoint, await read_json(request, self._settings.max_body_nbytes))
+        self._check(params)
+        await while_connected(receive, self._respond(params, scope, receive, send))
+
+    def _check(self, params: RequestParams) -> None:
+        require_model(params, self._settings)
+        check_together(params)
+        check_vocabulary(params, self._tokenizer.vocab_size)
+        num_choices = len(params.prompt or "1") * params.n
+        if num_choices > self._settings.max_choices:
+            limit = f"{num_choices} choices were asked for, at most {self._settings.max_choices} are given per request"
+            raise bad_request(limit, "n" if params.n > 1 else "prompt")
+
+    async def _respond(self, params: RequestParams, scope: Scope, receive: Receive, send: Send) -> None:
+        """Everything from the parsed request to the last byte, errors included."""
+        request_id = request_id_of(scope)
+        status, choices = 200, list[Choice]()
+        try:
+            choices = await self._choices(params, request_id)
+            await self._answer(choices, self._sink(params, request_id, send))
+        except ApiError as exc:
+            status = exc.status
+            await error_response(exc)(scope, receive, send)
+        except ClientStalledError as exc:
+            log.warning("request `%s`: cancelled: %s", request_id, exc)
+        finally:
+            log_request(request_id, self._endpoint, params, choices, status)
+
+    async def _choices(self, params: RequestParams, request_id: str) -> list[Choice]:
+        """Choices in order: all of the first prompt, then all of the second."""
+        max_model_len = self._backend.max_model_len()
+        if max_model_len is None:
+            raise no_workers()
+        if params.endpoint == CHAT:
+            prompts = [await self._encoder.chat(params)]
+        else:
+            prompts = await self._encoder.completions(params)
+        seed, drafts = base_seed(params), list[tuple[tuple[int, ...], Sampling, str]]()
+        for ids, echo in prompts:
+            max_tokens = answer_tokens(params, self._settings.defaults, len(ids), max_model_len)
+            for i in range(params.n):
+                sampling = build_sampling(params, self._settings.defaults, max_tokens=max_tokens, seed=seed + i)
+                drafts.append((ids, sampling, echo))
+        names = [request_id] if len(drafts) == 1 else [f"{request_id}-{i}" for i in range(len(drafts))]
+        return [self._choice(params, i, names[i], *draft) for i, draft in enumerate(drafts)]
+
+    def _choice(
+        self, params: RequestParams, index: int, name: str, prompt: tuple[int, ...], sampling: Sampling, echo: str
+    ) -> Choice:
+        detokenizer = self._tokenizer.detokenizer(skip_special_tokens=params.skip_special_tokens)
+        stops = StopMatcher(params.stop, include=params.include_stop_str_in_output)
+        answer = Answer(detokenizer, stops, sampling, include_stop=params.include_stop_str_in_output)
+        return Choice(index, GenerationRequest(name, prompt, sampling), answer, echo)
+
+    def _sink(self, params: RequestParams, request_id: str, send: Send) -> Sink:
+        shape = shape_for(params, self._tokenizer)
+        head = Head(shape, request_id, self._settings.served_model_name)
+        if not params.stream:
+            return WholeSink(send, head, shape)
+        timeout_s = self._settings.send_timeout_s
+        return EventSink(send, head, shape, includes_usage=params.includes_usage, timeout_s=timeout_s)
+
+    async def _answer(self, choices: Sequence[Choice], sink: Sink) -> None:
+        try:
+            await generate_all(self._backend, choices, sink.emit)
+        except GenerationError as exc:
+            if not any(choice.has_begun for choice in choices):
+                raise from_generation(exc) from exc
+            log.warning("request `%s`: failed after its first token: %s", choices[0].request.request_id, exc.message)
+            await sink.fail(from_generation(exc))
+        else:
+            await sink.close(choices)
+
+
+def require_model(params: RequestParams, settings: ApiSettings) -> None:
+    """Raise ApiError 404 unless the request names the served model, or none."""
+    if params.model not in (None, settings.served_model_name):
+        message = f"the model `{params.model}` does not exist; this server serves `{settings.served_model_name}`"
+        raise ApiError(404, message, param="model", code="model_not_found")
+
+
+async def while_connected(receive: Receive, work: Coroutine[Any, Any, None]) -> None:
+    """Run `work` to its end, or cancel it when the client leaves. The request's body must have been read."""
+    async with asyncio.TaskGroup() as group:
+        worker = group.create_task(work)
+        watcher = group.create_task(_disconnected(receive))
+        worker.add_done_callback(lambda _: watcher.cancel())
+        watcher.add_done_callback(lambda _: worker.cancel())
+
+
+async def _disconnected(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+def log_request(request_id: str, endpoint: str, params: RequestParams, choices: Sequence[Choice], status: int) -> None:
+    """One line per request: the record of who asked (`user`), under the id that workers log too."""
+    num_prompt = sum(len(choice.request.prompt) for choice in choices)
+    num_tokens = sum(choice.answer.num_tokens for choice in choices)
+    log.info(
+        "request `%s`: %s status %d, %d prompt tokens, %d tokens, user %s",
+        *(request_id, endpoint, status, num_prompt, num_tokens, params.user),
+    )

@@ -1,0 +1,104 @@
+"""From request fields and the model's defaults to `Sampling`; refusals that need several fields or the model."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Iterable
+from typing import Final, TypeVar
+
+from disagg.api.errors import bad_request
+from disagg.api.fields import CHAT, COMPLETIONS
+from disagg.api.params import RequestParams
+from disagg.engine.checkpoint import GenerationDefaults
+from disagg.transceiver.messages.values import Sampling
+
+COMPLETIONS_MAX_TOKENS: Final = 16  # OpenAI's default
+SEED_MASK: Final = 2**63 - 1  # seeds are non-negative 63-bit numbers below: any integer type holds them
+
+T = TypeVar("T")
+
+
+def check_together(params: RequestParams) -> None:
+    """Fields that contradict each other. Raises ApiError 400 naming one of them."""
+    for field in ("messages",) if params.endpoint == CHAT else ("prompt",):
+        if getattr(params, field) is None:
+            raise bad_request(f"`{field}` is required", field, code="missing_required_parameter")
+    if params.best_of not in (None, params.n):
+        raise bad_request(
+            f"`best_of`: {params.best_of} differs from `n`: {params.n}; only equal is supported", "best_of"
+        )
+    if params.stream_options is not None and not params.stream:
+        raise bad_request("`stream_options` needs `stream`: true", "stream_options")
+    if params.top_logprobs and not params.logprobs:
+        raise bad_request("`top_logprobs` needs `logprobs`: true", "top_logprobs")
+    if params.echo and params.logprobs is not None:
+        raise bad_request("`echo` with `logprobs` is not supported: prompts have no log-probabilities", "echo")
+    if None not in (params.max_tokens, params.max_completion_tokens) and params.max_tokens != params.answer_limit:
+        raise bad_request("`max_tokens` and `max_completion_tokens` differ; send one", "max_tokens")
+
+
+def check_vocabulary(params: RequestParams, vocab_size: int) -> None:
+    """Token ids in fields other than the prompt. Raises ApiError 400."""
+    for name, ids in (("stop_token_ids", params.stop_token_ids), ("logit_bias", [id_ for id_, _ in params.logit_bias])):
+        check_token_ids(ids, vocab_size, name)
+
+
+def check_token_ids(ids: Iterable[int], vocab_size: int, param: str) -> None:
+    if (worst := max(ids, default=0)) >= vocab_size:
+        raise bad_request(f"`{param}`: token id {worst} is not in the vocabulary of {vocab_size}", param)
+
+
+def answer_tokens(params: RequestParams, defaults: GenerationDefaults, prompt_len: int, max_model_len: int) -> int:
+    """How many tokens may be generated. Raises ApiError 400 when the model's length has no room for them."""
+    param = "messages" if params.endpoint == CHAT else "prompt"
+    remaining = max_model_len - prompt_len
+    if remaining < 1:
+        raise _too_long(f"the prompt has {prompt_len} tokens, which leaves no room for an answer", max_model_len, param)
+    if params.answer_limit is None:
+        wanted = COMPLETIONS_MAX_TOKENS if params.endpoint == COMPLETIONS else defaults.max_tokens or remaining
+        return min(wanted, remaining)
+    if params.answer_limit > remaining:
+        asked = f"the prompt has {prompt_len} tokens and {params.answer_limit} more were asked for"
+        raise _too_long(
+            asked, max_model_len, "max_tokens" if params.max_completion_tokens is None else "max_completion_tokens"
+        )
+    return params.answer_limit
+
+
+def _too_long(why: str, max_model_len: int, param: str) -> Exception:
+    message = f"{why}; prompt and answer together may have {max_model_len} (the model's max_model_len)"
+    return bad_request(message, param, code="context_length_exceeded")
+
+
+def base_seed(params: RequestParams) -> int:
+    """The request's seed, or one drawn for it."""
+    return secrets.randbelow(SEED_MASK) if params.seed is None else params.seed
+
+
+def build_sampling(params: RequestParams, defaults: GenerationDefaults, *, max_tokens: int, seed: int) -> Sampling:
+    """The request's values over the model's over neutral ones. Raises ApiError 400."""
+    if params.min_tokens > max_tokens:
+        raise bad_request(
+            f"`min_tokens`: {params.min_tokens} is more than the {max_tokens} tokens allowed", "min_tokens"
+        )
+    return Sampling(
+        max_tokens=max_tokens,
+        seed=seed & SEED_MASK,
+        temperature=_first(params.temperature, defaults.temperature),
+        top_k=max(0, _first(params.top_k, defaults.top_k)),
+        top_p=_first(params.top_p, defaults.top_p),
+        min_p=_first(params.min_p, defaults.min_p),
+        repetition_penalty=_first(params.repetition_penalty, defaults.repetition_penalty),
+        presence_penalty=params.presence_penalty,
+        frequency_penalty=params.frequency_penalty,
+        logit_bias=params.logit_bias,
+        min_tokens=params.min_tokens,
+        ignore_eos=params.ignore_eos,
+        eos_token_ids=defaults.eos_token_ids,
+        stop_token_ids=params.stop_token_ids,
+        num_logprobs=params.num_logprobs,
+    )
+
+
+def _first(value: T | None, default: T) -> T:
+    return default if value is None else value

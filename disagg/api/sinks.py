@@ -1,0 +1,116 @@
+"""Where the steps of an answer go: into one JSON body, or out as server-sent events."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from starlette.types import Message, Send
+
+from disagg.api.answer import Delta
+from disagg.api.choices import Choice
+from disagg.api.errors import ApiError
+from disagg.api.shapes import Shape, usage
+from disagg.api.wire import encode_json
+
+
+class ClientStalledError(Exception):
+    """The client stopped reading; there is nobody to tell."""
+
+
+class Head:
+    """What every body or event of one answer says: id, time, model."""
+
+    def __init__(self, shape: Shape, request_id: str, model: str) -> None:
+        self._id = f"{shape.prefix}-{request_id}"
+        self._created = int(time.time())
+        self._model = model
+
+    def around(self, kind: str, choices: list[dict[str, Any]], **others: Any) -> dict[str, Any]:
+        return {
+            "id": self._id,
+            "object": kind,
+            "created": self._created,
+            "model": self._model,
+            "choices": choices,
+            **others,
+        }
+
+
+class WholeSink:
+    """Collects the answer; `send` is called once, at the end."""
+
+    def __init__(self, send: Send, head: Head, shape: Shape) -> None:
+        self._send = send
+        self._head = head
+        self._shape = shape
+
+    async def emit(self, choice: Choice, delta: Delta) -> None:
+        choice.add(delta)
+        choice.has_begun = choice.has_begun or bool(delta.tokens)
+
+    async def close(self, choices: Sequence[Choice]) -> None:
+        bodies = [self._shape.whole(choice) for choice in choices]
+        body = self._head.around(self._shape.kind, bodies, **self._shape.extras(choices[0]), usage=usage(choices))
+        await self._send(response_start(200, b"application/json"))
+        await self._send({"type": "http.response.body", "body": encode_json(body)})
+
+    async def fail(self, error: ApiError) -> None:
+        """A token was lost that a stream would have shown: 502, whatever the cause was called."""
+        raise ApiError(502, error.message)
+
+
+class EventSink:
+    """Sends each step as an event. Status and headers go with the first, so that failures before it have a status."""
+
+    def __init__(self, send: Send, head: Head, shape: Shape, *, includes_usage: bool, timeout_s: float) -> None:
+        self._raw_send = send
+        self._head = head
+        self._shape = shape
+        self._usage = {"usage": None} if includes_usage else {}
+        self._timeout_s = timeout_s
+        self._lock = asyncio.Lock()  # choices emit concurrently; headers must come first and events whole
+        self._has_started = False
+
+    async def emit(self, choice: Choice, delta: Delta) -> None:
+        extras = {} if choice.has_begun else self._shape.extras(choice)
+        event = self._shape.event(choice, delta)
+        choice.has_begun = True
+        await self._event(self._head.around(self._shape.event_kind, [event], **extras, **self._usage))
+
+    async def close(self, choices: Sequence[Choice]) -> None:
+        if self._usage:
+            await self._event(self._head.around(self._shape.event_kind, [], usage=usage(choices)))
+        await self._send_body(b"data: [DONE]\n\n", more=False)
+
+    async def fail(self, error: ApiError) -> None:
+        """The status is gone: the error is an event, and without `[DONE]` no client takes the stream for complete."""
+        await self._event(error.body, more=False)
+
+    async def _event(self, value: dict[str, Any], *, more: bool = True) -> None:
+        await self._send_body(b"data: " + encode_json(value) + b"\n\n", more=more)
+
+    async def _send_body(self, data: bytes, *, more: bool) -> None:
+        async with self._lock:
+            if not self._has_started:
+                self._has_started = True
+                await self._send(
+                    response_start(200, b"text/event-stream; charset=utf-8", (b"cache-control", b"no-cache"))
+                )
+            await self._send({"type": "http.response.body", "body": data, "more_body": more})
+
+    async def _send(self, message: Message) -> None:
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                await self._raw_send(message)
+        except TimeoutError:
+            raise ClientStalledError(f"the client read nothing for {self._timeout_s:g} s") from None
+
+
+Sink = WholeSink | EventSink
+
+
+def response_start(status: int, media_type: bytes, *headers: tuple[bytes, bytes]) -> Message:
+    return {"type": "http.response.start", "status": status, "headers": [(b"content-type", media_type), *headers]}

@@ -1,0 +1,120 @@
+"""A model's chat template: found where the hub ships it, rendered in a sandbox as transformers renders it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any, NoReturn
+
+import jinja2
+from jinja2 import nodes
+from jinja2.ext import Extension, loopcontrols
+from jinja2.parser import Parser
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from disagg.api.request_checks import Message
+
+
+class TemplateError(Exception):
+    """The template does not take this conversation; the message is the template's own."""
+
+
+class GenerationTag(Extension):
+    """`{% generation %}` marks the assistant's text for training; here it is its contents."""
+
+    tags = {"generation"}  # noqa: RUF012 - the base class declares it so
+
+    def parse(self, parser: Parser) -> list[nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+def find_template(folder: Path, tokenizer_config: Mapping[str, Any]) -> str | None:
+    """`chat_template.jinja`, else the entry of the tokenizer's config, else the processor's `chat_template.json`."""
+    if (file := folder / "chat_template.jinja").is_file():
+        return file.read_text("utf-8")
+    if entry := tokenizer_config.get("chat_template"):
+        return _default_of(entry)
+    if (file := folder / "chat_template.json").is_file():
+        return _default_of(json.loads(file.read_text("utf-8"))["chat_template"])
+    return None
+
+
+def _default_of(entry: Any) -> str | None:
+    """Old configs list several named templates."""
+    if isinstance(entry, str):
+        return entry
+    return {item["name"]: item["template"] for item in entry}.get("default")
+
+
+class ChatTemplate:
+    """Renders conversations. `variables` are the special tokens (`bos_token`, ...) that templates name."""
+
+    def __init__(self, source: str, variables: Mapping[str, str]) -> None:
+        environment = ImmutableSandboxedEnvironment(  # what a model folder ships is data, not trusted code
+            trim_blocks=True, lstrip_blocks=True, extensions=[GenerationTag, loopcontrols]
+        )
+        environment.filters["tojson"] = _to_json
+        environment.globals["raise_exception"] = _raise
+        environment.globals["strftime_now"] = _strftime_now
+        self._template = environment.from_string(source)
+        self._variables = dict(variables)
+        self._takes_parts = _takes_parts(environment.parse(source))
+
+    def render(
+        self,
+        messages: Sequence[Message],
+        *,
+        add_generation_prompt: bool = True,
+        arguments: Mapping[str, Any] | None = None,
+    ) -> str:
+        """The conversation as text. Raises TemplateError in the template's own words."""
+        if not self._takes_parts:
+            messages = [_join_parts(message) for message in messages]
+        context = {**self._variables, "tools": None, "documents": None, **(arguments or {})}
+        try:
+            return self._template.render(
+                {**context, "messages": list(messages), "add_generation_prompt": add_generation_prompt}
+            )
+        except (jinja2.TemplateError, TypeError, ValueError, LookupError, ArithmeticError, AttributeError) as exc:
+            raise TemplateError(str(exc) or type(exc).__name__) from exc
+        except RecursionError as exc:
+            raise TemplateError("the values are nested too deeply") from exc
+
+
+def _takes_parts(tree: nodes.Template) -> bool:
+    """Whether the template loops over a message's content, and so reads parts itself."""
+    loops = tree.find_all(nodes.For)
+    return any(_names_content(loop.iter) for loop in loops)
+
+
+def _names_content(expression: nodes.Node) -> bool:
+    match expression:
+        case (
+            nodes.Getattr(attr="content") | nodes.Getitem(arg=nodes.Const(value="content")) | nodes.Name(name="content")
+        ):
+            return True
+    return False
+
+
+def _join_parts(message: Message) -> Message:
+    """Text parts one per line, as vLLM joins them for templates that know only strings."""
+    content = message["content"]
+    return message if isinstance(content, str) else {**message, "content": "\n".join(part["text"] for part in content)}
+
+
+def _raise(message: str) -> NoReturn:
+    raise jinja2.TemplateError(message)
+
+
+def _strftime_now(form: str) -> str:
+    return datetime.now().strftime(form)  # the server's local time, as transformers gives it
+
+
+def _to_json(
+    value: Any, ensure_ascii: bool = False, indent: int | None = None, separators: Any = None, sort_keys: bool = False
+) -> str:
+    """Jinja's own filter escapes for HTML, which no model was trained on."""
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
