@@ -1,4 +1,4 @@
-"""Which checkpoints can be served, and as which text model. What is not listed was not tested and is refused by name."""
+"""Which checkpoints can be served, and as which text model. What is not listed was not tested: refused by name."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from disagg.engine.checkpoint import ModelRefused
+from disagg.engine.weights import ModelRefused
 
 # A wrapper's text model under the names it has had: saved by transformers 4, by 5, and as the hub has it.
 WRAPPED_TEXT: Mapping[str, str] = {
@@ -65,7 +65,7 @@ def find_architecture(config: Mapping[str, Any]) -> Architecture:
 
 
 def needs_dequantising(config: Mapping[str, Any], architecture: Architecture) -> bool:
-    """Whether the checkpoint is MXFP4 gpt-oss, the one quantised format that can be served. Raises ModelRefused for others."""
+    """Whether the checkpoint is MXFP4 gpt-oss, the one quantised format served. Raises ModelRefused for others."""
     quantisation = config.get("quantization_config") or (config.get("text_config") or {}).get("quantization_config")
     if not quantisation:
         return False
@@ -83,7 +83,8 @@ def rope_by_layer_type(config: Any) -> dict[str, dict[str, Any]]:
     for layer_type, rope in by_type.items():
         if rope.get("rope_type") in REFUSED_ROPE_TYPES:
             raise ModelRefused(
-                f"RoPE type `{rope['rope_type']}` ({layer_type} layers) is not supported: it changes with the sequence's length"
+                f"RoPE type `{rope['rope_type']}` ({layer_type} layers) is not supported: "
+                "its angles change with the sequence's length"
             )
     return by_type
 

@@ -45,7 +45,7 @@ def paged_attention(
     s_aux: torch.Tensor | None = None,
     **_: object,
 ) -> tuple[torch.Tensor, None]:
-    """transformers' attention interface over a flat ragged batch: `query` `[1, heads, total, dim]`, out `[1, total, heads, dim]`.
+    """transformers' attention interface: `query` `[1, heads, total, dim]`, out `[1, total, heads, dim]`, a flat batch.
 
     A layer that shares another's KV is handed the producer's K and V of this step; it ignores them, for the pool
     holds them and all earlier ones.

@@ -1,4 +1,4 @@
-"""A model folder as the hub ships it, read without torch or transformers: where it is, what it is, how it likes to be sampled."""
+"""A model folder as the hub ships it, read without torch or transformers: where it is, who it is, its defaults."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import IO, Any
 
-INDEX_NAME = "model.safetensors.index.json"
-WEIGHTS_NAME = "model.safetensors"
+from disagg.engine.weights import ModelRefused, TensorEntry, read_config, read_json, read_tensors, weight_files
+
+__all__ = ["GenerationDefaults", "ModelRefused", "fingerprint", "generation_defaults", "resolve_model"]
+
 TOKENIZER_FILES = (
     "added_tokens.json",
     "chat_template.jinja",
@@ -26,38 +28,18 @@ TOKENIZER_FILES = (
 # Written by whichever tool saved the folder last; they do not change what the model computes.
 VOLATILE_CONFIG_KEYS = frozenset({"_name_or_path", "_commit_hash", "transformers_version"})
 SAMPLE_NBYTES = 4096  # per sample: one page, so a tensor costs three page reads
-# safetensors' own limit; a longer header is a damaged or hostile file.
-MAX_HEADER_NBYTES = 100_000_000
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+CHUNK_NBYTES = 1 << 22  # per read of `verify_weights`: large enough that reads cost nothing beside hashing
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")  # owner/name; a bare word is a folder that is missing
 HUB_FILES = ("*.json", "*.safetensors", "*.jinja", "tokenizer.model", "merges.txt")
-
-
-class ModelRefused(ValueError):
-    """The model cannot be served; the message is one sentence for the user."""
-
-
-@dataclass(frozen=True, slots=True)
-class TensorEntry:
-    """One tensor of a safetensors file. `start`, `end`: absolute byte offsets in `path`. `dtype` as safetensors names it."""
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    path: Path
-    start: int
-    end: int
-
-    @property
-    def nbytes(self) -> int:
-        return self.end - self.start
 
 
 # --- where it is --------------------------------------------------------------------------------------------
 
 
 def resolve_model(name: str) -> Path:
-    """The folder `name` names: a path, or a hub id, downloaded or found in the hub's cache (HF_HOME, HF_TOKEN, HF_HUB_OFFLINE).
+    """The folder that `name` names: a path, or a hub id, downloaded or found in the hub's cache.
 
+    Hub ids honour HF_HOME, HF_TOKEN and HF_HUB_OFFLINE.
     Raises ModelRefused when there is no such folder or model, or the folder holds no config or no safetensors.
     """
     folder = Path(name).expanduser()
@@ -65,7 +47,9 @@ def resolve_model(name: str) -> Path:
         if folder.exists():
             raise ModelRefused(f"model `{name}` is a file, expected a folder with config.json and safetensors files")
         if not HUB_ID.fullmatch(name):
-            raise ModelRefused(f"model folder `{name}` does not exist; give a folder with config.json or a hub id")
+            raise ModelRefused(
+                f"model folder `{name}` does not exist; give a folder with config.json or a hub id such as `google/gemma-3-1b-it`"
+            )
         folder = _download(name)
     read_config(folder)
     weight_files(folder)
@@ -88,77 +72,6 @@ def _download(name: str) -> Path:
         raise ModelRefused(
             f"model `{name}` is no folder here, is not in the hub's cache, and the hub cannot be reached; give a folder"
         ) from exc
-
-
-def read_config(folder: Path) -> dict[str, Any]:
-    """config.json as it stands. Raises ModelRefused when it is missing or is no JSON object."""
-    config = _read_json(folder, "config.json")
-    if config is None:
-        raise ModelRefused(f"model folder `{folder}` has no config.json; give a folder as the hub ships it")
-    return config
-
-
-def _read_json(folder: Path, name: str) -> dict[str, Any] | None:
-    try:
-        value = json.loads((folder / name).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError) as exc:
-        raise ModelRefused(f"`{folder / name}` cannot be read as JSON: {exc}") from exc
-    if not isinstance(value, dict):
-        raise ModelRefused(f"`{folder / name}` holds no JSON object")
-    return value
-
-
-# --- its weights --------------------------------------------------------------------------------------------
-
-
-def weight_files(folder: Path) -> tuple[Path, ...]:
-    """The safetensors files that make up the model: the index's shards, or the one file. Raises ModelRefused."""
-    index = _read_json(folder, INDEX_NAME)
-    if index is None:
-        names = [WEIGHTS_NAME]
-    else:
-        weight_map = index.get("weight_map")
-        if not isinstance(weight_map, dict) or not all(_is_plain_name(name) for name in weight_map.values()):
-            raise ModelRefused(f"`{folder / INDEX_NAME}` has no usable weight_map; fetch the model again")
-        names = sorted(set(weight_map.values()))
-    for name in names:
-        if not (folder / name).is_file():
-            raise ModelRefused(f"model folder `{folder}` lacks {name}; only safetensors checkpoints are served")
-    return tuple(folder / name for name in names)
-
-
-def _is_plain_name(name: object) -> bool:
-    return isinstance(name, str) and name != "" and Path(name).name == name
-
-
-def read_tensors(folder: Path) -> tuple[TensorEntry, ...]:
-    """Every tensor of the model by name, from the files' headers alone, so in the same order however it is sharded."""
-    entries = [entry for path in weight_files(folder) for entry in _read_header(path)]
-    return tuple(sorted(entries, key=lambda entry: entry.name))
-
-
-def _read_header(path: Path) -> list[TensorEntry]:
-    try:
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            if length > min(MAX_HEADER_NBYTES, path.stat().st_size):
-                raise ValueError(f"header of {length} bytes")
-            header = json.loads(file.read(length))
-        end = path.stat().st_size
-        return [
-            _entry(name, fields, path, 8 + length, end) for name, fields in header.items() if name != "__metadata__"
-        ]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as exc:
-        raise ModelRefused(f"`{path}` is no whole safetensors file ({exc}); fetch it again") from exc
-
-
-def _entry(name: str, fields: dict[str, Any], path: Path, base: int, file_end: int) -> TensorEntry:
-    first, last = fields["data_offsets"]
-    if not 0 <= first <= last <= file_end - base:
-        raise ValueError(f"tensor {name} lies outside the file")
-    return TensorEntry(name, str(fields["dtype"]), tuple(fields["shape"]), path, base + first, base + last)
 
 
 # --- who it is ----------------------------------------------------------------------------------------------
@@ -212,10 +125,8 @@ def _content(file: IO[bytes], entry: TensorEntry, whole: bool) -> bytes:
 
 def _digest_all(file: IO[bytes], entry: TensorEntry) -> bytes:
     state = blake2b(digest_size=16)
-    for start in range(
-        entry.start, entry.end, 1 << 22
-    ):  # 4 MiB at a time: big enough that reads cost nothing beside hashing
-        state.update(os.pread(file.fileno(), min(1 << 22, entry.end - start), start))
+    for start in range(entry.start, entry.end, CHUNK_NBYTES):
+        state.update(os.pread(file.fileno(), min(CHUNK_NBYTES, entry.end - start), start))
     return state.digest()
 
 
@@ -251,8 +162,8 @@ SAMPLING_KEYS = {
 
 
 def generation_defaults(folder: Path) -> GenerationDefaults:
-    """eos ids of generation_config.json (or else config.json) and of the tokenizer, and sampling defaults. ModelRefused."""
-    generation = _read_json(folder, "generation_config.json") or {}
+    """eos ids of generation_config.json (or else config.json) and of the tokenizer; sampling defaults. ModelRefused."""
+    generation = read_json(folder, "generation_config.json") or {}
     config = read_config(folder)
     text = config.get("text_config") if isinstance(config.get("text_config"), dict) else {}
     sources = [generation, config, text or {}]
@@ -262,8 +173,8 @@ def generation_defaults(folder: Path) -> GenerationDefaults:
     given = {ours: generation[key] for key, ours in SAMPLING_KEYS.items() if generation.get(key) is not None}
     if not all(isinstance(value, int | float) and not isinstance(value, bool) for value in given.values()):
         raise ModelRefused(f"`{folder / 'generation_config.json'}` has a sampling default that is no number: {given}")
-    if given.get("top_k", 0) < 0:  # -1 is a spelling of "off"
-        given["top_k"] = 0
+    if "top_k" in given:
+        given["top_k"] = max(0, int(given["top_k"]))  # -1 is a spelling of "off"
     return GenerationDefaults(eos_token_ids=tuple(dict.fromkeys([*eos, *own])), bos_token_id=bos, **given)
 
 
@@ -274,7 +185,8 @@ def _ids(value: object) -> tuple[int, ...]:
 
 def _tokenizer_eos(folder: Path) -> tuple[int, ...]:
     """The id of the tokenizer's own eos token, if its files say both the token and its id."""
-    eos = (_read_json(folder, "tokenizer_config.json") or {}).get("eos_token")
+    eos = (read_json(folder, "tokenizer_config.json") or {}).get("eos_token")
     content = eos.get("content") if isinstance(eos, dict) else eos
-    added = (_read_json(folder, "tokenizer.json") or {}).get("added_tokens") or []
-    return tuple(int(token["id"]) for token in added if token.get("content") == content)
+    added = (read_json(folder, "tokenizer.json") or {}).get("added_tokens") or []
+    matching = (token for token in added if isinstance(token, dict) and token.get("content") == content)
+    return tuple(i for token in matching for i in _ids(token.get("id")))

@@ -1,8 +1,8 @@
 """The only importer of `transformers`. Everything else in disagg asks this module.
 
-Transformers probes for a distribution called `kernels` while it imports itself, and would import or download hub kernels
-through it. A folder or wheel of that name that is not the hub's breaks `import LlamaForCausalLM`, so the probe is
-switched off before anything else of transformers is touched.
+Transformers probes for a distribution called `kernels` while it imports itself, and would import or download hub
+kernels through it. A folder or wheel of that name that is not the hub's breaks `import LlamaForCausalLM`, so the probe
+is switched off before anything else of transformers is touched.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ log = logging.getLogger(__name__)
 ATTENTION_NAME = "disagg_paged"
 transformers.AttentionInterface.register(ATTENTION_NAME, paged_attention)
 
+_hf: Any = transformers  # its lazy module shows type checkers only some of its names
 PROGRESS_INTERVAL_S = 5.0  # a line now and then: a log, not an animation
 
 
@@ -46,7 +47,7 @@ def load_config(folder: Path) -> Any:
 def build_skeleton(class_name: str, config: Any) -> torch.nn.Module:
     """The model on the meta device: every module and shape, no weights.
 
-    In bfloat16, the one dtype for which torch's grouped matmul (the experts of gpt-oss and Gemma 4) knows its meta shapes.
+    In bfloat16: the one dtype for which torch's grouped matmul (experts of gpt-oss and Gemma 4) knows meta shapes.
     """
     with torch.device("meta"), _quiet():
         module = getattr(transformers, class_name)(config)
@@ -57,7 +58,7 @@ def load_weights(
     class_name: str, config: Any, folder: Path, dtype: torch.dtype, renames: Mapping[str, str], dequantise: bool
 ) -> tuple[torch.nn.Module, frozenset[str], frozenset[str]]:
     """The model on the CPU, and the names of tensors that it misses and that it has no use for."""
-    extra = {"quantization_config": transformers.Mxfp4Config(dequantize=True)} if dequantise else {}
+    extra = {"quantization_config": _hf.Mxfp4Config(dequantize=True)} if dequantise else {}
     with _quiet(), _logged_progress():
         module, info = getattr(transformers, class_name).from_pretrained(
             folder,
@@ -82,7 +83,7 @@ def _with_our_attention(module: Any) -> torch.nn.Module:
 def _quiet() -> Iterator[None]:
     """Transformers' own reports off: what they would say is checked and told by us."""
     before = hf_logging.get_verbosity()
-    hf_logging.set_verbosity_error()
+    hf_logging.set_verbosity(logging.ERROR)
     try:
         yield
     finally:

@@ -23,14 +23,14 @@ from disagg.engine.architecture import (
     needs_dequantising,
     rope_by_layer_type,
 )
-from disagg.engine.checkpoint import ModelRefused, read_config, read_tensors
 from disagg.engine.probe import AttentionCall, probe
+from disagg.engine.weights import ModelRefused, read_config, read_tensors
 
 log = logging.getLogger(__name__)
 
 DTYPES = ("float32", "bfloat16", "float16")
 GIB = 1 << 30
-# Beside the weights: activations of a step, tokenizer-free Python and torch themselves. Measured 0.6 GiB for a tiny model.
+# Beside the weights: Python with torch and transformers, and the activations of a step.
 OVERHEAD_NBYTES = GIB // 2
 
 
@@ -69,7 +69,7 @@ class Skeleton:
 
     @property
     def attention(self) -> str:
-        """A signature of attention's semantics: windows, sharing, heads, scale, softcap, sink logits and RoPE per layer."""
+        """Signature of attention's semantics: windows, sharing, heads, scale, softcap, sink logits, RoPE per layer."""
         rope = rope_by_layer_type(self.config)
         facts = json.dumps([[asdict(call) for call in self.calls], rope], sort_keys=True, default=str)
         windows = Counter("full" if call.window is None else f"window-{call.window}" for call in self.calls)
@@ -127,7 +127,7 @@ def layers_from_config(folder: Path, dtype: str = "auto") -> tuple[LayerSpec, ..
 
 
 def resolve_dtype(folder: Path, skeleton: Skeleton, dtype: str) -> str:
-    """`auto`: the configuration's dtype, or where it is silent that of most of the weights' bytes. Raises ModelRefused."""
+    """`auto`: the configuration's dtype, or where it is silent that of most weights. Raises ModelRefused."""
     if dtype == "auto":
         configured = getattr(skeleton.config, "dtype", None) or read_config(folder).get("dtype")
         dtype = str(configured).removeprefix("torch.") if configured else _weights_dtype(folder)

@@ -1,7 +1,7 @@
 """Philox4x32-10, a counter-based generator: random numbers that are a function, not a stream.
 
-J. Salmon, M. Moraes, R. Dror, D. Shaw, "Parallel Random Numbers: As Easy as 1, 2, 3" (SC11), section 3.3 and table 2. Any
-worker that knows key and counter computes the same 128 bits, so no generator state ever crosses a transfer.
+J. Salmon, M. Moraes, R. Dror, D. Shaw, "Parallel Random Numbers: As Easy as 1, 2, 3" (SC11), section 3.3 and table 2.
+Any worker that knows key and counter computes the same 128 bits, so no generator state ever crosses a transfer.
 """
 
 from __future__ import annotations
@@ -39,17 +39,17 @@ def philox4x32(counter: tuple[Words, Words, Words, Words], key: tuple[int, int])
 def uniforms(seed: int, position: int, ids: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
     """One number in (0, 1) for each of `ids`, a function of (seed, position, id) alone.
 
-    Key = the seed's 64 bits; counter = (id // 4, position's 64 bits, 0); word = id % 4. `(word + 0.5) / 2**32` is never 0 or 1.
+    Key = the seed's 64 bits; counter = (id // 4, position's 64 bits, 0); word = id % 4. `(word + 0.5) / 2**32` is
+    never 0 or 1.
     """
     blocks = (ids >> 2).astype(np.uint32)
     shape = np.zeros_like(blocks)
     low, high = shape + np.uint32(position & _MASK32), shape + np.uint32(position >> 32 & _MASK32)
     words = np.stack(philox4x32((blocks, low, high, shape), (seed & _MASK32, seed >> 32 & _MASK32)))
     chosen = words[ids & 3, np.arange(len(ids))]
-    return (chosen.astype(np.float64) + 0.5) * 2.0**-32
+    return np.asarray((chosen.astype(np.float64) + 0.5) * 2.0**-32)
 
 
 def gumbel(seed: int, position: int, ids: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
     """Standard Gumbel noise per id: argmax(logits + noise) is a draw from softmax(logits)."""
-    noise: npt.NDArray[np.float64] = -np.log(-np.log(uniforms(seed, position, ids)))
-    return noise
+    return np.negative(np.log(-np.log(uniforms(seed, position, ids))))

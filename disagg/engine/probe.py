@@ -1,7 +1,7 @@
 """What a model's layers hand to attention, learnt by one forward pass of one token.
 
-The call is the truth: which window a layer passes, how many KV heads of which dimension, softcap, sink logits, and whose
-K and V a layer shares (the very same tensor objects). Works on the meta device too, without weights.
+The call is the truth: which window a layer passes, how many KV heads of which dimension, softcap, sink logits, and
+whose K and V a layer shares (the very same tensor objects). Works on the meta device too, without weights.
 """
 
 from __future__ import annotations

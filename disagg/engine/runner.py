@@ -44,7 +44,7 @@ class Runner:
         self._groups = {layer.index: cache.layout.place(layer.index)[0] for layer in model.layers}
 
     def execute(self, chunks: Sequence[Chunk]) -> torch.Tensor:
-        """Store KV of all tokens; float32 logits `[chunks that want them, vocab_size]` after each one's last token, in order."""
+        """Store KV of all tokens; float32 logits `[num wanting chunks, vocab_size]` after each one's last token."""
         assert all(len(chunk.token_ids) > 0 for chunk in chunks)
         ends = np.cumsum([len(chunk.token_ids) for chunk in chunks], dtype=np.int64)
         last = np.array([end - 1 for end, chunk in zip(ends, chunks, strict=True) if chunk.wants_logits], np.int64)

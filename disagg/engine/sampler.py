@@ -1,9 +1,9 @@
 """From logits to tokens: a pure function of (seed, absolute position, logits, ids so far).
 
-Order, as in vLLM: mask stop tokens until `min_tokens`, logit bias, repetition, frequency and presence penalties; then at
-temperature 0 the argmax, else temperature, min-p, top-k, top-p and a Gumbel-max draw. Reported log-probabilities are
-those of the raw logits, before all of it. Every row is computed alone, so its token does not depend on the batch, and in
-NumPy on the CPU, so it does not depend on the device.
+Order, as in vLLM: mask stop tokens until `min_tokens`, logit bias, repetition, frequency and presence penalties; then
+at temperature 0 the argmax, else temperature, min-p, top-k, top-p and a Gumbel-max draw. Reported log-probabilities are
+those of the raw logits, before all of it. Every row is computed alone, so its token does not depend on the batch, and
+in NumPy on the CPU, so it does not depend on the device.
 """
 
 from __future__ import annotations
@@ -84,7 +84,9 @@ def _is_adjusted(row: SampleInput) -> bool:
 def _adjust(logits: Row, row: SampleInput) -> Row:
     sampling = row.sampling
     if len(row.output) < sampling.min_tokens:
-        logits[_known([*sampling.eos_token_ids, *sampling.stop_token_ids], logits)] = -np.inf
+        stops = np.unique(_known([*sampling.eos_token_ids, *sampling.stop_token_ids], logits))
+        if len(stops) < len(logits):  # a client may list them all; something must be chosen
+            logits[stops] = -np.inf
     for token_id, bias in sampling.logit_bias:
         if 0 <= token_id < len(logits):
             logits[token_id] += bias
@@ -97,9 +99,10 @@ def _known(ids: Sequence[int], logits: Row) -> npt.NDArray[np.int64]:
 
 
 def _penalise(logits: Row, row: SampleInput) -> Row:
-    """Repetition: divides positive logits, multiplies negative ones, of ids seen in prompt or output (CTRL, arXiv:1909.05858).
+    """Penalties on ids seen so far.
 
-    Frequency and presence, as OpenAI defines them: minus count * frequency, minus presence, of ids in the output.
+    Repetition, of prompt and output (CTRL, arXiv:1909.05858): divides positive logits, multiplies negative ones.
+    Frequency and presence, of the output, as OpenAI defines them: minus count * frequency, minus presence.
     """
     sampling = row.sampling
     if sampling.repetition_penalty != 1:
@@ -134,7 +137,7 @@ def _min_p(scaled: Scaled, kept: Kept, min_p: float) -> Kept:
     """Ids whose probability is at least `min_p` times the largest."""
     if min_p == 0:
         return kept
-    return kept[scaled[kept] >= scaled[kept].max() + np.log(min_p)]
+    return np.compress(scaled[kept] >= scaled[kept].max() + np.log(min_p), kept)
 
 
 def _top_k(scaled: Scaled, kept: Kept, top_k: int) -> Kept:
@@ -142,7 +145,7 @@ def _top_k(scaled: Scaled, kept: Kept, top_k: int) -> Kept:
     if top_k == 0 or top_k >= len(kept):
         return kept
     threshold = np.partition(scaled[kept], -top_k)[-top_k]
-    return kept[scaled[kept] >= threshold]
+    return np.compress(scaled[kept] >= threshold, kept)
 
 
 def _top_p(scaled: Scaled, kept: Kept, top_p: float) -> Kept:

@@ -35,7 +35,8 @@ class QueryRun:
 class PagedBatch:
     """The queries of one step in flat order, and what its layer group lets them see.
 
-    A query at p attends to keys in [p - window + 1, p] (window None: [0, p]) and to the `num_sink_tokens` leading positions.
+    A query at p attends to keys in [p - window + 1, p] (window None: [0, p]) and to the `num_sink_tokens` leading
+    positions.
     """
 
     runs: tuple[QueryRun, ...]

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import numpy as np
-import numpy.typing as npt
 import torch
 import xxhash
 
-Bytes = bytes | bytearray | memoryview | npt.NDArray[np.uint8]
 
-
-def digest(data: Bytes) -> int:
+def digest(data: bytes | bytearray | memoryview) -> int:
     """xxh3-64 of contiguous bytes, in [0, 2**64). Releases the GIL for large buffers."""
     return int(xxhash.xxh3_64_intdigest(data))
 
 
 def digest_slot(memory: torch.Tensor, slot: int) -> int:
     """`digest` of one row of `memory` `[num_slots, slot_nbytes]` uint8, without a copy on the CPU."""
-    return digest(memory[slot].cpu().numpy())
+    return digest(memory[slot].cpu().numpy().data)

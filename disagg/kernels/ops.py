@@ -1,7 +1,7 @@
 """Every kernel under one name. `backend` is the only place that looks at a device.
 
-A layer's pool is `[num_slots, 2, num_kv_heads, block_size, head_dim]`: K and V of one layer, a strided view of memory in which
-a slot holds all layers of its group. Nothing here copies it.
+A layer's pool is `[num_slots, 2, num_kv_heads, block_size, head_dim]`: K and V of one layer, a strided view of memory
+in which a slot holds all layers of its group. Nothing here copies it.
 """
 
 from __future__ import annotations
@@ -60,5 +60,5 @@ def gather_slots(memory: torch.Tensor, slots: torch.Tensor, out: torch.Tensor) -
 
 
 def scatter_slots(memory: torch.Tensor, slots: torch.Tensor, staging: torch.Tensor) -> None:
-    """Copy `staging` `[len(slots), slot_nbytes]` to `slots` (int64, distinct) of `memory` `[num_slots, slot_nbytes]` uint8."""
+    """Copy `staging` `[len(slots), slot_nbytes]` to `slots` (int64, distinct) of `memory`, both uint8."""
     backend(memory.device).scatter_slots(memory, slots, staging)

@@ -1,12 +1,12 @@
 """Paged attention in torch operations: what every other implementation is compared with, and what serves CPUs.
 
-A pool is read as rows of `block_size * head_dim` elements, one row per (slot, K or V, kv head): row = slot * rows_per_slot +
-kv * num_kv_heads + head, counted from the layer's own first element. Selecting rows is a memcpy each, twice as fast as
+A pool is read as rows of `block_size * head_dim` elements, one per (slot, K or V, kv head), counted from the layer's
+first element: row = slot * rows_per_slot + kv * num_kv_heads + head. Selecting rows is a memcpy each, twice as fast as
 indexing the five-dimensional view, and the row numbers are the same for every layer of a group.
 
-Query heads that share a kv head are packed as query rows, so K and V are never repeated. Decode queries (runs of one) are
-batched with tables padded by the NULL slot, in buckets of similar length; longer runs go one by one in tiles of queries, so
-that a windowed layer touches only the keys near a tile and a mask stays small.
+Query heads that share a kv head are packed as query rows, so K and V are never repeated. Decode queries (runs of one)
+are batched with tables padded by the NULL slot, in buckets of similar length; longer runs go one by one in tiles of
+queries, so that a windowed layer touches only the keys near a tile and a mask stays small.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from disagg.kernels.batch import NULL_SLOT, PagedBatch, QueryRun
 
 # Queries per tile: large enough that a tile's matmuls dwarf its dozen calls, small against usual windows (512 to 4096).
 TILE_QUERIES = 256
-# Decode rows share a bucket until padding would read this many blocks for nothing; about the cost of one more bucket's calls.
+# Decode rows share a bucket until padding would read this many blocks for nothing: the cost of another bucket's calls.
 MAX_PADDING_BLOCKS = 32
 
 Int64 = npt.NDArray[np.int64]
@@ -59,7 +59,7 @@ class Run:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What the layers of one group share during one step. `write_rows` counts rows of head_dim elements, `[2 * H * N]`."""
+    """What the layers of one group share during a step. `write_rows` `[2 * H * N]` counts rows of head_dim elements."""
 
     write_rows: torch.Tensor
     buckets: tuple[Bucket, ...]
@@ -211,7 +211,7 @@ def _attend(
     softcap: float | None,
     sinks: torch.Tensor | None,
 ) -> torch.Tensor:
-    """`[..., n, D]` queries over `[..., L, D]` keys; `bias` broadcasts to `[..., n, L]`, `sinks` to `[..., n, 1]`. Softmax in float32."""
+    """`[..., n, D]` queries over `[..., L, D]` keys; `bias` broadcasts to `[..., n, L]`, `sinks` to `[..., n, 1]`."""
     if softcap is None and sinks is None:
         return functional.scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=scale)
     scores = (query.float() @ key.float().transpose(-1, -2)) * scale

@@ -1,4 +1,4 @@
-"""Every supported family as a tiny random model, saved as the hub ships one, with transformers' own answer as the oracle.
+"""Every supported family as a tiny random model, saved as the hub ships one; transformers' own answer is the oracle.
 
 Heads are untied and weights have std 0.3: a tied random model repeats one token, and a test on it proves nothing.
 """
@@ -154,7 +154,7 @@ CHAT_TEMPLATE = (
 
 
 def save_tokenizer(folder: Path, *, vocab_size: int = VOCAB_SIZE) -> None:
-    """A byte-level tokenizer of `vocab_size` entries: three specials, then one per byte as far as they go (ASCII does)."""
+    """A byte-level tokenizer of `vocab_size` entries: three specials, then bytes as far as they go (ASCII does)."""
     specials = ["<pad>", "<bos>", "<eos>"]
     # Byte-level characters beyond ASCII's stand last, so that a small vocabulary loses only some non-ASCII bytes.
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet(), key=lambda c: (0x7F <= ord(c) < 0x100 or ord(c) > 0x121, c))
@@ -177,7 +177,7 @@ def save_tokenizer(folder: Path, *, vocab_size: int = VOCAB_SIZE) -> None:
 
 @dataclass(frozen=True)
 class Reference:
-    """What transformers generates: ids of the answer, per step the five likeliest (id, logprob), the least top-2 gap."""
+    """What transformers generates: the answer's ids, per step the five likeliest (id, logprob), the least top-2 gap."""
 
     prompt: tuple[int, ...]
     token_ids: tuple[int, ...]
@@ -209,7 +209,7 @@ def reference_generate(model: Any, prompt: Sequence[int], num_tokens: int) -> Re
 
 
 MIN_GAP = 5e-3
-"""A top-2 gap below this is a near-tie that the order of additions may decide; batch shapes spread logits by up to 1e-3."""
+"""Below this a top-2 gap is a near-tie that the order of additions may decide (batch shapes spread logits by 1e-3)."""
 MAX_RESEEDS = 20
 
 

@@ -1,0 +1,93 @@
+"""Continuous batching in its plainest form, to drive a `Runner` in tests: chunked prefill and decode share every step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from support.families import Reference
+
+from disagg.cache.cache import CachedSequence, KVCache
+from disagg.cache.layout import derive_layout
+from disagg.cache.pool import NULL_SLOT
+from disagg.engine.model import LoadedModel
+from disagg.engine.runner import Chunk, Runner
+
+MAX_MODEL_LEN = 512
+
+
+@dataclass
+class Live:
+    """A sequence on its way; `rows` are the logits behind each token of the answer."""
+
+    sequence: CachedSequence
+    token_ids: list[int]
+    num_prompt: int
+    history: int = 0
+    rows: list[torch.Tensor] = field(default_factory=list)
+
+    @property
+    def answer(self) -> tuple[int, ...]:
+        return tuple(self.token_ids[self.num_prompt :])
+
+
+def make_cache(model: LoadedModel, *, block_size: int, num_slots: int) -> KVCache:
+    """A cache whose every slot that nobody holds is full of NaN: only NULL is safe to read."""
+    layout = derive_layout(model.layers, block_size=block_size, max_model_len=MAX_MODEL_LEN)
+    cache = KVCache(layout, [num_slots] * layout.num_pools)
+    poison_free_slots(cache)
+    return cache
+
+
+def poison_free_slots(cache: KVCache) -> None:
+    for pool in cache.pools:
+        free = [slot for slot in range(pool.num_slots) if slot != NULL_SLOT and (slot == 1 or pool.is_free(slot))]
+        pool.memory[free] = 0xFF  # NaN in every float format
+
+
+def greedy(
+    runner: Runner, prompts: Sequence[Sequence[int]], num_tokens: int, *, chunk: int, stagger: bool = True
+) -> list[Live]:
+    """Greedy answers of `num_tokens` to all prompts, one more of them arriving at every step when `stagger`."""
+    cache = runner.cache
+    lives = [Live(cache.open(i), list(prompt), len(prompt)) for i, prompt in enumerate(prompts)]
+    started = 1 if stagger else len(lives)
+    while any(len(live.rows) < num_tokens for live in lives):
+        active = [live for live in lives[:started] if len(live.rows) < num_tokens]
+        if active:
+            _step(runner, active, chunk)
+        for live in active:
+            if len(live.rows) == num_tokens:
+                cache.close_sequence(live.sequence)
+                poison_free_slots(cache)
+        cache.check_invariants()
+        started += 1
+    return lives
+
+
+def _step(runner: Runner, active: Sequence[Live], chunk: int) -> None:
+    chunks = []
+    for live in active:
+        end = min(live.history + chunk, len(live.token_ids))
+        assert runner.cache.resize(live.sequence, capacity=end, history=live.history), "the pool is too small"
+        new = live.token_ids[live.history : end]
+        chunks.append(Chunk(live.sequence.tables, new, live.history, wants_logits=end == len(live.token_ids)))
+    poison_free_slots(runner.cache)
+    logits = iter(runner.execute(chunks))
+    for live, part in zip(active, chunks, strict=True):
+        live.history = part.end
+        if part.wants_logits:
+            live.rows.append(next(logits))
+            live.token_ids.append(int(live.rows[-1].argmax()))
+    assert next(logits, None) is None
+
+
+def largest_error(live: Live, reference: Reference) -> float:
+    """Largest difference of a log-probability among the reference's top 5 of every step."""
+    errors = [
+        abs(float(logprobs[token_id]) - value)
+        for logprobs, top in zip((row.log_softmax(-1) for row in live.rows), reference.top_logprobs, strict=True)
+        for token_id, value in top
+    ]
+    return max(errors)
