@@ -1,0 +1,35 @@
+"""Which blocks of a prompt a decode worker may be told of: those it will need that no later chunk writes."""
+
+from __future__ import annotations
+
+from disagg.cache.cache import KVCache
+from disagg.cache.window import needed_ordinals
+from disagg.engine.commands import FinalUnit
+from disagg.engine.sequence import PromptSequence
+
+
+def newly_final_units(cache: KVCache, prompt: PromptSequence) -> tuple[FinalUnit, ...]:
+    """Units of `prompt` that became final since the last call, by group and ordinal; they count as announced after it.
+
+    A block is final when it is full, or when the prompt ends. A block that is needed after the prompt is never stale
+    before its end, so every unit reported here still has its slot.
+    """
+    assert prompt.cached is not None
+    units: list[FinalUnit] = []
+    for group, table in enumerate(prompt.cached.tables):
+        pool = cache.pools[cache.layout.pool_of_group[group]]
+        for ordinal in _newly_final(cache, prompt, group):
+            slot = int(table[ordinal])
+            units.append(FinalUnit(group, ordinal, slot, int(pool.generations[slot])))
+    return tuple(units)
+
+
+def _newly_final(cache: KVCache, prompt: PromptSequence, group: int) -> list[int]:
+    layout, semantics = cache.layout, cache.layout.groups[group]
+    size, prompt_len = layout.block_size, prompt.request.prompt_len
+    needed = needed_ordinals(prompt_len, semantics.window, semantics.num_sink_tokens, size)
+    end = layout.num_blocks(prompt_len) if prompt.num_remaining == 0 else prompt.num_computed // size
+    first, last = prompt.num_announced[group], int(needed.searchsorted(end))
+    prompt.num_announced[group] = last
+    ordinals: list[int] = needed[first:last].tolist()
+    return ordinals

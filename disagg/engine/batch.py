@@ -1,0 +1,44 @@
+"""What one step computes: pieces of sequences, and how prompts share the token budget."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from disagg.engine.sequence import DecodingSequence, PromptSequence
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """`token_ids` of one sequence at positions from `start`, its blocks already sized for them."""
+
+    sequence: PromptSequence | DecodingSequence
+    token_ids: tuple[int, ...]
+    start: int
+
+    @property
+    def end(self) -> int:
+        return self.start + len(self.token_ids)
+
+    @property
+    def wants_logits(self) -> bool:
+        """Decode always; of a prompt only the chunk that ends it."""
+        return isinstance(self.sequence, DecodingSequence) or self.end == self.sequence.request.prompt_len
+
+
+def share_tokens(remaining: Sequence[int], budget: int, max_chunks: int) -> list[int]:
+    """How many tokens of each prompt, oldest first, the next step computes; at most `max_chunks` get any.
+
+    The oldest is sure of half the budget, so it ends after so many steps whatever arrives behind it. The others share
+    the rest, nearest to their end first; what nobody wants goes to the oldest.
+    """
+    shares = [0] * len(remaining)
+    if not remaining or budget < 1 or max_chunks < 1:
+        return shares
+    shares[0] = min(remaining[0], (budget + 1) // 2)
+    left = budget - shares[0]
+    for index in sorted(range(1, len(remaining)), key=lambda i: (remaining[i], i))[: max_chunks - 1]:
+        shares[index] = min(remaining[index], left)
+        left -= shares[index]
+    shares[0] = min(remaining[0], shares[0] + left)
+    return shares

@@ -1,0 +1,312 @@
+"""One worker's engine: commands change who may hold blocks, each step computes the next tokens of everyone who does.
+
+Single threaded, no clock, no sockets. Every event that reports an end (`FinishedEvent`, `FailedEvent`) is returned
+after the blocks were freed, so whoever hears it may count them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from disagg.cache.cache import KVCache
+from disagg.engine.announce import newly_final_units
+from disagg.engine.batch import Work
+from disagg.engine.commands import (
+    Command,
+    Decode,
+    DropSoft,
+    EngineEvent,
+    FailedEvent,
+    FinishedEvent,
+    Pin,
+    PinnedEvent,
+    Prefill,
+    PromptComputedEvent,
+    Release,
+    Reserve,
+    Serve,
+    TokensEvent,
+    UnitsFinalEvent,
+)
+from disagg.engine.runner import Chunk
+from disagg.engine.sampler import Sampled, SampleInput, sample
+from disagg.engine.scheduler import Promised, Scheduler
+from disagg.engine.sequence import (
+    Computed,
+    DecodingSequence,
+    PromptSequence,
+    Request,
+    Reservation,
+    first_token_of,
+)
+from disagg.engine.stats import EngineCounters, EngineStats
+from disagg.transceiver.messages.values import TokenLogprobs
+
+ROLES = ("prefill", "decode", "both")
+
+
+@dataclass(frozen=True, slots=True)
+class EngineConfig:
+    """Limits of one engine. `check_invariants` (DISAGG_CHECK=1) examines cache and scheduler after every change.
+
+    `vocab_size`: prompts with other token ids are refused; None = whoever calls has looked.
+    """
+
+    role: str
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    max_model_len: int
+    check_invariants: bool = False
+    vocab_size: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.role not in ROLES:
+            raise ValueError(f"role: `{self.role}`, expected one of {ROLES}")
+        if self.max_num_seqs < 1:
+            raise ValueError(f"`--max-num-seqs`: {self.max_num_seqs}, expected at least 1")
+        if self.max_model_len < 2:
+            raise ValueError(f"`--max-model-len`: {self.max_model_len}, expected at least 2 (a prompt and its answer)")
+        if self.max_num_batched_tokens < self.max_num_seqs:  # a step gives every answer its token
+            raise ValueError(
+                f"`--max-num-batched-tokens`: {self.max_num_batched_tokens}, expected at least "
+                f"`--max-num-seqs` ({self.max_num_seqs})"
+            )
+
+
+class StepRunner(Protocol):
+    """What computes a step: `disagg.engine.runner.Runner`."""
+
+    def execute(self, chunks: Sequence[Chunk]) -> torch.Tensor: ...
+
+
+class Engine:
+    """Continuous batching over one cache. `handle` takes a command, `step` computes; both answer with events."""
+
+    def __init__(self, runner: StepRunner, cache: KVCache, config: EngineConfig) -> None:
+        self._runner, self._cache, self._config = runner, cache, config
+        self._scheduler = Scheduler(
+            cache, max_num_seqs=config.max_num_seqs, max_num_batched_tokens=config.max_num_batched_tokens
+        )
+        self._counters = EngineCounters()
+
+    @property
+    def has_work(self) -> bool:
+        """Whether `step` would compute something; without it only a command can change anything."""
+        return self._scheduler.has_work
+
+    def step(self) -> list[EngineEvent]:
+        """Compute the next tokens of every sequence that holds blocks. Without work nothing happens."""
+        work = self._scheduler.schedule()
+        if not work:
+            return []
+        logits = self._runner.execute([_chunk(piece) for piece in work])
+        sampled = sample(logits, [_sample_input(piece) for piece in work if piece.wants_logits])
+        events = self._commit(work, sampled)
+        events += self._scheduler.admit()
+        self._check()
+        return events
+
+    def handle(self, command: Command) -> list[EngineEvent]:
+        """Apply one command and start whoever may start now. Commands for unknown or repeated keys change nothing."""
+        events = self._apply(command) + self._scheduler.admit()
+        self._check()
+        return events
+
+    def stats(self) -> EngineStats:
+        live = self._scheduler.live
+        prompts = [s for s in live.values() if isinstance(s, PromptSequence)]
+        return EngineStats(
+            pools=self._cache.usage(),
+            num_running=len(self._scheduler.prompts) + len(self._scheduler.answers),
+            num_waiting=self._scheduler.num_waiting,
+            num_soft=len(self._scheduler.soft),
+            num_held=sum(prompt.computed is not None for prompt in prompts),
+            num_reserved=sum(isinstance(s, Reservation) and s.cached is not None for s in live.values()),
+            prompt_tokens_computed=self._counters.prompt_tokens_computed,
+            tokens_generated=self._counters.tokens_generated,
+            steps=self._counters.steps,
+            live_keys=tuple(live),
+        )
+
+    # --- commands -------------------------------------------------------------------------------------------
+
+    def _apply(self, command: Command) -> list[EngineEvent]:
+        match command:
+            case Serve():
+                return self._add(PromptSequence(_request(command), serves=True), urgent=command.urgent)
+            case Prefill():
+                return self._add(PromptSequence(_request(command), serves=False))
+            case Reserve():
+                return self._add(Reservation(_request(command)))
+            case Pin():
+                return self._pin(command)
+            case Decode():
+                return self._decode(command)
+            case DropSoft():
+                return self._drop_soft(command)
+            case Release():
+                return self._release(command)
+
+    def _add(self, sequence: Promised, *, urgent: bool = False) -> list[EngineEvent]:
+        if self._scheduler.get(sequence.key) is not None:
+            return []  # delivered twice
+        if refusal := self._refusal(sequence):
+            return [FailedEvent(sequence.key, 400, refusal)]
+        self._scheduler.add(sequence, urgent=urgent)
+        return []
+
+    def _refusal(self, sequence: Promised) -> str | None:
+        """Why this request can never be served here, or None."""
+        request = sequence.request
+        if refusal := role_refusal(sequence, self._config.role):
+            return refusal
+        if refusal := request_refusal(request, self._config.max_model_len, self._config.vocab_size):
+            return refusal
+        if short := self._scheduler.needs_more_than_exists(sequence):
+            return (
+                f"{request.prompt_len} prompt tokens and max_tokens {request.sampling.max_tokens} need {short[0]} "
+                f"blocks of a KV pool of {short[1]}; shorten the prompt, lower max_tokens or raise `--kv-cache-memory`"
+            )
+        return None
+
+    def _pin(self, command: Pin) -> list[EngineEvent]:
+        prompt = self._scheduler.get(command.key)
+        if not isinstance(prompt, PromptSequence) or prompt.serves:
+            return []
+        if prompt.is_soft:
+            self._scheduler.pin(prompt)
+        return [PinnedEvent(prompt.key, prompt.compute_id)] if prompt.cached else []
+
+    def _decode(self, command: Decode) -> list[EngineEvent]:
+        reservation = self._scheduler.get(command.key)
+        if not isinstance(reservation, Reservation) or reservation.cached is None:
+            return []  # released meanwhile
+        answer = DecodingSequence(reservation.request, reservation.cached, command.verified)
+        return self._begin(answer)
+
+    def _drop_soft(self, command: DropSoft) -> list[EngineEvent]:
+        prompt = self._scheduler.get(command.key)
+        if isinstance(prompt, PromptSequence) and prompt.is_soft:
+            return self._scheduler.park(prompt)
+        return []
+
+    def _release(self, command: Release) -> list[EngineEvent]:
+        if (sequence := self._scheduler.get(command.key)) is not None:
+            self._scheduler.release(sequence)
+        return []
+
+    # --- commit ---------------------------------------------------------------------------------------------
+
+    def _commit(self, work: Sequence[Work], sampled: Sequence[Sampled]) -> list[EngineEvent]:
+        """Append tokens, report units that became final, end what ended."""
+        self._counters.steps += 1
+        results = iter(sampled)
+        events: list[EngineEvent] = []
+        for piece in work:
+            result = next(results) if piece.wants_logits else None
+            events += self._commit_piece(piece, result)
+        return events
+
+    def _commit_piece(self, piece: Work, result: Sampled | None) -> list[EngineEvent]:
+        sequence = piece.sequence
+        if result is not None and not result.finite:
+            self._scheduler.release(sequence, wipe=True)  # nobody may ever load what it left behind
+            return [FailedEvent(sequence.key, 500, f"non-finite logits after position {piece.end - 1}")]
+        if result is not None:
+            self._counters.tokens_generated += 1
+        if isinstance(sequence, PromptSequence):
+            return self._commit_chunk(sequence, piece, result)
+        assert result is not None
+        sequence.output.append(result.token_id)
+        return self._emit(sequence, result.logprobs)
+
+    def _commit_chunk(self, prompt: PromptSequence, piece: Work, result: Sampled | None) -> list[EngineEvent]:
+        self._scheduler.advance(piece)
+        self._counters.prompt_tokens_computed += len(piece.token_ids)
+        events: list[EngineEvent] = []
+        if not prompt.serves and (units := newly_final_units(self._cache, prompt)):
+            events.append(UnitsFinalEvent(prompt.key, prompt.compute_id, units))
+        return events + (self._end_prompt(prompt, result) if result else [])
+
+    def _end_prompt(self, prompt: PromptSequence, result: Sampled) -> list[EngineEvent]:
+        """The prompt is whole: answer it here, or hold its blocks for the decode worker."""
+        computed = Computed(prompt, first_token_of(prompt.request, result.token_id, result.logprobs))
+        self._scheduler.keep_only(prompt)
+        if prompt.serves:
+            assert prompt.cached is not None
+            return self._begin(DecodingSequence(prompt.request, prompt.cached, computed))
+        prompt.computed = computed
+        return [_prompt_computed(prompt, computed)]
+
+    def _begin(self, answer: DecodingSequence) -> list[EngineEvent]:
+        self._scheduler.replace(answer)
+        return self._emit(answer, answer.licence.first_token.logprobs)
+
+    def _emit(self, answer: DecodingSequence, logprobs: TokenLogprobs | None) -> list[EngineEvent]:
+        """Report the newest token; free the answer if that token ends it."""
+        count = len(answer.output)
+        token = TokensEvent(answer.key, count - 1, (answer.output[-1],), (logprobs,) if logprobs else ())
+        ending = answer.ending()
+        if ending is None:
+            return [token]
+        self._scheduler.release(answer)
+        return [token, FinishedEvent(answer.key, count, ending.reason, ending.stop_token_id)]
+
+    def _check(self) -> None:
+        if self._config.check_invariants:
+            self._cache.check_invariants()
+            self._scheduler.check_invariants()
+
+
+def role_refusal(sequence: Promised, role: str) -> str | None:
+    """A prefill worker receives no KV; a decode worker computes prompts for nobody else. Both serve."""
+    if role == "prefill" and isinstance(sequence, Reservation):
+        return "this worker's role is `prefill`: it reserves no room for KV from elsewhere"
+    if role == "decode" and isinstance(sequence, PromptSequence) and not sequence.serves:
+        return "this worker's role is `decode`: it computes no prompt for another worker"
+    return None
+
+
+def request_refusal(request: Request, max_model_len: int, vocab_size: int | None) -> str | None:
+    """What is wrong with the request itself, whatever the pools; None when nothing is."""
+    if not request.prompt:
+        return "the prompt is empty; give at least one token"
+    if request.total_tokens > max_model_len:
+        return (
+            f"{request.prompt_len} prompt tokens and max_tokens {request.sampling.max_tokens} make "
+            f"{request.total_tokens}, `--max-model-len` is {max_model_len}; shorten the prompt or lower max_tokens"
+        )
+    if vocab_size is not None and not all(0 <= token < vocab_size for token in request.prompt):
+        wrong = next(token for token in request.prompt if not 0 <= token < vocab_size)
+        return f"prompt token id {wrong} is not in the vocabulary of {vocab_size}"
+    return None
+
+
+def _request(command: Serve | Prefill | Reserve) -> Request:
+    return Request(command.key, command.prompt, command.sampling)
+
+
+def _prompt_computed(prompt: PromptSequence, computed: Computed) -> PromptComputedEvent:
+    """A first token that stops the answer leaves nothing to decode; one that only uses up max_tokens is still sent."""
+    token_id = computed.first_token.token_id
+    ending = prompt.request.ending_after(token_id, 1)
+    stop_token_id = ending.stop_token_id if ending else None
+    return PromptComputedEvent(
+        prompt.key, prompt.compute_id, computed.first_token, stop_token_id is not None, stop_token_id
+    )
+
+
+def _chunk(piece: Work) -> Chunk:
+    assert piece.sequence.cached is not None
+    return Chunk(piece.sequence.cached.tables, piece.token_ids, piece.start, piece.wants_logits)
+
+
+def _sample_input(piece: Work) -> SampleInput:
+    """The token to choose stands right after the piece."""
+    request, sequence = piece.sequence.request, piece.sequence
+    output = sequence.output if isinstance(sequence, DecodingSequence) else ()
+    return SampleInput(request.sampling, piece.end, request.prompt, output)

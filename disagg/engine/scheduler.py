@@ -1,0 +1,271 @@
+"""Who may hold blocks, and what the next step computes. No clock, no sockets, no tensors: same calls, same plan.
+
+**Admission.** A sequence starts only when every pool can promise the most it will ever hold, so it never waits midway.
+Those that must be promised (requests served here, reservations, pinned prompts) stand in one line in order of arrival,
+and nobody overtakes; an urgent request, one whose transfer failed, stands before them and holds nothing meanwhile.
+Soft prompts run ahead of their FETCH only while nobody stands in that line; their promise is revoked, newest first,
+when the head of the line needs the room, and they are computed anew when their FETCH comes.
+
+**Steps.** Every answer being decoded gets its one token. What is left of the token budget goes to prompts: half to the
+oldest, the rest to those nearest to their end. So a short prompt does not wait behind a long one, and the long one
+still advances in every step.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import Any
+
+from disagg.cache.admission import Peaks, Promises, peak_slots
+from disagg.cache.budget import MAX_PREFILLS_PER_STEP
+from disagg.cache.cache import KVCache
+from disagg.cache.window import needed_ordinals
+from disagg.engine.batch import Work, share_tokens
+from disagg.engine.commands import AttemptKey, EngineEvent, PinnedEvent, ReservedEvent, SoftDroppedEvent
+from disagg.engine.sequence import DecodingSequence, LiveSequence, PromptSequence, Request, Reservation
+
+Promised = PromptSequence | Reservation
+"""What stands in the line of admission."""
+
+
+class Scheduler:
+    """Owns the live sequences of one cache. `step_tokens` = max_num_batched_tokens, at least `max_num_seqs`."""
+
+    def __init__(self, cache: KVCache, *, max_num_seqs: int, max_num_batched_tokens: int) -> None:
+        self._cache = cache
+        self._max_num_seqs, self._max_num_batched_tokens = max_num_seqs, max_num_batched_tokens
+        self._promises = Promises([pool.num_slots for pool in cache.pools])
+        self._live: dict[AttemptKey, LiveSequence] = {}
+        self._urgent: deque[Promised] = deque()
+        self._line: deque[Promised] = deque()
+        self._soft_line: deque[PromptSequence] = deque()
+
+    # --- live sequences -------------------------------------------------------------------------------------
+
+    @property
+    def live(self) -> dict[AttemptKey, LiveSequence]:
+        """Every attempt not yet released, by key, in order of arrival. Read only."""
+        return self._live
+
+    def get(self, key: AttemptKey) -> LiveSequence | None:
+        return self._live.get(key)
+
+    @property
+    def prompts(self) -> list[PromptSequence]:
+        """Prompts being computed: promised ones first, each kind in order of arrival."""
+        prompts = [s for s in self._live.values() if isinstance(s, PromptSequence) and s.is_computing]
+        return sorted(prompts, key=lambda prompt: prompt.is_soft)
+
+    @property
+    def answers(self) -> list[DecodingSequence]:
+        return [s for s in self._live.values() if isinstance(s, DecodingSequence)]
+
+    @property
+    def soft(self) -> list[PromptSequence]:
+        """Soft prompts that hold blocks, in order of arrival."""
+        return [s for s in self._live.values() if isinstance(s, PromptSequence) and s.is_soft and s.cached]
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._urgent) + len(self._line) + len(self._soft_line)
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a step would compute something. Waiting sequences start only when somebody gives blocks back."""
+        return any(isinstance(s, DecodingSequence) or _is_computing(s) for s in self._live.values())
+
+    # --- commands -------------------------------------------------------------------------------------------
+
+    def peaks(self, request: Request, *, total_tokens: int, history: int = 0) -> Peaks:
+        """The most the request will hold per pool from `history` on; prompt chunks are as long as the budget allows."""
+        step = 1 if history else min(self._max_num_batched_tokens, request.prompt_len)
+        return peak_slots(self._cache.layout, total_tokens=total_tokens, history=history, step_tokens=step)
+
+    def needs_more_than_exists(self, sequence: Promised) -> tuple[int, int] | None:
+        """(slots needed, slots there are) of the pool that could not hold the sequence even if it were empty."""
+        pairs = zip(self._peaks_of(sequence), self._promises.usable, strict=True)
+        return next(((need, have) for need, have in pairs if need > have), None)
+
+    def add(self, sequence: Promised, *, urgent: bool = False) -> None:
+        """Queue a new sequence; `admit` starts it."""
+        assert sequence.key not in self._live
+        self._live[sequence.key] = sequence
+        if isinstance(sequence, PromptSequence) and sequence.is_soft:
+            self._soft_line.append(sequence)
+        else:
+            (self._urgent if urgent else self._line).append(sequence)
+
+    def pin(self, prompt: PromptSequence) -> None:
+        """From here the prompt is not soft. One without blocks takes its place at the end of the line."""
+        assert prompt.is_soft
+        prompt.is_pinned = True
+        if prompt.cached is None:
+            self._leave_lines(prompt)
+            self._line.append(prompt)
+
+    def park(self, prompt: PromptSequence) -> list[EngineEvent]:
+        """Take a soft prompt's blocks away and compute it only once it is pinned."""
+        assert prompt.is_soft
+        self._leave_lines(prompt)
+        prompt.is_parked = True
+        return [self._drop(prompt)] if prompt.cached else []
+
+    def release(self, sequence: LiveSequence, *, wipe: bool = False) -> None:
+        """Forget the sequence and free all it holds. `wipe`: its KV may not be finite."""
+        del self._live[sequence.key]
+        if not isinstance(sequence, DecodingSequence):
+            self._leave_lines(sequence)
+        if sequence.cached is not None:
+            self._cache.close_sequence(sequence.cached, wipe=wipe)
+        self._promises.release(sequence.key)
+
+    def replace(self, sequence: DecodingSequence) -> None:
+        """The prompt or reservation of this key became an answer; its blocks and promise go on."""
+        self._live[sequence.key] = sequence
+
+    def keep_only(self, prompt: PromptSequence) -> None:
+        """The prompt is computed: promise from now on what it will hold as an answer, or until its transfer ends."""
+        request = prompt.request
+        total = request.total_tokens if prompt.serves else request.prompt_len
+        self._promises.shrink(prompt.key, self.peaks(request, total_tokens=total, history=request.prompt_len))
+
+    # --- admission ------------------------------------------------------------------------------------------
+
+    def admit(self) -> list[EngineEvent]:
+        """Start everyone who may start, in order; to be called after whatever frees blocks or adds a sequence."""
+        events: list[EngineEvent] = []
+        while line := self._urgent or self._line:
+            if not self._has_seat() or not self._make_room(line[0], events):
+                return events
+            events += self._start(line.popleft())
+        while self._soft_line and self._has_seat(with_soft=True):
+            if not self._promises.try_promise(self._soft_line[0].key, self._peaks_of(self._soft_line[0])):
+                break
+            self._start(self._soft_line.popleft())
+        return events
+
+    def _peaks_of(self, sequence: Promised) -> Peaks:
+        request = sequence.request
+        if isinstance(sequence, Reservation):
+            return self.peaks(request, total_tokens=request.total_tokens, history=request.prompt_len)
+        return self.peaks(request, total_tokens=request.total_tokens if sequence.serves else request.prompt_len)
+
+    def _has_seat(self, *, with_soft: bool = False) -> bool:
+        """Whether one more may be computed at once. Held prompts take no seat; soft ones none from the promised."""
+        seated = [s for s in self._live.values() if _takes_seat(s) and (with_soft or not _is_soft(s))]
+        return len(seated) < self._max_num_seqs
+
+    def _make_room(self, sequence: Promised, events: list[EngineEvent]) -> bool:
+        """Promise the sequence its peak; drop soft prompts for it, newest first, but only if that suffices."""
+        peaks, soft = self._peaks_of(sequence), self.soft
+        if not self._promises.fits(peaks, without={prompt.key for prompt in soft}):
+            return False
+        while not self._promises.try_promise(sequence.key, peaks):
+            events.append(self._drop(soft.pop()))
+        return True
+
+    def _drop(self, prompt: PromptSequence) -> SoftDroppedEvent:
+        assert prompt.cached is not None
+        prompt.is_parked = True
+        self._cache.close_sequence(prompt.cached)
+        self._promises.release(prompt.key)
+        dropped = SoftDroppedEvent(prompt.key, prompt.compute_id)
+        prompt.cached, prompt.computed = None, None
+        prompt.compute_id += 1
+        return dropped
+
+    def _start(self, sequence: Promised) -> list[EngineEvent]:
+        sequence.cached = self._cache.open(sequence.key)
+        if isinstance(sequence, Reservation):
+            return [self._reserve(sequence)]
+        sequence.num_announced = [0] * self._cache.layout.num_groups
+        return [PinnedEvent(sequence.key, sequence.compute_id)] if sequence.is_pinned else []
+
+    def _reserve(self, reservation: Reservation) -> ReservedEvent:
+        """History first: blocks that no query will read are never allocated."""
+        assert reservation.cached is not None
+        prompt_len = reservation.request.prompt_len
+        self._size(reservation, capacity=prompt_len + 1, history=prompt_len)
+        slots = []
+        for group, table in zip(self._cache.layout.groups, reservation.cached.tables, strict=True):
+            size = self._cache.layout.block_size
+            needed = needed_ordinals(prompt_len, group.window, group.num_sink_tokens, size).tolist()
+            slots.append(tuple((ordinal, int(table[ordinal])) for ordinal in needed))
+        return ReservedEvent(reservation.key, tuple(slots))
+
+    def _leave_lines(self, sequence: Promised) -> None:
+        lines: tuple[deque[Any], ...] = (self._urgent, self._line, self._soft_line)
+        for line in lines:
+            if sequence in line:
+                line.remove(sequence)
+
+    # --- steps ----------------------------------------------------------------------------------------------
+
+    def schedule(self) -> list[Work]:
+        """The next step: one token of every answer, then chunks of prompts. Sizes the blocks of all of them."""
+        work = [self._decode(answer) for answer in self.answers]
+        prompts = self.prompts
+        budget = self._max_num_batched_tokens - len(work)
+        max_chunks = min(MAX_PREFILLS_PER_STEP, self._max_num_seqs - len(work))
+        shares = share_tokens([prompt.num_remaining for prompt in prompts], budget, max_chunks)
+        work += [self._chunk(prompt, count) for prompt, count in zip(prompts, shares, strict=True) if count]
+        return work
+
+    def advance(self, work: Work) -> None:
+        """A prompt chunk is computed: declare it history, which frees what no later query reads."""
+        self._size(work.sequence, capacity=work.end, history=work.end)
+
+    def _decode(self, answer: DecodingSequence) -> Work:
+        stored = answer.num_stored
+        self._size(answer, capacity=stored + 1, history=stored)
+        return Work(answer, (answer.output[-1],), stored)
+
+    def _chunk(self, prompt: PromptSequence, count: int) -> Work:
+        start = prompt.num_computed
+        self._size(prompt, capacity=start + count, history=start)
+        return Work(prompt, prompt.request.prompt[start : start + count], start)
+
+    def _size(self, sequence: LiveSequence, *, capacity: int, history: int) -> None:
+        assert sequence.cached is not None
+        done = self._cache.resize(sequence.cached, capacity=capacity, history=history)
+        assert done, f"{sequence.key}: a promised slot was not there"
+
+    # --- invariants -----------------------------------------------------------------------------------------
+
+    def check_invariants(self) -> None:
+        """Promises fit the pools; nobody holds more than was promised; who waits holds nothing."""
+        self._promises.check_invariants()
+        waiting = {sequence.key for line in (self._urgent, self._line, self._soft_line) for sequence in line}
+        for key, sequence in self._live.items():
+            assert sequence.key == key
+            if sequence.cached is None:
+                assert self._promises.of(key) is None, f"{key} waits with a promise"
+                parked = isinstance(sequence, PromptSequence) and sequence.is_parked and sequence.is_soft
+                assert (key in waiting) != parked, f"{key} holds nothing and waits for nothing"
+            else:
+                assert key not in waiting, f"{key} waits with blocks"
+                self._check_promise(sequence)
+
+    def _check_promise(self, sequence: LiveSequence) -> None:
+        promised = self._promises.of(sequence.key)
+        assert promised is not None, f"{sequence.key} holds blocks without a promise"
+        assert sequence.cached is not None
+        held = [0] * len(promised)
+        for table, pool in zip(sequence.cached.tables, self._cache.layout.pool_of_group, strict=True):
+            held[pool] += int((table >= 0).sum())
+        assert all(h <= p for h, p in zip(held, promised, strict=True)), f"{sequence.key}: {held} > {promised}"
+
+
+def _is_soft(sequence: LiveSequence) -> bool:
+    return isinstance(sequence, PromptSequence) and sequence.is_soft
+
+
+def _is_computing(sequence: LiveSequence) -> bool:
+    return isinstance(sequence, PromptSequence) and sequence.is_computing
+
+
+def _takes_seat(sequence: LiveSequence) -> bool:
+    """Answers, prompts being computed, and reservations, which will be answers."""
+    if isinstance(sequence, Reservation):
+        return sequence.cached is not None
+    return isinstance(sequence, DecodingSequence) or sequence.is_computing

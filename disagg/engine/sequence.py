@@ -1,0 +1,159 @@
+"""What the engine computes: a prompt, room for one that will arrive, and an answer being decoded.
+
+A `DecodingSequence` is built from exactly one licence: `Verified`, the transfer's word that received KV is whole, or
+`Computed`, this engine's own finished prefill. Nothing else makes one, so KV that nobody vouched for is never decoded.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from disagg.cache.cache import CachedSequence
+from disagg.engine.commands import AttemptKey
+from disagg.transceiver.actions import Verified
+from disagg.transceiver.messages.values import FirstToken, Sampling, SamplingState, TokenLogprobs
+
+
+@dataclass(frozen=True, slots=True)
+class Ending:
+    """Why an answer ended: `stop` with the token that stopped it, or `length`."""
+
+    reason: str
+    stop_token_id: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One attempt's prompt and how to sample from it."""
+
+    key: AttemptKey
+    prompt: tuple[int, ...]
+    sampling: Sampling
+
+    @property
+    def prompt_len(self) -> int:
+        return len(self.prompt)
+
+    @property
+    def total_tokens(self) -> int:
+        """Prompt and the longest answer."""
+        return len(self.prompt) + self.sampling.max_tokens
+
+    def ending_after(self, token_id: int, num_output_tokens: int) -> Ending | None:
+        """Whether `token_id`, as the last of so many output tokens, ends the answer. No stop before `min_tokens`."""
+        stops = self.sampling.stop_token_ids
+        if not self.sampling.ignore_eos:
+            stops += self.sampling.eos_token_ids
+        if token_id in stops and num_output_tokens >= self.sampling.min_tokens:
+            return Ending("stop", token_id)
+        return Ending("length") if num_output_tokens >= self.sampling.max_tokens else None
+
+
+@dataclass(slots=True, eq=False)
+class PromptSequence:
+    """A prompt computed here: for this worker's own answer (`serves`), or for a decode worker, soft until pinned.
+
+    Its state follows from what it holds: no `cached` = it waits; `cached` without `computed` = its prompt is being
+    computed; `computed` = it holds the whole prompt until it is released or dropped.
+    """
+
+    request: Request
+    serves: bool
+    is_pinned: bool = False
+    is_parked: bool = False
+    """Dropped, or told not to run ahead: computed only once it is pinned."""
+    cached: CachedSequence | None = None
+    computed: Computed | None = None
+    compute_id: int = 0
+    """Raised when computed blocks are dropped: what was said about them is stale."""
+    num_announced: list[int] = field(default_factory=list)
+    """Per layer group, how many of its needed ordinals were reported final in this computation."""
+
+    @property
+    def key(self) -> AttemptKey:
+        return self.request.key
+
+    @property
+    def is_soft(self) -> bool:
+        return not (self.serves or self.is_pinned)
+
+    @property
+    def num_computed(self) -> int:
+        return self.cached.history if self.cached else 0
+
+    @property
+    def num_remaining(self) -> int:
+        return self.request.prompt_len - self.num_computed
+
+    @property
+    def is_computing(self) -> bool:
+        return self.cached is not None and self.computed is None
+
+
+@dataclass(slots=True, eq=False)
+class Reservation:
+    """Room for a prompt's KV that will be received; `cached` once it is granted."""
+
+    request: Request
+    cached: CachedSequence | None = None
+
+    @property
+    def key(self) -> AttemptKey:
+        return self.request.key
+
+
+@dataclass(frozen=True, slots=True)
+class Computed:
+    """This engine finished `prompt` itself and sampled `first_token` at position P: the licence to decode own KV."""
+
+    prompt: PromptSequence
+    first_token: FirstToken
+
+    def __post_init__(self) -> None:
+        assert self.prompt.is_computing, f"{self.prompt.key}: nothing is being computed"
+        assert self.prompt.num_remaining == 0, f"{self.prompt.key}: {self.prompt.num_remaining} tokens are missing"
+
+    @property
+    def key(self) -> AttemptKey:
+        return self.prompt.key
+
+
+@dataclass(slots=True, eq=False)
+class DecodingSequence:
+    """An answer being decoded. `output` starts as the licence's first token; its last token has no KV yet."""
+
+    request: Request
+    cached: CachedSequence
+    licence: Verified | Computed
+    output: list[int] = field(init=False)
+
+    def __post_init__(self) -> None:
+        assert _licensed_key(self.licence) == self.key, f"{self.key}: licensed for {_licensed_key(self.licence)}"
+        assert self.cached.history == self.request.prompt_len, f"{self.key}: the prompt's KV is not whole"
+        self.output = [self.licence.first_token.token_id]
+
+    @property
+    def key(self) -> AttemptKey:
+        return self.request.key
+
+    @property
+    def num_stored(self) -> int:
+        """Tokens whose KV is computed: all but the last. The next step feeds that one at this position."""
+        return self.request.prompt_len + len(self.output) - 1
+
+    def ending(self) -> Ending | None:
+        return self.request.ending_after(self.output[-1], len(self.output))
+
+
+LiveSequence = PromptSequence | Reservation | DecodingSequence
+
+
+def _licensed_key(licence: Verified | Computed) -> AttemptKey:
+    if isinstance(licence, Computed):
+        return licence.key
+    return AttemptKey(licence.transfer_id, licence.epoch)
+
+
+def first_token_of(request: Request, token_id: int, logprobs: TokenLogprobs | None) -> FirstToken:
+    """The token sampled at position P with the state that a decode worker continues from: seed, and tokens so far."""
+    return FirstToken(token_id, logprobs, SamplingState(request.sampling.seed, ((token_id, 1),)))

@@ -1,0 +1,44 @@
+"""What the engine has done and holds: one record that metrics, leases and tests read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from disagg.cache.cache import PoolUsage
+from disagg.engine.commands import AttemptKey
+
+
+@dataclass(slots=True)
+class EngineCounters:
+    """Counters since start; only the engine's own thread writes them."""
+
+    steps: int = 0
+    prompt_tokens_computed: int = 0
+    tokens_generated: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStats:
+    """Figures at one moment, between two steps.
+
+    `pools`: slots used, free and peak per pool; used = held by a live sequence or reservation.
+    `num_running`: sequences that the next step may compute (prompts and answers); `num_waiting`: requests that hold
+    nothing yet; `num_soft`: prompts computed ahead of their FETCH that hold blocks; `num_held`: computed prompts whose
+    blocks wait for the decode worker; `num_reserved`: reservations whose KV has not arrived.
+    `prompt_tokens_computed`, `tokens_generated` (sampled here), `steps`: counters. `live_keys`: attempts not yet released.
+    """
+
+    pools: tuple[PoolUsage, ...]
+    num_running: int
+    num_waiting: int
+    num_soft: int
+    num_held: int
+    num_reserved: int
+    prompt_tokens_computed: int
+    tokens_generated: int
+    steps: int
+    live_keys: tuple[AttemptKey, ...]
+
+    @property
+    def num_used_slots(self) -> int:
+        return sum(pool.num_used for pool in self.pools)
