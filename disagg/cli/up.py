@@ -94,7 +94,7 @@ def up(settings: UpSettings) -> int:
 
 
 def serve(settings: UpSettings, work: Work) -> int:
-    """Start the cluster and await `work(router, workers, pairs)`, whose result is the exit code.
+    """Start the cluster and await `work(router, workers, pairs)`, whose result is the exit code; 1 when that fails.
 
     Raises ConfigError for what the user gave.
     """
@@ -115,8 +115,8 @@ def serve(settings: UpSettings, work: Work) -> int:
 
         try:
             return asyncio.run(Supervisor(cluster, secret, shown).run(connected))
-        except ClusterError as exc:
-            shown.say(str(exc))
+        except (ClusterError, aiohttp.ClientError, TimeoutError) as exc:
+            shown.say(str(exc) or "the router did not answer in time")
             return 1
 
 

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import os
 
+import aiohttp
 import pytest
 
+from disagg.cli import up as up_module
 from disagg.cli.child import ChildSpec
+from disagg.cli.supervisor import ClusterError
 from disagg.cli.up import LocalCluster, Pair, child_environment, curl, pairs_of, summary
 from disagg.config.resources import num_cores
 from disagg.config.settings import UpSettings
@@ -122,6 +125,33 @@ def test_the_summary_says_where_what_and_how() -> None:
     assert lines[1] == f"  decode-0: cpu, 1 of {num_cores()} cores, 5 MiB of KV cache, max-model-len 2048"
     assert lines[2] == "  prefill-0 -> decode-0: shm"
     assert lines[3].startswith("curl http://127.0.0.1:8000/v1/completions")
+
+
+class FailingSupervisor:
+    def __init__(self, exc: Exception) -> None:
+        self.exc = exc
+
+    def __call__(self, *args: object) -> FailingSupervisor:
+        return self
+
+    async def run(self, work: object) -> int:
+        raise self.exc
+
+
+@pytest.mark.parametrize(
+    ("exc", "words"),
+    [
+        (ClusterError("`router` exited with code 1"), "disagg: `router` exited with code 1"),
+        (aiohttp.ClientError("status 503: no worker"), "disagg: status 503: no worker"),
+        (TimeoutError(), "disagg: the router did not answer in time"),
+    ],
+)
+def test_a_cluster_that_fails_ends_with_a_sentence_and_exit_code_1(
+    exc: Exception, words: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(up_module, "Supervisor", FailingSupervisor(exc))
+    assert up_module.up(UpSettings(port=0)) == 1
+    assert capsys.readouterr().err == words + "\n"
 
 
 def test_the_curl_line_does_not_show_the_key() -> None:
