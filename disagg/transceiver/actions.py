@@ -1,4 +1,4 @@
-"""What a transfer wants done: the outputs of `Transfer.handle`. The shell performs them in order and decides nothing."""
+"""What a transfer wants done: outputs of `Transfer.handle`. The shell performs them in order and decides nothing."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Send:
 
 @dataclass(frozen=True, slots=True)
 class SendPayload:
-    """Sender, byte-sending planes only: send the bytes of this slice once. `sources` holds (group, ordinal, slot, generation)."""
+    """Sender, byte-sending planes only: send this slice once. `sources` = (group, ordinal, slot, generation)."""
 
     number: int
     sources: tuple[tuple[int, int, int, int], ...]
@@ -30,7 +30,10 @@ class AskPin:
 
 @dataclass(frozen=True, slots=True)
 class ReleaseSource:
-    """Sender, once per epoch: the peer needs nothing any more, the engine frees the request. `reason`: `acked`, `cancelled`, `lost`, `deadline`, `failed`."""
+    """Sender, once per epoch: the peer needs nothing any more, the engine frees the request.
+
+    `reason`: `acked`, `finished`, `cancelled`, `lost`, `deadline` or `failed`.
+    """
 
     reason: str
 
@@ -49,7 +52,7 @@ class StopLanding:
 
 @dataclass(frozen=True, slots=True)
 class Verified:
-    """Receiver, once: every MAC holds and verified units cover what was required. The only licence to decode received KV."""
+    """Receiver, once: every MAC holds and verified units cover what was required. The only licence to decode them."""
 
     transfer_id: str
     epoch: int
@@ -58,7 +61,7 @@ class Verified:
 
 @dataclass(frozen=True, slots=True)
 class ReportFailed:
-    """Receiver, once: this epoch failed and its landing jobs are joined. `reason` goes to the router, which owns attempts."""
+    """Receiver, once: this epoch failed, its landing jobs are joined. `reason` is for the router, who owns attempts."""
 
     reason: str
     units: tuple[UnitName, ...] = ()
@@ -80,7 +83,7 @@ class UnregisterUnits:
 
 @dataclass(frozen=True, slots=True)
 class Forget:
-    """The transfer needs no more events; the shell keeps answering repeats from its tombstone until `until` (clock seconds)."""
+    """The transfer is over; the shell answers repeats from its `Tombstones` until `until` (clock seconds)."""
 
     until: float
 

@@ -24,7 +24,7 @@ class Unit:
 
 @dataclass(frozen=True, slots=True)
 class LandedUnit:
-    """One unit as it now lies in this process's pool. `digest` is of the destination; `finite` is false for NaN or Inf."""
+    """One unit as it now lies in this process's pool. `digest` is of the destination; NaN or Inf: not `finite`."""
 
     group: int
     ordinal: int

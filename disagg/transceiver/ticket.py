@@ -20,7 +20,7 @@ from disagg.transceiver.errors import TicketRefused
 def mint(
     key: bytes, *, transfer_id: str, epoch: int, prefill: str, decode: str, prompt: Sequence[int], ttl_s: float
 ) -> bytes:
-    """The 32-byte ticket. `prefill` and `decode` are incarnations, `prompt` token ids, `ttl_s` the deadline's length."""
+    """The 32-byte ticket. `prefill` and `decode` are incarnations, `prompt` token ids, `ttl_s` its lifetime."""
     # A msgpack array of scalars is its own canonical form: fields carry their length, so none can run into the next.
     claims = msgpack.packb(["ticket", transfer_id, epoch, prefill, decode, prompt_hash(prompt), float(ttl_s)])
     return hmac.digest(key, claims, sha256)

@@ -102,7 +102,7 @@ class Received:
 
 @dataclass(frozen=True, slots=True)
 class Done:
-    """One rank's terminal message: it announced `num_slices` slices; `mac` binds manifest and first token to the transfer."""
+    """One rank's terminal message: it announced `num_slices` slices; `mac` binds all of it to the transfer."""
 
     header: Header
     rank: int
@@ -139,7 +139,7 @@ class Ack:
 
 @dataclass(frozen=True, slots=True)
 class Cancel:
-    """Decode wants no more of this epoch. `reason` is `cancelled`, `digest`, `retarget`, `deadline` or `lost`."""
+    """Decode wants no more of this epoch. `reason` is one of `disagg.transceiver.reasons`."""
 
     header: Header
     reason: str

@@ -60,7 +60,10 @@ class Peers:
 
 @dataclass(frozen=True, slots=True)
 class PeerLink:
-    """What a worker says of one peer: `state` is `ready`, `suspect`, `lost`, `connecting` or `refused`; `detail` names the field."""
+    """What a worker says of one peer.
+
+    `state` is `ready`, `suspect`, `lost`, `connecting` or `refused`; `detail` names the field that differs.
+    """
 
     incarnation: str
     worker_id: str
@@ -72,7 +75,7 @@ class PeerLink:
 
 @dataclass(frozen=True, slots=True)
 class Lease:
-    """Both ways, every 0.5 s. From a worker it carries its figures and live requests; from the router only its incarnation."""
+    """Both ways, every 0.5 s. A worker's carries its figures and live requests, the router's only its incarnation."""
 
     incarnation: str
     router_incarnation: str
@@ -107,6 +110,10 @@ class Dispatch:
     peer: PeerTarget | None = None
     ticket: bytes = b""
 
+    def __post_init__(self) -> None:
+        if not 0 < self.deadline_s < float("inf"):
+            raise ValueError(f"deadline_s: {self.deadline_s}, expected a finite duration above 0")
+
 
 @dataclass(frozen=True, slots=True)
 class Tokens:
@@ -121,7 +128,7 @@ class Tokens:
 
 @dataclass(frozen=True, slots=True)
 class Finished:
-    """The answer ended with the token before `index`. `reason`: `stop`, `length`; `stop_token_id` when a token stopped it."""
+    """The answer ended with the token before `index`. `reason`: `stop` (`stop_token_id` if a token did), `length`."""
 
     transfer_id: str
     epoch: int
@@ -132,7 +139,7 @@ class Finished:
 
 @dataclass(frozen=True, slots=True)
 class RequestFailed:
-    """The worker cannot serve this attempt. `status` is the HTTP status it deserves (400, 500, 503); 503 may be retried."""
+    """The worker cannot serve this attempt. `status` is the HTTP status it deserves: 400, 500, or 503 (retry)."""
 
     transfer_id: str
     epoch: int

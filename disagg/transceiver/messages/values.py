@@ -100,7 +100,10 @@ class UnitName:
 
 @dataclass(frozen=True, slots=True)
 class ManifestEntry:
-    """One unit's digest. `rectangle` = (first layer, layers, first head, heads) of the group; all of it when geometry is equal."""
+    """One unit's digest. `rectangle` = (first layer, layers, first head, heads) of the group.
+
+    With equal geometry it is always the whole group.
+    """
 
     group: int
     ordinal: int
@@ -197,6 +200,6 @@ class GroupBytes:
 
 @dataclass(frozen=True, slots=True)
 class StageTimes:
-    """Seconds a worker spent on one request, on its own clock; keys are stage names such as `queue`, `prefill`, `wire`."""
+    """Seconds a worker spent on one request, on its own clock, by stage name such as `queue`, `prefill`, `wire`."""
 
     stages: tuple[tuple[str, float], ...] = field(default=())
