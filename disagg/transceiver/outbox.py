@@ -16,7 +16,7 @@ BYTE_WINDOW: Final = 4
 every stage busy, and a receiver never buffers more than 32 MiB per transfer."""
 
 REPEAT_BURST: Final = 16
-"""Slices in flight where the sender pushes bytes: one on the wire, one landing, one being hashed and one spare keep
+"""Unanswered slices said again at once: bounds the traffic of a repeat; one RECEIVED covers them all."""
 
 UnitKey = tuple[int, int]
 """(group, ordinal)"""
