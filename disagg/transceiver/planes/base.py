@@ -8,7 +8,7 @@ that owns the sources, `LandingPlane` in the process that owns the destinations;
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -73,6 +73,8 @@ class SourcePlane(ABC):
 
     name: str
     sends_bytes: bool
+    on_peer_lost: Callable[[str], None] | None = None
+    """Called on the loop with the incarnation of a peer whose connection to this plane ended by itself."""
 
     @abstractmethod
     async def start(self, pools: Sequence[PoolRegion]) -> None:
@@ -99,6 +101,10 @@ class LandingPlane(ABC):
     """Receiver side of a plane, one per source incarnation."""
 
     name: str
+    num_operations: int = 0
+    """Copies made by `land` since the plane was opened: one per run of adjacent slots."""
+    on_lost: Callable[[], None] | None = None
+    """Called on the loop, once, when the source's end of the plane is gone."""
 
     @abstractmethod
     async def connect(self, me: str, offer: PlaneOffer, pools: Sequence[PoolRegion]) -> None:

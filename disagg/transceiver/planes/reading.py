@@ -1,0 +1,59 @@
+"""Landing by reading: planes on which the receiver sees the sender's pools in its own address space (inproc, shm)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from disagg.transceiver.errors import PeerLost, PlaneRefused
+from disagg.transceiver.planes.base import LandingJob, LandingPlane, PoolRegion
+from disagg.transceiver.planes.copying import adjacent, check_generations, check_slots, copy_rows, ints
+
+
+class ReadingLandingPlane(LandingPlane):
+    """Copies slots from `_sources` into `_pools`, one memcpy per run that is adjacent on both sides."""
+
+    def __init__(self) -> None:
+        self._sources: tuple[PoolRegion, ...] = ()
+        self._pools: tuple[PoolRegion, ...] = ()
+        self._is_lost = True
+
+    def _open(self, sources: Sequence[PoolRegion], pools: Sequence[PoolRegion]) -> None:
+        """Begin to serve. Raises `PlaneRefused` when slots differ in size."""
+        theirs = [region.slots.shape[1] for region in sources]
+        ours = [region.slots.shape[1] for region in pools]
+        if theirs != ours:
+            raise PlaneRefused(f"slot bytes per pool differ: ours {ours}, theirs {theirs}")
+        self._sources, self._pools, self._is_lost = tuple(sources), tuple(pools), False
+
+    def _lose(self) -> None:
+        """The source is gone: nothing more can be fetched. Its memory stays readable for jobs that run."""
+        if not self._is_lost:
+            self._is_lost = True
+            if self.on_lost is not None:
+                self.on_lost()
+
+    async def fetch(self, job: LandingJob) -> None:
+        """Nothing to wait for: the bytes lie in the source's slots. Raises `PeerLost`."""
+        if self._is_lost:
+            raise PeerLost(f"the source {job.source} of this {self.name} plane is gone")
+
+    def land(self, job: LandingJob) -> int:
+        """Copy, generations checked before and after. Raises `SourceChanged`, or `RemoteProtocolError` for bad slots."""
+        units = job.destinations
+        pools, slots = ints([u.pool for u in units]), ints([u.slot for u in units])
+        source_slots = ints([u.source_slot for u in units])
+        planned = ints([u.source_generation for u in units])
+        check_slots(self._sources, pools, source_slots)
+        check_generations(self._sources, pools, source_slots, planned)
+        nbytes = 0
+        for start, stop in adjacent(pools, source_slots, slots):
+            source, to = self._sources[units[start].pool], self._pools[units[start].pool]
+            first, target, count = units[start].source_slot, units[start].slot, stop - start
+            copy_rows(to.slots[target : target + count], source.slots[first : first + count])
+            nbytes += count * source.slots.shape[1]
+            self.num_operations += 1
+        check_generations(self._sources, pools, source_slots, planned)
+        return nbytes
+
+    def discard(self, transfer_id: str, epoch: int) -> None:
+        """Nothing arrives here before it is landed."""
