@@ -37,3 +37,8 @@ class TicketRefused(RemoteProtocolError):
 
 class EndpointRefused(TransceiverError):
     """This process cannot listen at, or connect to, that address; the message says why and what to do."""
+
+
+def first_cause(error: BaseException) -> BaseException:
+    """The first plain exception of a (nested) group: the others followed from it."""
+    return first_cause(error.exceptions[0]) if isinstance(error, BaseExceptionGroup) else error

@@ -1,0 +1,74 @@
+"""The router process: HTTP above, control below, until told to stop."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from disagg.api.app import create_admin_app, create_app
+from disagg.api.server import serve
+from disagg.api.settings import ApiSettings
+from disagg.config.errors import ConfigError
+from disagg.config.settings import RouterSettings
+from disagg.engine.checkpoint import ModelRefused, fingerprint, generation_defaults, resolve_model
+from disagg.router.router import Router, RouterOptions
+from disagg.transceiver.errors import EndpointRefused
+from disagg.transceiver.keys import ClusterKeys
+
+Announce = Callable[[dict[str, Any]], None]
+
+ADMIN_HOST = "127.0.0.1"  # administration has no key of its own
+
+
+def run(settings: RouterSettings, secret: bytes, announce: Announce) -> int:
+    """Serve until SIGTERM, SIGINT or SIGHUP. Raises ConfigError for a model, host or port that cannot be used."""
+    keys = ClusterKeys.from_secret(secret, insecure=settings.insecure)
+    try:
+        folder = resolve_model(settings.model)
+        return asyncio.run(_serve(settings, folder, keys, announce))
+    except (ModelRefused, EndpointRefused) as refusal:
+        raise ConfigError(str(refusal)) from refusal
+
+
+async def _serve(settings: RouterSettings, folder: Path, keys: ClusterKeys, announce: Announce) -> int:
+    stopped = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        asyncio.get_running_loop().add_signal_handler(number, stopped.set)
+    control = f"tcp://{settings.control_host}:{settings.control_port}"
+    async with contextlib.AsyncExitStack() as stack:
+        router = await stack.enter_async_context(Router.open(control, keys, _router_options(settings, folder)))
+        app, admin_app = create_app(router, _api_settings(settings, folder)), create_admin_app(router)
+        try:
+            admin = await stack.enter_async_context(serve(admin_app, ADMIN_HOST, settings.admin_port))
+            public = await stack.enter_async_context(serve(app, settings.host, settings.port))
+        except OSError as exc:
+            raise ConfigError(str(exc.strerror or exc)) from exc
+        stack.callback(router.shut_down)  # first on the way out: streams end before their listeners wait for them
+        announce(
+            {"event": "ready", "url": public.url, "admin": admin.url, "control": router.endpoint, "pid": os.getpid()}
+        )
+        await stopped.wait()
+    return 0
+
+
+def _router_options(settings: RouterSettings, folder: Path) -> RouterOptions:
+    return RouterOptions(
+        expected_fingerprint=fingerprint(folder),
+        max_attempts=settings.max_attempts,
+        max_queued=settings.max_queued,
+        request_timeout_s=settings.request_timeout_s,
+    )
+
+
+def _api_settings(settings: RouterSettings, folder: Path) -> ApiSettings:
+    return ApiSettings(
+        model_folder=folder,
+        served_model_name=settings.served_name,
+        defaults=generation_defaults(folder),
+        api_key=settings.api_key,
+    )

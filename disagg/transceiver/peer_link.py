@@ -1,0 +1,211 @@
+"""The decode side's link to one prefill incarnation: HELLO until answered, a plane opened, heartbeats, loss."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+
+from disagg.transceiver.errors import PeerLost, PlaneRefused, RemoteProtocolError, TransceiverError, first_cause
+from disagg.transceiver.identity import differing_field
+from disagg.transceiver.links import ControlClient
+from disagg.transceiver.messages.peer import Heartbeat, Hello, PeerMessage, Refused, TransferMessage, Welcome
+from disagg.transceiver.messages.router import PeerLink as LinkReport
+from disagg.transceiver.messages.router import PeerTarget
+from disagg.transceiver.messages.values import AttemptKey
+from disagg.transceiver.node import Node
+from disagg.transceiver.planes.base import LandingPlane, PoolRegion
+from disagg.transceiver.sockets import Sockets
+from disagg.transceiver.timing import HEARTBEAT_S, LOST_S, SUSPECT_S
+
+log = logging.getLogger(__name__)
+
+HELLO_REPEAT_S = 0.5
+"""A peer that starts late is found within half a second; HELLO is off the request path, no haste is needed."""
+
+RECONNECT_S = 1.0
+"""Pause before a lost peer is tried again: the router lists it until its lease ends (3 s), so about three tries."""
+
+
+class PeerRefused(TransceiverError):
+    """The pair can never work: `field` names what differs."""
+
+    def __init__(self, field: str, ours: str, theirs: str) -> None:
+        super().__init__(f"{field}: ours {ours}, theirs {theirs}")
+        self.field = field
+
+
+class PeerLink:
+    """One prefill worker as this decode worker sees it. `run` connects and reconnects until cancelled."""
+
+    def __init__(
+        self,
+        node: Node,
+        target: PeerTarget,
+        planes: Mapping[str, Callable[[], LandingPlane]],
+        pools: Sequence[PoolRegion],
+        on_message: Callable[[TransferMessage | Refused], None],
+        on_lost: Callable[[str, str], Awaitable[None]],
+        live_transfers: Callable[[str], Iterable[AttemptKey]],
+        sockets: Sockets,
+    ) -> None:
+        """`planes` in order of preference. `on_lost(incarnation, reason)` returns when no job uses the plane."""
+        self._node, self.target = node, target
+        self._planes, self._pools = planes, pools
+        self._on_message, self._on_lost, self._live_transfers = on_message, on_lost, live_transfers
+        self._sockets = sockets
+        self._outbox: asyncio.Queue[PeerMessage] = asyncio.Queue()
+        self._heard_at = 0.0
+        self._state, self._detail = "connecting", ""
+        self._plane_lost = asyncio.Event()
+        self.plane: LandingPlane | None = None
+        self.gb_per_s = 0.0
+
+    @property
+    def is_ready(self) -> bool:
+        return self._state == "ready"
+
+    def report(self) -> LinkReport:
+        """What the lease says of this link."""
+        state = self._state
+        if state == "ready" and time.monotonic() - self._heard_at > SUSPECT_S:
+            state = "suspect"
+        plane = self.plane.name if self.plane else ""
+        return LinkReport(self.target.incarnation, self.target.worker_id, plane, state, self.gb_per_s, self._detail)
+
+    def send(self, message: PeerMessage) -> None:
+        """Queue `message`, in order; dropped with the connection (the core repeats what matters)."""
+        self._outbox.put_nowait(message)
+
+    async def run(self) -> None:
+        """Keep the link until cancelled or until the pair is refused for good."""
+        while self._state != "refused":
+            try:
+                await self._connect_once()
+            except* PeerRefused as refusal:
+                self._note("refused", first_cause(refusal))
+            except* (PeerLost, PlaneRefused, RemoteProtocolError, TimeoutError) as failure:
+                self._note("lost", first_cause(failure))
+            await asyncio.sleep(RECONNECT_S)
+
+    async def _connect_once(self) -> None:
+        client = await ControlClient.connect(self.target.endpoint, self._node.keys, self._sockets)
+        self._plane_lost.clear()
+        try:
+            await self._until_connected(client)
+            welcome = await self._say_hello(client)
+            await self._open_plane(welcome)
+            self._state, self._detail, self._heard_at = "ready", "", time.monotonic()
+            async with asyncio.TaskGroup() as tasks:
+                tasks.create_task(self._receive(client))
+                tasks.create_task(self._send_queued(client))
+                tasks.create_task(self._beat())
+                tasks.create_task(self._watch(client.lost(), "control connection"))
+                tasks.create_task(self._watch(self._plane_lost.wait(), "data plane"))
+        finally:
+            self._state = "lost"
+            await self._close(client)
+
+    async def _until_connected(self, client: ControlClient) -> None:
+        try:
+            async with asyncio.timeout(LOST_S):
+                await client.ready()
+        except TimeoutError:
+            raise PeerLost(f"no connection to {self.target.endpoint} within {LOST_S:g} s") from None
+
+    async def _say_hello(self, client: ControlClient) -> Welcome:
+        node = self._node
+        hello = Hello(node.incarnation, node.worker_id, node.identity, node.geometry, tuple(self._planes))
+        async with asyncio.timeout(LOST_S):
+            while True:
+                await client.send(hello)
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(HELLO_REPEAT_S):
+                        return self._check_welcome(await client.recv())
+
+    def _check_welcome(self, answer: object) -> Welcome:
+        match answer:
+            case Welcome() if answer.incarnation != self.target.incarnation:
+                raise PeerLost("another process answers at its endpoint")
+            case Welcome():
+                difference = differing_field(self._node.identity, answer.identity) or differing_field(
+                    self._node.geometry, answer.geometry
+                )
+                if difference is not None:
+                    raise PeerRefused(*difference)
+                return answer
+            case Refused(field=field, ours=ours, theirs=theirs):
+                raise PeerRefused(field, theirs, ours)
+            case _:
+                raise RemoteProtocolError(f"expected WELCOME, got {type(answer).__name__}")
+
+    async def _open_plane(self, welcome: Welcome) -> None:
+        offers = {offer.plane: offer for offer in welcome.planes}
+        reasons = []
+        for name, make in self._planes.items():
+            if name not in offers:
+                continue
+            plane = make()
+            try:
+                await plane.connect(self._node.incarnation, offers[name], self._pools)
+            except (PlaneRefused, PeerLost) as exc:
+                await plane.close()
+                reasons.append(f"{name}: {exc}")
+                continue
+            self.plane = plane
+            plane.on_lost = self._plane_lost.set
+            log.info("prefill worker %s: data plane %s", self.target.worker_id, name)
+            return
+        raise PlaneRefused(
+            "; ".join(reasons) or f"no common data plane: ours {list(self._planes)}, theirs {list(offers)}"
+        )
+
+    async def _receive(self, client: ControlClient) -> None:
+        while True:
+            message = await client.recv()
+            match message:
+                case Heartbeat(source=source, destination=destination):
+                    if (source, destination) == (self.target.incarnation, self._node.incarnation):
+                        self._heard_at = time.monotonic()
+                case Refused(field=field) if field in {"stale_peer", "unknown_peer"}:
+                    raise PeerLost(f"it does not know this connection: {field}")
+                case Refused():
+                    self._on_message(message)
+                case _ if (header := getattr(message, "header", None)) is not None:
+                    if (header.source, header.destination) == (self.target.incarnation, self._node.incarnation):
+                        self._heard_at = time.monotonic()
+                        self._on_message(message)
+                case _:
+                    log.warning("peer sent %s, which no decode worker takes", type(message).__name__)
+
+    async def _send_queued(self, client: ControlClient) -> None:
+        while True:
+            await client.send(await self._outbox.get())
+
+    async def _beat(self) -> None:
+        while True:
+            live = tuple((key.transfer_id, key.epoch) for key in self._live_transfers(self.target.incarnation))
+            self.send(Heartbeat(self._node.incarnation, self.target.incarnation, live))
+            await asyncio.sleep(HEARTBEAT_S)
+            if time.monotonic() - self._heard_at > LOST_S:
+                raise PeerLost(f"silent for {LOST_S:g} s")
+
+    async def _watch(self, closed: Awaitable[object], what: str) -> None:
+        await closed
+        raise PeerLost(f"its {what} closed")
+
+    async def _close(self, client: ControlClient) -> None:
+        """Give up client and plane; landing jobs are joined before their mapping goes."""
+        await self._on_lost(self.target.incarnation, "connection closed")
+        self._outbox = asyncio.Queue()
+        await client.close()
+        if self.plane is not None:
+            await self.plane.close()
+            self.plane = None
+
+    def _note(self, state: str, failure: BaseException) -> None:
+        if (state, str(failure)) != (self._state, self._detail):
+            log.warning("prefill worker %s %s: %s", self.target.worker_id, state, failure)
+        self._state, self._detail = state, str(failure)

@@ -1,0 +1,255 @@
+"""The decode side's shell: links to prefill workers, landing jobs, and the transfers that need them.
+
+It performs what the cores ask and decides nothing. All methods run on the event loop; `LandingHost` is the worker.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from disagg.transceiver.actions import Action, FreeReservation, Land, ReportFailed, Send, StopLanding, Verified
+from disagg.transceiver.errors import PeerLost, SourceChanged
+from disagg.transceiver.events import (
+    Event,
+    LandingFailed,
+    LandingStopped,
+    PeerGone,
+    SliceLanded,
+)
+from disagg.transceiver.landing import LandingThread
+from disagg.transceiver.messages.peer import Refused, Slice, TransferMessage
+from disagg.transceiver.messages.router import PeerLink as LinkReport
+from disagg.transceiver.messages.router import PeerTarget
+from disagg.transceiver.messages.values import AttemptKey
+from disagg.transceiver.node import Node
+from disagg.transceiver.peer_link import PeerLink
+from disagg.transceiver.planes.base import Destination, LandingJob, LandingPlane, PoolRegion
+from disagg.transceiver.sockets import Sockets
+from disagg.transceiver.transfer import Transfer
+from disagg.transceiver.transfers import Transfers
+
+log = logging.getLogger(__name__)
+
+
+class LandingHost(Protocol):
+    """What the receiving side needs of its worker."""
+
+    def decode(self, key: AttemptKey, verified: Verified, record: TransferRecord) -> None:
+        """The KV is complete and bound to this request: it may decode."""
+
+    def transfer_failed(self, key: AttemptKey, failure: ReportFailed, record: TransferRecord) -> None:
+        """This epoch failed and no job holds its slots: free the reservation and tell the router."""
+
+    def free_reservation(self, key: AttemptKey, reason: str, record: TransferRecord) -> None:
+        """The request ended without decoding here."""
+
+
+@dataclass(slots=True)
+class TransferRecord:
+    """What one transfer cost, measured where the bytes land. Times are seconds on this process's monotonic clock."""
+
+    plane: str = ""
+    started_at: float = field(default_factory=time.monotonic)
+    first_slice_at: float = 0.0
+    landed_at: float = 0.0
+    done_at: float = 0.0
+    num_operations: int = 0
+    blocks: dict[int, int] = field(default_factory=dict)
+    nbytes: dict[int, int] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class _Incoming:
+    peer: str
+    destinations: dict[tuple[int, int], int]
+    record: TransferRecord
+    jobs: set[asyncio.Task[None]] = field(default_factory=set)
+
+
+class ReceivingSide:
+    """Fetches KV from prefill workers into this process's pools."""
+
+    def __init__(
+        self,
+        node: Node,
+        planes: Mapping[str, Callable[[], LandingPlane]],
+        pools: Sequence[PoolRegion],
+        pool_of_group: Sequence[int],
+        landing: LandingThread,
+        sockets: Sockets,
+        host: LandingHost,
+    ) -> None:
+        self._node, self._planes, self._pools, self._pool_of_group = node, planes, pools, pool_of_group
+        self._landing, self._sockets, self._host = landing, sockets, host
+        self._transfers = Transfers(node.incarnation, self._perform)
+        self._incoming: dict[AttemptKey, _Incoming] = {}
+        self._links: dict[str, tuple[PeerLink, asyncio.Task[None]]] = {}
+        self._tasks: asyncio.TaskGroup | None = None
+
+    async def run(self) -> None:
+        """Serve until cancelled."""
+        async with asyncio.TaskGroup() as self._tasks:
+            await self._transfers.tick()
+
+    # --- the worker's side ------------------------------------------------------------------------------------
+
+    def set_peers(self, targets: Iterable[PeerTarget]) -> None:
+        """Connect to exactly these prefill workers, ahead of any request."""
+        assert self._tasks is not None
+        wanted = {target.incarnation: target for target in targets}
+        for incarnation in self._links.keys() - wanted.keys():
+            self._links.pop(incarnation)[1].cancel()
+        for incarnation in wanted.keys() - self._links.keys():
+            link = self._make_link(wanted[incarnation])
+            self._links[incarnation] = link, self._tasks.create_task(link.run())
+
+    def start(
+        self, key: AttemptKey, transfer: Transfer, peer: str, slots: Sequence[Sequence[tuple[int, int]]], event: Event
+    ) -> None:
+        """Destinations are reserved: `slots[g]` = (ordinal, slot) pairs. `event` (Reserved) begins the transfer."""
+        destinations = {(group, ordinal): slot for group, pairs in enumerate(slots) for ordinal, slot in pairs}
+        record = TransferRecord(plane=self.plane_of(peer))
+        self._incoming[key] = _Incoming(peer, destinations, record)
+        self._transfers.add(key, transfer)
+        if self.is_ready(peer):
+            self.feed(key, event)
+        else:
+            self.feed(key, PeerGone("this worker has no link to it"))
+
+    def feed(self, key: AttemptKey, event: Event) -> None:
+        self._transfers.feed(key, event)
+
+    def __contains__(self, key: AttemptKey) -> bool:
+        """Whether this attempt's transfer still needs its reservation."""
+        return key in self._incoming
+
+    def is_ready(self, peer: str) -> bool:
+        return peer in self._links and self._links[peer][0].is_ready
+
+    def plane_of(self, peer: str) -> str:
+        """Name of the plane to `peer`, or "" while there is none."""
+        link = self._links.get(peer)
+        return link[0].plane.name if link and link[0].plane else ""
+
+    def reports(self) -> tuple[LinkReport, ...]:
+        return tuple(link.report() for link, _ in self._links.values())
+
+    # --- links ------------------------------------------------------------------------------------------------
+
+    def _make_link(self, target: PeerTarget) -> PeerLink:
+        return PeerLink(
+            self._node,
+            target,
+            self._planes,
+            self._pools,
+            self._take_message,
+            self._lose,
+            self._transfers.wanting_lease,
+            self._sockets,
+        )
+
+    def _take_message(self, message: TransferMessage | Refused) -> None:
+        if (answer := self._transfers.take(message)) is not None:
+            self._send(answer.header.destination, answer)
+
+    async def _lose(self, peer: str, reason: str) -> None:
+        keys = self._transfers.of_peer(peer)
+        for key in keys:
+            self.feed(key, PeerGone(reason))
+        for key in keys:
+            await self._landing.stop(key.transfer_id, key.epoch)
+
+    # --- actions ----------------------------------------------------------------------------------------------
+
+    def _perform(self, key: AttemptKey, action: Action) -> None:
+        match action:
+            case Send(message):
+                self._send(self._transfers.peer_of(key), message)
+            case Land(message):
+                self._land(key, message)
+            case StopLanding():
+                self._spawn(self._stop_landing(key))
+            case Verified():
+                self._host.decode(key, action, self._end(key))
+            case ReportFailed():
+                self._host.transfer_failed(key, action, self._end(key))
+            case FreeReservation(reason):
+                self._host.free_reservation(key, reason, self._end(key))
+            case _:
+                raise AssertionError(f"a receiver asked for {action}")
+
+    def _send(self, peer: str, message: TransferMessage | Refused) -> None:
+        link = self._links.get(peer)
+        if link is not None:
+            link[0].send(message)
+
+    def _end(self, key: AttemptKey) -> TransferRecord:
+        incoming = self._incoming.pop(key)
+        incoming.record.done_at = time.monotonic()
+        return incoming.record
+
+    # --- landing ----------------------------------------------------------------------------------------------
+
+    def _land(self, key: AttemptKey, message: Slice) -> None:
+        incoming = self._incoming[key]
+        incoming.record.first_slice_at = incoming.record.first_slice_at or time.monotonic()
+        link = self._links.get(incoming.peer)
+        if link is None or link[0].plane is None:
+            self.feed(key, LandingFailed(message.number, "no data plane"))
+            return
+        job = self._make_job(key, incoming, message)
+        task = self._spawn(self._run_job(key, job, link[0].plane))
+        incoming.jobs.add(task)
+        task.add_done_callback(incoming.jobs.discard)
+
+    def _make_job(self, key: AttemptKey, incoming: _Incoming, message: Slice) -> LandingJob:
+        destinations = []
+        for run in message.units:
+            for index in range(run.count):
+                unit = (run.group, run.first + index)
+                source = (run.slots[index], run.generations[index]) if run.slots else (-1, -1)
+                pool = self._pool_of_group[run.group]
+                destinations.append(Destination(*unit, pool, incoming.destinations[unit], *source))
+        return LandingJob(incoming.peer, key.transfer_id, key.epoch, message.number, tuple(destinations))
+
+    async def _run_job(self, key: AttemptKey, job: LandingJob, plane: LandingPlane) -> None:
+        before = plane.num_operations
+        try:
+            await plane.fetch(job)
+            landed = await self._landing.submit(job, plane)
+        except (SourceChanged, PeerLost) as exc:
+            self.feed(key, LandingFailed(job.number, str(exc)))
+            return
+        if (incoming := self._incoming.get(key)) is not None:
+            self._count(incoming.record, job, plane.num_operations - before)
+        self.feed(key, SliceLanded(job.number, landed))
+
+    def _count(self, record: TransferRecord, job: LandingJob, num_operations: int) -> None:
+        """Bytes are counted here and nowhere else: where they land."""
+        record.num_operations += num_operations
+        record.landed_at = time.monotonic()
+        for unit in job.destinations:
+            record.blocks[unit.group] = record.blocks.get(unit.group, 0) + 1
+            nbytes = self._pools[unit.pool].slots.shape[1]
+            record.nbytes[unit.group] = record.nbytes.get(unit.group, 0) + nbytes
+
+    async def _stop_landing(self, key: AttemptKey) -> None:
+        incoming = self._incoming.get(key)
+        if incoming is not None:
+            for task in tuple(incoming.jobs):
+                task.cancel()
+            await asyncio.gather(*incoming.jobs, return_exceptions=True)
+            await self._landing.stop(key.transfer_id, key.epoch)
+            link = self._links.get(incoming.peer)
+            if link is not None and link[0].plane is not None:
+                link[0].plane.discard(key.transfer_id, key.epoch)
+        self.feed(key, LandingStopped())
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        assert self._tasks is not None, "run() is not running"
+        return self._tasks.create_task(work)

@@ -1,0 +1,263 @@
+"""The prefill side's shell: peers that said HELLO, the transfers they fetch, the planes that serve them.
+
+It performs what the cores ask and decides nothing. All methods run on the event loop; `SourceHost` is the worker.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from disagg.transceiver.actions import Action, AskPin, ReleaseSource, Send, SendPayload, UnregisterUnits
+from disagg.transceiver.errors import PeerLost, SourceChanged
+from disagg.transceiver.events import CancelAsked, Event, LeaseRenewed, PeerGone
+from disagg.transceiver.identity import differing_field
+from disagg.transceiver.links import ControlServer
+from disagg.transceiver.messages.peer import (
+    Fetch,
+    Header,
+    Heartbeat,
+    Hello,
+    PeerMessage,
+    Refused,
+    TransferMessage,
+    Welcome,
+)
+from disagg.transceiver.messages.values import AttemptKey, UnitName
+from disagg.transceiver.node import Node
+from disagg.transceiver.planes.base import SourcePlane, SourceUnit
+from disagg.transceiver.timing import DISPATCH_GRACE_S, HEARTBEAT_S, LOST_S
+from disagg.transceiver.transfer import Transfer
+from disagg.transceiver.transfers import Transfers
+
+log = logging.getLogger(__name__)
+
+
+class SourceHost(Protocol):
+    """What the sending side needs of its worker."""
+
+    def pin(self, key: AttemptKey) -> None:
+        """A FETCH was accepted: the engine must pin this request and answer with the event `Pinned`."""
+
+    def release_source(self, key: AttemptKey, reason: str) -> None:
+        """The peer needs nothing more of this attempt."""
+
+    def unregister(self, key: AttemptKey, units: Sequence[UnitName]) -> None:
+        """These blocks failed verification at the peer and must not be reused."""
+
+
+@dataclass(slots=True)
+class _Peer:
+    hello: Hello
+    routing_id: bytes
+    heard_at: float
+    sending: asyncio.Lock = field(default_factory=asyncio.Lock)  # payloads of one peer leave in slice order
+
+
+class SendingSide:
+    """Serves FETCHes of decode workers from this process's pools."""
+
+    def __init__(
+        self,
+        node: Node,
+        server: ControlServer,
+        planes: Mapping[str, SourcePlane],
+        pool_of_group: Sequence[int],
+        host: SourceHost,
+    ) -> None:
+        self._node = node
+        self._server = server
+        self._planes = planes
+        self._pool_of_group = pool_of_group
+        self._host = host
+        self._transfers = Transfers(node.incarnation, self._perform)
+        self._peers: dict[str, _Peer] = {}
+        self._plane_of: dict[AttemptKey, SourcePlane] = {}
+        self._early: dict[AttemptKey, tuple[Fetch, float]] = {}
+        self._outbox: asyncio.Queue[tuple[bytes, PeerMessage]] = asyncio.Queue()
+        self._payloads: asyncio.Queue[tuple[AttemptKey, SendPayload]] = asyncio.Queue()
+
+    async def run(self) -> None:
+        """Serve until cancelled."""
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self._receive())
+            tasks.create_task(self._send_queued())
+            tasks.create_task(self._send_payloads(tasks))
+            tasks.create_task(self._beat())
+            tasks.create_task(self._transfers.tick())
+
+    # --- the worker's side ------------------------------------------------------------------------------------
+
+    def start(self, key: AttemptKey, transfer: Transfer) -> None:
+        """The router dispatched this attempt here; a FETCH that overtook it is served now."""
+        self._transfers.add(key, transfer)
+        if early := self._early.pop(key, None):
+            self._accept_plane(key, early[0])
+            self._transfers.take(early[0])
+
+    def feed(self, key: AttemptKey, event: Event) -> None:
+        self._transfers.feed(key, event)
+
+    def __contains__(self, key: AttemptKey) -> bool:
+        return key in self._transfers
+
+    # --- messages ---------------------------------------------------------------------------------------------
+
+    async def _receive(self) -> None:
+        while True:
+            routing_id, message = await self._server.recv()
+            match message:
+                case Hello():
+                    self._answer_hello(routing_id, message)
+                case Heartbeat():
+                    self._renew(routing_id, message)
+                case Refused(field="stale_peer", destination=destination):
+                    await self._lose(destination, "it was replaced by another process")
+                case Refused():
+                    log.warning("a decode worker refused: %s", message.field)
+                case _ if (header := getattr(message, "header", None)) is not None:
+                    self._route(routing_id, header, message)
+                case _:
+                    log.warning("peer sent %s, which no prefill worker takes", type(message).__name__)
+
+    def _answer_hello(self, routing_id: bytes, hello: Hello) -> None:
+        node = self._node
+        difference = differing_field(node.identity, hello.identity) or differing_field(node.geometry, hello.geometry)
+        if difference is not None:
+            log.warning("refused decode worker %s: %s", hello.worker_id, difference[0])
+            self._post(routing_id, Refused(*difference))
+            return
+        self._peers[hello.incarnation] = _Peer(hello, routing_id, time.monotonic())
+        offers = tuple(self._planes[name].offer(hello.incarnation) for name in hello.planes if name in self._planes)
+        self._post(routing_id, Welcome(node.incarnation, node.worker_id, node.identity, node.geometry, offers))
+
+    def _renew(self, routing_id: bytes, beat: Heartbeat) -> None:
+        peer = self._known(routing_id, beat.source, beat.destination)
+        if peer is None:
+            return
+        for transfer_id, epoch in beat.transfers:
+            self.feed(AttemptKey(transfer_id, epoch), LeaseRenewed())
+
+    def _route(self, routing_id: bytes, header: Header, message: TransferMessage) -> None:
+        if self._known(routing_id, header.source, header.destination) is None:
+            return
+        key = AttemptKey(header.transfer_id, header.epoch)
+        if isinstance(message, Fetch):
+            self._accept_plane(key, message)
+            if key not in self._transfers and not self._transfers.is_buried(key):
+                self._early.setdefault(key, (message, time.monotonic() + DISPATCH_GRACE_S))
+                return
+        if (answer := self._transfers.take(message)) is not None:
+            self._post(routing_id, answer)
+
+    def _known(self, routing_id: bytes, source: str, destination: str) -> _Peer | None:
+        """The peer that may say this; a wrong incarnation changes nothing and is told so."""
+        peer = self._peers.get(source)
+        if destination != self._node.incarnation:
+            self._post(routing_id, Refused("stale_peer", self._node.incarnation, destination, destination))
+            return None
+        if peer is None or peer.routing_id != routing_id:
+            self._post(routing_id, Refused("unknown_peer", "HELLO first", source, destination))
+            return None
+        peer.heard_at = time.monotonic()
+        return peer
+
+    def _accept_plane(self, key: AttemptKey, fetch: Fetch) -> None:
+        if key in self._transfers and fetch.plane in self._planes:  # the core refuses a FETCH that names another
+            self._plane_of[key] = self._planes[fetch.plane]
+
+    # --- actions ----------------------------------------------------------------------------------------------
+
+    def _perform(self, key: AttemptKey, action: Action) -> None:
+        match action:
+            case Send(message):
+                self._send(key, message)
+            case SendPayload():
+                self._payloads.put_nowait((key, action))
+            case AskPin():
+                self._host.pin(key)
+            case ReleaseSource(reason):
+                self._plane_of.pop(key, None)
+                self._host.release_source(key, reason)
+            case UnregisterUnits(units):
+                self._host.unregister(key, units)
+            case _:
+                raise AssertionError(f"a sender asked for {action}")
+
+    def _send(self, key: AttemptKey, message: TransferMessage | Refused) -> None:
+        """To the transfer's own peer; a peer that is lost counts as told."""
+        peer = self._peers.get(self._transfers.peer_of(key))
+        if peer is not None:
+            self._post(peer.routing_id, message)
+
+    def _post(self, routing_id: bytes, message: PeerMessage) -> None:
+        self._outbox.put_nowait((routing_id, message))
+
+    async def _send_queued(self) -> None:
+        while True:
+            routing_id, message = await self._outbox.get()
+            try:
+                await self._server.send(routing_id, message)
+            except PeerLost as loss:
+                await self._lose_route(routing_id, str(loss))
+
+    async def _send_payloads(self, tasks: asyncio.TaskGroup) -> None:
+        while True:
+            tasks.create_task(self._send_payload(*await self._payloads.get()))
+
+    async def _send_payload(self, key: AttemptKey, action: SendPayload) -> None:
+        plane, peer = self._plane_of.get(key), self._peers.get(self._transfers.peer_of(key))
+        if plane is None or peer is None:
+            return
+        units = [
+            SourceUnit(group, ordinal, self._pool_of_group[group], slot, generation)
+            for group, ordinal, slot, generation in action.sources
+        ]
+        async with peer.sending:
+            try:
+                await plane.send(peer.hello.incarnation, key.transfer_id, key.epoch, action.number, units)
+            except SourceChanged as changed:  # a bug or a hostile writer: this attempt ends, the request may be retried
+                self.feed(key, CancelAsked(str(changed)))
+            except PeerLost as loss:
+                await self._lose(peer.hello.incarnation, str(loss))
+
+    # --- liveness ---------------------------------------------------------------------------------------------
+
+    async def _beat(self) -> None:
+        while True:
+            await asyncio.sleep(HEARTBEAT_S)
+            now = time.monotonic()
+            for incarnation, peer in list(self._peers.items()):
+                if now - peer.heard_at > LOST_S:
+                    await self._lose(incarnation, f"silent for {LOST_S:g} s")
+                else:
+                    self._post(peer.routing_id, Heartbeat(self._node.incarnation, incarnation, ()))
+            for key in [key for key, (_, until) in self._early.items() if until <= now]:
+                self._refuse_early(key)
+
+    def _refuse_early(self, key: AttemptKey) -> None:
+        """The router never dispatched what this FETCH asks for."""
+        fetch, _ = self._early.pop(key)
+        peer, answer = self._peers.get(fetch.header.source), self._transfers.take(fetch)
+        if peer is not None and answer is not None:
+            self._post(peer.routing_id, answer)
+
+    async def _lose_route(self, routing_id: bytes, reason: str) -> None:
+        for incarnation, peer in list(self._peers.items()):
+            if peer.routing_id == routing_id:
+                await self._lose(incarnation, reason)
+
+    async def _lose(self, incarnation: str, reason: str) -> None:
+        """Forget a dead incarnation: it counts as acknowledged, so its sources are freed at once."""
+        peer = self._peers.pop(incarnation, None)
+        if peer is None:
+            return
+        log.warning("lost decode worker %s: %s", peer.hello.worker_id, reason)
+        for key in self._transfers.of_peer(incarnation):
+            self.feed(key, PeerGone(reason))
+        for plane in self._planes.values():
+            await plane.drop(incarnation)

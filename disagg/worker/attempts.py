@@ -1,0 +1,284 @@
+"""The attempts dispatched to this worker: routes the router's messages to engine and transfers, and answers back.
+
+    router message -> take_message -> engine command, transfer event
+    engine event   -> take_event   -> transfer event, message to the router
+    transfer action -> the host methods (pin, release_source, decode, ...) -> engine command, message to the router
+
+Synchronous throughout: nothing here waits, and every path of an attempt ends in `_end`, which frees what it held.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+
+from disagg.engine.commands import (
+    AttemptKey,
+    Command,
+    Decode,
+    DropSoft,
+    EngineEvent,
+    FailedEvent,
+    FinishedEvent,
+    Pin,
+    PinnedEvent,
+    Prefill,
+    PromptComputedEvent,
+    Release,
+    Reserve,
+    ReservedEvent,
+    Serve,
+    SoftDroppedEvent,
+    TokensEvent,
+)
+from disagg.transceiver.actions import ReportFailed, Verified
+from disagg.transceiver.events import (
+    CancelAsked,
+    ComputeFailed,
+    FinishedEarly,
+    Pinned,
+    PromptComputed,
+    SoftDropped,
+)
+from disagg.transceiver.messages.router import (
+    CancelRequest,
+    Dispatch,
+    Finished,
+    Peers,
+    PrefillLocally,
+    RequestFailed,
+    Retarget,
+    RouterMessage,
+    Tokens,
+    TransferFailed,
+    TransferReport,
+)
+from disagg.transceiver.messages.values import StageTimes, UnitName
+from disagg.transceiver.receiving import ReceivingSide, TransferRecord
+from disagg.transceiver.sending import SendingSide
+from disagg.worker.metrics import WorkerMetrics
+from disagg.worker.request_state import RequestState
+from disagg.worker.transfer_factory import TransferFactory
+
+log = logging.getLogger(__name__)
+
+
+class Attempts:
+    """All live attempts of one registration; host of its sending and receiving sides."""
+
+    def __init__(
+        self,
+        submit: Callable[[Command], None],
+        send: Callable[[RouterMessage], None],
+        factory: TransferFactory,
+        metrics: WorkerMetrics,
+        *,
+        fetch_wait_s: float,
+    ) -> None:
+        self._submit, self._send, self._factory, self._metrics = submit, send, factory, metrics
+        self._fetch_wait_s = fetch_wait_s
+        self._live: dict[AttemptKey, RequestState] = {}
+        self._requests: dict[str, Dispatch] = {}
+        self.sending: SendingSide | None = None
+        self.receiving: ReceivingSide | None = None
+
+    def __contains__(self, key: AttemptKey) -> bool:
+        return key in self._live
+
+    @property
+    def keys(self) -> tuple[AttemptKey, ...]:
+        return tuple(self._live)
+
+    # --- from the router --------------------------------------------------------------------------------------
+
+    def take_message(self, message: RouterMessage) -> None:
+        match message:
+            case Dispatch():
+                self._dispatch(message)
+            case Retarget(transfer_id, epoch, peer, ticket):
+                self._again(transfer_id, epoch, mode="decode", peer=peer, ticket=ticket)
+            case PrefillLocally(transfer_id, epoch):
+                self._again(transfer_id, epoch, mode="serve", peer=None)
+            case CancelRequest(transfer_id, epoch, reason):
+                for key in [key for key in self._live if key.transfer_id == transfer_id and key.epoch <= epoch]:
+                    self.cancel(key, reason)
+                self._drop_request(transfer_id)
+            case Peers(peers):
+                if self.receiving is not None:
+                    self.receiving.set_peers(peers)
+            case _:
+                log.warning("the router sent %s, which no worker takes", type(message).__name__)
+
+    def _dispatch(self, dispatch: Dispatch, *, urgent: bool = False) -> None:
+        state = RequestState(dispatch)
+        key, sampling = state.key, dispatch.sampling
+        if key in self._live or self._is_misplaced(dispatch):
+            log.warning("ignored a dispatch", extra={"request_id": dispatch.request_id, "mode": dispatch.mode})
+            return
+        self._live[key] = state
+        self._requests[dispatch.transfer_id] = dispatch
+        if dispatch.mode == "serve":
+            self._submit(Serve(key, dispatch.prompt, sampling, urgent))
+        elif dispatch.mode == "decode":
+            self._submit(Reserve(key, dispatch.prompt, sampling))
+        elif self.sending is not None and dispatch.peer is not None:
+            self.sending.start(key, self._factory.sender(dispatch))
+            self._submit(Prefill(key, dispatch.prompt, sampling))
+
+    def _is_misplaced(self, dispatch: Dispatch) -> bool:
+        side = {"serve": True, "prefill": self.sending, "decode": self.receiving}.get(dispatch.mode)
+        return side is None or (dispatch.mode != "serve" and dispatch.peer is None)
+
+    def _again(self, transfer_id: str, epoch: int, **change: object) -> None:
+        """The next attempt of a request whose last one failed here. The old sequence is gone; a new one is built."""
+        last = self._requests.get(transfer_id)
+        if last is None:
+            self._send(RequestFailed(transfer_id, epoch, 503, "this worker no longer has the request"))
+            return
+        self._dispatch(replace(last, epoch=epoch, **change), urgent=True)  # type: ignore[arg-type]  # fields of Dispatch, by name
+
+    def cancel(self, key: AttemptKey, reason: str) -> None:
+        """End an attempt wherever it stands; what a transfer still holds goes when its core says so."""
+        if self.sending is not None and key in self.sending:
+            self.sending.feed(key, CancelAsked(reason))
+        elif self.receiving is not None and key in self.receiving:
+            self.receiving.feed(key, CancelAsked(reason))
+        else:
+            self._submit(Release(key))
+        self._forget(key)
+
+    # --- from the engine --------------------------------------------------------------------------------------
+
+    def take_event(self, event: EngineEvent) -> None:
+        """Everything but `UnitsFinalEvent`, which is hashed on its way (see `Registration`)."""
+        state = self._live.get(event.key)
+        if state is None:
+            return
+        match event:
+            case TokensEvent(key, index, token_ids, logprobs):
+                self._send(Tokens(key.transfer_id, key.epoch, index, token_ids, logprobs))
+            case FinishedEvent(key, index, reason, stop_token_id):
+                self._send(Finished(key.transfer_id, key.epoch, index, reason, stop_token_id))
+                self._forget(key)
+            case FailedEvent(key, status, message):
+                self._fail(key, status, message)
+            case ReservedEvent(key, slots):
+                self._start_receiving(state, slots)
+            case PinnedEvent(key, compute_id):
+                self._feed_sender(key, Pinned(compute_id))
+            case SoftDroppedEvent(key, compute_id):
+                self._feed_sender(key, SoftDropped(compute_id))
+            case PromptComputedEvent():
+                self._prompt_computed(state, event)
+
+    def _start_receiving(self, state: RequestState, slots: Sequence[Sequence[tuple[int, int]]]) -> None:
+        dispatch = state.dispatch
+        if self.receiving is None or dispatch.peer is None:
+            return
+        state.reserved_at = time.monotonic()
+        plane = self.receiving.plane_of(dispatch.peer.incarnation)
+        transfer = self._factory.receiver(dispatch, plane)
+        reserved = self._factory.reserved(dispatch, slots)
+        self.receiving.start(state.key, transfer, dispatch.peer.incarnation, slots, reserved)
+
+    def _prompt_computed(self, state: RequestState, event: PromptComputedEvent) -> None:
+        key, first = event.key, event.first_token
+        self._report(state, "", (), StageTimes((("prefill", time.monotonic() - state.arrived_at),)))
+        if not event.finished:
+            self._feed_sender(key, PromptComputed(event.compute_id, first))
+            return
+        logprobs = () if first.logprobs is None else (first.logprobs,)
+        self._send(Tokens(key.transfer_id, key.epoch, 0, (first.token_id,), logprobs))
+        self._send(Finished(key.transfer_id, key.epoch, 1, "stop", event.stop_token_id))
+        self._feed_sender(key, FinishedEarly(event.compute_id))
+
+    def _fail(self, key: AttemptKey, status: int, message: str) -> None:
+        self._send(RequestFailed(key.transfer_id, key.epoch, status, message))
+        self._feed_sender(key, ComputeFailed(message))
+        self._forget(key)
+
+    def _feed_sender(self, key: AttemptKey, event: object) -> None:
+        if self.sending is not None:
+            self.sending.feed(key, event)  # type: ignore[arg-type]  # an event of the sender
+
+    # --- from the transfers -----------------------------------------------------------------------------------
+
+    def pin(self, key: AttemptKey) -> None:
+        if (state := self._live.get(key)) is not None:
+            state.is_pinned = True
+            self._submit(Pin(key))
+
+    def release_source(self, key: AttemptKey, reason: str) -> None:
+        log.debug("source released: %s", reason)
+        self._submit(Release(key))
+        self._forget(key)
+
+    def unregister(self, key: AttemptKey, units: Sequence[UnitName]) -> None:
+        log.error("the peer's digests disagree for %d blocks of %s: %s", len(units), key.transfer_id, list(units)[:8])
+        self._metrics.count_digest_failure(len(units))
+
+    def decode(self, key: AttemptKey, verified: Verified, record: TransferRecord) -> None:
+        self._count(record, "verified")
+        if (state := self._live.get(key)) is not None:
+            self._report(state, record.plane, self._factory.group_bytes(state.dispatch, record), _times(state, record))
+            self._submit(Decode(key, verified))
+
+    def transfer_failed(self, key: AttemptKey, failure: ReportFailed, record: TransferRecord) -> None:
+        self._count(record, "failed")
+        self._submit(Release(key))
+        if self._live.pop(key, None) is not None:  # the request stays: the router says what comes next
+            self._send(TransferFailed(key.transfer_id, key.epoch, failure.reason, failure.units))
+
+    def free_reservation(self, key: AttemptKey, reason: str, record: TransferRecord) -> None:
+        self._count(record, reason)
+        self._submit(Release(key))
+        self._forget(key)
+
+    # --- housekeeping -----------------------------------------------------------------------------------------
+
+    def look_at_deadlines(self) -> None:
+        """Cancel what is overdue; give back soft blocks that no FETCH came for."""
+        now = time.monotonic()
+        for key, state in list(self._live.items()):
+            if now >= state.deadline:
+                self._send(RequestFailed(key.transfer_id, key.epoch, 504, "the request's deadline passed"))
+                self.cancel(key, "deadline")
+            elif self._waits_too_long(state, now):
+                state.soft_dropped = True
+                self._submit(DropSoft(key))
+
+    def _waits_too_long(self, state: RequestState, now: float) -> bool:
+        unfetched = state.dispatch.mode == "prefill" and not state.is_pinned and not state.soft_dropped
+        return unfetched and now - state.arrived_at > self._fetch_wait_s
+
+    def _count(self, record: TransferRecord, outcome: str) -> None:
+        self._metrics.count_transfer(record.plane, record.nbytes, record.num_operations, outcome)
+
+    def _report(self, state: RequestState, plane: str, groups: tuple, times: StageTimes) -> None:  # type: ignore[type-arg]
+        key = state.key
+        self._send(TransferReport(key.transfer_id, key.epoch, self._factory.worker_id, plane, groups, times))
+
+    def _forget(self, key: AttemptKey) -> None:
+        if self._live.pop(key, None) is not None:
+            self._drop_request(key.transfer_id)
+
+    def _drop_request(self, transfer_id: str) -> None:
+        if not any(key.transfer_id == transfer_id for key in self._live):
+            self._requests.pop(transfer_id, None)
+
+
+def _times(state: RequestState, record: TransferRecord) -> StageTimes:
+    return StageTimes(tuple(_stages(state, record)))
+
+
+def _stages(state: RequestState, record: TransferRecord) -> Iterator[tuple[str, float]]:
+    """queue | transfer_wait | wire | verify: what passed between DISPATCH and the licence to decode, without a gap."""
+    reserved_at = state.reserved_at or state.arrived_at
+    first = record.first_slice_at or record.done_at
+    landed = max(first, record.landed_at)
+    yield "queue", reserved_at - state.arrived_at
+    yield "transfer_wait", first - reserved_at
+    yield "wire", landed - first
+    yield "verify", record.done_at - landed

@@ -1,0 +1,104 @@
+"""From settings to an engine: model, layout, pools. What takes seconds or can be refused, before any loop runs."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from disagg.cache.budget import largest_model_len, split_budget
+from disagg.cache.cache import KVCache
+from disagg.cache.layout import CacheLayout, derive_layout
+from disagg.config.resources import CPU_MEMORY_FRACTION, CUDA_MEMORY_FRACTION, available_memory_nbytes, num_cores
+from disagg.config.settings import Role, WorkerSettings
+from disagg.engine.checkpoint import ModelRefused, fingerprint, resolve_model
+from disagg.engine.engine import Engine, EngineConfig
+from disagg.engine.model import LoadedModel, load_model
+from disagg.engine.runner import Runner
+from disagg.transceiver.codec import PROTOCOL
+from disagg.transceiver.keys import ClusterKeys
+from disagg.transceiver.messages.values import Identity
+from disagg.worker.parts import EngineParts
+
+log = logging.getLogger(__name__)
+
+
+def make_engine(
+    settings: WorkerSettings, role: Role, keys: ClusterKeys, progress: Callable[[str], None]
+) -> EngineParts:
+    """Load the model and cut the pools. Raises ModelRefused, BudgetTooSmall or PoolMemoryShort with one sentence."""
+    torch.set_num_threads(settings.threads or num_cores())
+    folder = resolve_model(settings.model)
+    progress("loading model")
+    model = load_model(folder, dtype=settings.dtype, device=settings.device)
+    progress("allocating KV cache")
+    budget = settings.kv_cache_memory or _default_budget(settings)
+    max_model_len = _choose_model_len(settings, model, budget)
+    layout = derive_layout(model.layers, block_size=settings.block_size, max_model_len=max_model_len)
+    num_slots = split_budget(
+        layout,
+        nbytes=budget,
+        max_model_len=max_model_len,
+        max_num_seqs=settings.max_num_seqs,
+        max_num_batched_tokens=settings.max_num_batched_tokens,
+    )
+    cache = KVCache(layout, num_slots, settings.device)
+    config = EngineConfig(
+        role=role,
+        max_num_seqs=settings.max_num_seqs,
+        max_num_batched_tokens=settings.max_num_batched_tokens,
+        max_model_len=max_model_len,
+        check_invariants=settings.check,
+    )
+    identity = Identity(
+        protocol_major=PROTOCOL[0],
+        model_fingerprint=fingerprint(folder, verify_weights=settings.verify_weights),
+        attention=model.attention,
+        compute_dtype=model.dtype,
+        max_model_len=max_model_len,
+        hash_key_id=keys.hash_key_id,
+    )
+    ready = _ready(settings, role, layout, num_slots, max_model_len)
+    return EngineParts(role, settings, identity, layout, cache, Engine(Runner(model, cache), cache, config), ready)
+
+
+def _choose_model_len(settings: WorkerSettings, model: LoadedModel, budget: int) -> int:
+    """What was asked, checked against the model; or the most that model and budget allow."""
+    limit, asked = model.max_position_embeddings, settings.max_model_len
+    if asked is not None:
+        if asked > limit:
+            raise ModelRefused(f"`--max-model-len`: {asked}, but the model was made for at most {limit} tokens")
+        return asked
+    layout = derive_layout(model.layers, block_size=settings.block_size, max_model_len=limit)
+    fits = largest_model_len(
+        layout, budget, max_model_len=limit, max_num_batched_tokens=settings.max_num_batched_tokens
+    )
+    return fits or limit  # when nothing fits, the split says so with the numbers
+
+
+def _default_budget(settings: WorkerSettings) -> int:
+    """This worker's share of what is free now."""
+    if torch.device(settings.device).type == "cuda":
+        free, total = torch.cuda.mem_get_info(settings.device)
+        available = max(0, free - int(total * (1 - CUDA_MEMORY_FRACTION)))
+    else:
+        available = int(available_memory_nbytes() * CPU_MEMORY_FRACTION)
+    return max(1, int(available * settings.memory_share))
+
+
+def _ready(
+    settings: WorkerSettings, role: Role, layout: CacheLayout, num_slots: tuple[int, ...], max_model_len: int
+) -> dict[str, Any]:
+    """What `up` shows of this worker."""
+    return {
+        "event": "ready",
+        "worker_id": settings.name(role),
+        "memory": sum(count * nbytes for count, nbytes in zip(num_slots, layout.slot_nbytes, strict=True)),
+        "threads": torch.get_num_threads(),
+        "max_model_len": max_model_len,
+        "device": settings.device,
+        "pid": os.getpid(),
+    }

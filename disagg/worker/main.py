@@ -1,0 +1,96 @@
+"""The worker process: make the engine, register, serve until told to stop or refused."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import signal
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+from disagg.cache.errors import CacheError
+from disagg.config.errors import ConfigError
+from disagg.config.settings import Role, WorkerSettings
+from disagg.engine.checkpoint import ModelRefused
+from disagg.transceiver.errors import EndpointRefused, first_cause
+from disagg.transceiver.keys import ClusterKeys
+from disagg.transceiver.node import Node, draw_id
+from disagg.worker.build import make_engine
+from disagg.worker.model_thread import ModelThread
+from disagg.worker.parts import EngineParts, WorkerParts
+from disagg.worker.registration import Registration
+from disagg.worker.router_link import RegistrationRefused, RouterLost
+
+log = logging.getLogger(__name__)
+
+EXIT_BROKEN = 1
+
+Announce = Callable[[dict[str, Any]], None]
+
+
+def run(settings: WorkerSettings, role: Role, secret: bytes, announce: Announce) -> int:
+    """Serve as `role` until SIGTERM or SIGINT. Returns the exit code: 0, or 1 when the engine broke.
+
+    Raises ConfigError when this worker can never serve as it was told to: a model, budget or identity that is refused.
+    """
+    keys = ClusterKeys.from_secret(secret, insecure=settings.insecure)
+    try:
+        made = make_engine(settings, role, keys, lambda stage: announce({"event": "progress", "stage": stage}))
+        return asyncio.run(_serve(made, keys, announce))
+    except (ModelRefused, CacheError, EndpointRefused, RegistrationRefused) as refusal:
+        raise ConfigError(str(refusal)) from refusal
+
+
+async def _serve(made: EngineParts, keys: ClusterKeys, announce: Announce) -> int:
+    stopped: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+    _stop_on_signals(stopped)
+    async with _running(made, keys, announce, stopped) as parts:
+        serving = asyncio.create_task(_register_forever(parts))
+        try:
+            await asyncio.wait((serving, stopped), return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            serving.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await serving
+    return stopped.result()
+
+
+async def _register_forever(parts: WorkerParts) -> None:
+    """A lost router is looked for again, under a new incarnation. Raises `RegistrationRefused`."""
+    while True:
+        made = parts.made
+        node = Node(draw_id(), made.worker_id, made.identity, made.geometry, parts.keys)
+        try:
+            await Registration(parts, node).run()
+        except (RouterLost, RegistrationRefused, ExceptionGroup) as end:
+            cause = first_cause(end)
+            if not isinstance(cause, RouterLost):
+                raise cause from end
+            log.warning("lost the router: %s; registering again", cause)
+
+
+@contextlib.asynccontextmanager
+async def _running(
+    made: EngineParts, keys: ClusterKeys, announce: Announce, stopped: asyncio.Future[int]
+) -> AsyncIterator[WorkerParts]:
+    """Threads and sockets of this process, joined and closed in the end."""
+    parts = WorkerParts(made, keys, announce)
+    loop = asyncio.get_running_loop()
+    parts.model = ModelThread(made.engine, loop, parts.take_events, lambda death: _stop(stopped, EXIT_BROKEN))
+    parts.model.start()
+    try:
+        yield parts
+    finally:
+        await parts.close()
+
+
+def _stop_on_signals(stopped: asyncio.Future[int]) -> None:
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        loop.add_signal_handler(number, _stop, stopped, 0)
+
+
+def _stop(stopped: asyncio.Future[int], code: int) -> None:
+    if not stopped.done():
+        stopped.set_result(code)

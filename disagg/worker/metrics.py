@@ -1,0 +1,58 @@
+"""A worker's figures: counters it keeps itself, and gauges read from the engine, as its lease carries them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+
+from disagg.engine.stats import EngineStats
+from disagg.transceiver.messages.values import MetricSample
+
+Labels = tuple[tuple[str, str], ...]
+
+
+class WorkerMetrics:
+    """Counters by (name, labels). Only the event loop changes them."""
+
+    def __init__(self, group_names: Sequence[str]) -> None:
+        self._group_names = group_names
+        self._counters: Counter[tuple[str, Labels]] = Counter()
+
+    def count_transfer(self, plane: str, nbytes: Mapping[int, int], num_operations: int, outcome: str) -> None:
+        """One transfer ended: payload bytes that landed per group, by what became of them."""
+        self._count("disagg_transfers_total", (("plane", plane), ("outcome", outcome)))
+        self._count("disagg_transfer_operations_total", (("plane", plane),), num_operations)
+        for group, amount in nbytes.items():
+            labels = (("plane", plane), ("group", self._group_names[group]), ("outcome", outcome))
+            self._count("disagg_transfer_bytes_total", labels, amount)
+
+    def count_digest_failure(self, num_units: int) -> None:
+        self._count("disagg_digest_failures_total", (), num_units)
+
+    def samples(self, stats: EngineStats) -> tuple[MetricSample, ...]:
+        """Everything, as one snapshot."""
+        counters = (MetricSample(name, "counter", labels, value) for (name, labels), value in self._counters.items())
+        return (*counters, *_engine_samples(stats))
+
+    def _count(self, name: str, labels: Labels, amount: int = 1) -> None:
+        self._counters[name, labels] += amount
+
+
+def _engine_samples(stats: EngineStats) -> Iterator[MetricSample]:
+    for name, value in (
+        ("disagg_prompt_tokens_computed_total", stats.prompt_tokens_computed),
+        ("disagg_tokens_generated_total", stats.tokens_generated),
+        ("disagg_engine_steps_total", stats.steps),
+    ):
+        yield MetricSample(name, "counter", (), value)
+    for name, value in (
+        ("disagg_requests_running", stats.num_running),
+        ("disagg_requests_waiting", stats.num_waiting),
+        ("disagg_requests_soft", stats.num_soft),
+    ):
+        yield MetricSample(name, "gauge", (), value)
+    for number, pool in enumerate(stats.pools):
+        labels = (("pool", str(number)),)
+        yield MetricSample("disagg_kv_blocks_used", "gauge", labels, pool.num_used)
+        yield MetricSample("disagg_kv_blocks_free", "gauge", labels, pool.num_free)
+        yield MetricSample("disagg_kv_blocks_peak", "gauge", labels, pool.peak_used)

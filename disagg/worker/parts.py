@@ -1,0 +1,91 @@
+"""What a worker process is made of, whatever the registration: settings, model, pools, threads, sockets."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from disagg.cache.cache import KVCache
+from disagg.cache.layout import CacheLayout
+from disagg.config.settings import Role, WorkerSettings
+from disagg.engine.commands import EngineEvent
+from disagg.engine.engine import Engine
+from disagg.transceiver.keys import ClusterKeys
+from disagg.transceiver.landing import LandingThread
+from disagg.transceiver.messages.values import Geometry, GroupSemantics, Identity
+from disagg.transceiver.planes.base import PoolRegion
+from disagg.transceiver.sockets import Sockets
+from disagg.worker.metrics import WorkerMetrics
+from disagg.worker.model_thread import ModelThread
+
+
+@dataclass(frozen=True, slots=True)
+class EngineParts:
+    """Made before the loop runs: everything that takes seconds or can be refused.
+
+    `ready` is what the process announces once it is registered.
+    """
+
+    role: Role
+    settings: WorkerSettings
+    identity: Identity
+    layout: CacheLayout
+    cache: KVCache
+    engine: Engine
+    ready: dict[str, Any]
+
+    @property
+    def worker_id(self) -> str:
+        return self.settings.name(self.role)
+
+    @property
+    def geometry(self) -> Geometry:
+        groups = tuple(
+            GroupSemantics(g.window, g.num_sink_tokens, g.num_kv_heads, g.head_dim, g.layers)
+            for g in self.layout.groups
+        )
+        kv_dtype = ",".join(sorted({group.dtype for group in self.layout.groups}))
+        return Geometry(self.layout.block_size, kv_dtype, groups, self.layout.slot_nbytes)
+
+    @property
+    def regions(self) -> tuple[PoolRegion, ...]:
+        """The pools as data planes see them. Empty where their memory is not this process's to map (an accelerator)."""
+        return tuple(
+            PoolRegion(pool.memory.numpy(), pool.generations, pool.fd, pool.slots_offset) for pool in self.cache.pools
+        )
+
+
+class WorkerParts:
+    """The running process: `EngineParts` with its threads and sockets. Nothing here belongs to one registration."""
+
+    def __init__(self, made: EngineParts, keys: ClusterKeys, announce: Callable[[dict[str, Any]], None]) -> None:
+        self.made, self.keys = made, keys
+        self.role, self.settings, self.layout = made.role, made.settings, made.layout
+        self.regions = made.regions
+        self.num_slots = tuple(pool.num_slots for pool in made.cache.pools)
+        self.sockets = Sockets(keys)
+        self.landing = LandingThread(self.regions, made.layout)
+        self.metrics = WorkerMetrics([group.name for group in made.layout.groups])
+        self.events: asyncio.Queue[EngineEvent] = asyncio.Queue()
+        self.model: ModelThread
+        self._announce = announce
+        self._is_announced = False
+
+    def take_events(self, events: Sequence[EngineEvent]) -> None:
+        for event in events:
+            self.events.put_nowait(event)
+
+    def announce_ready(self) -> None:
+        """Tell the parent process once; later registrations are not news to it."""
+        if not self._is_announced:
+            self._is_announced = True
+            self._announce(self.made.ready)
+
+    async def close(self) -> None:
+        """Join the threads, then give sockets and pools back."""
+        await self.model.close()
+        await self.landing.close()
+        self.sockets.close()
+        self.made.cache.close()

@@ -1,0 +1,169 @@
+"""One registration of one worker: from an incarnation's REGISTER to the loss of the router or the end of the process.
+
+Everything that belongs to an incarnation (peers, planes, tickets, requests) lives here and goes with it; the engine,
+its pools and the landing thread outlive it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import socket
+from collections.abc import Sequence
+
+from disagg.engine.commands import FinalUnit, Release, UnitsFinalEvent
+from disagg.transceiver.errors import SourceChanged
+from disagg.transceiver.events import UnitsFinal
+from disagg.transceiver.links import ControlServer
+from disagg.transceiver.messages.router import Lease, Register
+from disagg.transceiver.node import Node
+from disagg.transceiver.planes.base import SourcePlane, SourceUnit
+from disagg.transceiver.planes.registry import landing_planes, source_planes
+from disagg.transceiver.receiving import ReceivingSide
+from disagg.transceiver.sending import SendingSide
+from disagg.transceiver.timing import HEARTBEAT_S
+from disagg.worker.attempts import Attempts
+from disagg.worker.parts import WorkerParts
+from disagg.worker.router_link import RouterLink
+from disagg.worker.transfer_factory import TransferFactory
+
+log = logging.getLogger(__name__)
+
+
+class Registration:
+    """Serves one incarnation. `run` ends by `RouterLost`, `RegistrationRefused` or cancellation, with nothing held."""
+
+    def __init__(self, parts: WorkerParts, node: Node) -> None:
+        self._parts, self._node = parts, node
+        self._attempts: Attempts
+
+    async def run(self) -> None:
+        """Register, then serve."""
+        async with contextlib.AsyncExitStack() as stack:
+            server, planes = await self._listen(stack)
+            register = self._make_register(server)
+            link = await stack.enter_async_context(
+                RouterLink.open(
+                    self._parts.settings.router, self._node, self._parts.sockets, register, self._make_lease
+                )
+            )
+            self._attempts = self._make_attempts(link, planes)
+            self._attach_sides(server, planes)
+            self._parts.announce_ready()
+            try:
+                await self._serve(link)
+            finally:
+                await self._release_all()
+
+    async def _serve(self, link: RouterLink) -> None:
+        async with asyncio.TaskGroup() as tasks:
+            if self._attempts.sending is not None:
+                tasks.create_task(self._attempts.sending.run())
+            if self._attempts.receiving is not None:
+                tasks.create_task(self._attempts.receiving.run())
+            tasks.create_task(link.keep())
+            tasks.create_task(self._take_messages(link))
+            tasks.create_task(self._take_events())
+            tasks.create_task(self._look_at_deadlines())
+
+    async def _take_messages(self, link: RouterLink) -> None:
+        while True:
+            self._attempts.take_message(await link.next_message())
+
+    async def _take_events(self) -> None:
+        """Engine events in order; final units are hashed on the landing thread before their transfer hears of them."""
+        while True:
+            event = await self._parts.events.get()
+            if isinstance(event, UnitsFinalEvent):
+                await self._hash_units(event)
+            else:
+                self._attempts.take_event(event)
+
+    async def _hash_units(self, event: UnitsFinalEvent) -> None:
+        if self._attempts.sending is None or event.key not in self._attempts:
+            return
+        with contextlib.suppress(SourceChanged):  # dropped meanwhile: the engine says so next, and computes them anew
+            units = await self._parts.landing.digest_units(self._sources(event.units))
+            self._attempts.sending.feed(event.key, UnitsFinal(event.compute_id, units))
+
+    def _sources(self, units: Sequence[FinalUnit]) -> list[SourceUnit]:
+        pool_of_group = self._parts.layout.pool_of_group
+        return [SourceUnit(u.group, u.ordinal, pool_of_group[u.group], u.slot, u.generation) for u in units]
+
+    async def _look_at_deadlines(self) -> None:
+        while True:
+            await asyncio.sleep(HEARTBEAT_S)
+            self._attempts.look_at_deadlines()
+
+    async def _listen(self, stack: contextlib.AsyncExitStack) -> tuple[ControlServer | None, dict[str, SourcePlane]]:
+        """A prefill worker answers peers and serves planes; the others only connect."""
+        parts = self._parts
+        if parts.role != "prefill":
+            return None, {}
+        server = ControlServer.bind(f"tcp://{parts.settings.host}:0", self._node.keys, parts.sockets)
+        stack.push_async_callback(server.close)
+        planes = source_planes(parts.settings.planes, parts.settings.host, parts.settings.peer_host, parts.sockets)
+        for plane in planes.values():
+            stack.push_async_callback(plane.close)
+            await plane.start(parts.regions)
+        return server, planes
+
+    def _attach_sides(self, server: ControlServer | None, planes: dict[str, SourcePlane]) -> None:
+        parts, pool_of_group = self._parts, self._parts.layout.pool_of_group
+        if server is not None:
+            self._attempts.sending = SendingSide(self._node, server, planes, pool_of_group, self._attempts)
+        if parts.role == "decode":
+            self._attempts.receiving = ReceivingSide(
+                self._node,
+                landing_planes(parts.settings.planes, parts.sockets),
+                parts.regions,
+                pool_of_group,
+                parts.landing,
+                parts.sockets,
+                self._attempts,
+            )
+
+    def _make_attempts(self, link: RouterLink, planes: dict[str, SourcePlane]) -> Attempts:
+        parts = self._parts
+        pushes = {name: plane.sends_bytes for name, plane in planes.items()}
+        factory = TransferFactory(self._node, parts.layout, pushes)
+        return Attempts(parts.model.submit, link.send, factory, parts.metrics, fetch_wait_s=parts.settings.fetch_wait_s)
+
+    def _make_register(self, server: ControlServer | None) -> Register:
+        node, parts = self._node, self._parts
+        port = server.endpoint.rsplit(":", 1)[1] if server is not None else ""
+        return Register(
+            incarnation=node.incarnation,
+            worker_id=node.worker_id,
+            role=parts.role,
+            identity=node.identity,
+            geometry=node.geometry,
+            planes=tuple(parts.settings.planes),
+            peer_endpoint=f"tcp://{parts.settings.peer_host}:{port}" if server is not None else "",
+            pid=os.getpid(),
+            host=socket.gethostname(),
+            device=parts.settings.device,
+            num_slots=parts.num_slots,
+        )
+
+    def _make_lease(self, router_incarnation: str) -> Lease:
+        stats = self._parts.model.stats
+        return Lease(
+            incarnation=self._node.incarnation,
+            router_incarnation=router_incarnation,
+            metrics=self._parts.metrics.samples(stats),
+            requests=tuple((key.transfer_id, key.epoch) for key in self._attempts.keys),
+            num_running=stats.num_running,
+            num_queued=stats.num_waiting,
+            blocks_used=tuple(pool.num_used for pool in stats.pools),
+            blocks_free=tuple(pool.num_free for pool in stats.pools),
+            links=self._attempts.receiving.reports() if self._attempts.receiving is not None else (),
+        )
+
+    async def _release_all(self) -> None:
+        """The registration is over: nobody waits for its requests. Landing jobs end before their slots are freed."""
+        for key in self._attempts.keys:
+            await self._parts.landing.stop(key.transfer_id, key.epoch)
+            self._parts.model.submit(Release(key))

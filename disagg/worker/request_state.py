@@ -1,0 +1,32 @@
+"""What a worker keeps of one attempt it was dispatched: the request, when it came, and how far it got."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+
+from disagg.transceiver.messages.router import Dispatch
+from disagg.transceiver.messages.values import AttemptKey, StageTimes
+
+
+@dataclass(slots=True)
+class RequestState:
+    """Live from DISPATCH until the attempt is over here. Times are this process's monotonic seconds."""
+
+    dispatch: Dispatch
+    arrived_at: float = field(default_factory=time.monotonic)
+    reserved_at: float | None = None
+    is_pinned: bool = False
+    soft_dropped: bool = False
+
+    @property
+    def key(self) -> AttemptKey:
+        return AttemptKey(self.dispatch.transfer_id, self.dispatch.epoch)
+
+    @property
+    def deadline(self) -> float:
+        """Counted from receipt: the router's duration, this machine's clock."""
+        return self.arrived_at + self.dispatch.deadline_s
+
+    def since_arrival(self, stage: str) -> StageTimes:
+        return StageTimes(((stage, time.monotonic() - self.arrived_at),))
