@@ -40,8 +40,8 @@ format: $(READY)  ## rewrite the code as `make check` wants it
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
-bench: $(READY)  ## measure transfers on this machine
-	$(BIN)/disagg bench transfer
+bench: $(READY)  ## run every benchmark on this machine
+	@for benchmark in benchmarks/*.py; do echo "== $$benchmark"; $(BIN)/python "$$benchmark" || exit 1; done
 
 wheel: $(READY)  ## build the wheel into dist/
 	$(BIN)/pip wheel --no-deps --no-build-isolation --wheel-dir dist .

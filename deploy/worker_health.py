@@ -16,8 +16,7 @@ TIMEOUT_S = 3  # below the interval of any health check worth having
 
 def is_ready(document: Any, worker_id: str) -> bool:
     """Whether the answer of `GET /workers` lists `worker_id` in state `ready`."""
-    workers = document.get("workers", []) if isinstance(document, dict) else document
-    return any(worker["id"] == worker_id and worker["state"] == "ready" for worker in workers)
+    return any(worker["id"] == worker_id and worker["state"] == "ready" for worker in document["workers"])
 
 
 def main(router: str, worker_id: str) -> int:

@@ -1,0 +1,195 @@
+"""Time to first token and throughput of the bundled model: prefill and decode apart, against workers that do both.
+
+    .venv/bin/python benchmarks/serve.py [--requests 32] [--in-flight 8] [--rounds 2]
+
+The two systems have the same number of processes, cores and bytes, get the same prompts, and take turns, so that a
+neighbour on the machine disturbs both. Prints a Markdown table and what it takes to repeat it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import platform
+import random
+import shlex
+import signal
+import socket
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import aiohttp
+
+SYSTEMS = {
+    "1 prefill + 1 decode": ["--prefill", "1", "--decode", "1"],
+    "2 both (colocated)": ["--prefill", "0", "--decode", "0", "--both", "2"],
+}
+PROMPT_LENGTHS = (48, 400)  # tokens: below the window of 64, and several windows
+NUM_NEW_TOKENS = 48
+NUM_PLAIN_IDS = (259, 2048)  # ids of ordinary words in the bundled vocabulary: no special tokens, no single bytes
+START_TIMEOUT_S = 120
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One request: seconds from sending to the first token and to the end."""
+
+    ttft_s: float
+    total_s: float
+    num_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Round:
+    samples: Sequence[Sample]
+    wall_s: float
+
+    @property
+    def tokens_per_s(self) -> float:
+        return sum(sample.num_tokens for sample in self.samples) / self.wall_s
+
+
+def quantile(values: Sequence[float], part: float) -> float:
+    """The smallest value that is not below `part` of all."""
+    ordered = sorted(values)
+    return ordered[min(len(ordered) - 1, int(part * len(ordered)))]
+
+
+def row(name: str, rounds: Sequence[Round]) -> str:
+    ttft = [sample.ttft_s * 1e3 for one in rounds for sample in one.samples]
+    gaps = [
+        (sample.total_s - sample.ttft_s) * 1e3 / (sample.num_tokens - 1)
+        for one in rounds
+        for sample in one.samples
+        if sample.num_tokens > 1
+    ]
+    speed = statistics.median(one.tokens_per_s for one in rounds)
+    middle, tail = statistics.median(ttft), quantile(ttft, 0.9)
+    return f"| {name} | {middle:.0f} | {tail:.0f} | {statistics.median(gaps):.1f} | {speed:.0f} |"
+
+
+def prompts(num: int, seed: int) -> list[list[int]]:
+    draw = random.Random(seed)  # noqa: S311 (repeatable, not secret)
+    return [[2, *(draw.randrange(*NUM_PLAIN_IDS) for _ in range(PROMPT_LENGTHS[i % 2] - 1))] for i in range(num)]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@asynccontextmanager
+async def system(flags: Sequence[str]) -> AsyncIterator[str]:
+    """The URL of a running `disagg up`; its log goes to stderr."""
+    port = free_port()
+    command = [str(Path(sys.executable).with_name("disagg")), "up", "--port", str(port), "--log-level", "error", *flags]
+    process = await asyncio.create_subprocess_exec(*command, stdout=asyncio.subprocess.DEVNULL)
+    url = f"http://127.0.0.1:{port}"
+    try:
+        async with asyncio.timeout(START_TIMEOUT_S), aiohttp.ClientSession() as session:
+            while process.returncode is None and not await is_ready(session, url):  # noqa: ASYNC110 (not our process)
+                await asyncio.sleep(0.2)
+        if process.returncode is not None:
+            raise SystemExit(f"error: `{shlex.join(command)}` ended with exit code {process.returncode}")
+        yield url
+    finally:
+        if process.returncode is None:
+            process.send_signal(signal.SIGTERM)
+            await process.wait()
+
+
+async def is_ready(session: aiohttp.ClientSession, url: str) -> bool:
+    try:
+        async with session.get(f"{url}/ready") as answer:
+            return answer.status == 200
+    except aiohttp.ClientError:
+        return False
+
+
+async def request(session: aiohttp.ClientSession, url: str, prompt: list[int]) -> Sample:
+    body = {
+        "model": "demo",
+        "prompt": prompt,
+        "max_tokens": NUM_NEW_TOKENS,
+        "temperature": 0,
+        "ignore_eos": True,
+        "stream": True,
+        "return_token_ids": True,
+    }
+    sent, first, num_tokens = time.perf_counter(), 0.0, 0
+    async with session.post(f"{url}/v1/completions", json=body) as answer:
+        answer.raise_for_status()
+        async for line in answer.content:
+            if line.startswith(b"data: {"):
+                ids = json.loads(line[6:])["choices"][0].get("token_ids") or ()
+                first = first or (time.perf_counter() if ids else 0.0)
+                num_tokens += len(ids)
+    if num_tokens != NUM_NEW_TOKENS:
+        raise SystemExit(f"error: a request returned {num_tokens} tokens instead of {NUM_NEW_TOKENS}")
+    return Sample(first - sent, time.perf_counter() - sent, num_tokens)
+
+
+async def measure(url: str, work: Sequence[list[int]], in_flight: int) -> Round:
+    gate = asyncio.Semaphore(in_flight)
+
+    async def one(session: aiohttp.ClientSession, prompt: list[int]) -> Sample:
+        async with gate:
+            return await request(session, url, prompt)
+
+    async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=600)) as session:
+        await request(session, url, work[0])  # the first request builds links and warms allocators
+        started = time.perf_counter()
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(one(session, prompt)) for prompt in work]
+        return Round([task.result() for task in tasks], time.perf_counter() - started)
+
+
+def circumstances() -> str:
+    """What a reader needs to repeat the numbers."""
+    git = ["git", "describe", "--always", "--dirty"]
+    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or "unknown"  # noqa: S603
+    cpu = next((line.split(": ")[1] for line in cpuinfo() if line.startswith("model name")), platform.machine())
+    command = shlex.join(["python", *sys.argv])
+    return f"`{command}`, commit {commit}, {os.cpu_count()} cores ({cpu}), Python {platform.python_version()}"
+
+
+def cpuinfo() -> list[str]:
+    path = Path("/proc/cpuinfo")
+    return path.read_text().splitlines() if path.exists() else []
+
+
+async def run(options: argparse.Namespace) -> None:
+    found: dict[str, list[Round]] = {name: [] for name in SYSTEMS}
+    for number in range(options.rounds):
+        work = prompts(options.requests, seed=number)
+        for name, flags in SYSTEMS.items():
+            print(f"round {number + 1} of {options.rounds}: {name}", file=sys.stderr, flush=True)
+            async with system(flags) as url:
+                found[name].append(await measure(url, work, options.in_flight))
+    print(circumstances())
+    print(f"\n{options.requests} requests, {options.in_flight} in flight, prompts of {PROMPT_LENGTHS} tokens in turn,")
+    print(f"{NUM_NEW_TOKENS} new tokens each, {options.rounds} rounds\n")
+    print("| system | TTFT median ms | TTFT p90 ms | per token ms | tokens/s |\n|---|---|---|---|---|")
+    for name, rounds in found.items():
+        print(row(name, rounds))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--requests", type=int, default=32)
+    parser.add_argument("--in-flight", type=int, default=8)
+    parser.add_argument("--rounds", type=int, default=2)
+    asyncio.run(run(parser.parse_args()))
+
+
+if __name__ == "__main__":
+    main()
