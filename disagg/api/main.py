@@ -58,7 +58,7 @@ async def _serve(settings: RouterSettings, folder: Path, keys: ClusterKeys, anno
 
 def _router_options(settings: RouterSettings, folder: Path) -> RouterOptions:
     return RouterOptions(
-        expected_fingerprint=fingerprint(folder),
+        expected_fingerprint=fingerprint(folder, verify_weights=settings.verify_weights),
         max_attempts=settings.max_attempts,
         max_queued=settings.max_queued,
         request_timeout_s=settings.request_timeout_s,

@@ -23,7 +23,15 @@ from disagg.config.load import COMMANDS, OTHER_VARIABLES, to_flags, variable_of
 from disagg.config.quantities import format_nbytes
 from disagg.config.resources import num_cores, threads_per_worker
 from disagg.config.secret import INSECURE_SECRET, draw_secret
-from disagg.config.settings import EngineSettings, HttpSettings, Role, RouterSettings, UpSettings, WorkerSettings
+from disagg.config.settings import (
+    EngineSettings,
+    HttpSettings,
+    Role,
+    RouterSettings,
+    Settings,
+    UpSettings,
+    WorkerSettings,
+)
 
 LOOPBACK: Final = "127.0.0.1"
 LINKS_TIMEOUT_S: Final = 30.0  # all workers are ready by then: what remains are handshakes of milliseconds
@@ -49,7 +57,7 @@ class LocalCluster:
 
     def __init__(self, settings: UpSettings, model: str) -> None:
         self._settings = settings
-        self._shared = {"model": model, "insecure": settings.insecure, "log_level": settings.log_level}
+        self._shared = {field: getattr(settings, field) for field in Settings.model_fields} | {"model": model}
         self._threads = settings.threads or threads_per_worker(settings.num_workers, num_cores())
 
     def router(self, ready: Ready | None) -> ChildSpec:

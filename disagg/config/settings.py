@@ -47,6 +47,9 @@ class Settings(BaseModel):
         validate_default=True,
     )
     insecure: bool = Field(False, description="Use the published secret and no encryption; loopback only")
+    verify_weights: bool = Field(
+        False, description="Hash whole weight files into the model's fingerprint; the same on router and workers"
+    )
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         "info", description="Least severe log line to write"
     )
@@ -109,7 +112,6 @@ class EngineSettings(Settings):
     fetch_wait_s: Seconds = Field(
         30.0, description="Seconds that computed KV waits for the decode worker to ask for it"
     )
-    verify_weights: bool = Field(False, description="Hash whole weight files into the model's fingerprint")
     check: bool = Field(False, description="Check the cache's invariants after each step (slow)")
 
     @field_validator("block_size")
@@ -196,6 +198,9 @@ class DemoSettings(UpSettings):
     """`disagg demo`: as `up`, but every port is a free one, and logs are quiet unless asked for."""
 
     port: Port = Field(0, description="Port of the HTTP API; 0 takes a free one")
+    verify_weights: bool = Field(
+        False, description="Hash whole weight files into the model's fingerprint; the same on router and workers"
+    )
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         "warning", description="Least severe log line to write"
     )
