@@ -142,6 +142,8 @@ class Attempts:
         return actions
 
     def _react(self, event: Event, now: float) -> None:
+        if isinstance(event, WorkerLost):
+            self.sides.pop(event.incarnation, None)
         match event:
             case ClientGone():
                 self._close("cancelled", now, "the client went away")
@@ -235,7 +237,6 @@ class Attempts:
     # --- failures -------------------------------------------------------------------------------------------
 
     def _lose(self, incarnation: str, reason: str, now: float) -> None:
-        self.sides.pop(incarnation, None)
         assert self.placement is not None
         if incarnation == self.placement.server.incarnation:
             self._server_failed(f"worker `{self.placement.server.worker_id}` was lost: {reason}", now)

@@ -69,7 +69,7 @@ def worker_families(workers: Iterable[Worker], reserved: set[str]) -> Iterator[M
     """One family per figure, labelled `worker`. Names get `disagg_`; where the router has one, `disagg_worker_`."""
     found: dict[tuple[str, str], list[tuple[str, MetricSample]]] = defaultdict(list)
     for worker in workers:
-        for sample in (*worker.lease.metrics, *lease_samples(worker)):
+        for sample in (*lease_samples(worker), *worker.lease.metrics):  # the worker's own word is the last
             if _NAME.fullmatch(sample.name) and not math.isnan(sample.value):
                 found[_family_name(sample, reserved), sample.kind].append((worker.worker_id, sample))
     for (name, kind), samples in sorted(found.items(), key=lambda item: item[0]):

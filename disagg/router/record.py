@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -16,9 +16,6 @@ MAX_RECORDS: Final = 1024
 
 MAX_REPORTS: Final = 4
 """Reports kept of one attempt: one from each of two sides, and one repeat of each."""
-
-STAGES: Final = ("queue", "prefill", "transfer_wait", "wire", "verify")
-"""Stages of a timeline in the order in which they follow one another; `first_token` is what remains after them."""
 
 
 @dataclass(slots=True)
@@ -47,13 +44,26 @@ class AttemptRecord:
         server = self.placement.server.incarnation
         return next((report for source, report in self.reports if source == server), None)
 
-    def stages(self) -> dict[str, float]:
-        """Seconds per stage as reported, on the workers' own clocks. They overlap: prefill and wire run at once."""
-        stages: dict[str, float] = {}
-        for _, report in self.reports:
-            for name, seconds in report.times.stages:
-                stages[name] = max(stages.get(name, 0.0), seconds)
-        return stages
+    def stage_ends(self) -> Iterator[tuple[str, float]]:
+        """(stage, seconds from dispatch to its end), in the order of what had to happen before the first token.
+
+        The server's stages follow one another on its clock; the prompt is computed meanwhile, by the prefill worker
+        on its own. Both were dispatched at once, so `prefill` ends at its own time and the stages after it count
+        from there: wire time that prefill hid is not shown twice.
+        """
+        server = self._stages(is_server=True)
+        source = self._stages(is_server=False) if self.placement.prefill else server
+        end = server.get("queue", 0.0)
+        yield "queue", end
+        yield "prefill", source.get("queue", 0.0) + source.get("prefill", 0.0)
+        for stage in ("transfer_wait", "wire", "verify"):
+            end += server.get(stage, 0.0)
+            yield stage, end
+
+    def _stages(self, *, is_server: bool) -> dict[str, float]:
+        server = self.placement.server.incarnation
+        reports = [report for source, report in self.reports if (source == server) is is_server]
+        return {name: max(seconds, 0.0) for report in reports for name, seconds in report.times.stages}
 
     def describe(self, received_at: float) -> dict[str, Any]:
         prefill = self.placement.prefill
@@ -111,21 +121,21 @@ class RequestRecord:
             self.current.end(error or state, now)
 
     def timeline(self) -> dict[str, float] | None:
-        """Seconds to the first token, cut into stages that follow one another and sum to it; None before it.
+        """Seconds to the first token, cut into stages that sum to it; None before it.
 
-        Workers report stages on their own clocks, and prefill, wire and verification overlap. So each stage in turn
-        counts what it *added*: its reported time as far as the stages before it left room. What attempts that failed
-        took is `failed_attempts`; what no stage explains (sampling, messages, the router itself) is `first_token`.
+        `failed_attempts` is what attempts before the last one took. `first_token` is what no report explains:
+        sampling, messages, the router itself.
         """
         if self.ttft_s is None:
             return None
-        remaining = self.ttft_s
-        reported = {"failed_attempts": self.current.started_at - self.received_at} | self.current.stages()
-        timeline: dict[str, float] = {}
-        for stage in ("failed_attempts", *STAGES):
-            timeline[stage] = min(reported.get(stage, 0.0), remaining)
-            remaining -= timeline[stage]
-        return timeline | {"first_token": remaining}
+        dispatched = self.current.started_at - self.received_at
+        ends = [("failed_attempts", dispatched)]
+        ends += [(stage, dispatched + seconds) for stage, seconds in self.current.stage_ends()]
+        timeline, at = {}, 0.0
+        for stage, end in ends:
+            reached = min(max(end, at), self.ttft_s)
+            timeline[stage], at = reached - at, reached
+        return timeline | {"first_token": self.ttft_s - at}
 
     def describe(self) -> dict[str, Any]:
         return {
@@ -187,9 +197,6 @@ class RecordStore:
 
     def get(self, any_id: str) -> RequestRecord | None:
         return self._by_transfer.get(self._transfer_of.get(any_id, any_id))
-
-    def all(self) -> Iterable[RequestRecord]:
-        return self._by_transfer.values()
 
     def check_invariants(self) -> None:
         assert len(self._by_transfer) <= self._max_records

@@ -12,7 +12,7 @@ import contextlib
 import logging
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -125,9 +125,18 @@ class Router:
         self._is_closing = True
         self._apply_to_all(RouterClosing())
 
+    def check_invariants(self) -> None:
+        """Streams are live requests, each in its own invariants; so are connections and records."""
+        self.cluster.check_invariants()
+        self._records.check_invariants()
+        for transfer_id, stream in self._streams.items():
+            assert stream.attempts.transfer_id == transfer_id
+            assert not stream.attempts.is_over
+            stream.attempts.check_invariants()
+
     # --- Backend: what HTTP asks ----------------------------------------------------------------------------
 
-    async def generate(self, request: GenerationRequest) -> AsyncIterator[TokenChunk | GenerationEnd]:
+    async def generate(self, request: GenerationRequest) -> AsyncGenerator[TokenChunk | GenerationEnd, None]:
         """See `Backend.generate`. The request starts with the first item asked for and is cancelled when closed."""
         if self._is_closing:
             raise GenerationError(503, "the router is shutting down", retry_after_s=RETRY_BUSY_S)

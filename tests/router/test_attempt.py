@@ -337,3 +337,10 @@ def test_load_counts_prefill_until_the_first_token_and_the_server_until_the_end(
     assert attempts.load == ("d0",)
     say(attempts, "d0", Finished(ID, 1, 1, "length"))
     assert attempts.load == ()
+
+
+def test_a_first_token_of_an_abandoned_prefill_worker_never_ends_the_answer() -> None:
+    attempts = started()
+    say(attempts, "p0", tokens(0, 5))
+    say(attempts, "d0", TransferFailed(ID, 1, "lost"))
+    assert (Fail, 502) in summary(say(attempts, "p1", Finished(ID, 2, 1, "stop", 5)))

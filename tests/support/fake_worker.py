@@ -1,0 +1,136 @@
+"""A worker without an engine: registers at a real router over a real socket and says what a test tells it to say."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+from typing import Any, TypeVar
+
+from support.router_harness import make_link, make_register
+
+from disagg.transceiver.keys import ClusterKeys
+from disagg.transceiver.links import ControlClient
+from disagg.transceiver.messages.peer import Refused
+from disagg.transceiver.messages.router import (
+    CancelRequest,
+    Dispatch,
+    Finished,
+    Lease,
+    Peers,
+    Register,
+    Registered,
+    Tokens,
+)
+from disagg.transceiver.messages.values import MetricSample
+from disagg.transceiver.timing import HEARTBEAT_S
+
+M = TypeVar("M")
+WAIT_S = 10.0  # far above any exchange on loopback, also on a machine whose cores are busy
+
+
+class FakeWorker:
+    """Leases run by themselves; links to announced prefill workers are ready at once; orders wait in a queue."""
+
+    def __init__(self, client: ControlClient, register: Register) -> None:
+        self.register = register
+        self.links: tuple[str, ...] = ()
+        self.metrics: tuple[MetricSample, ...] = ()
+        self.holding: tuple[tuple[str, int], ...] = ()
+        self.num_refusals = 0
+        self._client = client
+        self._router = ""
+        self._orders: asyncio.Queue[Any] = asyncio.Queue()
+
+    @classmethod
+    @contextlib.asynccontextmanager
+    async def open(
+        cls, endpoint: str, keys: ClusterKeys, worker_id: str, role: str, **fields: Any
+    ) -> AsyncIterator[FakeWorker]:
+        """A registered worker; leaving the block closes its socket, which is what kill -9 looks like from outside."""
+        client = await ControlClient.connect(endpoint, keys)
+        try:
+            async with asyncio.timeout(WAIT_S):
+                await client.ready()
+            worker = cls(client, make_register(worker_id, role, **fields))
+            await worker._register()
+            tasks = [asyncio.create_task(worker._read()), asyncio.create_task(worker._renew())]
+            try:
+                yield worker
+            finally:
+                for task in tasks:
+                    task.cancel()
+                await asyncio.gather(*tasks, return_exceptions=True)
+        finally:
+            await client.close()
+
+    async def expect(self, kind: type[M]) -> M:
+        """The next order, which must be a `kind`."""
+        async with asyncio.timeout(WAIT_S):
+            message = await self._orders.get()
+        assert isinstance(message, kind), message
+        return message
+
+    def has_no_orders(self) -> bool:
+        return self._orders.empty()
+
+    async def say(self, message: Any) -> None:
+        await self._client.send(message)
+
+    async def answer(self, dispatch: Dispatch, *token_ids: int, reason: str = "length") -> None:
+        """Emit all tokens one by one, then the end."""
+        for index, token_id in enumerate(token_ids):
+            await self.say(Tokens(dispatch.transfer_id, dispatch.epoch, index, (token_id,)))
+        await self.say(Finished(dispatch.transfer_id, dispatch.epoch, len(token_ids), reason))
+
+    async def renew(self, **fields: Any) -> None:
+        """One lease now."""
+        lease = Lease(
+            self.register.incarnation,
+            self._router,
+            metrics=self.metrics,
+            requests=self.holding,
+            blocks_used=(3, 1),
+            blocks_free=(59, 29),
+            links=tuple(make_link(peer) for peer in self.links),
+            **fields,
+        )
+        await self.say(lease)
+
+    async def _register(self) -> None:
+        await self.say(self.register)
+        async with asyncio.timeout(WAIT_S):
+            answer = await self._client.recv()
+        if isinstance(answer, Refused):
+            raise Rejected(answer)
+        assert isinstance(answer, Registered)
+        self._router = answer.router_incarnation
+
+    async def _renew(self) -> None:
+        while True:
+            await self.renew()
+            await asyncio.sleep(HEARTBEAT_S)
+
+    async def _read(self) -> None:
+        while True:
+            match message := await self._client.recv():
+                case Lease():
+                    pass
+                case Refused():
+                    self.num_refusals += 1
+                case Peers(peers):
+                    self.links = tuple(peer.incarnation for peer in peers)
+                    await self.renew()
+                case CancelRequest(transfer_id):
+                    self.holding = tuple(held for held in self.holding if held[0] != transfer_id)
+                    self._orders.put_nowait(message)
+                case _:
+                    self._orders.put_nowait(message)
+
+
+class Rejected(Exception):
+    """The router refused the registration."""
+
+    def __init__(self, refused: Refused) -> None:
+        super().__init__(refused.field)
+        self.refused = refused
