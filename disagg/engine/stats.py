@@ -25,7 +25,7 @@ class EngineStats:
     `num_running`: sequences that the next step may compute (prompts and answers); `num_waiting`: requests that hold
     nothing yet; `num_soft`: prompts computed ahead of their FETCH that hold blocks; `num_held`: computed prompts whose
     blocks wait for the decode worker; `num_reserved`: reservations whose KV has not arrived.
-    `prompt_tokens_computed`, `tokens_generated` (sampled here), `steps`: counters. `live_keys`: attempts not yet released.
+    `prompt_tokens_computed`, `tokens_generated` (sampled here), `steps`: counters. `live_keys`: not yet released.
     """
 
     pools: tuple[PoolUsage, ...]

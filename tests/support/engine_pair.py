@@ -1,0 +1,145 @@
+"""Engines on tiny caches, and the shortest possible transfer: a copy of the needed blocks."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+
+from support.cache_oracle import needed_blocks, tiny_layout
+from support.fake_runner import FakeRunner
+
+from disagg.cache.cache import KVCache
+from disagg.cache.layout import CacheLayout
+from disagg.engine.commands import (
+    AttemptKey,
+    Command,
+    EngineEvent,
+    FailedEvent,
+    FinalUnit,
+    FinishedEvent,
+    PromptComputedEvent,
+    ReservedEvent,
+    SoftDroppedEvent,
+    TokensEvent,
+    UnitsFinalEvent,
+)
+from disagg.engine.engine import Engine, EngineConfig
+from disagg.transceiver.actions import Verified
+from disagg.transceiver.messages.values import Sampling
+
+LAYOUT = tiny_layout(6, 6, None, 11, block_size=4, num_sink_tokens=3, max_model_len=200)
+"""Two windowed groups with sinks and a full one; the first has two layers and so a pool of its own."""
+
+ROOM = (60, 120)
+
+
+def key(number: int, epoch: int = 1) -> AttemptKey:
+    return AttemptKey(f"{number:032x}", epoch)
+
+
+def greedy(max_tokens: int, **others: object) -> Sampling:
+    return Sampling(max_tokens=max_tokens, temperature=0.0, **others)  # type: ignore[arg-type]
+
+
+def prompt_of(length: int, salt: int = 0) -> tuple[int, ...]:
+    return tuple((7 * i * i + 3 * i + 11 * salt) % 40 for i in range(length))
+
+
+class TestedEngine(Engine):
+    """An engine that checks its invariants after every change and keeps all events it gave."""
+
+    __test__ = False
+
+    def __init__(
+        self,
+        *,
+        layout: CacheLayout = LAYOUT,
+        num_slots: Sequence[int] = ROOM,
+        role: str = "both",
+        max_num_seqs: int = 8,
+        max_num_batched_tokens: int = 16,
+        max_model_len: int = 200,
+        poison: int | None = None,
+    ) -> None:
+        self.cache = KVCache(layout, num_slots)
+        self.runner = FakeRunner(self.cache, poison)
+        self.events: list[EngineEvent] = []
+        self.events_of: defaultdict[AttemptKey, list[EngineEvent]] = defaultdict(list)
+        config = EngineConfig(role, max_num_seqs, max_num_batched_tokens, max_model_len, True, 40)
+        super().__init__(self.runner, self.cache, config)
+
+    def handle(self, command: Command) -> list[EngineEvent]:
+        return self._keep(super().handle(command))
+
+    def step(self) -> list[EngineEvent]:
+        return self._keep(super().step())
+
+    def _keep(self, events: list[EngineEvent]) -> list[EngineEvent]:
+        self.events += events
+        for event in events:
+            self.events_of[event.key].append(event)
+        return events
+
+    def run(self) -> list[EngineEvent]:
+        """Step until there is nothing to compute."""
+        seen = len(self.events)
+        while self.has_work:
+            self.step()
+        return self.events[seen:]
+
+    def serve_all(self, commands: Iterable[Command]) -> None:
+        for command in commands:
+            self.handle(command)
+        self.run()
+
+    def of(self, wanted: AttemptKey, kind: type | tuple[type, ...] = object) -> list[EngineEvent]:
+        return [event for event in self.events_of[wanted] if isinstance(event, kind)]
+
+    def tokens(self, wanted: AttemptKey) -> list[int]:
+        """Tokens of an answer, checked to be numbered without gap or repeat."""
+        tokens: list[int] = []
+        for event in self.of(wanted, TokensEvent):
+            assert isinstance(event, TokensEvent)
+            assert event.index == len(tokens)
+            tokens += event.token_ids
+        return tokens
+
+    def ending(self, wanted: AttemptKey) -> FinishedEvent | FailedEvent:
+        (event,) = self.of(wanted, (FinishedEvent, FailedEvent))
+        assert isinstance(event, FinishedEvent | FailedEvent)
+        return event
+
+    @property
+    def num_used(self) -> int:
+        return self.stats().num_used_slots
+
+    def final_units(self, wanted: AttemptKey, compute_id: int) -> list[FinalUnit]:
+        events = [e for e in self.of(wanted, UnitsFinalEvent) if isinstance(e, UnitsFinalEvent)]
+        return [unit for event in events if event.compute_id == compute_id for unit in event.units]
+
+    def computed(self, wanted: AttemptKey) -> PromptComputedEvent | None:
+        """The word that the prompt is whole, unless its blocks were dropped since."""
+        events = self.of(wanted, (PromptComputedEvent, SoftDroppedEvent))
+        return events[-1] if events and isinstance(events[-1], PromptComputedEvent) else None
+
+    def reserved(self, wanted: AttemptKey) -> ReservedEvent | None:
+        events = self.of(wanted, ReservedEvent)
+        return events[-1] if events else None  # type: ignore[return-value]
+
+
+def transfer(source: TestedEngine, target: TestedEngine, wanted: AttemptKey, prompt_len: int) -> Verified:
+    """Copy exactly the blocks that the oracle needs, from where the source announced them to where the target waits."""
+    computed, reserved = source.computed(wanted), target.reserved(wanted)
+    assert computed is not None
+    assert reserved is not None
+    units = {(unit.group, unit.ordinal): unit for unit in source.final_units(wanted, computed.compute_id)}
+    for number, group in enumerate(source.cache.layout.groups):
+        needed = needed_blocks(prompt_len, group.window, group.num_sink_tokens, source.cache.layout.block_size)
+        assert [ordinal for ordinal, _ in reserved.slots[number]] == needed
+        for ordinal, slot in reserved.slots[number]:
+            unit = units.pop((number, ordinal))
+            pool = source.cache.layout.pool_of_group[number]
+            assert source.cache.pools[pool].generations[unit.slot] == unit.generation
+            target.cache.group_view(number)[slot] = source.cache.group_view(number)[unit.slot]
+    assert not units, "a unit was announced that nobody needs"
+    return Verified(wanted.transfer_id, wanted.epoch, computed.first_token)

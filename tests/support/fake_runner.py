@@ -1,0 +1,105 @@
+"""A runner whose logits are a pure function of the tokens it can read back from the cache.
+
+It stores (token + 1, position) as K and V of every layer, then for each chunk reads, through the block tables, all keys
+that the last query attends, and hashes them. A block that is missing, swapped, stale or shared shows as other tokens.
+`reference_tokens` computes the same answer from the token list alone, with no cache at all.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from support.cache_oracle import attends
+
+from disagg.cache.cache import KVCache
+from disagg.cache.layout import CacheLayout
+from disagg.engine.runner import Chunk
+from disagg.engine.sampler import SampleInput, sample
+from disagg.transceiver.messages.values import Sampling
+
+VOCAB_SIZE = 40
+Reading = list[tuple[int, int, int]]
+"""(layer, token + 1, position) of each key that was attended."""
+
+
+class FakeRunner:
+    """`poison`: a token whose KV and whose readers' logits are NaN. `batches`: (start, count, wants) per chunk."""
+
+    def __init__(self, cache: KVCache, poison: int | None = None) -> None:
+        self.cache, self.poison = cache, poison
+        self.views = [[cache.layer_view(layer) for layer in group.layers] for group in cache.layout.groups]
+        self.batches: list[list[tuple[int, int, bool]]] = []
+
+    def execute(self, chunks: Sequence[Chunk]) -> torch.Tensor:
+        self.batches.append([(chunk.start, len(chunk.token_ids), chunk.wants_logits) for chunk in chunks])
+        for chunk in chunks:
+            for offset, token in enumerate(chunk.token_ids):
+                self._write(chunk, chunk.start + offset, token)
+        rows = [self._row(chunk) for chunk in chunks]
+        wanted = [row for chunk, row in zip(chunks, rows, strict=True) if chunk.wants_logits]
+        return torch.stack(wanted) if wanted else torch.empty(0, VOCAB_SIZE)
+
+    def _write(self, chunk: Chunk, position: int, token: int) -> None:
+        ordinal, offset = divmod(position, self.cache.layout.block_size)
+        value = float("nan") if token == self.poison else token + 1.0
+        for table, views in zip(chunk.tables, self.views, strict=True):
+            assert table[ordinal] >= 2, "a token is written where no block is"
+            for view in views:
+                view[int(table[ordinal]), :, 0, offset] = torch.tensor([value, float(position)])
+
+    def _row(self, chunk: Chunk) -> torch.Tensor:
+        last = chunk.start + len(chunk.token_ids) - 1
+        reading = [self._read(chunk, query) for query in range(chunk.start, last + 1)][-1]
+        return hashed_logits(reading) if reading is not None else torch.full((VOCAB_SIZE,), float("nan"))
+
+    def _read(self, chunk: Chunk, query: int) -> Reading | None:
+        """What this query attends; None if any of it is not a number."""
+        reading: Reading = []
+        for group, table, views in zip(self.cache.layout.groups, chunk.tables, self.views, strict=True):
+            for key in range(query + 1):
+                if not attends(query, key, group.window, group.num_sink_tokens):
+                    continue
+                ordinal, offset = divmod(key, self.cache.layout.block_size)
+                assert table[ordinal] >= 2, f"query {query} attends key {key}, whose block is gone"
+                for layer, view in zip(group.layers, views, strict=True):
+                    (k, k_position), (v, v_position) = view[int(table[ordinal]), :, 0, offset].tolist()
+                    if not np.isfinite([k, v]).all():
+                        return None
+                    reading.append((layer, int(k) if k == v else -1, int(k_position + v_position) // 2))
+        return sorted(reading)
+
+
+def hashed_logits(reading: Reading) -> torch.Tensor:
+    """Float32 [VOCAB_SIZE], a pure function of what was read."""
+    digest = hashlib.blake2b(repr(sorted(reading)).encode(), digest_size=8).digest()
+    generator = np.random.default_rng(int.from_bytes(digest, "little"))
+    return torch.from_numpy(generator.standard_normal(VOCAB_SIZE).astype(np.float32))
+
+
+def reference_logits(layout: CacheLayout, tokens: Sequence[int]) -> torch.Tensor:
+    """Logits after `tokens`, from the list itself."""
+    query = len(tokens) - 1
+    reading = [
+        (layer, tokens[key] + 1, key)
+        for group in layout.groups
+        for key in range(len(tokens))
+        if attends(query, key, group.window, group.num_sink_tokens)
+        for layer in group.layers
+    ]
+    return hashed_logits(reading)
+
+
+def reference_tokens(layout: CacheLayout, prompt: Sequence[int], sampling: Sampling) -> list[int]:
+    """The answer of a model that keeps everything and knows no blocks, stops included."""
+    tokens, stops = list(prompt), set(sampling.stop_token_ids)
+    if not sampling.ignore_eos:
+        stops |= set(sampling.eos_token_ids)
+    while len(tokens) - len(prompt) < sampling.max_tokens:
+        row = SampleInput(sampling, len(tokens), prompt, tokens[len(prompt) :])
+        tokens.append(sample(reference_logits(layout, tokens)[None], [row])[0].token_id)
+        if tokens[-1] in stops and len(tokens) - len(prompt) >= sampling.min_tokens:
+            break
+    return tokens[len(prompt) :]
