@@ -15,9 +15,9 @@ from typing import Final, Protocol
 
 REPLACEMENT: Final = "\ufffd"
 MAX_WINDOW: Final = 64
-"""Tokens after which a window is given out whether or not it can still change. A run of 64 byte tokens is at least 16
-characters that the vocabulary lacks; a longer run of *invalid* bytes may then show other replacement characters than
-decoding it whole. Without a bound such a run costs the square of its length."""
+"""Tokens after which a window closes at the next whole character, though more byte tokens follow; at twice as many it
+closes anywhere. Then a run of *invalid* bytes may show other replacement characters than decoding it whole would; valid
+text is not changed, as 64 byte tokens are at least 16 characters. Without a bound such runs cost their length squared."""
 
 
 class Detokenizer(Protocol):
@@ -62,11 +62,11 @@ class WindowDetokenizer:
         if self._is_silent(token_id):
             return ""
         self._window.append(token_id)
-        is_full = len(self._window) - self._num_given >= MAX_WINDOW
-        if self._is_byte(token_id) and not is_full:
+        num_new = len(self._window) - self._num_given
+        if self._is_byte(token_id) and num_new < MAX_WINDOW:
             return ""
         text = self._decode(self._window)
-        if text.endswith(REPLACEMENT) and not is_full:
+        if text.endswith(REPLACEMENT) and num_new < 2 * MAX_WINDOW:
             return ""
         return self._give(text)
 

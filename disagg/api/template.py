@@ -15,6 +15,7 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from disagg.api.request_checks import Message
+from disagg.engine.weights import ModelRefused, read_json
 
 
 class TemplateError(Exception):
@@ -37,20 +38,21 @@ def find_template(folder: Path, tokenizer_config: Mapping[str, Any]) -> str | No
         return file.read_text("utf-8")
     if entry := tokenizer_config.get("chat_template"):
         return _default_of(entry)
-    if (file := folder / "chat_template.json").is_file():
-        return _default_of(json.loads(file.read_text("utf-8"))["chat_template"])
-    return None
+    return _default_of((read_json(folder, "chat_template.json") or {}).get("chat_template"))
 
 
 def _default_of(entry: Any) -> str | None:
     """Old configs list several named templates."""
-    if isinstance(entry, str):
+    if entry is None or isinstance(entry, str):
         return entry
     return {item["name"]: item["template"] for item in entry}.get("default")
 
 
 class ChatTemplate:
-    """Renders conversations. `variables` are the special tokens (`bos_token`, ...) that templates name."""
+    """Renders conversations. `variables` are the special tokens (`bos_token`, ...) that templates name.
+
+    Raises ModelRefused when the source is not a template.
+    """
 
     def __init__(self, source: str, variables: Mapping[str, str]) -> None:
         environment = ImmutableSandboxedEnvironment(  # what a model folder ships is data, not trusted code
@@ -59,7 +61,10 @@ class ChatTemplate:
         environment.filters["tojson"] = _to_json
         environment.globals["raise_exception"] = _raise
         environment.globals["strftime_now"] = _strftime_now
-        self._template = environment.from_string(source)
+        try:
+            self._template = environment.from_string(source)
+        except jinja2.TemplateSyntaxError as exc:
+            raise ModelRefused(f"the model's chat template is not valid: line {exc.lineno}: {exc.message}") from exc
         self._variables = dict(variables)
         self._takes_parts = _takes_parts(environment.parse(source))
 

@@ -1,0 +1,47 @@
+"""The API with its fake backend, once per test file; every test starts from the default script."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+
+import openai
+import pytest
+from support.fake_backend import FakeBackend
+from support.openai_client import Api, served, stock_client
+from support.tokenizers import DEMO_FOLDER
+
+from disagg.api.settings import ApiSettings
+from disagg.api.tokenizer import ModelTokenizer
+from disagg.engine.checkpoint import GenerationDefaults
+
+DEFAULTS = GenerationDefaults(eos_token_ids=(1,), temperature=0.7, top_k=40, top_p=0.9, min_p=0.05, repetition_penalty=1.1)
+
+
+@pytest.fixture(scope="module")
+def anyio_backend() -> str:
+    return "asyncio"
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> ModelTokenizer:
+    return ModelTokenizer.load(DEMO_FOLDER)
+
+
+@pytest.fixture(scope="module")
+async def running(anyio_backend: str) -> AsyncIterator[Api]:
+    settings = ApiSettings(model_folder=DEMO_FOLDER, served_model_name="demo", defaults=DEFAULTS)
+    async with served(settings) as api:
+        yield api
+
+
+@pytest.fixture
+def api(running: Api) -> Api:
+    """Changed in place: the application under test holds this very backend."""
+    running.backend.__dict__.update(FakeBackend().__dict__)
+    return running
+
+
+@pytest.fixture
+async def client(api: Api) -> AsyncIterator[openai.AsyncOpenAI]:
+    async with stock_client(api.url) as client:
+        yield client

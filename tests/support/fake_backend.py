@@ -1,0 +1,86 @@
+"""A router that says what a test scripts, and counts who asked, who cancelled and what is still open."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+from disagg.router.generation import GenerationEnd, GenerationRequest, TokenChunk
+from disagg.transceiver.messages.values import TokenLogprobs
+
+Step = TokenChunk | GenerationEnd | Exception | asyncio.Event
+"""What to yield, what to raise, or what to wait for."""
+Script = Callable[[GenerationRequest], Iterable[Step]]
+
+
+def answer(
+    token_ids: Sequence[int],
+    *,
+    group: int = 1,
+    reason: str = "length",
+    stop_token_id: int | None = None,
+    num_cached_tokens: int = 0,
+    num_logprobs: int | None = None,
+) -> list[Step]:
+    """A whole answer, `group` tokens per chunk."""
+    steps: list[Step] = []
+    for first in range(0, len(token_ids), group):
+        ids = tuple(token_ids[first : first + group])
+        steps.append(TokenChunk(first, ids, tuple(made_up_logprobs(id_, num_logprobs) for id_ in ids) if num_logprobs is not None else ()))
+    return [*steps, GenerationEnd(reason, stop_token_id, num_cached_tokens)]
+
+
+def made_up_logprobs(token_id: int, num_top: int) -> TokenLogprobs:
+    """The chosen token is the likeliest; its successors in the vocabulary follow."""
+    return TokenLogprobs(-0.25, tuple((token_id + i, -0.25 - i) for i in range(num_top)))
+
+
+class FakeBackend:
+    """Implements `disagg.router.generation.Backend`."""
+
+    def __init__(self, max_model_len: int | None = 256) -> None:
+        self.script: Script = lambda request: answer([20] * min(3, request.sampling.max_tokens))
+        self.limit = max_model_len
+        self.requests: list[GenerationRequest] = []
+        self.num_cancelled = 0
+        self.num_open = 0
+        self.opened = asyncio.Event()
+        self.cancelled = asyncio.Event()
+        self.records: dict[str, Mapping[str, Any]] = {}
+
+    async def generate(self, request: GenerationRequest) -> AsyncIterator[TokenChunk | GenerationEnd]:
+        self.requests.append(request)
+        self.num_open += 1
+        self.opened.set()
+        has_ended = False
+        try:
+            for step in self.script(request):
+                if isinstance(step, asyncio.Event):
+                    await step.wait()
+                    continue
+                has_ended = not isinstance(step, TokenChunk)
+                if isinstance(step, Exception):
+                    raise step
+                yield step
+                await asyncio.sleep(0)
+        finally:
+            self.num_open -= 1
+            if not has_ended:
+                self.num_cancelled += 1
+                self.cancelled.set()
+
+    def is_ready(self) -> bool:
+        return self.limit is not None
+
+    def max_model_len(self) -> int | None:
+        return self.limit
+
+    def workers(self) -> list[dict[str, Any]]:
+        return [{"id": "p0", "role": "prefill"}]
+
+    def record(self, request_id: str) -> Mapping[str, Any] | None:
+        return self.records.get(request_id)
+
+    def metrics(self) -> bytes:
+        return b"disagg_up 1\n"
