@@ -66,7 +66,7 @@ class WorkerParts:
         self.regions = made.regions
         self.num_slots = tuple(pool.num_slots for pool in made.cache.pools)
         self.sockets = Sockets(keys)
-        self.landing = LandingThread(self.regions, made.layout)
+        self.landing = LandingThread(self.regions, [group.dtype for group in made.layout.groups])
         self.metrics = WorkerMetrics([group.name for group in made.layout.groups])
         self.events: asyncio.Queue[EngineEvent] = asyncio.Queue()
         self.model: ModelThread

@@ -20,12 +20,12 @@ from disagg.transceiver.links import ControlServer
 from disagg.transceiver.messages.router import Lease, Register
 from disagg.transceiver.node import Node
 from disagg.transceiver.planes.base import SourcePlane, SourceUnit
-from disagg.transceiver.planes.registry import landing_planes, source_planes
 from disagg.transceiver.receiving import ReceivingSide
 from disagg.transceiver.sending import SendingSide
 from disagg.transceiver.timing import HEARTBEAT_S
 from disagg.worker.attempts import Attempts
 from disagg.worker.parts import WorkerParts
+from disagg.worker.planes import landing_planes, source_planes
 from disagg.worker.router_link import RouterLink
 from disagg.worker.transfer_factory import TransferFactory
 
@@ -104,7 +104,10 @@ class Registration:
             return None, {}
         server = ControlServer.bind(f"tcp://{parts.settings.host}:0", self._node.keys, parts.sockets)
         stack.push_async_callback(server.close)
-        planes = source_planes(parts.settings.planes, parts.settings.host, parts.settings.peer_host, parts.sockets)
+        settings = parts.settings
+        planes = source_planes(
+            settings.planes, host=settings.host, advertised_host=settings.peer_host, keys=self._node.keys
+        )
         for plane in planes.values():
             stack.push_async_callback(plane.close)
             await plane.start(parts.regions)
@@ -117,7 +120,7 @@ class Registration:
         if parts.role == "decode":
             self._attempts.receiving = ReceivingSide(
                 self._node,
-                landing_planes(parts.settings.planes, parts.sockets),
+                landing_planes(parts.settings.planes, keys=self._node.keys),
                 parts.regions,
                 pool_of_group,
                 parts.landing,

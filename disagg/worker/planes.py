@@ -1,0 +1,28 @@
+"""Which class serves which data plane: the names of `--planes`, in the operator's order of preference."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from disagg.transceiver.keys import ClusterKeys
+from disagg.transceiver.planes.base import LandingPlane, SourcePlane
+from disagg.transceiver.planes.shm import ShmLandingPlane, ShmSourcePlane
+from disagg.transceiver.planes.zmq import ZmqSourcePlane
+from disagg.transceiver.planes.zmq_landing import ZmqLandingPlane
+
+
+def source_planes(
+    names: Sequence[str], *, host: str, advertised_host: str, keys: ClusterKeys
+) -> dict[str, SourcePlane]:
+    """The sender's end of each plane, not yet listening."""
+    make: dict[str, Callable[[], SourcePlane]] = {
+        "shm": ShmSourcePlane,
+        "zmq": lambda: ZmqSourcePlane(host, keys, advertised_host=advertised_host),
+    }
+    return {name: make[name]() for name in names}
+
+
+def landing_planes(names: Sequence[str], *, keys: ClusterKeys) -> dict[str, Callable[[], LandingPlane]]:
+    """How to make the receiver's end of each plane: one per peer and connection."""
+    make: dict[str, Callable[[], LandingPlane]] = {"shm": ShmLandingPlane, "zmq": lambda: ZmqLandingPlane(keys)}
+    return {name: make[name] for name in names}
