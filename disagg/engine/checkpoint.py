@@ -29,7 +29,8 @@ TOKENIZER_FILES = (
 VOLATILE_CONFIG_KEYS = frozenset({"_name_or_path", "_commit_hash", "transformers_version"})
 SAMPLE_NBYTES = 4096  # per sample: one page, so a tensor costs three page reads
 CHUNK_NBYTES = 1 << 22  # per read of `verify_weights`: large enough that reads cost nothing beside hashing
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")  # owner/name; a bare word is a folder that is missing
+# owner/name; a bare word that is no folder is a missing folder.
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 HUB_FILES = ("*.json", "*.safetensors", "*.jinja", "tokenizer.model", "merges.txt")
 
 

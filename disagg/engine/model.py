@@ -99,14 +99,13 @@ def read_skeleton(folder: Path) -> Skeleton:
     try:
         config = hf.load_config(folder).get_text_config()
         check_text_config(config)
-        if is_quantised:
-            config.__dict__.pop("quantization_config", None)
         module = hf.build_skeleton(architecture.text_class, config)
         calls = probe(module, "meta")
     except ModelRefused:
         raise
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as exc:
-        raise ModelRefused(f"`{folder / 'config.json'}` does not describe a model that can be built: {exc}") from exc
+    except Exception as exc:  # what a configuration can make transformers raise has no end
+        path = folder / "config.json"
+        raise ModelRefused(f"`{path}` does not describe a model that can be built: {_first_line(exc)}") from exc
     _check_calls(calls)
     num_parameters = sum(parameter.numel() for parameter in module.parameters())
     return Skeleton(architecture, config, calls, num_parameters, is_quantised)
@@ -118,6 +117,11 @@ def _check_calls(calls: tuple[AttentionCall, ...]) -> None:
             raise ModelRefused(f"layer {call.layer}: keys of {call.head_dim} and values of {call.value_dim} dimensions")
         if call.num_heads % call.num_kv_heads:
             raise ModelRefused(f"layer {call.layer}: {call.num_heads} heads over {call.num_kv_heads} KV heads")
+
+
+def _first_line(error: Exception) -> str:
+    """The first sentence of another library's report, with its kind: reports run to pages."""
+    return f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"
 
 
 def layers_from_config(folder: Path, dtype: str = "auto") -> tuple[LayerSpec, ...]:
@@ -150,6 +154,7 @@ def load_model(folder: Path, *, dtype: str = "auto", device: str = "cpu") -> Loa
     The memory is compared before any weight is read; progress goes to the log.
     """
     skeleton = read_skeleton(folder)
+    read_tensors(folder)  # whole files, or a sentence, before minutes are spent on them
     dtype_name = resolve_dtype(folder, skeleton, dtype)
     torch_dtype: torch.dtype = getattr(torch, dtype_name)
     nbytes = skeleton.num_parameters * torch_dtype.itemsize
@@ -187,8 +192,8 @@ def _read_weights(folder: Path, skeleton: Skeleton, dtype: torch.dtype) -> torch
         module, missing, unexpected = hf.load_weights(
             architecture.text_class, skeleton.config, folder, dtype, architecture.renames, skeleton.is_quantised
         )
-    except (OSError, ValueError, RuntimeError, KeyError) as exc:
-        raise ModelRefused(f"the weights in `{folder}` cannot be loaded: {exc}") from exc
+    except Exception as exc:  # as above; memory and shapes are among its reasons
+        raise ModelRefused(f"the weights in `{folder}` cannot be loaded: {_first_line(exc)}") from exc
     if missing:  # transformers would fill them with noise and say so in a warning
         raise ModelRefused(f"the weights in `{folder}` lack {len(missing)} tensors, such as `{min(missing)}`")
     surplus = sorted(name for name in unexpected if not architecture.is_expected_extra(name))

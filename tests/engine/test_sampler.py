@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from disagg.engine.sampler import SampleInput, Sampled, sample
+from disagg.engine.sampler import Sampled, SampleInput, sample
 from disagg.transceiver.messages.values import Sampling
 
 VOCAB = 50

@@ -1,4 +1,4 @@
-"""Continuous batching in its plainest form, to drive a `Runner` in tests: chunked prefill and decode share every step."""
+"""Continuous batching at its plainest, to drive a `Runner` in tests: chunked prefill and decode share every step."""
 
 from __future__ import annotations
 
