@@ -81,16 +81,43 @@ def test_one_module_alone_imports_transformers() -> None:
     assert importers <= {IMPORTER_OF_TRANSFORMERS}
 
 
-@pytest.mark.parametrize("cwd", [ROOT, Path("/")], ids=["in the repository", "elsewhere"])
-@pytest.mark.parametrize("guard", ["import disagg.engine.hf; ", ""], ids=["guarded", "unguarded"])
-@pytest.mark.parametrize("safe_path", [True, False], ids=["-P", "folder on path"])
-def test_transformers_imports_beside_our_kernels(cwd: Path, guard: str, safe_path: bool) -> None:
-    if guard and not (ROOT / IMPORTER_OF_TRANSFORMERS).exists():
-        pytest.skip(f"{IMPORTER_OF_TRANSFORMERS} is not there")
-    code = f"{guard}from transformers import GptOssForCausalLM, LlamaForCausalLM; print('ok')"
-    flags = ["-P"] if safe_path else []
-    done = subprocess.run([sys.executable, *flags, "-c", code], cwd=cwd, capture_output=True, text=True, timeout=100)
-    assert done.stdout.strip() == "ok", done.stderr
+def import_transformers(*, guarded: bool, cwd: Path, flags: tuple[str, ...] = ("-P",), path: str = "") -> str:
+    """stderr of a fresh Python that imports two model classes; empty when that went well."""
+    guard = "import disagg.engine.hf; " if guarded else ""
+    code = f"{guard}from transformers import GptOssForCausalLM, LlamaForCausalLM"
+    env = {"PATH": "/usr/bin:/bin", "PYTHONPATH": path}
+    done = subprocess.run([sys.executable, *flags, "-c", code], cwd=cwd, env=env, capture_output=True, text=True)
+    return done.stderr if done.returncode else ""
+
+
+def test_a_worker_imports_transformers_in_the_repository() -> None:
+    assert import_transformers(guarded=True, cwd=ROOT) == ""
+
+
+def test_a_worker_imports_transformers_elsewhere() -> None:
+    assert import_transformers(guarded=True, cwd=Path("/")) == ""
+
+
+def test_the_link_on_the_path_does_not_disturb_transformers_without_the_guard() -> None:
+    """What someone gets who starts `python` in the repository."""
+    assert import_transformers(guarded=False, cwd=ROOT, flags=()) == ""
+
+
+@pytest.fixture
+def hostile_kernels(tmp_path: Path) -> str:
+    """A folder with a package called `kernels` that cannot be imported, as one that needs a GPU would be."""
+    (tmp_path / "kernels").mkdir()
+    (tmp_path / "kernels" / "__init__.py").write_text("raise ModuleNotFoundError('no GPU here')\n")
+    return str(tmp_path)
+
+
+def test_the_guard_keeps_transformers_away_from_any_package_called_kernels(hostile_kernels: str) -> None:
+    assert import_transformers(guarded=True, cwd=Path("/"), path=hostile_kernels) == ""
+
+
+def test_without_the_guard_such_a_package_breaks_transformers(hostile_kernels: str) -> None:
+    """The control: should this fail, transformers no longer looks, and the guard may go."""
+    assert "Error" in import_transformers(guarded=False, cwd=Path("/"), path=hostile_kernels)
 
 
 def test_tests_are_no_package_and_pytest_uses_importlib() -> None:

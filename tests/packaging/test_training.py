@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -62,25 +61,29 @@ def test_a_paragraph_counts_once_in_all_documents(prose: ModuleType, tmp_path: P
     assert prose.gather([tmp_path]) == [SENTENCE, "Another paragraph stands only here, and it is long enough."]
 
 
-def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(ROOT / "tools" / "train_demo_model.py"), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=100)
+@pytest.fixture
+def train(monkeypatch: pytest.MonkeyPatch) -> Callable[[list[str]], int]:
+    """The script's `main`, in this process."""
+    monkeypatch.syspath_prepend(str(ROOT / "tools"))
+    return load_tool("train_demo_model").main
 
 
-def test_text_without_prose_is_refused_in_one_sentence(tmp_path: Path) -> None:
+def test_text_without_prose_is_refused_in_one_sentence(
+    train: Callable[[list[str]], int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "a.txt").write_text("nothing")
-    done = run(str(tmp_path / "out"), str(tmp_path))
-    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
-    assert done.stderr.startswith("error: no prose in")
+    assert train([str(tmp_path / "out"), str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: no prose in")
+    assert error.count("\n") == 1
 
 
-def test_a_few_steps_make_a_folder_like_the_shipped_one(tmp_path: Path) -> None:
+def test_a_few_steps_make_a_folder_like_the_shipped_one(train: Callable[[list[str]], int], tmp_path: Path) -> None:
     """Three steps teach nothing; the folder, its config and its tokenizer are what a real run writes."""
     text = Path(json.__file__).parents[1]
     sources = [str(text / name) for name in ("argparse.py", "json", "email", "logging", "asyncio")]
     options = ["--steps", "3", "--sequence-length", "96", "--batch-size", "2", "--vocab-size", "400"]
-    done = run(str(tmp_path), *sources, *options)
-    assert done.returncode == 0, done.stderr
+    assert train([str(tmp_path), *sources, *options]) == 0
 
     written = {path.name for path in tmp_path.iterdir()}
     assert written == {path.name for path in SHIPPED.iterdir()} - {"NOTICE", "README.md"}
