@@ -6,8 +6,10 @@ look at: releases, verdicts, licences, payloads, landings.
 
 from __future__ import annotations
 
-import random
-from dataclasses import dataclass, replace
+from hashlib import blake2b
+from typing import Any
+
+from support.lossy_link import LossyLink
 
 from disagg.transceiver import ticket
 from disagg.transceiver.actions import (
@@ -30,6 +32,7 @@ from disagg.transceiver.events import (
     Event,
     LandedUnit,
     LandingStopped,
+    LeaseRenewed,
     MessageArrived,
     Pinned,
     PromptComputed,
@@ -50,6 +53,7 @@ from disagg.transceiver.messages.values import (
     TokenLogprobs,
 )
 from disagg.transceiver.plan import needed_units, required_units
+from disagg.transceiver.timing import HEARTBEAT_S
 from disagg.transceiver.transfer import Transfer
 
 KEYS = ClusterKeys.published()
@@ -71,7 +75,7 @@ COMPUTE_ID = 5
 
 def digest_of(group: int, ordinal: int, epoch: int = 0) -> int:
     """What the bytes of a unit hash to in this pretend model."""
-    return hash((group, ordinal, epoch, "bytes")) & (2**64 - 1)
+    return int.from_bytes(blake2b(f"{group} {ordinal} {epoch}".encode(), digest_size=8).digest())
 
 
 def final_unit(group: int, ordinal: int, epoch: int = 0) -> Unit:
@@ -130,21 +134,13 @@ def make_reserved(held: tuple[set[int], ...] = ()) -> Reserved:
     return Reserved(required_units(GEOMETRY.groups, len(PROMPT), GEOMETRY.block_size, held), len(PROMPT))
 
 
-@dataclass
-class Wire:
-    """One direction of the control link. `deliver` decides what becomes of each message; default: it arrives at once."""
-
-    queue: list[tuple[float, bytes]]
-
-
 class TransferPair:
-    """Both ends of one epoch, driven until nothing moves. `lie` may change landed units before they are reported."""
+    """Both ends of one epoch over one link; `corrupt` names units whose landed bytes are wrong."""
 
-    def __init__(self, *, plane: str = "shm", epoch: int = 0, seed: int = 0, loss: float = 0.0, jitter_s: float = 0.0):
+    def __init__(self, *, plane: str = "shm", epoch: int = 0, link: LossyLink | None = None) -> None:
         self.now = 0.0
-        self.epoch = epoch
-        self.rng = random.Random(seed)
-        self.loss, self.jitter_s = loss, jitter_s
+        self.next_heartbeat = 0.0
+        self.link = link or LossyLink()
         self.sender = make_sender(epoch=epoch)
         self.receiver = make_receiver(epoch=epoch, plane=plane)
         self.flying: list[tuple[float, int, Transfer, bytes]] = []
@@ -155,6 +151,7 @@ class TransferPair:
         self.actions: dict[str, list[Action]] = {"sender": [], "receiver": []}
         self.remote_errors: list[str] = []
         self.payloads: list[SendPayload] = []
+        self.has_heartbeat = True
         self.required: tuple[GroupRuns, ...] = ()
 
     # --- driving --------------------------------------------------------------------------------------------
@@ -165,7 +162,6 @@ class TransferPair:
         self.actions[name] += actions
         for action in actions:
             self._perform(end, action)
-        assert end.next_wakeup() is None or end.next_wakeup() >= self.now - 1e-9 or not isinstance(event, Tick)
         return actions
 
     def _perform(self, end: Transfer, action: Action) -> None:
@@ -186,16 +182,9 @@ class TransferPair:
                 pass
 
     def post(self, target: Transfer, data: bytes) -> None:
-        """Put bytes on the link. Subclass point of lossy tests: drop, duplicate, delay, truncate."""
-        copies = 1
-        if self.loss:
-            roll = self.rng.random()
-            copies = 0 if roll < self.loss else 2 if roll < 2 * self.loss else 1
-            if roll > 1 - self.loss / 4:
-                data = data[: self.rng.randrange(len(data))]
-        for _ in range(copies):
+        for at, copy in self.link.carry(data, self.now):
             self.count += 1
-            self.flying.append((self.now + self.rng.uniform(0, self.jitter_s), self.count, target, data))
+            self.flying.append((at, self.count, target, copy))
 
     def deliver_one(self) -> bool:
         """The earliest message that is due; False when none is."""
@@ -234,26 +223,36 @@ class TransferPair:
                 self.land_one()
 
     def advance(self, until: float) -> int:
-        """Let time pass to `until`, ticking whoever asked for it. Returns how often somebody woke up."""
-        num_wakeups = 0
+        """Let time pass to `until`: ticks for whoever asked, heartbeats as the shell sends them. Returns the ticks."""
+        num_ticks = 0
         self.settle()
-        while (moment := self.next_moment()) is not None and moment <= until:
+        while (moment := self.next_moment()) <= until:
             self.now = max(self.now, moment)
             self.settle()
-            for end in (self.sender, self.receiver):
-                wakeup = end.next_wakeup()
-                if wakeup is not None and wakeup <= self.now:
-                    num_wakeups += 1
-                    self.feed(end, Tick())
-                    assert end.next_wakeup() is None or end.next_wakeup() > self.now, "a wakeup loop"
+            self.heartbeat()
+            num_ticks += sum(self.tick(end) for end in (self.sender, self.receiver))
             self.settle()
         self.now = max(self.now, until)
-        return num_wakeups
+        return num_ticks
 
-    def next_moment(self) -> float | None:
-        moments = [item[0] for item in self.flying]
-        moments += [at for end in (self.sender, self.receiver) if (at := end.next_wakeup()) is not None]
-        return min(moments, default=None)
+    def next_moment(self) -> float:
+        wakeups = [at for end in (self.sender, self.receiver) if (at := end.next_wakeup()) is not None]
+        return min([self.next_heartbeat, *(item[0] for item in self.flying), *wakeups])
+
+    def heartbeat(self) -> None:
+        if self.now >= self.next_heartbeat:
+            self.next_heartbeat = self.now + HEARTBEAT_S
+            if self.receiver.wants_lease and self.has_heartbeat:
+                self.feed(self.sender, LeaseRenewed())
+
+    def tick(self, end: Transfer) -> int:
+        wakeup = end.next_wakeup()
+        if wakeup is None or wakeup > self.now:
+            return 0
+        self.feed(end, Tick())
+        after = end.next_wakeup()
+        assert after is None or after > self.now, "a wakeup loop"
+        return 1
 
     # --- the usual story ------------------------------------------------------------------------------------
 
@@ -272,12 +271,6 @@ class TransferPair:
     def finish_prompt(self, compute_id: int = COMPUTE_ID) -> None:
         self.feed(self.sender, PromptComputed(compute_id, FIRST))
 
-    def run_until_landing(self) -> None:
-        """FETCH admitted, blocks pinned, nothing computed yet."""
-        self.reserve()
-        self.advance(self.now + 5)
-        self.pin()
-
     def run_whole(self, held: tuple[set[int], ...] = ()) -> None:
         self.reserve(held)
         self.settle()
@@ -289,12 +282,12 @@ class TransferPair:
 
     # --- looking --------------------------------------------------------------------------------------------
 
-    def of(self, name: str, kind: type) -> list[Action]:
+    def of(self, name: str, kind: type) -> list[Any]:
         return [action for action in self.actions[name] if isinstance(action, kind)]
 
     @property
     def releases(self) -> list[str]:
-        return [a.reason for a in self.of("sender", ReleaseSource)]  # type: ignore[attr-defined]
+        return [a.reason for a in self.of("sender", ReleaseSource)]
 
     @property
     def verdicts(self) -> list[Action]:
@@ -303,7 +296,7 @@ class TransferPair:
     @property
     def unregistered(self) -> list[tuple[int, int]]:
         found = self.of("sender", UnregisterUnits)
-        return [(u.group, u.ordinal) for action in found for u in action.units]  # type: ignore[attr-defined]
+        return [(u.group, u.ordinal) for action in found for u in action.units]
 
     def check_invariants(self) -> None:
         """True after any schedule: at most one release, one verdict, one Forget each, and none missing once over."""
@@ -321,8 +314,3 @@ class TransferPair:
     @property
     def required_keys(self) -> set[tuple[int, int]]:
         return {(entry.group, ordinal) for entry in self.required for ordinal in entry.ordinals}
-
-
-def with_sequence(message: object, sequence: int) -> object:
-    """The same message as if sent again."""
-    return replace(message, header=replace(message.header, sequence=sequence))  # type: ignore[attr-defined, type-var]

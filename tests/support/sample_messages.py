@@ -1,0 +1,70 @@
+"""One message of every kind, every field away from its default: what the golden bytes were made of."""
+
+from __future__ import annotations
+
+from disagg.transceiver.messages import peer as p
+from disagg.transceiver.messages import router as r
+from disagg.transceiver.messages import values as v
+
+ID = "00112233445566778899aabbccddeeff"
+HEADER = p.Header("prefill", "decode", ID, 2, 41)
+IDENTITY = v.Identity(1, "fingerprint", "w64:softcap50", "float32", 4096, "a1b2", ("adapter",))
+GEOMETRY = v.Geometry(
+    32, "bfloat16", (v.GroupSemantics(None, 0, 2, 64, (3,)), v.GroupSemantics(64, 4, 2, 64, (0, 1, 2))), (16384, 49152)
+)
+UNITS = (v.UnitName(1, 7),)
+LOGPROBS = v.TokenLogprobs(-0.25, ((5, -0.25), (6, -1.5)))
+FIRST = v.FirstToken(5, LOGPROBS, v.SamplingState(2**63 + 1, ((5, 1),)))
+SAMPLING = v.Sampling(16, 9, 0.5, 40, 0.9, 0.05, 1.1, 0.2, 0.3, ((1, -100.0),), 2, True, (1, 106), (7,), 5)
+TARGET = r.PeerTarget(ID, "prefill-0", "tcp://127.0.0.1:5000")
+
+SAMPLES = (
+    p.Hello(ID, "decode-0", IDENTITY, GEOMETRY, ("shm", "zmq")),
+    p.Welcome(ID, "prefill-0", IDENTITY, GEOMETRY, (v.PlaneOffer("shm", "/run/x", b"token", b"nonce"),)),
+    p.Refused("block_size", "32", "16", ID, ID, 1),
+    p.Fetch(HEADER, b"ticket", 100, (v.GroupRuns(0, ((0, 4),)), v.GroupRuns(1, ((0, 1), (2, 2)))), "shm"),
+    p.Accepted(HEADER, 3),
+    p.Slice(HEADER, 1, (v.UnitRun(1, 2, 2, (10, 11), (2**40, 7)),)),
+    p.Received(HEADER, -1),
+    p.Done(HEADER, 0, 1, 2, (v.ManifestEntry(1, 2, (0, 3, 0, 2), 2**64 - 1),), FIRST, b"mac"),
+    p.Failed(HEADER, "deadline", UNITS),
+    p.Cancelled(HEADER, "finished"),
+    p.Ack(HEADER),
+    p.Cancel(HEADER, "digest", UNITS),
+    p.Closed(HEADER),
+    p.Heartbeat("decode", "prefill", ((ID, 2),)),
+    r.Register(
+        ID, "prefill-0", "prefill", IDENTITY, GEOMETRY, ("shm",), "tcp://h:1", 42, "host", "cpu", (64, 128), (1, 106)
+    ),
+    r.Registered(ID, ID),
+    r.Peers((TARGET,)),
+    r.Lease(
+        ID,
+        ID,
+        "draining",
+        (v.MetricSample("disagg_x", "gauge", (("pool", "0"),), 1.5),),
+        ((ID, 2),),
+        1,
+        2,
+        (3,),
+        (4,),
+        (r.PeerLink(ID, "prefill-0", "shm", "ready", 9.5, "fine"),),
+    ),
+    r.Dispatch(ID, 2, "request", "decode", (1, 2, 300), SAMPLING, 600.0, TARGET, b"ticket"),
+    r.Tokens(ID, 2, 0, (5, 6), (LOGPROBS, LOGPROBS)),
+    r.Finished(ID, 2, 17, "stop", 106),
+    r.RequestFailed(ID, 2, 503, "no room"),
+    r.TransferFailed(ID, 2, "lost", UNITS),
+    r.Retarget(ID, 3, TARGET, b"ticket"),
+    r.PrefillLocally(ID, 3),
+    r.CancelRequest(ID, 2, "disconnect"),
+    r.TransferReport(
+        ID,
+        2,
+        "decode-0",
+        "shm",
+        (v.GroupBytes(1, "window-64", 2, 98304, 4, 196608),),
+        v.StageTimes((("wire", 0.5),)),
+        3,
+    ),
+)

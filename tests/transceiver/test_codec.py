@@ -1,0 +1,216 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import msgpack
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from support.sample_messages import HEADER, SAMPLES, SAMPLING
+
+from disagg.transceiver import codec
+from disagg.transceiver.codec import MAX_MESSAGE_NBYTES, PROTOCOL, TAGS, decode, encode
+from disagg.transceiver.errors import LocalProtocolError, RemoteProtocolError
+from disagg.transceiver.messages.peer import Accepted, Ack, Closed, Done, PeerMessage, Received
+from disagg.transceiver.messages.router import Dispatch, RouterMessage, Tokens
+from disagg.transceiver.messages.values import ManifestEntry, Sampling
+from disagg.transceiver.schema import shape_of
+
+GOLDEN = dict(line.split() for line in (Path(__file__).parent / "golden_messages.txt").read_text().splitlines())
+
+
+def packed(tag: int, fields: object, version: tuple[int, int] = PROTOCOL) -> bytes:
+    return msgpack.packb([*version, tag, fields])
+
+
+def fields_of(message: object) -> dict[str, object]:
+    return msgpack.unpackb(encode(message))[3]
+
+
+def test_every_message_has_a_tag_a_sample_and_golden_bytes() -> None:
+    members = set(RouterMessage.__args__)
+    for member in PeerMessage.__args__:
+        members.add(member)
+    assert set(TAGS.values()) == members == {type(sample) for sample in SAMPLES}
+    assert set(GOLDEN) == {kind.__name__ for kind in members}
+
+
+@pytest.mark.parametrize("message", SAMPLES, ids=lambda m: type(m).__name__)
+def test_golden_bytes_do_not_change(message: object) -> None:
+    assert encode(message).hex() == GOLDEN[type(message).__name__]
+    assert decode(bytes.fromhex(GOLDEN[type(message).__name__])) == message
+
+
+@pytest.mark.parametrize("message", SAMPLES, ids=lambda m: type(m).__name__)
+def test_memoryviews_are_decoded_like_bytes(message: object) -> None:
+    assert decode(memoryview(encode(message))) == message
+
+
+def test_unknown_fields_of_a_later_minor_version_are_ignored() -> None:
+    fields = fields_of(Ack(HEADER)) | {"later": [1, 2]}
+    assert decode(packed(11, fields, (PROTOCOL[0], PROTOCOL[1] + 9))) == Ack(HEADER)
+
+
+def test_another_major_version_is_refused_naming_both() -> None:
+    with pytest.raises(RemoteProtocolError, match=r"protocol 2\.5, this process 1\.0"):
+        decode(packed(11, fields_of(Ack(HEADER)), (2, 5)))
+
+
+def test_a_missing_field_takes_its_default() -> None:
+    fields = fields_of(Tokens("t", 0, 0, (1,)))
+    del fields["logprobs"]
+    assert decode(packed(37, fields)) == Tokens("t", 0, 0, (1,))
+
+
+def test_a_missing_field_without_default_is_named() -> None:
+    fields = fields_of(Accepted(HEADER, 1))
+    del fields["queue_position"]
+    with pytest.raises(RemoteProtocolError, match=r"Accepted\.queue_position: missing"):
+        decode(packed(5, fields))
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        ({"number": True}, "Received.number: bool, expected int"),
+        ({"number": "1"}, "Received.number: str, expected int"),
+        ({"number": 1.0}, "Received.number: float, expected int"),
+        ({"header": [1]}, "Received.header: list, expected map"),
+        ({"header": None}, "Received.header: NoneType, expected map"),
+    ],
+)
+def test_a_field_of_another_type_is_refused_by_its_path(change: dict[str, object], complaint: str) -> None:
+    with pytest.raises(RemoteProtocolError) as caught:
+        decode(packed(7, fields_of(Received(HEADER, 1)) | change))
+    assert complaint in str(caught.value)
+
+
+def test_values_are_validated_by_their_own_classes() -> None:
+    fields = fields_of(Dispatch("t", 0, "r", "serve", (1,), SAMPLING, 1.0))
+    fields["sampling"]["temperature"] = -1.0
+    with pytest.raises(RemoteProtocolError, match=r"temperature: -1\.0, expected 0 or more"):
+        decode(packed(36, fields))
+
+
+@pytest.mark.parametrize("deadline", [0.0, -1.0, float("inf"), float("nan")])
+def test_a_dispatch_needs_a_finite_deadline(deadline: float) -> None:
+    with pytest.raises(ValueError, match="deadline_s"):
+        Dispatch("t", 0, "r", "serve", (1,), SAMPLING, deadline)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"\xc1",
+        packed(255, {}),
+        msgpack.packb([1, 0, 11]),
+        msgpack.packb({1: 2}),
+        packed(11, [1]),
+        b"\x91" * 2000,
+        msgpack.packb([True, 0, 11, {}]),
+        packed(11, {}) + b"x",
+        b"\xd6\xff\x00",
+    ],
+)
+def test_bytes_that_are_no_message_raise_the_remote_error(data: bytes) -> None:
+    with pytest.raises(RemoteProtocolError):
+        decode(data)
+
+
+def test_a_message_above_the_cap_is_refused_on_both_sides() -> None:
+    with pytest.raises(RemoteProtocolError, match="at most"):
+        decode(bytes(MAX_MESSAGE_NBYTES + 1))
+    with pytest.raises(LocalProtocolError, match="at most"):
+        encode(Done(HEADER, 0, 1, 1, (), None, bytes(MAX_MESSAGE_NBYTES)))
+
+
+def test_the_longest_prompt_and_its_manifest_fit_the_cap() -> None:
+    dispatch = Dispatch("t" * 32, 0, "r" * 64, "decode", (2**31,) * 2**20, SAMPLING, 600.0)
+    assert len(encode(dispatch)) <= MAX_MESSAGE_NBYTES
+    entry = ManifestEntry(1, 2**16, (0, 2**8, 0, 2**8), 2**64 - 1)
+    assert len(encode(Done(HEADER, 0, 1, 2**14, (entry,) * 2**17, None, bytes(32)))) <= MAX_MESSAGE_NBYTES
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        "text",
+        Received(HEADER, True),
+        Received(HEADER, 2**70),
+        Received(HEADER, "1"),
+        Tokens("t", 0, 0, [1]),
+        Tokens("t", 0, 0, (1, True)),
+        Tokens("t", 0, 0, (), (None,)),
+        Tokens("\ud800", 0, 0, ()),
+        Closed(None),
+        Dispatch("t", 0, "r", "serve", (1,), Sampling(max_tokens=1, logit_bias=((1,),)), 1.0),
+        Dispatch("t", 0, "r", "serve", (1,), Sampling(max_tokens=1, temperature=True), 1.0),
+    ],
+)
+def test_what_this_process_may_not_say_raises_the_local_error(message: object) -> None:
+    with pytest.raises(LocalProtocolError):
+        encode(message)
+
+
+def test_a_type_without_wire_shape_is_a_programming_error() -> None:
+    with pytest.raises(TypeError, match="no wire shape"):
+        shape_of(dict[str, int])
+
+
+def test_whole_numbers_are_floats_where_floats_are_declared() -> None:
+    sampling = decode(encode(Dispatch("t", 0, "r", "serve", (1,), Sampling(max_tokens=1, temperature=1), 2))).sampling
+    assert type(sampling.temperature) is float
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.binary(max_size=300))
+def test_random_bytes_decode_or_raise_the_remote_error(data: bytes) -> None:
+    decode_or_refuse(data)
+
+
+@settings(max_examples=400, deadline=None)
+@given(st.sampled_from(SAMPLES), st.data())
+def test_damaged_messages_decode_or_raise_the_remote_error(message: object, data: st.DataObject) -> None:
+    raw = bytearray(encode(message))
+    for _ in range(data.draw(st.integers(1, 4))):
+        raw[data.draw(st.integers(0, len(raw) - 1))] = data.draw(st.integers(0, 255))
+    decode_or_refuse(bytes(raw[: data.draw(st.integers(0, len(raw)))]))
+
+
+_values = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**63), 2**64 - 1)
+    | st.floats()
+    | st.text(max_size=5)
+    | st.binary(max_size=5),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=5), inner, max_size=4),
+    max_leaves=8,
+)
+
+
+@settings(max_examples=400, deadline=None)
+@given(st.sampled_from(SAMPLES), st.data())
+def test_messages_with_any_value_anywhere_decode_or_raise(message: object, data: st.DataObject) -> None:
+    fields = fields_of(message)
+    fields[data.draw(st.sampled_from(sorted(fields)))] = data.draw(_values)
+    decode_or_refuse(packed(msgpack.unpackb(encode(message))[2], fields))
+
+
+def decode_or_refuse(data: bytes) -> None:
+    try:
+        message = decode(data)
+    except RemoteProtocolError:
+        return
+    assert type(message) in TAGS.values()
+    assert type(decode(encode(message))) is type(message)
+
+
+def test_running_out_of_memory_on_a_message_is_the_peers_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    def exhausted(data: bytes) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(codec.msgpack, "unpackb", exhausted)
+    with pytest.raises(RemoteProtocolError, match="MemoryError"):
+        decode(b"\x90")
