@@ -89,11 +89,12 @@ def find_local_wheel(python: Path, requirement: str) -> str | None:
 
 
 def cpu_index_answers(python: Path, requirement: str) -> bool:
-    """Ask through pip, because pip knows this machine's proxies and certificates."""
+    """Ask through pip, because pip knows this machine's proxies and certificates; of no other source than the index."""
+    only_it = {**os.environ, "PIP_EXTRA_INDEX_URL": CPU_INDEX, "PIP_FIND_LINKS": os.devnull}
     name, version = requirement.split("==")
     command = pip(python, "index", "versions", name, "--index-url", CPU_INDEX, "--timeout", "3", "--retries", "0")
     try:
-        answer = subprocess.run(command, capture_output=True, text=True, timeout=CPU_INDEX_ANSWER_S)
+        answer = subprocess.run(command, env=only_it, capture_output=True, text=True, timeout=CPU_INDEX_ANSWER_S)
     except subprocess.TimeoutExpired:
         return False
     return answer.returncode == 0 and version in answer.stdout

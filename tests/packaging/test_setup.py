@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
@@ -71,6 +72,29 @@ def test_torch_index_overrides_everything(setup_venv: ModuleType) -> None:
 
 def test_off_linux_torch_is_the_cpu_build_anyway(setup_venv: ModuleType) -> None:
     assert choose(setup_venv, linux=False, cpu_index_answers=refuse)[0] is None
+
+
+def test_an_index_that_cannot_be_reached_is_given_up_within_seconds(
+    setup_venv: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """And is not taken for reachable because another source that pip knows of has the wheel."""
+    wheel = tmp_path / "torch-2.13.0-py3-none-any.whl"
+    wheel.touch()
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
+    monkeypatch.setattr(setup_venv, "CPU_INDEX", "http://127.0.0.1:9/whl/cpu")
+    started = time.monotonic()
+    assert not setup_venv.cpu_index_answers(Path(sys.executable), "torch==2.13.0")
+    assert time.monotonic() - started < setup_venv.CPU_INDEX_ANSWER_S + 2
+
+
+def test_an_index_that_has_the_version_answers(
+    setup_venv: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "torch").mkdir()
+    (tmp_path / "torch" / "index.html").write_text('<a href="torch-2.13.0-py3-none-any.whl">torch</a>')
+    monkeypatch.setattr(setup_venv, "CPU_INDEX", tmp_path.as_uri())
+    assert setup_venv.cpu_index_answers(Path(sys.executable), "torch==2.13.0")
+    assert not setup_venv.cpu_index_answers(Path(sys.executable), "torch==2.99.0")
 
 
 def test_an_old_python_is_refused_in_one_sentence(
