@@ -20,6 +20,7 @@ _TTFT_BUCKETS: Final = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60
 """From one hop on a fast machine to the default request timeout, two to three per decade."""
 _ITL_BUCKETS: Final = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5)
 """From a kernel-bound step on a GPU to the time after which a worker is lost anyway."""
+_FAMILIES: Final = {"gauge": GaugeMetricFamily, "counter": CounterMetricFamily}
 _NAME: Final = re.compile(r"[a-zA-Z_][a-zA-Z0-9_]*")
 
 
@@ -55,27 +56,24 @@ class _Everything(Collector):
         self._workers = workers
 
     def collect(self) -> Iterator[Metric]:
-        names = set()
+        reserved: set[str] = set()
         for collector in self._own:
             for family in collector.collect():
                 # A creation time differs from run to run and says what `process_start_time` would say better.
                 family.samples = [sample for sample in family.samples if not sample.name.endswith("_created")]
-                names.add(family.name)
+                reserved |= {family.name, f"{family.name}_total", *(sample.name for sample in family.samples)}
                 yield family
-        yield from worker_families(self._workers(), names)
+        yield from worker_families(self._workers(), reserved)
 
 
 def worker_families(workers: Iterable[Worker], reserved: set[str]) -> Iterator[Metric]:
     """One family per figure, labelled `worker`. Names get `disagg_`; where the router has one, `disagg_worker_`."""
-    found: dict[tuple[str, str], list[tuple[str, MetricSample]]] = defaultdict(list)
+    found: dict[str, list[tuple[str, MetricSample]]] = defaultdict(list)
     for worker in workers:
         for sample in (*lease_samples(worker), *worker.lease.metrics):  # the worker's own word is the last
-            if _NAME.fullmatch(sample.name) and not math.isnan(sample.value):
-                found[_family_name(sample, reserved), sample.kind].append((worker.worker_id, sample))
-    for (name, kind), samples in sorted(found.items(), key=lambda item: item[0]):
-        if (name, "gauge") in found and kind != "gauge":
-            continue  # two workers of different versions disagree on the kind: one family cannot be both
-        yield _family(name, kind, samples)
+            if _NAME.fullmatch(sample.name) and sample.kind in _FAMILIES and not math.isnan(sample.value):
+                found[_series_name(sample, reserved)].append((worker.worker_id, sample))
+    return (_family(name, samples) for name, samples in sorted(found.items()))
 
 
 def lease_samples(worker: Worker) -> Iterator[MetricSample]:
@@ -91,19 +89,25 @@ def lease_samples(worker: Worker) -> Iterator[MetricSample]:
     return (MetricSample(name, "gauge", labels, float(value)) for name, labels, value in figures if name not in own)
 
 
-def _family_name(sample: MetricSample, reserved: set[str]) -> str:
+def _series_name(sample: MetricSample, reserved: set[str]) -> str:
+    """The name in the text: counters end in `_total`, nothing has a name of the router's own."""
     name = sample.name.removeprefix("disagg_")
     if sample.kind == "counter":
-        name = name.removesuffix("_total")
+        name = f"{name.removesuffix('_total')}_total"
     return f"disagg_worker_{name}" if f"disagg_{name}" in reserved else f"disagg_{name}"
 
 
-def _family(name: str, kind: str, samples: list[tuple[str, MetricSample]]) -> Metric:
-    """Workers may label one figure differently; a label that a sample lacks is empty: to Prometheus, absent."""
+def _family(name: str, samples: list[tuple[str, MetricSample]]) -> Metric:
+    """Workers may label one figure differently; a label that a sample lacks is empty: to Prometheus, absent.
+
+    Should they disagree on its kind, which only different versions do, it is the first worker's: a family has one.
+    """
+    kind = samples[0][1].kind
+    samples = [(worker, sample) for worker, sample in samples if sample.kind == kind]
     given = {label for _, sample in samples for label, _ in sample.labels if _NAME.fullmatch(label)}
     labels = sorted(given - {"worker"})
-    make = CounterMetricFamily if kind == "counter" else GaugeMetricFamily
-    family = make(name, f"As the worker reported it: {name.removeprefix('disagg_')}", labels=["worker", *labels])
+    documentation = f"As the worker reported it: {name.removeprefix('disagg_')}"
+    family: CounterMetricFamily | GaugeMetricFamily = _FAMILIES[kind](name, documentation, labels=["worker", *labels])
     rows = {
         (worker, *(dict(sample.labels).get(label, "") for label in labels)): sample.value for worker, sample in samples
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -63,7 +64,7 @@ class AttemptRecord:
     def _stages(self, *, is_server: bool) -> dict[str, float]:
         server = self.placement.server.incarnation
         reports = [report for source, report in self.reports if (source == server) is is_server]
-        return {name: max(seconds, 0.0) for report in reports for name, seconds in report.times.stages}
+        return {name: seconds for report in reports for name, seconds in finite_stages(report).items()}
 
     def describe(self, received_at: float) -> dict[str, Any]:
         prefill = self.placement.prefill
@@ -75,8 +76,13 @@ class AttemptRecord:
             "outcome": self.outcome,
             "started_s": self.started_at - received_at,
             "ended_s": None if self.ended_at is None else self.ended_at - received_at,
-            "stages": {report.worker_id: dict(report.times.stages) for _, report in self.reports},
+            "stages": {report.worker_id: finite_stages(report) for _, report in self.reports},
         }
+
+
+def finite_stages(report: TransferReport) -> dict[str, float]:
+    """Stage times that are times: a worker's arithmetic must not reach JSON, which has no NaN."""
+    return {name: seconds for name, seconds in report.times.stages if 0 <= seconds < math.inf}
 
 
 @dataclass(slots=True)

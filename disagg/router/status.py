@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
 from disagg.router.pairing import pair_difference
 from disagg.router.registry import Worker
+from disagg.transceiver.messages.router import PeerLink
 
 
 def describe_worker(worker: Worker, fleet: Sequence[Worker], load: Mapping[str, int], now: float) -> dict[str, Any]:
@@ -44,13 +46,13 @@ def _describe_blocks(worker: Worker) -> list[dict[str, int]]:
     ]
 
 
-def _describe_link(link: Any) -> dict[str, Any]:
+def _describe_link(link: PeerLink) -> dict[str, Any]:
     return {
         "worker": link.worker_id,
         "incarnation": link.incarnation,
         "plane": link.plane,
         "state": link.state,
-        "gb_per_s": link.gb_per_s,
+        "gb_per_s": link.gb_per_s if math.isfinite(link.gb_per_s) else None,  # JSON has no NaN
         "detail": link.detail,
     }
 

@@ -158,7 +158,7 @@ def expect_closed(model: Model, event: Event, was_over: bool) -> None:
     assert not model.open_epochs, f"still dispatched after the end: {model.open_epochs}"
 
 
-@settings(max_examples=1000, deadline=None)
+@settings(max_examples=600, deadline=None)
 @given(
     steps=steps,
     shape=st.sampled_from([(2, 2, 0), (1, 1, 0), (2, 1, 1), (0, 0, 1), (1, 2, 1)]),
