@@ -57,10 +57,11 @@ class LandingThread:
 
     async def stop(self, transfer_id: str, epoch: int) -> None:
         """Remove this epoch's queued jobs and join its running one: afterwards no job holds its destination slots."""
-        futures = self._jobs.pop((transfer_id, epoch), set())
-        running = [future for future in futures if not future.cancel()]
+        key = (transfer_id, epoch)
+        running = [future for future in self._jobs.get(key, ()) if not future.cancel()]
         # Whoever submitted hears of errors; here only the end matters.
         await asyncio.gather(*map(asyncio.wrap_future, running), return_exceptions=True)
+        self._jobs.pop(key, None)
 
     async def close(self) -> None:
         """Stop every job and end the thread. Safe to repeat."""

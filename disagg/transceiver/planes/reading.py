@@ -38,7 +38,7 @@ class ReadingLandingPlane(LandingPlane):
             raise PeerLost(f"the source {job.source} of this {self.name} plane is gone")
 
     def land(self, job: LandingJob) -> int:
-        """Copy, generations checked before and after. Raises `SourceChanged`, or `RemoteProtocolError` for bad slots."""
+        """Copy between two checks of generations. Raises `SourceChanged`, or `RemoteProtocolError` for bad slots."""
         units = job.destinations
         pools, slots = ints([u.pool for u in units]), ints([u.slot for u in units])
         source_slots = ints([u.source_slot for u in units])

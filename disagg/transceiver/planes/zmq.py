@@ -32,9 +32,12 @@ class ZmqSourcePlane(SourcePlane):
     name = "zmq"
     sends_bytes = True
 
-    def __init__(self, host: str, keys: ClusterKeys, *, advertised_host: str = "") -> None:
-        """Listen on `host`; tell peers `advertised_host` instead where `host` is a wildcard or behind a mapping."""
-        self._host, self._advertised_host = host, advertised_host or host
+    def __init__(
+        self, host: str, keys: ClusterKeys, *, port: int = 0, advertised_host: str = "", advertised_port: int = 0
+    ) -> None:
+        """Listen on `host` (port 0 = any free one); peers are told the advertised address where that differs."""
+        self._bind_to = f"tcp://{_bracketed(host)}:{port}"
+        self._advertised_host, self._advertised_port = advertised_host or host, advertised_port
         self._keys = keys
         self._tokens = Tokens()
         self._pools: tuple[PoolRegion, ...] = ()
@@ -55,13 +58,14 @@ class ZmqSourcePlane(SourcePlane):
         self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
         self._incoming = Receiver(self._socket)
         try:
-            endpoint = self._sockets.bind(self._socket, f"tcp://{_bracketed(self._host)}:0")
+            endpoint = self._sockets.bind(self._socket, self._bind_to)
         except BaseException:
             self._socket.close()
             self._sockets.close()
             self._sockets = None
             raise
-        self._address = f"tcp://{_bracketed(self._advertised_host)}:{endpoint.rpartition(':')[2]}"
+        port = self._advertised_port or endpoint.rpartition(":")[2]
+        self._address = f"tcp://{_bracketed(self._advertised_host)}:{port}"
         self._gatherer = ThreadPoolExecutor(1, thread_name_prefix="zmq-gather")
         self._listening = asyncio.create_task(self._listen(), name="zmq plane")
 
@@ -89,7 +93,9 @@ class ZmqSourcePlane(SourcePlane):
 
     async def drop(self, peer: str) -> None:
         self._tokens.revoke(peer)
-        self._forget(peer)
+        window = self._forget(peer)
+        if window is not None:
+            self._reply(window.routing_id, REFUSED)  # a ROUTER cannot close one connection: the receiver does
 
     async def close(self) -> None:
         if self._sockets is None:
@@ -174,11 +180,12 @@ class ZmqSourcePlane(SourcePlane):
         if self.on_peer_lost is not None:
             self.on_peer_lost(peer)
 
-    def _forget(self, peer: str) -> None:
+    def _forget(self, peer: str) -> _Window | None:
         window = self._receivers.pop(peer, None)
         if window is not None:
             del self._peer_of[window.routing_id]
             window.lose()
+        return window
 
 
 class _Window:

@@ -18,7 +18,17 @@ from disagg.transceiver.keys import ClusterKeys
 from disagg.transceiver.messages.values import PlaneOffer
 from disagg.transceiver.planes.base import Bytes, LandingJob, LandingPlane, PoolRegion
 from disagg.transceiver.planes.copying import adjacent, copy_rows, ints
-from disagg.transceiver.planes.frames import SLICE_NBYTES, WELCOME, WINDOW, Credit, Hello, SliceHead, pack, parse
+from disagg.transceiver.planes.frames import (
+    REFUSED,
+    SLICE_NBYTES,
+    WELCOME,
+    WINDOW,
+    Credit,
+    Hello,
+    SliceHead,
+    pack,
+    parse,
+)
 from disagg.transceiver.sockets import Sockets
 
 OPEN_S: Final = 5.0
@@ -171,6 +181,8 @@ class ZmqLandingPlane(LandingPlane):
                 self.on_lost()
 
     def _take(self, frames: list[zmq.Frame]) -> None:
+        if frames[0].bytes == REFUSED:
+            raise PeerLost("the source dropped this receiver")
         try:
             head = parse(frames[0].bytes)
             if not isinstance(head, SliceHead) or len(frames) != 2 or len(frames[1]) != head.nbytes:
