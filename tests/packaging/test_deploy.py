@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
 import threading
@@ -16,6 +15,7 @@ from typing import Any
 import jsonschema
 import pytest
 import yaml
+from support.tools import load_script
 
 from disagg.config.load import load
 from disagg.config.settings import RouterSettings, Settings, WorkerSettings
@@ -234,12 +234,7 @@ def test_the_torch_of_the_image_is_the_tested_one() -> None:
 
 @pytest.fixture(scope="module")
 def health() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("worker_health", DEPLOY / "worker_health.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("deploy/worker_health.py")
 
 
 @contextmanager
