@@ -43,7 +43,7 @@ def create_app(backend: Backend, settings: ApiSettings) -> Starlette:
 def create_admin_app(backend: Backend) -> Starlette:
     """Administration. It has no key of its own: bind it to loopback."""
     admin = AdminRoutes(backend)
-    return _application([Route("/requests/{request_id}", admin.request), Route("/workers", admin.workers)], None)
+    return _application([Route("/requests/{request_id:path}", admin.request), Route("/workers", admin.workers)], None)
 
 
 def _application(routes: list[BaseRoute], api_key: str | None) -> Starlette:

@@ -16,8 +16,8 @@ from typing import Final, Protocol
 REPLACEMENT: Final = "\ufffd"
 MAX_WINDOW: Final = 64
 """Tokens after which a window closes at the next whole character, though more byte tokens follow; at twice as many it
-closes anywhere. Then a run of *invalid* bytes may show other replacement characters than decoding it whole would; valid
-text is not changed, as 64 byte tokens are at least 16 characters. Without a bound such runs cost their length squared."""
+closes anywhere. Valid text is not changed by that, as 64 byte tokens are at least 16 characters; a run of *invalid*
+bytes may show other replacement characters than decoding it whole. Without a bound runs cost their length squared."""
 
 
 class Detokenizer(Protocol):

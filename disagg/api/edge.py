@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hmac
 import logging
 import uuid
@@ -14,7 +15,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from disagg.api.errors import ApiError
+from disagg.api.errors import ApiError, shutting_down
 from disagg.api.wire import error_response
 
 HEADER: Final = "x-request-id"
@@ -45,6 +46,9 @@ class Edge:
             await self._app(scope, receive, response.send)
         except ApiError as exc:
             await error_response(exc)(scope, receive, response.send)
+        except asyncio.CancelledError:  # only the server cancels at this height, when it ends with requests running
+            if not response.has_started:
+                await error_response(shutting_down())(scope, receive, response.send)
         except Exception:
             log.exception("request `%s`: an error of our own", response.request_id)
             await self._apologise(scope, receive, response)
@@ -56,7 +60,9 @@ class Edge:
             response.request_id = scope["state"]["request_id"] = check_request_id(given)
         if self._key is None or scope["path"] in OPEN_PATHS:
             return
-        if not hmac.compare_digest(headers.get("authorization", "").encode(), self._key):
+        # Headers are Latin-1 by rule and UTF-8 in practice; the key is compared as the bytes that clients send.
+        given_key = headers.get("authorization", "").encode("latin-1")
+        if not hmac.compare_digest(given_key, self._key):
             raise ApiError(401, "the API key is missing or wrong: send the header `Authorization: Bearer KEY`")
 
     async def _apologise(self, scope: Scope, receive: Receive, response: _Response) -> None:

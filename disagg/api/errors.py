@@ -71,6 +71,10 @@ def no_workers() -> ApiError:
     )
 
 
+def shutting_down() -> ApiError:
+    return ApiError(503, "the server is shutting down", retry_after_s=NO_WORKERS_RETRY_S)
+
+
 def from_generation(error: GenerationError) -> ApiError:
     """The router's refusal, with Retry-After on every 503 so that clients know that it is worth trying again."""
     retry_after_s = error.retry_after_s

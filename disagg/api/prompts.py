@@ -37,6 +37,8 @@ class PromptEncoder:
         return await _maybe_in_thread(lambda: (self._chat(params), ""), size)
 
     def _prompt(self, params: RequestParams, prompt: Prompt) -> Encoded:
+        if not prompt:  # though BOS alone could be continued: whoever means that can send its id
+            raise bad_request("`prompt`: empty; send at least one character or token id", "prompt")
         if isinstance(prompt, str):
             ids = self._tokenizer.encode(prompt, add_special_tokens=params.add_special_tokens is not False)
             echo = prompt
@@ -45,7 +47,7 @@ class PromptEncoder:
             ids = prompt
             echo = self._tokenizer.decode(ids, skip_special_tokens=params.skip_special_tokens) if params.echo else ""
         if not ids:
-            raise bad_request("`prompt`: empty; send at least one character or token id", "prompt")
+            raise bad_request("`prompt`: the tokenizer makes no token of it", "prompt")
         return ids, echo if params.echo else ""
 
     def _chat(self, params: RequestParams) -> tuple[int, ...]:

@@ -41,6 +41,8 @@ class Prompts:
             raise UnexpectedValueError("at least one token or text", value)
         if is_integer(value[0]):
             return (_one_prompt(value),)
+        if len({type(item) for item in value}) > 1:
+            raise UnexpectedValueError(str(self), value)
         return tuple(within(f"[{i}]", _one_prompt, item) for i, item in enumerate(value))
 
     def __str__(self) -> str:

@@ -71,6 +71,7 @@ def _config(app: ASGIApp, shutdown_timeout_s: int) -> uvicorn.Config:
         ws="none",
         log_config=None,  # the process set its logging up already
         access_log=False,
+        proxy_headers=False,  # nothing here depends on the client's address
         server_header=False,
         timeout_keep_alive=KEEP_ALIVE_S,
         timeout_graceful_shutdown=shutdown_timeout_s,

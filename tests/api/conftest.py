@@ -14,7 +14,9 @@ from disagg.api.settings import ApiSettings
 from disagg.api.tokenizer import ModelTokenizer
 from disagg.engine.checkpoint import GenerationDefaults
 
-DEFAULTS = GenerationDefaults(eos_token_ids=(1,), temperature=0.7, top_k=40, top_p=0.9, min_p=0.05, repetition_penalty=1.1)
+DEFAULTS = GenerationDefaults(
+    eos_token_ids=(1,), temperature=0.7, top_k=40, top_p=0.9, min_p=0.05, repetition_penalty=1.1
+)
 
 
 @pytest.fixture(scope="module")

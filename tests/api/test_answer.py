@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from functools import cache
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from support.fake_backend import answer
@@ -26,7 +27,13 @@ def ids_of(text: str) -> list[int]:
 
 
 def read(
-    ids: list[int], *, group: int = 1, stop: tuple[str, ...] = (), include: bool = False, end: str = "length", **sampling: object
+    ids: list[int],
+    *,
+    group: int = 1,
+    stop: tuple[str, ...] = (),
+    include: bool = False,
+    end: str = "length",
+    **sampling: object,
 ) -> tuple[str, list[tuple[int, int]], Finish]:
     """Text, (token, offset) pairs and finish of an answer."""
     chosen = Sampling(max_tokens=1000, **sampling)  # type: ignore[arg-type]
@@ -53,7 +60,13 @@ def read(
 def test_an_answer_does_not_depend_on_how_its_tokens_are_grouped(
     ids: list[int], group: int, stop: tuple[str, ...], min_tokens: int, end: str
 ) -> None:
-    options = {"stop": stop, "end": end, "min_tokens": min_tokens, "stop_token_ids": (ids[-1],), "eos_token_ids": (EOS,)}
+    options = {
+        "stop": stop,
+        "end": end,
+        "min_tokens": min_tokens,
+        "stop_token_ids": (ids[-1],),
+        "eos_token_ids": (EOS,),
+    }
     assert read(ids, group=group, **options) == read(ids, **options)  # type: ignore[arg-type]
 
 
@@ -105,9 +118,5 @@ def test_repeated_or_missing_tokens_are_an_error() -> None:
     for index in (0, 2):
         subject = Answer(tokenizer().detokenizer(), StopMatcher(()), Sampling(max_tokens=9), include_stop=False)
         subject.feed(TokenChunk(0, (20,)))
-        try:
+        with pytest.raises(RuntimeError, match="expected token 1"):
             subject.feed(TokenChunk(index, (20,)))
-        except RuntimeError as exc:
-            assert "expected token 1" in str(exc)
-        else:
-            raise AssertionError("accepted")

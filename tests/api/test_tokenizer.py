@@ -28,7 +28,9 @@ def test_a_chat_has_one_bos_whether_template_tokenizer_or_both_add_it(
     tmp_path: Path, template: str, add_special_tokens: bool
 ) -> None:
     config = {"bos_token": "<bos>", "chat_template": template}
-    ids = chat_ids(write_folder(tmp_path, add_bos(byte_level(), "<bos>"), config=config), add_special_tokens=add_special_tokens)
+    ids = chat_ids(
+        write_folder(tmp_path, add_bos(byte_level(), "<bos>"), config=config), add_special_tokens=add_special_tokens
+    )
     assert ids[0] == BOS
     assert ids.count(BOS) == 1
 

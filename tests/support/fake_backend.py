@@ -27,7 +27,13 @@ def answer(
     steps: list[Step] = []
     for first in range(0, len(token_ids), group):
         ids = tuple(token_ids[first : first + group])
-        steps.append(TokenChunk(first, ids, tuple(made_up_logprobs(id_, num_logprobs) for id_ in ids) if num_logprobs is not None else ()))
+        steps.append(
+            TokenChunk(
+                first,
+                ids,
+                tuple(made_up_logprobs(id_, num_logprobs) for id_ in ids) if num_logprobs is not None else (),
+            )
+        )
     return [*steps, GenerationEnd(reason, stop_token_id, num_cached_tokens)]
 
 
@@ -45,14 +51,13 @@ class FakeBackend:
         self.requests: list[GenerationRequest] = []
         self.num_cancelled = 0
         self.num_open = 0
-        self.opened = asyncio.Event()
-        self.cancelled = asyncio.Event()
+        self._changed = asyncio.Event()
         self.records: dict[str, Mapping[str, Any]] = {}
 
     async def generate(self, request: GenerationRequest) -> AsyncIterator[TokenChunk | GenerationEnd]:
         self.requests.append(request)
         self.num_open += 1
-        self.opened.set()
+        self._changed.set()
         has_ended = False
         try:
             for step in self.script(request):
@@ -66,9 +71,15 @@ class FakeBackend:
                 await asyncio.sleep(0)
         finally:
             self.num_open -= 1
-            if not has_ended:
-                self.num_cancelled += 1
-                self.cancelled.set()
+            self.num_cancelled += not has_ended
+            self._changed.set()
+
+    async def until(self, condition: Callable[[], bool], timeout_s: float = 10) -> None:
+        """Wait for a condition on what is counted here."""
+        async with asyncio.timeout(timeout_s):
+            while not condition():
+                self._changed.clear()
+                await self._changed.wait()
 
     def is_ready(self) -> bool:
         return self.limit is not None

@@ -65,4 +65,3 @@ def write_folder(
     for name, text in (files or {}).items():
         (folder / name).write_text(text)
     return folder
-
