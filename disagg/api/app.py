@@ -10,6 +10,7 @@ from starlette.routing import BaseRoute, Route
 from disagg.api.edge import Edge, http_exception
 from disagg.api.fields import CHAT, COMPLETIONS, DETOKENIZE, TOKENIZE
 from disagg.api.generate import GenerateEndpoint
+from disagg.api.sampling import check_defaults
 from disagg.api.settings import ApiSettings
 from disagg.api.status import AdminRoutes, StatusRoutes
 from disagg.api.tokenize import TokenizeRoutes
@@ -18,7 +19,8 @@ from disagg.router.generation import Backend
 
 
 def create_app(backend: Backend, settings: ApiSettings) -> Starlette:
-    """The public API over `backend`. Reads the tokenizer; raises ModelRefused when the folder has no usable one."""
+    """The public API over `backend`. Reads the tokenizer. Raises ModelRefused for an unusable tokenizer or defaults."""
+    check_defaults(settings.defaults)
     tokenizer = ModelTokenizer.load(settings.model_folder)
     text = TokenizeRoutes(backend, settings, tokenizer)
     status = StatusRoutes(backend, settings)

@@ -10,6 +10,7 @@ from disagg.api.errors import bad_request
 from disagg.api.fields import CHAT, COMPLETIONS
 from disagg.api.params import RequestParams
 from disagg.engine.checkpoint import GenerationDefaults
+from disagg.engine.weights import ModelRefused
 from disagg.transceiver.messages.values import Sampling
 
 COMPLETIONS_MAX_TOKENS: Final = 16  # OpenAI's default
@@ -68,6 +69,14 @@ def answer_tokens(params: RequestParams, defaults: GenerationDefaults, prompt_le
 def _too_long(why: str, max_model_len: int, param: str) -> Exception:
     message = f"{why}; prompt and answer together may have {max_model_len} (the model's max_model_len)"
     return bad_request(message, param, code="context_length_exceeded")
+
+
+def check_defaults(defaults: GenerationDefaults) -> None:
+    """Raise ModelRefused when the model's own sampling defaults are not usable, before any request meets them."""
+    try:
+        build_sampling(RequestParams(endpoint=COMPLETIONS), defaults, max_tokens=1, seed=0)
+    except ValueError as exc:
+        raise ModelRefused(f"the model's generation config is not usable: {exc}") from exc
 
 
 def base_seed(params: RequestParams) -> int:

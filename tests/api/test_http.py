@@ -17,9 +17,11 @@ from support.fake_backend import FakeBackend, Step, answer
 from support.openai_client import Api, Reply, served
 from support.tokenizers import DEMO_FOLDER, byte_level, write_folder
 
-from disagg.api.app import create_admin_app
+from disagg.api.app import create_admin_app, create_app
 from disagg.api.server import serve
 from disagg.api.settings import ApiSettings
+from disagg.engine.checkpoint import GenerationDefaults
+from disagg.engine.weights import ModelRefused
 from disagg.router.generation import GenerationEnd, GenerationError, TokenChunk
 
 pytestmark = pytest.mark.anyio
@@ -385,6 +387,11 @@ async def test_a_model_without_a_template_says_so(tmp_path: Any) -> None:
         assert_is_error(reply, 400)
         assert "no chat template" in reply.error["message"]
         assert (await api.complete()).status == 200
+
+
+def test_a_model_with_senseless_sampling_defaults_is_refused_at_the_start() -> None:
+    with pytest.raises(ModelRefused, match="top_p"):
+        create_app(FakeBackend(), replace(SETTINGS, defaults=GenerationDefaults(top_p=0)))
 
 
 async def test_what_the_template_refuses_is_400(tmp_path: Any) -> None:
