@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 
 from disagg.transceiver.events import LandedUnit
 from disagg.transceiver.messages.peer import Slice
-from disagg.transceiver.messages.values import ManifestEntry, UnitName
+from disagg.transceiver.messages.values import ManifestEntry, UnitName, UnitRun
 
 UnitKey = tuple[int, int]
 """(group, ordinal)"""
@@ -75,12 +75,17 @@ class Inbox:
 
     def _units_of(self, message: Slice) -> frozenset[UnitKey]:
         # Lengths first: a run's count is the peer's word, and must not be enumerated before it is known to be small.
-        total = sum(max(run.count, 0) for run in message.units)
+        total = sum(run.count for run in message.units)
         if not 0 <= message.number < len(self.required) or not 0 < total <= len(self._unannounced):
             raise BadSliceError(f"slice {message.number} of {total} units, {len(self._unannounced)} are outstanding")
-        if any(len(values) not in (0, run.count) for run in message.units for values in (run.slots, run.generations)):
-            raise BadSliceError(f"slice {message.number}: slots and generations do not match its units")
+        if not all(map(_is_well_formed, message.units)):
+            raise BadSliceError(f"slice {message.number}: a run is empty or its slots do not match its units")
         keys = [(run.group, run.first + i) for run in message.units for i in range(run.count)]
         if len(set(keys)) != len(keys) or not self._unannounced.issuperset(keys):
             raise BadSliceError(f"slice {message.number} names units that were not asked for, or twice")
         return frozenset(keys)
+
+
+def _is_well_formed(run: UnitRun) -> bool:
+    """At least one unit, and a slot and a generation for each of them or for none."""
+    return run.count > 0 and len(run.slots) == len(run.generations) and len(run.slots) in (0, run.count)

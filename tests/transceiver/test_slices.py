@@ -1,0 +1,161 @@
+"""Outbox and inbox: the two ends of the numbering of slices."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from support.sample_messages import HEADER
+
+from disagg.transceiver.events import LandedUnit, Unit
+from disagg.transceiver.inbox import BadSliceError, Inbox
+from disagg.transceiver.messages.peer import Slice
+from disagg.transceiver.messages.values import ManifestEntry, UnitName, UnitRun
+from disagg.transceiver.outbox import BYTE_WINDOW, REPEAT_BURST, SLICE_NBYTES, Outbox
+from disagg.transceiver.sender import unit_runs
+
+
+def unit(ordinal: int, group: int = 0) -> Unit:
+    return Unit(group, ordinal, 100 + ordinal, 1, 7 * ordinal)
+
+
+def keys(count: int, group: int = 0) -> list[tuple[int, int]]:
+    return [(group, ordinal) for ordinal in range(count)]
+
+
+@given(
+    st.lists(st.integers(1, 3 * SLICE_NBYTES // 2), min_size=2, max_size=2), st.lists(st.integers(1, 12), max_size=6)
+)
+def test_slices_hold_every_unit_once_in_order_within_the_cap(sizes: list[int], batches: list[int]) -> None:
+    total = sum(batches)
+    outbox, sent, given_units = Outbox(keys(total), sizes, None), [], iter(range(total))
+    for batch in batches:
+        outbox.add([unit(next(given_units)) for _ in range(batch)])
+        for number in outbox.cut():
+            units = outbox.slice_units(number)
+            assert len(units) == 1 or sizes[0] * len(units) <= SLICE_NBYTES
+            sent += units
+    assert sent == [unit(o) for o in range(total)] == list(outbox.announced)
+    assert outbox.is_all_announced
+
+
+def test_a_unit_larger_than_the_cap_goes_alone() -> None:
+    outbox = Outbox(keys(2), [SLICE_NBYTES + 1], None)
+    outbox.add([unit(0), unit(1)])
+    assert outbox.cut() == [0, 1]
+
+
+def test_units_nobody_asked_for_and_repeats_are_not_sent() -> None:
+    outbox = Outbox(keys(1), [1, 1], None)
+    outbox.add([unit(0), unit(0), unit(5), unit(0, group=1)])
+    outbox.add([unit(0)])
+    assert outbox.cut() == [0]
+    assert outbox.announced == (unit(0),)
+
+
+def test_the_window_holds_slices_back_until_others_have_landed() -> None:
+    outbox = Outbox(keys(9), [SLICE_NBYTES], BYTE_WINDOW)
+    outbox.add([unit(o) for o in range(9)])
+    assert outbox.cut() == [0, 1, 2, 3]
+    assert outbox.cut() == []
+    assert not outbox.is_all_announced
+    assert outbox.missing == ()
+    assert outbox.acknowledge(1)
+    assert outbox.cut() == [4, 5]
+
+
+def test_old_receipts_are_no_news() -> None:
+    outbox = Outbox(keys(3), [SLICE_NBYTES], None)
+    outbox.add([unit(o) for o in range(3)])
+    outbox.cut()
+    assert [outbox.acknowledge(number) for number in (-1, 1, 0, 1, 2)] == [False, True, False, False, True]
+    assert list(outbox.unanswered) == []
+
+
+def test_a_repeat_is_bounded() -> None:
+    outbox = Outbox(keys(40), [SLICE_NBYTES], None)
+    outbox.add([unit(o) for o in range(40)])
+    outbox.cut()
+    assert outbox.unanswered == range(REPEAT_BURST)
+
+
+def test_slots_and_generations_travel_only_where_they_are_read() -> None:
+    units = (unit(1), unit(2), unit(4), unit(5, group=1))
+    assert unit_runs(units, False) == (UnitRun(0, 1, 2), UnitRun(0, 4, 1), UnitRun(1, 5, 1))
+    assert unit_runs(units, True)[0] == UnitRun(0, 1, 2, (101, 102), (1, 1))
+
+
+# --- inbox --------------------------------------------------------------------------------------------------
+
+
+def slice_of(number: int, *runs: UnitRun) -> Slice:
+    return Slice(HEADER, number, runs)
+
+
+def landed(*ordinals: int) -> list[LandedUnit]:
+    return [LandedUnit(0, o, 7 * o) for o in ordinals]
+
+
+def test_receipts_name_the_highest_slice_without_a_gap() -> None:
+    inbox = Inbox(keys(3))
+    for number in range(3):
+        assert inbox.announce(slice_of(number, UnitRun(0, number, 1)))
+    seen = []
+    for number in (2, 0, 1):
+        inbox.land(number, landed(number))
+        seen.append(inbox.highest)
+    assert seen == [-1, 0, 2]
+    assert inbox.is_all_landed
+
+
+def test_a_repeated_slice_is_not_taken_twice() -> None:
+    inbox = Inbox(keys(2))
+    assert inbox.announce(slice_of(0, UnitRun(0, 0, 1)))
+    assert not inbox.announce(slice_of(0, UnitRun(0, 0, 1)))
+    assert inbox.num_announced == 1
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        slice_of(0),
+        slice_of(-1, UnitRun(0, 0, 1)),
+        slice_of(4, UnitRun(0, 0, 1)),
+        slice_of(1, UnitRun(0, 0, 2**60)),
+        slice_of(1, UnitRun(0, 0, -1)),
+        slice_of(1, UnitRun(0, 4, 1)),
+        slice_of(1, UnitRun(1, 0, 1)),
+        slice_of(1, UnitRun(0, -1, 1)),
+        slice_of(1, UnitRun(0, 1, 1), UnitRun(0, 1, 1)),
+        slice_of(1, UnitRun(0, 3, 1)),
+        slice_of(1, UnitRun(0, 0, 2), UnitRun(0, 0, -1)),
+        slice_of(1, UnitRun(0, 0, 1, (1, 2), (1,))),
+        slice_of(1, UnitRun(0, 0, 1, (1,), (1, 2))),
+    ],
+)
+def test_a_slice_no_honest_sender_says_is_refused_and_changes_nothing(message: Slice) -> None:
+    inbox = Inbox(keys(4))
+    inbox.announce(slice_of(3, UnitRun(0, 3, 1)))
+    with pytest.raises(BadSliceError):
+        inbox.announce(message)
+    assert inbox.num_announced == 1
+    assert inbox.announce(slice_of(0, UnitRun(0, 0, 3)))
+
+
+def test_landings_must_name_exactly_the_units_of_their_slice() -> None:
+    inbox = Inbox(keys(2))
+    inbox.announce(slice_of(0, UnitRun(0, 0, 2)))
+    assert inbox.expects(0, landed(1, 0))
+    assert not inbox.expects(0, landed(0))
+    assert not inbox.expects(0, landed(0, 1, 1))
+    assert not inbox.expects(1, landed(0, 1))
+    inbox.land(0, landed(0, 1))
+    assert not inbox.expects(0, landed(0, 1))
+
+
+def test_units_whose_digest_differs_are_named() -> None:
+    inbox = Inbox(keys(2))
+    inbox.announce(slice_of(0, UnitRun(0, 0, 2)))
+    inbox.land(0, landed(0, 1))
+    manifest = [ManifestEntry(0, 0, (0, 1, 0, 1), 0), ManifestEntry(0, 1, (0, 1, 0, 1), 8)]
+    assert inbox.disagreeing(manifest) == (UnitName(0, 1),)
