@@ -194,7 +194,13 @@ def test_logits_that_are_not_finite_end_their_own_request_only(when):
     assert engine.ending(key(1)) == FailedEvent(key(1), 500, "non-finite logits after position 3")
     assert engine.tokens(key(2)) == clean
     assert engine.num_used == 0
-    assert all(torch.isfinite(engine.cache.group_view(group)).all() for group in range(3))
+
+
+def test_blocks_that_may_not_be_finite_are_zeroed_when_they_are_freed():
+    engine = TestedEngine(poison=7)
+    engine.serve_all([Serve(key(1), (1, 2, 7, 3), greedy(5))])
+    assert isinstance(engine.ending(key(1)), FailedEvent)
+    assert not any(engine.cache.group_view(group).any() for group in range(3))
 
 
 # --- commands that come twice or late -------------------------------------------------------------------------

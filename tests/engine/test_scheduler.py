@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.engine_pair import TestedEngine, greedy, key, prompt_of
 
@@ -129,6 +129,7 @@ def test_a_promise_shrinks_once_the_prompt_is_computed():
     engine.run()
 
 
+@settings(deadline=None, max_examples=20)
 @given(st.lists(st.tuples(st.integers(1, 60), st.integers(1, 8)), min_size=1, max_size=10))
 def test_promises_are_never_exceeded_and_everything_ends(requests):
     engine = TestedEngine(num_slots=(30, 44), max_num_batched_tokens=12)

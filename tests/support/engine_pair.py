@@ -64,6 +64,7 @@ class TestedEngine(Engine):
         self.cache = KVCache(layout, num_slots)
         self.runner = FakeRunner(self.cache, poison)
         self.events: list[EngineEvent] = []
+        self.bytes_when_final: dict[FinalUnit, bytes] = {}
         self.events_of: defaultdict[AttemptKey, list[EngineEvent]] = defaultdict(list)
         config = EngineConfig(role, max_num_seqs, max_num_batched_tokens, max_model_len, True, 40)
         super().__init__(self.runner, self.cache, config)
@@ -78,7 +79,12 @@ class TestedEngine(Engine):
         self.events += events
         for event in events:
             self.events_of[event.key].append(event)
+            if isinstance(event, UnitsFinalEvent):
+                self.bytes_when_final |= {unit: self.bytes_of(unit) for unit in event.units}
         return events
+
+    def bytes_of(self, unit: FinalUnit) -> bytes:
+        return self.cache.group_view(unit.group)[unit.slot].numpy().tobytes()
 
     def run(self) -> list[EngineEvent]:
         """Step until there is nothing to compute."""
@@ -140,6 +146,7 @@ def transfer(source: TestedEngine, target: TestedEngine, wanted: AttemptKey, pro
             unit = units.pop((number, ordinal))
             pool = source.cache.layout.pool_of_group[number]
             assert source.cache.pools[pool].generations[unit.slot] == unit.generation
+            assert source.bytes_of(unit) == source.bytes_when_final[unit], "a final block was written to"
             target.cache.group_view(number)[slot] = source.cache.group_view(number)[unit.slot]
     assert not units, "a unit was announced that nobody needs"
     return Verified(wanted.transfer_id, wanted.epoch, computed.first_token)
