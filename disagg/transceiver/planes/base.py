@@ -47,7 +47,7 @@ class SourceUnit:
 
 @dataclass(frozen=True, slots=True)
 class Destination:
-    """Where one unit of a slice lands, and where it comes from (`source_slot` and `source_generation` on shm only, else -1)."""
+    """Where one unit of a slice lands, and where it comes from (-1 on planes whose sender pushes the bytes)."""
 
     group: int
     ordinal: int
