@@ -48,9 +48,7 @@ def resolve_model(name: str) -> Path:
         if folder.exists():
             raise ModelRefused(f"model `{name}` is a file, expected a folder with config.json and safetensors files")
         if not HUB_ID.fullmatch(name):
-            raise ModelRefused(
-                f"model folder `{name}` does not exist; give a folder with config.json or a hub id such as `google/gemma-3-1b-it`"
-            )
+            raise ModelRefused(f"model folder `{name}` does not exist; give a folder with config.json or a hub id")
         folder = _download(name)
     read_config(folder)
     weight_files(folder)

@@ -10,46 +10,53 @@ import numpy as np
 import numpy.typing as npt
 
 Words = npt.NDArray[np.uint32]
+Ids = npt.NDArray[np.int64]
 
 # The multipliers and Weyl increments of the paper; the increments are the golden ratio and sqrt(3) - 1 in 32 bits.
 _M0, _M1 = np.uint64(0xD2511F53), np.uint64(0xCD9E8D57)
-_W0, _W1 = 0x9E3779B9, 0xBB67AE85
+_W0, _W1 = np.uint32(0x9E3779B9), np.uint32(0xBB67AE85)
 _ROUNDS = 10
-_MASK32 = 0xFFFFFFFF
 _SHIFT32 = np.uint64(32)
 
 
-def philox4x32(counter: tuple[Words, Words, Words, Words], key: tuple[int, int]) -> tuple[Words, Words, Words, Words]:
-    """Four uint32 words for each counter (four arrays that broadcast) under `key` (two 32-bit numbers)."""
-    c0, c1, c2, c3 = (np.asarray(word, np.uint32) for word in counter)
+def philox4x32(
+    counter: tuple[Words, Words, Words, Words], key: tuple[Words, Words]
+) -> tuple[Words, Words, Words, Words]:
+    """Four uint32 words for each counter and key: arrays that broadcast, of a dimension or more so that sums wrap."""
+    c0, c1, c2, c3 = counter
     k0, k1 = key
     for _ in range(_ROUNDS):
         p0, p1 = _M0 * c0, _M1 * c2  # uint64: the full 64-bit products
-        high0, high1 = (p0 >> _SHIFT32).astype(np.uint32), (p1 >> _SHIFT32).astype(np.uint32)
-        c0, c1, c2, c3 = (
-            high1 ^ c1 ^ np.uint32(k0),
-            p1.astype(np.uint32),
-            high0 ^ c3 ^ np.uint32(k1),
-            p0.astype(np.uint32),
-        )
-        k0, k1 = (k0 + _W0) & _MASK32, (k1 + _W1) & _MASK32
+        c0, c2 = (p1 >> _SHIFT32).astype(np.uint32) ^ c1 ^ k0, (p0 >> _SHIFT32).astype(np.uint32) ^ c3 ^ k1
+        c1, c3 = p1.astype(np.uint32), p0.astype(np.uint32)
+        k0, k1 = k0 + _W0, k1 + _W1
     return c0, c1, c2, c3
 
 
-def uniforms(seed: int, position: int, ids: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
-    """One number in (0, 1) for each of `ids`, a function of (seed, position, id) alone.
+def _halves(values: Ids) -> tuple[Words, Words]:
+    """The low and the high 32 bits."""
+    bits = values.view(np.uint64)
+    return bits.astype(np.uint32), (bits >> _SHIFT32).astype(np.uint32)
+
+
+def uniforms(seeds: Ids, positions: Ids, ids: Ids) -> npt.NDArray[np.float64]:
+    """A number in (0, 1) for each (seed, position, id) of three int64 arrays of one length; a function of these alone.
 
     Key = the seed's 64 bits; counter = (id // 4, position's 64 bits, 0); word = id % 4. `(word + 0.5) / 2**32` is
     never 0 or 1.
     """
+    low, high = _halves(positions)
     blocks = (ids >> 2).astype(np.uint32)
-    shape = np.zeros_like(blocks)
-    low, high = shape + np.uint32(position & _MASK32), shape + np.uint32(position >> 32 & _MASK32)
-    words = np.stack(philox4x32((blocks, low, high, shape), (seed & _MASK32, seed >> 32 & _MASK32)))
+    words = np.stack(philox4x32((blocks, low, high, np.zeros_like(blocks)), _halves(seeds)))
     chosen = words[ids & 3, np.arange(len(ids))]
     return np.asarray((chosen.astype(np.float64) + 0.5) * 2.0**-32)
 
 
-def gumbel(seed: int, position: int, ids: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
-    """Standard Gumbel noise per id: argmax(logits + noise) is a draw from softmax(logits)."""
-    return np.negative(np.log(-np.log(uniforms(seed, position, ids))))
+def gumbel(seeds: Ids, positions: Ids, ids: Ids) -> npt.NDArray[np.float64]:
+    """Standard Gumbel noise for each (seed, position, id): argmax(logits + noise) is a draw from softmax(logits)."""
+    return np.negative(np.log(-np.log(uniforms(seeds, positions, ids))))
+
+
+def as_int64(seed: int) -> np.int64:
+    """The seed's low 64 bits: every Python integer is a seed."""
+    return np.uint64(seed & 0xFFFF_FFFF_FFFF_FFFF).astype(np.int64)

@@ -14,6 +14,7 @@ from disagg.engine.attention import CURRENT_STEP, LayerCall, Step
 from disagg.engine.model import LoadedModel
 from disagg.kernels import ops
 from disagg.kernels.batch import PagedBatch, QueryRun
+from disagg.kernels.workspace import Workspace
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +42,7 @@ class Runner:
         self.model, self.cache = model, cache
         self._dtype: torch.dtype = getattr(torch, model.dtype)
         self._pools = {layer.index: cache.layer_view(layer.index) for layer in model.layers}
+        self._workspace = Workspace()
         self._groups = {layer.index: cache.layout.place(layer.index)[0] for layer in model.layers}
 
     def execute(self, chunks: Sequence[Chunk]) -> torch.Tensor:
@@ -75,7 +77,7 @@ class Runner:
         plans = []
         for number in range(self.cache.layout.num_groups):
             layer = self.cache.layout.groups[number].layers[0]
-            plans.append(ops.plan(self._batch(number, chunks), self._pools[layer], self._dtype))
+            plans.append(ops.plan(self._batch(number, chunks), self._pools[layer], self._dtype, self._workspace))
         return {
             layer.index: LayerCall(layer, self._pools[layer.index], plans[self._groups[layer.index]])
             for layer in self.model.layers

@@ -2,20 +2,20 @@
 
 Order, as in vLLM: mask stop tokens until `min_tokens`, logit bias, repetition, frequency and presence penalties; then
 at temperature 0 the argmax, else temperature, min-p, top-k, top-p and a Gumbel-max draw. Reported log-probabilities are
-those of the raw logits, before all of it. Every row is computed alone, so its token does not depend on the batch, and
-in NumPy on the CPU, so it does not depend on the device.
+those of the raw logits, before all of it. Nothing mixes rows, so a token does not depend on its batch, and it
+is computed in NumPy on the CPU, so it does not depend on the device.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from disagg.engine.philox import gumbel
+from disagg.engine.philox import as_int64, gumbel
 from disagg.transceiver.messages.values import Sampling, TokenLogprobs
 
 Row = npt.NDArray[np.float32]
@@ -45,21 +45,24 @@ def sample(logits: torch.Tensor, inputs: Sequence[SampleInput]) -> list[Sampled]
     assert logits.shape[0] == len(inputs)
     if not inputs:
         return []
-    greedy = logits.argmax(-1).tolist()
+    token_ids = logits.argmax(-1).tolist()
     finite = logits.isfinite().all(-1).tolist()
+    candidates: list[_Candidates] = []
+    for i, row in enumerate(inputs):
+        if not finite[i] or (row.sampling.temperature == 0 and not _is_adjusted(row)):
+            continue
+        adjusted = _adjust(logits[i].cpu().numpy(), row)
+        if row.sampling.temperature == 0:
+            token_ids[i] = int(adjusted.argmax())
+        else:
+            candidates.append(_filter(i, adjusted, row))
+    token_ids = _draw(token_ids, candidates, inputs)
     return [
-        _sample_row(logits[i], row, greedy[i]) if finite[i] else Sampled(0, None, finite=False)
+        Sampled(token_ids[i], _logprobs(logits[i], token_ids[i], row.sampling.num_logprobs), finite=True)
+        if finite[i]
+        else Sampled(0, None, finite=False)
         for i, row in enumerate(inputs)
     ]
-
-
-def _sample_row(logits: torch.Tensor, row: SampleInput, greedy: int) -> Sampled:
-    sampling = row.sampling
-    if sampling.temperature == 0 and not _is_adjusted(row):
-        return Sampled(greedy, _logprobs(logits, greedy, sampling.num_logprobs), finite=True)
-    adjusted = _adjust(logits.cpu().numpy().copy(), row)
-    token_id = int(adjusted.argmax()) if sampling.temperature == 0 else _draw(adjusted, row)
-    return Sampled(token_id, _logprobs(logits, token_id, sampling.num_logprobs), finite=True)
 
 
 def _logprobs(logits: torch.Tensor, token_id: int, count: int | None) -> TokenLogprobs | None:
@@ -82,7 +85,9 @@ def _is_adjusted(row: SampleInput) -> bool:
 
 
 def _adjust(logits: Row, row: SampleInput) -> Row:
-    sampling = row.sampling
+    if not _is_adjusted(row):
+        return logits
+    logits, sampling = logits.copy(), row.sampling
     if len(row.output) < sampling.min_tokens:
         stops = np.unique(_known([*sampling.eos_token_ids, *sampling.stop_token_ids], logits))
         if len(stops) < len(logits):  # a client may list them all; something must be chosen
@@ -118,19 +123,55 @@ def _penalise(logits: Row, row: SampleInput) -> Row:
 # --- drawing ------------------------------------------------------------------------------------------------
 
 
-def _draw(logits: Row, row: SampleInput) -> int:
-    """Gumbel-max over the candidates that the filters leave. Noise belongs to the id, so filters do not shift it."""
+Kept = npt.NDArray[np.int64]
+Scaled = npt.NDArray[np.float64]
+
+# Candidates whose noise is computed at once: enough that NumPy's calls cost nothing, few enough (8 MiB a temporary)
+# that a batch of whole vocabularies does not take the memory.
+MAX_CANDIDATES = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class _Candidates:
+    """Ids that the filters leave in row `index`, and their logits over temperature."""
+
+    index: int
+    kept: Kept
+    scores: Scaled
+
+
+def _filter(index: int, logits: Row, row: SampleInput) -> _Candidates:
     sampling = row.sampling
     scaled = logits.astype(np.float64) / sampling.temperature
     kept = np.flatnonzero(scaled > -np.inf)
     kept = _min_p(scaled, kept, sampling.min_p)
     kept = _top_k(scaled, kept, sampling.top_k)
     kept = _top_p(scaled, kept, sampling.top_p)
-    return int(kept[np.argmax(scaled[kept] + gumbel(sampling.seed, row.position, kept))])
+    return _Candidates(index, kept, scaled[kept])
 
 
-Kept = npt.NDArray[np.int64]
-Scaled = npt.NDArray[np.float64]
+def _draw(token_ids: list[int], rows: Sequence[_Candidates], inputs: Sequence[SampleInput]) -> list[int]:
+    """`token_ids` with a Gumbel-max draw at each of `rows`. Noise belongs to the id: filters do not shift it."""
+    drawn = list(token_ids)
+    for batch in _batches(rows):
+        counts = [len(row.kept) for row in batch]
+        seeds = np.repeat([as_int64(inputs[row.index].sampling.seed) for row in batch], counts)
+        positions = np.repeat(np.array([inputs[row.index].position for row in batch], np.int64), counts)
+        noise = gumbel(seeds, positions, np.concatenate([row.kept for row in batch]))
+        for row, own in zip(batch, np.split(noise, np.cumsum(counts)[:-1]), strict=True):
+            drawn[row.index] = int(row.kept[np.argmax(row.scores + own)])
+    return drawn
+
+
+def _batches(rows: Sequence[_Candidates]) -> Iterator[list[_Candidates]]:
+    batch: list[_Candidates] = []
+    for row in rows:
+        if batch and sum(len(other.kept) for other in batch) + len(row.kept) > MAX_CANDIDATES:
+            yield batch
+            batch = []
+        batch.append(row)
+    if batch:
+        yield batch
 
 
 def _min_p(scaled: Scaled, kept: Kept, min_p: float) -> Kept:

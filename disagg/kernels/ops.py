@@ -14,6 +14,7 @@ import torch
 from disagg.kernels import reference
 from disagg.kernels.batch import PagedBatch
 from disagg.kernels.reference import Plan
+from disagg.kernels.workspace import Workspace
 
 
 def backend(device: torch.device) -> ModuleType:
@@ -23,12 +24,13 @@ def backend(device: torch.device) -> ModuleType:
     return reference
 
 
-def plan(batch: PagedBatch, pool: torch.Tensor, dtype: torch.dtype) -> Plan:
+def plan(batch: PagedBatch, pool: torch.Tensor, dtype: torch.dtype, workspace: Workspace) -> Plan:
     """Index and mask tensors for `batch`, good for every layer of the group that `pool` belongs to.
 
-    `dtype` is that of the queries. Reads shape, strides and device of `pool`, not its contents.
+    `dtype` is that of the queries. Reads shape, strides and device of `pool`, not its contents. Plans that share
+    `workspace` are used one at a time.
     """
-    return cast(Plan, backend(pool.device).plan(batch, pool, dtype))
+    return cast(Plan, backend(pool.device).plan(batch, pool, dtype, workspace))
 
 
 def write_kv(pool: torch.Tensor, plan: Plan, key: torch.Tensor, value: torch.Tensor) -> None:

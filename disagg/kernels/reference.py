@@ -19,6 +19,7 @@ import torch
 from torch.nn import functional
 
 from disagg.kernels.batch import NULL_SLOT, PagedBatch, QueryRun
+from disagg.kernels.workspace import Workspace
 
 # Queries per tile: large enough that a tile's matmuls dwarf its dozen calls, small against usual windows (512 to 4096).
 TILE_QUERIES = 256
@@ -64,10 +65,11 @@ class Plan:
     write_rows: torch.Tensor
     buckets: tuple[Bucket, ...]
     runs: tuple[Run, ...]
+    workspace: Workspace
 
 
-def plan(batch: PagedBatch, pool: torch.Tensor, dtype: torch.dtype) -> Plan:
-    return _Planner(batch, pool, dtype).plan()
+def plan(batch: PagedBatch, pool: torch.Tensor, dtype: torch.dtype, workspace: Workspace) -> Plan:
+    return _Planner(batch, pool, dtype).plan(workspace)
 
 
 class _Planner:
@@ -77,11 +79,12 @@ class _Planner:
         assert self.block_size == batch.block_size
         self.rows_per_slot = pool.stride(0) // (self.block_size * head_dim)
 
-    def plan(self) -> Plan:
+    def plan(self, workspace: Workspace) -> Plan:
         flat = np.cumsum([0, *(run.num_queries for run in self.batch.runs)])
         decode = [(int(at), run) for at, run in zip(flat, self.batch.runs, strict=False) if run.num_queries == 1]
         long = [(int(at), run) for at, run in zip(flat, self.batch.runs, strict=False) if run.num_queries > 1]
-        return Plan(self._write_rows(), self._buckets(decode), tuple(self._run(at, run) for at, run in long))
+        runs = tuple(self._run(at, run) for at, run in long)
+        return Plan(self._write_rows(), self._buckets(decode), runs, workspace)
 
     def _tensor(self, array: npt.NDArray[np.generic]) -> torch.Tensor:
         return torch.from_numpy(np.ascontiguousarray(array)).to(self.device)
@@ -178,14 +181,16 @@ def paged_attention(
     out = torch.empty_like(grouped)
     for bucket in plan.buckets:
         shape = (bucket.num_queries, num_kv_heads, -1, head_dim)
-        key, value = _gather(rows, bucket.key_rows, num_kv_heads, shape, query.dtype)
+        key, value = _gather(plan.workspace, rows, bucket.key_rows, num_kv_heads, shape, query.dtype)
         part = grouped if bucket.queries is None else grouped.index_select(0, bucket.queries)
         result = _attend(part, key, value, bucket.bias, scale, softcap, sinks)
         if bucket.queries is None:
             return result.reshape(num_queries, num_heads, head_dim)
         out.index_copy_(0, bucket.queries, result)
     for run in plan.runs:
-        key, value = _gather(rows, run.key_rows, num_kv_heads, (num_kv_heads, 1, -1, head_dim), query.dtype)
+        key, value = _gather(
+            plan.workspace, rows, run.key_rows, num_kv_heads, (num_kv_heads, 1, -1, head_dim), query.dtype
+        )
         for tile in run.tiles:
             part = grouped[tile.first : tile.last].permute(1, 2, 0, 3)
             keys, values = (x[:, :, tile.low : tile.high].expand(-1, part.shape[1], -1, -1) for x in (key, value))
@@ -195,11 +200,18 @@ def paged_attention(
 
 
 def _gather(
-    rows: torch.Tensor, key_rows: torch.Tensor, num_kv_heads: int, shape: tuple[int, ...], dtype: torch.dtype
+    workspace: Workspace,
+    rows: torch.Tensor,
+    key_rows: torch.Tensor,
+    num_kv_heads: int,
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    key = rows.index_select(0, key_rows).view(shape)
-    value = rows.index_select(0, key_rows + num_kv_heads).view(shape)
-    return key.to(dtype), value.to(dtype)
+    """K and V of a bucket or run as `shape`; good until the next gather."""
+    key, value = (workspace.rows(name, len(key_rows), rows) for name in ("key", "value"))
+    torch.index_select(rows, 0, key_rows, out=key)
+    torch.index_select(rows, 0, key_rows + num_kv_heads, out=value)
+    return key.view(shape).to(dtype), value.view(shape).to(dtype)
 
 
 def _attend(

@@ -1,4 +1,4 @@
-"""What a folder says about itself without torch: found or refused in one sentence, fingerprinted, generation defaults."""
+"""What a folder says about itself without torch: found or refused in one sentence, fingerprint, generation defaults."""
 
 from __future__ import annotations
 

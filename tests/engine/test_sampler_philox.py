@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from disagg.engine.philox import gumbel, philox4x32, uniforms
+from disagg.engine import philox
+from disagg.engine.philox import as_int64, philox4x32
 
 ONES = 0xFFFFFFFF
 KNOWN_ANSWERS = [
@@ -19,9 +20,14 @@ KNOWN_ANSWERS = [
 ]
 
 
+def uniforms(seed: int, position: int, ids: np.ndarray) -> np.ndarray:
+    return philox.uniforms(np.full(len(ids), as_int64(seed)), np.full(len(ids), position), ids)
+
+
 @pytest.mark.parametrize(("counter", "key", "expected"), KNOWN_ANSWERS, ids=["zeros", "ones", "pi"])
 def test_known_answers(counter: tuple[int, ...], key: tuple[int, int], expected: tuple[int, ...]) -> None:
-    words = philox4x32(tuple(np.array([word], np.uint32) for word in counter), key)
+    arrays = [np.array([word], np.uint32) for word in (*counter, *key)]
+    words = philox4x32((arrays[0], arrays[1], arrays[2], arrays[3]), (arrays[4], arrays[5]))
     assert tuple(int(word[0]) for word in words) == expected
 
 
@@ -43,4 +49,5 @@ def test_numbers_are_uniform_and_noise_is_finite() -> None:
     assert numbers.max() < 1
     counts, _ = np.histogram(numbers, bins=20, range=(0, 1))
     assert np.abs(counts - 10_000).max() < 500  # five standard deviations of a bin
-    assert np.isfinite(gumbel(1, 2, np.arange(200_000))).all()
+    ids = np.arange(200_000)
+    assert np.isfinite(philox.gumbel(np.full(200_000, 1), np.full(200_000, 2), ids)).all()

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from disagg.cache.pool import NULL_SLOT as CACHE_NULL_SLOT
 from disagg.kernels import ops, reference
 from disagg.kernels.batch import NULL_SLOT, PagedBatch, QueryRun
+from disagg.kernels.workspace import Workspace
 
 
 @dataclass(frozen=True)
@@ -107,9 +108,9 @@ class World:
         weights = np.exp(scores)
         return weights @ values / (weights.sum() + sink)
 
-    def actual(self) -> np.ndarray:
+    def actual(self, workspace: Workspace | None = None) -> np.ndarray:
         case = self.case
-        plan = ops.plan(self.batch, self.pool, case.dtype)
+        plan = ops.plan(self.batch, self.pool, case.dtype, workspace or Workspace())
         new = [slice(start, start + n) for start, n in case.runs]
         shape = (-1, case.num_kv_heads, case.head_dim)
         key, value = (
@@ -194,10 +195,17 @@ def test_a_window_off_by_one_is_noticed() -> None:
     assert np.abs(world.actual() - world.expected()).max() > 1e-2
 
 
+def test_a_workspace_may_serve_plan_after_plan() -> None:
+    workspace = Workspace()
+    for name in ("full attention", "one element", "decode in several buckets", "window"):
+        world = World(CASES[name])
+        np.testing.assert_allclose(world.actual(workspace), world.expected(), atol=3e-6, rtol=0)
+
+
 def test_writes_touch_nothing_but_the_new_tokens() -> None:
     world = World(Case(((5, 3), (8, 1))))
     before = world.pool.clone()
-    plan = ops.plan(world.batch, world.pool, torch.float32)
+    plan = ops.plan(world.batch, world.pool, torch.float32, Workspace())
     new = torch.ones(4, 2, 7)
     ops.write_kv(world.pool, plan, new, 2 * new)
     tables = world.tables

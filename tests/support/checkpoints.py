@@ -50,12 +50,23 @@ def save_gemma3_wrapper(folder: Path) -> Any:
     return model
 
 
+def wrap_text_model(folder: Path, class_name: str, model_type: str) -> None:
+    """Turn a saved text model into the multimodal wrapper's form: nested configuration, longer names, media tensors."""
+    tensors = load_file(folder / "model.safetensors")
+    renamed = {name.replace("model.", "model.language_model.", 1): tensor for name, tensor in tensors.items()}
+    renamed |= {f"model.{part}.weight": torch.zeros(3) for part in ("vision_tower", "audio_tower", "embed_vision")}
+    save_file(renamed, folder / "model.safetensors", metadata={"format": "pt"})
+    text = json.loads((folder / "config.json").read_text())
+    wrapper = {"architectures": [class_name], "model_type": model_type, "dtype": text["dtype"], "text_config": text}
+    (folder / "config.json").write_text(json.dumps(wrapper))
+
+
 FP4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
-"""Magnitudes of E2M1, by the low three bits (OCP Microscaling Formats 1.0, section 5.3.3); the fourth bit is the sign."""
+"""Magnitudes of E2M1 by the low three bits (OCP Microscaling Formats 1.0, section 5.3.3); the fourth is the sign."""
 
 
 def dequantise(blocks: np.ndarray, scales: np.ndarray) -> np.ndarray:
-    """MXFP4 by its definition: `blocks` `[..., groups, 16]` hold two values a byte, low nibble first; scale 2**(s - 127)."""
+    """MXFP4 as defined: `blocks` `[..., groups, 16]` hold two values a byte, low nibble first; scale 2**(s - 127)."""
     nibbles = np.stack([blocks & 15, blocks >> 4], axis=-1).reshape(*blocks.shape[:-1], 32)
     values = np.array(FP4)[nibbles & 7] * np.where(nibbles & 8, -1.0, 1.0)
     return (values * 2.0 ** (scales.astype(np.float64)[..., None] - 127)).reshape(*blocks.shape[:-2], -1)
@@ -69,9 +80,7 @@ def save_mxfp4_gpt_oss(folder: Path) -> Mapping[str, np.ndarray]:
     rng = np.random.default_rng(0)
     expected = {}
     for name in [name for name in tensors if name.endswith(("gate_up_proj", "down_proj"))]:
-        experts, rows, columns = tensors.pop(
-            name
-        ).shape  # [experts, in, out] in transformers, [experts, out, in] in MXFP4
+        experts, rows, columns = tensors.pop(name).shape  # transformers: [experts, in, out]; MXFP4: out, in
         blocks = rng.integers(0, 256, (experts, columns, rows // 32, 16), dtype=np.uint8)
         scales = rng.integers(121, 125, (experts, columns, rows // 32), dtype=np.uint8)
         tensors[f"{name}_blocks"], tensors[f"{name}_scales"] = torch.from_numpy(blocks), torch.from_numpy(scales)
