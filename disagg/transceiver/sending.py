@@ -79,6 +79,9 @@ class SendingSide:
         self._plane_of: dict[AttemptKey, SourcePlane] = {}
         self._early: dict[AttemptKey, tuple[Fetch, float]] = {}
         self._outbox: asyncio.Queue[tuple[bytes, PeerMessage]] = asyncio.Queue()
+        self._lost: asyncio.Queue[str] = asyncio.Queue()
+        for plane in planes.values():
+            plane.on_peer_lost = self._lost.put_nowait
         self._payloads: asyncio.Queue[tuple[AttemptKey, SendPayload]] = asyncio.Queue()
 
     async def run(self) -> None:
@@ -88,6 +91,7 @@ class SendingSide:
             tasks.create_task(self._send_queued())
             tasks.create_task(self._send_payloads(tasks))
             tasks.create_task(self._beat())
+            tasks.create_task(self._lose_closed())
             tasks.create_task(self._transfers.tick())
 
     # --- the worker's side ------------------------------------------------------------------------------------
@@ -245,6 +249,11 @@ class SendingSide:
         peer, answer = self._peers.get(fetch.header.source), self._transfers.take(fetch)
         if peer is not None and answer is not None:
             self._post(peer.routing_id, answer)
+
+    async def _lose_closed(self) -> None:
+        """The end of a data connection is the first news of a peer's death."""
+        while True:
+            await self._lose(await self._lost.get(), "its data connection closed")
 
     async def _lose_route(self, routing_id: bytes, reason: str) -> None:
         for incarnation, peer in list(self._peers.items()):

@@ -158,6 +158,8 @@ class Attempts:
             return
         match event:
             case TokensEvent(key, index, token_ids, logprobs):
+                if index == 0 and state.dispatch.mode == "serve":
+                    self._report(state, "", (), state.since_arrival("prefill"))
                 self._send(Tokens(key.transfer_id, key.epoch, index, token_ids, logprobs))
             case FinishedEvent(key, index, reason, stop_token_id):
                 self._send(Finished(key.transfer_id, key.epoch, index, reason, stop_token_id))
@@ -185,7 +187,7 @@ class Attempts:
 
     def _prompt_computed(self, state: RequestState, event: PromptComputedEvent) -> None:
         key, first = event.key, event.first_token
-        self._report(state, "", (), StageTimes((("prefill", time.monotonic() - state.arrived_at),)))
+        self._report(state, "", (), state.since_arrival("prefill"))
         if not event.finished:
             self._feed_sender(key, PromptComputed(event.compute_id, first))
             return

@@ -16,10 +16,11 @@ import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 START_TIMEOUT_S = 90.0  # three processes that import torch on two busy cores
 STOP_TIMEOUT_S = 20.0
+LEASE_INTERVAL_S = 0.5
 
 SERVING = re.compile(r"serving `(?P<name>.*)` at (?P<url>\S+) \(admin: (?P<admin>\S+)\)")
 
@@ -33,6 +34,19 @@ class System:
     stderr: list[str] = field(default_factory=list)
     url: str = ""
     admin: str = ""
+    _readers: list[threading.Thread] = field(default_factory=list)
+
+    def read_output(self) -> None:
+        for stream, lines in ((self.process.stdout, self.stdout), (self.process.stderr, self.stderr)):
+            assert stream is not None
+            reader = threading.Thread(target=_read_lines, args=(stream, lines), daemon=True)
+            reader.start()
+            self._readers.append(reader)
+
+    def close(self) -> None:
+        """After the process ended: join the readers, which close the pipes."""
+        for reader in self._readers:
+            reader.join(STOP_TIMEOUT_S)
 
     def get(self, path: str, *, admin: bool = False) -> Any:
         with urllib.request.urlopen((self.admin if admin else self.url) + path, timeout=10) as response:
@@ -81,6 +95,10 @@ class System:
                 return pid
         raise LookupError(f"no child {name}: {self.stderr[-20:]}")
 
+    def settle(self) -> None:
+        """Until every worker's lease, which carries its figures, was sent after this call."""
+        time.sleep(2 * LEASE_INTERVAL_S)
+
     def wait_until_idle(self, timeout_s: float = 10.0) -> None:
         """Until every worker reports zero used blocks; fails with what is left."""
         deadline = time.monotonic() + timeout_s
@@ -96,6 +114,11 @@ class System:
                 return
             assert time.monotonic() < deadline, "\n".join(self.stderr[-40:])
             time.sleep(0.1)
+
+
+def _read_lines(stream: IO[str], lines: list[str]) -> None:
+    with stream:
+        lines.extend(iter(stream.readline, ""))
 
 
 def children_of(pid: int) -> list[int]:
@@ -117,8 +140,7 @@ def start(*flags: str, env: dict[str, str] | None = None) -> System:
         start_new_session=True,
     )
     system = System(process)
-    for stream, lines in ((process.stdout, system.stdout), (process.stderr, system.stderr)):
-        threading.Thread(target=lambda s=stream, out=lines: out.extend(iter(s.readline, "")), daemon=True).start()
+    system.read_output()
     return system
 
 
@@ -155,3 +177,4 @@ def running(*flags: str, env: dict[str, str] | None = None) -> Iterator[System]:
         if system.process.poll() is None:
             os.killpg(system.process.pid, signal.SIGKILL)
             system.process.wait()
+        system.close()

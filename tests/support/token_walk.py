@@ -36,7 +36,7 @@ def attended(position: int, query: int, window: int | None) -> bool:
 
 
 def needed_blocks(prompt_len: int, window: int | None, block_size: int, horizon: int = 4) -> set[int]:
-    """Blocks that hold a prompt token which one of the next `horizon` queries attends; later queries attend no other."""
+    """Blocks that hold a prompt token which one of the next `horizon` queries attends; later ones attend no other."""
     return {
         token // block_size
         for token in range(prompt_len)
