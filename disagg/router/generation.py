@@ -1,4 +1,4 @@
-"""What the HTTP layer asks of the router: token ids in, token ids out. Text, JSON and templates stay above; workers below."""
+"""What the HTTP layer asks of the router: token ids in, token ids out. Text and JSON stay above, workers below."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class GenerationRequest:
 
 @dataclass(frozen=True, slots=True)
 class TokenChunk:
-    """Tokens in order, never twice, never with a gap. `logprobs` is as long as `token_ids`, or empty if not asked for."""
+    """Tokens in order, never twice, never with a gap. `logprobs` has one entry per token, or none if not asked for."""
 
     index: int
     token_ids: tuple[int, ...]

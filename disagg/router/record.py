@@ -143,13 +143,6 @@ class RequestRecord:
             timeline[stage], at = reached - at, reached
         return timeline | {"first_token": self.ttft_s - at}
 
-    def _exposed_stages(self) -> dict[str, float]:
-        """Reported stages, transfer less what prefill hid of it: the wire is used last, so waiting is hidden first."""
-        stages = self.current.stages()
-        wait, wire = stages.get("transfer_wait", 0.0), stages.get("wire", 0.0)
-        exposed = max(0.0, wait + wire - stages.get("prefill", 0.0))
-        return stages | {"wire": min(wire, exposed), "transfer_wait": max(0.0, exposed - wire)}
-
     def describe(self) -> dict[str, Any]:
         return {
             "request_id": self.request.request_id,

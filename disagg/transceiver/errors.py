@@ -1,4 +1,4 @@
-"""Errors of the transfer: each says whose fault it is. Foreign exceptions are translated once, at the edge, `from exc`."""
+"""Errors of the transfer: each says whose fault it is. Foreign exceptions are translated once, at the edge."""
 
 from __future__ import annotations
 

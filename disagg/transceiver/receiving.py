@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from disagg.transceiver.actions import Action, FreeReservation, Land, ReportFailed, Send, StopLanding, Verified
-from disagg.transceiver.errors import PeerLost, SourceChanged
+from disagg.transceiver.errors import TransceiverError
 from disagg.transceiver.events import (
     Event,
     LandingFailed,
@@ -222,7 +222,7 @@ class ReceivingSide:
         try:
             await plane.fetch(job)
             landed = await self._landing.submit(job, plane)
-        except (SourceChanged, PeerLost) as exc:
+        except TransceiverError as exc:  # the source changed or left, or sent what does not fit the slots
             self.feed(key, LandingFailed(job.number, str(exc)))
             return
         if (incoming := self._incoming.get(key)) is not None:
