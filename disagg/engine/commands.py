@@ -1,4 +1,4 @@
-"""Commands to the model thread and events back from it. The model thread owns cache and scheduler; nobody else calls them."""
+"""Commands to the model thread and events back from it: it owns cache and scheduler, nobody else calls them."""
 
 from __future__ import annotations
 
@@ -8,13 +8,12 @@ from disagg.transceiver.actions import Verified
 from disagg.transceiver.messages.values import AttemptKey as AttemptKey
 from disagg.transceiver.messages.values import FirstToken, Sampling, TokenLogprobs
 
-
 # --- commands -----------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
 class Serve:
-    """Compute the prompt here and emit every token (colocated, fallback, or max_tokens = 1). `urgent` = head of admission."""
+    """Compute the prompt and emit every token here (colocated, fallback, max_tokens = 1). `urgent`: head of admission."""
 
     key: AttemptKey
     prompt: tuple[int, ...]
@@ -33,14 +32,14 @@ class Prefill:
 
 @dataclass(frozen=True, slots=True)
 class Pin:
-    """A FETCH was accepted: promise the peak, never drop from here. Answered by `PinnedEvent`, at once or after recompute began."""
+    """A FETCH was accepted: promise the peak, never drop from here. Answered by `PinnedEvent` when that is so."""
 
     key: AttemptKey
 
 
 @dataclass(frozen=True, slots=True)
 class Reserve:
-    """Make room for KV that will be received: history = prompt length, decode peak promised. Answered by `ReservedEvent`."""
+    """Make room for KV to be received: history = prompt length, decode peak promised. Answered by `ReservedEvent`."""
 
     key: AttemptKey
     prompt: tuple[int, ...]
@@ -57,14 +56,14 @@ class Decode:
 
 @dataclass(frozen=True, slots=True)
 class Release:
-    """Drop everything held for this attempt, in whatever state. Unknown keys are ignored (delivery is at least once)."""
+    """Drop all that this attempt holds, in whatever state. Unknown keys are ignored (delivery is at least once)."""
 
     key: AttemptKey
 
 
 @dataclass(frozen=True, slots=True)
 class DropSoft:
-    """`fetch_wait_s` passed without FETCH: give the unpinned blocks back; the request stays and is recomputed after `Pin`."""
+    """`fetch_wait_s` passed without FETCH: give the unpinned blocks back; `Pin` has them computed anew."""
 
     key: AttemptKey
 
