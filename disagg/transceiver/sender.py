@@ -79,7 +79,6 @@ class Sender(Side):
         super().__init__(ends, offer.ttl_s, now)
         self._offer = offer
         self._computations: dict[int, _Computation] = {}
-        self._dropped: set[int] = set()
         self._pinned: int | None = None
         self._first_token: FirstToken | None = None
         self._fetch: Fetch | None = None
@@ -179,18 +178,17 @@ class Sender(Side):
         if self.state is State.SENDING and event.compute_id == self._pinned:
             self._outbox.add(event.units)
             self._announce()
-        elif self._is_soft and event.compute_id not in self._dropped:
+        elif self._is_soft:
             self._computation(event.compute_id).units.extend(event.units)
 
     def _on_prompt_computed(self, event: PromptComputed) -> None:
         if self.state is State.SENDING and event.compute_id == self._pinned:
             self._first_token = event.first_token
             self._try_done()
-        elif self._is_soft and event.compute_id not in self._dropped:
+        elif self._is_soft:
             self._computation(event.compute_id).first_token = event.first_token
 
     def _on_soft_dropped(self, event: SoftDropped) -> None:
-        self._dropped.add(event.compute_id)
         self._computations.pop(event.compute_id, None)
 
     def _on_pinned(self, event: Pinned) -> None:

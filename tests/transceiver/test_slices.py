@@ -39,6 +39,14 @@ def test_slices_hold_every_unit_once_in_order_within_the_cap(sizes: list[int], b
     assert outbox.is_all_announced
 
 
+def test_the_cap_is_exact() -> None:
+    half = SLICE_NBYTES // 2
+    fits, too_much = Outbox(keys(2), [half], None), Outbox([(0, 0), (1, 0)], [half, half + 1], None)
+    fits.add([unit(0), unit(1)])
+    too_much.add([unit(0), unit(0, group=1)])
+    assert (fits.cut(), too_much.cut()) == ([0], [0, 1])
+
+
 def test_a_unit_larger_than_the_cap_goes_alone() -> None:
     outbox = Outbox(keys(2), [SLICE_NBYTES + 1], None)
     outbox.add([unit(0), unit(1)])
