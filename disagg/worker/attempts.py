@@ -115,10 +115,13 @@ class Attempts:
         state = RequestState(dispatch)
         key, sampling = state.key, dispatch.sampling
         if key in self._live or self._is_misplaced(dispatch):
-            log.warning("ignored a dispatch", extra={"request_id": dispatch.request_id, "mode": dispatch.mode})
+            log.warning("ignored a dispatch of mode %s", dispatch.mode, extra=_of(state))
             return
         self._live[key] = state
         self._requests[dispatch.transfer_id] = dispatch
+        log.info(
+            "%s: %d prompt tokens, attempt %d", dispatch.mode, len(dispatch.prompt), dispatch.epoch, extra=_of(state)
+        )
         if dispatch.mode == "serve":
             self._submit(Serve(key, dispatch.prompt, sampling, urgent))
         elif dispatch.mode == "decode":
@@ -224,13 +227,16 @@ class Attempts:
     def decode(self, key: AttemptKey, verified: Verified, record: TransferRecord) -> None:
         self._count(record, "verified")
         if (state := self._live.get(key)) is not None:
-            self._report(state, record.plane, self._factory.group_bytes(state.dispatch, record), _times(state, record))
+            groups = self._factory.group_bytes(state.dispatch, record)
+            self._report(state, record.plane, groups, _times(state, record))
             self._submit(Decode(key, verified))
+            log.info("received %d bytes over %s", sum(g.nbytes for g in groups), record.plane, extra=_of(state))
 
     def transfer_failed(self, key: AttemptKey, failure: ReportFailed, record: TransferRecord) -> None:
         self._count(record, "failed")
         self._submit(Release(key))
-        if self._live.pop(key, None) is not None:  # the request stays: the router says what comes next
+        if (state := self._live.pop(key, None)) is not None:  # the request stays: the router says what comes next
+            log.warning("transfer failed: %s", failure.reason, extra=_of(state))
             self._send(TransferFailed(key.transfer_id, key.epoch, failure.reason, failure.units))
 
     def free_reservation(self, key: AttemptKey, reason: str, record: TransferRecord) -> None:
@@ -269,6 +275,11 @@ class Attempts:
     def _drop_request(self, transfer_id: str) -> None:
         if not any(key.transfer_id == transfer_id for key in self._live):
             self._requests.pop(transfer_id, None)
+
+
+def _of(state: RequestState) -> dict[str, str]:
+    """Names a log line's request as the client and the other processes do."""
+    return {"request_id": state.dispatch.request_id}
 
 
 def _times(state: RequestState, record: TransferRecord) -> StageTimes:

@@ -52,6 +52,7 @@ def make_engine(
         max_num_batched_tokens=settings.max_num_batched_tokens,
         max_model_len=max_model_len,
         check_invariants=settings.check,
+        vocab_size=model.vocab_size,
     )
     identity = Identity(
         protocol_major=PROTOCOL[0],
