@@ -70,6 +70,7 @@ def _config(app: ASGIApp, shutdown_timeout_s: int) -> uvicorn.Config:
         lifespan="off",
         ws="none",
         log_config=None,  # the process set its logging up already
+        log_level="warning",  # its coming and going is ours to tell
         access_log=False,
         proxy_headers=False,  # nothing here depends on the client's address
         server_header=False,

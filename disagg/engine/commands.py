@@ -13,7 +13,7 @@ from disagg.transceiver.messages.values import FirstToken, Sampling, TokenLogpro
 
 @dataclass(frozen=True, slots=True)
 class Serve:
-    """Compute the prompt and emit every token here (colocated, fallback, max_tokens = 1). `urgent`: head of admission."""
+    """Compute the prompt and emit every token here (colocated, fallback, max_tokens 1). `urgent`: head of admission."""
 
     key: AttemptKey
     prompt: tuple[int, ...]

@@ -15,7 +15,15 @@ from disagg.transceiver.codec import Message
 from disagg.transceiver.errors import LocalProtocolError, PeerLost
 from disagg.transceiver.links import ControlServer
 from disagg.transceiver.messages.peer import Refused
-from disagg.transceiver.messages.router import CancelRequest, Lease, Peers, Register, Registered, RequestFailed
+from disagg.transceiver.messages.router import (
+    LEAVING,
+    CancelRequest,
+    Lease,
+    Peers,
+    Register,
+    Registered,
+    RequestFailed,
+)
 from disagg.transceiver.node import draw_id
 from disagg.transceiver.timing import HEARTBEAT_S, LOST_S, SUSPECT_S
 
@@ -123,6 +131,8 @@ class Cluster:
     def _take_lease(self, route: bytes, lease: Lease) -> None:
         if lease.router_incarnation != self.incarnation or not self.registry.renew(lease, self._clock()):
             return self._post(route, Refused("stale_peer", self.incarnation, lease.incarnation, lease.incarnation))
+        if lease.state == LEAVING and (worker := self.registry.remove(lease.incarnation)):
+            return self._forget(worker, "it left", level=logging.INFO)
         self._route_of[lease.incarnation] = route
         return self._cancel_unknown(lease)
 
@@ -201,9 +211,9 @@ class Cluster:
             if known == route and (worker := self.registry.remove(incarnation)):
                 self._forget(worker, reason)
 
-    def _forget(self, worker: Worker, reason: str) -> None:
+    def _forget(self, worker: Worker, reason: str, level: int = logging.WARNING) -> None:
         """`worker` has left the registry: tell the listener, and decode workers that it is no peer any more."""
-        log.warning("lost %s worker `%s`: %s", worker.role, worker.worker_id, reason)
+        log.log(level, "lost %s worker `%s`: %s", worker.role, worker.worker_id, reason)
         self._route_of.pop(worker.incarnation, None)
         self._introduced.pop(worker.incarnation, None)
         self._listener.lost(worker.incarnation, reason)

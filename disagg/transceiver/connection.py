@@ -91,6 +91,10 @@ class Connection:
             raise self._gone()
         return await self._receiver.receive()
 
+    def linger(self, milliseconds: int) -> None:
+        """Let messages that are queued be sent for so long after `close`."""
+        self._socket.setsockopt(zmq.LINGER, milliseconds)
+
     async def close(self) -> None:
         """Close the connection at once; nothing lingers. Safe to repeat."""
         if self._socket.closed:

@@ -8,6 +8,7 @@ heartbeat later.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from typing import Any, Final
 
@@ -24,6 +25,10 @@ log = logging.getLogger(__name__)
 HIGH_WATER_MARK: Final = 16_384
 """Messages queued per peer and direction before it counts as lost. The busiest flow is TOKENS, one per running request
 and step: 256 requests at 20 steps/s fill this in 3 s, which is when a peer that reads nothing is lost anyway."""
+
+
+FAREWELL_MS: Final = 200
+"""How long a closing client tries to deliver its last word: on a live connection it takes a fraction of one."""
 
 
 class _Inlet:
@@ -155,6 +160,13 @@ class ControlClient:
     async def send(self, message: Message) -> None:
         """Queue `message`. Raises `PeerLost` when not connected or the peer reads nothing; never waits."""
         self._connection.send([encode(message)])
+
+    async def leave(self, message: Message) -> None:
+        """Say a last word and close; it has `FAREWELL_MS` to leave this process. A peer that is gone is no error."""
+        with contextlib.suppress(PeerLost):
+            self._connection.send([encode(message)])
+        self._connection.linger(FAREWELL_MS)
+        await self.close()
 
     async def close(self) -> None:
         """Close at once. A task waiting in `recv` gets `PeerLost`. Safe to repeat."""

@@ -265,7 +265,7 @@ class SendingSide:
         peer = self._peers.pop(incarnation, None)
         if peer is None:
             return
-        log.warning("lost decode worker %s: %s", peer.hello.worker_id, reason)
+        log.info("lost decode worker %s: %s", peer.hello.worker_id, reason)
         for key in self._transfers.of_peer(incarnation):
             self.feed(key, PeerGone(reason))
         for plane in self._planes.values():

@@ -66,9 +66,12 @@ class ModelThread:
         if self._thread.is_alive():
             await asyncio.to_thread(self._thread.join)
 
-    def step(self, *, wait: bool) -> bool:
-        """One turn: drain the commands, compute a step, reply. False when told to close."""
-        commands = self._drain(wait=wait)
+    def step(self) -> bool:
+        """One turn: drain the commands, compute a step, reply. Sleeps while only a command can change anything.
+
+        Returns False when told to close.
+        """
+        commands = self._drain(wait=not self._engine.has_work)
         events = [event for command in commands if command is not None for event in self._engine.handle(command)]
         if self._engine.has_work:
             events += self._engine.step()
@@ -78,13 +81,8 @@ class ModelThread:
 
     def _run(self) -> None:
         try:
-            progressed = True
-            while True:
-                before = self.stats.steps
-                if not self.step(wait=not (progressed and self._engine.has_work)):
-                    return
-                # Work that waits for room makes no step: sleep until a command (a release) arrives.
-                progressed = self.stats.steps != before
+            while self.step():
+                pass
         except BaseException as death:  # reported, then the process ends: nothing may go on with this cache
             log.exception("model thread died")
             self._post(self._on_death, death)

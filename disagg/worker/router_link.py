@@ -7,11 +7,12 @@ import contextlib
 import logging
 import time
 from collections.abc import AsyncIterator, Callable
+from typing import Any
 
 from disagg.transceiver.errors import PeerLost, TransceiverError
 from disagg.transceiver.links import ControlClient
 from disagg.transceiver.messages.peer import Refused
-from disagg.transceiver.messages.router import Lease, Register, Registered, RouterMessage
+from disagg.transceiver.messages.router import LEAVING, Lease, Register, Registered, RouterMessage
 from disagg.transceiver.node import Node
 from disagg.transceiver.sockets import Sockets
 from disagg.transceiver.timing import HEARTBEAT_S, LOST_S
@@ -47,14 +48,14 @@ class RouterLink:
     async def open(
         cls, endpoint: str, node: Node, sockets: Sockets, register: Register, make_lease: Callable[[str], Lease]
     ) -> AsyncIterator[RouterLink]:
-        """Connect and register; repeats until a router answers. Raises `RegistrationRefused`."""
+        """Connect and register; repeats until a router answers. Raises `RegistrationRefused`, `RouterLost`."""
         client = await ControlClient.connect(endpoint, node.keys, sockets)
         try:
             link = cls(client, node, make_lease)
             await link._register(register)
             yield link
         finally:
-            await client.close()
+            await client.leave(Lease(node.incarnation, link.router_incarnation, LEAVING))
 
     def send(self, message: RouterMessage) -> None:
         """Queue `message` for the router, in order. Never blocks; lost with the registration if the router is lost."""
@@ -63,7 +64,7 @@ class RouterLink:
     async def next_message(self) -> RouterMessage:
         """The router's next message other than its leases. Raises `RouterLost` when the router no longer knows us."""
         while True:
-            message: RouterMessage | Refused = await self._client.recv()
+            message: RouterMessage | Refused = await self._receive()
             self._heard_at = time.monotonic()
             match message:
                 case Lease(router_incarnation=incarnation) | Registered(router_incarnation=incarnation):
@@ -89,10 +90,16 @@ class RouterLink:
                 await self._client.send(register)
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(REGISTER_REPEAT_S):
-                    return self._read_answer(await self._client.recv())
+                    return self._read_answer(await self._receive())
             if not told and time.monotonic() - waited_since > LOST_S:
                 told = True
                 log.warning("no answer from the router yet, still asking; is `disagg router` running?")
+
+    async def _receive(self) -> Any:
+        try:
+            return await self._client.recv()
+        except PeerLost as exc:
+            raise RouterLost(str(exc)) from exc
 
     def _read_answer(self, answer: object) -> None:
         match answer:
@@ -108,7 +115,11 @@ class RouterLink:
 
     async def _send_queued(self) -> None:
         while True:
-            await self._client.send(await self._outbox.get())
+            message = await self._outbox.get()
+            try:
+                await self._client.send(message)
+            except PeerLost as exc:
+                raise RouterLost(str(exc)) from exc
 
     async def _renew(self) -> None:
         while True:

@@ -73,6 +73,10 @@ class PeerLink:
     detail: str = ""
 
 
+LEAVING = "leaving"
+"""`state` of a worker's last lease: it ends its registration itself, so nobody has to find out."""
+
+
 @dataclass(frozen=True, slots=True)
 class Lease:
     """Both ways, every 0.5 s. A worker's carries its figures and live requests, the router's only its incarnation."""

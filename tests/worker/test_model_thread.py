@@ -1,0 +1,90 @@
+"""The model thread: commands before steps, one batch of replies per step, sleep without work, death reported once."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable, Sequence
+
+from disagg.engine.commands import AttemptKey, Command, EngineEvent, PinnedEvent, Release
+from disagg.engine.stats import EngineStats
+from disagg.worker.model_thread import ModelThread
+
+
+class ScriptedEngine:
+    """Answers each command with an event, then has `num_steps` steps of work."""
+
+    def __init__(self, num_steps: int = 1, fault: Exception | None = None) -> None:
+        self.calls: list[str] = []
+        self._num_steps, self._left, self._fault = num_steps, 0, fault
+        self.stepped = threading.Event()
+
+    @property
+    def has_work(self) -> bool:
+        return self._left > 0
+
+    def handle(self, command: Command) -> list[EngineEvent]:
+        self.calls.append(f"handle {command.key.epoch}")
+        self._left = self._num_steps
+        return [PinnedEvent(command.key, 0)]
+
+    def step(self) -> list[EngineEvent]:
+        if self._fault is not None:
+            raise self._fault
+        self._left -= 1
+        self.calls.append("step")
+        self.stepped.set()
+        return [PinnedEvent(AttemptKey("step", self._left), 0)]
+
+    def stats(self) -> EngineStats:
+        steps = self.calls.count("step")
+        return EngineStats((), 0, 0, 0, 0, 0, 0, 0, steps, ())
+
+
+async def _drive(
+    engine: ScriptedEngine, until: Callable[[], bool], commands: Sequence[Command]
+) -> tuple[list[list[EngineEvent]], list[BaseException]]:
+    batches: list[list[EngineEvent]] = []
+    deaths: list[BaseException] = []
+    thread = ModelThread(engine, asyncio.get_running_loop(), lambda b: batches.append(list(b)), deaths.append)
+    for command in commands:
+        thread.submit(command)
+    thread.start()
+    async with asyncio.timeout(5):
+        while not (until() or deaths):
+            await asyncio.sleep(0.001)
+    await thread.close()
+    await asyncio.sleep(0)  # what the thread posted last
+    return batches, deaths
+
+
+def release(epoch: int) -> Release:
+    return Release(AttemptKey("t", epoch))
+
+
+def test_all_waiting_commands_are_handled_before_the_next_step() -> None:
+    engine = ScriptedEngine()
+    batches, deaths = asyncio.run(_drive(engine, engine.stepped.is_set, [release(1), release(2), release(3)]))
+    assert engine.calls == ["handle 1", "handle 2", "handle 3", "step"]
+    assert [len(batch) for batch in batches] == [4], "one batch per turn"
+    assert not deaths
+
+
+def test_a_thread_with_work_goes_on_stepping_without_commands() -> None:
+    engine = ScriptedEngine(num_steps=5)
+    asyncio.run(_drive(engine, lambda: engine.calls.count("step") == 5, [release(1)]))
+    assert engine.calls == ["handle 1", *["step"] * 5]
+
+
+def test_a_thread_without_work_sleeps_until_a_command_comes() -> None:
+    engine = ScriptedEngine(num_steps=0)
+    asyncio.run(_drive(engine, lambda: len(engine.calls) == 1, [release(1)]))
+    assert engine.calls == ["handle 1"], "no step was made without work"
+
+
+def test_a_thread_that_dies_reports_once_and_runs_no_more() -> None:
+    fault = RuntimeError("the cache is broken")
+    engine = ScriptedEngine(fault=fault)
+    _, deaths = asyncio.run(_drive(engine, lambda: False, [release(1)]))
+    assert deaths == [fault]
+    assert engine.calls == ["handle 1"]
