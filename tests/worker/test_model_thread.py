@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from disagg.engine.commands import AttemptKey, Command, EngineEvent, PinnedEvent, Release
 from disagg.engine.stats import EngineStats
@@ -17,14 +17,14 @@ class ScriptedEngine:
     def __init__(self, num_steps: int = 1, fault: Exception | None = None) -> None:
         self.calls: list[str] = []
         self._num_steps, self._left, self._fault = num_steps, 0, fault
-        self.stepped = threading.Event()
+        self._called = threading.Condition()
 
     @property
     def has_work(self) -> bool:
         return self._left > 0
 
     def handle(self, command: Command) -> list[EngineEvent]:
-        self.calls.append(f"handle {command.key.epoch}")
+        self._note(f"handle {command.key.epoch}")
         self._left = self._num_steps
         return [PinnedEvent(command.key, 0)]
 
@@ -32,9 +32,17 @@ class ScriptedEngine:
         if self._fault is not None:
             raise self._fault
         self._left -= 1
-        self.calls.append("step")
-        self.stepped.set()
+        self._note("step")
         return [PinnedEvent(AttemptKey("step", self._left), 0)]
+
+    def wait_for_calls(self, count: int) -> None:
+        with self._called:
+            assert self._called.wait_for(lambda: len(self.calls) >= count, timeout=5), self.calls
+
+    def _note(self, call: str) -> None:
+        with self._called:
+            self.calls.append(call)
+            self._called.notify_all()
 
     def stats(self) -> EngineStats:
         steps = self.calls.count("step")
@@ -42,7 +50,7 @@ class ScriptedEngine:
 
 
 async def _drive(
-    engine: ScriptedEngine, until: Callable[[], bool], commands: Sequence[Command]
+    engine: ScriptedEngine, num_calls: int, commands: Sequence[Command]
 ) -> tuple[list[list[EngineEvent]], list[BaseException]]:
     batches: list[list[EngineEvent]] = []
     deaths: list[BaseException] = []
@@ -50,9 +58,7 @@ async def _drive(
     for command in commands:
         thread.submit(command)
     thread.start()
-    async with asyncio.timeout(5):
-        while not (until() or deaths):
-            await asyncio.sleep(0.001)
+    await asyncio.to_thread(engine.wait_for_calls, num_calls)
     await thread.close()
     await asyncio.sleep(0)  # what the thread posted last
     return batches, deaths
@@ -64,7 +70,7 @@ def release(epoch: int) -> Release:
 
 def test_all_waiting_commands_are_handled_before_the_next_step() -> None:
     engine = ScriptedEngine()
-    batches, deaths = asyncio.run(_drive(engine, engine.stepped.is_set, [release(1), release(2), release(3)]))
+    batches, deaths = asyncio.run(_drive(engine, 4, [release(1), release(2), release(3)]))
     assert engine.calls == ["handle 1", "handle 2", "handle 3", "step"]
     assert [len(batch) for batch in batches] == [4], "one batch per turn"
     assert not deaths
@@ -72,19 +78,19 @@ def test_all_waiting_commands_are_handled_before_the_next_step() -> None:
 
 def test_a_thread_with_work_goes_on_stepping_without_commands() -> None:
     engine = ScriptedEngine(num_steps=5)
-    asyncio.run(_drive(engine, lambda: engine.calls.count("step") == 5, [release(1)]))
+    asyncio.run(_drive(engine, 6, [release(1)]))
     assert engine.calls == ["handle 1", *["step"] * 5]
 
 
 def test_a_thread_without_work_sleeps_until_a_command_comes() -> None:
     engine = ScriptedEngine(num_steps=0)
-    asyncio.run(_drive(engine, lambda: len(engine.calls) == 1, [release(1)]))
+    asyncio.run(_drive(engine, 1, [release(1)]))
     assert engine.calls == ["handle 1"], "no step was made without work"
 
 
 def test_a_thread_that_dies_reports_once_and_runs_no_more() -> None:
     fault = RuntimeError("the cache is broken")
     engine = ScriptedEngine(fault=fault)
-    _, deaths = asyncio.run(_drive(engine, lambda: False, [release(1)]))
+    _, deaths = asyncio.run(_drive(engine, 1, [release(1)]))
     assert deaths == [fault]
     assert engine.calls == ["handle 1"]
