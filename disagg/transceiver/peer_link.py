@@ -86,7 +86,7 @@ class PeerLink:
                 await self._connect_once()
             except* PeerRefused as refusal:
                 self._note("refused", first_cause(refusal))
-            except* (PeerLost, PlaneRefused, RemoteProtocolError, TimeoutError) as failure:
+            except* (TransceiverError, TimeoutError) as failure:  # whatever this peer is or does, others are served
                 self._note("lost", first_cause(failure))
             await asyncio.sleep(RECONNECT_S)
 

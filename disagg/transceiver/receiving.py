@@ -8,9 +8,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Protocol
 
 from disagg.transceiver.actions import Action, FreeReservation, Land, ReportFailed, Send, StopLanding, Verified
 from disagg.transceiver.errors import TransceiverError
@@ -89,11 +89,13 @@ class ReceivingSide:
         self._transfers = Transfers(node.incarnation, self._perform)
         self._incoming: dict[AttemptKey, _Incoming] = {}
         self._links: dict[str, tuple[PeerLink, asyncio.Task[None]]] = {}
+        self._to_stop: asyncio.Queue[AttemptKey] = asyncio.Queue()
         self._tasks: asyncio.TaskGroup | None = None
 
     async def run(self) -> None:
-        """Serve until cancelled."""
+        """Serve until cancelled. Then `held` names the attempts whose slots a landing job may still write."""
         async with asyncio.TaskGroup() as self._tasks:
+            self._tasks.create_task(self._stop_landings())
             await self._transfers.tick()
 
     # --- the worker's side ------------------------------------------------------------------------------------
@@ -128,6 +130,11 @@ class ReceivingSide:
         """Whether this attempt's transfer still needs its reservation."""
         return key in self._incoming
 
+    @property
+    def held(self) -> tuple[AttemptKey, ...]:
+        """Attempts whose reservation is not given back yet, those included that nobody waits for any more."""
+        return tuple(self._incoming)
+
     def is_ready(self, peer: str) -> bool:
         return peer in self._links and self._links[peer][0].is_ready
 
@@ -158,11 +165,11 @@ class ReceivingSide:
             self._send(answer.header.destination, answer)
 
     async def _lose(self, peer: str, reason: str) -> None:
-        keys = self._transfers.of_peer(peer)
-        for key in keys:
+        """Tell every transfer of this peer; returns when no job reads its plane."""
+        for key in self._transfers.of_peer(peer):
             self.feed(key, PeerGone(reason))
-        for key in keys:
-            await self._landing.stop(key.transfer_id, key.epoch)
+        for key in [key for key, incoming in self._incoming.items() if incoming.peer == peer]:
+            await self._join_jobs(key)
 
     # --- actions ----------------------------------------------------------------------------------------------
 
@@ -173,7 +180,7 @@ class ReceivingSide:
             case Land(message):
                 self._land(key, message)
             case StopLanding():
-                self._spawn(self._stop_landing(key))
+                self._to_stop.put_nowait(key)
             case Verified():
                 self._host.decode(key, action, self._end(key))
             case ReportFailed():
@@ -203,7 +210,8 @@ class ReceivingSide:
             self.feed(key, LandingFailed(message.number, "no data plane"))
             return
         job = self._make_job(key, incoming, message)
-        task = self._spawn(self._run_job(key, job, link[0].plane))
+        assert self._tasks is not None
+        task = self._tasks.create_task(self._run_job(key, job, link[0].plane))
         incoming.jobs.add(task)
         task.add_done_callback(incoming.jobs.discard)
 
@@ -238,18 +246,22 @@ class ReceivingSide:
             nbytes = self._pools[unit.pool].slots.shape[1]
             record.nbytes[unit.group] = record.nbytes.get(unit.group, 0) + nbytes
 
-    async def _stop_landing(self, key: AttemptKey) -> None:
-        incoming = self._incoming.get(key)
-        if incoming is not None:
-            for task in tuple(incoming.jobs):
-                task.cancel()
-            await asyncio.gather(*incoming.jobs, return_exceptions=True)
-            await self._landing.stop(key.transfer_id, key.epoch)
-            link = self._links.get(incoming.peer)
+    async def _stop_landings(self) -> None:
+        # One task for all, not one each: a core may ask while the group ends, when no task can be started any more.
+        while True:
+            key = await self._to_stop.get()
+            await self._join_jobs(key)
+            incoming = self._incoming.get(key)
+            link = self._links.get(incoming.peer) if incoming is not None else None
             if link is not None and link[0].plane is not None:
                 link[0].plane.discard(key.transfer_id, key.epoch)
-        self.feed(key, LandingStopped())
+            self.feed(key, LandingStopped())
 
-    def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
-        assert self._tasks is not None, "run() is not running"
-        return self._tasks.create_task(work)
+    async def _join_jobs(self, key: AttemptKey) -> None:
+        """Cancel this attempt's jobs that wait, join the one that runs. Safe to repeat."""
+        incoming = self._incoming.get(key)
+        jobs = tuple(incoming.jobs) if incoming is not None else ()
+        for job in jobs:
+            job.cancel()
+        await asyncio.gather(*jobs, return_exceptions=True)
+        await self._landing.stop(key.transfer_id, key.epoch)

@@ -116,7 +116,7 @@ class SendingSide:
             routing_id, message = await self._server.recv()
             match message:
                 case Hello():
-                    self._answer_hello(routing_id, message)
+                    await self._answer_hello(routing_id, message)
                 case Heartbeat():
                     self._renew(routing_id, message)
                 case Refused(field="stale_peer", destination=destination):
@@ -128,13 +128,17 @@ class SendingSide:
                 case _:
                     log.warning("peer sent %s, which no prefill worker takes", type(message).__name__)
 
-    def _answer_hello(self, routing_id: bytes, hello: Hello) -> None:
+    async def _answer_hello(self, routing_id: bytes, hello: Hello) -> None:
         node = self._node
         difference = differing_field(node.identity, hello.identity) or differing_field(node.geometry, hello.geometry)
         if difference is not None:
             log.warning("refused decode worker %s: %s", hello.worker_id, difference[0])
             self._post(routing_id, Refused(*difference))
             return
+        known = self._peers.get(hello.incarnation)
+        if known is not None and known.routing_id != routing_id:
+            # It gave its last connection up, and with it every transfer on it: their sources need wait for no lease.
+            await self._lose(hello.incarnation, "it connected anew")
         self._peers[hello.incarnation] = _Peer(hello, routing_id, time.monotonic())
         offers = tuple(self._planes[name].offer(hello.incarnation) for name in hello.planes if name in self._planes)
         self._post(routing_id, Welcome(node.incarnation, node.worker_id, node.identity, node.geometry, offers))

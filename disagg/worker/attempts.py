@@ -127,8 +127,8 @@ class Attempts:
         elif dispatch.mode == "decode":
             self._submit(Reserve(key, dispatch.prompt, sampling))
         elif self.sending is not None and dispatch.peer is not None:
+            self._submit(Prefill(key, dispatch.prompt, sampling))  # first: a FETCH that came early pins it at once
             self.sending.start(key, self._factory.sender(dispatch))
-            self._submit(Prefill(key, dispatch.prompt, sampling))
 
     def _is_misplaced(self, dispatch: Dispatch) -> bool:
         side = {"serve": True, "prefill": self.sending, "decode": self.receiving}.get(dispatch.mode)

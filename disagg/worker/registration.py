@@ -167,6 +167,8 @@ class Registration:
 
     async def _release_all(self) -> None:
         """The registration is over: nobody waits for its requests. Landing jobs end before their slots are freed."""
-        for key in self._attempts.keys:
+        receiving = self._attempts.receiving
+        # A cancelled attempt is forgotten at once, while its landing jobs may still be joined.
+        for key in {*self._attempts.keys, *(receiving.held if receiving is not None else ())}:
             await self._parts.landing.stop(key.transfer_id, key.epoch)
             self._parts.model.submit(Release(key))
