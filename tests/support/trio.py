@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -30,9 +30,9 @@ class Part:
     _reader: threading.Thread | None = None
 
     @classmethod
-    def start(cls, *argv: str, env: dict[str, str] | None = None) -> Part:
+    def start(cls, *argv: str, env: dict[str, str] | None = None, program: Sequence[str] = ("-m", "disagg")) -> Part:
         process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "disagg", *argv],
+            [sys.executable, "-P", *program, *argv],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -108,7 +108,7 @@ class Trio:
 
 @contextlib.contextmanager
 def running_trio(model: Path, *router_flags: str, env: dict[str, str] | None = None) -> Iterator[Trio]:
-    """A router alone. Whatever still runs at the end is stopped: workers first, each by SIGTERM and with exit code 0."""
+    """A router alone. What still runs at the end is stopped, workers first: each by SIGTERM and with exit code 0."""
     ports = ("--port", "0", "--admin-port", "0", "--control-port", "0")
     router = Part.start("router", "--model", str(model), *ports, *router_flags, env=env)
     trio = None
