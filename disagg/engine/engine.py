@@ -42,6 +42,7 @@ from disagg.engine.sequence import (
     Request,
     Reservation,
     first_token_of,
+    state_of,
 )
 from disagg.engine.stats import EngineCounters, EngineStats
 from disagg.transceiver.messages.values import TokenLogprobs
@@ -130,6 +131,7 @@ class Engine:
             tokens_generated=self._counters.tokens_generated,
             steps=self._counters.steps,
             live_keys=tuple(live),
+            released=tuple(sorted(self._counters.released.items())),
         )
 
     # --- commands -------------------------------------------------------------------------------------------
@@ -196,6 +198,7 @@ class Engine:
 
     def _release(self, command: Release) -> list[EngineEvent]:
         if (sequence := self._scheduler.get(command.key)) is not None:
+            self._counters.released[state_of(sequence)] += 1
             self._scheduler.release(sequence)
         return []
 

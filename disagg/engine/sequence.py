@@ -148,6 +148,17 @@ class DecodingSequence:
 LiveSequence = PromptSequence | Reservation | DecodingSequence
 
 
+def state_of(sequence: LiveSequence) -> str:
+    """`waiting`, `prefilling`, `held` (computed for a decode worker), `reserved` (its KV is to come) or `decoding`."""
+    if sequence.cached is None:
+        return "waiting"
+    if isinstance(sequence, DecodingSequence):
+        return "decoding"
+    if isinstance(sequence, Reservation):
+        return "reserved"
+    return "prefilling" if sequence.is_computing else "held"
+
+
 def _licensed_key(licence: Verified | Computed) -> AttemptKey:
     if isinstance(licence, Computed):
         return licence.key

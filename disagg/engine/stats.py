@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, field
 
 from disagg.cache.cache import PoolUsage
 from disagg.engine.commands import AttemptKey
@@ -15,6 +16,7 @@ class EngineCounters:
     steps: int = 0
     prompt_tokens_computed: int = 0
     tokens_generated: int = 0
+    released: Counter[str] = field(default_factory=Counter)
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +28,8 @@ class EngineStats:
     nothing yet; `num_soft`: prompts computed ahead of their FETCH that hold blocks; `num_held`: computed prompts whose
     blocks wait for the decode worker; `num_reserved`: reservations whose KV has not arrived.
     `prompt_tokens_computed`, `tokens_generated` (sampled here), `steps`: counters. `live_keys`: not yet released.
+    `released`: attempts that a command ended, by the state it found them in (see `state_of`); for a `held` prompt that
+    is the usual end, for all others a cancel or a failure.
     """
 
     pools: tuple[PoolUsage, ...]
@@ -38,6 +42,7 @@ class EngineStats:
     tokens_generated: int
     steps: int
     live_keys: tuple[AttemptKey, ...]
+    released: tuple[tuple[str, int], ...] = ()
 
     @property
     def num_used_slots(self) -> int:

@@ -12,8 +12,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from disagg.transceiver import reasons
 from disagg.transceiver.actions import Action, FreeReservation, Land, ReportFailed, Send, StopLanding, Verified
-from disagg.transceiver.errors import TransceiverError
+from disagg.transceiver.errors import PeerLost, TransceiverError
 from disagg.transceiver.events import (
     Event,
     LandingFailed,
@@ -230,7 +231,10 @@ class ReceivingSide:
         try:
             await plane.fetch(job)
             landed = await self._landing.submit(job, plane)
-        except TransceiverError as exc:  # the source changed or left, or sent what does not fit the slots
+        except PeerLost as exc:
+            self.feed(key, LandingFailed(job.number, f"{reasons.LOST}: {exc}"))
+            return
+        except TransceiverError as exc:  # the source changed, or sent what does not fit the slots
             self.feed(key, LandingFailed(job.number, str(exc)))
             return
         if (incoming := self._incoming.get(key)) is not None:

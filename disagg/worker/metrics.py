@@ -45,6 +45,8 @@ def _engine_samples(stats: EngineStats) -> Iterator[MetricSample]:
         ("disagg_engine_steps_total", stats.steps),
     ):
         yield MetricSample(name, "counter", (), value)
+    for state, count in stats.released:
+        yield MetricSample("disagg_requests_released_total", "counter", (("state", state),), count)
     for name, value in (
         ("disagg_requests_running", stats.num_running),
         ("disagg_requests_waiting", stats.num_waiting),
