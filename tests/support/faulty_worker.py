@@ -1,0 +1,185 @@
+"""`disagg`, with faults: `python faulty_worker.py FAULTS COMMAND FLAGS...`.
+
+FAULTS is a folder that a test writes and every process of the run reads (see `support/faults.py`). Each fault patches
+one thing and is off until `now.json` names it; whenever one fires it leaves a file, so a test can tell that it did.
+`up` starts its workers by this script too.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from support.faults import Faults
+from support.zmtp_proxy import Frame, ZmtpProxy
+
+
+def start_workers_by_this_script(faults: Faults) -> None:
+    from disagg.cli import up
+    from disagg.cli.child import ChildSpec
+
+    plain = up._spec
+
+    def spec(name: str, command: str, flags: Sequence[str], env: Any) -> ChildSpec:
+        made = plain(name, command, flags, env)
+        if command == "router":
+            return made
+        return replace(made, argv=(sys.executable, "-P", __file__, str(faults.folder), command, *flags))
+
+    up._spec = spec
+
+
+def flip_source(faults: Faults) -> None:
+    """At the sender, after its digest."""
+    from disagg.transceiver import landing
+
+    plain = landing.LandingThread._digest_unit
+
+    def digest_unit(self: Any, unit: Any) -> Any:
+        done = plain(self, unit)
+        slot = self._pools[unit.pool].slots[unit.slot]
+        if (byte := faults.byte_to_flip("flip_source", unit.group)) is not None:
+            slot[byte] ^= 1
+        return done
+
+    landing.LandingThread._digest_unit = digest_unit
+
+
+def flip_copy(faults: Faults) -> None:
+    """In the landing thread's copy: the memcpy of shm writes one wrong byte."""
+    from disagg.transceiver.planes import reading
+
+    plain = reading.ReadingLandingPlane.land
+
+    def land(self: Any, job: Any) -> int:
+        def copy_rows(destination: Any, source: Any) -> None:
+            copy(destination, source)
+            if (byte := faults.byte_to_flip("flip_copy", job.destinations[0].group)) is not None:
+                destination[0, byte] ^= 1
+
+        copy, reading.copy_rows = reading.copy_rows, copy_rows
+        try:
+            return plain(self, job)
+        finally:
+            reading.copy_rows = copy
+
+    reading.ReadingLandingPlane.land = land
+
+
+def use_landing_hook(faults: Faults) -> None:
+    """After the copy and before the hash: a flipped byte, or a pause."""
+    from disagg.worker import parts
+
+    def after_copy(job: Any, pools: Sequence[Any]) -> None:
+        for unit in job.destinations:
+            if (byte := faults.byte_to_flip("flip_landed", unit.group)) is not None:
+                pools[unit.pool].slots[unit.slot][byte] ^= 1
+        faults.pause("pause_landing")
+
+    parts.LandingThread = functools.partial(parts.LandingThread, after_copy=after_copy)
+
+
+def change_steps(faults: Faults) -> None:
+    """Slow steps, and attention whose window is off by one."""
+    from disagg.engine import runner
+
+    plain = runner.Runner.execute
+
+    def execute(self: Any, chunks: Sequence[Any]) -> Any:
+        faults.pause("pause_prefill" if any(len(chunk.token_ids) > 1 for chunk in chunks) else "pause_decode")
+        return plain(self, chunks)
+
+    def batch(runs: Any, block_size: int, window: int | None, num_sink_tokens: int) -> Any:
+        if window is not None and faults.fires("narrow_window"):
+            window -= 1
+        if window is not None and faults.is_wide:
+            window -= block_size
+        return paged_batch(runs, block_size, window, num_sink_tokens)
+
+    paged_batch = runner.PagedBatch
+    runner.PagedBatch, runner.Runner.execute = batch, execute
+
+
+def widen_layout(faults: Faults) -> None:
+    """Every window is stored, and fetched, one block wider than any query looks; attention itself is right."""
+    from disagg.worker import build
+
+    plain = build.derive_layout
+
+    def derive_layout(layers: Sequence[Any], *, block_size: int, max_model_len: int) -> Any:
+        wide = [replace(layer, window=layer.window and layer.window + block_size) for layer in layers]
+        return plain(wide, block_size=block_size, max_model_len=max_model_len)
+
+    if faults.is_wide:
+        build.derive_layout = derive_layout
+
+
+class Wire(ZmtpProxy):
+    """Between the two ends of the zmq plane: counts payload, and flips a byte of a large frame when asked to."""
+
+    def __init__(self, target: str, faults: Faults) -> None:
+        super().__init__(target)
+        self._faults = faults
+        self._byte: int | None = None
+        self._payload_nbytes = 0
+
+    def pass_on(self, frame: Frame, offset: int, chunk: bytes) -> bytes:
+        if frame.is_command:
+            return chunk
+        if frame.index > 0:
+            self._payload_nbytes += len(chunk)
+            self._faults.tell(f"wire-{os.getpid()}-{id(self)}", str(self._payload_nbytes))
+        if offset == 0:
+            self._byte = self._faults.byte_to_flip("flip_wire", 0) if frame.nbytes >= 1024 else None
+        if self._byte is None:
+            return chunk
+        position = self._byte % frame.nbytes - offset
+        if not 0 <= position < len(chunk):
+            return chunk
+        return chunk[:position] + bytes([chunk[position] ^ 1]) + chunk[position + 1 :]
+
+
+def tap_the_wire(faults: Faults) -> None:
+    from disagg.worker import planes
+
+    plain = planes.ZmqLandingPlane
+
+    class TappedLandingPlane(plain):  # type: ignore[misc, valid-type]
+        _tap: Any = None
+
+        async def connect(self, me: str, offer: Any, pools: Any) -> None:
+            wire = Wire(offer.address, faults)
+            self._tap = wire.running()
+            await self._tap.__aenter__()
+            await super().connect(me, replace(offer, address=wire.endpoint), pools)
+
+        async def close(self) -> None:
+            await super().close()
+            if self._tap is not None:
+                tap, self._tap = self._tap, None
+                await tap.__aexit__(None, None, None)
+
+    planes.ZmqLandingPlane = TappedLandingPlane
+
+
+def main(argv: Sequence[str]) -> int:
+    faults = Faults(Path(argv[0]))
+    if argv[1] == "up":
+        start_workers_by_this_script(faults)
+    else:
+        for patch in (flip_source, flip_copy, use_landing_hook, change_steps, widen_layout, tap_the_wire):
+            patch(faults)
+    from disagg.cli.main import main as disagg
+
+    return disagg(list(argv[1:]))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
