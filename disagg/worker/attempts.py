@@ -162,7 +162,7 @@ class Attempts:
         match event:
             case TokensEvent(key, index, token_ids, logprobs):
                 if index == 0 and state.dispatch.mode == "serve":
-                    self._report(state, "", (), state.since_arrival("prefill"))
+                    self._report(state, state.since_arrival("prefill"))
                 self._send(Tokens(key.transfer_id, key.epoch, index, token_ids, logprobs))
             case FinishedEvent(key, index, reason, stop_token_id):
                 self._send(Finished(key.transfer_id, key.epoch, index, reason, stop_token_id))
@@ -190,7 +190,7 @@ class Attempts:
 
     def _prompt_computed(self, state: RequestState, event: PromptComputedEvent) -> None:
         key, first = event.key, event.first_token
-        self._report(state, "", (), state.since_arrival("prefill"))
+        self._report(state, state.since_arrival("prefill"))
         if not event.finished:
             self._feed_sender(key, PromptComputed(event.compute_id, first))
             return
@@ -227,10 +227,9 @@ class Attempts:
     def decode(self, key: AttemptKey, verified: Verified, record: TransferRecord) -> None:
         self._count(record, "verified")
         if (state := self._live.get(key)) is not None:
-            groups = self._factory.group_bytes(state.dispatch, record)
-            self._report(state, record.plane, groups, _times(state, record))
+            self._report(state, _times(state, record), record)
             self._submit(Decode(key, verified))
-            log.info("received %d bytes over %s", sum(g.nbytes for g in groups), record.plane, extra=_of(state))
+            log.info("received %d bytes over %s", sum(record.nbytes.values()), record.plane, extra=_of(state))
 
     def transfer_failed(self, key: AttemptKey, failure: ReportFailed, record: TransferRecord) -> None:
         self._count(record, "failed")
@@ -264,9 +263,14 @@ class Attempts:
     def _count(self, record: TransferRecord, outcome: str) -> None:
         self._metrics.count_transfer(record.plane, record.nbytes, record.num_operations, outcome)
 
-    def _report(self, state: RequestState, plane: str, groups: tuple, times: StageTimes) -> None:  # type: ignore[type-arg]
+    def _report(self, state: RequestState, times: StageTimes, record: TransferRecord | None = None) -> None:
+        """This worker's part of the attempt, for `/requests/{id}`; `record` where KV landed here."""
         key = state.key
-        self._send(TransferReport(key.transfer_id, key.epoch, self._factory.worker_id, plane, groups, times))
+        report = TransferReport(key.transfer_id, key.epoch, self._factory.worker_id, "", (), times)
+        if record is not None:
+            groups = self._factory.group_bytes(state.dispatch, record)
+            report = replace(report, plane=record.plane, groups=groups, num_operations=record.num_operations)
+        self._send(report)
 
     def _forget(self, key: AttemptKey) -> None:
         if self._live.pop(key, None) is not None:
