@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gc
 import sys
 from typing import Any, Final, get_args
 
@@ -67,7 +68,9 @@ def version() -> None:
 
 def run() -> None:
     """Entry point of the console script."""
-    sys.exit(main(sys.argv[1:]))
+    code = main(sys.argv[1:])
+    gc.freeze()  # all memory goes with the process: a last collection of torch's modules would take a second of CPU
+    sys.exit(code)
 
 
 def main(argv: list[str]) -> int:
