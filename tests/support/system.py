@@ -13,7 +13,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -128,9 +128,9 @@ def children_of(pid: int) -> list[int]:
     return []
 
 
-def start(*flags: str, env: dict[str, str] | None = None) -> System:
-    """`disagg up` with its output being read, not yet ready."""
-    argv = [sys.executable, "-P", "-m", "disagg", "up", "--port", "0", *flags]
+def start(*flags: str, env: dict[str, str] | None = None, program: Sequence[str] = ("-m", "disagg")) -> System:
+    """`disagg up` with its output being read, not yet ready. `program`: what python runs as `disagg`."""
+    argv = [sys.executable, "-P", *program, "up", "--port", "0", *flags]
     process = subprocess.Popen(
         argv,
         stdout=subprocess.PIPE,
@@ -166,9 +166,11 @@ def stop(system: System) -> None:
 
 
 @contextlib.contextmanager
-def running(*flags: str, env: dict[str, str] | None = None) -> Iterator[System]:
+def running(
+    *flags: str, env: dict[str, str] | None = None, program: Sequence[str] = ("-m", "disagg")
+) -> Iterator[System]:
     """A system that is ready, and gone afterwards with all it started."""
-    system = start(*flags, env=env)
+    system = start(*flags, env=env, program=program)
     try:
         wait_for_start(system)
         yield system
