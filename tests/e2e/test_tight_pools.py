@@ -1,4 +1,4 @@
-"""Pools that hold one and a half of the longest requests; two prefill and two decode workers; bursts of long and short."""
+"""Pools that hold one of the longest requests and a half; two prefill, two decode workers; bursts of long and short."""
 
 from __future__ import annotations
 
