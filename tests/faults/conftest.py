@@ -1,0 +1,87 @@
+"""A trio that lives as long as a module's cells do, and the table that they fill, printed at the end."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Coroutine, Iterator
+from typing import Any
+
+import pytest
+from support.fault_table import FAULTS, ROWS, Fault, Row, render
+from support.shell_pair import ShellTrio, trio_context
+
+RESULTS: dict[tuple[str, float], dict[tuple[Row, Fault], tuple[str, float]]] = {}
+"""(plane, scale) -> cell -> (outcome, seconds to the reply)."""
+
+
+class Arena:
+    """An event loop with a running trio; a test that fails takes the trio with it, and the next gets a new one."""
+
+    def __init__(self, plane: str, scale: float) -> None:
+        self.plane, self.scale = plane, scale
+        self.results = RESULTS.setdefault((plane, scale), {})
+        self._runner = asyncio.Runner()
+        self._patches: Any = None
+        self._trio: ShellTrio | None = None
+
+    @property
+    def trio(self) -> ShellTrio:
+        if self._trio is None:
+            self._patches = trio_context(self.plane, self.scale)
+            self._patches.__enter__()
+            self._trio = ShellTrio(self.plane, self.scale)
+            self._runner.run(self._trio.start())
+        return self._trio
+
+    def run(self, story: Coroutine[Any, Any, Any]) -> Any:
+        try:
+            return self._runner.run(story)
+        except BaseException:
+            self.end_trio()
+            raise
+
+    def end_trio(self) -> None:
+        if self._trio is not None:
+            trio, self._trio = self._trio, None
+            self._runner.run(trio.close())
+            self._patches.__exit__(None, None, None)
+
+    def close(self) -> None:
+        self.end_trio()
+        self._runner.close()
+
+
+@pytest.fixture(scope="session")
+def arenas() -> Iterator[dict[tuple[str, float], Arena]]:
+    """One arena at a time: constants of time are patched for the whole process."""
+    kept: dict[tuple[str, float], Arena] = {}
+    yield kept
+    for arena in kept.values():
+        arena.close()
+
+
+@pytest.fixture
+def arena(arenas: dict[tuple[str, float], Arena], plane: str, scale: float) -> Arena:
+    for key in [key for key in arenas if key != (plane, scale)]:
+        arenas.pop(key).close()
+    if (plane, scale) not in arenas:
+        arenas[plane, scale] = Arena(plane, scale)
+    return arenas[plane, scale]
+
+
+@pytest.fixture
+def results() -> dict[tuple[str, float], dict[tuple[Row, Fault], tuple[str, float]]]:
+    return RESULTS
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    for (plane, scale), results in RESULTS.items():
+        if not results:
+            continue
+        seconds = sorted(seconds / scale for _, seconds in results.values())
+        p99 = seconds[min(len(seconds) - 1, int(0.99 * len(seconds)))]
+        write = terminalreporter.write_line
+        terminalreporter.section(f"state x fault, plane {plane}, times x {scale:g}")
+        write(render({cell: f"{outcome} {s / scale:.2f}" for cell, (outcome, s) in results.items()}, empty="not run"))
+        write(f"{len(results)} cells of {len(ROWS)} x {len(FAULTS)}; seconds to the reply, times 1/{scale:g}: ")
+        write(f"median {seconds[len(seconds) // 2]:.2f}, p99 {p99:.2f}, highest {seconds[-1]:.2f}")

@@ -1,0 +1,477 @@
+"""A router, a prefill and a decode worker in one process: the real shells over real sockets, with proxies between.
+
+Engines are real too, on pools of a few kilobytes and with a runner whose logits are a hash of the KV it reads: a block
+that is missing, stale, swapped or bent shows as other tokens. `ShellTrio` starts, kills and replaces participants and
+says whether anything is left behind; `patched_timing` makes waiting short.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pytest
+from support.engine_pair import LAYOUT, TestedEngine, greedy, prompt_of
+from support.fake_runner import reference_tokens
+from support.message_proxy import MessageProxy
+
+from disagg.config.settings import WorkerSettings
+from disagg.engine.commands import AttemptKey, ReservedEvent, UnitsFinalEvent
+from disagg.router.generation import GenerationEnd, GenerationError, GenerationRequest
+from disagg.router.router import Router, RouterOptions
+from disagg.transceiver.keys import ClusterKeys
+from disagg.transceiver.landing import LandingThread
+from disagg.transceiver.links import ControlServer
+from disagg.transceiver.messages.router import Register
+from disagg.transceiver.messages.values import Identity
+from disagg.transceiver.planes.base import LandingJob, PoolRegion, SourcePlane
+from disagg.transceiver.planes.inproc import InprocHub, InprocLandingPlane, InprocSourcePlane
+from disagg.worker import main, registration
+from disagg.worker.attempts import Attempts
+from disagg.worker.model_thread import ModelThread
+from disagg.worker.parts import EngineParts, WorkerParts
+from disagg.worker.registration import Registration
+
+KEYS = ClusterKeys.published()
+IDENTITY = Identity(1, "f" * 32, "pretended", "float32", 200, KEYS.hash_key_id)
+PROMPT_LEN = 22
+STEP_TOKENS = 8
+"""Three chunks, so units become final three times."""
+MAX_TOKENS = 3
+REPLY_S = 5.0
+"""Within this a client has an answer or an error."""
+PATIENCE_S = 10.0
+"""Far above anything that should happen here, also on a machine whose cores are busy."""
+
+
+def patched_timing(patch: pytest.MonkeyPatch, scale: float) -> None:
+    """Every constant of time in the protocol's modules times `scale`."""
+    for name, module in list(sys.modules.items()):
+        if not name.startswith(("disagg.transceiver", "disagg.router", "disagg.worker")):
+            continue
+        for key, value in list(vars(module).items()):
+            if key.isupper() and key.endswith("_S") and isinstance(value, int | float):
+                patch.setattr(module, key, value * scale)
+            elif key.isupper() and key.endswith("_MS") and isinstance(value, int):
+                patch.setattr(module, key, max(1, int(value * scale)))
+
+
+def patched_shells(patch: pytest.MonkeyPatch, plane: str) -> None:
+    """Registrations of this process report to their `ShellWorker`; `inproc` becomes a plane that workers can serve."""
+    patch.setattr(main, "Registration", ShellRegistration)
+    patch.setattr(registration, "Attempts", JournalledAttempts)
+    if plane == "inproc":
+        hub = InprocHub()
+        patch.setattr(registration, "source_planes", lambda *a, **k: {"inproc": InprocSourcePlane(hub)})
+        patch.setattr(registration, "landing_planes", lambda *a, **k: {"inproc": lambda: InprocLandingPlane(hub)})
+
+
+async def until(is_true: Callable[[], object], what: str = "", patience_s: float = PATIENCE_S) -> None:
+    """Poll: nothing here raises an event for what tests look at."""
+    deadline = time.monotonic() + patience_s
+    while not is_true():  # noqa: ASYNC110
+        assert time.monotonic() < deadline, f"waited in vain: {what}"
+        await asyncio.sleep(0.001)
+
+
+class EventGate:
+    """Holds some events of an engine on their way to the worker; the others overtake them."""
+
+    def __init__(self) -> None:
+        self.put: Callable[[Sequence[Any]], None]
+        self._hold: Callable[[Any], bool] | None = None
+        self._held: list[Any] = []
+
+    def hold(self, which: Callable[[Any], bool]) -> None:
+        self._hold = which
+
+    def take(self, events: Sequence[Any]) -> None:
+        for event in events:
+            if self._hold is not None and self._hold(event):
+                self._held.append(event)
+            else:
+                self.put([event])
+
+    def open(self) -> None:
+        held, self._held, self._hold = self._held, [], None
+        self.put(held)
+
+    def is_holding(self, kind: type) -> bool:
+        return any(isinstance(event, kind) for event in self._held)
+
+
+class LandingGate:
+    """The hook between a landing job's copy and its hash: stops the thread there, flips a byte there."""
+
+    def __init__(self) -> None:
+        self._may_go = threading.Event()
+        self._may_go.set()
+        self.flip_at: Callable[[LandingJob, Sequence[PoolRegion]], tuple[int, int, int]] | None = None
+        """-> (pool, slot, byte) to flip in the next job that passes."""
+        self.num_inside = 0
+        self.num_landed = 0
+        self.num_flipped = 0
+
+    def __call__(self, job: LandingJob, pools: Sequence[PoolRegion]) -> None:
+        self.num_inside += 1
+        assert self._may_go.wait(PATIENCE_S)
+        self.num_inside -= 1
+        if self.flip_at is not None:
+            pool, slot, byte = self.flip_at(job, pools)
+            pools[pool].slots[slot, byte] ^= 1
+            self.flip_at = None
+            self.num_flipped += 1
+        self.num_landed += 1
+
+    def shut(self) -> None:
+        self._may_go.clear()
+
+    def open(self) -> None:
+        self._may_go.set()
+
+
+class JournalledAttempts(Attempts):
+    """Counts verdicts and releases per attempt, and compares landed bytes with the sender's when one is verified."""
+
+    shell: ShellWorker
+
+    def release_source(self, key: AttemptKey, reason: str) -> None:
+        self.shell.releases[key] += 1
+        super().release_source(key, reason)
+
+    def decode(self, key: AttemptKey, verified: Any, record: Any) -> None:
+        self.shell.verdicts[key] += 1
+        self.shell.compare(key)
+        super().decode(key, verified, record)
+
+    def transfer_failed(self, key: AttemptKey, failure: Any, record: Any) -> None:
+        self.shell.verdicts[key] += 1
+        self.shell.failures.append(failure.reason)
+        super().transfer_failed(key, failure, record)
+
+    def free_reservation(self, key: AttemptKey, reason: str, record: Any) -> None:
+        self.shell.verdicts[key] += 1
+        super().free_reservation(key, reason, record)
+
+
+class ShellRegistration(Registration):
+    """A registration whose peers meet it through proxies."""
+
+    def __init__(self, parts: WorkerParts, node: Any) -> None:
+        super().__init__(parts, node)
+        self.shell: ShellWorker = parts.shell  # type: ignore[attr-defined]
+        self.shell.registration = self
+
+    @property
+    def node(self) -> Any:
+        return self._node
+
+    async def _listen(self, stack: contextlib.AsyncExitStack) -> tuple[ControlServer | None, dict[str, SourcePlane]]:
+        server, planes = await super()._listen(stack)
+        if server is not None:
+            self.shell.control.target = server.endpoint
+        if "zmq" in planes:
+            self.shell.data.target, planes["zmq"]._address = planes["zmq"]._address, self.shell.data.endpoint
+        self.source_planes = planes
+        return server, planes
+
+    def _make_register(self, server: ControlServer | None) -> Register:
+        register = super()._make_register(server)
+        return replace(register, peer_endpoint=self.shell.control.endpoint) if server is not None else register
+
+    def _attach_sides(self, server: ControlServer | None, planes: dict[str, SourcePlane]) -> None:
+        self._attempts.shell = self.shell
+        super()._attach_sides(server, planes)
+
+    @property
+    def attempts(self) -> Attempts:
+        return self._attempts
+
+
+@dataclass
+class Links:
+    """The proxies of a trio: they outlive the processes behind them, as addresses do."""
+
+    control: MessageProxy
+    data: MessageProxy
+    router: dict[str, MessageProxy]
+
+    @property
+    def all(self) -> list[MessageProxy]:
+        return [self.control, self.data, *self.router.values()]
+
+
+class ShellWorker:
+    """One worker "process": an engine, its threads, and registrations at the router for as long as it lives."""
+
+    def __init__(self, role: str, links: Links, plane: str, source: ShellWorker | None = None) -> None:
+        self.role, self._links, self._source = role, links, source
+        self.control, self.data = links.control, links.data
+        self.releases: Counter[AttemptKey] = Counter()
+        self.verdicts: Counter[AttemptKey] = Counter()
+        self.failures: list[str] = []
+        self.wrong: list[str] = []
+        self.deaths: list[BaseException] = []
+        self.registration: ShellRegistration
+        self.events, self.landing = EventGate(), LandingGate()
+        self.engine = TestedEngine(role=role, max_num_batched_tokens=STEP_TOKENS)
+        settings = WorkerSettings(
+            worker_id=role,
+            router=links.router[role].endpoint,
+            insecure=True,
+            planes=("zmq",) if plane == "zmq" else ("shm",),
+        )
+        made = EngineParts(role, settings, IDENTITY, LAYOUT, self.engine.cache, self.engine, {})
+        self.parts = WorkerParts(made, KEYS, lambda ready: None)
+        self.parts.shell = self  # type: ignore[attr-defined]
+        self.parts.landing = LandingThread(
+            self.parts.regions, [group.dtype for group in LAYOUT.groups], after_copy=self.landing
+        )
+        self.events.put = self.parts.take_events
+
+    def start(self) -> None:
+        loop = asyncio.get_running_loop()
+        self.parts.model = ModelThread(self.engine, loop, self.events.take, self.deaths.append)
+        self.parts.model.start()
+        self._serving = asyncio.create_task(main._register_forever(self.parts), name=f"worker {self.role}")
+
+    async def close(self) -> None:
+        self.landing.open()
+        self._serving.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await self._serving
+        await self.parts.close()
+
+    async def kill(self) -> None:
+        """To the others it is dead at once: nothing of what it does on its way out reaches anyone."""
+        self._links.router[self.role].cut(down=True)
+        if self.role == "prefill":
+            self._links.data.cut(down=True)
+        self._links.control.cut(down=True)
+        await self.close()
+
+    def revive_links(self) -> None:
+        self._links.router[self.role].is_down = False
+        self._links.control.is_down = self._links.data.is_down = False
+
+    @property
+    def is_running(self) -> bool:
+        return not self._serving.done()
+
+    @property
+    def attempts(self) -> Attempts:
+        return self.registration.attempts
+
+    @property
+    def sending(self) -> Any:
+        return self.attempts.sending
+
+    @property
+    def receiving(self) -> Any:
+        return self.attempts.receiving
+
+    def core(self, key: AttemptKey) -> Any:
+        """The live core of an attempt, or None."""
+        side = self.sending if self.role == "prefill" else self.receiving
+        return side._transfers._live.get(key)
+
+    def is_buried(self, key: AttemptKey) -> bool:
+        side = self.sending if self.role == "prefill" else self.receiving
+        return bool(side._transfers.is_buried(key))
+
+    def compare(self, key: AttemptKey) -> None:
+        """Bytes in the reserved slots against those of the sender's blocks when they became final."""
+        assert self._source is not None
+        (reserved,) = self.engine.of(key, ReservedEvent)
+        units = {
+            (unit.group, unit.ordinal): unit
+            for event in self._source.engine.of(key, UnitsFinalEvent)
+            for unit in event.units
+        }
+        for group, pairs in enumerate(reserved.slots):
+            for ordinal, slot in pairs:
+                sent = self._source.engine.bytes_when_final[units[group, ordinal]]
+                if self.engine.cache.group_view(group)[slot].numpy().tobytes() != sent:
+                    self.wrong.append(f"{key}: group {group}, block {ordinal} was verified and is not what was sent")
+
+    def leftovers(self) -> dict[str, Any]:
+        """Everything that must be empty when no request is live."""
+        attempts = self.attempts
+        left: dict[str, Any] = {
+            "slots": self.engine.num_used,
+            "live in engine": self.engine.stats().live_keys,
+            "attempts": attempts.keys,
+            "requests": tuple(attempts._requests),
+            "landing jobs": tuple(self.parts.landing._jobs),
+        }
+        if attempts.receiving is not None:
+            left["reservations"] = attempts.receiving.held
+            for link, _ in attempts.receiving._links.values():
+                left["payloads"] = getattr(link.plane, "_num_held", 0)
+        if attempts.sending is not None:
+            left["early"] = tuple(attempts.sending._early)
+            left["planes of attempts"] = tuple(attempts.sending._plane_of)
+        return {name: value for name, value in left.items() if value}
+
+
+@dataclass
+class Reply:
+    """What the client got: `kind` is `answer`, `error` or `cancelled`."""
+
+    kind: str
+    status: int = 200
+    num_attempts: int = 0
+    message: str = ""
+    at: float = 0.0
+
+
+class ShellTrio:
+    """The three participants. Use `start`, then `ask` or `begin`; `close` in the end."""
+
+    def __init__(self, plane: str, scale: float) -> None:
+        self.plane, self.scale = plane, scale
+        self._serial = 0
+        self.served_by: Router
+
+    async def start(self) -> None:
+        delay_s = 0.5 * self.scale  # past the first repeat of whatever is delayed
+        self.links = Links(
+            MessageProxy(delay_s=delay_s),
+            MessageProxy(delay_s=delay_s),
+            {"prefill": MessageProxy(), "decode": MessageProxy()},
+        )
+        for proxy in self.links.all:
+            await proxy.start()
+        await self.start_router()
+        self.start_worker("prefill")
+        self.start_worker("decode")
+        await self.ready()
+
+    async def close(self) -> None:
+        for proxy in self.links.all:
+            proxy.flow()
+        await self.decode.close()
+        await self.prefill.close()
+        await self._router_stack.aclose()
+        for proxy in self.links.all:
+            await proxy.close()
+
+    # --- participants -----------------------------------------------------------------------------------------
+
+    async def start_router(self) -> None:
+        self._router_stack = contextlib.AsyncExitStack()
+        opened = Router.open("tcp://127.0.0.1:0", KEYS, RouterOptions())
+        self.router = await self._router_stack.enter_async_context(opened)
+        for proxy in self.links.router.values():
+            proxy.target, proxy.is_down = self.router.endpoint, False
+
+    async def kill_router(self) -> None:
+        for proxy in self.links.router.values():
+            proxy.cut(down=True)
+        await self._router_stack.aclose()
+
+    def start_worker(self, role: str) -> None:
+        worker = ShellWorker(role, self.links, self.plane, self.prefill if role == "decode" else None)
+        setattr(self, role, worker)
+        if role == "prefill" and hasattr(self, "decode"):
+            self.decode._source = worker
+        worker.revive_links()
+        worker.start()
+
+    prefill: ShellWorker
+    decode: ShellWorker
+
+    def worker(self, role: str) -> ShellWorker:
+        return self.prefill if role == "prefill" else self.decode
+
+    async def ready(self) -> None:
+        """Until the router has these two workers, no others, and knows of their link."""
+        await until(self._is_whole, "the router has a linked pair")
+
+    def _is_whole(self) -> bool:
+        live = [worker for worker in (self.prefill, self.decode) if hasattr(worker, "registration")]
+        incarnations = {worker.registration.node.incarnation for worker in live}
+        if {
+            worker.incarnation for worker in self.router.cluster.registry
+        } != incarnations or not self.router.is_ready():
+            return False
+        # The router's view is a lease old: the link itself must be up too.
+        return bool(self.decode.receiving.is_ready(self.prefill.registration.node.incarnation))
+
+    # --- requests ---------------------------------------------------------------------------------------------
+
+    def request(self, max_tokens: int = MAX_TOKENS) -> GenerationRequest:
+        self._serial += 1
+        prompt = prompt_of(PROMPT_LEN, self._serial)
+        return GenerationRequest(f"request-{self._serial}", prompt, greedy(max_tokens, ignore_eos=True))
+
+    def begin(self, request: GenerationRequest | None = None, *, timeout_s: float = 60.0) -> asyncio.Task[Reply]:
+        """A client that reads its answer, or goes away when the task is cancelled."""
+        self.router.options = replace(self.router.options, request_timeout_s=timeout_s)
+        return asyncio.create_task(self._ask(self.router, request or self.request()), name="client")
+
+    async def ask(self, request: GenerationRequest | None = None) -> Reply:
+        async with asyncio.timeout(PATIENCE_S):
+            return await self.begin(request)
+
+    async def _ask(self, router: Router, request: GenerationRequest) -> Reply:
+        tokens: list[int] = []
+        generation = router.generate(request)
+        try:
+            async for item in generation:
+                if not isinstance(item, GenerationEnd):
+                    tokens += item.token_ids
+        except GenerationError as error:
+            return self._reply(router, request, "error", error.status, error.message)
+        finally:
+            await generation.aclose()
+        expected = reference_tokens(LAYOUT, request.prompt, request.sampling)
+        assert tokens == expected, f"a wrong answer: {tokens}, expected {expected}"
+        return self._reply(router, request, "answer")
+
+    def _reply(self, router: Router, request: GenerationRequest, kind: str, status: int = 200, why: str = "") -> Reply:
+        record = router.record(request.request_id)
+        num_attempts = len(record["attempts"]) if record else 0
+        return Reply(kind, status, num_attempts, why, time.monotonic())
+
+    def newest_key(self, epoch: int = 1) -> AttemptKey:
+        """The first attempt of the youngest live request."""
+        return AttemptKey(list(self.router._streams)[-1], epoch)
+
+    # --- afterwards -------------------------------------------------------------------------------------------
+
+    def leftovers(self) -> dict[str, Any]:
+        return {w.role: left for w in (self.prefill, self.decode) if (left := w.leftovers())}
+
+    async def settle(self) -> None:
+        """Until nothing is held on either side; fails with what is."""
+        deadline = time.monotonic() + REPLY_S
+        while left := self.leftovers():
+            assert time.monotonic() < deadline, f"left behind: {left}"
+            await asyncio.sleep(0.002)
+
+    def check(self) -> None:
+        """What is true at any time: nobody died, at most one release and one verdict per attempt, no wrong bytes."""
+        for worker in (self.prefill, self.decode):
+            assert worker.is_running
+            assert not worker.deaths, worker.deaths
+            assert not worker.wrong, worker.wrong
+            assert all(count == 1 for count in worker.releases.values()), worker.releases
+            assert all(count == 1 for count in worker.verdicts.values()), worker.verdicts
+        self.router.check_invariants()
+
+
+@contextlib.contextmanager
+def trio_context(plane: str, scale: float) -> Iterator[None]:
+    """The patches a trio needs while it lives."""
+    with pytest.MonkeyPatch.context() as patch:
+        patched_timing(patch, scale)
+        patched_shells(patch, plane)
+        yield
