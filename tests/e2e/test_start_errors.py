@@ -19,6 +19,7 @@ from support.families import save_family
 pytestmark = pytest.mark.processes
 
 TIMEOUT_S = 90.0
+ONE_WORKER = ("--both", "1", "--prefill", "0", "--decode", "0", "--threads", "1")
 
 
 @dataclass(frozen=True)
@@ -111,14 +112,14 @@ def test_a_flag_with_a_value_that_it_cannot_have() -> None:
 
 def test_memory_in_which_no_sequence_fits(tmp_path: Path) -> None:
     folder = save_family("llama", tmp_path / "llama")
-    flags = ("--max-model-len", "256", "--dtype", "float32", "--kv-cache-memory", "256KiB", "--threads", "1")
+    flags = ("--max-model-len", "256", "--dtype", "float32", "--kv-cache-memory", "128KiB", *ONE_WORKER)
     refusal = refused("--port", "0", "--model", str(folder), *flags)
-    # 128 KiB per worker; a token takes 4 layers x K and V x 2 heads x 16 x 4 bytes = 1 KiB, two blocks are reserved
+    # a token takes 4 layers x K and V x 2 heads x 16 x 4 bytes = 1 KiB, two blocks are reserved
     assert_one_sentence(refusal, "`--kv-cache-memory`: 131072 bytes", f"{(256 + 2 * 16) * 1024}", "`--max-model-len`")
 
 
 def test_a_model_larger_than_the_memory(tmp_path: Path) -> None:
     folder = save_family("llama", tmp_path / "llama")
     edit_json(folder / "config.json", intermediate_size=2**36)  # 4 layers x 3 x 64 x 2**36 weights: 192 TiB
-    refusal = refused("--port", "0", "--model", str(folder))
+    refusal = refused("--port", "0", "--model", str(folder), *ONE_WORKER)
     assert_one_sentence(refusal, str(folder), "does not fit", "GiB of memory available")
