@@ -1,8 +1,8 @@
 """Who holds which block: per sequence and group a table (index = ordinal, value = slot or -1), over several pools.
 
 A sequence has three cursors, committed <= history <= capacity, and one atomic `resize`. Stale blocks go as history
-advances, in prefill chunks and in decode alike. `committed` counts tokens in shared, immutable blocks: 0 until prefix
-reuse exists, and then the front of a table will name slots that several sequences refer to.
+advances, in prefill chunks and in decode alike. `committed` counts tokens in registered, immutable blocks: several
+sequences may refer to the slots of these, and they stay behind, cached, when the last one lets go.
 """
 
 from __future__ import annotations
@@ -14,25 +14,36 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from disagg.cache.identity import BlockHasher
 from disagg.cache.layout import CacheLayout, LayerGroup
 from disagg.cache.pool import NUM_RESERVED_SLOTS, SlotPool
+from disagg.cache.prefix_cache import Chain, PrefixCache, ReuseCount, blocks_of
+from disagg.cache.reuse import held_ordinals, longest_common
 from disagg.cache.window import stale_range
 
 HOLE = -1
 """Table value of an ordinal that has no slot: stale, or never allocated."""
 
 Table = NDArray[np.int32]
+Held = tuple[NDArray[np.int64], ...]
+"""Per group, ordinals, ascending."""
 
 
 @dataclass(frozen=True, slots=True)
 class PoolUsage:
-    """Slots of one pool; `num_slots` counts the two reserved ones, the others do not."""
+    """Slots of one pool; `num_slots` counts the two reserved ones, the others do not.
+
+    `num_used`: referred to by sequences. `num_free`: can be allocated now, the `num_cached` registered ones included.
+    `num_evicted`: cached slots that were emptied for somebody else, since start.
+    """
 
     slot_nbytes: int
     num_slots: int
     num_used: int
     num_free: int
     peak_used: int
+    num_cached: int = 0
+    num_evicted: int = 0
 
 
 @dataclass(slots=True, eq=False)
@@ -47,6 +58,13 @@ class CachedSequence:
     capacity: int = 0
     history: int = 0
     committed: int = 0
+    chain: Chain | None = None
+    """Its way through the prefix tree; None where prefixes are not reused."""
+
+    @property
+    def is_committing(self) -> bool:
+        """Whether blocks that become whole are still registered."""
+        return self.chain is not None and not self.chain.is_stopped
 
     @property
     def num_blocks(self) -> int:
@@ -57,8 +75,17 @@ class CachedSequence:
 class KVCache:
     """Pools and the sequences that hold their slots. The model thread owns it; nobody else calls it."""
 
-    def __init__(self, layout: CacheLayout, num_slots: Sequence[int], device: str = "cpu") -> None:
-        """`num_slots[p]` slots in pool p, the reserved two included. Raises PoolMemoryShort."""
+    def __init__(
+        self,
+        layout: CacheLayout,
+        num_slots: Sequence[int],
+        device: str = "cpu",
+        hasher: BlockHasher | None = None,
+    ) -> None:
+        """`num_slots[p]` slots in pool p, the reserved two included. Raises PoolMemoryShort.
+
+        `hasher` names blocks for reuse; without one nothing is reused.
+        """
         assert len(num_slots) == layout.num_pools
         self.layout = layout
         self.pools: tuple[SlotPool, ...] = ()
@@ -68,16 +95,18 @@ class KVCache:
             except Exception:
                 self.close()  # a later pool that does not fit must not leave the earlier ones open
                 raise
+        self._prefixes = PrefixCache(layout, self.pools, hasher) if hasher is not None else None
         self._sequences: dict[Hashable, CachedSequence] = {}
         self._group_views = [
             self.pools[pool].view(group, layout.block_size)
             for group, pool in zip(layout.groups, layout.pool_of_group, strict=True)
         ]
 
-    def open(self, key: Hashable) -> CachedSequence:
-        """A sequence that holds nothing yet."""
+    def open(self, key: Hashable, salt: str = "") -> CachedSequence:
+        """A sequence that holds nothing yet. It shares blocks with sequences of the same `salt` only."""
         assert key not in self._sequences, f"sequence {key} is open already"
-        sequence = CachedSequence(key, tuple(np.empty(0, dtype=np.int32) for _ in self.layout.groups))
+        sequence = CachedSequence(key, self._no_tables())
+        sequence.chain = Chain(salt) if self._prefixes is not None else None
         self._sequences[key] = sequence
         return sequence
 
@@ -98,13 +127,90 @@ class KVCache:
         sequence.capacity, sequence.history = capacity, history
         return True
 
+    # --- prefix reuse ---------------------------------------------------------------------------------------
+
+    def reuse_prefix(self, sequence: CachedSequence, tokens: Sequence[int]) -> int:
+        """Give a new sequence the longest prefix of `tokens` that all groups can go on from; its length in tokens.
+
+        It counts as history and as committed. The last token is never part of it: its logits are wanted.
+        """
+        assert sequence.capacity == 0, f"sequence {sequence.key} has begun"
+        if self._prefixes is None or sequence.chain is None or not self.layout.groups:
+            return 0
+        size = self.layout.block_size
+        match = self._prefixes.match(sequence.chain.salt, tokens[: (len(tokens) - 1) // size * size])
+        count = longest_common(match.resident, self.layout, len(tokens))
+        for group in range(self.layout.num_groups):
+            self._prefixes.count(group, (len(tokens) - 1) // size, count)
+        length = count * size
+        self._take(
+            sequence,
+            [
+                np.where(self._wanted(group, length, length), slots[:count], HOLE).astype(np.int32)
+                for group, slots in zip(self.layout.groups, match.slots, strict=True)
+            ],
+        )
+        self._prefixes.follow(sequence.chain, match.path[:count])
+        sequence.capacity = sequence.history = sequence.committed = length
+        return length
+
+    def reserve(self, sequence: CachedSequence, prompt: Sequence[int], *, capacity: int) -> Held | None:
+        """Room for a prompt whose KV will be received: history = its length. None, with nothing changed: no room.
+
+        Per group the needed ordinals that were resident, whichever they are: they are held from here on, need not be
+        received and must not be written. Nothing counts as committed before `commit`.
+        """
+        assert sequence.capacity == 0, f"sequence {sequence.key} has begun"
+        held: Held = tuple(np.empty(0, dtype=np.int64) for _ in self.layout.groups)
+        if self._prefixes is not None and sequence.chain is not None:
+            match = self._prefixes.match(sequence.chain.salt, prompt)
+            held = tuple(
+                held_ordinals(resident, group, self.layout.block_size, len(prompt))
+                for group, resident in zip(self.layout.groups, match.resident, strict=True)
+            )
+            self._take(sequence, [_only(slots, kept) for slots, kept in zip(match.slots, held, strict=True)])
+            self._prefixes.follow(sequence.chain, match.path)
+        if not self.resize(sequence, capacity=capacity, history=len(prompt)):
+            self._let_go(sequence)
+            return None
+        self._count_held(held, len(prompt))
+        return held
+
+    def commit(self, sequence: CachedSequence, tokens: Sequence[int]) -> None:
+        """The KV of these tokens, which follow the committed ones, is stored and right: register their whole blocks.
+
+        To be called before the history passes them, else windows have let go of what could have been kept.
+        """
+        assert sequence.committed + len(tokens) <= sequence.capacity, f"{sequence.key}: more tokens than blocks"
+        if self._prefixes is None or not sequence.is_committing:
+            return
+        assert sequence.chain is not None
+        for block in blocks_of(tokens, self.layout.block_size):
+            ordinal = sequence.committed // self.layout.block_size
+            slots = [int(table[ordinal]) for table in sequence.tables]
+            if not self._prefixes.register(sequence.chain, ordinal, block, slots):
+                return
+            sequence.committed += self.layout.block_size
+
+    def unregister(self, sequence: CachedSequence, ordinal: int) -> int:
+        """What lies in this block, in some group, is wrong: nobody may reuse it or what extends it. Slots concerned."""
+        chain = sequence.chain
+        if self._prefixes is None or chain is None or ordinal >= len(chain.path):
+            return 0
+        return self._prefixes.unregister(chain.path[ordinal])
+
+    def reuse_counts(self) -> tuple[ReuseCount, ...]:
+        """Per group, blocks asked for and found since start; empty where nothing is reused."""
+        counts = self._prefixes.counts if self._prefixes is not None else ()
+        return tuple(ReuseCount(count.num_queried, count.num_hit) for count in counts)
+
     def close_sequence(self, sequence: CachedSequence, *, wipe: bool = False) -> None:
-        """Free all it holds. `wipe` zeroes the slots at once, for a sequence whose KV may not be finite."""
+        """Free all it holds; registered blocks stay cached. `wipe`: its KV may not be finite, so none of it stays."""
         assert self._sequences.pop(sequence.key, None) is sequence, f"sequence {sequence.key} is not open"
-        for table, pool in zip(sequence.tables, self.layout.pool_of_group, strict=True):
-            self.pools[pool].free(table[table != HOLE].tolist(), wipe=wipe)
-        sequence.tables = tuple(np.empty(0, dtype=np.int32) for _ in self.layout.groups)
-        sequence.capacity = sequence.history = 0
+        if wipe:
+            self.unregister(sequence, 0)
+        self._let_go(sequence, wipe=wipe)
+        sequence.capacity = sequence.history = sequence.committed = 0
 
     def layer_view(self, layer_index: int) -> torch.Tensor:
         """KV that a layer reads and writes: [num_slots, 2 (K, V), kv_heads, block_size, head_dim], strided, no copy."""
@@ -116,7 +222,10 @@ class KVCache:
         return self._group_views[group]
 
     def usage(self) -> tuple[PoolUsage, ...]:
-        return tuple(PoolUsage(p.slot_nbytes, p.num_slots, p.num_used, p.num_free, p.peak_used) for p in self.pools)
+        return tuple(
+            PoolUsage(p.slot_nbytes, p.num_slots, p.num_used, p.num_free, p.peak_used, p.num_cached, p.num_evicted)
+            for p in self.pools
+        )
 
     def close(self) -> None:
         """Close the pools' memfds; views that are still held stay valid."""
@@ -124,23 +233,58 @@ class KVCache:
             pool.close()
 
     def check_invariants(self) -> None:
-        """Every slot is reserved, free, or held by exactly one table entry; tables hold exactly what cursors say."""
-        held: list[list[int]] = [[] for _ in self.pools]
+        """Every reference is one table entry; tables hold exactly what cursors say; what is shared is not written."""
+        refs = [np.zeros(pool.num_slots, dtype=np.int64) for pool in self.pools]
         for sequence in self._sequences.values():
             self._check_sequence(sequence)
             for table, pool in zip(sequence.tables, self.layout.pool_of_group, strict=True):
-                held[pool].extend(table[table != HOLE].tolist())
-        for slots, owner in zip(held, self.pools, strict=True):
+                np.add.at(refs[pool], table[table != HOLE], 1)
+        for counted, owner in zip(refs, self.pools, strict=True):
             owner.check_invariants()
-            assert len(set(slots)) == len(slots), "a slot is held twice"
-            assert all(slot >= NUM_RESERVED_SLOTS and not owner.is_free(slot) for slot in slots), "a free slot is held"
-            assert len(slots) == owner.num_used, "a slot is held by nobody"
+            every = np.arange(owner.num_slots)
+            assert not counted[:NUM_RESERVED_SLOTS].any(), "a reserved slot is held"
+            assert (counted == owner.num_refs(every)).all(), "a slot is held by more or fewer than it counts"
+        if self._prefixes is not None:
+            self._prefixes.check_invariants()
 
     def _check_sequence(self, sequence: CachedSequence) -> None:
         assert 0 <= sequence.committed <= sequence.history <= sequence.capacity
-        for group, table in zip(self.layout.groups, sequence.tables, strict=True):
+        first_written = sequence.history // self.layout.block_size
+        for group, pool, table in zip(self.layout.groups, self.layout.pool_of_group, sequence.tables, strict=True):
             wanted = self._wanted(group, sequence.capacity, sequence.history)
             assert ((table != HOLE) == wanted).all(), f"{sequence.key}: group {group.name} holds other than it needs"
+            written = table[first_written:][wanted[first_written:]].astype(np.int64)
+            assert (self.pools[pool].num_refs(written) == 1).all(), f"{sequence.key}: writes a shared slot"
+            assert not any(self.pools[pool].is_registered(slot) for slot in written), "a registered slot is written"
+
+    def _no_tables(self) -> tuple[Table, ...]:
+        return tuple(np.empty(0, dtype=np.int32) for _ in self.layout.groups)
+
+    def _take(self, sequence: CachedSequence, tables: Sequence[Table]) -> None:
+        """Refer to registered slots: the first that a new sequence holds."""
+        for table, pool in zip(tables, self.layout.pool_of_group, strict=True):
+            self.pools[pool].retain(table[table != HOLE].tolist())
+        sequence.tables = tuple(tables)
+
+    def _let_go(self, sequence: CachedSequence, *, wipe: bool = False) -> None:
+        """Free every slot, the deepest ordinals first: of what stays cached these are evicted first."""
+        for number, pool in enumerate(self.pools):
+            tables = [t for t, p in zip(sequence.tables, self.layout.pool_of_group, strict=True) if p == number]
+            ordinals = np.concatenate([np.flatnonzero(table != HOLE) for table in tables])
+            slots = np.concatenate([table[table != HOLE] for table in tables])
+            pool.free(slots[np.argsort(-ordinals, kind="stable")].tolist(), wipe=wipe)
+        sequence.tables = self._no_tables()
+        if self._prefixes is not None and sequence.chain is not None:
+            self._prefixes.leave(sequence.chain)
+
+    def _count_held(self, held: Held, prompt_len: int) -> None:
+        """What was asked for: needed blocks that are whole."""
+        if self._prefixes is None:
+            return
+        every = np.ones(prompt_len // self.layout.block_size, dtype=np.bool_)
+        for number, (group, ordinals) in enumerate(zip(self.layout.groups, held, strict=True)):
+            queried = held_ordinals(every, group, self.layout.block_size, prompt_len)
+            self._prefixes.count(number, len(queried), len(ordinals))
 
     def _shape(self, capacity: int, history: int) -> tuple[int, ...]:
         """All that decides which ordinals have a slot: how many there are, and where each group's stale range ends."""
@@ -163,7 +307,11 @@ class KVCache:
         """Whether each pool can give the difference; groups that share a pool add up."""
         short = [-pool.num_free for pool in self.pools]
         for table, keep, pool in zip(sequence.tables, wanted, self.layout.pool_of_group, strict=True):
-            short[pool] += int(keep.sum()) - int((table != HOLE).sum())
+            kept = np.zeros(len(table), dtype=np.bool_)
+            kept[: len(keep)] = keep[: len(table)]
+            dropped = table[(table != HOLE) & ~kept].astype(np.int64)
+            missing = int(keep.sum()) - int(((table != HOLE) & kept).sum())
+            short[pool] += missing - int((self.pools[pool].num_refs(dropped) == 1).sum())
         return all(missing <= 0 for missing in short)
 
     def _evict(self, sequence: CachedSequence, group: int, wanted: NDArray[np.bool_]) -> Table:
@@ -174,7 +322,7 @@ class KVCache:
         keep[:common] = wanted[:common]
         drop = (table != HOLE) & ~keep
         if drop.any():
-            self.pools[self.layout.pool_of_group[group]].free(table[drop].tolist())
+            self.pools[self.layout.pool_of_group[group]].free(table[drop][::-1].tolist())
         resized = np.full(len(wanted), HOLE, dtype=np.int32)
         resized[:common] = np.where(keep[:common], table[:common], HOLE)
         return resized
@@ -184,3 +332,10 @@ class KVCache:
         if len(missing):
             table[missing] = self.pools[self.layout.pool_of_group[group]].allocate(len(missing))
         return table
+
+
+def _only(slots: Table, ordinals: NDArray[np.int64]) -> Table:
+    """The table with only these ordinals."""
+    table = np.full(len(slots), HOLE, dtype=np.int32)
+    table[ordinals] = slots[ordinals]
+    return table
