@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import os
+import socket
 import threading
 from dataclasses import replace
 
@@ -16,7 +17,7 @@ from support.event_loop import in_event_loop, within
 from support.plane_pair import PLANES, SHAPES, PlanePair, Receiver, plane_pair
 
 from disagg.transceiver.errors import PeerLost, PlaneRefused, SourceChanged
-from disagg.transceiver.planes import copying
+from disagg.transceiver.planes import copying, tcp_stream
 
 pytestmark = pytest.mark.parametrize("kind", PLANES)
 
@@ -105,14 +106,19 @@ async def test_a_slot_given_away_before_the_copy_is_refused(kind: str) -> None:
 async def test_a_slot_given_away_during_the_copy_is_refused(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     async with plane_pair(kind) as pair:
         receiver = await pair.receiver()
-        copy_rows = copying.copy_rows
+        copy_rows, write = copying.copy_rows, tcp_stream.write
 
         def copy_while_the_owner_reuses(destination: np.ndarray, source: np.ndarray) -> None:
             copy_rows(destination, source)
             pair.pools[0].generations[6] += 1
 
+        def write_while_the_owner_reuses(sock: socket.socket, views: list[memoryview]) -> None:
+            write(sock, views)
+            pair.pools[0].generations[6] += 1
+
         monkeypatch.setattr("disagg.transceiver.planes.reading.copy_rows", copy_while_the_owner_reuses)
         monkeypatch.setattr("disagg.transceiver.planes.zmq.copy_rows", copy_while_the_owner_reuses)
+        monkeypatch.setattr("disagg.transceiver.planes.tcp_stream.write", write_while_the_owner_reuses)
         with pytest.raises(SourceChanged):
             await within(pair.move(receiver, RUN))
 

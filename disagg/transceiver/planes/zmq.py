@@ -22,7 +22,7 @@ from disagg.transceiver.planes.base import Bytes, PoolRegion, SourcePlane, Sourc
 from disagg.transceiver.planes.copying import adjacent, check_generations, copy_rows, ints
 from disagg.transceiver.planes.frames import REFUSED, WELCOME, WINDOW, Credit, Hello, SliceHead, pack, parse
 from disagg.transceiver.planes.tokens import Tokens
-from disagg.transceiver.sockets import Sockets, reason
+from disagg.transceiver.sockets import Sockets, bracketed, reason
 
 _MAX_RECEIVED_NBYTES = 4096
 """Receivers say hello and grant credit: tens of bytes."""
@@ -36,7 +36,7 @@ class ZmqSourcePlane(SourcePlane):
         self, host: str, keys: ClusterKeys, *, port: int = 0, advertised_host: str = "", advertised_port: int = 0
     ) -> None:
         """Listen on `host` (port 0 = any free one); peers are told the advertised address where that differs."""
-        self._bind_to = f"tcp://{_bracketed(host)}:{port}"
+        self._bind_to = f"tcp://{bracketed(host)}:{port}"
         self._advertised_host, self._advertised_port = advertised_host or host, advertised_port
         self._keys = keys
         self._tokens = Tokens()
@@ -65,7 +65,7 @@ class ZmqSourcePlane(SourcePlane):
             self._sockets = None
             raise
         port = self._advertised_port or endpoint.rpartition(":")[2]
-        self._address = f"tcp://{_bracketed(self._advertised_host)}:{port}"
+        self._address = f"tcp://{bracketed(self._advertised_host)}:{port}"
         self._gatherer = ThreadPoolExecutor(1, thread_name_prefix="zmq-gather")
         self._listening = asyncio.create_task(self._listen(), name="zmq plane")
 
@@ -214,7 +214,3 @@ class _Window:
     def lose(self) -> None:
         self.is_lost = True
         self._free.release()
-
-
-def _bracketed(host: str) -> str:
-    return f"[{host}]" if ":" in host and not host.startswith("[") else host
