@@ -31,6 +31,7 @@ from disagg.engine.commands import (
     Serve,
     TokensEvent,
     UnitsFinalEvent,
+    Unregister,
 )
 from disagg.engine.runner import Chunk
 from disagg.engine.sampler import Sampled, SampleInput, sample
@@ -130,6 +131,7 @@ class Engine:
             tokens_generated=self._counters.tokens_generated,
             steps=self._counters.steps,
             live_keys=tuple(live),
+            reuse=self._cache.reuse_counts(),
         )
 
     # --- commands -------------------------------------------------------------------------------------------
@@ -150,6 +152,8 @@ class Engine:
                 return self._drop_soft(command)
             case Release():
                 return self._release(command)
+            case Unregister():
+                return self._unregister(command)
 
     def _add(self, sequence: Promised, *, urgent: bool = False) -> list[EngineEvent]:
         if self._scheduler.get(sequence.key) is not None:
@@ -186,6 +190,7 @@ class Engine:
         if not isinstance(reservation, Reservation) or reservation.cached is None:
             return []  # released meanwhile
         answer = DecodingSequence(reservation.request, reservation.cached, command.verified)
+        self._cache.commit(reservation.cached, reservation.request.prompt)  # verified, and not a moment before
         return self._begin(answer)
 
     def _drop_soft(self, command: DropSoft) -> list[EngineEvent]:
@@ -197,6 +202,13 @@ class Engine:
     def _release(self, command: Release) -> list[EngineEvent]:
         if (sequence := self._scheduler.get(command.key)) is not None:
             self._scheduler.release(sequence)
+        return []
+
+    def _unregister(self, command: Unregister) -> list[EngineEvent]:
+        sequence = self._scheduler.get(command.key)
+        if sequence is not None and sequence.cached is not None and command.units:
+            # They are blocks of one chain: the first takes all that extend it along.
+            self._cache.unregister(sequence.cached, min(unit.ordinal for unit in command.units))
         return []
 
     # --- commit ---------------------------------------------------------------------------------------------
@@ -221,6 +233,7 @@ class Engine:
         if isinstance(sequence, PromptSequence):
             return self._commit_chunk(sequence, piece, result)
         assert result is not None
+        self._scheduler.advance(piece)
         sequence.output.append(result.token_id)
         return self._emit(sequence, result.logprobs)
 
@@ -234,7 +247,7 @@ class Engine:
 
     def _end_prompt(self, prompt: PromptSequence, result: Sampled) -> list[EngineEvent]:
         """The prompt is whole: answer it here, or hold its blocks for the decode worker."""
-        computed = Computed(prompt, first_token_of(prompt.request, result.token_id, result.logprobs))
+        computed = Computed(prompt, first_token_of(prompt, result.token_id, result.logprobs))
         self._scheduler.keep_only(prompt)
         if prompt.serves:
             assert prompt.cached is not None
@@ -249,7 +262,10 @@ class Engine:
     def _emit(self, answer: DecodingSequence, logprobs: TokenLogprobs | None) -> list[EngineEvent]:
         """Report the newest token; free the answer if that token ends it."""
         count = len(answer.output)
-        token = TokensEvent(answer.key, count - 1, (answer.output[-1],), (logprobs,) if logprobs else ())
+        num_cached_tokens = answer.licence.first_token.num_cached_tokens if count == 1 else 0
+        token = TokensEvent(
+            answer.key, count - 1, (answer.output[-1],), (logprobs,) if logprobs else (), num_cached_tokens
+        )
         ending = answer.ending()
         if ending is None:
             return [token]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from disagg.cache.cache import PoolUsage
+from disagg.cache.prefix_cache import ReuseCount
 from disagg.engine.commands import AttemptKey
 
 
@@ -26,6 +27,7 @@ class EngineStats:
     nothing yet; `num_soft`: prompts computed ahead of their FETCH that hold blocks; `num_held`: computed prompts whose
     blocks wait for the decode worker; `num_reserved`: reservations whose KV has not arrived.
     `prompt_tokens_computed`, `tokens_generated` (sampled here), `steps`: counters. `live_keys`: not yet released.
+    `reuse`: per layer group, blocks that requests asked the prefix cache for and found; empty without one.
     """
 
     pools: tuple[PoolUsage, ...]
@@ -38,6 +40,7 @@ class EngineStats:
     tokens_generated: int
     steps: int
     live_keys: tuple[AttemptKey, ...]
+    reuse: tuple[ReuseCount, ...] = ()
 
     @property
     def num_used_slots(self) -> int:
