@@ -41,6 +41,7 @@ SAMPLES: dict[str, tuple[str, object, str]] = {
     "fetch_wait_s": ("0.5", 0.5, "1"),
     "verify_weights": ("true", True, "false"),
     "check": ("true", True, "false"),
+    "enable_prefix_caching": ("false", False, "true"),
     "router": ("10.0.0.1:9", "tcp://10.0.0.1:9", "tcp://r:10"),
     "worker_id": ("p-1", "p-1", "p-2"),
     "advertise_host": ("node7", "node7", "node8"),
@@ -71,7 +72,7 @@ def parse(cls: type[Settings], argv: list[str]) -> Settings:
 
 
 def as_flag(field: str, text: str) -> list[str]:
-    if SAMPLES[field][1] is True:
+    if isinstance(SAMPLES[field][1], bool):
         return [flag_of(field) if text == "true" else "--no-" + flag_of(field)[2:]]
     return [flag_of(field), text]
 
