@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import socket
 from pathlib import Path
@@ -24,8 +23,7 @@ from disagg.config.quantities import (
     yaml_switch,
 )
 
-PLANES: Final = ("shm", "tcp", "ucx", "zmq")
-DEFAULT_PLANES: Final = ("shm", "tcp", "zmq")  # fastest first; ucx, an optional package, only for those who name it
+PLANES: Final = ("shm", "tcp", "zmq")
 CONTROL_PORT: Final = 8998  # next to 8000, free of registered services, the same on every machine of a deployment
 
 Role = Literal["prefill", "decode", "both"]
@@ -144,7 +142,10 @@ class EngineSettings(Settings):
     )
     enable_prefix_caching: bool = Field(True, description="Keep blocks of finished requests and reuse equal prefixes")
     tensor_parallel_size: Count = Field(1, description="Ranks per worker", json_schema_extra={"hidden": True})
-    planes: Names = Field(DEFAULT_PLANES, description="Data planes in order of preference, of shm, tcp, ucx, zmq")
+    planes: Names = Field(PLANES, description="Data planes in order of preference, of shm, tcp and zmq")
+    swa_scratch: Scratch = Field(
+        "off", description="Keep windowed blocks that a prefill step outdates in scratch slots (prefill workers)"
+    )
     fetch_wait_s: Seconds = Field(
         30.0, description="Seconds that computed KV waits for the decode worker to ask for it"
     )
@@ -162,8 +163,6 @@ class EngineSettings(Settings):
     def _are_known_planes(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         if not value or len(set(value)) < len(value) or set(value) - set(PLANES):
             raise ValueError(f"expected one or more of {', '.join(PLANES)}, each once, preferred first")
-        if "ucx" in value and importlib.util.find_spec("ucxx") is None:
-            raise ValueError("ucx needs the package ucxx: `pip install disagg[ucx-cu12]`, or leave ucx out")
         return value
 
 
