@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 from support.event_loop import in_event_loop, within
 from support.plane_pair import PLANES, SHAPES, PlanePair, Receiver, plane_pair
 
+from disagg.cache.pool import NULL_SLOT, TRASH_SLOT
 from disagg.transceiver.errors import PeerLost, PlaneRefused, SourceChanged
-from disagg.transceiver.planes import copying, tcp_stream
+from disagg.transceiver.planes import copying, probe, tcp_stream
 
 pytestmark = pytest.mark.parametrize("kind", PLANES)
 
@@ -274,6 +275,19 @@ async def test_closing_leaves_no_file_and_no_thread(kind: str) -> None:
     for _ in range(3):
         await use()
     assert open_resources() == before
+
+
+@in_event_loop
+async def test_first_contact_is_measured_with_reserved_slots_and_touches_no_other(kind: str) -> None:
+    async with plane_pair(kind) as pair:
+        receiver = await pair.receiver()
+        for pool in pair.pools:
+            pool.generations[NULL_SLOT] = 0
+        before = snapshot(receiver)
+        assert await within(probe.measure(receiver.plane, receiver.pools)) > 0
+        assert_only_moved(pair, receiver, before, [(0, NULL_SLOT, TRASH_SLOT)])
+        await within(pair.move(receiver, RUN))  # and nothing is left of it
+        assert await within(probe.measure(receiver.plane, ())) == 0.0
 
 
 @given(

@@ -13,8 +13,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import socket
-from collections.abc import Sequence
-from typing import Final
+from collections.abc import Coroutine, Sequence
+from typing import Any, Final
 
 from disagg.transceiver.errors import EndpointRefused, PeerLost
 from disagg.transceiver.keys import ClusterKeys
@@ -22,6 +22,7 @@ from disagg.transceiver.messages.values import PlaneOffer
 from disagg.transceiver.planes.base import PoolRegion, SourcePlane, SourceUnit
 from disagg.transceiver.planes.copying import check_generations, ints
 from disagg.transceiver.planes.greeting import HANDSHAKE_S, parse_greeting
+from disagg.transceiver.planes.probe import send_probe
 from disagg.transceiver.planes.tcp_stream import Stream
 from disagg.transceiver.planes.tcp_wire import WELCOME, SliceHeader, run_views, wire_name
 from disagg.transceiver.planes.tokens import Tokens
@@ -33,7 +34,8 @@ BACKLOG: Final = 128
 """Connections that wait to be accepted: every decode worker of a large cluster at once after a restart."""
 
 MAX_GREETINGS: Final = 128
-"""Connections that have not shown a token yet. Beyond it new ones are closed: strangers cannot exhaust descriptors."""
+"""Connections that have not shown a token yet, or are being measured. Beyond it new ones are closed: strangers cannot
+exhaust descriptors."""
 
 
 class TcpSourcePlane(SourcePlane):
@@ -114,9 +116,12 @@ class TcpSourcePlane(SourcePlane):
             if len(self._greetings) >= MAX_GREETINGS:
                 sock.close()
                 continue
-            task = asyncio.create_task(self._greet(sock), name="tcp greeting")
-            self._greetings.add(task)
-            task.add_done_callback(self._greetings.discard)
+            self._spawn(self._greet(sock))
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work, name="tcp greeting")
+        self._greetings.add(task)
+        task.add_done_callback(self._greetings.discard)
 
     async def _greet(self, sock: socket.socket) -> None:
         """Serve who shows its token in time; hang up on everybody else without a word."""
@@ -134,7 +139,9 @@ class TcpSourcePlane(SourcePlane):
             sock.close()
             raise
         previous = self._streams.pop(peer, None)
-        self._streams[peer] = Stream(sock, lambda stream: self._lose(peer, stream))
+        self._streams[peer] = Stream(
+            sock, lambda stream: self._lose(peer, stream), lambda: self._spawn(send_probe(self, peer, self._pools))
+        )
         if previous is not None:
             await previous.close()
 

@@ -26,6 +26,7 @@ from disagg.transceiver.planes.greeting import HANDSHAKE_S, greeting
 from disagg.transceiver.planes.tcp_wire import (
     HEADER,
     MAX_VECTORS,
+    PROBE,
     WELCOME,
     SliceHeader,
     advance,
@@ -60,6 +61,7 @@ class _Expected:
 
 class TcpLandingPlane(LandingPlane):
     name = "tcp"
+    is_private = False
 
     def __init__(self) -> None:
         self._pools: tuple[PoolRegion, ...] = ()
@@ -104,6 +106,11 @@ class TcpLandingPlane(LandingPlane):
             sock.close()
             raise
         return sock
+
+    async def ask_probe(self) -> None:
+        assert self._socket is not None, "connect comes first"
+        with contextlib.suppress(OSError):  # the source left: `fetch` hears of it too
+            self._socket.send(PROBE)
 
     async def fetch(self, job: LandingJob) -> None:
         """Wait until the slice lies in its slots. Raises `PeerLost`, or `RemoteProtocolError` for one of another size.

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from disagg.transceiver.errors import PeerLost, TransceiverError
-from disagg.transceiver.planes.tcp_wire import MAX_VECTORS, advance
+from disagg.transceiver.planes.tcp_wire import MAX_VECTORS, PROBE, advance
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,10 +25,11 @@ class _Job:
 class Stream:
     """Writes to `sock`, which it owns, until the receiver hangs up or `close`."""
 
-    def __init__(self, sock: socket.socket, on_lost: Callable[[Stream], None]) -> None:
-        """`on_lost(self)` is called on the loop, once, when the other end is gone."""
+    def __init__(self, sock: socket.socket, on_lost: Callable[[Stream], None], on_probe: Callable[[], None]) -> None:
+        """Both are called on the loop, once: when the other end is gone, and when it asks for the probe."""
         self._sock = sock
-        self._on_lost = on_lost
+        self._on_lost, self._on_probe = on_lost, on_probe
+        self._is_probed = False
         self._loop = asyncio.get_running_loop()
         self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self._is_lost = False
@@ -57,7 +58,14 @@ class Stream:
         self._sock.close()
 
     def _hear(self) -> None:
-        """A receiver has nothing to say after its greeting: readable means that it hung up."""
+        """A receiver may ask for the probe, once; anything else that can be read means that it hung up."""
+        said = b""
+        with contextlib.suppress(OSError):
+            said = self._sock.recv(1, socket.MSG_DONTWAIT)
+        if said == PROBE and not self._is_probed:
+            self._is_probed = True
+            self._on_probe()
+            return
         self._lose()
         self._on_lost(self)
 

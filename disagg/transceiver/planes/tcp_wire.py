@@ -19,6 +19,9 @@ from disagg.transceiver.planes.base import PoolRegion
 from disagg.transceiver.planes.copying import Ints, adjacent
 
 WELCOME: Final = b"W"
+PROBE: Final = b"P"
+"""All that a receiver may say after its greeting, once: send the probe's slices."""
+
 HEADER: Final = struct.Struct("<16sIIQ")
 
 MAX_VECTORS: Final = 64
