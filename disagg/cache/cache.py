@@ -19,6 +19,7 @@ from disagg.cache.layout import CacheLayout, LayerGroup
 from disagg.cache.pool import NUM_RESERVED_SLOTS, SlotPool
 from disagg.cache.prefix_cache import Chain, PrefixCache, ReuseCount, blocks_of
 from disagg.cache.reuse import held_ordinals, longest_common
+from disagg.cache.scratch import Scratch, num_scratch_slots, scratch_range
 from disagg.cache.window import stale_range
 
 HOLE = -1
@@ -60,6 +61,8 @@ class CachedSequence:
     committed: int = 0
     chain: Chain | None = None
     """Its way through the prefix tree; None where prefixes are not reused."""
+    scratch: tuple[Scratch | None, ...] = ()
+    """Per group, where the blocks lie that end with the step in progress; their table entries are -1."""
 
     @property
     def is_committing(self) -> bool:
@@ -97,6 +100,7 @@ class KVCache:
                 raise
         self._prefixes = PrefixCache(layout, self.pools, hasher) if hasher is not None else None
         self._sequences: dict[Hashable, CachedSequence] = {}
+        self._scratch_pages = tuple(layout.scratch_pages(group) for group in range(layout.num_groups))
         self._group_views = [
             self.pools[pool].view(group, layout.block_size)
             for group, pool in zip(layout.groups, layout.pool_of_group, strict=True)
@@ -110,20 +114,27 @@ class KVCache:
         self._sequences[key] = sequence
         return sequence
 
-    def resize(self, sequence: CachedSequence, *, capacity: int, history: int) -> bool:
+    def resize(self, sequence: CachedSequence, *, capacity: int, history: int, scratch_until: int = 0) -> bool:
         """Declare `history` tokens done, make room for `capacity`. False, with nothing changed, when a pool is short.
 
         Afterwards the sequence holds exactly the ordinals of [0, ceil(capacity/T)) that are not stale at `history`,
         in every group; new slots are zeroed. `history` never goes back; `capacity` may shrink down to it.
+        Blocks of a prefill step that are stale at `scratch_until` go to scratch slots where the layout allows that,
+        and are gone with the resize that declares the step history.
         """
         assert self._sequences.get(sequence.key) is sequence, f"sequence {sequence.key} is closed"
         assert sequence.history <= history <= capacity
-        shape = self._shape(capacity, history)
-        if shape != self._shape(sequence.capacity, sequence.history):  # most decode steps stay inside one block
+        shape, scratch = self._shape(capacity, history), self._scratch_ranges(capacity, history, scratch_until)
+        # Most decode steps stay inside one block.
+        if scratch or sequence.scratch or shape != self._shape(sequence.capacity, sequence.history):
             wanted = [self._wanted(group, capacity, history) for group in self.layout.groups]
-            if not self._fits(sequence, wanted):
+            for mask, blocks in zip(wanted, scratch, strict=False):
+                mask[blocks.start : blocks.stop] = False
+            if not self._fits(sequence, wanted, scratch):
                 return False
+            self._free_scratch(sequence)
             self._apply(sequence, wanted)
+            self._allocate_scratch(sequence, scratch)
         sequence.capacity, sequence.history = capacity, history
         return True
 
@@ -221,6 +232,19 @@ class KVCache:
         """All layers of a group: [num_slots, layers, 2 (K, V), kv_heads, block_size, head_dim], no copy."""
         return self._group_views[group]
 
+    def page_view(self, group: int) -> torch.Tensor:
+        """A group as pages, page = slot * layers + place: [num_slots * layers, 2, kv_heads, block_size, head_dim]."""
+        return self._group_views[group].flatten(0, 1)
+
+    @property
+    def num_scratch(self) -> tuple[int, ...]:
+        """Per pool, the used slots that are scratch: none between steps."""
+        counts = [0] * len(self.pools)
+        for sequence in self._sequences.values():
+            for scratch, pool in zip(sequence.scratch, self.layout.pool_of_group, strict=False):
+                counts[pool] += len(scratch.slots) if scratch else 0
+        return tuple(counts)
+
     def usage(self) -> tuple[PoolUsage, ...]:
         return tuple(
             PoolUsage(p.slot_nbytes, p.num_slots, p.num_used, p.num_free, p.peak_used, p.num_cached, p.num_evicted)
@@ -239,6 +263,8 @@ class KVCache:
             self._check_sequence(sequence)
             for table, pool in zip(sequence.tables, self.layout.pool_of_group, strict=True):
                 np.add.at(refs[pool], table[table != HOLE], 1)
+            for scratch, pool in zip(sequence.scratch, self.layout.pool_of_group, strict=False):
+                np.add.at(refs[pool], list(scratch.slots) if scratch else [], 1)
         for counted, owner in zip(refs, self.pools, strict=True):
             owner.check_invariants()
             every = np.arange(owner.num_slots)
@@ -250,8 +276,10 @@ class KVCache:
     def _check_sequence(self, sequence: CachedSequence) -> None:
         assert 0 <= sequence.committed <= sequence.history <= sequence.capacity
         first_written = sequence.history // self.layout.block_size
-        for group, pool, table in zip(self.layout.groups, self.layout.pool_of_group, sequence.tables, strict=True):
+        for number, (group, table) in enumerate(zip(self.layout.groups, sequence.tables, strict=True)):
+            pool = self.layout.pool_of_group[number]
             wanted = self._wanted(group, sequence.capacity, sequence.history)
+            _leave_out(wanted, sequence.scratch[number] if sequence.scratch else None)
             assert ((table != HOLE) == wanted).all(), f"{sequence.key}: group {group.name} holds other than it needs"
             written = table[first_written:][wanted[first_written:]].astype(np.int64)
             assert (self.pools[pool].num_refs(written) == 1).all(), f"{sequence.key}: writes a shared slot"
@@ -274,6 +302,7 @@ class KVCache:
             slots = np.concatenate([table[table != HOLE] for table in tables])
             pool.free(slots[np.argsort(-ordinals, kind="stable")].tolist(), wipe=wipe)
         sequence.tables = self._no_tables()
+        self._free_scratch(sequence, wipe=wipe)
         if self._prefixes is not None and sequence.chain is not None:
             self._prefixes.leave(sequence.chain)
 
@@ -303,9 +332,38 @@ class KVCache:
         kept = [self._evict(sequence, group, keep) for group, keep in enumerate(wanted)]
         sequence.tables = tuple(self._grow(group, *pair) for group, pair in enumerate(zip(kept, wanted, strict=True)))
 
-    def _fits(self, sequence: CachedSequence, wanted: Sequence[NDArray[np.bool_]]) -> bool:
+    def _scratch_ranges(self, capacity: int, history: int, scratch_until: int) -> tuple[range, ...]:
+        """Per group, the ordinals that go to scratch slots; empty when there are none in any group."""
+        if not scratch_until or not self.layout.uses_scratch:
+            return ()
+        size = self.layout.block_size
+        ranges = tuple(
+            scratch_range(history, capacity, scratch_until, g.window, g.num_sink_tokens, size) if pages else range(0)
+            for g, pages in zip(self.layout.groups, self._scratch_pages, strict=True)
+        )
+        return ranges if any(ranges) else ()
+
+    def _free_scratch(self, sequence: CachedSequence, *, wipe: bool = False) -> None:
+        for scratch, pool in zip(sequence.scratch, self.layout.pool_of_group, strict=False):
+            if scratch is not None:
+                self.pools[pool].free(scratch.slots, wipe=wipe)
+        sequence.scratch = ()
+
+    def _allocate_scratch(self, sequence: CachedSequence, ranges: Sequence[range]) -> None:
+        found: list[Scratch | None] = []
+        for group, blocks in enumerate(ranges):
+            count = num_scratch_slots(len(blocks), self._scratch_pages[group] or 1)
+            slots = self.pools[self.layout.pool_of_group[group]].allocate(count) if count else ()
+            found.append(Scratch(blocks.start, len(blocks), tuple(slots)) if count else None)
+        sequence.scratch = tuple(found)
+
+    def _fits(self, sequence: CachedSequence, wanted: Sequence[NDArray[np.bool_]], scratch: Sequence[range]) -> bool:
         """Whether each pool can give the difference; groups that share a pool add up."""
         short = [-pool.num_free for pool in self.pools]
+        for group, held in enumerate(sequence.scratch):
+            short[self.layout.pool_of_group[group]] -= len(held.slots) if held else 0
+        for group, blocks in enumerate(scratch):
+            short[self.layout.pool_of_group[group]] += num_scratch_slots(len(blocks), self._scratch_pages[group] or 1)
         for table, keep, pool in zip(sequence.tables, wanted, self.layout.pool_of_group, strict=True):
             kept = np.zeros(len(table), dtype=np.bool_)
             kept[: len(keep)] = keep[: len(table)]
@@ -332,6 +390,12 @@ class KVCache:
         if len(missing):
             table[missing] = self.pools[self.layout.pool_of_group[group]].allocate(len(missing))
         return table
+
+
+def _leave_out(wanted: NDArray[np.bool_], scratch: Scratch | None) -> None:
+    if scratch is not None:
+        assert wanted[scratch.first : scratch.first + scratch.num_blocks].all(), "a scratch block is stale already"
+        wanted[scratch.first : scratch.first + scratch.num_blocks] = False
 
 
 def _only(slots: Table, ordinals: NDArray[np.int64]) -> Table:

@@ -63,6 +63,9 @@ class EngineConfig:
     max_model_len: int
     check_invariants: bool = False
     vocab_size: int | None = None
+    swa_scratch: str = "off"
+    """`on`: prompts put windowed blocks that a step outdates in scratch slots; `reuse`: save those that the same
+    prompt begins with. The cache's layout allows it."""
 
     def __post_init__(self) -> None:
         if self.role not in ROLES:
@@ -90,7 +93,10 @@ class Engine:
     def __init__(self, runner: StepRunner, cache: KVCache, config: EngineConfig) -> None:
         self._runner, self._cache, self._config = runner, cache, config
         self._scheduler = Scheduler(
-            cache, max_num_seqs=config.max_num_seqs, max_num_batched_tokens=config.max_num_batched_tokens
+            cache,
+            max_num_seqs=config.max_num_seqs,
+            max_num_batched_tokens=config.max_num_batched_tokens,
+            swa_scratch=config.swa_scratch,
         )
         self._counters = EngineCounters()
 
@@ -318,7 +324,8 @@ def _prompt_computed(prompt: PromptSequence, computed: Computed) -> PromptComput
 
 def _chunk(piece: Work) -> Chunk:
     assert piece.sequence.cached is not None
-    return Chunk(piece.sequence.cached.tables, piece.token_ids, piece.start, piece.wants_logits)
+    cached = piece.sequence.cached
+    return Chunk(cached.tables, piece.token_ids, piece.start, piece.wants_logits, cached.scratch)
 
 
 def _sample_input(piece: Work) -> SampleInput:

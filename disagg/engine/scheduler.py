@@ -41,8 +41,10 @@ Promised = PromptSequence | Reservation
 class Scheduler:
     """Owns the live sequences of one cache. `step_tokens` = max_num_batched_tokens, at least `max_num_seqs`."""
 
-    def __init__(self, cache: KVCache, *, max_num_seqs: int, max_num_batched_tokens: int) -> None:
-        self._cache = cache
+    def __init__(
+        self, cache: KVCache, *, max_num_seqs: int, max_num_batched_tokens: int, swa_scratch: str = "off"
+    ) -> None:
+        self._cache, self._swa_scratch = cache, swa_scratch
         self._max_num_seqs, self._max_num_batched_tokens = max_num_seqs, max_num_batched_tokens
         self._promises = Promises([pool.num_slots for pool in cache.pools])
         self._live: dict[AttemptKey, LiveSequence] = {}
@@ -251,12 +253,22 @@ class Scheduler:
 
     def _chunk(self, prompt: PromptSequence, count: int) -> Work:
         start = prompt.num_computed
-        self._size(prompt, capacity=start + count, history=start)
-        return Work(prompt, prompt.request.prompt[start : start + count], start)
+        end = start + count
+        self._size(prompt, capacity=end, history=start, scratch_until=self._scratch_until(prompt, end))
+        return Work(prompt, prompt.request.prompt[start:end], start)
 
-    def _size(self, sequence: LiveSequence, *, capacity: int, history: int) -> None:
+    def _scratch_until(self, prompt: PromptSequence, end: int) -> int:
+        """Blocks stale here may be scratch. `reuse` keeps what the same prompt, asked again, would begin with."""
+        if self._swa_scratch == "off":
+            return 0
+        if self._swa_scratch == "on":
+            return end
+        size = self._cache.layout.block_size
+        return min(end, (prompt.request.prompt_len - 1) // size * size)
+
+    def _size(self, sequence: LiveSequence, *, capacity: int, history: int, scratch_until: int = 0) -> None:
         assert sequence.cached is not None
-        done = self._cache.resize(sequence.cached, capacity=capacity, history=history)
+        done = self._cache.resize(sequence.cached, capacity=capacity, history=history, scratch_until=scratch_until)
         assert done, f"{sequence.key}: a promised slot was not there"
 
     # --- invariants -----------------------------------------------------------------------------------------

@@ -38,7 +38,15 @@ def make_engine(
     progress("allocating KV cache")
     budget = settings.kv_cache_memory or _default_budget(settings)
     max_model_len = _choose_model_len(settings, model, budget)
-    layout = derive_layout(model.layers, block_size=settings.block_size, max_model_len=max_model_len)
+    swa_scratch = settings.swa_scratch if role == "prefill" else "off"
+    if swa_scratch != settings.swa_scratch:
+        log.warning("`--swa-scratch`: only prefill workers have scratch slots, this worker's role is `%s`", role)
+    layout = derive_layout(
+        model.layers,
+        block_size=settings.block_size,
+        max_model_len=max_model_len,
+        uses_scratch=swa_scratch != "off",
+    )
     num_slots = split_budget(
         layout,
         nbytes=budget,
@@ -55,6 +63,7 @@ def make_engine(
         max_num_batched_tokens=settings.max_num_batched_tokens,
         max_model_len=max_model_len,
         check_invariants=settings.check,
+        swa_scratch=swa_scratch,
     )
     identity = Identity(
         protocol_major=PROTOCOL[0],
