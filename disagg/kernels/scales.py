@@ -1,0 +1,35 @@
+"""KV stored in eight bits: what a stored number is worth."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+EIGHT_BIT_FLOATS = (torch.float8_e4m3fn, torch.float8_e5m2)
+
+
+@dataclass(frozen=True, slots=True)
+class KVScales:
+    """float32 `[num_kv_heads]` on the pool's device: K is worth `stored * key[head]`, V `stored * value[head]`."""
+
+    key: torch.Tensor
+    value: torch.Tensor
+
+    def __post_init__(self) -> None:
+        assert self.key.shape == self.value.shape
+        assert self.key.dtype == self.value.dtype == torch.float32
+        assert self.key.is_contiguous()
+        assert self.value.is_contiguous()
+
+
+def quantise(x: torch.Tensor, dtype: torch.dtype, scale: torch.Tensor | None) -> torch.Tensor:
+    """`x / scale` as `dtype`. To eight bits it saturates: there torch would make NaN (e4m3) or Inf (e5m2) of it.
+
+    `scale` broadcasts to `x`. What is not a number stays so.
+    """
+    if scale is not None:
+        x = x.float() / scale
+    if dtype in EIGHT_BIT_FLOATS:
+        x = x.float().clamp(-torch.finfo(dtype).max, torch.finfo(dtype).max)
+    return x.to(dtype)
