@@ -80,3 +80,30 @@ def gather_slots(memory: torch.Tensor, slots: torch.Tensor, out: torch.Tensor) -
 def scatter_slots(memory: torch.Tensor, slots: torch.Tensor, staging: torch.Tensor) -> None:
     """Copy `staging` `[len(slots), slot_nbytes]` to `slots` (int64, distinct) of `memory`, both uint8."""
     _served("scatter_slots", memory.device).scatter_slots(memory, slots, staging)
+
+
+def copy_units(
+    source: torch.Tensor,
+    source_at: torch.Tensor,
+    target: torch.Tensor,
+    target_at: torch.Tensor,
+    unit: int,
+    *,
+    source_scales: torch.Tensor | None = None,
+    target_scales: torch.Tensor | None = None,
+) -> None:
+    """Copy units of `unit` tokens, of all layers and heads, between two layouts of KV.
+
+    `source` `[slots, layers, 2, heads, T, dim]` and `target`, which may differ in slots, block size, strides (any) and
+    dtype; slices of them choose layers and heads, so this re-shards heads, changes block sizes, and gathers to or
+    scatters from a staging buffer (block size `unit`). `source_at` and `target_at` int64 `[n, 2]`: the slot and first
+    token of each unit; the targets are distinct. A unit lies within a block on either side.
+    A number is worth stored * scale, `[layers, 2, heads]` float32; without scales and between equal dtypes every bit
+    is kept. To eight bits the copy saturates, and what is not finite becomes NaN.
+    """
+    shape, other = source.shape, target.shape
+    assert shape[1:4] == other[1:4] and shape[5] == other[5], f"{tuple(shape)} to {tuple(other)}"  # noqa: PT018
+    assert source_at.shape == target_at.shape == (len(source_at), 2)
+    assert 0 < unit <= min(shape[4], other[4])
+    module = _served("copy_units", source.device)
+    module.copy_units(source, source_at, target, target_at, unit, source_scales, target_scales)

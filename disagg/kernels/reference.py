@@ -19,7 +19,7 @@ import torch
 from torch.nn import functional
 
 from disagg.kernels.batch import NULL_SLOT, PagedBatch, QueryRun
-from disagg.kernels.scales import EIGHT_BIT_FLOATS, KVScales, quantise
+from disagg.kernels.scales import KVScales, quantise, raw
 from disagg.kernels.workspace import Workspace
 
 NAME = "torch"
@@ -193,9 +193,7 @@ def write_kv(pool: torch.Tensor, plan: Plan, key: torch.Tensor, value: torch.Ten
     scale = None if scales is None else torch.stack([scales.key, scales.value])[:, :, None, None]
     kv, head_dim = quantise(both, pool.dtype, scale).reshape(-1, pool.shape[4]), pool.shape[4]
     rows = _rows(pool, head_dim)
-    if rows.dtype in EIGHT_BIT_FLOATS:  # torch copies rows by index for every dtype but these
-        rows, kv = rows.view(torch.uint8), kv.view(torch.uint8)
-    rows.index_copy_(0, plan.write_rows, kv)
+    raw(rows).index_copy_(0, plan.write_rows, raw(kv))  # torch has no index_copy_ for eight-bit floats
 
 
 def paged_attention(
@@ -284,3 +282,21 @@ def gather_slots(memory: torch.Tensor, slots: torch.Tensor, out: torch.Tensor) -
 
 def scatter_slots(memory: torch.Tensor, slots: torch.Tensor, staging: torch.Tensor) -> None:
     memory.index_copy_(0, slots, staging)
+
+
+def copy_units(
+    source: torch.Tensor,
+    source_at: torch.Tensor,
+    target: torch.Tensor,
+    target_at: torch.Tensor,
+    unit: int,
+    source_scales: torch.Tensor | None,
+    target_scales: torch.Tensor | None,
+) -> None:
+    steps = torch.arange(unit, device=source.device)
+    # [n, unit, layers, 2, heads, dim]: indexes that slices stand between come first
+    values = raw(source)[source_at[:, :1], :, :, :, source_at[:, 1:] + steps].view(source.dtype)
+    if source_scales is not None:
+        values = values.float() * source_scales[..., None]
+    values = quantise(values, target.dtype, None if target_scales is None else target_scales[..., None])
+    raw(target)[target_at[:, :1], :, :, :, target_at[:, 1:] + steps] = raw(values)

@@ -24,12 +24,19 @@ class KVScales:
 
 
 def quantise(x: torch.Tensor, dtype: torch.dtype, scale: torch.Tensor | None) -> torch.Tensor:
-    """`x / scale` as `dtype`. To eight bits it saturates: there torch would make NaN (e4m3) or Inf (e5m2) of it.
+    """`x / scale` as `dtype`; `scale` broadcasts to `x`.
 
-    `scale` broadcasts to `x`. What is not a number stays so.
+    To eight bits it saturates, where torch would make NaN (e4m3) or Inf (e5m2) of a finite number; what is not finite
+    becomes NaN.
     """
     if scale is not None:
         x = x.float() / scale
-    if dtype in EIGHT_BIT_FLOATS:
-        x = x.float().clamp(-torch.finfo(dtype).max, torch.finfo(dtype).max)
+    if dtype in EIGHT_BIT_FLOATS and x.dtype != dtype:
+        x, largest = x.float(), torch.finfo(dtype).max
+        x = torch.where(torch.isfinite(x), x.clamp(-largest, largest), torch.nan)
     return x.to(dtype)
+
+
+def raw(x: torch.Tensor) -> torch.Tensor:
+    """`x` as integers of its width: what is copied so keeps every bit, in dtypes that torch does not index too."""
+    return x.view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()])

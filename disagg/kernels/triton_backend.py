@@ -14,8 +14,9 @@ import triton
 from disagg.kernels.batch import PagedBatch
 from disagg.kernels.device_plan import DevicePlan, device_plan
 from disagg.kernels.dispatch import CALLS
-from disagg.kernels.scales import EIGHT_BIT_FLOATS, KVScales, quantise
-from disagg.kernels.triton_attention import attention_kernel, merge_kernel, write_kernel
+from disagg.kernels.scales import EIGHT_BIT_FLOATS, KVScales, quantise, raw
+from disagg.kernels.triton_attention import attention_kernel, merge_kernel
+from disagg.kernels.triton_copies import rows_kernel, units_kernel, write_kernel
 from disagg.kernels.triton_launch import Cut, SplitSpace, cut, num_processors, num_splits, power_of_two
 from disagg.kernels.workspace import Workspace
 
@@ -26,6 +27,7 @@ INTERPRETED: Final = bool(triton.knobs.runtime.interpret)
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 Outs = tuple[torch.Tensor | None, ...]  # out, maxima, sums; without splits only the first
 STORED = (*FLOATS, *EIGHT_BIT_FLOATS)
+COPY_BLOCK: Final = 2048  # elements that a program copies: 16 of 2 bytes per thread, two vector loads; 16 KiB as int64
 
 
 def launch(name: str, kernel: Any, grid: tuple[int, ...], *args: object, **constants: object) -> None:
@@ -213,10 +215,77 @@ class _Attention:
 
 
 def gather_slots(memory: torch.Tensor, slots: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-    check_device(memory, slots, out)
-    return torch.index_select(memory, 0, slots, out=out)
+    _copy_rows("gather_slots", memory, slots, out, None, len(slots))
+    return out
 
 
 def scatter_slots(memory: torch.Tensor, slots: torch.Tensor, staging: torch.Tensor) -> None:
-    check_device(memory, slots, staging)
-    memory.index_copy_(0, slots, staging)
+    _copy_rows("scatter_slots", staging, None, memory, slots, len(slots))
+
+
+def _copy_rows(
+    name: str,
+    source: torch.Tensor,
+    source_rows: torch.Tensor | None,
+    target: torch.Tensor,
+    target_rows: torch.Tensor | None,
+    num_rows: int,
+) -> None:
+    check_device(source, source_rows, target, target_rows)
+    width = source.shape[1]
+    check_rows("source", source, (len(source), width), (torch.uint8,))
+    check_rows("target", target, (len(target), width), (torch.uint8,))
+    for rows in (source_rows, target_rows):
+        assert rows is None or (rows.dtype == torch.int64 and rows.is_contiguous())
+    if all(x.storage_offset() % 8 == 0 == x.stride(0) % 8 for x in (source, target)) and width % 8 == 0:
+        source, target, width = source.view(torch.int64), target.view(torch.int64), width // 8
+    launch(
+        name,
+        rows_kernel,
+        (num_rows, -(-width // COPY_BLOCK)),
+        *(source, source_rows, target, target_rows, source.stride(0), target.stride(0), width),
+        BLOCK=COPY_BLOCK,
+        SOURCE_INDEXED=source_rows is not None,
+        TARGET_INDEXED=target_rows is not None,
+    )
+
+
+def copy_units(
+    source: torch.Tensor,
+    source_at: torch.Tensor,
+    target: torch.Tensor,
+    target_at: torch.Tensor,
+    unit: int,
+    source_scales: torch.Tensor | None,
+    target_scales: torch.Tensor | None,
+) -> None:
+    check_device(source, source_at, target, target_at, source_scales, target_scales)
+    layers, _, heads, _, dim = source.shape[1:]
+    for rows in (source_at, target_at):
+        assert rows.dtype == torch.int64
+        assert rows.is_contiguous()
+    for scales in (source_scales, target_scales):
+        assert scales is None or (scales.shape == (layers, 2, heads) and scales.dtype == torch.float32)
+    largest, saturates = 0.0, False
+    if source.dtype == target.dtype and source_scales is None and target_scales is None:
+        source, target = raw(source), raw(target)
+    else:
+        largest, saturates = torch.finfo(target.dtype).max, target.dtype in EIGHT_BIT_FLOATS
+        if INTERPRETED and saturates:
+            raise RuntimeError(f"Triton's interpreter converts to {target.dtype} wrongly: convert in torch")
+    launch(
+        "copy_units",
+        units_kernel,
+        (len(source_at), 2 * layers, -(-heads * unit * dim // COPY_BLOCK)),
+        *(source, source_at, target, target_at),
+        *(None if scales is None else scales.contiguous() for scales in (source_scales, target_scales)),
+        largest,
+        *(*source.stride(), *target.stride()),
+        H=heads,
+        U=unit,
+        D=dim,
+        BLOCK=COPY_BLOCK,
+        HAS_SOURCE_SCALES=source_scales is not None,
+        HAS_TARGET_SCALES=target_scales is not None,
+        SATURATE=saturates,
+    )
