@@ -9,6 +9,7 @@ from typing import Any, Final, get_args
 import typer
 
 from disagg import __version__
+from disagg.cli.bench import app as bench_app
 from disagg.cli.options import command
 from disagg.cli.process import INTERRUPTED, USER_ERROR, run_router, run_worker
 from disagg.config.errors import ConfigError
@@ -68,6 +69,9 @@ for _role in get_args(Role):
     app.command(_role, help=HELP_OF_ROLE[_role])(
         command(WorkerSettings, functools.partial(run_worker, _role), hidden=INHERITED)
     )
+
+
+app.add_typer(bench_app, name="bench")
 
 
 @app.command("version", help="Print the version.")
