@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import faulthandler
 import logging
+import os
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, settings
 
 faulthandler.enable()
+
+# Triton reads this when it is first imported, and decides then whether kernels are compiled or interpreted. Where there
+# is an NVIDIA device they are compiled.
+if not Path("/dev/nvidiactl").exists():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 # No deadlines: the machines that run this are shared, and a slow example is not a wrong one.
 settings.register_profile("dev", deadline=None, max_examples=50)

@@ -64,6 +64,7 @@ class Answer:
 
     def _add(self, chunk: TokenChunk) -> Delta:
         text, tokens = "", []
+        self.num_cached_tokens = max(self.num_cached_tokens, chunk.num_cached_tokens)
         for i, token_id in enumerate(chunk.token_ids):
             text += self._unpark()
             if self._stops.matched is None:
@@ -92,7 +93,7 @@ class Answer:
         return self._stops.push(text, may_stop=self.num_tokens > self._sampling.min_tokens)
 
     def _end(self, end: GenerationEnd) -> Delta:
-        self.num_cached_tokens = end.num_cached_tokens
+        self.num_cached_tokens = max(self.num_cached_tokens, end.num_cached_tokens)
         text = self._unpark() if self._include_stop or end.reason != "stop" else ""
         if self._stops.matched is None:
             text += self._pass(self._detokenizer.flush())

@@ -34,6 +34,7 @@ ALL: Final = (COMPLETIONS, CHAT, TOKENIZE, DETOKENIZE)
 MAX_TOKENS: Final = 2**31 - 1  # the model's own limit is far below; this only keeps it a wire integer
 MAX_N: Final = 128  # OpenAI's limit
 MAX_LOGPROBS: Final = 20  # OpenAI's limit for chat, vLLM's default for both
+MAX_SALT_LENGTH: Final = 512  # it is hashed, so this only bounds a useless field
 SEED: Final = Integer(-(2**63), 2**63 - 1)
 COUNT: Final = Integer(1, MAX_TOKENS)
 
@@ -117,6 +118,12 @@ FIELDS: Final[tuple[Field, ...]] = (
     Field("add_generation_prompt", (CHAT, TOKENIZE), Boolean(), "the template opens the assistant's turn", "true"),
     Field("chat_template_kwargs", (CHAT, TOKENIZE), TemplateArguments(), "variables for the chat template"),
     Field("return_token_strs", (TOKENIZE,), Boolean(), "adds `token_strs`", "false"),
+    Field(
+        "cache_salt",
+        GENERATE,
+        Text(max_length=MAX_SALT_LENGTH, min_length=1),
+        "KV is shared with requests of this salt only",
+    ),
     Field("user", GENERATE, Text(max_length=512), "written to the request's log line"),
     Field("response_format", GENERATE, Exactly({"type": "text"}), "text is what is returned"),
     Field("tool_choice", (CHAT,), Exactly("none"), "no tool is called"),
@@ -152,7 +159,6 @@ FIELDS: Final[tuple[Field, ...]] = (
     *_refused("allowed_token_ids bad_words", "use `logit_bias`"),
     *_refused("truncate_prompt_tokens truncation_side", "shorten the prompt before sending it"),
     *_refused("thinking_token_budget repetition_detection watermarking logits_processors", "sampling does not do this"),
-    *_refused("cache_salt", "the prefix cache is not salted by requests"),
     *_refused("kv_transfer_params ec_transfer_params", "the router itself arranges transfers"),
     *_refused("request_id", "send it as the header `X-Request-Id`"),
     *_refused("session_id", "requests are routed one by one"),

@@ -83,7 +83,9 @@ class GenerateEndpoint:
         for ids, echo in prompts:
             max_tokens = answer_tokens(params, self._settings.defaults, len(ids), max_model_len)
             for i in range(params.n):
-                sampling = build_sampling(params, self._settings.defaults, max_tokens=max_tokens, seed=seed + i)
+                sampling = build_sampling(
+                    params, self._settings.defaults, max_tokens=max_tokens, seed=seed + i, tenant=self._settings.api_key
+                )
                 drafts.append((ids, sampling, echo))
         names = [request_id] if len(drafts) == 1 else [f"{request_id}-{i}" for i in range(len(drafts))]
         return [self._choice(params, i, names[i], *draft) for i, draft in enumerate(drafts)]

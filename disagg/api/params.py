@@ -48,6 +48,7 @@ class RequestParams:
     chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
     return_token_strs: bool = False
     user: str | None = None
+    cache_salt: str | None = None
 
     @property
     def num_logprobs(self) -> int | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Iterable
+from hashlib import blake2b
 from typing import Final, TypeVar
 
 from disagg.api.errors import bad_request
@@ -84,7 +85,19 @@ def base_seed(params: RequestParams) -> int:
     return secrets.randbelow(SEED_MASK) if params.seed is None else params.seed
 
 
-def build_sampling(params: RequestParams, defaults: GenerationDefaults, *, max_tokens: int, seed: int) -> Sampling:
+def prefix_salt(tenant: str | None, cache_salt: str | None) -> str:
+    """Who shares cached KV: requests of one tenant (its API key) that name the same salt. Reveals neither."""
+    if tenant is None and cache_salt is None:
+        return ""
+    state = blake2b(digest_size=16, person=b"disagg-salt")
+    for part in (tenant or "", cache_salt or ""):
+        state.update(len(part.encode()).to_bytes(8, "little") + part.encode())
+    return state.hexdigest()
+
+
+def build_sampling(
+    params: RequestParams, defaults: GenerationDefaults, *, max_tokens: int, seed: int, tenant: str | None = None
+) -> Sampling:
     """The request's values over the model's over neutral ones. Raises ApiError 400."""
     if params.min_tokens > max_tokens:
         raise bad_request(
@@ -106,6 +119,7 @@ def build_sampling(params: RequestParams, defaults: GenerationDefaults, *, max_t
         eos_token_ids=defaults.eos_token_ids,
         stop_token_ids=params.stop_token_ids,
         num_logprobs=params.num_logprobs,
+        cache_salt=prefix_salt(tenant, params.cache_salt),
     )
 
 

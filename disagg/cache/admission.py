@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Collection, Hashable, Sequence
 
-from disagg.cache.layout import CacheLayout, LayerGroup
+from disagg.cache.layout import CacheLayout
 from disagg.cache.pool import NUM_RESERVED_SLOTS
-from disagg.cache.window import live_slots_bound, stale_range
+from disagg.cache.scratch import num_scratch_slots
+from disagg.cache.window import live_slots_bound, num_live, sink_blocks
 
 Peaks = tuple[int, ...]
 """Slots per pool."""
@@ -21,20 +22,32 @@ def peak_slots(layout: CacheLayout, *, total_tokens: int, history: int, step_tok
     assert 0 <= history <= total_tokens
     assert step_tokens >= 1
     peaks = [0] * layout.num_pools
-    for group, pool in zip(layout.groups, layout.pool_of_group, strict=True):
-        peaks[pool] += group_peak_slots(group, layout, total_tokens, history, step_tokens)
+    for group, pool in enumerate(layout.pool_of_group):
+        peaks[pool] += group_peak_slots(layout, group, total_tokens, history, step_tokens)
     return tuple(peaks)
 
 
-def group_peak_slots(group: LayerGroup, layout: CacheLayout, total_tokens: int, history: int, step_tokens: int) -> int:
-    """`peak_slots` of one group alone."""
-    num_blocks = layout.num_blocks(total_tokens)
+def group_peak_slots(layout: CacheLayout, number: int, total_tokens: int, history: int, step_tokens: int) -> int:
+    """`peak_slots` of group `number` alone, scratch slots included."""
+    group, size = layout.groups[number], layout.block_size
     if group.window is None:
-        return num_blocks
-    stale = stale_range(history, group.window, group.num_sink_tokens, layout.block_size)
-    never_allocated = len(range(min(stale.start, num_blocks), min(stale.stop, num_blocks)))
-    bound = live_slots_bound(group.window, group.num_sink_tokens, layout.block_size, step_tokens)
-    return min(bound, num_blocks - never_allocated)
+        return layout.num_blocks(total_tokens)
+    bound = live_slots_bound(group.window, group.num_sink_tokens, size, step_tokens)
+    if pages := layout.scratch_pages(number):
+        bound = min(bound, _scratch_bound(group.window, group.num_sink_tokens, size, step_tokens, pages))
+    return min(bound, num_live(total_tokens, history, group.window, group.num_sink_tokens, size))
+
+
+def _scratch_bound(window: int, num_sink_tokens: int, block_size: int, step_tokens: int, pages: int) -> int:
+    """Most slots during a step with scratch: live blocks of its start, those of its end, and the scratch slots.
+
+    At either end of a step at most floor((W+T-3)/T) + 1 blocks below it are live; of n tokens floor((n+1-W)/T) blocks
+    can both begin and go stale in the step.
+    """
+    either_end = (window + block_size - 3) // block_size + 1
+    num_scratch = max(0, (step_tokens + 1 - window) // block_size)
+    sinks = sink_blocks(num_sink_tokens, block_size)
+    return 2 * either_end + sinks + num_scratch_slots(num_scratch, pages)
 
 
 class Promises:

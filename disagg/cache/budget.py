@@ -4,6 +4,7 @@ A full group holds every block of a sequence, a windowed one only its window. N 
     full:      N * ceil(L/T)
     windowed:  N * (floor((W+T-2)/T) + 1 + sinks) + ceil(B/T) + A      (capped by N * ceil(L/T))
 slots, where B tokens are computed per step by at most A sequences that prefill (each may straddle one block more).
+With scratch slots of L blocks the step takes at most  A * (floor((W+T-3)/T) + 1) + ceil(B/T/L) + A  of them instead.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from disagg.cache.admission import Peaks, group_peak_slots, peak_slots
 from disagg.cache.errors import BudgetTooSmall
 from disagg.cache.layout import CacheLayout
 from disagg.cache.pool import NUM_RESERVED_SLOTS
+from disagg.cache.scratch import num_scratch_slots
 
 MAX_PREFILLS_PER_STEP = 8
 """A: more prefills than this in one step slow each other down and shorten nobody's wait."""
@@ -47,6 +49,29 @@ def seats(layout: CacheLayout, num_slots: Peaks, *, max_model_len: int, max_num_
     return count
 
 
+def num_seated(layout: CacheLayout, nbytes: int, *, max_model_len: int, max_num_batched_tokens: int) -> int:
+    """Sequences of `max_model_len` that `nbytes` hold at once, the pools sized for just so many; 0 without KV.
+
+    `max_num_batched_tokens` 0 leaves the step peak out.
+    """
+    if not layout.num_pools:
+        return 0
+    low, high = 0, nbytes // sum(layout.slot_nbytes)  # a sequence holds at least one slot of every pool
+    while low < high:
+        middle = (low + high + 1) // 2
+        if _nbytes(layout, _seat(layout, middle, max_model_len, max_num_batched_tokens)) <= nbytes:
+            low = middle
+        else:
+            high = middle - 1
+    return low
+
+
+def num_seated_by_length(layout: CacheLayout, nbytes: int, *, max_model_len: int) -> int:
+    """Sequences that `nbytes` hold when every layer keeps every block, with no slot reserved and no step peak."""
+    slots = sum(layout.slot_nbytes[pool] for pool in layout.pool_of_group)
+    return nbytes // (layout.num_blocks(max_model_len) * slots) if slots else 0
+
+
 def largest_model_len(layout: CacheLayout, nbytes: int, *, max_model_len: int, max_num_batched_tokens: int) -> int:
     """The longest sequence, up to `max_model_len`, that `nbytes` can seat; 0 when not even one token fits."""
     low, high = 0, max_model_len
@@ -65,13 +90,25 @@ def _seat_one(layout: CacheLayout, max_model_len: int, max_num_batched_tokens: i
 
 
 def _seat(layout: CacheLayout, num_seqs: int, max_model_len: int, max_num_batched_tokens: int) -> Peaks:
-    step_peak = layout.num_blocks(max_num_batched_tokens) + min(num_seqs, MAX_PREFILLS_PER_STEP)
     demand = [0] * layout.num_pools
-    for group, pool in zip(layout.groups, layout.pool_of_group, strict=True):
-        decode = num_seqs * group_peak_slots(group, layout, max_model_len, 0, 1)
+    for number, pool in enumerate(layout.pool_of_group):
         whole = num_seqs * layout.num_blocks(max_model_len)
-        demand[pool] += whole if group.window is None else min(decode + step_peak, whole)
+        decode = num_seqs * group_peak_slots(layout, number, max_model_len, 0, 1)
+        step = _step_peak(layout, number, min(num_seqs, MAX_PREFILLS_PER_STEP), max_num_batched_tokens)
+        demand[pool] += whole if layout.groups[number].window is None else min(decode + step, whole)
     return tuple(demand)
+
+
+def _step_peak(layout: CacheLayout, number: int, num_prefills: int, max_num_batched_tokens: int) -> int:
+    """Slots of a windowed group that a step's prefills hold beyond what the same sequences hold in decode."""
+    if max_num_batched_tokens == 0:
+        return 0
+    group, size = layout.groups[number], layout.block_size
+    plain = layout.num_blocks(max_num_batched_tokens) + num_prefills
+    if group.window is None or not (pages := layout.scratch_pages(number)):
+        return plain
+    at_end = num_prefills * ((group.window + size - 3) // size + 1)
+    return min(plain, at_end + num_scratch_slots(layout.num_blocks(max_num_batched_tokens), pages) + num_prefills)
 
 
 def _nbytes(layout: CacheLayout, peaks: Peaks) -> int:

@@ -1,8 +1,8 @@
 """Who holds which block: per sequence and group a table (index = ordinal, value = slot or -1), over several pools.
 
 A sequence has three cursors, committed <= history <= capacity, and one atomic `resize`. Stale blocks go as history
-advances, in prefill chunks and in decode alike. `committed` counts tokens in shared, immutable blocks: 0 until prefix
-reuse exists, and then the front of a table will name slots that several sequences refer to.
+advances, in prefill chunks and in decode alike. `committed` counts tokens in registered, immutable blocks: several
+sequences may refer to the slots of these, and they stay behind, cached, when the last one lets go.
 """
 
 from __future__ import annotations
@@ -14,25 +14,37 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from disagg.cache.identity import BlockHasher
 from disagg.cache.layout import CacheLayout, LayerGroup
 from disagg.cache.pool import NUM_RESERVED_SLOTS, SlotPool
+from disagg.cache.prefix_cache import Chain, PrefixCache, ReuseCount, blocks_of
+from disagg.cache.reuse import held_ordinals, longest_common
+from disagg.cache.scratch import Scratch, num_scratch_slots, scratch_range
 from disagg.cache.window import stale_range
 
 HOLE = -1
 """Table value of an ordinal that has no slot: stale, or never allocated."""
 
 Table = NDArray[np.int32]
+Held = tuple[NDArray[np.int64], ...]
+"""Per group, ordinals, ascending."""
 
 
 @dataclass(frozen=True, slots=True)
 class PoolUsage:
-    """Slots of one pool; `num_slots` counts the two reserved ones, the others do not."""
+    """Slots of one pool; `num_slots` counts the two reserved ones, the others do not.
+
+    `num_used`: referred to by sequences. `num_free`: can be allocated now, the `num_cached` registered ones included.
+    `num_evicted`: cached slots that were emptied for somebody else, since start.
+    """
 
     slot_nbytes: int
     num_slots: int
     num_used: int
     num_free: int
     peak_used: int
+    num_cached: int = 0
+    num_evicted: int = 0
 
 
 @dataclass(slots=True, eq=False)
@@ -47,6 +59,15 @@ class CachedSequence:
     capacity: int = 0
     history: int = 0
     committed: int = 0
+    chain: Chain | None = None
+    """Its way through the prefix tree; None where prefixes are not reused."""
+    scratch: tuple[Scratch | None, ...] = ()
+    """Per group, where the blocks lie that end with the step in progress; their table entries are -1."""
+
+    @property
+    def is_committing(self) -> bool:
+        """Whether blocks that become whole are still registered."""
+        return self.chain is not None and not self.chain.is_stopped
 
     @property
     def num_blocks(self) -> int:
@@ -57,8 +78,17 @@ class CachedSequence:
 class KVCache:
     """Pools and the sequences that hold their slots. The model thread owns it; nobody else calls it."""
 
-    def __init__(self, layout: CacheLayout, num_slots: Sequence[int], device: str = "cpu") -> None:
-        """`num_slots[p]` slots in pool p, the reserved two included. Raises PoolMemoryShort."""
+    def __init__(
+        self,
+        layout: CacheLayout,
+        num_slots: Sequence[int],
+        device: str = "cpu",
+        hasher: BlockHasher | None = None,
+    ) -> None:
+        """`num_slots[p]` slots in pool p, the reserved two included. Raises PoolMemoryShort.
+
+        `hasher` names blocks for reuse; without one nothing is reused.
+        """
         assert len(num_slots) == layout.num_pools
         self.layout = layout
         self.pools: tuple[SlotPool, ...] = ()
@@ -68,43 +98,130 @@ class KVCache:
             except Exception:
                 self.close()  # a later pool that does not fit must not leave the earlier ones open
                 raise
+        self._prefixes = PrefixCache(layout, self.pools, hasher) if hasher is not None else None
         self._sequences: dict[Hashable, CachedSequence] = {}
+        self._scratch_pages = tuple(layout.scratch_pages(group) for group in range(layout.num_groups))
         self._group_views = [
             self.pools[pool].view(group, layout.block_size)
             for group, pool in zip(layout.groups, layout.pool_of_group, strict=True)
         ]
 
-    def open(self, key: Hashable) -> CachedSequence:
-        """A sequence that holds nothing yet."""
+    def open(self, key: Hashable, salt: str = "") -> CachedSequence:
+        """A sequence that holds nothing yet. It shares blocks with sequences of the same `salt` only."""
         assert key not in self._sequences, f"sequence {key} is open already"
-        sequence = CachedSequence(key, tuple(np.empty(0, dtype=np.int32) for _ in self.layout.groups))
+        sequence = CachedSequence(key, self._no_tables())
+        sequence.chain = Chain(salt) if self._prefixes is not None else None
         self._sequences[key] = sequence
         return sequence
 
-    def resize(self, sequence: CachedSequence, *, capacity: int, history: int) -> bool:
+    def resize(self, sequence: CachedSequence, *, capacity: int, history: int, scratch_until: int = 0) -> bool:
         """Declare `history` tokens done, make room for `capacity`. False, with nothing changed, when a pool is short.
 
         Afterwards the sequence holds exactly the ordinals of [0, ceil(capacity/T)) that are not stale at `history`,
         in every group; new slots are zeroed. `history` never goes back; `capacity` may shrink down to it.
+        Blocks of a prefill step that are stale at `scratch_until` go to scratch slots where the layout allows that,
+        and are gone with the resize that declares the step history.
         """
         assert self._sequences.get(sequence.key) is sequence, f"sequence {sequence.key} is closed"
         assert sequence.history <= history <= capacity
-        shape = self._shape(capacity, history)
-        if shape != self._shape(sequence.capacity, sequence.history):  # most decode steps stay inside one block
+        shape, scratch = self._shape(capacity, history), self._scratch_ranges(capacity, history, scratch_until)
+        # Most decode steps stay inside one block.
+        if scratch or sequence.scratch or shape != self._shape(sequence.capacity, sequence.history):
             wanted = [self._wanted(group, capacity, history) for group in self.layout.groups]
-            if not self._fits(sequence, wanted):
+            for mask, blocks in zip(wanted, scratch, strict=False):
+                mask[blocks.start : blocks.stop] = False
+            if not self._fits(sequence, wanted, scratch):
                 return False
+            self._free_scratch(sequence)
             self._apply(sequence, wanted)
+            self._allocate_scratch(sequence, scratch)
         sequence.capacity, sequence.history = capacity, history
         return True
 
+    # --- prefix reuse ---------------------------------------------------------------------------------------
+
+    def reuse_prefix(self, sequence: CachedSequence, tokens: Sequence[int]) -> int:
+        """Give a new sequence the longest prefix of `tokens` that all groups can go on from; its length in tokens.
+
+        It counts as history and as committed. The last token is never part of it: its logits are wanted.
+        """
+        assert sequence.capacity == 0, f"sequence {sequence.key} has begun"
+        if self._prefixes is None or sequence.chain is None or not self.layout.groups:
+            return 0
+        size = self.layout.block_size
+        match = self._prefixes.match(sequence.chain.salt, tokens[: (len(tokens) - 1) // size * size])
+        count = longest_common(match.resident, self.layout, len(tokens))
+        for group in range(self.layout.num_groups):
+            self._prefixes.count(group, (len(tokens) - 1) // size, count)
+        length = count * size
+        self._take(
+            sequence,
+            [
+                np.where(self._wanted(group, length, length), slots[:count], HOLE).astype(np.int32)
+                for group, slots in zip(self.layout.groups, match.slots, strict=True)
+            ],
+        )
+        self._prefixes.follow(sequence.chain, match.path[:count])
+        sequence.capacity = sequence.history = sequence.committed = length
+        return length
+
+    def reserve(self, sequence: CachedSequence, prompt: Sequence[int], *, capacity: int) -> Held | None:
+        """Room for a prompt whose KV will be received: history = its length. None, with nothing changed: no room.
+
+        Per group the needed ordinals that were resident, whichever they are: they are held from here on, need not be
+        received and must not be written. Nothing counts as committed before `commit`.
+        """
+        assert sequence.capacity == 0, f"sequence {sequence.key} has begun"
+        held: Held = tuple(np.empty(0, dtype=np.int64) for _ in self.layout.groups)
+        if self._prefixes is not None and sequence.chain is not None:
+            match = self._prefixes.match(sequence.chain.salt, prompt)
+            held = tuple(
+                held_ordinals(resident, group, self.layout.block_size, len(prompt))
+                for group, resident in zip(self.layout.groups, match.resident, strict=True)
+            )
+            self._take(sequence, [_only(slots, kept) for slots, kept in zip(match.slots, held, strict=True)])
+            self._prefixes.follow(sequence.chain, match.path)
+        if not self.resize(sequence, capacity=capacity, history=len(prompt)):
+            self._let_go(sequence)
+            return None
+        self._count_held(held, len(prompt))
+        return held
+
+    def commit(self, sequence: CachedSequence, tokens: Sequence[int]) -> None:
+        """The KV of these tokens, which follow the committed ones, is stored and right: register their whole blocks.
+
+        To be called before the history passes them, else windows have let go of what could have been kept.
+        """
+        assert sequence.committed + len(tokens) <= sequence.capacity, f"{sequence.key}: more tokens than blocks"
+        if self._prefixes is None or not sequence.is_committing:
+            return
+        assert sequence.chain is not None
+        for block in blocks_of(tokens, self.layout.block_size):
+            ordinal = sequence.committed // self.layout.block_size
+            slots = [int(table[ordinal]) for table in sequence.tables]
+            if not self._prefixes.register(sequence.chain, ordinal, block, slots):
+                return
+            sequence.committed += self.layout.block_size
+
+    def unregister(self, sequence: CachedSequence, ordinal: int) -> int:
+        """What lies in this block, in some group, is wrong: nobody may reuse it or what extends it. Slots concerned."""
+        chain = sequence.chain
+        if self._prefixes is None or chain is None or ordinal >= len(chain.path):
+            return 0
+        return self._prefixes.unregister(chain.path[ordinal])
+
+    def reuse_counts(self) -> tuple[ReuseCount, ...]:
+        """Per group, blocks asked for and found since start; empty where nothing is reused."""
+        counts = self._prefixes.counts if self._prefixes is not None else ()
+        return tuple(ReuseCount(count.num_queried, count.num_hit) for count in counts)
+
     def close_sequence(self, sequence: CachedSequence, *, wipe: bool = False) -> None:
-        """Free all it holds. `wipe` zeroes the slots at once, for a sequence whose KV may not be finite."""
+        """Free all it holds; registered blocks stay cached. `wipe`: its KV may not be finite, so none of it stays."""
         assert self._sequences.pop(sequence.key, None) is sequence, f"sequence {sequence.key} is not open"
-        for table, pool in zip(sequence.tables, self.layout.pool_of_group, strict=True):
-            self.pools[pool].free(table[table != HOLE].tolist(), wipe=wipe)
-        sequence.tables = tuple(np.empty(0, dtype=np.int32) for _ in self.layout.groups)
-        sequence.capacity = sequence.history = 0
+        if wipe:
+            self.unregister(sequence, 0)
+        self._let_go(sequence, wipe=wipe)
+        sequence.capacity = sequence.history = sequence.committed = 0
 
     def layer_view(self, layer_index: int) -> torch.Tensor:
         """KV that a layer reads and writes: [num_slots, 2 (K, V), kv_heads, block_size, head_dim], strided, no copy."""
@@ -115,8 +232,24 @@ class KVCache:
         """All layers of a group: [num_slots, layers, 2 (K, V), kv_heads, block_size, head_dim], no copy."""
         return self._group_views[group]
 
+    def page_view(self, group: int) -> torch.Tensor:
+        """A group as pages, page = slot * layers + place: [num_slots * layers, 2, kv_heads, block_size, head_dim]."""
+        return self._group_views[group].flatten(0, 1)
+
+    @property
+    def num_scratch(self) -> tuple[int, ...]:
+        """Per pool, the used slots that are scratch: none between steps."""
+        counts = [0] * len(self.pools)
+        for sequence in self._sequences.values():
+            for scratch, pool in zip(sequence.scratch, self.layout.pool_of_group, strict=False):
+                counts[pool] += len(scratch.slots) if scratch else 0
+        return tuple(counts)
+
     def usage(self) -> tuple[PoolUsage, ...]:
-        return tuple(PoolUsage(p.slot_nbytes, p.num_slots, p.num_used, p.num_free, p.peak_used) for p in self.pools)
+        return tuple(
+            PoolUsage(p.slot_nbytes, p.num_slots, p.num_used, p.num_free, p.peak_used, p.num_cached, p.num_evicted)
+            for p in self.pools
+        )
 
     def close(self) -> None:
         """Close the pools' memfds; views that are still held stay valid."""
@@ -124,23 +257,63 @@ class KVCache:
             pool.close()
 
     def check_invariants(self) -> None:
-        """Every slot is reserved, free, or held by exactly one table entry; tables hold exactly what cursors say."""
-        held: list[list[int]] = [[] for _ in self.pools]
+        """Every reference is one table entry; tables hold exactly what cursors say; what is shared is not written."""
+        refs = [np.zeros(pool.num_slots, dtype=np.int64) for pool in self.pools]
         for sequence in self._sequences.values():
             self._check_sequence(sequence)
             for table, pool in zip(sequence.tables, self.layout.pool_of_group, strict=True):
-                held[pool].extend(table[table != HOLE].tolist())
-        for slots, owner in zip(held, self.pools, strict=True):
+                np.add.at(refs[pool], table[table != HOLE], 1)
+            for scratch, pool in zip(sequence.scratch, self.layout.pool_of_group, strict=False):
+                np.add.at(refs[pool], list(scratch.slots) if scratch else [], 1)
+        for counted, owner in zip(refs, self.pools, strict=True):
             owner.check_invariants()
-            assert len(set(slots)) == len(slots), "a slot is held twice"
-            assert all(slot >= NUM_RESERVED_SLOTS and not owner.is_free(slot) for slot in slots), "a free slot is held"
-            assert len(slots) == owner.num_used, "a slot is held by nobody"
+            every = np.arange(owner.num_slots)
+            assert not counted[:NUM_RESERVED_SLOTS].any(), "a reserved slot is held"
+            assert (counted == owner.num_refs(every)).all(), "a slot is held by more or fewer than it counts"
+        if self._prefixes is not None:
+            self._prefixes.check_invariants()
 
     def _check_sequence(self, sequence: CachedSequence) -> None:
         assert 0 <= sequence.committed <= sequence.history <= sequence.capacity
-        for group, table in zip(self.layout.groups, sequence.tables, strict=True):
+        first_written = sequence.history // self.layout.block_size
+        for number, (group, table) in enumerate(zip(self.layout.groups, sequence.tables, strict=True)):
+            pool = self.layout.pool_of_group[number]
             wanted = self._wanted(group, sequence.capacity, sequence.history)
+            _leave_out(wanted, sequence.scratch[number] if sequence.scratch else None)
             assert ((table != HOLE) == wanted).all(), f"{sequence.key}: group {group.name} holds other than it needs"
+            written = table[first_written:][wanted[first_written:]].astype(np.int64)
+            assert (self.pools[pool].num_refs(written) == 1).all(), f"{sequence.key}: writes a shared slot"
+            assert not any(self.pools[pool].is_registered(slot) for slot in written), "a registered slot is written"
+
+    def _no_tables(self) -> tuple[Table, ...]:
+        return tuple(np.empty(0, dtype=np.int32) for _ in self.layout.groups)
+
+    def _take(self, sequence: CachedSequence, tables: Sequence[Table]) -> None:
+        """Refer to registered slots: the first that a new sequence holds."""
+        for table, pool in zip(tables, self.layout.pool_of_group, strict=True):
+            self.pools[pool].retain(table[table != HOLE].tolist())
+        sequence.tables = tuple(tables)
+
+    def _let_go(self, sequence: CachedSequence, *, wipe: bool = False) -> None:
+        """Free every slot, the deepest ordinals first: of what stays cached these are evicted first."""
+        for number, pool in enumerate(self.pools):
+            tables = [t for t, p in zip(sequence.tables, self.layout.pool_of_group, strict=True) if p == number]
+            ordinals = np.concatenate([np.flatnonzero(table != HOLE) for table in tables])
+            slots = np.concatenate([table[table != HOLE] for table in tables])
+            pool.free(slots[np.argsort(-ordinals, kind="stable")].tolist(), wipe=wipe)
+        sequence.tables = self._no_tables()
+        self._free_scratch(sequence, wipe=wipe)
+        if self._prefixes is not None and sequence.chain is not None:
+            self._prefixes.leave(sequence.chain)
+
+    def _count_held(self, held: Held, prompt_len: int) -> None:
+        """What was asked for: needed blocks that are whole."""
+        if self._prefixes is None:
+            return
+        every = np.ones(prompt_len // self.layout.block_size, dtype=np.bool_)
+        for number, (group, ordinals) in enumerate(zip(self.layout.groups, held, strict=True)):
+            queried = held_ordinals(every, group, self.layout.block_size, prompt_len)
+            self._prefixes.count(number, len(queried), len(ordinals))
 
     def _shape(self, capacity: int, history: int) -> tuple[int, ...]:
         """All that decides which ordinals have a slot: how many there are, and where each group's stale range ends."""
@@ -159,11 +332,44 @@ class KVCache:
         kept = [self._evict(sequence, group, keep) for group, keep in enumerate(wanted)]
         sequence.tables = tuple(self._grow(group, *pair) for group, pair in enumerate(zip(kept, wanted, strict=True)))
 
-    def _fits(self, sequence: CachedSequence, wanted: Sequence[NDArray[np.bool_]]) -> bool:
+    def _scratch_ranges(self, capacity: int, history: int, scratch_until: int) -> tuple[range, ...]:
+        """Per group, the ordinals that go to scratch slots; empty when there are none in any group."""
+        if not scratch_until or not self.layout.uses_scratch:
+            return ()
+        size = self.layout.block_size
+        ranges = tuple(
+            scratch_range(history, capacity, scratch_until, g.window, g.num_sink_tokens, size) if pages else range(0)
+            for g, pages in zip(self.layout.groups, self._scratch_pages, strict=True)
+        )
+        return ranges if any(ranges) else ()
+
+    def _free_scratch(self, sequence: CachedSequence, *, wipe: bool = False) -> None:
+        for scratch, pool in zip(sequence.scratch, self.layout.pool_of_group, strict=False):
+            if scratch is not None:
+                self.pools[pool].free(scratch.slots, wipe=wipe)
+        sequence.scratch = ()
+
+    def _allocate_scratch(self, sequence: CachedSequence, ranges: Sequence[range]) -> None:
+        found: list[Scratch | None] = []
+        for group, blocks in enumerate(ranges):
+            count = num_scratch_slots(len(blocks), self._scratch_pages[group] or 1)
+            slots = self.pools[self.layout.pool_of_group[group]].allocate(count) if count else ()
+            found.append(Scratch(blocks.start, len(blocks), tuple(slots)) if count else None)
+        sequence.scratch = tuple(found)
+
+    def _fits(self, sequence: CachedSequence, wanted: Sequence[NDArray[np.bool_]], scratch: Sequence[range]) -> bool:
         """Whether each pool can give the difference; groups that share a pool add up."""
         short = [-pool.num_free for pool in self.pools]
+        for group, held in enumerate(sequence.scratch):
+            short[self.layout.pool_of_group[group]] -= len(held.slots) if held else 0
+        for group, blocks in enumerate(scratch):
+            short[self.layout.pool_of_group[group]] += num_scratch_slots(len(blocks), self._scratch_pages[group] or 1)
         for table, keep, pool in zip(sequence.tables, wanted, self.layout.pool_of_group, strict=True):
-            short[pool] += int(keep.sum()) - int((table != HOLE).sum())
+            kept = np.zeros(len(table), dtype=np.bool_)
+            kept[: len(keep)] = keep[: len(table)]
+            dropped = table[(table != HOLE) & ~kept].astype(np.int64)
+            missing = int(keep.sum()) - int(((table != HOLE) & kept).sum())
+            short[pool] += missing - int((self.pools[pool].num_refs(dropped) == 1).sum())
         return all(missing <= 0 for missing in short)
 
     def _evict(self, sequence: CachedSequence, group: int, wanted: NDArray[np.bool_]) -> Table:
@@ -174,7 +380,7 @@ class KVCache:
         keep[:common] = wanted[:common]
         drop = (table != HOLE) & ~keep
         if drop.any():
-            self.pools[self.layout.pool_of_group[group]].free(table[drop].tolist())
+            self.pools[self.layout.pool_of_group[group]].free(table[drop][::-1].tolist())
         resized = np.full(len(wanted), HOLE, dtype=np.int32)
         resized[:common] = np.where(keep[:common], table[:common], HOLE)
         return resized
@@ -184,3 +390,16 @@ class KVCache:
         if len(missing):
             table[missing] = self.pools[self.layout.pool_of_group[group]].allocate(len(missing))
         return table
+
+
+def _leave_out(wanted: NDArray[np.bool_], scratch: Scratch | None) -> None:
+    if scratch is not None:
+        assert wanted[scratch.first : scratch.first + scratch.num_blocks].all(), "a scratch block is stale already"
+        wanted[scratch.first : scratch.first + scratch.num_blocks] = False
+
+
+def _only(slots: Table, ordinals: NDArray[np.int64]) -> Table:
+    """The table with only these ordinals."""
+    table = np.full(len(slots), HOLE, dtype=np.int32)
+    table[ordinals] = slots[ordinals]
+    return table

@@ -66,13 +66,17 @@ class LayerGroup:
 
 @dataclass(frozen=True, slots=True)
 class CacheLayout:
-    """`pool_of_group[g]`: the pool of group g; `slot_nbytes[p]`: bytes per slot of pool p; `producers`: pairs."""
+    """`pool_of_group[g]`: the pool of group g; `slot_nbytes[p]`: bytes per slot of pool p; `producers`: pairs.
+
+    `uses_scratch`: prefill keeps windowed blocks that a step outdates in scratch slots, where that is legal.
+    """
 
     block_size: int
     groups: tuple[LayerGroup, ...]
     pool_of_group: tuple[int, ...]
     slot_nbytes: tuple[int, ...]
     producers: tuple[tuple[int, int], ...]
+    uses_scratch: bool = False
 
     def __post_init__(self) -> None:
         assert len(self.pool_of_group) == len(self.groups)
@@ -91,6 +95,17 @@ class CacheLayout:
         """Ordinals that `num_tokens` tokens touch: ceil(num_tokens / block_size)."""
         return -(-num_tokens // self.block_size)
 
+    def scratch_pages(self, group: int) -> int:
+        """Scratch blocks that one slot of the group holds: its layers; 0 where scratch is off or illegal.
+
+        Legal: a window, and every layer whose KV another layer reads is the last of the group to write.
+        """
+        layers = self.groups[group].layers
+        if not self.uses_scratch or self.groups[group].window is None:
+            return 0
+        is_overwritten = any(producer in layers[:-1] for layer, producer in self.producers if layer != producer)
+        return 0 if is_overwritten else len(layers)
+
     def place(self, layer_index: int) -> tuple[int, int]:
         """Where a layer's KV lies: (group, position of its producer in the group). KeyError for an unknown layer."""
         producer = dict(self.producers)[layer_index]
@@ -100,7 +115,9 @@ class CacheLayout:
         raise KeyError(f"layer {layer_index}: its producer {producer} owns no KV")
 
 
-def derive_layout(layers: Sequence[LayerSpec], *, block_size: int, max_model_len: int) -> CacheLayout:
+def derive_layout(
+    layers: Sequence[LayerSpec], *, block_size: int, max_model_len: int, uses_scratch: bool = False
+) -> CacheLayout:
     """Group the layers that own KV, in order of first appearance, and give groups of equal slot bytes one pool.
 
     Windows that no sequence can leave (>= max_model_len) become full attention *before* grouping, else they would make
@@ -120,6 +137,7 @@ def derive_layout(layers: Sequence[LayerSpec], *, block_size: int, max_model_len
         pool_of_group=tuple(pools.index(size) for size in sizes),
         slot_nbytes=pools,
         producers=tuple((layer.index, layer.producer) for layer in layers),
+        uses_scratch=uses_scratch,
     )
 
 

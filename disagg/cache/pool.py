@@ -3,7 +3,10 @@
 memfd layout: the generations (one aligned uint64 per slot) rounded up to pages, then the slots. A slot's generation is
 raised at each allocation and each free, *before* the slot's first byte changes, so a reader that sees the same even or
 odd number before and after its copy has an early, cheap hint that nothing moved; the digest is the proof.
-An allocated slot has an odd generation, a free one an even one.
+A used or cached slot has an odd generation, an empty one an even one.
+
+A slot is *empty*, *used* (so many references to it) or *cached*: registered for reuse and referred to by nobody. A
+cached slot is as good as an empty one: `allocate` evicts it, least recently used first, when no empty one is left.
 
 Two slots are reserved: NULL is always zero and the only one that padding reads; TRASH is the only one that padding
 writes, and never read. Every other slot is zeroed when it is allocated, so no kernel ever loads a non-finite byte.
@@ -15,7 +18,8 @@ import errno
 import fcntl
 import mmap
 import os
-from collections.abc import Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 import torch
@@ -38,6 +42,7 @@ class SlotPool:
 
     `memory`: uint8 [num_slots, slot_nbytes]. `generations`: uint64 [num_slots]. `fd`: the memfd, -1 on an accelerator.
     `slots_offset`: where the slots begin in the memfd. Raises PoolMemoryShort when the machine has no room.
+    `on_evict(slot)` is told of each cached slot that is about to be emptied for somebody else.
     """
 
     def __init__(self, slot_nbytes: int, num_slots: int, device: str = "cpu") -> None:
@@ -52,42 +57,102 @@ class SlotPool:
             self._map_memfd()
         else:
             self._allocate_on_device()
-        self._is_free: NDArray[np.bool_] = np.ones(num_slots, dtype=np.bool_)
-        self._is_free[:NUM_RESERVED_SLOTS] = False
-        self.num_free = num_slots - NUM_RESERVED_SLOTS
+        self._is_empty: NDArray[np.bool_] = np.ones(num_slots, dtype=np.bool_)
+        self._is_empty[:NUM_RESERVED_SLOTS] = False
+        self._num_refs: NDArray[np.int32] = np.zeros(num_slots, dtype=np.int32)
+        self._is_registered: NDArray[np.bool_] = np.zeros(num_slots, dtype=np.bool_)
+        self._is_tainted: NDArray[np.bool_] = np.zeros(num_slots, dtype=np.bool_)
+        self._cached: OrderedDict[int, None] = OrderedDict()
+        self._num_empty = num_slots - NUM_RESERVED_SLOTS
+        self.on_evict: Callable[[int], None] = _forget_nothing
+        self.num_evicted = 0
         self.peak_used = 0
 
     @property
+    def num_cached(self) -> int:
+        """Registered slots that nobody refers to."""
+        return len(self._cached)
+
+    @property
+    def num_free(self) -> int:
+        """Slots that can be allocated now: the empty and the cached ones."""
+        return self._num_empty + len(self._cached)
+
+    @property
     def num_used(self) -> int:
-        """Slots that sequences hold; the reserved ones do not count."""
+        """Slots that sequences refer to, each counted once; the reserved ones do not count."""
         return self.num_slots - NUM_RESERVED_SLOTS - self.num_free
 
     def allocate(self, count: int) -> list[int]:
-        """Take `count` slots, zeroed, as one run where one is free, else the lowest. PoolExhausted changes nothing."""
+        """Take `count` slots, zeroed, as one run where one is empty, else the lowest. PoolExhausted changes nothing."""
         if count > self.num_free:
             raise PoolExhausted(f"{count} slots of {self.slot_nbytes} bytes asked, {self.num_free} free")
+        while self._num_empty < count:
+            self._evict_oldest()
         slots = self._choose(count)
-        self._is_free[slots] = False
-        self.num_free -= count
+        self._is_empty[slots] = False
+        self._num_refs[slots] = 1
+        self._num_empty -= count
         self.peak_used = max(self.peak_used, self.num_used)
         self.generations[slots] += np.uint64(1)
         self._zero(slots)
         return [int(slot) for slot in slots]
 
+    def retain(self, slots: Iterable[int]) -> None:
+        """One more reference to each of these registered slots; cached ones are used from here."""
+        for slot in slots:
+            assert self._is_registered[slot], "a slot is shared that is not registered"
+            self._num_refs[slot] += 1
+            self._cached.pop(slot, None)
+        self.peak_used = max(self.peak_used, self.num_used)
+
     def free(self, slots: Sequence[int], *, wipe: bool = False) -> None:
-        """Give slots back. `wipe` zeroes them now: for a sequence that may have left NaN or Inf behind."""
+        """Give one reference to each slot back; the first of those that stay cached will be evicted first.
+
+        `wipe` zeroes them as soon as nobody refers to them: for a sequence that may have left NaN or Inf behind.
+        """
         index = np.asarray(slots, dtype=np.int64)
         assert (index >= NUM_RESERVED_SLOTS).all(), "a reserved slot was freed"
-        assert not self._is_free[index].any(), "a free slot was freed"
+        assert (self._num_refs[index] > 0).all(), "a free slot was freed"
         assert len(np.unique(index)) == len(index), "a slot was freed twice in one call"
-        self.generations[index] += np.uint64(1)
         if wipe:
-            self._zero(index)
-        self._is_free[index] = True
-        self.num_free += len(index)
+            self._is_tainted[index] = True
+        self._num_refs[index] -= 1
+        index = index[self._num_refs[index] == 0]
+        kept = self._is_registered[index]
+        self._cached.update(dict.fromkeys(index[kept].tolist()))
+        self._empty(index[~kept])
+
+    def register(self, slot: int) -> None:
+        """A used slot holds a whole block that others may use: it stays when the last reference goes."""
+        assert self._num_refs[slot] > 0, "a slot is registered that nobody wrote"
+        assert not self._is_tainted[slot], "a slot is registered that may not be finite"
+        self._is_registered[slot] = True
+
+    def unregister(self, slots: Sequence[int]) -> None:
+        """Nobody may find these slots any more, nor register them again; they are zeroed as soon as they are empty."""
+        index = np.asarray(slots, dtype=np.int64)
+        self._is_registered[index] = False
+        self._is_tainted[index] = True
+        cached = index[self._num_refs[index] == 0]
+        for slot in cached.tolist():
+            del self._cached[slot]
+        self._empty(cached)
 
     def is_free(self, slot: int) -> bool:
-        return bool(self._is_free[slot])
+        """Whether nobody refers to it."""
+        return slot >= NUM_RESERVED_SLOTS and self._num_refs[slot] == 0
+
+    def is_registered(self, slot: int) -> bool:
+        return bool(self._is_registered[slot])
+
+    def is_tainted(self, slot: int) -> bool:
+        """Whether its content was found wrong, or may not be finite, while somebody still refers to it."""
+        return bool(self._is_tainted[slot])
+
+    def num_refs(self, slots: NDArray[np.int64]) -> NDArray[np.int32]:
+        """References to each slot."""
+        return self._num_refs[slots]
 
     def view(self, group: LayerGroup, block_size: int) -> torch.Tensor:
         """The pool as `group` sees it: [num_slots, layers, 2 (K, V), kv_heads, block_size, head_dim], no copy."""
@@ -103,15 +168,38 @@ class SlotPool:
             self.fd = -1
 
     def check_invariants(self) -> None:
-        assert not self._is_free[:NUM_RESERVED_SLOTS].any(), "a reserved slot is free"
-        assert int(self._is_free.sum()) == self.num_free, "num_free does not count the free slots"
+        """Every slot is empty, cached or used, and exactly one of these."""
+        own, refs = slice(NUM_RESERVED_SLOTS, None), self._num_refs
+        cached = np.zeros(self.num_slots, dtype=np.bool_)
+        cached[list(self._cached)] = True
+        assert not self._is_empty[:NUM_RESERVED_SLOTS].any(), "a reserved slot is free"
+        assert int(self._is_empty.sum()) == self._num_empty, "the empty slots are miscounted"
         assert not self.generations[:NUM_RESERVED_SLOTS].any(), "a reserved slot changed hands"
-        assert ((self.generations[NUM_RESERVED_SLOTS:] % 2 == 0) == self._is_free[NUM_RESERVED_SLOTS:]).all()
+        assert ((self.generations[own] % 2 == 0) == self._is_empty[own]).all(), "a generation missed a change"
+        assert (refs >= 0).all()
+        assert (self._is_empty[own].astype(int) + cached[own] + (refs[own] > 0) == 1).all(), "a slot is two things"
+        assert (cached == (self._is_registered & (refs == 0))).all(), "a registered slot is neither used nor cached"
+        assert not (self._is_tainted & (self._is_registered | self._is_empty)).any(), "a tainted slot is offered"
         assert not self.memory[NULL_SLOT].any(), "the NULL slot was written"
 
+    def _evict_oldest(self) -> None:
+        slot, _ = self._cached.popitem(last=False)
+        self.on_evict(slot)
+        self._is_registered[slot] = False
+        self.num_evicted += 1
+        self._empty(np.array([slot]))
+
+    def _empty(self, slots: NDArray[np.int64]) -> None:
+        """The slots hold nothing any more."""
+        self.generations[slots] += np.uint64(1)
+        self._zero(np.sort(slots[self._is_tainted[slots]]))
+        self._is_tainted[slots] = False
+        self._is_empty[slots] = True
+        self._num_empty += len(slots)
+
     def _choose(self, count: int) -> NDArray[np.int64]:
-        """First run of `count` free slots, else the lowest ones: runs make transfers and copies few and large."""
-        free = np.flatnonzero(self._is_free)
+        """First run of `count` empty slots, else the lowest ones: runs make transfers and copies few and large."""
+        free = np.flatnonzero(self._is_empty)
         if count > 1:
             starts = np.flatnonzero(free[count - 1 :] - free[: len(free) - count + 1] == count - 1)
             if len(starts):
@@ -146,6 +234,10 @@ class SlotPool:
             free = torch.cuda.mem_get_info(self.device)[0]
             raise _memory_short(nbytes, free, self.device) from exc
         self.generations = np.zeros(self.num_slots, dtype=np.uint64)
+
+
+def _forget_nothing(slot: int) -> None:
+    """Nobody registers slots, so none is evicted."""
 
 
 def _sized_memfd(nbytes: int) -> int:

@@ -26,6 +26,13 @@ def stale_range(history: int, window: int | None, num_sink_tokens: int, block_si
     return range(first, max(first, (history + 1 - window) // block_size))
 
 
+def num_live(capacity: int, history: int, window: int | None, num_sink_tokens: int, block_size: int) -> int:
+    """Blocks of [0, ceil(capacity/T)) that are not stale at `history`."""
+    num_blocks = -(-capacity // block_size)
+    stale = stale_range(history, window, num_sink_tokens, block_size)
+    return num_blocks - len(range(min(stale.start, num_blocks), min(stale.stop, num_blocks)))
+
+
 def live_slots_bound(window: int, num_sink_tokens: int, block_size: int, step_tokens: int = 1) -> int:
     """Most blocks of one windowed group that are live during a step of `step_tokens` tokens, over all alignments.
 

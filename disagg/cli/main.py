@@ -10,10 +10,11 @@ from typing import Any, Final, get_args
 import typer
 
 from disagg import __version__
+from disagg.cli.bench import app as bench_app
 from disagg.cli.options import command
 from disagg.cli.process import INTERRUPTED, USER_ERROR, run_router, run_worker
 from disagg.config.errors import ConfigError
-from disagg.config.settings import DemoSettings, Role, RouterSettings, UpSettings, WorkerSettings
+from disagg.config.settings import DemoSettings, PlanSettings, Role, RouterSettings, UpSettings, WorkerSettings
 
 app = typer.Typer(
     help="Serve a language model with prefill and decode on separate workers.",
@@ -24,6 +25,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
+FLAG_VALUES = {"--swa-scratch": "on"}
 INHERITED = ("announce_fd", "secret_fd")
 HELP_OF_ROLE = {
     "prefill": "Start one worker that computes prompts and sends their KV.",
@@ -48,9 +50,18 @@ def _demo(settings: DemoSettings) -> int:
     return demo(settings)
 
 
+def _plan(settings: PlanSettings, *, json: bool | None) -> int:
+    from disagg.cli.plan import plan
+
+    return plan(settings, json=json)
+
+
 app.command("up", help="Start router and workers on this machine.")(command(UpSettings, _up))
 app.command("demo", help="Serve the bundled model for one request and show what it moved.")(
     command(DemoSettings, _demo)
+)
+app.command("plan", help="Show what a prompt holds and moves per layer group, from config.json alone.")(
+    command(PlanSettings, _plan, switches={"json": "Print JSON"})
 )
 app.command("router", help="Start the router: HTTP API, registration, dispatch.")(
     command(RouterSettings, run_router, hidden=INHERITED)
@@ -59,6 +70,9 @@ for _role in get_args(Role):
     app.command(_role, help=HELP_OF_ROLE[_role])(
         command(WorkerSettings, functools.partial(run_worker, _role), hidden=INHERITED)
     )
+
+
+app.add_typer(bench_app, name="bench")
 
 
 @app.command("version", help="Print the version.")
@@ -76,7 +90,7 @@ def run() -> None:
 def main(argv: list[str]) -> int:
     """Run one command line; its exit code. Errors of the command line become one sentence."""
     try:
-        code = app(argv or ["--help"], prog_name="disagg", standalone_mode=False)
+        code = app(spell_out(argv) or ["--help"], prog_name="disagg", standalone_mode=False)
     except ConfigError as exc:
         return _refuse(str(exc))
     except USAGE_ERROR as exc:
@@ -84,6 +98,15 @@ def main(argv: list[str]) -> int:
     except (KeyboardInterrupt, typer.Abort):
         return INTERRUPTED
     return code if isinstance(code, int) else 0
+
+
+def spell_out(argv: list[str]) -> list[str]:
+    """Give flags whose value may be left out the value that this means: `--swa-scratch` is `--swa-scratch=on`."""
+    followers = [*argv[1:], "-"]
+    return [
+        f"{word}={FLAG_VALUES[word]}" if word in FLAG_VALUES and follower.startswith("-") else word
+        for word, follower in zip(argv, followers, strict=False)
+    ]
 
 
 def _refuse(sentence: str) -> int:

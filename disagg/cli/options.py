@@ -5,27 +5,34 @@ from __future__ import annotations
 import inspect
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from types import UnionType
-from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
+from types import MappingProxyType, UnionType
+from typing import Annotated, Any, Final, Literal, TypeVar, Union, get_args, get_origin
 
 import typer
 from pydantic.fields import FieldInfo
 
 from disagg.config.load import flag_of, load, unknown_variables
-from disagg.config.settings import Settings
+from disagg.config.settings import ModelSettings
 
-S = TypeVar("S", bound=Settings)
+NO_SWITCHES: Final[Mapping[str, str]] = MappingProxyType({})
+
+S = TypeVar("S", bound=ModelSettings)
 
 
-def command(cls: type[S], action: Callable[..., int], *, hidden: tuple[str, ...] = ()) -> Callable[..., None]:
-    """A typer command that loads `cls` and exits with `action(settings, **hidden)`. `hidden` names integer flags."""
+def command(
+    cls: type[S], action: Callable[..., int], *, hidden: tuple[str, ...] = (), switches: Mapping[str, str] = NO_SWITCHES
+) -> Callable[..., None]:
+    """A typer command that loads `cls` and exits with `action(settings, **hidden, **switches)`.
+
+    `hidden` names integer flags; `switches` (name -> help) ones that say how to show a result, so no settings.
+    """
 
     def run(**given: Any) -> None:
-        extra = {name: given.pop(name) for name in hidden}
+        extra = {name: given.pop(name) for name in (*hidden, *switches)}
         config = given.pop("config") or os.environ.get("DISAGG_CONFIG")
-        flags = {field: value for field, value in given.items() if value is not None}
+        flags = {field: _joined(value) for field, value in given.items() if value not in (None, [])}
         settings = load(cls, flags, os.environ, Path(config) if config else None)
         for name in unknown_variables(os.environ):
             print(f"disagg: no command reads `{name}`: is it misspelt?", file=sys.stderr)  # noqa: T201
@@ -36,6 +43,7 @@ def command(cls: type[S], action: Callable[..., int], *, hidden: tuple[str, ...]
         str | None, typer.Option("--config", help="YAML file with settings", metavar="FILE")
     ]
     annotations |= {name: Annotated[int | None, typer.Option(flag_of(name), hidden=True)] for name in hidden}
+    annotations |= {n: Annotated[bool | None, typer.Option(flag_of(n), help=text)] for n, text in switches.items()}
     run.__annotations__ = annotations
     run.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
         [
@@ -53,11 +61,21 @@ def _option(field: str, info: FieldInfo) -> Any:
         return Annotated[bool | None, typer.Option(f"{flag}/--no-{flag[2:]}", help=text, show_default=False)]
     hidden = info.json_schema_extra == {"hidden": True}
     help_text, metavar = _help(text, info.default), _metavar(info.annotation)
-    return Annotated[str | None, typer.Option(flag, help=help_text, metavar=metavar, hidden=hidden)]
+    option = typer.Option(flag, help=help_text, metavar=metavar, hidden=hidden)
+    return Annotated[list[str] | None, option] if _is_list(info) else Annotated[str | None, option]
+
+
+def _is_list(info: FieldInfo) -> bool:
+    """Whether the flag may be given several times; then it counts as one list with commas."""
+    return get_origin(info.annotation) is tuple
+
+
+def _joined(value: Any) -> Any:
+    return ",".join(value) if isinstance(value, list) else value
 
 
 def _help(text: str, default: object) -> str:
-    if default is None or "[default" in text:
+    if default in (None, ()) or "[default" in text:
         return text
     shown = ",".join(map(str, default)) if isinstance(default, tuple) else default
     return f"{text} [default: {shown}]"

@@ -88,6 +88,8 @@ class LocalCluster:
     def _worker(self, role: Role, name: str, device: str, control: str, num_sharing: int) -> ChildSpec:
         """`num_sharing` workers use this device's memory, this one included."""
         told = {field: getattr(self._settings, field) for field in EngineSettings.model_fields} | self._shared
+        if role != "prefill":
+            told["swa_scratch"] = "off"
         told |= {"router": control, "worker_id": name, "device": device, "threads": self._threads}
         told |= {"memory_share": round(1 / num_sharing, 4)}
         if self._settings.kv_cache_memory is not None:

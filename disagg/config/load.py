@@ -11,15 +11,22 @@ import yaml
 from pydantic import ValidationError
 
 from disagg.config.errors import ConfigError
-from disagg.config.settings import DemoSettings, RouterSettings, Settings, UpSettings, WorkerSettings
+from disagg.config.settings import (
+    DemoSettings,
+    ModelSettings,
+    PlanSettings,
+    RouterSettings,
+    UpSettings,
+    WorkerSettings,
+)
 
 PREFIX: Final = "DISAGG_"
 OTHER_VARIABLES: Final = frozenset({"DISAGG_SECRET", "DISAGG_CONFIG"})
 
-COMMANDS: Final = (UpSettings, DemoSettings, RouterSettings, WorkerSettings)
+COMMANDS: Final = (UpSettings, DemoSettings, RouterSettings, WorkerSettings, PlanSettings)
 _KINDS: Final = {"int": "a whole number", "float": "a number", "bool": "true or false"}
 
-S = TypeVar("S", bound=Settings)
+S = TypeVar("S", bound=ModelSettings)
 
 
 def load(cls: type[S], flags: Mapping[str, Any], environ: Mapping[str, str], config: Path | None = None) -> S:
@@ -48,12 +55,12 @@ def variable_of(field: str) -> str:
     return PREFIX + field.upper()
 
 
-def read_environ(cls: type[Settings], environ: Mapping[str, str]) -> dict[str, str]:
+def read_environ(cls: type[ModelSettings], environ: Mapping[str, str]) -> dict[str, str]:
     """The fields of `cls` that have a non-empty `DISAGG_*` variable."""
     return {field: environ[name] for field in cls.model_fields if environ.get(name := variable_of(field))}
 
 
-def to_flags(settings: Settings, *, hide: Iterable[str] = ()) -> list[str]:
+def to_flags(settings: ModelSettings, *, hide: Iterable[str] = ()) -> list[str]:
     """The command line that gives `settings` again; defaults are left out, and so are the fields in `hide`."""
     flags = []
     for field, info in type(settings).model_fields.items():
@@ -73,7 +80,7 @@ def unknown_variables(environ: Mapping[str, str]) -> list[str]:
     return sorted(name for name in environ if name.startswith(PREFIX) and name not in known | OTHER_VARIABLES)
 
 
-def read_yaml(cls: type[Settings], path: Path) -> dict[str, Any]:
+def read_yaml(cls: type[ModelSettings], path: Path) -> dict[str, Any]:
     """The file's mapping, each key a field of `cls`. Raises ConfigError."""
     try:
         content = yaml.safe_load(path.read_text())

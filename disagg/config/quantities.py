@@ -39,6 +39,25 @@ def split_list(value: object) -> object:
     return tuple(part.strip() for part in value.split(",") if part.strip())
 
 
+def power_of_two(value: int) -> int:
+    """`value` as it is. Raises ValueError."""
+    if value & (value - 1):
+        raise ValueError("expected a power of two, such as 16 or 32")
+    return value
+
+
+def group_tokens(value: tuple[str, ...]) -> tuple[str, ...]:
+    """`full=512`, `window-64=48`, as they are. Raises ValueError."""
+    if not all(re.fullmatch(r"[^=]+=\d+", entry) for entry in value):
+        raise ValueError("expected GROUP=TOKENS such as `full=512`")
+    return value
+
+
+def yaml_switch(value: object) -> object:
+    """YAML reads a bare `on` as true and `off` as false; this turns them back."""
+    return {True: "on", False: "off"}[value] if isinstance(value, bool) else value
+
+
 def tcp_endpoint(value: object) -> object:
     """`10.0.0.1:8998` or `tcp://10.0.0.1:8998` -> the latter."""
     if not isinstance(value, str):

@@ -13,14 +13,17 @@ from disagg.config.demo import DEMO_MODEL, demo_model_folder, is_demo_model
 from disagg.config.quantities import (
     device,
     endpoint_host,
+    group_tokens,
     is_loopback,
     parse_nbytes,
     plain_name,
+    power_of_two,
     split_list,
     tcp_endpoint,
+    yaml_switch,
 )
 
-PLANES: Final = ("shm", "zmq")
+PLANES: Final = ("shm", "tcp", "zmq")
 CONTROL_PORT: Final = 8998  # next to 8000, free of registered services, the same on every machine of a deployment
 
 Role = Literal["prefill", "decode", "both"]
@@ -33,10 +36,15 @@ Endpoint = Annotated[str, BeforeValidator(tcp_endpoint)]
 Device = Annotated[str, AfterValidator(device)]
 Devices = Annotated[tuple[Device, ...], Field(min_length=1), BeforeValidator(split_list)]
 WorkerId = Annotated[str, AfterValidator(plain_name)]
+BlockSize = Annotated[int, Field(ge=1), AfterValidator(power_of_two)]
+Sizes = Annotated[tuple[Nbytes, ...], BeforeValidator(split_list)]
+GroupTokens = Annotated[tuple[str, ...], AfterValidator(group_tokens), BeforeValidator(split_list)]
+Scratch = Annotated[Literal["off", "on", "reuse"], BeforeValidator(yaml_switch)]
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 
-class Settings(BaseModel):
-    """What every process is told."""
+class ModelSettings(BaseModel):
+    """What every command is told."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True, protected_namespaces=())
 
@@ -46,6 +54,36 @@ class Settings(BaseModel):
         min_length=1,
         validate_default=True,
     )
+
+    @field_validator("model")
+    @classmethod
+    def _find_bundled_model(cls, value: str) -> str:
+        return str(demo_model_folder()) if value == DEMO_MODEL else value
+
+
+class PlanSettings(ModelSettings):
+    """`disagg plan`."""
+
+    dtype: Dtype = Field("auto", description="Compute and KV type")
+    prompt_len: Count | None = Field(None, description="Tokens of the prompt [default: as many as a sequence may have]")
+    block_size: BlockSize = Field(16, description="Tokens per KV block; a power of two")
+    max_model_len: Count | None = Field(None, description="Prompt plus answer limit [default: what the model allows]")
+    max_num_batched_tokens: Count | None = Field(
+        None, description="Tokens computed in one step [default: a prompt is one step, `--budget` counts no step]"
+    )
+    cached: GroupTokens = Field((), description="GROUP=TOKENS,...: what the receiver holds already, such as full=512")
+    swa_scratch: Scratch = Field("off", description="Plan prefill with scratch slots for windowed blocks")
+    budget: Sizes = Field((), description="Count the sequences that so much KV memory seats, such as 8GiB,70GiB")
+
+    @property
+    def cached_tokens(self) -> dict[str, int]:
+        """By layer group; the last value given for a group counts."""
+        return {name: int(count) for name, _, count in (entry.partition("=") for entry in self.cached)}
+
+
+class Settings(ModelSettings):
+    """What every process is told."""
+
     insecure: bool = Field(False, description="Use the published secret and no encryption; loopback only")
     verify_weights: bool = Field(
         False, description="Hash whole weight files into the model's fingerprint; the same on router and workers"
@@ -53,11 +91,6 @@ class Settings(BaseModel):
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         "info", description="Least severe log line to write"
     )
-
-    @field_validator("model")
-    @classmethod
-    def _find_bundled_model(cls, value: str) -> str:
-        return str(demo_model_folder()) if value == DEMO_MODEL else value
 
 
 class SecretSettings(Settings):
@@ -97,8 +130,8 @@ class RouterSettings(HttpSettings, SecretSettings):
 class EngineSettings(Settings):
     """What a worker computes with. `up` hands them to all of its workers."""
 
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="Compute and KV type")
-    block_size: Count = Field(16, description="Tokens per KV block; a power of two")
+    dtype: Dtype = Field("auto", description="Compute and KV type")
+    block_size: BlockSize = Field(16, description="Tokens per KV block; a power of two")
     max_model_len: Count | None = Field(
         None, description="Prompt plus answer limit [default: what model and memory allow]"
     )
@@ -107,19 +140,16 @@ class EngineSettings(Settings):
     kv_cache_memory: Nbytes | None = Field(
         None, description="KV cache bytes, such as 512MiB; `up` divides them [default: a share of what is free]"
     )
+    enable_prefix_caching: bool = Field(True, description="Keep blocks of finished requests and reuse equal prefixes")
     tensor_parallel_size: Count = Field(1, description="Ranks per worker", json_schema_extra={"hidden": True})
-    planes: Names = Field(PLANES, description="Data planes in order of preference, of shm and zmq")
+    planes: Names = Field(PLANES, description="Data planes in order of preference, of shm, tcp and zmq")
+    swa_scratch: Scratch = Field(
+        "off", description="Keep windowed blocks that a prefill step outdates in scratch slots (prefill workers)"
+    )
     fetch_wait_s: Seconds = Field(
         30.0, description="Seconds that computed KV waits for the decode worker to ask for it"
     )
     check: bool = Field(False, description="Check the cache's invariants after each step (slow)")
-
-    @field_validator("block_size")
-    @classmethod
-    def _is_power_of_two(cls, value: int) -> int:
-        if value & (value - 1):
-            raise ValueError("expected a power of two, such as 16 or 32")
-        return value
 
     @field_validator("tensor_parallel_size")
     @classmethod

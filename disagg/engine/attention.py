@@ -11,7 +11,7 @@ import torch
 from disagg.cache.layout import LayerSpec
 from disagg.engine.probe import CURRENT_PROBE
 from disagg.kernels import ops
-from disagg.kernels.reference import Plan
+from disagg.kernels.ops import Plan
 
 
 class WindowMismatch(Exception):

@@ -37,10 +37,11 @@ HUB_FILES = ("*.json", "*.safetensors", "*.jinja", "tokenizer.model", "merges.tx
 # --- where it is --------------------------------------------------------------------------------------------
 
 
-def resolve_model(name: str) -> Path:
+def resolve_model(name: str, *, needs_weights: bool = True) -> Path:
     """The folder that `name` names: a path, or a hub id, downloaded or found in the hub's cache.
 
-    Hub ids honour HF_HOME, HF_TOKEN and HF_HUB_OFFLINE.
+    Hub ids honour HF_HOME, HF_TOKEN and HF_HUB_OFFLINE. Without `needs_weights` config.json is enough, and all that is
+    downloaded.
     Raises ModelRefused when there is no such folder or model, or the folder holds no config or no safetensors.
     """
     folder = Path(name).expanduser()
@@ -49,18 +50,19 @@ def resolve_model(name: str) -> Path:
             raise ModelRefused(f"model `{name}` is a file, expected a folder with config.json and safetensors files")
         if not HUB_ID.fullmatch(name):
             raise ModelRefused(f"model folder `{name}` does not exist; give a folder with config.json or a hub id")
-        folder = _download(name)
+        folder = _download(name, HUB_FILES if needs_weights else ("config.json",))
     read_config(folder)
-    weight_files(folder)
+    if needs_weights:
+        weight_files(folder)
     return folder
 
 
-def _download(name: str) -> Path:
+def _download(name: str, files: tuple[str, ...]) -> Path:
     import huggingface_hub  # only a hub id needs it, and it takes a while to import
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 
     try:
-        return Path(huggingface_hub.snapshot_download(name, allow_patterns=list(HUB_FILES)))
+        return Path(huggingface_hub.snapshot_download(name, allow_patterns=list(files)))
     except GatedRepoError as exc:
         raise ModelRefused(f"model `{name}` is gated: accept its licence on the hub and set HF_TOKEN") from exc
     except RepositoryNotFoundError as exc:

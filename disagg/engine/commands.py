@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from disagg.transceiver.actions import Verified
 from disagg.transceiver.messages.values import AttemptKey as AttemptKey
-from disagg.transceiver.messages.values import FirstToken, Sampling, TokenLogprobs
+from disagg.transceiver.messages.values import FirstToken, Sampling, TokenLogprobs, UnitName
 
 # --- commands -----------------------------------------------------------------------------------------------
 
@@ -68,7 +68,15 @@ class DropSoft:
     key: AttemptKey
 
 
-Command = Serve | Prefill | Pin | Reserve | Decode | Release | DropSoft
+@dataclass(frozen=True, slots=True)
+class Unregister:
+    """These blocks of an attempt failed verification at the peer: neither they nor what extends them may be reused."""
+
+    key: AttemptKey
+    units: tuple[UnitName, ...]
+
+
+Command = Serve | Prefill | Pin | Reserve | Decode | Release | DropSoft | Unregister
 
 
 # --- events -------------------------------------------------------------------------------------------------
@@ -118,7 +126,10 @@ class PromptComputedEvent:
 
 @dataclass(frozen=True, slots=True)
 class ReservedEvent:
-    """`slots[g]` holds (ordinal, slot) pairs of group g, ascending, for exactly the blocks that must be received."""
+    """`slots[g]` holds (ordinal, slot) pairs of group g, ascending, for exactly the blocks that must be received.
+
+    Those that are needed and not listed were found in the cache, and are held from here on.
+    """
 
     key: AttemptKey
     slots: tuple[tuple[tuple[int, int], ...], ...]
@@ -126,12 +137,16 @@ class ReservedEvent:
 
 @dataclass(frozen=True, slots=True)
 class TokensEvent:
-    """Generated tokens; the first has `index` (0 = first token of the answer)."""
+    """Generated tokens; the first has `index` (0 = first token of the answer).
+
+    `num_cached_tokens`: with index 0, tokens of the prompt that whoever computed it found in its cache.
+    """
 
     key: AttemptKey
     index: int
     token_ids: tuple[int, ...]
     logprobs: tuple[TokenLogprobs, ...]
+    num_cached_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)

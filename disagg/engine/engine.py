@@ -31,6 +31,7 @@ from disagg.engine.commands import (
     Serve,
     TokensEvent,
     UnitsFinalEvent,
+    Unregister,
 )
 from disagg.engine.runner import Chunk
 from disagg.engine.sampler import Sampled, SampleInput, sample
@@ -63,6 +64,9 @@ class EngineConfig:
     max_model_len: int
     check_invariants: bool = False
     vocab_size: int | None = None
+    swa_scratch: str = "off"
+    """`on`: prompts put windowed blocks that a step outdates in scratch slots; `reuse`: save those that the same
+    prompt begins with. The cache's layout allows it."""
 
     def __post_init__(self) -> None:
         if self.role not in ROLES:
@@ -90,7 +94,10 @@ class Engine:
     def __init__(self, runner: StepRunner, cache: KVCache, config: EngineConfig) -> None:
         self._runner, self._cache, self._config = runner, cache, config
         self._scheduler = Scheduler(
-            cache, max_num_seqs=config.max_num_seqs, max_num_batched_tokens=config.max_num_batched_tokens
+            cache,
+            max_num_seqs=config.max_num_seqs,
+            max_num_batched_tokens=config.max_num_batched_tokens,
+            swa_scratch=config.swa_scratch,
         )
         self._counters = EngineCounters()
 
@@ -132,6 +139,7 @@ class Engine:
             steps=self._counters.steps,
             live_keys=tuple(live),
             released=tuple(sorted(self._counters.released.items())),
+            reuse=self._cache.reuse_counts(),
         )
 
     # --- commands -------------------------------------------------------------------------------------------
@@ -152,6 +160,8 @@ class Engine:
                 return self._drop_soft(command)
             case Release():
                 return self._release(command)
+            case Unregister():
+                return self._unregister(command)
 
     def _add(self, sequence: Promised, *, urgent: bool = False) -> list[EngineEvent]:
         if self._scheduler.get(sequence.key) is not None:
@@ -188,6 +198,7 @@ class Engine:
         if not isinstance(reservation, Reservation) or reservation.cached is None:
             return []  # released meanwhile
         answer = DecodingSequence(reservation.request, reservation.cached, command.verified)
+        self._cache.commit(reservation.cached, reservation.request.prompt)  # verified, and not a moment before
         return self._begin(answer)
 
     def _drop_soft(self, command: DropSoft) -> list[EngineEvent]:
@@ -200,6 +211,13 @@ class Engine:
         if (sequence := self._scheduler.get(command.key)) is not None:
             self._counters.released[state_of(sequence)] += 1
             self._scheduler.release(sequence)
+        return []
+
+    def _unregister(self, command: Unregister) -> list[EngineEvent]:
+        sequence = self._scheduler.get(command.key)
+        if sequence is not None and sequence.cached is not None and command.units:
+            # They are blocks of one chain: the first takes all that extend it along.
+            self._cache.unregister(sequence.cached, min(unit.ordinal for unit in command.units))
         return []
 
     # --- commit ---------------------------------------------------------------------------------------------
@@ -224,6 +242,7 @@ class Engine:
         if isinstance(sequence, PromptSequence):
             return self._commit_chunk(sequence, piece, result)
         assert result is not None
+        self._scheduler.advance(piece)
         sequence.output.append(result.token_id)
         return self._emit(sequence, result.logprobs)
 
@@ -237,7 +256,7 @@ class Engine:
 
     def _end_prompt(self, prompt: PromptSequence, result: Sampled) -> list[EngineEvent]:
         """The prompt is whole: answer it here, or hold its blocks for the decode worker."""
-        computed = Computed(prompt, first_token_of(prompt.request, result.token_id, result.logprobs))
+        computed = Computed(prompt, first_token_of(prompt, result.token_id, result.logprobs))
         self._scheduler.keep_only(prompt)
         if prompt.serves:
             assert prompt.cached is not None
@@ -252,7 +271,10 @@ class Engine:
     def _emit(self, answer: DecodingSequence, logprobs: TokenLogprobs | None) -> list[EngineEvent]:
         """Report the newest token; free the answer if that token ends it."""
         count = len(answer.output)
-        token = TokensEvent(answer.key, count - 1, (answer.output[-1],), (logprobs,) if logprobs else ())
+        num_cached_tokens = answer.licence.first_token.num_cached_tokens if count == 1 else 0
+        token = TokensEvent(
+            answer.key, count - 1, (answer.output[-1],), (logprobs,) if logprobs else (), num_cached_tokens
+        )
         ending = answer.ending()
         if ending is None:
             return [token]
@@ -305,7 +327,8 @@ def _prompt_computed(prompt: PromptSequence, computed: Computed) -> PromptComput
 
 def _chunk(piece: Work) -> Chunk:
     assert piece.sequence.cached is not None
-    return Chunk(piece.sequence.cached.tables, piece.token_ids, piece.start, piece.wants_logits)
+    cached = piece.sequence.cached
+    return Chunk(cached.tables, piece.token_ids, piece.start, piece.wants_logits, cached.scratch)
 
 
 def _sample_input(piece: Work) -> SampleInput:

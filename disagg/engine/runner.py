@@ -10,6 +10,7 @@ import numpy.typing as npt
 import torch
 
 from disagg.cache.cache import KVCache
+from disagg.cache.scratch import Scratch, page_table
 from disagg.engine.attention import CURRENT_STEP, LayerCall, Step
 from disagg.engine.model import LoadedModel
 from disagg.kernels import ops
@@ -29,6 +30,8 @@ class Chunk:
     token_ids: Sequence[int]
     start: int
     wants_logits: bool
+    scratch: tuple[Scratch | None, ...] = ()
+    """Per group, the blocks of this step that have no slot of their own; empty when there are none."""
 
     @property
     def end(self) -> int:
@@ -43,7 +46,8 @@ class Runner:
         self._dtype: torch.dtype = getattr(torch, model.dtype)
         self._pools = {layer.index: cache.layer_view(layer.index) for layer in model.layers}
         self._workspace = Workspace()
-        self._groups = {layer.index: cache.layout.place(layer.index)[0] for layer in model.layers}
+        self._places = {layer.index: cache.layout.place(layer.index) for layer in model.layers}
+        self._pages = [cache.page_view(number) for number in range(cache.layout.num_groups)]
 
     def execute(self, chunks: Sequence[Chunk]) -> torch.Tensor:
         """Store KV of all tokens; float32 logits `[num wanting chunks, vocab_size]` after each one's last token."""
@@ -74,16 +78,40 @@ class Runner:
         return logits
 
     def _step(self, chunks: Sequence[Chunk]) -> Step:
-        plans = []
-        for number in range(self.cache.layout.num_groups):
-            layer = self.cache.layout.groups[number].layers[0]
-            plans.append(ops.plan(self._batch(number, chunks), self._pools[layer], self._dtype, self._workspace))
-        return {
-            layer.index: LayerCall(layer, self._pools[layer.index], plans[self._groups[layer.index]])
-            for layer in self.model.layers
-        }
+        plans = [self._plans(number, chunks) for number in range(self.cache.layout.num_groups)]
+        calls = {}
+        for layer in self.model.layers:
+            group, position = self._places[layer.index]
+            own_pool, plan = self._pools[layer.index], plans[group][position % len(plans[group])]
+            calls[layer.index] = LayerCall(layer, own_pool if len(plans[group]) == 1 else self._pages[group], plan)
+        return calls
 
-    def _batch(self, number: int, chunks: Sequence[Chunk]) -> PagedBatch:
+    def _plans(self, number: int, chunks: Sequence[Chunk]) -> list[ops.Plan]:
+        """One plan for all layers of the group; with scratch blocks one per layer, over the group's pages.
+
+        A group of one layer has one page per slot, so there the two are the same.
+        """
         group = self.cache.layout.groups[number]
-        runs = tuple(QueryRun(chunk.tables[number], chunk.start, len(chunk.token_ids)) for chunk in chunks)
+        if not any(chunk.scratch and chunk.scratch[number] for chunk in chunks):
+            tables = [chunk.tables[number] for chunk in chunks]
+            pool = self._pools[group.layers[0]]
+            return [ops.plan(self._batch(number, chunks, tables), pool, self._dtype, self._workspace)]
+        pages, num_layers = self._pages[number], len(group.layers)
+        batches = [
+            self._batch(number, chunks, [_pages_of(chunk, number, num_layers, position) for chunk in chunks])
+            for position in range(num_layers)
+        ]
+        first = ops.plan(batches[0], pages, self._dtype, self._workspace)
+        return [first, *(ops.retarget(first, batch, pages) for batch in batches[1:])]
+
+    def _batch(self, number: int, chunks: Sequence[Chunk], tables: Sequence[npt.NDArray[np.int32]]) -> PagedBatch:
+        group = self.cache.layout.groups[number]
+        runs = tuple(
+            QueryRun(table, chunk.start, len(chunk.token_ids)) for table, chunk in zip(tables, chunks, strict=True)
+        )
         return PagedBatch(runs, self.cache.layout.block_size, group.window, group.num_sink_tokens)
+
+
+def _pages_of(chunk: Chunk, number: int, num_layers: int, position: int) -> npt.NDArray[np.int32]:
+    scratch = chunk.scratch[number] if chunk.scratch else None
+    return page_table(chunk.tables[number], scratch, num_layers, position)

@@ -16,12 +16,22 @@ from __future__ import annotations
 from collections import deque
 from typing import Any
 
+import numpy as np
+
 from disagg.cache.admission import Peaks, Promises, peak_slots
 from disagg.cache.budget import MAX_PREFILLS_PER_STEP
 from disagg.cache.cache import KVCache
 from disagg.cache.window import needed_ordinals
+from disagg.engine.announce import newly_final_units
 from disagg.engine.batch import Work, share_tokens
-from disagg.engine.commands import AttemptKey, EngineEvent, PinnedEvent, ReservedEvent, SoftDroppedEvent
+from disagg.engine.commands import (
+    AttemptKey,
+    EngineEvent,
+    PinnedEvent,
+    ReservedEvent,
+    SoftDroppedEvent,
+    UnitsFinalEvent,
+)
 from disagg.engine.sequence import DecodingSequence, LiveSequence, PromptSequence, Request, Reservation
 
 Promised = PromptSequence | Reservation
@@ -31,8 +41,10 @@ Promised = PromptSequence | Reservation
 class Scheduler:
     """Owns the live sequences of one cache. `step_tokens` = max_num_batched_tokens, at least `max_num_seqs`."""
 
-    def __init__(self, cache: KVCache, *, max_num_seqs: int, max_num_batched_tokens: int) -> None:
-        self._cache = cache
+    def __init__(
+        self, cache: KVCache, *, max_num_seqs: int, max_num_batched_tokens: int, swa_scratch: str = "off"
+    ) -> None:
+        self._cache, self._swa_scratch = cache, swa_scratch
         self._max_num_seqs, self._max_num_batched_tokens = max_num_seqs, max_num_batched_tokens
         self._promises = Promises([pool.num_slots for pool in cache.pools])
         self._live: dict[AttemptKey, LiveSequence] = {}
@@ -141,7 +153,7 @@ class Scheduler:
         while self._soft_line and self._has_seat(with_soft=True):
             if not self._promises.try_promise(self._soft_line[0].key, self._peaks_of(self._soft_line[0])):
                 break
-            self._start(self._soft_line.popleft())
+            events += self._start(self._soft_line.popleft())
         return events
 
     def _peaks_of(self, sequence: Promised) -> Peaks:
@@ -175,22 +187,32 @@ class Scheduler:
         return dropped
 
     def _start(self, sequence: Promised) -> list[EngineEvent]:
-        sequence.cached = self._cache.open(sequence.key)
+        sequence.cached = self._cache.open(sequence.key, sequence.request.sampling.cache_salt)
         if isinstance(sequence, Reservation):
             return [self._reserve(sequence)]
+        reused = self._cache.reuse_prefix(sequence.cached, sequence.request.prompt)
+        if sequence.num_cached_tokens is None:
+            sequence.num_cached_tokens = reused
         sequence.num_announced = [0] * self._cache.layout.num_groups
-        return [PinnedEvent(sequence.key, sequence.compute_id)] if sequence.is_pinned else []
+        events: list[EngineEvent] = []
+        if sequence.is_pinned:
+            events.append(PinnedEvent(sequence.key, sequence.compute_id))
+        if not sequence.serves and (units := newly_final_units(self._cache, sequence)):
+            events.append(UnitsFinalEvent(sequence.key, sequence.compute_id, units))  # what is reused is final
+        return events
 
     def _reserve(self, reservation: Reservation) -> ReservedEvent:
         """History first: blocks that no query will read are never allocated."""
         assert reservation.cached is not None
         prompt_len = reservation.request.prompt_len
-        self._size(reservation, capacity=prompt_len + 1, history=prompt_len)
+        held = self._cache.reserve(reservation.cached, reservation.request.prompt, capacity=prompt_len + 1)
+        assert held is not None, f"{reservation.key}: a promised slot was not there"
         slots = []
-        for group, table in zip(self._cache.layout.groups, reservation.cached.tables, strict=True):
+        for group, table, have in zip(self._cache.layout.groups, reservation.cached.tables, held, strict=True):
             size = self._cache.layout.block_size
-            needed = needed_ordinals(prompt_len, group.window, group.num_sink_tokens, size).tolist()
-            slots.append(tuple((ordinal, int(table[ordinal])) for ordinal in needed))
+            needed = needed_ordinals(prompt_len, group.window, group.num_sink_tokens, size)
+            missing = np.setdiff1d(needed, have).tolist()
+            slots.append(tuple((ordinal, int(table[ordinal])) for ordinal in missing))
         return ReservedEvent(reservation.key, tuple(slots))
 
     def _leave_lines(self, sequence: Promised) -> None:
@@ -212,7 +234,16 @@ class Scheduler:
         return work
 
     def advance(self, work: Work) -> None:
-        """A prompt chunk is computed: declare it history, which frees what no later query reads."""
+        """The piece is computed: register the blocks it filled, and let go of what no later query reads.
+
+        A token of an answer that fills no block leaves both to the next step.
+        """
+        sequence, cached = work.sequence, work.sequence.cached
+        if isinstance(sequence, DecodingSequence) and work.end % self._cache.layout.block_size:
+            return
+        assert cached is not None
+        if cached.is_committing:
+            self._cache.commit(cached, sequence.tokens(cached.committed, work.end))
         self._size(work.sequence, capacity=work.end, history=work.end)
 
     def _decode(self, answer: DecodingSequence) -> Work:
@@ -222,12 +253,22 @@ class Scheduler:
 
     def _chunk(self, prompt: PromptSequence, count: int) -> Work:
         start = prompt.num_computed
-        self._size(prompt, capacity=start + count, history=start)
-        return Work(prompt, prompt.request.prompt[start : start + count], start)
+        end = start + count
+        self._size(prompt, capacity=end, history=start, scratch_until=self._scratch_until(prompt, end))
+        return Work(prompt, prompt.request.prompt[start:end], start)
 
-    def _size(self, sequence: LiveSequence, *, capacity: int, history: int) -> None:
+    def _scratch_until(self, prompt: PromptSequence, end: int) -> int:
+        """Blocks stale here may be scratch. `reuse` keeps what the same prompt, asked again, would begin with."""
+        if self._swa_scratch == "off":
+            return 0
+        if self._swa_scratch == "on":
+            return end
+        size = self._cache.layout.block_size
+        return min(end, (prompt.request.prompt_len - 1) // size * size)
+
+    def _size(self, sequence: LiveSequence, *, capacity: int, history: int, scratch_until: int = 0) -> None:
         assert sequence.cached is not None
-        done = self._cache.resize(sequence.cached, capacity=capacity, history=history)
+        done = self._cache.resize(sequence.cached, capacity=capacity, history=history, scratch_until=scratch_until)
         assert done, f"{sequence.key}: a promised slot was not there"
 
     # --- invariants -----------------------------------------------------------------------------------------

@@ -66,6 +66,8 @@ class PromptSequence:
     computed: Computed | None = None
     compute_id: int = 0
     """Raised when computed blocks are dropped: what was said about them is stale."""
+    num_cached_tokens: int | None = None
+    """Tokens of the prompt that its first computation found in the cache; None before it began."""
     num_announced: list[int] = field(default_factory=list)
     """Per layer group, how many of its needed ordinals were reported final in this computation."""
 
@@ -88,6 +90,10 @@ class PromptSequence:
     @property
     def is_computing(self) -> bool:
         return self.cached is not None and self.computed is None
+
+    def tokens(self, start: int, stop: int) -> tuple[int, ...]:
+        """Those at positions [start, stop)."""
+        return self.request.prompt[start:stop]
 
 
 @dataclass(slots=True, eq=False)
@@ -141,6 +147,12 @@ class DecodingSequence:
         """Tokens whose KV is computed: all but the last. The next step feeds that one at this position."""
         return self.request.prompt_len + len(self.output) - 1
 
+    def tokens(self, start: int, stop: int) -> tuple[int, ...]:
+        """Those at positions [start, stop), prompt and answer alike."""
+        prompt_len = self.request.prompt_len
+        answer = self.output[max(0, start - prompt_len) : max(0, stop - prompt_len)]
+        return self.request.prompt[start:stop] + tuple(answer)
+
     def ending(self) -> Ending | None:
         return self.request.ending_after(self.output[-1], len(self.output))
 
@@ -165,6 +177,7 @@ def _licensed_key(licence: Verified | Computed) -> AttemptKey:
     return AttemptKey(licence.transfer_id, licence.epoch)
 
 
-def first_token_of(request: Request, token_id: int, logprobs: TokenLogprobs | None) -> FirstToken:
+def first_token_of(prompt: PromptSequence, token_id: int, logprobs: TokenLogprobs | None) -> FirstToken:
     """The token sampled at position P with the state that a decode worker continues from: seed, and tokens so far."""
-    return FirstToken(token_id, logprobs, SamplingState(request.sampling.seed, ((token_id, 1),)))
+    state = SamplingState(prompt.request.sampling.seed, ((token_id, 1),))
+    return FirstToken(token_id, logprobs, state, prompt.num_cached_tokens or 0)

@@ -6,6 +6,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 
 from disagg.cache.cache import PoolUsage
+from disagg.cache.prefix_cache import ReuseCount
 from disagg.engine.commands import AttemptKey
 
 
@@ -30,6 +31,7 @@ class EngineStats:
     `prompt_tokens_computed`, `tokens_generated` (sampled here), `steps`: counters. `live_keys`: not yet released.
     `released`: attempts that a command ended, by the state it found them in (see `state_of`); for a `held` prompt that
     is the usual end, for all others a cancel or a failure.
+    `reuse`: per layer group, blocks that requests asked the prefix cache for and found; empty without one.
     """
 
     pools: tuple[PoolUsage, ...]
@@ -43,6 +45,7 @@ class EngineStats:
     steps: int
     live_keys: tuple[AttemptKey, ...]
     released: tuple[tuple[str, int], ...] = ()
+    reuse: tuple[ReuseCount, ...] = ()
 
     @property
     def num_used_slots(self) -> int:

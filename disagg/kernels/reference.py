@@ -11,7 +11,7 @@ queries, so that a windowed layer touches only the keys near a tile and a mask s
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -19,8 +19,10 @@ import torch
 from torch.nn import functional
 
 from disagg.kernels.batch import NULL_SLOT, PagedBatch, QueryRun
+from disagg.kernels.scales import KVScales, quantise, raw
 from disagg.kernels.workspace import Workspace
 
+NAME = "torch"
 # Queries per tile: large enough that a tile's matmuls dwarf its dozen calls, small against usual windows (512 to 4096).
 TILE_QUERIES = 256
 # Decode rows share a bucket until padding would read this many blocks for nothing: the cost of another bucket's calls.
@@ -72,6 +74,10 @@ def plan(batch: PagedBatch, pool: torch.Tensor, dtype: torch.dtype, workspace: W
     return _Planner(batch, pool, dtype).plan(workspace)
 
 
+def retarget(plan: Plan, batch: PagedBatch, pool: torch.Tensor) -> Plan:
+    return _Planner(batch, pool, torch.float32).retarget(plan)
+
+
 class _Planner:
     def __init__(self, batch: PagedBatch, pool: torch.Tensor, dtype: torch.dtype) -> None:
         self.batch, self.device, self.dtype = batch, pool.device, dtype
@@ -80,11 +86,29 @@ class _Planner:
         self.rows_per_slot = pool.stride(0) // (self.block_size * head_dim)
 
     def plan(self, workspace: Workspace) -> Plan:
-        flat = np.cumsum([0, *(run.num_queries for run in self.batch.runs)])
-        decode = [(int(at), run) for at, run in zip(flat, self.batch.runs, strict=False) if run.num_queries == 1]
-        long = [(int(at), run) for at, run in zip(flat, self.batch.runs, strict=False) if run.num_queries > 1]
+        decode, long = self._split()
         runs = tuple(self._run(at, run) for at, run in long)
-        return Plan(self._write_rows(), self._buckets(decode), runs, workspace)
+        return Plan(self._write_rows(), tuple(map(self._bucket, self._buckets(decode))), runs, workspace)
+
+    def retarget(self, plan: Plan) -> Plan:
+        """Row numbers anew; the masks stay, which depend on ordinals alone."""
+        decode, long = self._split()
+        buckets = [
+            replace(bucket, key_rows=self._key_rows(self._bucket_slots(rows)[1]))
+            for bucket, rows in zip(plan.buckets, self._buckets(decode), strict=True)
+        ]
+        runs = [
+            replace(done, key_rows=self._key_rows(self.batch.slots(run, self.batch.ordinals(run))))
+            for done, (_, run) in zip(plan.runs, long, strict=True)
+        ]
+        return replace(plan, write_rows=self._write_rows(), buckets=tuple(buckets), runs=tuple(runs))
+
+    def _split(self) -> tuple[list[tuple[int, QueryRun]], list[tuple[int, QueryRun]]]:
+        """Runs of one query and longer ones, with the flat index of their first query."""
+        flat = np.cumsum([0, *(run.num_queries for run in self.batch.runs)])
+        placed = [(int(at), run) for at, run in zip(flat, self.batch.runs, strict=False)]
+        decode = [pair for pair in placed if pair[1].num_queries == 1]
+        return decode, [pair for pair in placed if pair[1].num_queries > 1]
 
     def _tensor(self, array: npt.NDArray[np.generic]) -> torch.Tensor:
         return torch.from_numpy(np.ascontiguousarray(array)).to(self.device)
@@ -111,7 +135,8 @@ class _Planner:
     def _key_positions(self, ordinals: Int64) -> Int64:
         return (ordinals[..., None] * self.block_size + np.arange(self.block_size)).reshape(*ordinals.shape[:-1], -1)
 
-    def _buckets(self, decode: list[tuple[int, QueryRun]]) -> tuple[Bucket, ...]:
+    def _buckets(self, decode: list[tuple[int, QueryRun]]) -> list[list[tuple[Int64, int, QueryRun]]]:
+        """(ordinals, flat index, run) of each decode query, in buckets."""
         rows = sorted(((self.batch.ordinals(run), at, run) for at, run in decode), key=lambda row: len(row[0]))
         buckets: list[list[tuple[Int64, int, QueryRun]]] = []
         padding = 0
@@ -122,9 +147,10 @@ class _Planner:
                 buckets.append([])
                 padding = 0
             buckets[-1].append(row)
-        return tuple(self._bucket(sorted(bucket, key=lambda row: row[1])) for bucket in buckets)
+        return [sorted(bucket, key=lambda row: row[1]) for bucket in buckets]
 
-    def _bucket(self, rows: list[tuple[Int64, int, QueryRun]]) -> Bucket:
+    def _bucket_slots(self, rows: list[tuple[Int64, int, QueryRun]]) -> tuple[Int64, Int64]:
+        """(ordinals, slots) `[B, num_blocks]`, padded."""
         width = max(len(ordinals) for ordinals, _, _ in rows)
         slots = np.full((len(rows), width), NULL_SLOT, np.int64)
         # Padding stands after every query, where the causal mask hides it.
@@ -132,6 +158,10 @@ class _Planner:
         for i, (own, _, run) in enumerate(rows):
             slots[i, : len(own)] = self.batch.slots(run, own)
             ordinals[i, : len(own)] = own
+        return ordinals, slots
+
+    def _bucket(self, rows: list[tuple[Int64, int, QueryRun]]) -> Bucket:
+        ordinals, slots = self._bucket_slots(rows)
         queries = np.array([[run.start] for _, _, run in rows])
         bias = self._bias(self.batch.allowed(queries, self._key_positions(ordinals)))
         whole = len(rows) == self.batch.num_queries
@@ -158,10 +188,12 @@ def _rows(pool: torch.Tensor, width: int) -> torch.Tensor:
     return pool.as_strided((nelements // width, width), (width, 1))
 
 
-def write_kv(pool: torch.Tensor, plan: Plan, key: torch.Tensor, value: torch.Tensor) -> None:
-    kv = torch.stack([key.transpose(0, 1), value.transpose(0, 1)]).to(pool.dtype)
-    head_dim = pool.shape[4]
-    _rows(pool, head_dim).index_copy_(0, plan.write_rows, kv.reshape(-1, head_dim))
+def write_kv(pool: torch.Tensor, plan: Plan, key: torch.Tensor, value: torch.Tensor, scales: KVScales | None) -> None:
+    both = torch.stack([key.transpose(0, 1), value.transpose(0, 1)])
+    scale = None if scales is None else torch.stack([scales.key, scales.value])[:, :, None, None]
+    kv, head_dim = quantise(both, pool.dtype, scale).reshape(-1, pool.shape[4]), pool.shape[4]
+    rows = _rows(pool, head_dim)
+    raw(rows).index_copy_(0, plan.write_rows, raw(kv))  # torch has no index_copy_ for eight-bit floats
 
 
 def paged_attention(
@@ -171,7 +203,15 @@ def paged_attention(
     scale: float,
     softcap: float | None,
     sink_logits: torch.Tensor | None,
+    scales: KVScales | None,
 ) -> torch.Tensor:
+    if scales is not None:  # q·(k s) = (q s)·k, and the weights of a head's values share its scale
+        key_scale, value_scale = (
+            s.repeat_interleave(query.shape[1] // pool.shape[2]) for s in (scales.key, scales.value)
+        )
+        scaled = (query.float() * key_scale[:, None]).to(query.dtype)
+        out = paged_attention(scaled, pool, plan, scale, softcap, sink_logits, None)
+        return (out.float() * value_scale[:, None]).to(query.dtype)
     num_queries, num_heads, head_dim = query.shape
     num_kv_heads, block_size = pool.shape[2], pool.shape[3]
     # [N, kv head, query head of that kv head, D]
@@ -242,3 +282,21 @@ def gather_slots(memory: torch.Tensor, slots: torch.Tensor, out: torch.Tensor) -
 
 def scatter_slots(memory: torch.Tensor, slots: torch.Tensor, staging: torch.Tensor) -> None:
     memory.index_copy_(0, slots, staging)
+
+
+def copy_units(
+    source: torch.Tensor,
+    source_at: torch.Tensor,
+    target: torch.Tensor,
+    target_at: torch.Tensor,
+    unit: int,
+    source_scales: torch.Tensor | None,
+    target_scales: torch.Tensor | None,
+) -> None:
+    steps = torch.arange(unit, device=source.device)
+    # [n, unit, layers, 2, heads, dim]: indexes that slices stand between come first
+    values = raw(source)[source_at[:, :1], :, :, :, source_at[:, 1:] + steps].view(source.dtype)
+    if source_scales is not None:
+        values = values.float() * source_scales[..., None]
+    values = quantise(values, target.dtype, None if target_scales is None else target_scales[..., None])
+    raw(target)[target_at[:, :1], :, :, :, target_at[:, 1:] + steps] = raw(values)

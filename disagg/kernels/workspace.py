@@ -17,8 +17,15 @@ class Workspace:
 
     def rows(self, name: str, count: int, like: torch.Tensor) -> torch.Tensor:
         """A buffer `[count, like.shape[1]]` of unspecified contents, on `like`'s device; good until asked for again."""
-        key, size = (name, like.dtype, like.device), count * like.shape[1]
+        return self._buffer(name, count * like.shape[1], like.dtype, like.device).view(count, like.shape[1])
+
+    def floats(self, name: str, count: int, device: torch.device) -> torch.Tensor:
+        """A float32 buffer `[count]` of unspecified contents; good until asked for again."""
+        return self._buffer(name, count, torch.float32, device)
+
+    def _buffer(self, name: str, size: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        key = (name, dtype, device)
         buffer = self._buffers.get(key)
         if buffer is None or buffer.numel() < size:
-            buffer = self._buffers[key] = torch.empty(size, dtype=like.dtype, device=like.device)
-        return buffer[:size].view(count, like.shape[1])
+            buffer = self._buffers[key] = torch.empty(size, dtype=dtype, device=device)
+        return buffer[:size]

@@ -93,6 +93,7 @@ class Attempts:
         self._mint = mint
         self._max_attempts = max_attempts
         self._held: Tokens | None = None
+        self._num_cached_tokens = 0
         self._retargeted = False
         self._prefill_lost_at: float | None = None
         self._failed_prefills: set[str] = set()
@@ -202,7 +203,10 @@ class Attempts:
         token_ids = message.token_ids[num_repeated:]
         if not token_ids:
             return None
-        self._actions.append(Emit(TokenChunk(self.num_tokens, token_ids, message.logprobs[num_repeated:])))
+        if self.num_tokens == 0:
+            self._num_cached_tokens = message.num_cached_tokens
+        num_cached = 0 if self.num_tokens else self._num_cached_tokens
+        self._actions.append(Emit(TokenChunk(self.num_tokens, token_ids, message.logprobs[num_repeated:], num_cached)))
         self.num_tokens += len(token_ids)
         self.record.emitted(self.num_tokens, now)
         return None
@@ -214,13 +218,15 @@ class Attempts:
             return f"more than max_tokens = {self.request.sampling.max_tokens} tokens came"
         if message.logprobs and len(message.logprobs) != len(message.token_ids):
             return f"{len(message.token_ids)} tokens came with {len(message.logprobs)} logprobs"
+        if not 0 <= message.num_cached_tokens <= len(self.request.prompt):
+            return f"{message.num_cached_tokens} of {len(self.request.prompt)} prompt tokens were cached"
         return None
 
     def _finish(self, message: Finished, now: float) -> None:
         if message.index != self.num_tokens or message.reason not in ("stop", "length"):
             fault = f"finished ({message.reason}) at token {message.index}, {self.num_tokens} came"
             return self._fail(502, f"fault of the worker: {fault}", now)
-        self._actions.append(Emit(GenerationEnd(message.reason, message.stop_token_id)))
+        self._actions.append(Emit(GenerationEnd(message.reason, message.stop_token_id, self._num_cached_tokens)))
         self.sides.clear()  # the server is done, and could be so only after it had ACKed the prefill worker's KV
         return self._close("finished", now)
 

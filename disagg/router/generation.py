@@ -20,16 +20,20 @@ class GenerationRequest:
 
 @dataclass(frozen=True, slots=True)
 class TokenChunk:
-    """Tokens in order, never twice, never with a gap. `logprobs` has one entry per token, or none if not asked for."""
+    """Tokens in order, never twice, never with a gap. `logprobs` has one entry per token, or none if not asked for.
+
+    `num_cached_tokens`, with the first token: tokens of the prompt that were found in a cache and not computed.
+    """
 
     index: int
     token_ids: tuple[int, ...]
     logprobs: tuple[TokenLogprobs, ...] = ()
+    num_cached_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class GenerationEnd:
-    """The last item of every complete generation. `reason` is `stop` or `length`."""
+    """The last item of every complete generation. `reason` is `stop` or `length`. It repeats `num_cached_tokens`."""
 
     reason: str
     stop_token_id: int | None = None

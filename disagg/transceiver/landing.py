@@ -6,16 +6,28 @@ It touches only slots it was handed: destinations of a reservation, or sources t
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any
 
 from disagg.kernels.digest import digest
 from disagg.kernels.finite import finite_rows
 from disagg.transceiver.errors import SourceChanged
 from disagg.transceiver.events import LandedUnit, Unit
-from disagg.transceiver.planes.base import LandingJob, LandingPlane, PoolRegion, SourceUnit
+from disagg.transceiver.planes.base import Bytes, LandingJob, LandingPlane, PoolRegion, SourceUnit
 from disagg.transceiver.planes.copying import adjacent, ints
+from disagg.transceiver.planes.reshaping import ReshapingPlane
+from disagg.transceiver.units import SlotUnits
+
+
+@dataclass(frozen=True, slots=True)
+class Landed:
+    """What became of a job: every unit, hashed where it now lies, and the copies it took."""
+
+    units: tuple[LandedUnit, ...]
+    num_operations: int
+
 
 AfterCopy = Callable[[LandingJob, Sequence[PoolRegion]], None]
 
@@ -24,19 +36,26 @@ class LandingThread:
     """Runs landing and digest jobs in the order they were submitted. Use it from one event loop."""
 
     def __init__(
-        self, pools: Sequence[PoolRegion], dtypes: Sequence[str], *, after_copy: AfterCopy | None = None
+        self,
+        pools: Sequence[PoolRegion],
+        dtypes: Sequence[str],
+        *,
+        after_copy: AfterCopy | None = None,
+        digests: bool = True,
     ) -> None:
         """`dtypes[g]` is the torch dtype name of group g's KV.
 
-        `after_copy` runs on the thread between a job's copy and its hash: tests flip a byte there.
+        `after_copy` runs on the thread between a job's copy and its hash: tests flip a byte there. `digests` False
+        (a benchmark's right only) hashes and checks nothing, on this side or that: every digest is 0.
         """
         self._pools = tuple(pools)
         self._dtypes = tuple(dtypes)
         self._after_copy = after_copy
+        self._digests = digests
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="landing")
         self._jobs: dict[tuple[str, int], set[Future[Any]]] = {}
 
-    async def submit(self, job: LandingJob, plane: LandingPlane) -> tuple[LandedUnit, ...]:
+    async def submit(self, job: LandingJob, plane: LandingPlane) -> Landed:
         """Land a slice that `plane.fetch` has seen, and hash every unit where it now lies.
 
         Raises what `plane.land` raises. Ends in `CancelledError` when `stop` removed it. Cancelling the caller removes
@@ -51,9 +70,12 @@ class LandingThread:
             if future.done():
                 self._forget(key, future)
 
-    async def digest_units(self, units: Sequence[SourceUnit]) -> tuple[Unit, ...]:
-        """Hash final units of this process. Raises `SourceChanged` when a slot was given away meanwhile."""
-        return await asyncio.wrap_future(self._executor.submit(self._digest, tuple(units)))
+    async def digest_units(self, units: Sequence[SourceUnit], cut: SlotUnits | None = None) -> tuple[Unit, ...]:
+        """Hash final units of this process; with `cut`, slots of it as units of a peer whose blocks differ.
+
+        Raises `SourceChanged` when a slot was given away meanwhile.
+        """
+        return await asyncio.wrap_future(self._executor.submit(self._digest, tuple(units), cut))
 
     async def stop(self, transfer_id: str, epoch: int) -> None:
         """Remove this epoch's queued jobs and join its running one: afterwards no job holds its destination slots."""
@@ -77,29 +99,44 @@ class LandingThread:
 
     # --- on the thread ----------------------------------------------------------------------------------------
 
-    def _land(self, job: LandingJob, plane: LandingPlane) -> tuple[LandedUnit, ...]:
+    def _land(self, job: LandingJob, plane: LandingPlane) -> Landed:
+        before = plane.num_operations  # only this thread lands
         plane.land(job)
+        num_operations = plane.num_operations - before
         if self._after_copy is not None:
             self._after_copy(job, self._pools)
         landed: list[LandedUnit] = []
         units = job.destinations
-        # The group stands for the pool here: units of one run share its dtype too.
-        for start, stop in adjacent(ints([u.group for u in units]), ints([u.slot for u in units])):
-            first = units[start]
-            rows = self._pools[first.pool].slots[first.slot : first.slot + stop - start]
-            finite = finite_rows(rows, self._dtypes[first.group]).tolist()
+        if not self._digests:
+            return Landed(tuple(LandedUnit(unit.group, unit.ordinal, 0) for unit in units), num_operations)
+        for start, stop, rows in plane.landed(job) if isinstance(plane, ReshapingPlane) else self._rows(job):
+            finite = finite_rows(rows, self._dtypes[units[start].group]).tolist()
             landed += [
                 LandedUnit(unit.group, unit.ordinal, digest(row), is_finite)
                 for unit, row, is_finite in zip(units[start:stop], rows, finite, strict=True)
             ]
-        return tuple(landed)
+        return Landed(tuple(landed), num_operations)
 
-    def _digest(self, units: Sequence[SourceUnit]) -> tuple[Unit, ...]:
-        return tuple(self._digest_unit(unit) for unit in units)
+    def _rows(self, job: LandingJob) -> Iterator[tuple[int, int, Bytes]]:
+        """(start, stop, rows): whole slots of units start..stop of `job` where they lie."""
+        units = job.destinations
+        # The group stands for the pool here: units of one run share its dtype too.
+        for start, stop in adjacent(ints([u.group for u in units]), ints([u.slot for u in units])):
+            first = units[start]
+            yield start, stop, self._pools[first.pool].slots[first.slot : first.slot + stop - start]
+
+    def _digest(self, units: Sequence[SourceUnit], cut: SlotUnits | None) -> tuple[Unit, ...]:
+        if cut is None:
+            return tuple(self._digest_unit(unit) for unit in units)
+        return tuple(
+            Unit(unit.group, unit.ordinal, unit.slot, unit.generation, digest(row.data) if self._digests else 0)
+            for few in cut.slices(cut.split(units))
+            for unit, row in cut.pack(few).pairs(few)
+        )
 
     def _digest_unit(self, unit: SourceUnit) -> Unit:
         pool = self._pools[unit.pool]
-        value = digest(pool.slots[unit.slot])
+        value = digest(pool.slots[unit.slot]) if self._digests else 0
         if int(pool.generations[unit.slot]) != unit.generation:  # after: a change during the hash counts too
             raise SourceChanged(
                 f"group {unit.group}, block {unit.ordinal}: its slot was given away before it was hashed"

@@ -65,4 +65,5 @@ def _canonical_token(token: FirstToken | None) -> list[Any] | None:
         return None
     # float(): the codec turns integers in float fields into floats on the way, and 0 packs differently from 0.0.
     logprobs = token.logprobs and [float(token.logprobs.logprob), [(i, float(x)) for i, x in token.logprobs.top]]
-    return [token.token_id, logprobs, [token.state.version, token.state.seed, token.state.output_counts]]
+    state = [token.state.version, token.state.seed, token.state.output_counts]
+    return [token.token_id, logprobs, state, token.num_cached_tokens]

@@ -8,7 +8,14 @@ import logging
 import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 
-from disagg.transceiver.errors import PeerLost, PlaneRefused, RemoteProtocolError, TransceiverError, first_cause
+from disagg.transceiver.errors import (
+    PeerLost,
+    PlaneRefused,
+    RemoteProtocolError,
+    SourceChanged,
+    TransceiverError,
+    first_cause,
+)
 from disagg.transceiver.identity import differing_field
 from disagg.transceiver.links import ControlClient
 from disagg.transceiver.messages.peer import Heartbeat, Hello, PeerMessage, Refused, TransferMessage, Welcome
@@ -17,6 +24,7 @@ from disagg.transceiver.messages.router import PeerTarget
 from disagg.transceiver.messages.values import AttemptKey
 from disagg.transceiver.node import Node
 from disagg.transceiver.planes.base import LandingPlane, PoolRegion
+from disagg.transceiver.planes.probe import measure
 from disagg.transceiver.sockets import Sockets
 from disagg.transceiver.timing import HEARTBEAT_S, LOST_S, SUSPECT_S
 
@@ -150,17 +158,30 @@ class PeerLink:
             plane = make()
             try:
                 await plane.connect(self._node.incarnation, offers[name], self._pools)
-            except (PlaneRefused, PeerLost) as exc:
+                self.gb_per_s = await measure(plane, self._pools)
+            except (PlaneRefused, PeerLost, RemoteProtocolError, SourceChanged) as exc:
                 await plane.close()
                 reasons.append(f"{name}: {exc}")
                 continue
+            except BaseException:
+                await plane.close()
+                raise
             self.plane = plane
             plane.on_lost = self._plane_lost.set
-            log.info("prefill worker %s: data plane %s", self.target.worker_id, name)
+            self._say_which(plane, reasons)
             return
         raise PlaneRefused(
             "; ".join(reasons) or f"no common data plane: ours {list(self._planes)}, theirs {list(offers)}"
         )
+
+    def _say_which(self, plane: LandingPlane, refusals: Sequence[str]) -> None:
+        """Name the plane, its speed, what it does not protect, and why none that was preferred is used."""
+        name = self.target.worker_id
+        for refusal in refusals:
+            log.warning("prefill worker %s: cannot use data plane %s", name, refusal)
+        log.info("prefill worker %s: data plane %s, %.2f GB/s at first contact", name, plane.name, self.gb_per_s)
+        if not plane.is_private:
+            log.info("prefill worker %s: KV travels over %s unencrypted", name, plane.name)
 
     async def _receive(self, client: ControlClient) -> None:
         while True:

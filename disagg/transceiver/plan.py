@@ -10,7 +10,7 @@ apart by at least one ordinal, so that one set has one form and can be compared 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -62,7 +62,7 @@ def num_units(required: Iterable[GroupRuns]) -> int:
     return sum(count for group in required for _, count in group.runs)
 
 
-def moved_nbytes(required: Iterable[GroupRuns], unit_nbytes: Sequence[int]) -> int:
+def moved_nbytes(required: Iterable[GroupRuns], unit_nbytes: Sequence[int] | Mapping[int, int]) -> int:
     """The minimum on the wire: required units x their group's slot bytes."""
     return sum(count * unit_nbytes[group.group] for group in required for _, count in group.runs)
 

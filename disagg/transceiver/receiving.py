@@ -227,7 +227,6 @@ class ReceivingSide:
         return LandingJob(incoming.peer, key.transfer_id, key.epoch, message.number, tuple(destinations))
 
     async def _run_job(self, key: AttemptKey, job: LandingJob, plane: LandingPlane) -> None:
-        before = plane.num_operations
         try:
             await plane.fetch(job)
             landed = await self._landing.submit(job, plane)
@@ -238,16 +237,18 @@ class ReceivingSide:
             self.feed(key, LandingFailed(job.number, str(exc)))
             return
         if (incoming := self._incoming.get(key)) is not None:
-            self._count(incoming.record, job, plane.num_operations - before)
-        self.feed(key, SliceLanded(job.number, landed))
+            self._count(incoming.record, job, landed.num_operations)
+        self.feed(key, SliceLanded(job.number, landed.units))
 
     def _count(self, record: TransferRecord, job: LandingJob, num_operations: int) -> None:
         """Bytes are counted here and nowhere else: where they land."""
+        link = self._links.get(job.source)
+        unit_nbytes = link[0].unit_nbytes if link is not None else ()
         record.num_operations += num_operations
         record.landed_at = time.monotonic()
         for unit in job.destinations:
             record.blocks[unit.group] = record.blocks.get(unit.group, 0) + 1
-            nbytes = self._pools[unit.pool].slots.shape[1]
+            nbytes = unit_nbytes[unit.group] if unit_nbytes else self._pools[unit.pool].slots.shape[1]
             record.nbytes[unit.group] = record.nbytes.get(unit.group, 0) + nbytes
 
     async def _stop_landings(self) -> None:

@@ -55,6 +55,11 @@ def new_routing_id() -> bytes:
     return bytes([1 + secrets.randbelow(255)]) + secrets.token_bytes(15)
 
 
+def bracketed(host: str) -> str:
+    """`host` as it stands in an endpoint: IPv6 addresses in brackets."""
+    return f"[{host}]" if ":" in host and not host.startswith("[") else host
+
+
 def check_endpoint(endpoint: str, keys: ClusterKeys) -> None:
     """Raise `EndpointRefused` unless `endpoint` is tcp://HOST:PORT, and on loopback when the keys are insecure."""
     parts = urlsplit(endpoint)

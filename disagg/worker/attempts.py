@@ -32,6 +32,7 @@ from disagg.engine.commands import (
     Serve,
     SoftDroppedEvent,
     TokensEvent,
+    Unregister,
 )
 from disagg.transceiver.actions import ReportFailed, Verified
 from disagg.transceiver.events import (
@@ -160,10 +161,10 @@ class Attempts:
         if state is None:
             return
         match event:
-            case TokensEvent(key, index, token_ids, logprobs):
+            case TokensEvent(key, index, token_ids, logprobs, num_cached_tokens):
                 if index == 0 and state.dispatch.mode == "serve":
                     self._report(state, state.since_arrival("prefill"))
-                self._send(Tokens(key.transfer_id, key.epoch, index, token_ids, logprobs))
+                self._send(Tokens(key.transfer_id, key.epoch, index, token_ids, logprobs, num_cached_tokens))
             case FinishedEvent(key, index, reason, stop_token_id):
                 self._send(Finished(key.transfer_id, key.epoch, index, reason, stop_token_id))
                 self._forget(key)
@@ -195,7 +196,7 @@ class Attempts:
             self._feed_sender(key, PromptComputed(event.compute_id, first))
             return
         logprobs = () if first.logprobs is None else (first.logprobs,)
-        self._send(Tokens(key.transfer_id, key.epoch, 0, (first.token_id,), logprobs))
+        self._send(Tokens(key.transfer_id, key.epoch, 0, (first.token_id,), logprobs, first.num_cached_tokens))
         self._send(Finished(key.transfer_id, key.epoch, 1, "stop", event.stop_token_id))
         self._feed_sender(key, FinishedEarly(event.compute_id))
 
@@ -223,6 +224,7 @@ class Attempts:
     def unregister(self, key: AttemptKey, units: Sequence[UnitName]) -> None:
         log.error("the peer's digests disagree for %d blocks of %s: %s", len(units), key.transfer_id, list(units)[:8])
         self._metrics.count_digest_failure(len(units))
+        self._submit(Unregister(key, tuple(units)))
 
     def decode(self, key: AttemptKey, verified: Verified, record: TransferRecord) -> None:
         self._count(record, "verified")

@@ -11,6 +11,7 @@ import torch
 
 from disagg.cache.budget import largest_model_len, split_budget
 from disagg.cache.cache import KVCache
+from disagg.cache.identity import BlockHasher
 from disagg.cache.layout import CacheLayout, derive_layout
 from disagg.config.resources import CPU_MEMORY_FRACTION, CUDA_MEMORY_FRACTION, available_memory_nbytes, num_cores
 from disagg.config.settings import Role, WorkerSettings
@@ -37,7 +38,15 @@ def make_engine(
     progress("allocating KV cache")
     budget = settings.kv_cache_memory or _default_budget(settings)
     max_model_len = _choose_model_len(settings, model, budget)
-    layout = derive_layout(model.layers, block_size=settings.block_size, max_model_len=max_model_len)
+    swa_scratch = settings.swa_scratch if role == "prefill" else "off"
+    if swa_scratch != settings.swa_scratch:
+        log.warning("`--swa-scratch`: only prefill workers have scratch slots, this worker's role is `%s`", role)
+    layout = derive_layout(
+        model.layers,
+        block_size=settings.block_size,
+        max_model_len=max_model_len,
+        uses_scratch=swa_scratch != "off",
+    )
     num_slots = split_budget(
         layout,
         nbytes=budget,
@@ -45,7 +54,9 @@ def make_engine(
         max_num_seqs=settings.max_num_seqs,
         max_num_batched_tokens=settings.max_num_batched_tokens,
     )
-    cache = KVCache(layout, num_slots, settings.device)
+    model_fingerprint = fingerprint(folder, verify_weights=settings.verify_weights)
+    hasher = BlockHasher(keys.prefix_hash, model_fingerprint) if settings.enable_prefix_caching else None
+    cache = KVCache(layout, num_slots, settings.device, hasher)
     config = EngineConfig(
         role=role,
         max_num_seqs=settings.max_num_seqs,
@@ -53,10 +64,11 @@ def make_engine(
         max_model_len=max_model_len,
         check_invariants=settings.check,
         vocab_size=model.vocab_size,
+        swa_scratch=swa_scratch,
     )
     identity = Identity(
         protocol_major=PROTOCOL[0],
-        model_fingerprint=fingerprint(folder, verify_weights=settings.verify_weights),
+        model_fingerprint=model_fingerprint,
         attention=model.attention,
         compute_dtype=model.dtype,
         max_model_len=max_model_len,

@@ -32,7 +32,14 @@ class WorkerMetrics:
     def samples(self, stats: EngineStats) -> tuple[MetricSample, ...]:
         """Everything, as one snapshot."""
         counters = (MetricSample(name, "counter", labels, value) for (name, labels), value in self._counters.items())
-        return (*counters, *_engine_samples(stats))
+        return (*counters, *_engine_samples(stats), *self._reuse_samples(stats))
+
+    def _reuse_samples(self, stats: EngineStats) -> Iterator[MetricSample]:
+        """Blocks per layer group that requests asked the cache for, and found: their quotient is the hit rate."""
+        for group, reuse in zip(self._group_names, stats.reuse, strict=False):  # none where nothing is reused
+            labels = (("group", group),)
+            yield MetricSample("disagg_prefix_queries_total", "counter", labels, reuse.num_queried)
+            yield MetricSample("disagg_prefix_hits_total", "counter", labels, reuse.num_hit)
 
     def _count(self, name: str, labels: Labels, amount: int = 1) -> None:
         self._counters[name, labels] += amount
@@ -58,3 +65,5 @@ def _engine_samples(stats: EngineStats) -> Iterator[MetricSample]:
         yield MetricSample("disagg_kv_blocks_used", "gauge", labels, pool.num_used)
         yield MetricSample("disagg_kv_blocks_free", "gauge", labels, pool.num_free)
         yield MetricSample("disagg_kv_blocks_peak", "gauge", labels, pool.peak_used)
+        yield MetricSample("disagg_kv_blocks_cached", "gauge", labels, pool.num_cached)
+        yield MetricSample("disagg_kv_evictions_total", "counter", labels, pool.num_evicted)

@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 from disagg.transceiver.keys import ClusterKeys
 from disagg.transceiver.planes.base import LandingPlane, SourcePlane
 from disagg.transceiver.planes.shm import ShmLandingPlane, ShmSourcePlane
+from disagg.transceiver.planes.tcp import TcpSourcePlane
+from disagg.transceiver.planes.tcp_landing import TcpLandingPlane
 from disagg.transceiver.planes.zmq import ZmqSourcePlane
 from disagg.transceiver.planes.zmq_landing import ZmqLandingPlane
 
@@ -17,6 +19,7 @@ def source_planes(
     """The sender's end of each plane, not yet listening."""
     make: dict[str, Callable[[], SourcePlane]] = {
         "shm": ShmSourcePlane,
+        "tcp": lambda: TcpSourcePlane(host, keys, advertised_host=advertised_host),
         "zmq": lambda: ZmqSourcePlane(host, keys, advertised_host=advertised_host),
     }
     return {name: make[name]() for name in names}
@@ -24,5 +27,9 @@ def source_planes(
 
 def landing_planes(names: Sequence[str], *, keys: ClusterKeys) -> dict[str, Callable[[], LandingPlane]]:
     """How to make the receiver's end of each plane: one per peer and connection."""
-    make: dict[str, Callable[[], LandingPlane]] = {"shm": ShmLandingPlane, "zmq": lambda: ZmqLandingPlane(keys)}
+    make: dict[str, Callable[[], LandingPlane]] = {
+        "shm": ShmLandingPlane,
+        "tcp": TcpLandingPlane,
+        "zmq": lambda: ZmqLandingPlane(keys),
+    }
     return {name: make[name] for name in names}

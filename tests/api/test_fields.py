@@ -106,6 +106,7 @@ EFFECTS: dict[str, tuple[Any, Look, dict[str, Any]]] = {
     "include_stop_str_in_output": (True, text, {"stop": ["lo"]}),
     "stop_token_ids": ([40], sampling("stop_token_ids"), {}),
     "ignore_eos": (True, sampling("ignore_eos"), {}),
+    "cache_salt": ("mine", sampling("cache_salt"), {}),
     "skip_special_tokens": (False, text, {}),
     "top_logprobs": (2, num_top, {"logprobs": True}),
     "return_tokens_as_token_ids": (True, named_tokens, {"logprobs": True}),

@@ -91,7 +91,7 @@ def test_help_is_a_result_without_control_characters(argv: list[str], capsys: py
     assert "\x1b" not in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("command", ["up", "demo", "router", "prefill", "decode", "both"])
+@pytest.mark.parametrize("command", ["up", "demo", "plan", "router", "prefill", "decode", "both"])
 def test_help_shows_no_internal_and_no_unbuilt_option(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     main([command, "--help"])
     shown = capsys.readouterr().out

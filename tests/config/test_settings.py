@@ -41,6 +41,7 @@ SAMPLES: dict[str, tuple[str, object, str]] = {
     "fetch_wait_s": ("0.5", 0.5, "1"),
     "verify_weights": ("true", True, "false"),
     "check": ("true", True, "false"),
+    "enable_prefix_caching": ("false", False, "true"),
     "router": ("10.0.0.1:9", "tcp://10.0.0.1:9", "tcp://r:10"),
     "worker_id": ("p-1", "p-1", "p-2"),
     "advertise_host": ("node7", "node7", "node8"),
@@ -52,6 +53,10 @@ SAMPLES: dict[str, tuple[str, object, str]] = {
     "both": ("1", 1, "2"),
     "prefill_devices": ("cuda:0,cuda:1", ("cuda:0", "cuda:1"), "cpu"),
     "decode_devices": ("cuda", ("cuda",), "cpu,cpu"),
+    "prompt_len": ("77", 77, "78"),
+    "cached": ("full=3,window-8=2", ("full=3", "window-8=2"), "full=4"),
+    "swa_scratch": ("reuse", "reuse", "on"),
+    "budget": ("1KiB,2048", (1024, 2048), "3"),
 }
 FIELDS = [(cls, field) for cls in COMMANDS for field in cls.model_fields]
 EVERY_FIELD = pytest.mark.parametrize(("cls", "field"), FIELDS, ids=[f"{c.__name__}-{f}" for c, f in FIELDS])
@@ -67,7 +72,7 @@ def parse(cls: type[Settings], argv: list[str]) -> Settings:
 
 
 def as_flag(field: str, text: str) -> list[str]:
-    if SAMPLES[field][1] is True:
+    if isinstance(SAMPLES[field][1], bool):
         return [flag_of(field) if text == "true" else "--no-" + flag_of(field)[2:]]
     return [flag_of(field), text]
 
@@ -149,7 +154,7 @@ def test_an_empty_variable_counts_as_not_set() -> None:
         (WorkerSettings, {"block_size": "many"}, "`--block-size` is `many`: expected a whole number"),
         (WorkerSettings, {"block_size": "0"}, "`--block-size` is `0`: expected greater than or equal to 1"),
         (WorkerSettings, {"kv_cache_memory": "2GX"}, "`--kv-cache-memory` is `2GX`: expected bytes such as `512MiB`"),
-        (WorkerSettings, {"planes": "zmq,rdma"}, "`--planes` is `zmq,rdma`: expected one or more of shm, zmq"),
+        (WorkerSettings, {"planes": "zmq,rdma"}, "`--planes` is `zmq,rdma`: expected one or more of shm, tcp, zmq"),
         (WorkerSettings, {"planes": "zmq,zmq"}, "each once"),
         (WorkerSettings, {"tensor_parallel_size": "2"}, "workers of several ranks are not supported"),
         (WorkerSettings, {"device": "tpu"}, "`--device` is `tpu`: expected `cpu`, `cuda` or `cuda:N`"),

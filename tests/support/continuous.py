@@ -32,9 +32,9 @@ class Live:
         return tuple(self.token_ids[self.num_prompt :])
 
 
-def make_cache(model: LoadedModel, *, block_size: int, num_slots: int) -> KVCache:
+def make_cache(model: LoadedModel, *, block_size: int, num_slots: int, uses_scratch: bool = False) -> KVCache:
     """A cache whose every slot that nobody holds is full of NaN: only NULL is safe to read."""
-    layout = derive_layout(model.layers, block_size=block_size, max_model_len=MAX_MODEL_LEN)
+    layout = derive_layout(model.layers, block_size=block_size, max_model_len=MAX_MODEL_LEN, uses_scratch=uses_scratch)
     cache = KVCache(layout, [num_slots] * layout.num_pools)
     poison_free_slots(cache)
     return cache
@@ -46,10 +46,21 @@ def poison_free_slots(cache: KVCache) -> None:
         pool.memory[free] = 0xFF  # NaN in every float format
 
 
+def poison_scratch_slots(cache: KVCache, sequences: Sequence[CachedSequence]) -> None:
+    """Every page of them is written before it is read, by every layer anew."""
+    for sequence in sequences:
+        for scratch, pool in zip(sequence.scratch, cache.layout.pool_of_group, strict=False):
+            if scratch is not None:
+                cache.pools[pool].memory[list(scratch.slots)] = 0xFF
+
+
 def greedy(
     runner: Runner, prompts: Sequence[Sequence[int]], num_tokens: int, *, chunk: int, stagger: bool = True
 ) -> list[Live]:
-    """Greedy answers of `num_tokens` to all prompts, one more of them arriving at every step when `stagger`."""
+    """Greedy answers of `num_tokens` to all prompts, one more of them arriving at every step when `stagger`.
+
+    Prompts use scratch slots where the cache's layout allows it; those start a step full of NaN too.
+    """
     cache = runner.cache
     lives = [Live(cache.open(i), list(prompt), len(prompt)) for i, prompt in enumerate(prompts)]
     started = 1 if stagger else len(lives)
@@ -70,13 +81,18 @@ def _step(runner: Runner, active: Sequence[Live], chunk: int) -> None:
     chunks = []
     for live in active:
         end = min(live.history + chunk, len(live.token_ids))
-        assert runner.cache.resize(live.sequence, capacity=end, history=live.history), "the pool is too small"
+        until = end if end <= live.num_prompt else 0
+        fits = runner.cache.resize(live.sequence, capacity=end, history=live.history, scratch_until=until)
+        assert fits, "the pool is too small"
         new = live.token_ids[live.history : end]
-        chunks.append(Chunk(live.sequence.tables, new, live.history, wants_logits=end == len(live.token_ids)))
+        wants_logits = end == len(live.token_ids)
+        chunks.append(Chunk(live.sequence.tables, new, live.history, wants_logits, live.sequence.scratch))
     poison_free_slots(runner.cache)
+    poison_scratch_slots(runner.cache, [live.sequence for live in active])
     logits = iter(runner.execute(chunks))
     for live, part in zip(active, chunks, strict=True):
         live.history = part.end
+        assert runner.cache.resize(live.sequence, capacity=part.end, history=part.end)
         if part.wants_logits:
             live.rows.append(next(logits))
             live.token_ids.append(int(live.rows[-1].argmax()))

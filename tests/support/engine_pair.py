@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
 from support.cache_oracle import needed_blocks, tiny_layout
 from support.fake_runner import FakeRunner
 
 from disagg.cache.cache import KVCache
+from disagg.cache.identity import BlockHasher
 from disagg.cache.layout import CacheLayout
 from disagg.engine.commands import (
     AttemptKey,
@@ -60,13 +62,16 @@ class TestedEngine(Engine):
         max_num_batched_tokens: int = 16,
         max_model_len: int = 200,
         poison: int | None = None,
+        swa_scratch: str = "off",
+        hasher: BlockHasher | None = None,
     ) -> None:
-        self.cache = KVCache(layout, num_slots)
+        layout = replace(layout, uses_scratch=swa_scratch != "off")
+        self.cache = KVCache(layout, num_slots, hasher=hasher)
         self.runner = FakeRunner(self.cache, poison)
         self.events: list[EngineEvent] = []
         self.bytes_when_final: dict[FinalUnit, bytes] = {}
         self.events_of: defaultdict[AttemptKey, list[EngineEvent]] = defaultdict(list)
-        config = EngineConfig(role, max_num_seqs, max_num_batched_tokens, max_model_len, True, 40)
+        config = EngineConfig(role, max_num_seqs, max_num_batched_tokens, max_model_len, True, 40, swa_scratch)
         super().__init__(self.runner, self.cache, config)
 
     def handle(self, command: Command) -> list[EngineEvent]:

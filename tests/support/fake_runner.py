@@ -16,6 +16,7 @@ from support.cache_oracle import attends
 
 from disagg.cache.cache import KVCache
 from disagg.cache.layout import CacheLayout
+from disagg.cache.scratch import page_table
 from disagg.engine.runner import Chunk
 from disagg.engine.sampler import SampleInput, sample
 from disagg.transceiver.messages.values import Sampling
@@ -30,46 +31,69 @@ class FakeRunner:
 
     def __init__(self, cache: KVCache, poison: int | None = None) -> None:
         self.cache, self.poison = cache, poison
-        self.views = [[cache.layer_view(layer) for layer in group.layers] for group in cache.layout.groups]
+        self.pages = [cache.page_view(number) for number in range(cache.layout.num_groups)]
+        layers = sorted(layer for group in cache.layout.groups for layer in group.layers)
+        self.places = [(layer, *cache.layout.place(layer)) for layer in layers]
         self.batches: list[list[tuple[int, int, bool]]] = []
 
     def execute(self, chunks: Sequence[Chunk]) -> torch.Tensor:
         self.batches.append([(chunk.start, len(chunk.token_ids), chunk.wants_logits) for chunk in chunks])
-        for chunk in chunks:
-            for offset, token in enumerate(chunk.token_ids):
-                self._write(chunk, chunk.start + offset, token)
-        rows = [self._row(chunk) for chunk in chunks]
+        readings: list[list[Reading | None]] = [[[] for _ in chunk.token_ids] for chunk in chunks]
+        for layer, number, position in self.places:
+            for chunk, found in zip(chunks, readings, strict=True):
+                self._run_layer(chunk, layer, number, position, found)
+        rows = [_row(found) for found in readings]
         wanted = [row for chunk, row in zip(chunks, rows, strict=True) if chunk.wants_logits]
         return torch.stack(wanted) if wanted else torch.empty(0, VOCAB_SIZE)
 
-    def _write(self, chunk: Chunk, position: int, token: int) -> None:
+    def _run_layer(self, chunk: Chunk, layer: int, number: int, position: int, readings: list[Reading | None]) -> None:
+        """One layer stores the chunk's tokens, then each query reads, as in a model: scratch blocks live no longer."""
+        scratch = chunk.scratch[number] if chunk.scratch else None
+        num_layers = len(self.cache.layout.groups[number].layers)
+        table, pages = page_table(chunk.tables[number], scratch, num_layers, position), self.pages[number]
+        for offset, token in enumerate(chunk.token_ids):
+            self._write(table, pages, chunk.start + offset, token)
+        for offset, reading in enumerate(readings):
+            if reading is not None:
+                readings[offset] = self._read(table, pages, layer, number, chunk.start + offset, reading)
+
+    def _write(self, table: np.ndarray, pages: torch.Tensor, position: int, token: int) -> None:
         ordinal, offset = divmod(position, self.cache.layout.block_size)
         value = float("nan") if token == self.poison else token + 1.0
-        for table, views in zip(chunk.tables, self.views, strict=True):
-            assert table[ordinal] >= 2, "a token is written where no block is"
-            for view in views:
-                view[int(table[ordinal]), :, 0, offset] = torch.tensor([value, float(position)])
+        assert table[ordinal] >= 2, "a token is written where no block is"
+        pages[int(table[ordinal]), :, 0, offset] = torch.tensor([value, float(position)])
 
-    def _row(self, chunk: Chunk) -> torch.Tensor:
-        last = chunk.start + len(chunk.token_ids) - 1
-        reading = [self._read(chunk, query) for query in range(chunk.start, last + 1)][-1]
-        return hashed_logits(reading) if reading is not None else torch.full((VOCAB_SIZE,), float("nan"))
+    def _read(
+        self, table: np.ndarray, pages: torch.Tensor, layer: int, number: int, query: int, reading: Reading
+    ) -> Reading | None:
+        """`reading` with what this query attends in one layer; None if any of it is not a number."""
+        group = self.cache.layout.groups[number]
+        for key in range(query + 1):
+            if not attends(query, key, group.window, group.num_sink_tokens):
+                continue
+            ordinal, offset = divmod(key, self.cache.layout.block_size)
+            assert table[ordinal] >= 2, f"query {query} attends key {key}, whose block is gone"
+            (k, k_position), (v, v_position) = pages[int(table[ordinal]), :, 0, offset].tolist()
+            if not np.isfinite([k, v]).all():
+                return None
+            reading.append((layer, int(k) if k == v else -1, int(k_position + v_position) // 2))
+        return reading
 
-    def _read(self, chunk: Chunk, query: int) -> Reading | None:
-        """What this query attends; None if any of it is not a number."""
-        reading: Reading = []
-        for group, table, views in zip(self.cache.layout.groups, chunk.tables, self.views, strict=True):
-            for key in range(query + 1):
-                if not attends(query, key, group.window, group.num_sink_tokens):
-                    continue
-                ordinal, offset = divmod(key, self.cache.layout.block_size)
-                assert table[ordinal] >= 2, f"query {query} attends key {key}, whose block is gone"
-                for layer, view in zip(group.layers, views, strict=True):
-                    (k, k_position), (v, v_position) = view[int(table[ordinal]), :, 0, offset].tolist()
-                    if not np.isfinite([k, v]).all():
-                        return None
-                    reading.append((layer, int(k) if k == v else -1, int(k_position + v_position) // 2))
-        return sorted(reading)
+
+def _row(readings: list[Reading | None]) -> torch.Tensor:
+    """What the last query read decides; that an earlier one read a key twice or from elsewhere shows too."""
+    if any(reading is None for reading in readings):
+        return torch.full((VOCAB_SIZE,), float("nan"))
+    torn = [r for r in readings[:-1] if r is not None and not _is_whole(r)]
+    last = readings[-1]
+    assert last is not None
+    return hashed_logits([*last, *((-1, -1, -1) for _ in torn)])
+
+
+def _is_whole(reading: Reading) -> bool:
+    """Each layer's keys stand in order, each once."""
+    places = [(layer, position) for layer, _, position in reading]
+    return len(set(places)) == len(places)
 
 
 def hashed_logits(reading: Reading) -> torch.Tensor:

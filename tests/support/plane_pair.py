@@ -14,10 +14,12 @@ from disagg.transceiver.keys import ClusterKeys
 from disagg.transceiver.planes.base import Destination, LandingJob, LandingPlane, PoolRegion, SourcePlane, SourceUnit
 from disagg.transceiver.planes.inproc import InprocHub, InprocLandingPlane, InprocSourcePlane
 from disagg.transceiver.planes.shm import ShmLandingPlane, ShmSourcePlane
+from disagg.transceiver.planes.tcp import TcpSourcePlane
+from disagg.transceiver.planes.tcp_landing import TcpLandingPlane
 from disagg.transceiver.planes.zmq import ZmqSourcePlane
 from disagg.transceiver.planes.zmq_landing import ZmqLandingPlane
 
-PLANES = ("inproc", "shm", "zmq", "zmq-insecure")
+PLANES = ("inproc", "shm", "tcp", "zmq", "zmq-insecure")
 KEYS = ClusterKeys.from_secret(b"the secret of the planes under test")
 SHAPES = ((24, 1 << 12), (10, 3000))
 """Two pools: (slots, bytes per slot). The second's slots are no multiple of anything."""
@@ -52,6 +54,8 @@ class PlanePair:
                 return InprocLandingPlane(self.hub)
             case "shm":
                 return ShmLandingPlane()
+            case "tcp":
+                return TcpLandingPlane()
             case _:
                 return ZmqLandingPlane(self.keys)
 
@@ -119,5 +123,7 @@ def _make_source(kind: str, hub: InprocHub, keys: ClusterKeys) -> SourcePlane:
             return InprocSourcePlane(hub)
         case "shm":
             return ShmSourcePlane()
+        case "tcp":
+            return TcpSourcePlane("127.0.0.1", keys)
         case _:
             return ZmqSourcePlane("127.0.0.1", keys)

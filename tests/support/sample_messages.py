@@ -14,8 +14,8 @@ GEOMETRY = v.Geometry(
 )
 UNITS = (v.UnitName(1, 7),)
 LOGPROBS = v.TokenLogprobs(-0.25, ((5, -0.25), (6, -1.5)))
-FIRST = v.FirstToken(5, LOGPROBS, v.SamplingState(2**63 + 1, ((5, 1),)))
-SAMPLING = v.Sampling(16, 9, 0.5, 40, 0.9, 0.05, 1.1, 0.2, 0.3, ((1, -100.0),), 2, True, (1, 106), (7,), 5)
+FIRST = v.FirstToken(5, LOGPROBS, v.SamplingState(2**63 + 1, ((5, 1),)), 32)
+SAMPLING = v.Sampling(16, 9, 0.5, 40, 0.9, 0.05, 1.1, 0.2, 0.3, ((1, -100.0),), 2, True, (1, 106), (7,), 5, "salt")
 TARGET = r.PeerTarget(ID, "prefill-0", "tcp://127.0.0.1:5000")
 
 SAMPLES = (
@@ -51,7 +51,7 @@ SAMPLES = (
         (r.PeerLink(ID, "prefill-0", "shm", "ready", 9.5, "fine"),),
     ),
     r.Dispatch(ID, 2, "request", "decode", (1, 2, 300), SAMPLING, 600.0, TARGET, b"ticket"),
-    r.Tokens(ID, 2, 0, (5, 6), (LOGPROBS, LOGPROBS)),
+    r.Tokens(ID, 2, 0, (5, 6), (LOGPROBS, LOGPROBS), 32),
     r.Finished(ID, 2, 17, "stop", 106),
     r.RequestFailed(ID, 2, 503, "no room"),
     r.TransferFailed(ID, 2, "lost", UNITS),

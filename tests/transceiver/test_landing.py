@@ -44,7 +44,7 @@ async def a_landing(
 @in_event_loop
 async def test_digests_are_of_the_destination_and_in_slice_order(kind: str) -> None:
     async with a_landing(kind) as (pair, receiver, landing):
-        landed = await within(landing.submit(pair.job(PAIRS), receiver.plane))
+        landed = (await within(landing.submit(pair.job(PAIRS), receiver.plane))).units
         assert landed == tuple(
             LandedUnit(pool, ordinal, xxhash.xxh3_64_intdigest(pair.pools[pool].slots[source].tobytes()))
             for ordinal, (pool, source, _) in enumerate(PAIRS)
@@ -59,7 +59,7 @@ async def test_a_byte_flipped_after_the_copy_changes_that_units_digest_alone(byt
         pools[unit.pool].slots[unit.slot, byte] ^= 1
 
     async with a_landing(after_copy=flip) as (pair, receiver, landing):
-        landed = await within(landing.submit(pair.job(PAIRS), receiver.plane))
+        landed = (await within(landing.submit(pair.job(PAIRS), receiver.plane))).units
         good = [xxhash.xxh3_64_intdigest(pair.pools[pool].slots[source].tobytes()) for pool, source, _ in PAIRS]
         assert [unit.digest == digest for unit, digest in zip(landed, good, strict=True)] == [True, False, True, True]
 
@@ -69,7 +69,7 @@ async def test_a_unit_with_a_nan_is_reported_not_finite() -> None:
     async with a_landing() as (pair, receiver, landing):
         pair.pools[0].slots[5].view(np.float32)[-1] = np.nan
         pair.pools[1].slots[3].view(np.float16)[0] = -np.inf
-        landed = await within(landing.submit(pair.job(PAIRS), receiver.plane))
+        landed = (await within(landing.submit(pair.job(PAIRS), receiver.plane))).units
         assert [unit.finite for unit in landed] == [True, False, False, True]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import os
+import socket
 import threading
 from dataclasses import replace
 
@@ -15,8 +16,9 @@ from hypothesis import strategies as st
 from support.event_loop import in_event_loop, within
 from support.plane_pair import PLANES, SHAPES, PlanePair, Receiver, plane_pair
 
+from disagg.cache.pool import NULL_SLOT, TRASH_SLOT
 from disagg.transceiver.errors import PeerLost, PlaneRefused, SourceChanged
-from disagg.transceiver.planes import copying
+from disagg.transceiver.planes import copying, probe, tcp_stream
 
 pytestmark = pytest.mark.parametrize("kind", PLANES)
 
@@ -105,14 +107,19 @@ async def test_a_slot_given_away_before_the_copy_is_refused(kind: str) -> None:
 async def test_a_slot_given_away_during_the_copy_is_refused(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     async with plane_pair(kind) as pair:
         receiver = await pair.receiver()
-        copy_rows = copying.copy_rows
+        copy_rows, write = copying.copy_rows, tcp_stream.write
 
         def copy_while_the_owner_reuses(destination: np.ndarray, source: np.ndarray) -> None:
             copy_rows(destination, source)
             pair.pools[0].generations[6] += 1
 
+        def write_while_the_owner_reuses(sock: socket.socket, views: list[memoryview]) -> None:
+            write(sock, views)
+            pair.pools[0].generations[6] += 1
+
         monkeypatch.setattr("disagg.transceiver.planes.reading.copy_rows", copy_while_the_owner_reuses)
         monkeypatch.setattr("disagg.transceiver.planes.zmq.copy_rows", copy_while_the_owner_reuses)
+        monkeypatch.setattr("disagg.transceiver.planes.tcp_stream.write", write_while_the_owner_reuses)
         with pytest.raises(SourceChanged):
             await within(pair.move(receiver, RUN))
 
@@ -268,6 +275,19 @@ async def test_closing_leaves_no_file_and_no_thread(kind: str) -> None:
     for _ in range(3):
         await use()
     assert open_resources() == before
+
+
+@in_event_loop
+async def test_first_contact_is_measured_with_reserved_slots_and_touches_no_other(kind: str) -> None:
+    async with plane_pair(kind) as pair:
+        receiver = await pair.receiver()
+        for pool in pair.pools:
+            pool.generations[NULL_SLOT] = 0
+        before = snapshot(receiver)
+        assert await within(probe.measure(receiver.plane, receiver.pools)) > 0
+        assert_only_moved(pair, receiver, before, [(0, NULL_SLOT, TRASH_SLOT)])
+        await within(pair.move(receiver, RUN))  # and nothing is left of it
+        assert await within(probe.measure(receiver.plane, ())) == 0.0
 
 
 @given(

@@ -121,13 +121,17 @@ class Dispatch:
 
 @dataclass(frozen=True, slots=True)
 class Tokens:
-    """Generated tokens, the first at `index` (0 = the first token of the answer)."""
+    """Generated tokens, the first at `index` (0 = the first token of the answer).
+
+    With the first token comes `num_cached_tokens`: tokens of the prompt that were found in a cache and not computed.
+    """
 
     transfer_id: str
     epoch: int
     index: int
     token_ids: tuple[int, ...]
     logprobs: tuple[TokenLogprobs, ...] = ()
+    num_cached_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)

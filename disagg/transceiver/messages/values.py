@@ -130,11 +130,15 @@ class SamplingState:
 
 @dataclass(frozen=True, slots=True)
 class FirstToken:
-    """The token prefill sampled at position P, bound by rank 0's MAC to the KV it was computed from."""
+    """The token prefill sampled at position P, bound by rank 0's MAC to the KV it was computed from.
+
+    `num_cached_tokens`: tokens of the prompt that were found in the cache and not computed.
+    """
 
     token_id: int
     logprobs: TokenLogprobs | None
     state: SamplingState
+    num_cached_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,6 +147,7 @@ class Sampling:
 
     `temperature` 0 is greedy; `top_k` 0 and `top_p` 1.0 are off. `eos_token_ids` come from the model's
     generation config and count unless `ignore_eos`. `num_logprobs` None = no logprobs, 0 = only the chosen token's.
+    `cache_salt`: KV is shared with requests of the same salt only.
     """
 
     max_tokens: int
@@ -160,6 +165,7 @@ class Sampling:
     eos_token_ids: tuple[int, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
     num_logprobs: int | None = None
+    cache_salt: str = ""
 
     def __post_init__(self) -> None:
         if self.max_tokens < 1:

@@ -101,6 +101,10 @@ class LandingPlane(ABC):
     """Receiver side of a plane, one per source incarnation."""
 
     name: str
+    reads_sources: bool = False
+    """Whether it reads the sender's slots itself: then a `Destination` names its source slot and generation."""
+    is_private: bool = True
+    """Whether who can read the network between two hosts learns nothing of the KV."""
     num_operations: int = 0
     """Copies made by `land` since the plane was opened: one per run of adjacent slots."""
     on_lost: Callable[[], None] | None = None
@@ -109,6 +113,10 @@ class LandingPlane(ABC):
     @abstractmethod
     async def connect(self, me: str, offer: PlaneOffer, pools: Sequence[PoolRegion]) -> None:
         """Open the plane from incarnation `me` and land into `pools`. Raises `PlaneRefused` or `PeerLost`."""
+
+    async def ask_probe(self) -> None:
+        """Ask the sender, where it pushes the bytes, for the slices of `probe.measure`. Once per connection."""
+        return
 
     @abstractmethod
     async def fetch(self, job: LandingJob) -> None:

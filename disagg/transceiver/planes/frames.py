@@ -1,6 +1,7 @@
 """What the two ends of the zmq plane say: heads of messages. Only a `slice` has one more frame, its payload.
 
-receiver -> sender: `hello` (token, incarnation), `credit` (so many slices were landed or discarded).
+receiver -> sender: `hello` (token, incarnation), `credit` (so many slices were landed or discarded), `probe`: send the
+slices by which a first contact is measured.
 sender -> receiver: `welcome`, `refused`, `slice` (transfer, epoch, number, payload bytes).
 """
 
@@ -22,6 +23,7 @@ SLICE_NBYTES: Final = 8 << 20
 
 WELCOME: Final = b"W"
 REFUSED: Final = b"R"
+_PROBE: Final = b"P"
 _HELLO: Final = b"H"
 _CREDIT: Final = b"C"
 _SLICE: Final = b"S"
@@ -41,6 +43,11 @@ class Credit:
 
 
 @dataclass(frozen=True, slots=True)
+class Probe:
+    """Asked for once per connection."""
+
+
+@dataclass(frozen=True, slots=True)
 class SliceHead:
     transfer_id: str
     epoch: int
@@ -48,17 +55,19 @@ class SliceHead:
     nbytes: int
 
 
-def pack(head: Hello | Credit | SliceHead) -> bytes:
+def pack(head: Hello | Credit | Probe | SliceHead) -> bytes:
     match head:
         case Hello(incarnation, token):
             return _HELLO + token + incarnation.encode()
         case Credit(num_slices):
             return _CREDIT + _COUNT.pack(num_slices)
+        case Probe():
+            return _PROBE
         case SliceHead(transfer_id, epoch, number, nbytes):
             return _SLICE + _SLICE_HEAD.pack(epoch, number, nbytes) + transfer_id.encode()
 
 
-def parse(data: bytes) -> Hello | Credit | SliceHead:
+def parse(data: bytes) -> Hello | Credit | Probe | SliceHead:
     """The head in `data`. Raises `RemoteProtocolError`."""
     kind, body = data[:1], data[1:]
     try:
@@ -66,6 +75,8 @@ def parse(data: bytes) -> Hello | Credit | SliceHead:
             return Hello(body[TOKEN_NBYTES:].decode(), body[:TOKEN_NBYTES])
         if kind == _CREDIT:
             return Credit(*_COUNT.unpack(body))
+        if data == _PROBE:
+            return Probe()
         if kind == _SLICE:
             epoch, number, nbytes = _SLICE_HEAD.unpack_from(body)
             return SliceHead(body[_SLICE_HEAD.size :].decode(), epoch, number, nbytes)

@@ -12,6 +12,8 @@ from disagg.transceiver.planes.copying import adjacent, check_generations, check
 class ReadingLandingPlane(LandingPlane):
     """Copies slots from `_sources` into `_pools`, one memcpy per run that is adjacent on both sides."""
 
+    reads_sources = True
+
     def __init__(self) -> None:
         self._sources: tuple[PoolRegion, ...] = ()
         self._pools: tuple[PoolRegion, ...] = ()

@@ -17,16 +17,10 @@ from collections.abc import Sequence
 from disagg.transceiver.errors import LocalProtocolError, PeerLost, PlaneRefused
 from disagg.transceiver.messages.values import PlaneOffer
 from disagg.transceiver.planes.base import PoolRegion, SourcePlane, SourceUnit
+from disagg.transceiver.planes.greeting import HANDSHAKE_S, parse_greeting
 from disagg.transceiver.planes.mapping import PoolMapping
 from disagg.transceiver.planes.reading import ReadingLandingPlane
-from disagg.transceiver.planes.shm_handshake import (
-    HANDSHAKE_S,
-    check_shareable,
-    parse_greeting,
-    peer_uid,
-    request_pools,
-    send_pools,
-)
+from disagg.transceiver.planes.shm_handshake import check_shareable, peer_uid, request_pools, send_pools
 from disagg.transceiver.planes.tokens import Tokens
 
 

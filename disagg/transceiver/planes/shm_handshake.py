@@ -18,16 +18,11 @@ from typing import Final
 
 from disagg.transceiver.errors import PeerLost, PlaneRefused
 from disagg.transceiver.planes.base import PoolRegion
-from disagg.transceiver.planes.tokens import TOKEN_NBYTES
-
-HANDSHAKE_S: Final = 5.0
-"""Both ends are on one host and answer from their event loops: seconds mean that a process is stuck."""
+from disagg.transceiver.planes.greeting import HANDSHAKE_S, MAGIC, greeting
 
 MAX_POOLS: Final = 64
 """Pools are distinct slot sizes of one model: a handful. The kernel passes at most 253 descriptors in one message."""
 
-MAGIC: Final = b"DSM1"
-GREETING: Final = struct.Struct(f"<4s{TOKEN_NBYTES}sB")
 ANSWER: Final = struct.Struct("<4sI")
 POOL: Final = struct.Struct("<QQQ")
 
@@ -60,23 +55,6 @@ def check_shareable(pool: PoolRegion) -> None:
         raise PlaneRefused("shm: this pool is not host memory that can be shared; use zmq")
     if not fcntl.fcntl(pool.fd, fcntl.F_GET_SEALS) & _FUTURE_WRITE:
         raise PlaneRefused("shm: this pool's memfd is not sealed against writers")
-
-
-def greeting(me: str, token: bytes) -> bytes:
-    name = me.encode()
-    return GREETING.pack(MAGIC, token, len(name)) + name
-
-
-def parse_greeting(data: bytes) -> tuple[str, bytes] | None:
-    """(incarnation, token), or None while bytes are missing. Raises `ValueError` for anything else."""
-    if len(data) < GREETING.size:
-        return None
-    magic, token, length = GREETING.unpack_from(data)
-    if magic != MAGIC or len(data) > GREETING.size + length:
-        raise ValueError("not a greeting")
-    if len(data) < GREETING.size + length:
-        return None
-    return data[GREETING.size :].decode(), token
 
 
 def send_pools(sock: socket.socket, nonce: bytes, pools: Sequence[PoolRegion]) -> None:

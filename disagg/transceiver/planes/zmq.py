@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 import zmq
@@ -20,9 +21,10 @@ from disagg.transceiver.keys import ClusterKeys
 from disagg.transceiver.messages.values import PlaneOffer
 from disagg.transceiver.planes.base import Bytes, PoolRegion, SourcePlane, SourceUnit
 from disagg.transceiver.planes.copying import adjacent, check_generations, copy_rows, ints
-from disagg.transceiver.planes.frames import REFUSED, WELCOME, WINDOW, Credit, Hello, SliceHead, pack, parse
+from disagg.transceiver.planes.frames import REFUSED, WELCOME, WINDOW, Credit, Hello, Probe, SliceHead, pack, parse
+from disagg.transceiver.planes.probe import send_probe
 from disagg.transceiver.planes.tokens import Tokens
-from disagg.transceiver.sockets import Sockets, reason
+from disagg.transceiver.sockets import Sockets, bracketed, reason
 
 _MAX_RECEIVED_NBYTES = 4096
 """Receivers say hello and grant credit: tens of bytes."""
@@ -36,13 +38,14 @@ class ZmqSourcePlane(SourcePlane):
         self, host: str, keys: ClusterKeys, *, port: int = 0, advertised_host: str = "", advertised_port: int = 0
     ) -> None:
         """Listen on `host` (port 0 = any free one); peers are told the advertised address where that differs."""
-        self._bind_to = f"tcp://{_bracketed(host)}:{port}"
+        self._bind_to = f"tcp://{bracketed(host)}:{port}"
         self._advertised_host, self._advertised_port = advertised_host or host, advertised_port
         self._keys = keys
         self._tokens = Tokens()
         self._pools: tuple[PoolRegion, ...] = ()
         self._receivers: dict[str, _Window] = {}
         self._peer_of: dict[bytes, str] = {}
+        self._probes: set[asyncio.Task[None]] = set()
         self._address = ""
         self._sockets: Sockets | None = None
         self.num_malformed = 0
@@ -65,7 +68,7 @@ class ZmqSourcePlane(SourcePlane):
             self._sockets = None
             raise
         port = self._advertised_port or endpoint.rpartition(":")[2]
-        self._address = f"tcp://{_bracketed(self._advertised_host)}:{port}"
+        self._address = f"tcp://{bracketed(self._advertised_host)}:{port}"
         self._gatherer = ThreadPoolExecutor(1, thread_name_prefix="zmq-gather")
         self._listening = asyncio.create_task(self._listen(), name="zmq plane")
 
@@ -100,8 +103,10 @@ class ZmqSourcePlane(SourcePlane):
     async def close(self) -> None:
         if self._sockets is None:
             return
-        self._listening.cancel()
-        await asyncio.wait({self._listening})
+        tasks = {self._listening, *self._probes}
+        for task in tasks:
+            task.cancel()
+        await asyncio.wait(tasks)
         for peer in tuple(self._receivers):
             self._forget(peer)
         self._gatherer.shutdown()  # waits for a window of memcpys at most: their senders then hear `PeerLost`
@@ -153,14 +158,21 @@ class ZmqSourcePlane(SourcePlane):
             except RemoteProtocolError:
                 self.num_malformed += 1
 
-    def _take(self, routing_id: bytes, head: Hello | Credit | SliceHead) -> None:
+    def _take(self, routing_id: bytes, head: Hello | Credit | Probe | SliceHead) -> None:
         match head:
             case Hello(incarnation, token):
                 self._reply(routing_id, WELCOME if self._admit(routing_id, incarnation, token) else REFUSED)
             case Credit(num_slices) if (peer := self._peer_of.get(routing_id)) is not None:
                 self._receivers[peer].give(num_slices)
+            case Probe() if (peer := self._peer_of.get(routing_id)) is not None and self._receivers[peer].may_probe():
+                self._spawn(send_probe(self, peer, self._pools))
             case _:
-                raise RemoteProtocolError("a receiver sent a slice, or credit before its hello")
+                raise RemoteProtocolError("a receiver sent a slice, a second probe, or credit before its hello")
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work, name="zmq probe")
+        self._probes.add(task)
+        task.add_done_callback(self._probes.discard)
 
     def _admit(self, routing_id: bytes, peer: str, token: bytes) -> bool:
         if not self._tokens.redeem(peer, token):
@@ -196,6 +208,12 @@ class _Window:
         self.is_lost = False
         self._free = asyncio.Semaphore(WINDOW)
         self._num_taken = 0
+        self._is_probed = False
+
+    def may_probe(self) -> bool:
+        """True the first time."""
+        was, self._is_probed = self._is_probed, True
+        return not was
 
     async def take(self) -> None:
         """Wait for credit. Raises `PeerLost`."""
@@ -214,7 +232,3 @@ class _Window:
     def lose(self) -> None:
         self.is_lost = True
         self._free.release()
-
-
-def _bracketed(host: str) -> str:
-    return f"[{host}]" if ":" in host and not host.startswith("[") else host

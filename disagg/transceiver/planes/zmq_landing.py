@@ -25,6 +25,7 @@ from disagg.transceiver.planes.frames import (
     WINDOW,
     Credit,
     Hello,
+    Probe,
     SliceHead,
     pack,
     parse,
@@ -104,6 +105,10 @@ class ZmqLandingPlane(LandingPlane):
             raise PeerLost(f"zmq: {self._connection.endpoint} did not answer within {OPEN_S:g} s") from exc
         if [frame.bytes for frame in answer] != [WELCOME]:
             raise PlaneRefused("zmq: the token is not the one offered to this peer, or was used before")
+
+    async def ask_probe(self) -> None:
+        with contextlib.suppress(PeerLost):  # `fetch` hears of it too
+            self._connection.send([pack(Probe())])
 
     async def fetch(self, job: LandingJob) -> None:
         """Wait until the slice's bytes are in this process. Raises `PeerLost`."""

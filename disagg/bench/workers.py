@@ -1,0 +1,222 @@
+"""disagg's own contenders: the sides that prefill and decode workers run, without a model behind them."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from disagg.bench.cases import Case
+from disagg.bench.side import Side
+from disagg.cache.pool import SlotPool
+from disagg.transceiver import ticket
+from disagg.transceiver.actions import ReportFailed, Verified
+from disagg.transceiver.events import Pinned, PromptComputed, Reserved, Unit, UnitsFinal
+from disagg.transceiver.keys import ClusterKeys
+from disagg.transceiver.landing import LandingThread
+from disagg.transceiver.links import ControlServer
+from disagg.transceiver.messages.router import PeerTarget
+from disagg.transceiver.messages.values import (
+    AttemptKey,
+    FirstToken,
+    Geometry,
+    GroupRuns,
+    GroupSemantics,
+    Identity,
+    SamplingState,
+    UnitName,
+)
+from disagg.transceiver.node import Node, draw_id
+from disagg.transceiver.planes.base import PoolRegion, SourceUnit
+from disagg.transceiver.receiving import ReceivingSide, TransferRecord
+from disagg.transceiver.sending import SendingSide
+from disagg.transceiver.sockets import Sockets
+from disagg.transceiver.transfer import Transfer
+from disagg.worker.planes import landing_planes, source_planes
+
+BLOCK_SIZE = 16
+DTYPE = "bfloat16"
+DEADLINE_S = 60.0
+FIRST_TOKEN = FirstToken(0, None, SamplingState(0, ()))
+
+
+class WorkerSide(Side):
+    """What both ends have: a pool, keys, an identity, a landing thread."""
+
+    by_layer = False
+
+    def __init__(self, is_source: bool, plane: str, *, digests: bool) -> None:
+        super().__init__(is_source, plane)
+        self._digests = digests
+        self._running: asyncio.Task[None]
+
+    def _open(self, case: Case, secret: bytes) -> None:
+        self.case = case
+        self.keys = ClusterKeys.from_secret(secret)
+        self.pool = SlotPool(case.slot_nbytes, case.pool_blocks)
+        self.memory = self.pool.memory.numpy().reshape(-1)
+        self.regions = (
+            PoolRegion(self.pool.memory.numpy(), self.pool.generations, self.pool.fd, self.pool.slots_offset),
+        )
+        group = GroupSemantics(None, 0, 1, 1, tuple(range(case.num_layers)))
+        self.geometry = Geometry(BLOCK_SIZE, DTYPE, (group,), (case.slot_nbytes,))
+        identity = Identity(1, "bench", "full", DTYPE, case.num_blocks * BLOCK_SIZE, self.keys.hash_key_id)
+        self.node = Node(draw_id(), "source" if self.is_source else "destination", identity, self.geometry, self.keys)
+        self.landing = LandingThread(self.regions, [DTYPE], digests=self._digests)
+        self.sockets = Sockets(self.keys)
+
+    def _key(self, number: int) -> AttemptKey:
+        return AttemptKey(f"{number:032x}", 0)
+
+    def _prompt(self) -> tuple[int, ...]:
+        return tuple(range(self.case.num_blocks * BLOCK_SIZE))
+
+    async def _close(self) -> None:
+        self._running.cancel()
+        await asyncio.wait({self._running})
+        await self.landing.close()
+
+
+class WorkerSource(WorkerSide):
+    """A `SourceHost` whose prompt is computed before anybody asks."""
+
+    def __init__(self, plane: str, *, digests: bool) -> None:
+        super().__init__(True, plane, digests=digests)
+        self.digest_s = 0.0
+
+    async def open(self, case: Case, secret: bytes) -> dict[str, Any]:
+        self._open(case, secret)
+        self.server = ControlServer.bind("tcp://127.0.0.1:0", self.keys, self.sockets)
+        self.planes = source_planes((self.plane,), host="127.0.0.1", advertised_host="127.0.0.1", keys=self.keys)
+        for plane in self.planes.values():
+            await plane.start(self.regions)
+        self.sending = SendingSide(self.node, self.server, self.planes, (0,), self)
+        self._running = asyncio.create_task(self.sending.run())
+        return {"endpoint": self.server.endpoint, "incarnation": self.node.incarnation}
+
+    async def connect(self, other: dict[str, Any]) -> None:
+        self._peer = other["incarnation"]
+
+    async def prepare(self, number: int, mine: npt.NDArray[np.int64], theirs: npt.NDArray[np.int64]) -> None:
+        del theirs
+        key = self._key(number)
+        pushes = {name: plane.sends_bytes for name, plane in self.planes.items()}
+        sender = Transfer.sender(
+            transfer_id=key.transfer_id,
+            epoch=key.epoch,
+            me=self.node.incarnation,
+            peer=self._peer,
+            prompt=self._prompt(),
+            geometry=self.geometry,
+            unit_nbytes=(self.case.slot_nbytes,),
+            planes=pushes,
+            keys=self.keys,
+            deadline_s=DEADLINE_S,
+            now=time.monotonic(),
+        )
+        sources = [SourceUnit(0, i, 0, slot, 0) for i, slot in enumerate(mine.tolist())]
+        since = time.perf_counter()
+        units: tuple[Unit, ...] = await self.landing.digest_units(sources)
+        self.digest_s = time.perf_counter() - since
+        self.released = asyncio.Event()
+        self.sending.start(key, sender)
+        self.sending.feed(key, UnitsFinal(1, units))
+        self.sending.feed(key, PromptComputed(1, FIRST_TOKEN))
+
+    async def move(self) -> int:
+        await self.released.wait()
+        return 0
+
+    async def close(self) -> None:
+        await self._close()
+        for plane in self.planes.values():
+            await plane.close()
+        await self.server.close()
+        self.sockets.close()
+        self.pool.close()
+
+    # --- SourceHost -------------------------------------------------------------------------------------------
+
+    def pin(self, key: AttemptKey) -> None:
+        self.sending.feed(key, Pinned(1))
+
+    def release_source(self, key: AttemptKey, reason: str) -> None:
+        self.released.set()
+
+    def unregister(self, key: AttemptKey, units: Any) -> None:
+        """Nothing is registered here."""
+
+
+class WorkerDestination(WorkerSide):
+    """A `LandingHost` that has reserved its slots before it asks."""
+
+    def __init__(self, plane: str, *, digests: bool) -> None:
+        super().__init__(False, plane, digests=digests)
+
+    async def open(self, case: Case, secret: bytes) -> dict[str, Any]:
+        self._open(case, secret)
+        return {"incarnation": self.node.incarnation}
+
+    async def connect(self, other: dict[str, Any]) -> None:
+        self._peer = other["incarnation"]
+        planes = landing_planes((self.plane,), keys=self.keys)
+        self.receiving = ReceivingSide(self.node, planes, self.regions, (0,), self.landing, self.sockets, self)
+        self._running = asyncio.create_task(self.receiving.run())
+        await asyncio.sleep(0)
+        self.receiving.set_peers([PeerTarget(self._peer, "source", other["endpoint"])])
+        async with asyncio.timeout(DEADLINE_S):
+            while not self.receiving.is_ready(self._peer):  # noqa: ASYNC110 - a link has no event for it
+                await asyncio.sleep(0.01)
+
+    async def prepare(self, number: int, mine: npt.NDArray[np.int64], theirs: npt.NDArray[np.int64]) -> None:
+        del theirs
+        prompt = self._prompt()
+        self._attempt = self._key(number)
+        ids = {"transfer_id": self._attempt.transfer_id, "epoch": self._attempt.epoch}
+        grant = ticket.mint(
+            self.keys.ticket,
+            **ids,  # type: ignore[arg-type]
+            prefill=self._peer,
+            decode=self.node.incarnation,
+            prompt=prompt,
+            ttl_s=DEADLINE_S,
+        )
+        self._receiver = Transfer.receiver(
+            transfer_id=self._attempt.transfer_id,
+            epoch=self._attempt.epoch,
+            me=self.node.incarnation,
+            peer=self._peer,
+            ticket=grant,
+            plane=self.plane,
+            geometry=self.geometry,
+            keys=self.keys,
+            deadline_s=DEADLINE_S,
+            now=time.monotonic(),
+        )
+        self._slots = list(enumerate(mine.tolist()))
+        self._reserved = Reserved((GroupRuns(0, ((0, self.case.num_blocks),)),), len(prompt))
+        self._verdict: asyncio.Future[TransferRecord] = asyncio.get_running_loop().create_future()
+
+    async def move(self) -> int:
+        self.receiving.start(self._attempt, self._receiver, self._peer, [self._slots], self._reserved)
+        return (await self._verdict).num_operations
+
+    async def close(self) -> None:
+        await self._close()
+        self.sockets.close()
+        self.pool.close()
+
+    # --- LandingHost ------------------------------------------------------------------------------------------
+
+    def decode(self, key: AttemptKey, verified: Verified, record: TransferRecord) -> None:
+        self._verdict.set_result(record)
+
+    def transfer_failed(self, key: AttemptKey, failure: ReportFailed, record: TransferRecord) -> None:
+        names: tuple[UnitName, ...] = failure.units[:3]
+        self._verdict.set_exception(RuntimeError(f"the transfer failed: {failure.reason} {names}"))
+
+    def free_reservation(self, key: AttemptKey, reason: str, record: TransferRecord) -> None:
+        self._verdict.set_exception(RuntimeError(f"the transfer ended: {reason}"))

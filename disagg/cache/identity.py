@@ -1,0 +1,47 @@
+"""What a block of tokens is called: a keyed hash of everything that its KV depends on.
+
+    identity(root)  = H(model fingerprint, precision history, salt)
+    identity(block) = H(identity of the block before it, its tokens)        H = blake2b-128, keyed by the cluster
+
+So equal names mean equal prefixes, of one model and one tenant. The key keeps clients from guessing names, and so from
+probing for other tenants' prompts. Names are short, hence every use of one compares the tokens too (`prefix.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from hashlib import blake2b
+from typing import Final
+
+import numpy as np
+
+IDENTITY_NBYTES: Final = 16
+EXACT: Final = b"exact"
+"""The precision history of blocks that were computed here or landed losslessly; a lossy landing would name itself."""
+
+
+class BlockHasher:
+    """Names blocks. `key`: 1 to 64 bytes, the cluster's prefix-hash key; `model_fingerprint`: as workers compare it."""
+
+    def __init__(self, key: bytes, model_fingerprint: str) -> None:
+        self._keyed = blake2b(key=key, digest_size=IDENTITY_NBYTES, person=b"disagg-block")
+        self._model = model_fingerprint.encode()
+
+    def root(self, salt: str) -> bytes:
+        """The name before a sequence's first block. Parts carry their length, so that none can pose as another."""
+        return self._hash(*(len(part).to_bytes(8, "little") + part for part in (self._model, EXACT, salt.encode())))
+
+    def child(self, parent: bytes, tokens: bytes) -> bytes:
+        """The name of the block with `tokens` (`token_bytes`) after the block called `parent`."""
+        return self._hash(parent, tokens)
+
+    def _hash(self, *parts: bytes) -> bytes:
+        state = self._keyed.copy()
+        for part in parts:
+            state.update(part)
+        return state.digest()
+
+
+def token_bytes(tokens: Sequence[int]) -> bytes:
+    """Token ids as little-endian int64: 8 bytes each, so that no two lists have the same bytes."""
+    return np.asarray(tokens, dtype="<i8").tobytes()

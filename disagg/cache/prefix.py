@@ -1,0 +1,133 @@
+"""Which prefixes have blocks in the pools: a tree of blocks, each with the slot it has in every layer group, or none.
+
+A node is one block of tokens after the node before it. It lives while it has a slot, a child or a sequence that stands
+on it, so the whole chain of every slot is known: what lies in a slot is decided by comparing tokens, never by a hash
+alone, and what extends a bad block is found by walking down from it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from disagg.cache.identity import BlockHasher, token_bytes
+
+NO_SLOT = -1
+
+
+class Node:
+    """One block of a prefix. `slots[g]`: where group g has it, or -1. Changed only by its `PrefixTree`."""
+
+    __slots__ = ("children", "identity", "is_dead", "num_pins", "parent", "slots", "tokens")
+
+    def __init__(self, identity: bytes, parent: Node | None, tokens: bytes, num_groups: int) -> None:
+        self.identity, self.parent, self.tokens = identity, parent, tokens
+        self.slots = [NO_SLOT] * num_groups
+        self.children: set[Node] = set()
+        self.num_pins = 0
+        self.is_dead = False
+        """Taken out of the tree while a sequence stood on it: nothing may be registered behind it."""
+
+    @property
+    def is_needed(self) -> bool:
+        return bool(self.children) or self.num_pins > 0 or any(slot != NO_SLOT for slot in self.slots)
+
+
+class PrefixTree:
+    """Nodes by name. Knows no pools: `KVCache` keeps slots and nodes in step."""
+
+    def __init__(self, hasher: BlockHasher, block_size: int, num_groups: int) -> None:
+        self._hasher, self._block_size, self._num_groups = hasher, block_size, num_groups
+        self._nodes: dict[bytes, Node] = {}
+        self.num_collisions = 0
+        """Two different blocks had one name; the second was left out."""
+
+    def __len__(self) -> int:
+        return len(self._nodes)
+
+    def __iter__(self) -> Iterator[Node]:
+        return iter(self._nodes.values())
+
+    def match(self, salt: str, tokens: Sequence[int]) -> list[Node]:
+        """The nodes of the longest known prefix of the whole blocks of `tokens`."""
+        path: list[Node] = []
+        node = self._find(self._hasher.root(salt), None, salt.encode())
+        blocks = token_bytes(tokens)
+        step = 8 * self._block_size
+        for start in range(0, len(blocks) - step + 1, step):
+            if node is None:
+                return path
+            block = blocks[start : start + step]
+            node = self._find(self._hasher.child(node.identity, block), node, block)
+            if node is not None:
+                path.append(node)
+        return path
+
+    def root(self, salt: str) -> Node | None:
+        """The node before the first block, made if need be; None when its name is taken."""
+        return self._find_or_add(self._hasher.root(salt), None, salt.encode())
+
+    def child(self, parent: Node, block: bytes) -> Node | None:
+        """The node of the block with these tokens (`token_bytes`) after `parent`, made if need be; None: name taken."""
+        return self._find_or_add(self._hasher.child(parent.identity, block), parent, block)
+
+    def pin(self, node: Node) -> None:
+        node.num_pins += 1
+
+    def unpin(self, node: Node) -> None:
+        node.num_pins -= 1
+        self.prune(node)
+
+    def prune(self, node: Node | None) -> None:
+        """Drop a node that nothing needs any more, and those before it that lived for it."""
+        while node is not None and not node.is_dead and not node.is_needed:
+            del self._nodes[node.identity]
+            node.is_dead = True
+            if node.parent is not None:
+                node.parent.children.discard(node)
+            node = node.parent
+
+    def cut(self, top: Node) -> list[Node]:
+        """Take `top` and all that extends it out of the tree: the nodes, which still name their slots."""
+        if top.is_dead:
+            return []
+        taken, stack = [], [top]
+        while stack:
+            node = stack.pop()
+            stack.extend(node.children)
+            del self._nodes[node.identity]
+            node.is_dead = True
+            taken.append(node)
+        if top.parent is not None:
+            top.parent.children.discard(top)
+            self.prune(top.parent)
+        return taken
+
+    def check_invariants(self) -> None:
+        """Every node is found by its name, is needed, and is known to the living node before it."""
+        for identity, node in self._nodes.items():
+            assert node.identity == identity
+            assert not node.is_dead, "a dead node is in the tree"
+            assert node.is_needed, "a node lives for nothing"
+            assert node.num_pins >= 0
+            assert all(child.parent is node and not child.is_dead for child in node.children)
+            if node.parent is not None:
+                assert self._nodes.get(node.parent.identity) is node.parent, "a node outlived the one before it"
+                assert node in node.parent.children
+
+    def _find(self, identity: bytes, parent: Node | None, tokens: bytes) -> Node | None:
+        """The node of this name if it is truly this block: equal names alone prove nothing."""
+        node = self._nodes.get(identity)
+        if node is None:
+            return None
+        if node.parent is not parent or node.tokens != tokens:
+            self.num_collisions += 1
+            return None
+        return node
+
+    def _find_or_add(self, identity: bytes, parent: Node | None, tokens: bytes) -> Node | None:
+        if identity in self._nodes:
+            return self._find(identity, parent, tokens)
+        node = self._nodes[identity] = Node(identity, parent, tokens, self._num_groups)
+        if parent is not None:
+            parent.children.add(node)
+        return node

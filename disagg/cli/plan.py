@@ -1,0 +1,143 @@
+"""`disagg plan`: what a prompt holds and moves, and how many sequences memory seats, from config.json alone."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from json import dumps
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+from rich.box import SIMPLE
+from rich.console import Console
+from rich.table import Table
+
+from disagg.cache.budget import num_seated, num_seated_by_length
+from disagg.cache.layout import CacheLayout, derive_layout
+from disagg.config.errors import ConfigError
+from disagg.config.quantities import format_nbytes
+from disagg.config.settings import PlanSettings
+from disagg.engine.checkpoint import ModelRefused, resolve_model
+from disagg.engine.footprint import Footprint, GroupFootprint, footprint
+from disagg.engine.model import Skeleton, read_skeleton, resolve_dtype
+from disagg.transceiver.plan import runs_of
+
+COLUMNS: Final = (
+    *("group", "window", "sinks", "layers", "heads x dim", "slot"),
+    *("blocks to move", "moved", "full copy", "live + scratch"),
+)
+TABLE_WIDTH: Final = 132  # the columns with long names in them: a pipe is no reason to cut figures off
+
+
+@dataclass(frozen=True, slots=True)
+class Seats:
+    """How many sequences of `max_model_len` so many bytes of KV hold: by our split, and with every layer at length."""
+
+    budget: int
+    max_model_len: int
+    sequences: int
+    sequences_by_length: int
+
+
+def plan(settings: PlanSettings, *, json: bool | None) -> int:
+    """Print the plan; the exit code. Raises ConfigError for what the user gave."""
+    try:
+        layout, max_model_len = model_layout(settings)
+        if settings.prompt_len is not None and settings.prompt_len > max_model_len:
+            raise ConfigError(
+                f"`--prompt-len` is `{settings.prompt_len}`: a sequence has at most {max_model_len} tokens"
+            )
+        found = footprint(
+            layout,
+            settings.prompt_len or max_model_len,
+            cached_tokens=settings.cached_tokens,
+            max_num_batched_tokens=settings.max_num_batched_tokens,
+        )
+    except (ModelRefused, ValueError) as refusal:
+        raise ConfigError(str(refusal)) from refusal
+    seats = [seats_of(layout, nbytes, max_model_len, settings) for nbytes in settings.budget]
+    _print_json(found, seats) if json else _print_tables(found, seats)
+    return 0
+
+
+def model_layout(settings: PlanSettings) -> tuple[CacheLayout, int]:
+    """The layout that a worker with these settings derives, and its max_model_len. Raises ModelRefused."""
+    folder = resolve_model(settings.model, needs_weights=False)
+    skeleton = read_skeleton(folder)
+    limit = skeleton.max_position_embeddings
+    max_model_len = settings.max_model_len or limit
+    if max_model_len > limit:
+        raise ModelRefused(f"`--max-model-len`: {max_model_len}, but the model was made for at most {limit} tokens")
+    layers = skeleton.layers(_dtype(folder, skeleton, settings.dtype))
+    uses_scratch = settings.swa_scratch != "off"
+    layout = derive_layout(
+        layers, block_size=settings.block_size, max_model_len=max_model_len, uses_scratch=uses_scratch
+    )
+    return layout, max_model_len
+
+
+def _dtype(folder: Path, skeleton: Skeleton, dtype: str) -> str:
+    try:
+        return resolve_dtype(folder, skeleton, dtype)
+    except ModelRefused as refusal:
+        if dtype != "auto":
+            raise
+        raise ModelRefused(f"`{folder / 'config.json'}` names no dtype: give one with `--dtype`") from refusal
+
+
+def seats_of(layout: CacheLayout, nbytes: int, max_model_len: int, settings: PlanSettings) -> Seats:
+    step = settings.max_num_batched_tokens or 0
+    ours = num_seated(layout, nbytes, max_model_len=max_model_len, max_num_batched_tokens=step)
+    return Seats(nbytes, max_model_len, ours, num_seated_by_length(layout, nbytes, max_model_len=max_model_len))
+
+
+def _print_json(found: Footprint, seats: Sequence[Seats]) -> None:
+    body: dict[str, Any] = found.as_json()
+    if seats:
+        body["budgets"] = [asdict(one) for one in seats]
+    sys.stdout.write(dumps(body) + "\n")
+
+
+def _print_tables(found: Footprint, seats: Sequence[Seats]) -> None:
+    console = Console(file=sys.stdout, highlight=False, emoji=False, markup=False)
+    console.width = max(console.width, TABLE_WIDTH)
+    table = Table(box=SIMPLE)
+    for name in COLUMNS:
+        table.add_column(name, no_wrap=True)
+    for group in found.groups:
+        table.add_row(*_row(group))
+    console.print(table)
+    console.print(
+        f"{found.prompt_len} tokens in blocks of {found.block_size}: {format_nbytes(found.bytes)} move, "
+        f"a full copy moves {format_nbytes(found.full_copy_bytes)}",
+        soft_wrap=True,
+    )
+    for one in seats:
+        console.print(
+            f"{format_nbytes(one.budget)} seats {one.sequences} sequences of {one.max_model_len} tokens; "
+            f"with every layer at full length {one.sequences_by_length}",
+            soft_wrap=True,
+        )
+
+
+def _row(group: GroupFootprint) -> tuple[str, ...]:
+    return (
+        group.name,
+        "full" if group.window is None else str(group.window),
+        str(group.sink_tokens),
+        str(len(group.layers)),
+        f"{group.kv_heads} x {group.head_dim} {group.dtype}",
+        format_nbytes(group.slot_bytes),
+        _ranges(group.required_blocks),
+        format_nbytes(group.bytes),
+        format_nbytes(group.full_copy_bytes),
+        f"{group.live_slots} + {group.scratch_slots}",
+    )
+
+
+def _ranges(ordinals: Sequence[int]) -> str:
+    """`0, 28-31`."""
+    runs = runs_of(np.asarray(ordinals, dtype=np.int64))
+    return ", ".join(str(first) if count == 1 else f"{first}-{first + count - 1}" for first, count in runs) or "none"

@@ -1,0 +1,71 @@
+"""Which implementation serves a device, and how often each of its parts ran.
+
+Triton serves CUDA where it can be imported, torch operations serve everything else. `DISAGG_KERNELS=torch|triton` in
+the environment, or `forced` in a test, overrides that; Triton serves a CPU only in its interpreter
+(`TRITON_INTERPRET=1` before triton is imported), thousands of times slower: to test, never to serve.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import logging
+import os
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import ModuleType
+from typing import Final
+
+import torch
+
+log = logging.getLogger(__name__)
+
+CALLS: Final[Counter[str]] = Counter()
+"""`<backend>:<operation>` for every operation asked for, `kernel:<name>` for every Triton kernel launched."""
+
+VARIABLE: Final = "DISAGG_KERNELS"
+_MODULES: Final = {"torch": "disagg.kernels.reference", "triton": "disagg.kernels.triton_backend"}
+
+
+def _checked(name: str | None) -> str | None:
+    if name is not None and name not in _MODULES:
+        raise ValueError(f"{VARIABLE}={name!r}: expected torch or triton, or unset to choose by device")
+    return name
+
+
+_forced = _checked(os.environ.get(VARIABLE) or None)
+
+
+def backend(device: torch.device) -> ModuleType:
+    """The module that implements the operations of `ops` for tensors on `device`. ValueError for other devices."""
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"device: {device.type}, expected cpu or cuda")
+    return _load(_forced or ("triton" if device.type == "cuda" and has_triton() else "torch"))
+
+
+@functools.cache
+def _load(name: str) -> ModuleType:
+    return importlib.import_module(_MODULES[name])
+
+
+@functools.cache
+def has_triton() -> bool:
+    """Whether triton can be imported; a CUDA device without it is served by torch, and the log says so, once."""
+    try:
+        importlib.import_module("triton")
+    except ImportError as error:
+        log.warning("triton cannot be imported (%s): paged attention runs in torch operations", error)
+        return False
+    return True
+
+
+@contextmanager
+def forced(name: str | None) -> Iterator[None]:
+    """Inside, `name` ("torch" or "triton") serves every device; None: the device decides. Process-wide."""
+    global _forced
+    before, _forced = _forced, _checked(name)
+    try:
+        yield
+    finally:
+        _forced = before

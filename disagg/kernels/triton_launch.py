@@ -1,0 +1,85 @@
+"""How the attention kernels are cut for a device: tile sizes, splits and the memory that splits need."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Final
+
+import torch
+
+# Programs in flight per multiprocessor that hide memory latency; more splits than that only add merging.
+PROGRAMS_PER_PROCESSOR: Final = 4
+# Chunks of keys that a split must have to be worth its part of the merge.
+MIN_CHUNKS_PER_SPLIT: Final = 2
+# The interpreter has no processors: as many as keep the tests' splits interesting.
+INTERPRETED_PROCESSORS: Final = 8
+# tl.dot takes no smaller operand.
+MIN_DOT: Final = 16
+# Elements of K that one iteration loads: with V and a second stage about 64 KiB of 2-byte numbers, of an H200's 227.
+CHUNK_ELEMENTS: Final = 8192
+CHUNK_KEYS: Final = 64
+# Rows of a prefill tile; fewer where the accumulator of rows * head_dim float32 would not fit the registers of 8 warps.
+TILE_ROWS: Final = 64
+MAX_TILE_BYTES: Final = 32 * 1024  # of the accumulator, counted in the queries' dtype
+# Above this many such bytes 4 warps spill registers (seen in what ptxas reports for sm_90).
+MAX_TILE_BYTES_OF_4_WARPS: Final = 16 * 1024
+
+
+def power_of_two(n: int) -> int:
+    """The least power of two that is not below `n` (1 for 0)."""
+    return 1 << max(n - 1, 0).bit_length()
+
+
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """Queries and rows (queries times query heads per kv head, padded) of a tile; keys per iteration."""
+
+    num_queries: int
+    rows: int
+    keys: int
+    padded_dim: int
+    num_warps: int
+
+
+def cut(*, head_dim: int, heads_per_kv: int, itemsize: int, decode: bool) -> Cut:
+    """How a decode batch (tiles of one query) or a prefill chunk is cut."""
+    padded = max(MIN_DOT, power_of_two(head_dim))
+    keys = min(CHUNK_KEYS, max(MIN_DOT, CHUNK_ELEMENTS * 2 // itemsize // padded))
+    wanted = 1 if decode else min(TILE_ROWS, MAX_TILE_BYTES // (padded * itemsize))
+    rows = max(MIN_DOT, power_of_two(heads_per_kv), wanted)
+    num_warps = 4 if rows * padded * itemsize <= MAX_TILE_BYTES_OF_4_WARPS else 8
+    return Cut(1 if decode else rows // heads_per_kv, rows, keys, padded, num_warps)
+
+
+def num_splits(*, num_programs: int, num_keys: int, chunk_keys: int, num_processors: int) -> int:
+    """Splits per tile: enough programs to fill the device, none with less than its minimum of chunks.
+
+    `num_keys` is what a decode query attends to at most, so a windowed layer's splits follow its window.
+    """
+    wanted = -(-PROGRAMS_PER_PROCESSOR * num_processors // max(num_programs, 1))
+    return max(1, min(wanted, -(-num_keys // chunk_keys) // MIN_CHUNKS_PER_SPLIT))
+
+
+@dataclass(frozen=True, slots=True)
+class SplitSpace:
+    """float32 partial results of `[num_tiles, num_heads, num_splits]`, laid out in one buffer: outs, maxima, sums."""
+
+    num_parts: int
+    head_dim: int
+
+    @property
+    def num_elements(self) -> int:
+        return self.num_parts * (self.head_dim + 2)
+
+    def cut(self, buffer: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """`buffer` `[num_elements]` as partial outs, maxima and sums. The same sizes that `num_elements` adds up."""
+        outs, maxima, sums = torch.split(buffer, [self.num_parts * self.head_dim, self.num_parts, self.num_parts])
+        return outs, maxima, sums
+
+
+@functools.cache
+def num_processors(device: torch.device) -> int:
+    if device.type == "cpu":
+        return INTERPRETED_PROCESSORS
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)

@@ -1,0 +1,292 @@
+"""The receiver's end of the tcp plane: bytes go from the kernel straight into their slots, on a thread of their own.
+
+A slice can be read only when its slots are known, so the thread reads a header and then waits until `fetch` has named
+them; meanwhile the kernel's buffers fill and the sender waits. What belongs to an epoch that ended is read and thrown
+away, at most one slice of 8 MiB at a time.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import select
+import socket
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Final
+
+from disagg.transceiver.errors import LocalProtocolError, PeerLost, PlaneRefused, RemoteProtocolError
+from disagg.transceiver.messages.values import PlaneOffer
+from disagg.transceiver.planes.base import LandingJob, LandingPlane, PoolRegion
+from disagg.transceiver.planes.copying import ints
+from disagg.transceiver.planes.frames import SLICE_NBYTES
+from disagg.transceiver.planes.greeting import HANDSHAKE_S, greeting
+from disagg.transceiver.planes.tcp_wire import (
+    HEADER,
+    MAX_VECTORS,
+    PROBE,
+    WELCOME,
+    SliceHeader,
+    advance,
+    check_size,
+    run_views,
+    split_address,
+    wire_name,
+)
+
+KEEP_S: Final = 10.0
+"""A slice's announcement and its bytes leave together; one that nobody asks for as long as a lease lasts belongs to no
+live transfer and is thrown away, so that it cannot stand in the way of others."""
+
+MAX_DISCARDED: Final = 1024
+"""Ended epochs to remember so that their slices are thrown away on arrival: far more than can be live."""
+
+DRAIN_NBYTES: Final = 256 << 10
+"""Thrown-away bytes are read into one buffer of this size: it stays in the cache."""
+
+Name = tuple[bytes, int]
+
+
+@dataclass(slots=True)
+class _Expected:
+    """A slice that `fetch` waits for. `views`: what is left to fill; None once nothing may be written any more."""
+
+    nbytes: int
+    num_operations: int
+    views: list[memoryview] | None
+    here: asyncio.Future[None] = field(repr=False)
+
+
+class TcpLandingPlane(LandingPlane):
+    name = "tcp"
+    is_private = False
+
+    def __init__(self) -> None:
+        self._pools: tuple[PoolRegion, ...] = ()
+        self._socket: socket.socket | None = None
+        self._expected: dict[tuple[Name, int], _Expected] = {}
+        self._landable: dict[tuple[Name, int], _Expected] = {}
+        self._discarded: dict[Name, None] = {}
+        self._is_lost = True
+        # Held by the thread for one read that does not block, so that who holds it knows that no slot is written.
+        self._turn = threading.Condition()
+        self.num_discarded = 0
+
+    async def connect(self, me: str, offer: PlaneOffer, pools: Sequence[PoolRegion]) -> None:
+        assert self._socket is None, "a landing plane connects once"
+        self._loop = asyncio.get_running_loop()
+        self._pools = tuple(pools)
+        self._limit = max(SLICE_NBYTES, *(region.slots.shape[1] for region in pools), 0)
+        try:
+            async with asyncio.timeout(HANDSHAKE_S):
+                self._socket = await self._open(me, offer)
+        except TimeoutError as exc:
+            raise PeerLost(f"tcp: {offer.address} did not answer within {HANDSHAKE_S:g} s") from exc
+        except (OSError, ValueError) as exc:
+            raise PlaneRefused(f"tcp: cannot connect to {offer.address}: {exc}") from exc
+        self._is_lost = False
+        self._thread = threading.Thread(target=self._run, args=(self._socket,), name="tcp-land", daemon=True)
+        self._thread.start()
+
+    async def _open(self, me: str, offer: PlaneOffer) -> socket.socket:
+        host, port = split_address(offer.address)
+        loop = asyncio.get_running_loop()
+        family, kind, _, _, address = (await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM))[0]
+        sock = socket.socket(family, kind)
+        try:
+            sock.setblocking(False)
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            await loop.sock_connect(sock, address)
+            await loop.sock_sendall(sock, greeting(me, offer.token))
+            if await loop.sock_recv(sock, len(WELCOME)) != WELCOME:
+                raise PlaneRefused("tcp: the token is not the one offered to this peer, or was used before")
+        except BaseException:
+            sock.close()
+            raise
+        return sock
+
+    async def ask_probe(self) -> None:
+        assert self._socket is not None, "connect comes first"
+        with contextlib.suppress(OSError):  # the source left: `fetch` hears of it too
+            self._socket.send(PROBE)
+
+    async def fetch(self, job: LandingJob) -> None:
+        """Wait until the slice lies in its slots. Raises `PeerLost`, or `RemoteProtocolError` for one of another size.
+
+        When this was cancelled nothing writes the job's slots any more.
+        """
+        if self._is_lost:
+            raise PeerLost(f"the source {job.source} of this tcp plane is gone")
+        key, expected = self._key(job), self._expect(job)
+        with self._turn:
+            self._expected[key] = expected
+            self._turn.notify()
+        try:
+            await expected.here
+        finally:
+            with self._turn:
+                expected.views = None
+                self._expected.pop(key, None)
+        self._landable[key] = expected
+
+    def _expect(self, job: LandingJob) -> _Expected:
+        pools, slots = ints([u.pool for u in job.destinations]), ints([u.slot for u in job.destinations])
+        views = run_views(self._pools, pools, slots)
+        return _Expected(sum(map(len, views)), len(views), views, self._loop.create_future())
+
+    def land(self, job: LandingJob) -> int:
+        """The bytes lie in their slots already: only counts them."""
+        expected = self._landable.pop(self._key(job), None)
+        if expected is None:
+            raise LocalProtocolError("this slice was not fetched, or was discarded")
+        self.num_operations += expected.num_operations
+        return expected.nbytes
+
+    def discard(self, transfer_id: str, epoch: int) -> None:
+        """Also throws away what is still under way to this epoch, when it arrives."""
+        name = wire_name(transfer_id, epoch)
+        with self._turn:
+            self._discarded[name] = None
+            if len(self._discarded) > MAX_DISCARDED:
+                del self._discarded[next(iter(self._discarded))]
+            self._turn.notify()
+        for key in [key for key in self._landable if key[0] == name]:
+            del self._landable[key]
+
+    async def close(self) -> None:
+        if self._socket is None:
+            return
+        with self._turn:
+            self._is_lost = True
+            self._turn.notify()
+        with contextlib.suppress(OSError):  # the other end was faster
+            self._socket.shutdown(socket.SHUT_RDWR)
+        await self._loop.run_in_executor(None, self._thread.join)
+        self._socket.close()
+        self._socket, self._pools = None, ()
+        self._fail_waiting()
+
+    def _key(self, job: LandingJob) -> tuple[Name, int]:
+        return wire_name(job.transfer_id, job.epoch), job.number
+
+    def _lose(self) -> None:
+        """On the loop: the source's end is gone."""
+        if not self._is_lost:
+            self._is_lost = True
+            self._fail_waiting()
+            if self.on_lost is not None:
+                self.on_lost()
+
+    def _fail_waiting(self) -> None:
+        for expected in self._expected.values():
+            if not expected.here.done():
+                expected.here.set_exception(PeerLost("the source of this tcp plane is gone"))
+
+    # --- on the thread ----------------------------------------------------------------------------------------
+
+    def _run(self, sock: socket.socket) -> None:
+        reader = _Reader(sock)
+        try:
+            while (data := reader.read_header()) is not None:
+                header = SliceHeader.parse(data)
+                check_size(header, self._limit)
+                self._receive(reader, header)
+        except (OSError, RemoteProtocolError):  # reset, or not our protocol: either way nothing more comes of it
+            pass
+        finally:
+            with contextlib.suppress(RuntimeError):  # the loop ended first
+                self._loop.call_soon_threadsafe(self._lose)
+
+    def _receive(self, reader: _Reader, header: SliceHeader) -> None:
+        expected = self._await_slots(header)
+        if expected is None or expected.nbytes != header.nbytes:
+            reader.drain(header.nbytes)
+            self.num_discarded += 1
+            if expected is not None:
+                self._answer(expected, RemoteProtocolError(_mismatch(header, expected)))
+            return
+        left = header.nbytes
+        while left:
+            reader.wait()
+            with self._turn:
+                if expected.views is None:  # cancelled: its slots may be another's now
+                    break
+                left -= reader.fill(expected.views)
+        reader.drain(left)
+        self._answer(expected, None)
+
+    def _await_slots(self, header: SliceHeader) -> _Expected | None:
+        """What `fetch` said of this slice, or None when nobody wants it. Raises `OSError` when the plane is closed."""
+        key = header.name, header.number
+        until = time.monotonic() + KEEP_S
+        with self._turn:
+            while key not in self._expected:
+                left = until - time.monotonic()
+                if header.name in self._discarded or left <= 0:
+                    return None
+                if self._is_lost:
+                    raise OSError("closed")
+                self._turn.wait(left)
+            return self._expected[key]
+
+    def _answer(self, expected: _Expected, error: Exception | None) -> None:
+        with contextlib.suppress(RuntimeError):  # the loop ended first
+            self._loop.call_soon_threadsafe(_resolve, expected.here, error)
+
+
+class _Reader:
+    """Reads one socket that does not block. Raises `OSError` when it ends in the middle of something."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._sock = sock
+        self._poll = select.poll()
+        self._poll.register(sock, select.POLLIN)
+        self._header = bytearray(HEADER.size)
+        self._waste = memoryview(bytearray(DRAIN_NBYTES))
+
+    def wait(self) -> None:
+        self._poll.poll()
+
+    def fill(self, views: list[memoryview]) -> int:
+        """Read into the front of `views`, and take off what was filled; returns bytes."""
+        try:
+            nbytes = self._sock.recvmsg_into(views[:MAX_VECTORS])[0]
+        except BlockingIOError:
+            return 0
+        if nbytes == 0:
+            raise ConnectionResetError("the source ended within a slice")
+        advance(views, nbytes)
+        return nbytes
+
+    def read_header(self) -> bytearray | None:
+        """The next header, or None at the end of the stream."""
+        views = [memoryview(self._header)]
+        self.wait()
+        try:
+            while views:
+                self.fill(views)
+                if views:
+                    self.wait()
+        except ConnectionResetError:
+            return None
+        return self._header
+
+    def drain(self, nbytes: int) -> None:
+        while nbytes:
+            self.wait()
+            nbytes -= self.fill([self._waste[:nbytes]])
+
+
+def _mismatch(header: SliceHeader, expected: _Expected) -> str:
+    return f"slice {header.number} has {header.nbytes} bytes, its units {expected.nbytes}"
+
+
+def _resolve(here: asyncio.Future[None], error: Exception | None) -> None:
+    if here.done():  # cancelled, or failed with the connection
+        return
+    if error is None:
+        here.set_result(None)
+    else:
+        here.set_exception(error)

@@ -1,0 +1,86 @@
+"""What crosses a connection of the tcp plane: a greeting, one byte of welcome, then slices, each behind one header.
+
+Header, 32 bytes: transfer (16 bytes), epoch, slice (uint32 each), payload bytes (uint64); little endian. The payload is
+the slice's slots in its order and nothing between them: both ends know which slots they are.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from hashlib import blake2b
+from typing import Final
+from urllib.parse import urlsplit
+
+from disagg.transceiver.errors import RemoteProtocolError
+from disagg.transceiver.planes.base import PoolRegion
+from disagg.transceiver.planes.copying import Ints, adjacent
+
+WELCOME: Final = b"W"
+PROBE: Final = b"P"
+"""All that a receiver may say after its greeting, once: send the probe's slices."""
+
+HEADER: Final = struct.Struct("<16sIIQ")
+
+MAX_VECTORS: Final = 64
+"""Runs per system call: enough that its own cost, a microsecond, is below a tenth of copying 64 runs of 16 KiB."""
+
+
+@dataclass(frozen=True, slots=True)
+class SliceHeader:
+    """`name`: (16 bytes of the transfer, epoch)."""
+
+    name: tuple[bytes, int]
+    number: int
+    nbytes: int
+
+    def pack(self) -> bytes:
+        return HEADER.pack(*self.name, self.number, self.nbytes)
+
+    @classmethod
+    def parse(cls, data: bytes | bytearray) -> SliceHeader:
+        transfer, epoch, number, nbytes = HEADER.unpack(data)
+        return cls((transfer, epoch), number, nbytes)
+
+
+@lru_cache(maxsize=1024)  # every slice asks; more transfers than this are never live at once
+def wire_name(transfer_id: str, epoch: int) -> tuple[bytes, int]:
+    """A transfer's id in 16 bytes whatever its spelling: a digest, which two of a worker's transfers never share."""
+    return blake2b(transfer_id.encode(), digest_size=16).digest(), epoch
+
+
+def run_views(regions: Sequence[PoolRegion], pools: Ints, slots: Ints) -> list[memoryview]:
+    """The bytes of these slots where they lie: one flat view per run of adjacent slots."""
+    views = []
+    for start, stop in adjacent(pools, slots):
+        first = int(slots[start])
+        rows = regions[int(pools[start])].slots[first : first + stop - start]
+        views.append(rows.data.cast("B"))
+    return views
+
+
+def advance(views: list[memoryview], nbytes: int) -> None:
+    """Take `nbytes` off the front of `views`, which the kernel has read or filled."""
+    done = 0
+    while done < len(views) and nbytes >= len(views[done]):
+        nbytes -= len(views[done])
+        done += 1
+    del views[:done]
+    if nbytes:
+        views[0] = views[0][nbytes:]
+
+
+def check_size(header: SliceHeader, limit: int) -> None:
+    """Raise `RemoteProtocolError` for a slice larger than any plan makes: its connection ends."""
+    if header.nbytes > limit:
+        raise RemoteProtocolError(f"slice {header.number} of {header.nbytes} bytes, at most {limit} are legal")
+
+
+def split_address(address: str) -> tuple[str, int]:
+    """(host, port) of an offer's address. Raises `ValueError`."""
+    parts = urlsplit(address)
+    if parts.scheme != "tcp" or not parts.hostname or not parts.port:
+        raise ValueError(f"{address!r} is no address: expected tcp://HOST:PORT")
+    return parts.hostname, parts.port
