@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any
 
 from disagg.kernels.digest import digest
@@ -18,6 +19,14 @@ from disagg.transceiver.planes.base import LandingJob, LandingPlane, PoolRegion,
 from disagg.transceiver.planes.copying import adjacent, ints
 
 AfterCopy = Callable[[LandingJob, Sequence[PoolRegion]], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Landed:
+    """One slice where it lies now, in slice order, and how many copies that took."""
+
+    units: tuple[LandedUnit, ...]
+    num_operations: int
 
 
 class LandingThread:
@@ -36,7 +45,7 @@ class LandingThread:
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="landing")
         self._jobs: dict[tuple[str, int], set[Future[Any]]] = {}
 
-    async def submit(self, job: LandingJob, plane: LandingPlane) -> tuple[LandedUnit, ...]:
+    async def submit(self, job: LandingJob, plane: LandingPlane) -> Landed:
         """Land a slice that `plane.fetch` has seen, and hash every unit where it now lies.
 
         Raises what `plane.land` raises. Ends in `CancelledError` when `stop` removed it. Cancelling the caller removes
@@ -77,8 +86,10 @@ class LandingThread:
 
     # --- on the thread ----------------------------------------------------------------------------------------
 
-    def _land(self, job: LandingJob, plane: LandingPlane) -> tuple[LandedUnit, ...]:
+    def _land(self, job: LandingJob, plane: LandingPlane) -> Landed:
+        num_operations = -plane.num_operations  # only this thread lands, so the difference is this job's alone
         plane.land(job)
+        num_operations += plane.num_operations
         if self._after_copy is not None:
             self._after_copy(job, self._pools)
         landed: list[LandedUnit] = []
@@ -92,7 +103,7 @@ class LandingThread:
                 LandedUnit(unit.group, unit.ordinal, digest(row), is_finite)
                 for unit, row, is_finite in zip(units[start:stop], rows, finite, strict=True)
             ]
-        return tuple(landed)
+        return Landed(tuple(landed), num_operations)
 
     def _digest(self, units: Sequence[SourceUnit]) -> tuple[Unit, ...]:
         return tuple(self._digest_unit(unit) for unit in units)

@@ -238,7 +238,6 @@ class ReceivingSide:
         return LandingJob(incoming.peer, key.transfer_id, key.epoch, message.number, tuple(destinations))
 
     async def _run_job(self, key: AttemptKey, job: LandingJob, plane: LandingPlane) -> None:
-        before = plane.num_operations
         try:
             await plane.fetch(job)
             landed = await self._landing.submit(job, plane)
@@ -249,8 +248,8 @@ class ReceivingSide:
             self.feed(key, LandingFailed(job.number, str(exc)))
             return
         if (incoming := self._incoming.get(key)) is not None:
-            self._count(incoming.record, job, plane.num_operations - before)
-        self.feed(key, SliceLanded(job.number, landed))
+            self._count(incoming.record, job, landed.num_operations)
+        self.feed(key, SliceLanded(job.number, landed.units))
 
     def _count(self, record: TransferRecord, job: LandingJob, num_operations: int) -> None:
         """Bytes are counted here and nowhere else: where they land."""

@@ -45,10 +45,19 @@ async def a_landing(
 async def test_digests_are_of_the_destination_and_in_slice_order(kind: str) -> None:
     async with a_landing(kind) as (pair, receiver, landing):
         landed = await within(landing.submit(pair.job(PAIRS), receiver.plane))
-        assert landed == tuple(
+        assert landed.units == tuple(
             LandedUnit(pool, ordinal, xxhash.xxh3_64_intdigest(pair.pools[pool].slots[source].tobytes()))
             for ordinal, (pool, source, _) in enumerate(PAIRS)
         )
+
+
+@in_event_loop
+async def test_slices_that_wait_for_each_other_count_their_own_copies() -> None:
+    async with a_landing() as (pair, receiver, landing):
+        alone = (await within(landing.submit(pair.job(PAIRS), receiver.plane))).num_operations
+        submitted = [landing.submit(pair.job(PAIRS, number=number), receiver.plane) for number in range(1, 4)]
+        assert [landed.num_operations for landed in await within(asyncio.gather(*submitted))] == [alone] * 3
+        assert alone > 0
 
 
 @pytest.mark.parametrize("byte", [0, -1])
@@ -61,7 +70,7 @@ async def test_a_byte_flipped_after_the_copy_changes_that_units_digest_alone(byt
     async with a_landing(after_copy=flip) as (pair, receiver, landing):
         landed = await within(landing.submit(pair.job(PAIRS), receiver.plane))
         good = [xxhash.xxh3_64_intdigest(pair.pools[pool].slots[source].tobytes()) for pool, source, _ in PAIRS]
-        assert [unit.digest == digest for unit, digest in zip(landed, good, strict=True)] == [True, False, True, True]
+        assert [unit.digest == digest for unit, digest in zip(landed.units, good, strict=True)] == [True, False, True, True]
 
 
 @in_event_loop
@@ -70,7 +79,7 @@ async def test_a_unit_with_a_nan_is_reported_not_finite() -> None:
         pair.pools[0].slots[5].view(np.float32)[-1] = np.nan
         pair.pools[1].slots[3].view(np.float16)[0] = -np.inf
         landed = await within(landing.submit(pair.job(PAIRS), receiver.plane))
-        assert [unit.finite for unit in landed] == [True, False, False, True]
+        assert [unit.finite for unit in landed.units] == [True, False, False, True]
 
 
 @in_event_loop
