@@ -21,7 +21,7 @@ from disagg.cli.supervisor import ClusterError, Ready, Supervisor
 from disagg.config.errors import ConfigError
 from disagg.config.load import COMMANDS, OTHER_VARIABLES, to_flags, variable_of
 from disagg.config.quantities import format_nbytes
-from disagg.config.resources import num_cores, threads_per_worker
+from disagg.config.resources import default_kv_cache_nbytes, num_cores, threads_per_worker
 from disagg.config.secret import INSECURE_SECRET, draw_secret
 from disagg.config.settings import (
     EngineSettings,
@@ -59,6 +59,9 @@ class LocalCluster:
         self._settings = settings
         self._shared = {field: getattr(settings, field) for field in Settings.model_fields} | {"model": model}
         self._threads = settings.threads or threads_per_worker(settings.num_workers, num_cores())
+        # Measured once: workers that measured for themselves, or after a restart, would find different amounts free,
+        # derive different lengths from them and be refused as different workers.
+        self._cpu_kv_nbytes = default_kv_cache_nbytes()
 
     def router(self, ready: Ready | None) -> ChildSpec:
         """A router that starts again takes the ports it announced: clients and workers know them."""
@@ -94,6 +97,8 @@ class LocalCluster:
         told |= {"memory_share": round(1 / num_sharing, 4)}
         if self._settings.kv_cache_memory is not None:
             told |= {"kv_cache_memory": self._settings.kv_cache_memory // self._settings.num_workers}
+        elif device == "cpu":
+            told |= {"kv_cache_memory": max(1, self._cpu_kv_nbytes // num_sharing)}
         env = child_environment(os.environ) | {"OMP_NUM_THREADS": str(self._threads)}
         return _spec(name, role, to_flags(WorkerSettings(**told)), env)
 

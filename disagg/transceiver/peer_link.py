@@ -6,7 +6,8 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
+from typing import Any
 
 from disagg.transceiver.errors import (
     PeerLost,
@@ -67,6 +68,7 @@ class PeerLink:
         self._outbox: asyncio.Queue[PeerMessage] = asyncio.Queue()
         self._heard_at = 0.0
         self._state, self._detail = "connecting", ""
+        self._is_ended = False
         self._plane_lost = asyncio.Event()
         self.plane: LandingPlane | None = None
         self.gb_per_s = 0.0
@@ -87,16 +89,25 @@ class PeerLink:
         """Queue `message`, in order; dropped with the connection (the core repeats what matters)."""
         self._outbox.put_nowait(message)
 
+    def end(self) -> None:
+        """Say that the cancellation which follows is meant for good.
+
+        A task group in which a task fails at the moment of a cancellation raises the failure alone (and until Python
+        3.13 `cancelling()` does not tell the two apart): the link would take it for one more loss and connect anew.
+        """
+        self._is_ended = True
+
     async def run(self) -> None:
-        """Keep the link until cancelled or until the pair is refused for good."""
-        while self._state != "refused":
+        """Keep the link until told to `end`, or until the pair is refused for good."""
+        while self._state != "refused" and not self._is_ended:
             try:
                 await self._connect_once()
             except* PeerRefused as refusal:
                 self._note("refused", first_cause(refusal))
             except* (TransceiverError, TimeoutError) as failure:  # whatever this peer is or does, others are served
                 self._note("lost", first_cause(failure))
-            await asyncio.sleep(RECONNECT_S)
+            if not self._is_ended:
+                await asyncio.sleep(RECONNECT_S)
 
     async def _connect_once(self) -> None:
         client = await ControlClient.connect(self.target.endpoint, self._node.keys, self._sockets)
@@ -114,7 +125,7 @@ class PeerLink:
                 tasks.create_task(self._watch(self._plane_lost.wait(), "data plane"))
         finally:
             self._state = "lost"
-            await self._close(client)
+            await to_the_end(self._close(client))
 
     async def _until_connected(self, client: ControlClient) -> None:
         try:
@@ -230,3 +241,16 @@ class PeerLink:
         if (state, str(failure)) != (self._state, self._detail):
             log.warning("prefill worker %s %s: %s", self.target.worker_id, state, failure)
         self._state, self._detail = state, str(failure)
+
+
+async def to_the_end(work: Coroutine[Any, Any, None]) -> None:
+    """Await `work` whole, and only then be cancelled: a peer and the router may be lost in the same moment."""
+    task, cancelled = asyncio.create_task(work), None
+    while not task.done():
+        try:
+            await asyncio.wait({task})
+        except asyncio.CancelledError as exc:
+            cancelled = exc
+    task.result()
+    if cancelled is not None:
+        raise cancelled

@@ -33,6 +33,7 @@ from disagg.transceiver.messages.peer import (
 )
 from disagg.transceiver.messages.values import FirstToken, Geometry, UnitName
 from disagg.transceiver.plan import check_required, needed_units
+from disagg.transceiver.repeat import Repeat
 from disagg.transceiver.side import Ends, Side
 from disagg.transceiver.state import Kind, Role, State
 
@@ -58,6 +59,7 @@ class Receiver(Side):
         super().__init__(ends, order.deadline_s, now)
         self._order = order
         self._inbox = Inbox(())
+        self._poll = Repeat()
         self._done: Done | None = None
         self._outcome: ReportFailed | FreeReservation | None = None
 
@@ -121,6 +123,7 @@ class Receiver(Side):
         if self._done is not None and message.number >= self._done.num_slices:
             self._fault(reasons.PROTOCOL)
         elif is_new:
+            self._poll.start(self._now)
             self._do(Land(message))
         else:
             self._send(Received(self._header(), self._inbox.highest))
@@ -132,6 +135,7 @@ class Receiver(Side):
         if bad:
             self._fault(reasons.NON_FINITE, bad)
             return
+        self._poll.start(self._now)
         before = self._inbox.highest
         self._inbox.land(event.number, event.units)
         if self._inbox.highest > before:
@@ -148,6 +152,7 @@ class Receiver(Side):
             problem = self._problem_of(done)
             if problem is None:
                 self._done = done
+                self._poll.start(self._now)
                 self._try_verify()
             else:
                 self._fault(problem)
@@ -256,6 +261,10 @@ class Receiver(Side):
             self._overdue()
         elif self._repeat.take(self._now):
             self._repeat_last_word()
+        elif self.state is State.LANDING and self._poll.take(self._now):
+            # A sender that said DONE and had to let go says no other word, and bytes that it was to push never come:
+            # whoever waits for them must ask. One that is still there counts this as a RECEIVED it knows.
+            self._send(Received(self._header(), self._inbox.highest))
 
     def _overdue(self) -> None:
         """No answer in time: before the verdict that is LOST, after it nothing is owed any more."""
@@ -280,4 +289,4 @@ class Receiver(Side):
         return self.deadline if self.state in (State.WAITING, *_OPEN) else self._give_up_at
 
     def _alarms(self) -> tuple[float | None, ...]:
-        return (self._limit(), self._repeat.at)
+        return (self._limit(), self._repeat.at, self._poll.at if self.state is State.LANDING else None)

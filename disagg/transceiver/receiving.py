@@ -92,12 +92,18 @@ class ReceivingSide:
         self._links: dict[str, tuple[PeerLink, asyncio.Task[None]]] = {}
         self._to_stop: asyncio.Queue[AttemptKey] = asyncio.Queue()
         self._tasks: asyncio.TaskGroup | None = None
+        self._is_ending = False
 
     async def run(self) -> None:
         """Serve until cancelled. Then `held` names the attempts whose slots a landing job may still write."""
         async with asyncio.TaskGroup() as self._tasks:
             self._tasks.create_task(self._stop_landings())
-            await self._transfers.tick()
+            try:
+                await self._transfers.tick()
+            finally:
+                self._is_ending = True  # links still deliver what they have received, but the group takes no new task
+                for link, _ in self._links.values():
+                    link.end()
 
     # --- the worker's side ------------------------------------------------------------------------------------
 
@@ -106,7 +112,9 @@ class ReceivingSide:
         assert self._tasks is not None
         wanted = {target.incarnation: target for target in targets}
         for incarnation in self._links.keys() - wanted.keys():
-            self._links.pop(incarnation)[1].cancel()
+            link, task = self._links.pop(incarnation)
+            link.end()
+            task.cancel()
         for incarnation in wanted.keys() - self._links.keys():
             link = self._make_link(wanted[incarnation])
             self._links[incarnation] = link, self._tasks.create_task(link.run())
@@ -209,6 +217,9 @@ class ReceivingSide:
         link = self._links.get(incoming.peer)
         if link is None or link[0].plane is None:
             self.feed(key, LandingFailed(message.number, "no data plane"))
+            return
+        if self._is_ending:
+            self.feed(key, LandingFailed(message.number, "this worker's registration ends"))
             return
         job = self._make_job(key, incoming, message)
         assert self._tasks is not None

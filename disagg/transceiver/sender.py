@@ -216,7 +216,10 @@ class Sender(Side):
         self._send(Slice(self._header(), number, unit_runs(self._outbox.slice_units(number), not self._pushes_bytes)))
 
     def _on_received(self, message: Received) -> None:
-        if self.state not in (State.SENDING, State.DECIDED) or not self._outbox.acknowledge(message.number):
+        if self._was in (State.STOPPED, State.CLOSED):
+            self._repeat_last_word()
+            return
+        if not self._outbox.acknowledge(message.number):
             return
         self._slice_repeat.stop()
         if self._outbox.unanswered:

@@ -175,7 +175,9 @@ class SendingSide:
         return peer
 
     def _accept_plane(self, key: AttemptKey, fetch: Fetch) -> None:
-        if key in self._transfers and fetch.plane in self._planes:  # the core refuses a FETCH that names another
+        # Only while a FETCH can still be admitted: a late repeat would leave an entry that no release takes away. The
+        # core refuses a FETCH that names a plane we do not serve.
+        if self._transfers.awaits_fetch(key) and fetch.plane in self._planes:
             self._plane_of[key] = self._planes[fetch.plane]
 
     # --- actions ----------------------------------------------------------------------------------------------

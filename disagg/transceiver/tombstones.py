@@ -16,6 +16,7 @@ from disagg.transceiver.messages.peer import (
     Failed,
     Fetch,
     Header,
+    Received,
     TransferMessage,
 )
 
@@ -62,23 +63,21 @@ class Tombstones:
         if stone is None or stone.peer != message.header.source:
             return None
         header = _answering(message.header, message.header.destination, sequence)
-        if isinstance(message, Ack | Cancel):
-            return Closed(header)
-        asks_sender = isinstance(message, Fetch) and isinstance(stone.last_word, Failed | Cancelled | Closed)
+        asks_sender = isinstance(message, Fetch | Received) and isinstance(stone.last_word, Failed | Cancelled | Closed)
         asks_receiver = isinstance(message, Done | Failed | Cancelled) and isinstance(stone.last_word, Ack | Cancel)
         if stone.last_word is not None and (asks_sender or asks_receiver):
             return replace(stone.last_word, header=header)
-        return None
+        return Closed(header) if isinstance(message, Ack | Cancel | Received) else None
 
 
 def answer_unknown(message: TransferMessage, me: str, sequence: int) -> TransferMessage | None:
     """The answer to a message of a transfer this process does not know, or None when it wants none.
 
-    ACK and CANCEL are answered CLOSED, a terminal word CANCEL: both let the peer stop repeating. A FETCH is answered
+    ACK, CANCEL and RECEIVED are answered CLOSED, a terminal word CANCEL: the peer can stop. A FETCH is answered
     FAILED(unknown): ask for that only when `DISPATCH_GRACE_S` has passed without the router's DISPATCH.
     """
     header = _answering(message.header, me, sequence)
-    if isinstance(message, Ack | Cancel):
+    if isinstance(message, Ack | Cancel | Received):
         return Closed(header)
     if isinstance(message, Fetch):
         return Failed(header, reasons.UNKNOWN)

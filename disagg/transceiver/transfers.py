@@ -12,6 +12,7 @@ from disagg.transceiver.errors import RemoteProtocolError
 from disagg.transceiver.events import Event, MessageArrived, Tick
 from disagg.transceiver.messages.peer import Refused, TransferMessage
 from disagg.transceiver.messages.values import AttemptKey
+from disagg.transceiver.state import State
 from disagg.transceiver.tombstones import Tombstones, answer_unknown
 from disagg.transceiver.transfer import Transfer
 
@@ -44,6 +45,11 @@ class Transfers:
         """The peer's incarnation, or "" for a transfer that is over."""
         transfer = self._live.get(key)
         return transfer.peer if transfer is not None else ""
+
+    def awaits_fetch(self, key: AttemptKey) -> bool:
+        """Whether this attempt's sender lives and has admitted no FETCH yet."""
+        transfer = self._live.get(key)
+        return transfer is not None and transfer.state is State.WAITING
 
     def wanting_lease(self, incarnation: str) -> list[AttemptKey]:
         """Transfers that a heartbeat to `incarnation` must name."""

@@ -46,7 +46,7 @@ async def _serve(made: EngineParts, keys: ClusterKeys, announce: Announce) -> in
     stopped: asyncio.Future[int] = asyncio.get_running_loop().create_future()
     _stop_on_signals(stopped)
     async with _running(made, keys, announce, stopped) as parts:
-        serving = asyncio.create_task(_register_forever(parts))
+        serving = asyncio.create_task(_register_forever(parts, stopped))
         try:
             await asyncio.wait((serving, stopped), return_when=asyncio.FIRST_COMPLETED)
         finally:
@@ -56,7 +56,7 @@ async def _serve(made: EngineParts, keys: ClusterKeys, announce: Announce) -> in
     return stopped.result()
 
 
-async def _register_forever(parts: WorkerParts) -> None:
+async def _register_forever(parts: WorkerParts, stopped: asyncio.Future[int]) -> None:
     """A lost router is looked for again, under a new incarnation. Raises `RegistrationRefused`."""
     while True:
         made = parts.made
@@ -67,6 +67,8 @@ async def _register_forever(parts: WorkerParts) -> None:
             cause = first_cause(end)
             if not isinstance(cause, RouterLost):
                 raise cause from end
+            if stopped.done():  # a cancellation that meets a loss in a task group is not heard: do not begin anew
+                return
             log.warning("lost the router: %s; registering again", cause)
 
 

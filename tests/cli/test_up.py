@@ -72,6 +72,15 @@ def test_workers_share_memory_and_cores() -> None:
     assert {spec.env["OMP_NUM_THREADS"] for spec in workers} == {str(max(1, num_cores() // 3))}
 
 
+def test_workers_are_told_one_share_of_memory_measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each measuring for itself found another amount free, hence another length, and only the first could register."""
+    measured = iter([900, 700, 500])
+    monkeypatch.setattr(up_module, "default_kv_cache_nbytes", lambda: next(measured))
+    started = cluster(prefill=2, decode=1)
+    for _ in ("at first", "after a restart"):
+        assert {flag(spec, "--kv-cache-memory") for spec in started.workers(ROUTER)} == {"300"}
+
+
 def test_devices_are_dealt_in_turn_and_share_their_own_memory() -> None:
     workers = cluster(prefill=2, decode=2, prefill_devices="cuda:0,cuda:1", decode_devices="cuda:1").workers(ROUTER)
     assert [flag(spec, "--device") for spec in workers] == ["cuda:0", "cuda:1", "cuda:1", "cuda:1"]

@@ -21,6 +21,8 @@ from support.faults import Faults
 from support.hand_started import FAULTY
 from support.system import System, children_of, start, stop, wait_for_start
 
+from disagg.transceiver.timing import LOST_S
+
 pytestmark = pytest.mark.processes
 
 PROMISED_S = 5.0
@@ -31,7 +33,8 @@ FLAGS = (
     *("--max-num-seqs", "8", "--max-num-batched-tokens", "37"),
 )
 PHASES = ("decode", "transfer", "prefill")
-PROCESSES = ("router", "prefill-0", "decode-0")
+WORKERS = ("prefill-0", "decode-0")
+PROCESSES = ("router", *WORKERS)
 
 
 @dataclass(frozen=True)
@@ -184,7 +187,7 @@ def serve_next(case: Case, name: str) -> None:
     case.system.wait_until_idle()
     reference = case.references["transfer"]
     deadline = time.monotonic() + 30
-    while {worker["id"] for worker in case.system.workers()} != {"prefill-0", "decode-0"}:
+    while {worker["id"] for worker in case.system.workers()} != set(WORKERS):
         assert time.monotonic() < deadline
         time.sleep(0.05)
     prompt, options = list(reference.prompt), {"max_tokens": NUM_TOKENS, "temperature": 0, "ignore_eos": True}
@@ -199,12 +202,15 @@ def serve_next(case: Case, name: str) -> None:
 def kill_one(case: Case, name: str) -> Scene:
     """Kill one process in the middle of it all; the others must live on under their own pids."""
     before = pids(case.system)
+    survivors = [before[worker] for worker in WORKERS if worker != name]
+    num_open = [len(traces_of(pid)) for pid in survivors]
     scene = asyncio.run(play(case, name, lambda: os.kill(before[name], signal.SIGKILL)))
     check_phases(scene)
     check_no_stream_ends_as_if_complete(case, scene)
     serve_next(case, name)
     after = pids(case.system)
     assert {process for process in PROCESSES if before[process] != after[process]} == {name}
+    assert [len(traces_of(pid)) for pid in survivors] == num_open  # connections and mappings to the dead are closed
     assert any(f"`{name}` was killed by SIGKILL" in line for line in case.system.stderr)
     return scene
 
@@ -230,6 +236,28 @@ def test_a_killed_decode_worker_ends_its_answers_with_an_error(case: Case) -> No
 def test_a_killed_router_cuts_its_connections_and_loses_no_worker(case: Case) -> None:
     scene = kill_one(case, "router")
     assert all(call.cut for call in scene.all_calls), scene.all_calls
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", WORKERS)
+def test_a_worker_that_stood_still_is_lost_and_comes_back_as_another(case: Case, name: str) -> None:
+    """Not dead, and not to be confused with what it was: everything of its old incarnation is given up."""
+    serve_next(case, f"before-{name}")
+    before, worker_pids = incarnations(case.system), [case.system.pid_of(worker) for worker in WORKERS]
+    num_open = [len(traces_of(pid)) for pid in worker_pids]
+    os.kill(case.system.pid_of(name), signal.SIGSTOP)
+    time.sleep(LOST_S + 1.5)
+    assert name not in incarnations(case.system)
+    os.kill(case.system.pid_of(name), signal.SIGCONT)
+    serve_next(case, f"after-{name}")
+    after = incarnations(case.system)
+    assert {worker for worker in WORKERS if before[worker] != after[worker]} == {name}
+    assert [case.system.pid_of(worker) for worker in WORKERS] == worker_pids
+    assert [len(traces_of(pid)) for pid in worker_pids] == num_open
+
+
+def incarnations(system: System) -> dict[str, str]:
+    return {worker["id"]: worker["incarnation"] for worker in system.workers()}
 
 
 def test_a_killed_up_takes_everything_with_it(case: Case) -> None:

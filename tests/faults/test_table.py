@@ -16,7 +16,7 @@ from support.fault_table import FAULTS, IMPOSSIBLE, QUICK_FAULTS, ROWS, Fault, R
 from disagg.transceiver.state import TRANSITIONS
 
 CI, TRUE = 0.2, 1.0
-"""Constants of time are multiplied by this. At a fifth a peer is lost after 0.6 s, which a loaded machine still keeps."""
+"""What constants of time are multiplied by. At a fifth a peer is lost after 0.6 s: a loaded machine keeps that too."""
 
 Results = dict[tuple[str, float], dict[tuple[Row, Fault], tuple[str, float]]]
 

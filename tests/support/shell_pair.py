@@ -76,7 +76,7 @@ def patched_shells(patch: pytest.MonkeyPatch, plane: str) -> None:
 async def until(is_true: Callable[[], object], what: str = "", patience_s: float = PATIENCE_S) -> None:
     """Poll: nothing here raises an event for what tests look at."""
     deadline = time.monotonic() + patience_s
-    while not is_true():  # noqa: ASYNC110
+    while not is_true():
         assert time.monotonic() < deadline, f"waited in vain: {what}"
         await asyncio.sleep(0.001)
 
@@ -240,10 +240,14 @@ class ShellWorker:
         loop = asyncio.get_running_loop()
         self.parts.model = ModelThread(self.engine, loop, self.events.take, self.deaths.append)
         self.parts.model.start()
-        self._serving = asyncio.create_task(main._register_forever(self.parts), name=f"worker {self.role}")
+        self._stopped: asyncio.Future[int] = loop.create_future()
+        serving = main._register_forever(self.parts, self._stopped)
+        self._serving = asyncio.create_task(serving, name=f"worker {self.role}")
 
     async def close(self) -> None:
         self.landing.open()
+        if not self._stopped.done():
+            self._stopped.set_result(0)
         self._serving.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await self._serving
@@ -398,9 +402,9 @@ class ShellTrio:
     def _is_whole(self) -> bool:
         live = [worker for worker in (self.prefill, self.decode) if hasattr(worker, "registration")]
         incarnations = {worker.registration.node.incarnation for worker in live}
-        if {
-            worker.incarnation for worker in self.router.cluster.registry
-        } != incarnations or not self.router.is_ready():
+        if {worker.incarnation for worker in self.router.cluster.registry} != incarnations:
+            return False
+        if not self.router.is_ready():
             return False
         # The router's view is a lease old: the link itself must be up too.
         return bool(self.decode.receiving.is_ready(self.prefill.registration.node.incarnation))

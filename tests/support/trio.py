@@ -77,10 +77,10 @@ class Part:
         return code
 
     def stop(self) -> None:
-        """SIGTERM; it must end by itself, with exit code 0."""
+        """SIGTERM; it must end by itself: with exit code 0, unless it was not yet serving and just dies of it."""
         self.process.send_signal(signal.SIGTERM)
         code = self.wait_for_end(STOP_TIMEOUT_S)
-        assert code == 0, f"exit code {code}:\n{self.text}"
+        assert code == 0 or (code == -signal.SIGTERM and "msg=ready" not in self.text), f"{code}:\n{self.text}"
 
     def kill(self) -> None:
         self.process.kill()
@@ -108,7 +108,7 @@ class Trio:
 
 @contextlib.contextmanager
 def running_trio(model: Path, *router_flags: str, env: dict[str, str] | None = None) -> Iterator[Trio]:
-    """A router alone. What still runs at the end is stopped, workers first: each by SIGTERM and with exit code 0."""
+    """A router alone. What still runs at the end is stopped, workers first."""
     ports = ("--port", "0", "--admin-port", "0", "--control-port", "0")
     router = Part.start("router", "--model", str(model), *ports, *router_flags, env=env)
     trio = None

@@ -44,11 +44,20 @@ async def a_landing(
 @in_event_loop
 async def test_digests_are_of_the_destination_and_in_slice_order(kind: str) -> None:
     async with a_landing(kind) as (pair, receiver, landing):
-        landed = (await within(landing.submit(pair.job(PAIRS), receiver.plane))).units
-        assert landed == tuple(
+        landed = await within(landing.submit(pair.job(PAIRS), receiver.plane))
+        assert landed.units == tuple(
             LandedUnit(pool, ordinal, xxhash.xxh3_64_intdigest(pair.pools[pool].slots[source].tobytes()))
             for ordinal, (pool, source, _) in enumerate(PAIRS)
         )
+
+
+@in_event_loop
+async def test_slices_that_wait_for_each_other_count_their_own_copies() -> None:
+    async with a_landing() as (pair, receiver, landing):
+        alone = (await within(landing.submit(pair.job(PAIRS), receiver.plane))).num_operations
+        submitted = [landing.submit(pair.job(PAIRS, number=number), receiver.plane) for number in range(1, 4)]
+        assert [landed.num_operations for landed in await within(asyncio.gather(*submitted))] == [alone] * 3
+        assert alone > 0
 
 
 @pytest.mark.parametrize("byte", [0, -1])
@@ -59,9 +68,10 @@ async def test_a_byte_flipped_after_the_copy_changes_that_units_digest_alone(byt
         pools[unit.pool].slots[unit.slot, byte] ^= 1
 
     async with a_landing(after_copy=flip) as (pair, receiver, landing):
-        landed = (await within(landing.submit(pair.job(PAIRS), receiver.plane))).units
+        landed = await within(landing.submit(pair.job(PAIRS), receiver.plane))
         good = [xxhash.xxh3_64_intdigest(pair.pools[pool].slots[source].tobytes()) for pool, source, _ in PAIRS]
-        assert [unit.digest == digest for unit, digest in zip(landed, good, strict=True)] == [True, False, True, True]
+        is_good = [unit.digest == digest for unit, digest in zip(landed.units, good, strict=True)]
+        assert is_good == [True, False, True, True]
 
 
 @in_event_loop
@@ -69,8 +79,8 @@ async def test_a_unit_with_a_nan_is_reported_not_finite() -> None:
     async with a_landing() as (pair, receiver, landing):
         pair.pools[0].slots[5].view(np.float32)[-1] = np.nan
         pair.pools[1].slots[3].view(np.float16)[0] = -np.inf
-        landed = (await within(landing.submit(pair.job(PAIRS), receiver.plane))).units
-        assert [unit.finite for unit in landed] == [True, False, False, True]
+        landed = await within(landing.submit(pair.job(PAIRS), receiver.plane))
+        assert [unit.finite for unit in landed.units] == [True, False, False, True]
 
 
 @in_event_loop

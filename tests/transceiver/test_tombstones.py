@@ -15,6 +15,7 @@ from disagg.transceiver.messages.peer import (
     Failed,
     Fetch,
     Header,
+    Received,
     Slice,
     TransferMessage,
 )
@@ -38,9 +39,14 @@ def test_a_late_fetch_hears_the_senders_last_word(last_word: TransferMessage) ->
     assert answer == replace(last_word, header=Header("prefill", "decode", *KEY, 77))
 
 
-@pytest.mark.parametrize("kind", [Ack, Cancel])
-@pytest.mark.parametrize("last_word", [Failed(FORTH, "deadline"), Closed(FORTH), None])
-def test_a_late_ack_or_cancel_hears_closed(last_word: TransferMessage | None, kind: type) -> None:
+@pytest.mark.parametrize("last_word", [Failed(FORTH, "deadline"), Cancelled(FORTH, "cancelled")])
+def test_a_receiver_that_waits_for_bytes_hears_why_they_will_not_come(last_word: TransferMessage) -> None:
+    assert ask(last_word, Received, BACK) == replace(last_word, header=Header("prefill", "decode", *KEY, 77))
+
+
+@pytest.mark.parametrize("kind", [Ack, Cancel, Received])
+@pytest.mark.parametrize("last_word", [Closed(FORTH), None])
+def test_whoever_asks_hears_closed(last_word: TransferMessage | None, kind: type) -> None:
     assert ask(last_word, kind, BACK) == Closed(Header("prefill", "decode", *KEY, 77))
 
 
@@ -80,6 +86,7 @@ def test_time_and_number_bound_the_store() -> None:
         (Ack, Closed),
         (Cancel, Closed),
         (Fetch, Failed),
+        (Received, Closed),
         (Done, Cancel),
         (Failed, Cancel),
         (Cancelled, Cancel),

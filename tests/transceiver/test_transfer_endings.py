@@ -279,6 +279,36 @@ def test_a_new_slice_does_not_postpone_the_repeat_of_an_old_one() -> None:
     assert end.next_wakeup() == 0.2
 
 
+def test_a_receiver_whose_bytes_do_not_come_asks_with_doubling() -> None:
+    _pair, end = reach(Role.RECEIVER, State.LANDING)
+    log = ticks_until(end, 5.0)
+    asked = [(round(at, 3), m.number) for at, actions in log for m in messages(actions, p.Received)]
+    assert asked == [(0.2, -1), (0.6, -1), (1.4, -1), (3.0, -1), (5.0, -1)]
+
+
+def test_a_receiver_that_was_only_accepted_does_not_ask() -> None:
+    _pair, end = reach(Role.RECEIVER, State.FETCHING)
+    end.handle(arrived(p.Accepted(header(Role.RECEIVER), 0)), 0.1)
+    assert end.next_wakeup() == DEADLINE_S
+
+
+def test_a_sender_that_lets_go_after_done_does_not_leave_the_receiver_waiting() -> None:
+    pair = TransferPair()
+    pair.reserve()
+    pair.settle()
+    pair.pin()
+    pair.compute()
+    pair.finish_prompt()
+    while pair.deliver_one():
+        pass  # announced and DONE; no bytes have landed, and none will
+    pair.jobs.clear()
+    assert pair.sender.state is State.DECIDED
+    pair.feed(pair.sender, CancelAsked("source changed"))
+    pair.advance(1.0)
+    assert pair.verdicts == [ReportFailed(reasons.UNKNOWN)]
+    pair.check_invariants()
+
+
 def test_a_repeated_slice_that_is_still_landing_is_answered_and_not_landed_again() -> None:
     pair, end = reach(Role.RECEIVER, State.LANDING)
     (action,) = pair.feed(end, arrived(slice_message()))

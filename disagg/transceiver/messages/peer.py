@@ -148,7 +148,7 @@ class Cancel:
 
 @dataclass(frozen=True, slots=True)
 class Closed:
-    """Answers ACK, and any ACK or CANCEL for a transfer no longer known."""
+    """Answers ACK, and any FETCH, RECEIVED, ACK or CANCEL for a transfer that is over or no longer known."""
 
     header: Header
 

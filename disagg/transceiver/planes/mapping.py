@@ -14,6 +14,9 @@ from disagg.transceiver.planes.shm_handshake import PoolShape
 
 _MADV_POPULATE_READ: Final = 22  # Linux 5.14; Python 3.11 does not name it
 _PAGE_NBYTES: Final = 4096
+_ADVISED_NBYTES: Final = 16 << 20
+"""Per call of `madvise`, which holds the process's memory map against every thread that maps, unmaps or faults: in one
+call over a large pool that is long enough to count as lost. So much takes 15 ms."""
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
@@ -31,7 +34,7 @@ class PoolMapping:
         memory = np.frombuffer(self._map, dtype=np.uint8)
         self._address = memory.ctypes.data
         self._nbytes = shape.nbytes
-        if _libc.madvise(self._address, self._nbytes, _MADV_POPULATE_READ) != 0:
+        if not self._advise(_MADV_POPULATE_READ):
             memory[::_PAGE_NBYTES].max()  # an older kernel: touch each page
         self.region = PoolRegion(
             slots=memory[shape.slots_offset :].reshape(shape.num_slots, shape.slot_nbytes),
@@ -43,6 +46,13 @@ class PoolMapping:
     def close(self) -> None:
         """Unmap; where a view still lives, in the traceback of a failed copy say, the memory goes with that view."""
         del self.region
-        _libc.madvise(self._address, self._nbytes, mmap.MADV_DONTNEED)  # the slow part of unmapping, without the GIL
+        self._advise(mmap.MADV_DONTNEED)  # the slow part of unmapping, without the GIL
         with contextlib.suppress(BufferError):  # the view that still lives
             self._map.close()
+
+    def _advise(self, advice: int) -> bool:
+        """Whether the kernel took the advice."""
+        for start in range(0, self._nbytes, _ADVISED_NBYTES):
+            if _libc.madvise(self._address + start, min(_ADVISED_NBYTES, self._nbytes - start), advice) != 0:
+                return False
+        return True
