@@ -196,7 +196,8 @@ class Engine:
         if not isinstance(reservation, Reservation) or reservation.cached is None:
             return []  # released meanwhile
         answer = DecodingSequence(reservation.request, reservation.cached, command.verified)
-        self._cache.commit(reservation.cached, reservation.request.prompt)  # verified, and not a moment before
+        partial = frozenset((unit.group, unit.ordinal) for unit in command.partial_blocks)
+        self._cache.commit(reservation.cached, reservation.request.prompt, partial)  # verified, and not a moment before
         return self._begin(answer)
 
     def _drop_soft(self, command: DropSoft) -> list[EngineEvent]:

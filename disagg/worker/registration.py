@@ -23,6 +23,7 @@ from disagg.transceiver.planes.base import SourcePlane, SourceUnit
 from disagg.transceiver.receiving import ReceivingSide
 from disagg.transceiver.sending import SendingSide
 from disagg.transceiver.timing import HEARTBEAT_S
+from disagg.transceiver.units import SlotUnits
 from disagg.worker.attempts import Attempts
 from disagg.worker.parts import WorkerParts
 from disagg.worker.planes import landing_planes, source_planes
@@ -38,6 +39,7 @@ class Registration:
     def __init__(self, parts: WorkerParts, node: Node) -> None:
         self._parts, self._node = parts, node
         self._attempts: Attempts
+        self._cuts: dict[int, SlotUnits] = {}
 
     async def run(self) -> None:
         """Register, then serve."""
@@ -85,8 +87,18 @@ class Registration:
         if self._attempts.sending is None or event.key not in self._attempts:
             return
         with contextlib.suppress(SourceChanged):  # dropped meanwhile: the engine says so next, and computes them anew
-            units = await self._parts.landing.digest_units(self._sources(event.units))
+            cut = self._cut_for(self._attempts.unit(event.key))
+            units = await self._parts.landing.digest_units(self._sources(event.units), cut)
             self._attempts.sending.feed(event.key, UnitsFinal(event.compute_id, units))
+
+    def _cut_for(self, unit: int) -> SlotUnits | None:
+        """Our slots as the units that the peer of a transfer counts in, where those are finer."""
+        geometry = self._node.geometry
+        if unit == geometry.block_size:
+            return None
+        if unit not in self._cuts:
+            self._cuts[unit] = SlotUnits(geometry, self._parts.regions, unit)
+        return self._cuts[unit]
 
     def _sources(self, units: Sequence[FinalUnit]) -> list[SourceUnit]:
         pool_of_group = self._parts.layout.pool_of_group
@@ -116,7 +128,9 @@ class Registration:
     def _attach_sides(self, server: ControlServer | None, planes: dict[str, SourcePlane]) -> None:
         parts, pool_of_group = self._parts, self._parts.layout.pool_of_group
         if server is not None:
-            self._attempts.sending = SendingSide(self._node, server, planes, pool_of_group, self._attempts)
+            self._attempts.sending = SendingSide(
+                self._node, server, planes, pool_of_group, self._attempts, parts.regions
+            )
         if parts.role == "decode":
             self._attempts.receiving = ReceivingSide(
                 self._node,

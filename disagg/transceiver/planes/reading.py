@@ -27,6 +27,11 @@ class ReadingLandingPlane(LandingPlane):
             raise PlaneRefused(f"slot bytes per pool differ: ours {ours}, theirs {theirs}")
         self._sources, self._pools, self._is_lost = tuple(sources), tuple(pools), False
 
+    @property
+    def sources(self) -> tuple[PoolRegion, ...]:
+        """The sender's pools as this process sees them, read-only; none before `connect` and after `close`."""
+        return self._sources
+
     def _lose(self) -> None:
         """The source is gone: nothing more can be fetched. Its memory stays readable for jobs that run."""
         if not self._is_lost:
