@@ -21,6 +21,8 @@ SEED: Final = 20_240_229
 WARMUP: Final = 2
 """Repetitions that are not counted: the first pays for faulted pages, grown windows and a cold interpreter."""
 
+COLUMNS: Final = "case, plane, digests, p50 ms, best ms, spread, GB/s, x memcpy, x nixl, CPU s/GB, operations"
+
 
 @dataclass(frozen=True, slots=True)
 class Result:
@@ -123,7 +125,7 @@ def _cpu_name() -> str:
 
 def _table(about: dict[str, Any], results: Sequence[Result]) -> str:
     head = f"{about['machine']}; load {about['load_before']} before, {about['load_after']} after"
-    columns = "case, plane, digests, p50 ms, best ms, spread, GB/s, x memcpy, x nixl, CPU s/GB, operations".split(", ")
+    columns = COLUMNS.split(", ")
     lines = [head, "", f"| {' | '.join(columns)} |", f"|{'---|' * len(columns)}"]
     speed = {(r.case, r.plane): r.gbps for r in results}
     for r in results:
