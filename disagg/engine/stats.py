@@ -27,6 +27,7 @@ class EngineStats:
     nothing yet; `num_soft`: prompts computed ahead of their FETCH that hold blocks; `num_held`: computed prompts whose
     blocks wait for the decode worker; `num_reserved`: reservations whose KV has not arrived.
     `prompt_tokens_computed`, `tokens_generated` (sampled here), `steps`: counters. `live_keys`: not yet released.
+    `num_preemptions`: sequences whose blocks were taken for older ones, since start.
     `reuse`: per layer group, blocks that requests asked the prefix cache for and found; empty without one.
     """
 
@@ -41,6 +42,7 @@ class EngineStats:
     steps: int
     live_keys: tuple[AttemptKey, ...]
     reuse: tuple[ReuseCount, ...] = ()
+    num_preemptions: int = 0
 
     @property
     def num_used_slots(self) -> int:

@@ -50,6 +50,7 @@ def _engine_samples(stats: EngineStats) -> Iterator[MetricSample]:
         ("disagg_prompt_tokens_computed_total", stats.prompt_tokens_computed),
         ("disagg_tokens_generated_total", stats.tokens_generated),
         ("disagg_engine_steps_total", stats.steps),
+        ("disagg_preemptions_total", stats.num_preemptions),
     ):
         yield MetricSample(name, "counter", (), value)
     for name, value in (
