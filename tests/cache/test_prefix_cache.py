@@ -185,6 +185,24 @@ def test_what_is_received_is_registered_only_when_it_is_committed():
     cache.check_invariants()
 
 
+def test_a_block_that_received_only_some_of_its_tokens_is_not_reused_and_the_others_are():
+    """A window that begins inside a block, from a sender of finer blocks: the rest of that block never came."""
+    cache = make(6, None)
+    sequence = cache.open("a")
+    cache.reserve(sequence, PROMPT, capacity=25)
+    cache.commit(sequence, PROMPT, partial=frozenset({(0, 4)}))
+    assert sequence.committed == 24
+    reader = cache.open("b")
+    held = cache.reserve(reader, (*PROMPT[:23], 1), capacity=25)
+    assert [ordinals.tolist() for ordinals in held] == [[], [0, 1, 2, 3, 4]]
+    whole = cache.open("c")
+    assert [ordinals.tolist() for ordinals in cache.reserve(whole, (*PROMPT, 1), capacity=26)] == [
+        [5],
+        [0, 1, 2, 3, 4, 5],
+    ]
+    cache.check_invariants()
+
+
 def test_a_reservation_without_room_changes_nothing():
     cache = make(None, room=2 + 8)
     run(cache, "a", PROMPT)
