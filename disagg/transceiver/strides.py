@@ -6,7 +6,7 @@ what an engine calls a block or a page. Strides and offsets count elements, as t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, Protocol
 
@@ -121,7 +121,7 @@ ForeignLayer = Strided | tuple[Strided, Strided]
 
 
 def foreign_layout(
-    layers: dict[int, ForeignLayer],
+    layers: Mapping[int, ForeignLayer],
     axes: str,
     *,
     dtype: str,
