@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from disagg.engine.commands import FinalUnit, Release, UnitsFinalEvent
 from disagg.transceiver.errors import SourceChanged
 from disagg.transceiver.events import UnitsFinal
+from disagg.transceiver.kept_digests import KeptDigests
 from disagg.transceiver.links import ControlServer
 from disagg.transceiver.messages.router import Lease, Register
 from disagg.transceiver.node import Node
@@ -39,6 +40,7 @@ class Registration:
     def __init__(self, parts: WorkerParts, node: Node) -> None:
         self._parts, self._node = parts, node
         self._attempts: Attempts
+        self._kept = KeptDigests(parts.num_slots)
         self._cuts: dict[int, SlotUnits] = {}
 
     async def run(self) -> None:
@@ -88,7 +90,11 @@ class Registration:
             return
         with contextlib.suppress(SourceChanged):  # dropped meanwhile: the engine says so next, and computes them anew
             cut = self._cut_for(self._attempts.unit(event.key))
-            units = await self._parts.landing.digest_units(self._sources(event.units), cut)
+            sources, landing = self._sources(event.units), self._parts.landing
+            if cut is None:
+                units = await self._kept.digest_units(sources, landing.digest_units)
+            else:
+                units = await landing.digest_units(sources, cut)
             self._attempts.sending.feed(event.key, UnitsFinal(event.compute_id, units))
 
     def _cut_for(self, unit: int) -> SlotUnits | None:
