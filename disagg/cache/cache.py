@@ -246,6 +246,8 @@ class KVCache:
     def num_scratch(self) -> tuple[int, ...]:
         """Per pool, the used slots that are scratch: none between steps."""
         counts = [0] * len(self.pools)
+        if not self.layout.uses_scratch:
+            return tuple(counts)
         for sequence in self._sequences.values():
             for scratch, pool in zip(sequence.scratch, self.layout.pool_of_group, strict=False):
                 counts[pool] += len(scratch.slots) if scratch else 0

@@ -98,7 +98,7 @@ class Engine:
             max_num_batched_tokens=config.max_num_batched_tokens,
             swa_scratch=config.swa_scratch,
         )
-        self._counters = EngineCounters()
+        self._counters = EngineCounters(scratch=cache.num_scratch)
 
     @property
     def has_work(self) -> bool:
@@ -109,6 +109,7 @@ class Engine:
         """Compute the next tokens of every sequence that holds blocks. Without work nothing happens."""
         events: list[EngineEvent] = []
         work = self._scheduler.schedule(events)
+        self._counters.scratch = self._cache.num_scratch
         if not work:
             return events
         logits = self._runner.execute([_chunk(piece) for piece in work])
@@ -138,6 +139,7 @@ class Engine:
             tokens_generated=self._counters.tokens_generated,
             steps=self._counters.steps,
             num_preemptions=self._scheduler.num_preemptions,
+            scratch=self._counters.scratch,
             live_keys=tuple(live),
             reuse=self._cache.reuse_counts(),
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 
+from disagg.cache.pool import NUM_RESERVED_SLOTS
 from disagg.engine.stats import EngineStats
 from disagg.transceiver.messages.values import MetricSample
 
@@ -61,8 +62,10 @@ def _engine_samples(stats: EngineStats) -> Iterator[MetricSample]:
         yield MetricSample(name, "gauge", (), value)
     for number, pool in enumerate(stats.pools):
         labels = (("pool", str(number)),)
+        yield MetricSample("disagg_kv_blocks_total", "gauge", labels, pool.num_slots - NUM_RESERVED_SLOTS)
         yield MetricSample("disagg_kv_blocks_used", "gauge", labels, pool.num_used)
         yield MetricSample("disagg_kv_blocks_free", "gauge", labels, pool.num_free)
         yield MetricSample("disagg_kv_blocks_peak", "gauge", labels, pool.peak_used)
+        yield MetricSample("disagg_kv_blocks_scratch", "gauge", labels, stats.scratch[number] if stats.scratch else 0)
         yield MetricSample("disagg_kv_blocks_cached", "gauge", labels, pool.num_cached)
         yield MetricSample("disagg_kv_evictions_total", "counter", labels, pool.num_evicted)
