@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.families import Reference, build_family, safe_prompts, save_family
+from support.families import MIN_GAP, Reference, build_family, reference_generate, safe_prompts, save_family
 from support.system import System
 from support.token_walk import StoredLayer, minimum_nbytes, stored_layers
 
@@ -40,6 +40,7 @@ class Case:
     system: System
     layers: list[StoredLayer]
     references: list[Reference]
+    prefixes: list[Reference]
 
 
 def start(log: Path, *words: str) -> subprocess.Popen[bytes]:
@@ -87,7 +88,7 @@ def cluster(model: Path, folder: Path) -> Iterator[System]:
                 "--max-num-seqs",
                 "8",
             )
-            few = ("--kv-cache-memory", "8MiB", "--threads", "1", "--no-enable-prefix-caching")
+            few = ("--kv-cache-memory", "8MiB", "--threads", "1")
             processes.append(start(folder / name, role, *shared, *own, *engine, *few))
         system = System(router, url=url, admin=admin)  # type: ignore[arg-type]  # its output goes to a file
         wait_for_links(system, deadline)
@@ -111,14 +112,18 @@ def case(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Case]:
     folder = tmp_path_factory.mktemp("unequal")
     model = build_family("gemma3")
     references = safe_prompts(model, LENGTHS, NUM_TOKENS)
+    parts = [reference_generate(model, references[-1].prompt[:length], NUM_TOKENS) for length in range(62, 33, -1)]
+    prefixes = [part for part in parts if part.min_gap >= MIN_GAP]
     with cluster(save_family("gemma3", folder / "model"), folder) as system:
-        yield Case(system, stored_layers(model, itemsize=4), references)
+        yield Case(system, stored_layers(model, itemsize=4), references, prefixes)
 
 
-def ask(system: System, reference: Reference, request_id: str) -> Any:
+def ask(system: System, reference: Reference, request_id: str, cache_salt: str) -> Any:
+    """Requests of one salt reuse each other's blocks."""
     status, body = system.complete(
         list(reference.prompt),
         request_id=request_id,
+        cache_salt=cache_salt,
         max_tokens=NUM_TOKENS,
         temperature=0,
         ignore_eos=True,
@@ -136,7 +141,7 @@ def test_every_pair_of_block_sizes_answers_alike_and_moves_the_finer_minimum(cas
         prompt_len, answers = len(reference.prompt), {}
         for turn in range(4):  # an idle cluster's pairs take turns
             request_id = f"p{prompt_len}-{turn}"
-            choice = ask(case.system, reference, request_id)
+            choice = ask(case.system, reference, request_id, cache_salt=request_id)
             record = case.system.record(request_id)
             (attempt,) = record["attempts"]
             pair = attempt["prefill"], attempt["decode"]
@@ -152,3 +157,23 @@ def test_every_pair_of_block_sizes_answers_alike_and_moves_the_finer_minimum(cas
             assert choice["logprobs"]["token_logprobs"] == pytest.approx(equal, abs=1e-4), f"{pair}"
     case.system.settle()
     case.system.wait_until_idle()
+
+
+def test_reuse_never_finds_a_block_of_which_only_a_part_was_received(case: Case) -> None:
+    """The longest prompt's window begins inside a block of 16 that came from a sender of 8s as its second half only.
+
+    Its prefixes reach further back, into the half that never came; all that was registered must still be right.
+    """
+    system, longest = case.system, case.references[-1]
+    assert len(case.prefixes) > 8
+    num_moved = []
+    for turn in range(4):
+        ask(system, longest, f"longest-{turn}", cache_salt="shared")
+    for number, reference in enumerate(case.prefixes):
+        choice = ask(system, reference, f"prefix-{number}", cache_salt="shared")
+        assert tuple(choice["token_ids"]) == reference.token_ids, f"prefix of {len(reference.prompt)}"
+        num_moved.append(system.record(f"prefix-{number}")["transfer"]["nbytes"])
+    least = [sum(minimum_nbytes(case.layers, len(reference.prompt), 8).values()) for reference in case.prefixes]
+    assert sum(num_moved) < sum(least) / 2, "next to nothing was reused"
+    system.settle()
+    system.wait_until_idle()
