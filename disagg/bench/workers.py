@@ -16,7 +16,7 @@ from disagg.transceiver import ticket
 from disagg.transceiver.actions import ReportFailed, Verified
 from disagg.transceiver.events import Pinned, PromptComputed, Reserved, Unit, UnitsFinal
 from disagg.transceiver.keys import ClusterKeys
-from disagg.transceiver.landing import LandingThread
+from disagg.transceiver.landing import LANDING_THREADS, LandingThread
 from disagg.transceiver.links import ControlServer
 from disagg.transceiver.messages.router import PeerTarget
 from disagg.transceiver.messages.values import (
@@ -65,7 +65,7 @@ class WorkerSide(Side):
         self.geometry = Geometry(BLOCK_SIZE, DTYPE, (group,), (case.slot_nbytes,))
         identity = Identity(1, "bench", "full", DTYPE, case.num_blocks * BLOCK_SIZE, self.keys.hash_key_id)
         self.node = Node(draw_id(), "source" if self.is_source else "destination", identity, self.geometry, self.keys)
-        self.landing = LandingThread(self.regions, [DTYPE], digests=self._digests)
+        self.landing = LandingThread(self.regions, [DTYPE], digests=self._digests, num_threads=LANDING_THREADS)
         self.sockets = Sockets(self.keys)
 
     def _key(self, number: int) -> AttemptKey:

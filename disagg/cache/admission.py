@@ -1,4 +1,4 @@
-"""May this sequence start? Only when every pool can promise the most it will ever hold, so it never waits midway."""
+"""May this sequence start, and may it grow? Only when every pool can promise what it will hold, so no step fails."""
 
 from __future__ import annotations
 
@@ -83,6 +83,17 @@ class Promises:
         if not self.fits(peaks):
             return False
         self._peaks[key] = peaks
+        return True
+
+    def try_grow(self, key: Hashable, peaks: Peaks) -> bool:
+        """Raise the promise to `key` to at least `peaks`, in every pool or in none."""
+        held = self._peaks[key]
+        wanted = tuple(max(old, new) for old, new in zip(held, peaks, strict=True))
+        if wanted == held:  # most tokens begin no block
+            return True
+        if not self.fits(wanted, without={key}):
+            return False
+        self._peaks[key] = wanted
         return True
 
     def shrink(self, key: Hashable, peaks: Peaks) -> None:

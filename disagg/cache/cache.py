@@ -7,7 +7,7 @@ sequences may refer to the slots of these, and they stay behind, cached, when th
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Collection, Hashable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -187,9 +187,12 @@ class KVCache:
         self._count_held(held, len(prompt))
         return held
 
-    def commit(self, sequence: CachedSequence, tokens: Sequence[int]) -> None:
+    def commit(
+        self, sequence: CachedSequence, tokens: Sequence[int], partial: Collection[tuple[int, int]] = frozenset()
+    ) -> None:
         """The KV of these tokens, which follow the committed ones, is stored and right: register their whole blocks.
 
+        `partial`: (group, ordinal) of blocks that lack some of their tokens, which are not registered.
         To be called before the history passes them, else windows have let go of what could have been kept.
         """
         assert sequence.committed + len(tokens) <= sequence.capacity, f"{sequence.key}: more tokens than blocks"
@@ -198,7 +201,10 @@ class KVCache:
         assert sequence.chain is not None
         for block in blocks_of(tokens, self.layout.block_size):
             ordinal = sequence.committed // self.layout.block_size
-            slots = [int(table[ordinal]) for table in sequence.tables]
+            slots = [
+                HOLE if (group, ordinal) in partial else int(table[ordinal])
+                for group, table in enumerate(sequence.tables)
+            ]
             if not self._prefixes.register(sequence.chain, ordinal, block, slots):
                 return
             sequence.committed += self.layout.block_size
@@ -240,6 +246,8 @@ class KVCache:
     def num_scratch(self) -> tuple[int, ...]:
         """Per pool, the used slots that are scratch: none between steps."""
         counts = [0] * len(self.pools)
+        if not self.layout.uses_scratch:
+            return tuple(counts)
         for sequence in self._sequences.values():
             for scratch, pool in zip(sequence.scratch, self.layout.pool_of_group, strict=False):
                 counts[pool] += len(scratch.slots) if scratch else 0

@@ -23,7 +23,7 @@ class Work:
     @property
     def wants_logits(self) -> bool:
         """Decode always; of a prompt only the chunk that ends it."""
-        return isinstance(self.sequence, DecodingSequence) or self.end == self.sequence.request.prompt_len
+        return isinstance(self.sequence, DecodingSequence) or self.end == len(self.sequence.token_ids)
 
 
 def share_tokens(remaining: Sequence[int], budget: int, max_chunks: int) -> list[int]:

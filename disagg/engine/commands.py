@@ -48,10 +48,14 @@ class Reserve:
 
 @dataclass(frozen=True, slots=True)
 class Decode:
-    """The reservation's KV arrived and was verified: emit the first token and decode from it."""
+    """The reservation's KV arrived and was verified: emit the first token and decode from it.
+
+    `partial_blocks` received only the tokens that this request reads: nobody else may reuse them.
+    """
 
     key: AttemptKey
     verified: Verified
+    partial_blocks: tuple[UnitName, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

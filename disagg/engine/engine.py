@@ -99,7 +99,7 @@ class Engine:
             max_num_batched_tokens=config.max_num_batched_tokens,
             swa_scratch=config.swa_scratch,
         )
-        self._counters = EngineCounters()
+        self._counters = EngineCounters(scratch=cache.num_scratch)
 
     @property
     def has_work(self) -> bool:
@@ -108,12 +108,14 @@ class Engine:
 
     def step(self) -> list[EngineEvent]:
         """Compute the next tokens of every sequence that holds blocks. Without work nothing happens."""
-        work = self._scheduler.schedule()
+        events: list[EngineEvent] = []
+        work = self._scheduler.schedule(events)
+        self._counters.scratch = self._cache.num_scratch
         if not work:
-            return []
+            return events
         logits = self._runner.execute([_chunk(piece) for piece in work])
         sampled = sample(logits, [_sample_input(piece) for piece in work if piece.wants_logits])
-        events = self._commit(work, sampled)
+        events += self._commit(work, sampled)
         events += self._scheduler.admit()
         self._check()
         return events
@@ -137,6 +139,8 @@ class Engine:
             prompt_tokens_computed=self._counters.prompt_tokens_computed,
             tokens_generated=self._counters.tokens_generated,
             steps=self._counters.steps,
+            num_preemptions=self._scheduler.num_preemptions,
+            scratch=self._counters.scratch,
             live_keys=tuple(live),
             released=tuple(sorted(self._counters.released.items())),
             reuse=self._cache.reuse_counts(),
@@ -198,7 +202,8 @@ class Engine:
         if not isinstance(reservation, Reservation) or reservation.cached is None:
             return []  # released meanwhile
         answer = DecodingSequence(reservation.request, reservation.cached, command.verified)
-        self._cache.commit(reservation.cached, reservation.request.prompt)  # verified, and not a moment before
+        partial = frozenset((unit.group, unit.ordinal) for unit in command.partial_blocks)
+        self._cache.commit(reservation.cached, reservation.request.prompt, partial)  # verified, and not a moment before
         return self._begin(answer)
 
     def _drop_soft(self, command: DropSoft) -> list[EngineEvent]:
@@ -255,7 +260,9 @@ class Engine:
         return events + (self._end_prompt(prompt, result) if result else [])
 
     def _end_prompt(self, prompt: PromptSequence, result: Sampled) -> list[EngineEvent]:
-        """The prompt is whole: answer it here, or hold its blocks for the decode worker."""
+        """The prompt is whole: answer it here, go on with its answer, or hold its blocks for the decode worker."""
+        if prompt.answer is not None:
+            return self._resume(prompt, prompt.answer, result)
         computed = Computed(prompt, first_token_of(prompt, result.token_id, result.logprobs))
         self._scheduler.keep_only(prompt)
         if prompt.serves:
@@ -263,6 +270,14 @@ class Engine:
             return self._begin(DecodingSequence(prompt.request, prompt.cached, computed))
         prompt.computed = computed
         return [_prompt_computed(prompt, computed)]
+
+    def _resume(self, prompt: PromptSequence, answer: DecodingSequence, result: Sampled) -> list[EngineEvent]:
+        """What was preempted is computed again, and its next token sampled; those before it were emitted."""
+        self._scheduler.keep_only(prompt)
+        answer.resume(prompt)
+        answer.output.append(result.token_id)
+        self._scheduler.replace(answer)
+        return self._emit(answer, result.logprobs)
 
     def _begin(self, answer: DecodingSequence) -> list[EngineEvent]:
         self._scheduler.replace(answer)
@@ -334,5 +349,6 @@ def _chunk(piece: Work) -> Chunk:
 def _sample_input(piece: Work) -> SampleInput:
     """The token to choose stands right after the piece."""
     request, sequence = piece.sequence.request, piece.sequence
-    output = sequence.output if isinstance(sequence, DecodingSequence) else ()
+    answer = sequence.answer if isinstance(sequence, PromptSequence) else sequence
+    output = answer.output if answer is not None else ()
     return SampleInput(request.sampling, piece.end, request.prompt, output)

@@ -1,10 +1,15 @@
 """Who may hold blocks, and what the next step computes. No clock, no sockets, no tensors: same calls, same plan.
 
-**Admission.** A sequence starts only when every pool can promise the most it will ever hold, so it never waits midway.
+**Admission.** A sequence starts only when every pool can promise what it will hold. A prompt or a reservation is
+promised its peak, so it never waits midway; an answer only its next few blocks, since most end early.
 Those that must be promised (requests served here, reservations, pinned prompts) stand in one line in order of arrival,
 and nobody overtakes; an urgent request, one whose transfer failed, stands before them and holds nothing meanwhile.
 Soft prompts run ahead of their FETCH only while nobody stands in that line; their promise is revoked, newest first,
 when the head of the line needs the room, and they are computed anew when their FETCH comes.
+
+**Growth.** Before a step an answer's promise grows to what the step needs, oldest first. Where that fails, soft prompts
+are dropped, then the newest running request of this worker's own gives way: its blocks go, it stands at the head of
+the line, and is computed anew with the tokens it has generated. Blocks that a peer was told of are never taken.
 
 **Steps.** Every answer being decoded gets its one token. What is left of the token budget goes to prompts: half to the
 oldest, the rest to those nearest to their end. So a short prompt does not wait behind a long one, and the long one
@@ -34,6 +39,10 @@ from disagg.engine.commands import (
 )
 from disagg.engine.sequence import DecodingSequence, LiveSequence, PromptSequence, Request, Reservation
 
+HEADROOM_BLOCKS = 2
+"""An answer is let in with room for so many more blocks: one that must give way in its first steps was let in for
+nothing, and the work of its prompt is lost."""
+
 Promised = PromptSequence | Reservation
 """What stands in the line of admission."""
 
@@ -51,6 +60,7 @@ class Scheduler:
         self._urgent: deque[Promised] = deque()
         self._line: deque[Promised] = deque()
         self._soft_line: deque[PromptSequence] = deque()
+        self.num_preemptions = 0
 
     # --- live sequences -------------------------------------------------------------------------------------
 
@@ -90,12 +100,12 @@ class Scheduler:
 
     def peaks(self, request: Request, *, total_tokens: int, history: int = 0) -> Peaks:
         """The most the request will hold per pool from `history` on; prompt chunks are as long as the budget allows."""
-        step = 1 if history else min(self._max_num_batched_tokens, request.prompt_len)
+        step = 1 if history else min(self._max_num_batched_tokens, total_tokens)
         return peak_slots(self._cache.layout, total_tokens=total_tokens, history=history, step_tokens=step)
 
     def needs_more_than_exists(self, sequence: Promised) -> tuple[int, int] | None:
         """(slots needed, slots there are) of the pool that could not hold the sequence even if it were empty."""
-        pairs = zip(self._peaks_of(sequence), self._promises.usable, strict=True)
+        pairs = zip(self._worst_peaks(sequence), self._promises.usable, strict=True)
         return next(((need, have) for need, have in pairs if need > have), None)
 
     def add(self, sequence: Promised, *, urgent: bool = False) -> None:
@@ -137,9 +147,9 @@ class Scheduler:
 
     def keep_only(self, prompt: PromptSequence) -> None:
         """The prompt is computed: promise from now on what it will hold as an answer, or until its transfer ends."""
-        request = prompt.request
-        total = request.total_tokens if prompt.serves else request.prompt_len
-        self._promises.shrink(prompt.key, self.peaks(request, total_tokens=total, history=request.prompt_len))
+        request, count = prompt.request, len(prompt.token_ids)
+        total = self._room_for(request, count) if prompt.serves else count
+        self._promises.shrink(prompt.key, self.peaks(request, total_tokens=total, history=count))
 
     # --- admission ------------------------------------------------------------------------------------------
 
@@ -157,10 +167,30 @@ class Scheduler:
         return events
 
     def _peaks_of(self, sequence: Promised) -> Peaks:
+        """What must be promised before the sequence starts."""
+        request = sequence.request
+        if isinstance(sequence, Reservation):
+            total = self._room_for(request, request.prompt_len)
+            return self.peaks(request, total_tokens=total, history=request.prompt_len)
+        count = len(sequence.token_ids)
+        return self.peaks(request, total_tokens=self._room_for(request, count) if sequence.serves else count)
+
+    def _worst_peaks(self, sequence: Promised) -> Peaks:
+        """The most the sequence can come to hold if it is never preempted."""
         request = sequence.request
         if isinstance(sequence, Reservation):
             return self.peaks(request, total_tokens=request.total_tokens, history=request.prompt_len)
         return self.peaks(request, total_tokens=request.total_tokens if sequence.serves else request.prompt_len)
+
+    def _room_for(self, request: Request, num_tokens: int) -> int:
+        """Tokens that an answer at `num_tokens` is promised room for: all, if it could not be computed anew."""
+        if not self._can_recompute(request):
+            return request.total_tokens
+        return min(request.total_tokens, num_tokens + HEADROOM_BLOCKS * self._cache.layout.block_size)
+
+    def _can_recompute(self, request: Request) -> bool:
+        """Whether an empty cache holds all of the request in prompt chunks."""
+        return self._promises.fits_empty(self.peaks(request, total_tokens=request.total_tokens))
 
     def _has_seat(self, *, with_soft: bool = False) -> bool:
         """Whether one more may be computed at once. Held prompts take no seat; soft ones none from the promised."""
@@ -190,7 +220,7 @@ class Scheduler:
         sequence.cached = self._cache.open(sequence.key, sequence.request.sampling.cache_salt)
         if isinstance(sequence, Reservation):
             return [self._reserve(sequence)]
-        reused = self._cache.reuse_prefix(sequence.cached, sequence.request.prompt)
+        reused = self._cache.reuse_prefix(sequence.cached, sequence.token_ids)
         if sequence.num_cached_tokens is None:
             sequence.num_cached_tokens = reused
         sequence.num_announced = [0] * self._cache.layout.num_groups
@@ -223,9 +253,12 @@ class Scheduler:
 
     # --- steps ----------------------------------------------------------------------------------------------
 
-    def schedule(self) -> list[Work]:
-        """The next step: one token of every answer, then chunks of prompts. Sizes the blocks of all of them."""
-        work = [self._decode(answer) for answer in self.answers]
+    def schedule(self, events: list[EngineEvent]) -> list[Work]:
+        """The next step: one token of every answer, then chunks of prompts. Sizes the blocks of all of them.
+
+        Appends to `events` what was dropped for their growth.
+        """
+        work = [self._decode(answer) for answer in self.answers if self._grow(answer, events)]
         prompts = self.prompts
         budget = self._max_num_batched_tokens - len(work)
         max_chunks = min(MAX_PREFILLS_PER_STEP, self._max_num_seqs - len(work))
@@ -246,6 +279,41 @@ class Scheduler:
             self._cache.commit(cached, sequence.tokens(cached.committed, work.end))
         self._size(work.sequence, capacity=work.end, history=work.end)
 
+    def _grow(self, answer: DecodingSequence, events: list[EngineEvent]) -> bool:
+        """Promise the answer room for its next token. False when it was preempted itself, by now or just now."""
+        if self._live.get(answer.key) is not answer:
+            return False
+        stored, soft = answer.num_stored, None
+        peaks = self.peaks(answer.request, total_tokens=stored + 1, history=stored)
+        while not self._promises.try_grow(answer.key, peaks):
+            soft = self.soft if soft is None else soft
+            if soft:
+                events.append(self._drop(soft.pop()))
+                continue
+            victim = next(s for s in reversed(self._live.values()) if self._is_preemptible(s))
+            self._preempt(victim)
+            if victim is answer:
+                return False
+        return True
+
+    def _is_preemptible(self, sequence: LiveSequence) -> bool:
+        """Running here and for nobody else, and possible to compute anew."""
+        is_own = isinstance(sequence, DecodingSequence) or (isinstance(sequence, PromptSequence) and sequence.serves)
+        return is_own and sequence.cached is not None and self._can_recompute(sequence.request)
+
+    def _preempt(self, sequence: LiveSequence) -> None:
+        """Take its blocks; it goes on from the head of the line, where the oldest of several ends up first."""
+        assert sequence.cached is not None
+        self.num_preemptions += 1
+        self._cache.close_sequence(sequence.cached)
+        self._promises.release(sequence.key)
+        if isinstance(sequence, DecodingSequence):
+            sequence = PromptSequence(sequence.request, serves=True, answer=sequence)
+            self._live[sequence.key] = sequence
+        assert isinstance(sequence, PromptSequence)
+        sequence.cached = None
+        self._urgent.appendleft(sequence)
+
     def _decode(self, answer: DecodingSequence) -> Work:
         stored = answer.num_stored
         self._size(answer, capacity=stored + 1, history=stored)
@@ -255,7 +323,7 @@ class Scheduler:
         start = prompt.num_computed
         end = start + count
         self._size(prompt, capacity=end, history=start, scratch_until=self._scratch_until(prompt, end))
-        return Work(prompt, prompt.request.prompt[start:end], start)
+        return Work(prompt, prompt.token_ids[start:end], start)
 
     def _scratch_until(self, prompt: PromptSequence, end: int) -> int:
         """Blocks stale here may be scratch. `reuse` keeps what the same prompt, asked again, would begin with."""
@@ -264,7 +332,7 @@ class Scheduler:
         if self._swa_scratch == "on":
             return end
         size = self._cache.layout.block_size
-        return min(end, (prompt.request.prompt_len - 1) // size * size)
+        return min(end, (len(prompt.token_ids) - 1) // size * size)
 
     def _size(self, sequence: LiveSequence, *, capacity: int, history: int, scratch_until: int = 0) -> None:
         assert sequence.cached is not None

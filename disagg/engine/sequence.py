@@ -53,6 +53,7 @@ class Request:
 class PromptSequence:
     """A prompt computed here: for this worker's own answer (`serves`), or for a decode worker, soft until pinned.
 
+    One that has an `answer` was preempted while decoding: its prompt is computed anew with what it had generated.
     Its state follows from what it holds: no `cached` = it waits; `cached` without `computed` = its prompt is being
     computed; `computed` = it holds the whole prompt until it is released or dropped.
     """
@@ -68,8 +69,14 @@ class PromptSequence:
     """Raised when computed blocks are dropped: what was said about them is stale."""
     num_cached_tokens: int | None = None
     """Tokens of the prompt that its first computation found in the cache; None before it began."""
+    answer: DecodingSequence | None = None
+    token_ids: tuple[int, ...] = field(init=False)
+    """What is computed: the prompt, and the answer so far."""
     num_announced: list[int] = field(default_factory=list)
     """Per layer group, how many of its needed ordinals were reported final in this computation."""
+
+    def __post_init__(self) -> None:
+        self.token_ids = self.request.prompt + tuple(self.answer.output if self.answer else ())
 
     @property
     def key(self) -> AttemptKey:
@@ -85,7 +92,7 @@ class PromptSequence:
 
     @property
     def num_remaining(self) -> int:
-        return self.request.prompt_len - self.num_computed
+        return len(self.token_ids) - self.num_computed
 
     @property
     def is_computing(self) -> bool:
@@ -93,7 +100,7 @@ class PromptSequence:
 
     def tokens(self, start: int, stop: int) -> tuple[int, ...]:
         """Those at positions [start, stop)."""
-        return self.request.prompt[start:stop]
+        return self.token_ids[start:stop]
 
 
 @dataclass(slots=True, eq=False)
@@ -152,6 +159,13 @@ class DecodingSequence:
         prompt_len = self.request.prompt_len
         answer = self.output[max(0, start - prompt_len) : max(0, stop - prompt_len)]
         return self.request.prompt[start:stop] + tuple(answer)
+
+    def resume(self, computed: PromptSequence) -> None:
+        """Go on after a preemption, on KV that this engine computed again for all tokens so far."""
+        assert computed.answer is self
+        assert computed.cached is not None
+        assert computed.num_remaining == 0, f"{self.key}: {computed.num_remaining} tokens are missing"
+        self.cached = computed.cached
 
     def ending(self) -> Ending | None:
         return self.request.ending_after(self.output[-1], len(self.output))

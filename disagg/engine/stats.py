@@ -12,8 +12,9 @@ from disagg.engine.commands import AttemptKey
 
 @dataclass(slots=True)
 class EngineCounters:
-    """Counters since start; only the engine's own thread writes them."""
+    """Counters since start, and what the last step was; only the engine's own thread writes them."""
 
+    scratch: tuple[int, ...]
     steps: int = 0
     prompt_tokens_computed: int = 0
     tokens_generated: int = 0
@@ -31,6 +32,8 @@ class EngineStats:
     `prompt_tokens_computed`, `tokens_generated` (sampled here), `steps`: counters. `live_keys`: not yet released.
     `released`: attempts that a command ended, by the state it found them in (see `state_of`); for a `held` prompt that
     is the usual end, for all others a cancel or a failure.
+    `num_preemptions`: sequences whose blocks were taken for older ones, since start.
+    `scratch`: per pool, the slots that were scratch during the last step; none is between steps.
     `reuse`: per layer group, blocks that requests asked the prefix cache for and found; empty without one.
     """
 
@@ -46,6 +49,8 @@ class EngineStats:
     live_keys: tuple[AttemptKey, ...]
     released: tuple[tuple[str, int], ...] = ()
     reuse: tuple[ReuseCount, ...] = ()
+    num_preemptions: int = 0
+    scratch: tuple[int, ...] = ()
 
     @property
     def num_used_slots(self) -> int:

@@ -32,3 +32,13 @@ def finite_rows(rows: npt.NDArray[np.uint8], dtype: str) -> npt.NDArray[np.bool_
     sign = 1 << (8 * unsigned.itemsize - 1)
     finite: npt.NDArray[np.bool_] = positive & (unsigned.max(axis=1, initial=0) <= sign + largest)
     return finite
+
+
+def is_finite(data: npt.NDArray[np.uint8], dtype: str) -> bool:
+    """Whether contiguous bytes `[nbytes]` hold finite numbers of `dtype` only. As `finite_rows`, for one piece."""
+    signed, largest = _LARGEST_FINITE[dtype]
+    if data.size == 0:
+        return True
+    unsigned = data.view(signed.replace("i", "u"))
+    sign = 1 << (8 * unsigned.itemsize - 1)
+    return int(unsigned.max()) <= sign + largest and int(data.view(signed).max()) <= largest

@@ -15,6 +15,7 @@ from disagg.kernels import reference
 from disagg.kernels.batch import PagedBatch
 from disagg.kernels.device_plan import DevicePlan
 from disagg.kernels.dispatch import CALLS, backend
+from disagg.kernels.qkv import HeadNorms, Rotary
 from disagg.kernels.scales import KVScales
 from disagg.kernels.workspace import Workspace
 
@@ -70,6 +71,31 @@ def paged_attention(
     module = _served("paged_attention", pool.device)
     out = module.paged_attention(query, pool, plan, scale, softcap, sink_logits, scales)
     return cast(torch.Tensor, out)
+
+
+def preprocess_qkv(
+    qkv: torch.Tensor,
+    pool: torch.Tensor,
+    plan: Plan,
+    *,
+    num_heads: int,
+    bias: torch.Tensor | None = None,
+    norms: HeadNorms | None = None,
+    angles: Rotary | None = None,
+    scales: KVScales | None = None,
+) -> torch.Tensor:
+    """Split `qkv` `[num_queries, (num_heads + 2 num_kv_heads) * head_dim]` and make it ready for attention.
+
+    Adds `bias`, norms and rotates each head as `norms` and `angles` say, stores K and V in their blocks over `scales`,
+    and returns Q `[num_queries, num_heads, head_dim]` in `qkv`'s dtype. Computes in float32 and rounds once.
+    """
+    width = (num_heads + 2 * pool.shape[2]) * pool.shape[4]
+    assert qkv.ndim == 2 and qkv.shape[1] == width, f"qkv: {tuple(qkv.shape)}, expected [n, {width}]"  # noqa: PT018
+    assert bias is None or bias.shape == (width,)
+    assert norms is None or norms.gains.shape == (3, pool.shape[4])
+    assert angles is None or (len(angles.cos) == len(qkv) and 2 * angles.cos.shape[1] <= pool.shape[4])
+    module = _served("preprocess_qkv", pool.device)
+    return cast(torch.Tensor, module.preprocess_qkv(qkv, pool, plan, num_heads, bias, norms, angles, scales))
 
 
 def gather_slots(memory: torch.Tensor, slots: torch.Tensor, out: torch.Tensor) -> torch.Tensor:

@@ -19,6 +19,7 @@ import torch
 from torch.nn import functional
 
 from disagg.kernels.batch import NULL_SLOT, PagedBatch, QueryRun
+from disagg.kernels.qkv import HeadNorms, Rotary
 from disagg.kernels.scales import KVScales, quantise, raw
 from disagg.kernels.workspace import Workspace
 
@@ -180,6 +181,38 @@ class _Planner:
             low, high = int(seen[0]), int(seen[-1]) + 1
             tiles.append(Tile(at + first, at + last, low, high, self._bias(allowed[:, low:high])))
         return Run(self._key_rows(self.batch.slots(run, ordinals)), tuple(tiles))
+
+
+def preprocess_qkv(
+    qkv: torch.Tensor,
+    pool: torch.Tensor,
+    plan: Plan,
+    num_heads: int,
+    bias: torch.Tensor | None,
+    norms: HeadNorms | None,
+    angles: Rotary | None,
+    scales: KVScales | None,
+) -> torch.Tensor:
+    num_kv_heads, head_dim = pool.shape[2], pool.shape[4]
+    x = (qkv.float() if bias is None else qkv.float() + bias.float()).view(len(qkv), -1, head_dim)
+    parts = list(torch.split(x, [num_heads, num_kv_heads, num_kv_heads], dim=1))
+    if norms is not None:
+        for kind, gain in enumerate(norms.gains):
+            if norms.normed[kind]:
+                squares = parts[kind].square().mean(-1, keepdim=True)
+                parts[kind] = parts[kind] * torch.rsqrt(squares + norms.epsilon) * gain
+    if angles is not None:
+        parts[:2] = [_rotate(part, angles) for part in parts[:2]]
+    query, key, value = parts
+    write_kv(pool, plan, key, value, scales)
+    return query.to(qkv.dtype)
+
+
+def _rotate(x: torch.Tensor, angles: Rotary) -> torch.Tensor:
+    half = angles.cos.shape[1]
+    cos, sin = angles.cos[:, None], angles.sin[:, None]
+    a, b, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
+    return torch.cat([a * cos - b * sin, b * cos + a * sin, rest], dim=-1)
 
 
 def _rows(pool: torch.Tensor, width: int) -> torch.Tensor:

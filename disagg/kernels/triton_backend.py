@@ -14,10 +14,12 @@ import triton
 from disagg.kernels.batch import PagedBatch
 from disagg.kernels.device_plan import DevicePlan, device_plan
 from disagg.kernels.dispatch import CALLS
+from disagg.kernels.qkv import HeadNorms, Rotary
 from disagg.kernels.scales import EIGHT_BIT_FLOATS, KVScales, quantise, raw
 from disagg.kernels.triton_attention import attention_kernel, merge_kernel
 from disagg.kernels.triton_copies import rows_kernel, units_kernel, write_kernel
 from disagg.kernels.triton_launch import Cut, SplitSpace, cut, num_processors, num_splits, power_of_two
+from disagg.kernels.triton_qkv import qkv_kernel
 from disagg.kernels.workspace import Workspace
 
 NAME: Final = "triton"
@@ -27,6 +29,7 @@ INTERPRETED: Final = bool(triton.knobs.runtime.interpret)
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 Outs = tuple[torch.Tensor | None, ...]  # out, maxima, sums; without splits only the first
 STORED = (*FLOATS, *EIGHT_BIT_FLOATS)
+QUERIES_PER_PROGRAM: Final = 8  # a head of 128 then makes 1024 elements, 8 per thread
 COPY_BLOCK: Final = 2048  # elements that a program copies: 16 of 2 bytes per thread, two vector loads; 16 KiB as int64
 
 
@@ -99,6 +102,50 @@ def write_kv(
         HAS_SCALES=scales is not None,
         SATURATE=pool.dtype in EIGHT_BIT_FLOATS,
     )
+
+
+def preprocess_qkv(
+    qkv: torch.Tensor,
+    pool: torch.Tensor,
+    plan: DevicePlan,
+    num_heads: int,
+    bias: torch.Tensor | None,
+    norms: HeadNorms | None,
+    angles: Rotary | None,
+    scales: KVScales | None,
+) -> torch.Tensor:
+    num_queries, num_kv_heads, head_dim = len(plan.write_slots), pool.shape[2], pool.shape[4]
+    check_rows("pool", pool, (pool.shape[0], 2, num_kv_heads, plan.block_size, head_dim), STORED)
+    check_rows("qkv", qkv, (num_queries, (num_heads + 2 * num_kv_heads) * head_dim), FLOATS)
+    saturates = pool.dtype in EIGHT_BIT_FLOATS
+    if INTERPRETED and saturates:
+        raise RuntimeError(f"Triton's interpreter converts to {pool.dtype} wrongly: convert in torch")
+    gains, normed = (None, (False,) * 3) if norms is None else (norms.gains, norms.normed)
+    cos, sin = (None, None) if angles is None else (angles.cos, angles.sin)
+    check_device(pool, plan.write_slots, qkv, bias, gains, cos, *_tensors(scales))
+    half = 0 if cos is None else cos.shape[1]
+    query = torch.empty(num_queries, num_heads, head_dim, dtype=qkv.dtype, device=qkv.device)
+    launch(
+        "preprocess_qkv",
+        qkv_kernel,
+        (-(-num_queries // QUERIES_PER_PROGRAM), num_heads + 2 * num_kv_heads),
+        *(qkv, None if bias is None else bias.contiguous(), gains, cos, sin),
+        *(pool, plan.write_slots, plan.write_offsets, *_tensors(scales), query, num_queries),
+        *(0.0 if norms is None else norms.epsilon, torch.finfo(pool.dtype).max),
+        *(qkv.stride(0), *pool.stride()[:4]),
+        HQ=num_heads,
+        H=num_kv_heads,
+        D=head_dim,
+        HALF=half,
+        HP=power_of_two(half),
+        RP=power_of_two(head_dim - 2 * half),
+        BLOCK_T=QUERIES_PER_PROGRAM,
+        HAS_BIAS=bias is not None,
+        NORMED=sum(1 << kind for kind in range(3) if normed[kind]),
+        HAS_SCALES=scales is not None,
+        SATURATE=saturates,
+    )
+    return query
 
 
 def paged_attention(

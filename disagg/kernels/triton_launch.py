@@ -19,11 +19,11 @@ MIN_DOT: Final = 16
 # Elements of K that one iteration loads: with V and a second stage about 64 KiB of 2-byte numbers, of an H200's 227.
 CHUNK_ELEMENTS: Final = 8192
 CHUNK_KEYS: Final = 64
-# Rows of a prefill tile; fewer where the accumulator of rows * head_dim float32 would not fit the registers of 8 warps.
-TILE_ROWS: Final = 64
-MAX_TILE_BYTES: Final = 32 * 1024  # of the accumulator, counted in the queries' dtype
-# Above this many such bytes 4 warps spill registers (seen in what ptxas reports for sm_90).
-MAX_TILE_BYTES_OF_4_WARPS: Final = 16 * 1024
+# By bytes per element: rows of a prefill tile, and the largest accumulator (rows * head_dim) that 4 warps hold. With
+# them ptxas reports no spilled registers for sm_90; float32 products take no tensor cores and more registers.
+TILE_ROWS: Final = {2: 64, 4: 32}
+ELEMENTS_OF_4_WARPS: Final = {2: 8192, 4: 1024}
+MAX_TILE_BYTES: Final = 32 * 1024  # of the accumulator of 8 warps, counted in the queries' dtype
 
 
 def power_of_two(n: int) -> int:
@@ -46,9 +46,9 @@ def cut(*, head_dim: int, heads_per_kv: int, itemsize: int, decode: bool) -> Cut
     """How a decode batch (tiles of one query) or a prefill chunk is cut."""
     padded = max(MIN_DOT, power_of_two(head_dim))
     keys = min(CHUNK_KEYS, max(MIN_DOT, CHUNK_ELEMENTS * 2 // itemsize // padded))
-    wanted = 1 if decode else min(TILE_ROWS, MAX_TILE_BYTES // (padded * itemsize))
+    wanted = 1 if decode else min(TILE_ROWS[itemsize], MAX_TILE_BYTES // (padded * itemsize))
     rows = max(MIN_DOT, power_of_two(heads_per_kv), wanted)
-    num_warps = 4 if rows * padded * itemsize <= MAX_TILE_BYTES_OF_4_WARPS else 8
+    num_warps = 4 if rows * padded <= ELEMENTS_OF_4_WARPS[itemsize] else 8
     return Cut(1 if decode else rows // heads_per_kv, rows, keys, padded, num_warps)
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from disagg.transceiver.identity import differing_field
+from disagg.transceiver.identity import differing_field, geometry_difference
 from disagg.transceiver.messages.router import Register
-from disagg.transceiver.messages.values import Geometry, Identity
+from disagg.transceiver.messages.values import Identity
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,7 +21,7 @@ class Difference:
         return f"{self.field} ({self.ours} and {self.theirs})"
 
 
-def record_difference(ours: Identity | Geometry, theirs: Identity | Geometry) -> Difference | None:
+def record_difference(ours: Identity, theirs: Identity) -> Difference | None:
     """The first field that two records of one type do not share; None when they are equal."""
     found = differing_field(ours, theirs)
     return None if found is None else Difference(*found)
@@ -29,8 +29,8 @@ def record_difference(ours: Identity | Geometry, theirs: Identity | Geometry) ->
 
 def pair_difference(prefill: Register, decode: Register) -> Difference | None:
     """Why KV of `prefill` cannot land at `decode`: a field of their geometry, or `planes` when none is shared."""
-    if difference := record_difference(prefill.geometry, decode.geometry):
-        return difference
+    if found := geometry_difference(prefill.geometry, decode.geometry):
+        return Difference(*found)
     if not set(prefill.planes) & set(decode.planes):
         return Difference("planes", ", ".join(prefill.planes), ", ".join(decode.planes))
     return None

@@ -49,7 +49,8 @@ class Worker:
 
     @property
     def target(self) -> PeerTarget:
-        return PeerTarget(self.incarnation, self.worker_id, self.register.peer_endpoint)
+        register = self.register
+        return PeerTarget(self.incarnation, self.worker_id, register.peer_endpoint, register.geometry.block_size)
 
     def state(self, now: float) -> WorkerState:
         if self.draining or self.lease.state == WorkerState.DRAINING.value:

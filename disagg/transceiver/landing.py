@@ -1,22 +1,24 @@
-"""One thread that copies and hashes: what would hold up the event loop, and what the model should not wait for.
+"""The threads that copy and hash: what would hold up the event loop, and what the model should not wait for.
 
-It touches only slots it was handed: destinations of a reservation, or sources that will not change any more.
+They touch only slots they were handed: destinations of a reservation, or sources that will not change any more.
 """
 
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
-from disagg.kernels.digest import digest
-from disagg.kernels.finite import finite_rows
+from disagg.kernels.digest import digest, new_digest
+from disagg.kernels.finite import finite_rows, is_finite
 from disagg.transceiver.errors import SourceChanged
 from disagg.transceiver.events import LandedUnit, Unit
-from disagg.transceiver.planes.base import Bytes, LandingJob, LandingPlane, PoolRegion, SourceUnit
+from disagg.transceiver.planes.base import Bytes, Destination, LandingJob, LandingPlane, PoolRegion, SourceUnit
 from disagg.transceiver.planes.copying import adjacent, ints
+from disagg.transceiver.planes.reading import ReadingLandingPlane
 from disagg.transceiver.planes.reshaping import ReshapingPlane
 from disagg.transceiver.units import SlotUnits
 
@@ -28,6 +30,11 @@ class Landed:
     units: tuple[LandedUnit, ...]
     num_operations: int
 
+
+LANDING_THREADS: Final = 2 if (os.cpu_count() or 1) >= 4 else 1
+"""Copying, hashing and looking for Inf cost a core twice what copying alone does, and copying alone nearly fills the
+memory's bandwidth: a second thread hides the difference, a third would have nothing to do. On two cores it would only
+take the one that event loops and libzmq's threads run on: 38 ms where one thread takes 28, measured."""
 
 AfterCopy = Callable[[LandingJob, Sequence[PoolRegion]], None]
 
@@ -42,17 +49,19 @@ class LandingThread:
         *,
         after_copy: AfterCopy | None = None,
         digests: bool = True,
+        num_threads: int = 1,
     ) -> None:
         """`dtypes[g]` is the torch dtype name of group g's KV.
 
         `after_copy` runs on the thread between a job's copy and its hash: tests flip a byte there. `digests` False
-        (a benchmark's right only) hashes and checks nothing, on this side or that: every digest is 0.
+        (a benchmark's right only) hashes and checks nothing, on this side or that: every digest is 0. With several
+        threads jobs start in order and end as they may: no two share a slot.
         """
         self._pools = tuple(pools)
         self._dtypes = tuple(dtypes)
         self._after_copy = after_copy
         self._digests = digests
-        self._executor = ThreadPoolExecutor(1, thread_name_prefix="landing")
+        self._executor = ThreadPoolExecutor(num_threads, thread_name_prefix="landing")
         self._jobs: dict[tuple[str, int], set[Future[Any]]] = {}
 
     async def submit(self, job: LandingJob, plane: LandingPlane) -> Landed:
@@ -100,9 +109,14 @@ class LandingThread:
     # --- on the thread ----------------------------------------------------------------------------------------
 
     def _land(self, job: LandingJob, plane: LandingPlane) -> Landed:
-        before = plane.num_operations  # only this thread lands
+        if self._digests and self._after_copy is None and isinstance(plane, ReadingLandingPlane):
+            pieces = _Pieces(job.destinations, self._dtypes)
+            plane.land(job, pieces.take)
+            return Landed(pieces.landed(), _num_runs(job, plane))
+        before = plane.num_operations
         plane.land(job)
-        num_operations = plane.num_operations - before
+        is_reshaped = isinstance(plane, ReshapingPlane)  # its copies are its own; jobs at once count each other's too
+        num_operations = plane.num_operations - before if is_reshaped else _num_runs(job, plane)
         if self._after_copy is not None:
             self._after_copy(job, self._pools)
         landed: list[LandedUnit] = []
@@ -142,3 +156,32 @@ class LandingThread:
                 f"group {unit.group}, block {unit.ordinal}: its slot was given away before it was hashed"
             )
         return Unit(unit.group, unit.ordinal, unit.slot, unit.generation, value)
+
+
+class _Pieces:
+    """Hashes and looks at units piece by piece, while their bytes are in the cache of the core that copied them."""
+
+    def __init__(self, units: Sequence[Destination], dtypes: Sequence[str]) -> None:
+        self._units, self._dtypes = units, dtypes
+        self._hashes = [new_digest() for _ in units]
+        self._finite = [True] * len(units)
+
+    def take(self, index: int, piece: Bytes) -> None:
+        self._hashes[index].update(piece.data)
+        if not is_finite(piece, self._dtypes[self._units[index].group]):
+            self._finite[index] = False
+
+    def landed(self) -> tuple[LandedUnit, ...]:
+        return tuple(
+            LandedUnit(unit.group, unit.ordinal, value.intdigest(), finite)
+            for unit, value, finite in zip(self._units, self._hashes, self._finite, strict=True)
+        )
+
+
+def _num_runs(job: LandingJob, plane: LandingPlane) -> int:
+    """Copies that landing `job` took: counted from the job, since other threads land on the same plane meanwhile."""
+    units = job.destinations
+    columns = [ints([u.slot for u in units])]
+    if plane.reads_sources:
+        columns.append(ints([u.source_slot for u in units]))
+    return sum(1 for _ in adjacent(ints([u.pool for u in units]), *columns))

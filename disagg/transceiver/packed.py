@@ -9,9 +9,10 @@ distances, as in our slots, else one per layer and half.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from disagg.kernels.digest import digest
@@ -25,6 +26,11 @@ STAGING_NBYTES: Final = 8 << 20
 
 _RAW: Final = {4: torch.int32, 2: torch.int16, 1: torch.uint8}
 
+Buffer = torch.Tensor | npt.NDArray[np.uint8]
+"""One axis: a tensor of any type, or bytes, which may be read-only where nothing is written."""
+
+_View = torch.Tensor | npt.NDArray[Any]
+
 
 def flat(tensor: torch.Tensor) -> torch.Tensor:
     """The whole storage of `tensor` as one axis of its elements: the buffer that its strides and offset refer to."""
@@ -37,7 +43,7 @@ class Area:
     def __init__(
         self,
         layout: Layout,
-        buffers: Sequence[torch.Tensor],
+        buffers: Sequence[Buffer],
         number: int,
         group: GroupSemantics,
         rectangle: Rectangle,
@@ -45,8 +51,7 @@ class Area:
     ) -> None:
         """`number`: the group's in `layout`. `rectangle` is in positions of the model-wide `group`.
 
-        `buffers[i]` is one axis of any type whose bytes are buffer i. Raises `ValueError` when this rank does not hold
-        all of the rectangle.
+        Raises `ValueError` when this rank does not hold all of the rectangle.
         """
         held = layout.groups[number]
         first_layer, num_layers, first_head, num_heads = rectangle
@@ -60,10 +65,9 @@ class Area:
         self.unit_shape = (num_layers, 2, num_heads, unit, held.head_dim)
         self.scales = _scales(held, layers, heads)
         self._unit = unit
-        raw = [buffer.view(_RAW[ELEMENT_NBYTES[held.dtype]]) for buffer in buffers]
         per_slot = layout.block_size // unit
         self._views = [
-            _view(raw, held, [[held.halves[i][k] for k in halves] for i in chosen], heads, (per_slot, unit))
+            _view(buffers, held, [[held.halves[i][k] for k in halves] for i in chosen], heads, (per_slot, unit))
             for chosen, halves in _even_parts(held, layers)
         ]
         self._parts = [
@@ -81,7 +85,7 @@ class Area:
         units = tokens // self._unit
         if len(self._views) == 1:
             return self._typed(_take(self._views[0], slots, units))
-        values = self._views[0].new_empty((len(slots), *self.unit_shape))
+        values = torch.empty((len(slots), *self.unit_shape), dtype=_RAW[ELEMENT_NBYTES[self.dtype]])
         for (layers, halves), view in zip(self._parts, self._views, strict=True):
             values[:, layers, halves] = _take(view, slots, units)
         return self._typed(values)
@@ -92,6 +96,11 @@ class Area:
         raw = values.view(_RAW[values.element_size()])
         for (layers, halves), view in zip(self._parts, self._views, strict=True):
             _put(view, slots, units, raw[:, layers, halves])
+
+    def put(self, slots: Ints, tokens: Ints, rows: npt.NDArray[np.uint8]) -> None:
+        """`write` of canonical bytes in this memory's own format, `[n, unit_nbytes]` contiguous."""
+        values = torch.from_numpy(rows.reshape(-1)).view(_RAW[ELEMENT_NBYTES[self.dtype]])
+        self.write(slots, tokens, values.reshape(len(slots), *self.unit_shape))
 
     def _typed(self, values: torch.Tensor) -> torch.Tensor:
         return values.view(getattr(torch, self.dtype))
@@ -134,34 +143,38 @@ def _inner(half: Half) -> tuple[int, int, int, int]:
 
 
 def _view(
-    buffers: Sequence[torch.Tensor],
+    buffers: Sequence[Buffer],
     held: GroupStrides,
     halves: Sequence[Sequence[Half]],
     heads: range,
     cut: tuple[int, int],
-) -> torch.Tensor:
+) -> _View:
     """`[slot, unit in slot, layer, half, head, token, dim]`; `cut` = (units per slot, tokens per unit)."""
     first, (layer_step, half_step), (per_slot, unit) = halves[0][0], _steps(halves), cut
-    buffer = buffers[first.buffer]
-    return buffer.as_strided(
-        (held.num_slots, per_slot, len(halves), len(halves[0]), len(heads), unit, held.head_dim),
-        (first.slot, unit * first.token, layer_step, half_step, first.head, first.token, first.dim),
-        buffer.storage_offset() + first.offset + heads.start * first.head,
-    )
+    shape = (held.num_slots, per_slot, len(halves), len(halves[0]), len(heads), unit, held.head_dim)
+    strides = (first.slot, unit * first.token, layer_step, half_step, first.head, first.token, first.dim)
+    offset = first.offset + heads.start * first.head
+    buffer, nbytes = buffers[first.buffer], ELEMENT_NBYTES[held.dtype]
+    if isinstance(buffer, torch.Tensor) and buffer.device.type != "cpu":
+        raw = buffer.view(_RAW[nbytes])
+        return raw.as_strided(shape, strides, raw.storage_offset() + offset)
+    flat_bytes = buffer.view(torch.uint8).numpy() if isinstance(buffer, torch.Tensor) else buffer
+    in_bytes = tuple(nbytes * stride for stride in strides)
+    return np.ndarray(shape, f"i{nbytes}" if nbytes > 1 else "u1", flat_bytes, nbytes * offset, in_bytes)
 
 
-def _take(view: torch.Tensor, slots: Ints, units: Ints) -> torch.Tensor:
+def _take(view: _View, slots: Ints, units: Ints) -> torch.Tensor:
     """`view[slots, units]`, copied. On the CPU numpy does it ten times as fast as torch, at the pace of memcpy."""
-    if view.device.type == "cpu":
-        return torch.from_numpy(np.ascontiguousarray(view.numpy()[slots, units]))
-    return view[torch.from_numpy(slots), torch.from_numpy(units)].contiguous()
+    if isinstance(view, torch.Tensor):
+        return view[torch.from_numpy(slots), torch.from_numpy(units)].contiguous()
+    return torch.from_numpy(np.ascontiguousarray(view[slots, units]))
 
 
-def _put(view: torch.Tensor, slots: Ints, units: Ints, values: torch.Tensor) -> None:
-    if view.device.type == "cpu":
-        view.numpy()[slots, units] = values.numpy()
-    else:
+def _put(view: _View, slots: Ints, units: Ints, values: torch.Tensor) -> None:
+    if isinstance(view, torch.Tensor):
         view[torch.from_numpy(slots), torch.from_numpy(units)] = values.to(view.device)
+    else:
+        view[slots, units] = values.numpy()
 
 
 # --- both ends ----------------------------------------------------------------------------------------------------

@@ -17,17 +17,19 @@ from disagg.transceiver.errors import (
     TransceiverError,
     first_cause,
 )
-from disagg.transceiver.identity import differing_field
+from disagg.transceiver.identity import differing_field, geometry_difference
 from disagg.transceiver.links import ControlClient
 from disagg.transceiver.messages.peer import Heartbeat, Hello, PeerMessage, Refused, TransferMessage, Welcome
 from disagg.transceiver.messages.router import PeerLink as LinkReport
 from disagg.transceiver.messages.router import PeerTarget
-from disagg.transceiver.messages.values import AttemptKey
+from disagg.transceiver.messages.values import AttemptKey, Geometry
 from disagg.transceiver.node import Node
 from disagg.transceiver.planes.base import LandingPlane, PoolRegion
 from disagg.transceiver.planes.probe import measure
+from disagg.transceiver.planes.reshaping import ReshapingPlane
 from disagg.transceiver.sockets import Sockets
 from disagg.transceiver.timing import HEARTBEAT_S, LOST_S, SUSPECT_S
+from disagg.transceiver.units import SlotUnits, peer_unit
 
 log = logging.getLogger(__name__)
 
@@ -71,6 +73,8 @@ class PeerLink:
         self._is_ended = False
         self._plane_lost = asyncio.Event()
         self.plane: LandingPlane | None = None
+        self.unit_nbytes: tuple[int, ...] = ()
+        """Bytes of a unit per group where the peer's block size differs; empty where a unit is a slot."""
         self.gb_per_s = 0.0
 
     @property
@@ -149,9 +153,8 @@ class PeerLink:
             case Welcome() if answer.incarnation != self.target.incarnation:
                 raise PeerLost("another process answers at its endpoint")
             case Welcome():
-                difference = differing_field(self._node.identity, answer.identity) or differing_field(
-                    self._node.geometry, answer.geometry
-                )
+                ours, theirs = self._node.geometry, answer.geometry
+                difference = differing_field(self._node.identity, answer.identity) or geometry_difference(ours, theirs)
                 if difference is not None:
                     raise PeerRefused(*difference)
                 return answer
@@ -166,10 +169,10 @@ class PeerLink:
         for name, make in self._planes.items():
             if name not in offers:
                 continue
-            plane = make()
+            plane, pools = self._suited(make(), welcome.geometry)
             try:
-                await plane.connect(self._node.incarnation, offers[name], self._pools)
-                self.gb_per_s = await measure(plane, self._pools)
+                await plane.connect(self._node.incarnation, offers[name], pools)
+                self.gb_per_s = await measure(plane, pools)
             except (PlaneRefused, PeerLost, RemoteProtocolError, SourceChanged) as exc:
                 await plane.close()
                 reasons.append(f"{name}: {exc}")
@@ -184,6 +187,18 @@ class PeerLink:
         raise PlaneRefused(
             "; ".join(reasons) or f"no common data plane: ours {list(self._planes)}, theirs {list(offers)}"
         )
+
+    def _suited(self, plane: LandingPlane, theirs: Geometry) -> tuple[LandingPlane, Sequence[PoolRegion]]:
+        """The plane for a sender of this geometry, and what to connect it with."""
+        ours = self._node.geometry
+        unit = peer_unit(ours, theirs.block_size)
+        self.unit_nbytes = ()
+        if ours.block_size == theirs.block_size:
+            return plane, self._pools
+        cut = SlotUnits(ours, self._pools, unit)
+        self.unit_nbytes = cut.unit_nbytes
+        reshaping = ReshapingPlane(plane, theirs, cut, self._pools)
+        return reshaping, reshaping.probe_pools
 
     def _say_which(self, plane: LandingPlane, refusals: Sequence[str]) -> None:
         """Name the plane, its speed, what it does not protect, and why none that was preferred is used."""

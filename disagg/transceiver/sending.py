@@ -15,7 +15,7 @@ from typing import Protocol
 from disagg.transceiver.actions import Action, AskPin, ReleaseSource, Send, SendPayload, UnregisterUnits
 from disagg.transceiver.errors import PeerLost, SourceChanged
 from disagg.transceiver.events import CancelAsked, Event, LeaseRenewed, PeerGone
-from disagg.transceiver.identity import differing_field
+from disagg.transceiver.identity import Difference, differing_field, geometry_difference
 from disagg.transceiver.links import ControlServer
 from disagg.transceiver.messages.peer import (
     Fetch,
@@ -27,12 +27,13 @@ from disagg.transceiver.messages.peer import (
     TransferMessage,
     Welcome,
 )
-from disagg.transceiver.messages.values import AttemptKey, UnitName
+from disagg.transceiver.messages.values import AttemptKey, Geometry, UnitName
 from disagg.transceiver.node import Node
-from disagg.transceiver.planes.base import SourcePlane, SourceUnit
+from disagg.transceiver.planes.base import PoolRegion, SourcePlane, SourceUnit
 from disagg.transceiver.timing import DISPATCH_GRACE_S, HEARTBEAT_S, LOST_S
 from disagg.transceiver.transfer import Transfer
 from disagg.transceiver.transfers import Transfers
+from disagg.transceiver.units import SlotUnits, peer_unit
 
 log = logging.getLogger(__name__)
 
@@ -55,6 +56,7 @@ class _Peer:
     hello: Hello
     routing_id: bytes
     heard_at: float
+    cut: SlotUnits | None = None
     sending: asyncio.Lock = field(default_factory=asyncio.Lock)  # payloads of one peer leave in slice order
 
 
@@ -68,8 +70,11 @@ class SendingSide:
         planes: Mapping[str, SourcePlane],
         pool_of_group: Sequence[int],
         host: SourceHost,
+        pools: Sequence[PoolRegion] = (),
     ) -> None:
+        """`pools` are needed for peers of another block size, who are refused without."""
         self._node = node
+        self._pools = pools
         self._server = server
         self._planes = planes
         self._pool_of_group = pool_of_group
@@ -130,7 +135,7 @@ class SendingSide:
 
     async def _answer_hello(self, routing_id: bytes, hello: Hello) -> None:
         node = self._node
-        difference = differing_field(node.identity, hello.identity) or differing_field(node.geometry, hello.geometry)
+        difference = differing_field(node.identity, hello.identity) or self._geometry_difference(hello.geometry)
         if difference is not None:
             log.warning("refused decode worker %s: %s", hello.worker_id, difference[0])
             self._post(routing_id, Refused(*difference))
@@ -139,9 +144,21 @@ class SendingSide:
         if known is not None and known.routing_id != routing_id:
             # It gave its last connection up, and with it every transfer on it: their sources need wait for no lease.
             await self._lose(hello.incarnation, "it connected anew")
-        self._peers[hello.incarnation] = _Peer(hello, routing_id, time.monotonic())
+        self._peers[hello.incarnation] = _Peer(hello, routing_id, time.monotonic(), self._cut_for(hello.geometry))
         offers = tuple(self._planes[name].offer(hello.incarnation) for name in hello.planes if name in self._planes)
         self._post(routing_id, Welcome(node.incarnation, node.worker_id, node.identity, node.geometry, offers))
+
+    def _geometry_difference(self, theirs: Geometry) -> Difference | None:
+        """Units can be cut only from memory that this process can map."""
+        ours = self._node.geometry
+        return geometry_difference(ours, theirs) if self._pools else differing_field(ours, theirs)
+
+    def _cut_for(self, theirs: Geometry) -> SlotUnits | None:
+        """Our slots in units of a peer whose block size differs."""
+        ours = self._node.geometry
+        if ours.block_size == theirs.block_size:
+            return None
+        return SlotUnits(ours, self._pools, peer_unit(ours, theirs.block_size))
 
     def _renew(self, routing_id: bytes, beat: Heartbeat) -> None:
         peer = self._known(routing_id, beat.source, beat.destination)
@@ -194,7 +211,8 @@ class SendingSide:
                 self._plane_of.pop(key, None)
                 self._host.release_source(key, reason)
             case UnregisterUnits(units):
-                self._host.unregister(key, units)
+                peer = self._peers.get(self._transfers.peer_of(key))
+                self._host.unregister(key, peer.cut.blocks(units) if peer is not None and peer.cut else units)
             case _:
                 raise AssertionError(f"a sender asked for {action}")
 
@@ -229,7 +247,12 @@ class SendingSide:
         ]
         async with peer.sending:
             try:
-                await plane.send(peer.hello.incarnation, key.transfer_id, key.epoch, action.number, units)
+                slice_name = peer.hello.incarnation, key.transfer_id, key.epoch, action.number
+                if peer.cut is None:
+                    await plane.send(*slice_name, units)
+                else:
+                    packed = await asyncio.to_thread(peer.cut.pack, units)
+                    await plane.send(*slice_name, packed.units, packed.regions)
             except SourceChanged as changed:  # a bug or a hostile writer: this attempt ends, the request may be retried
                 self.feed(key, CancelAsked(str(changed)))
             except PeerLost as loss:

@@ -6,9 +6,11 @@ what an engine calls a block or a page. Strides and offsets count elements, as t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, Protocol
+
+import torch
 
 ELEMENT_NBYTES: Final = {"float32": 4, "float16": 2, "bfloat16": 2, "float8_e4m3fn": 1}
 """Bytes per element of the KV dtypes that convert into each other, by torch's names."""
@@ -107,21 +109,12 @@ def _own_group(group: OwnGroup, pool: int, num_slots: int, block_size: int) -> G
     return GroupStrides(group.layers, 0, group.num_kv_heads, group.head_dim, num_slots, group.dtype, halves)
 
 
-class Strided(Protocol):
-    """What is read of a tensor: a `torch.Tensor` has it."""
-
-    @property
-    def shape(self) -> Sequence[int]: ...
-    def stride(self) -> Sequence[int]: ...
-    def storage_offset(self) -> int: ...
-
-
-ForeignLayer = Strided | tuple[Strided, Strided]
+ForeignLayer = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
 """One tensor that holds K and V, or (K, V) apart."""
 
 
 def foreign_layout(
-    layers: dict[int, ForeignLayer],
+    layers: Mapping[int, ForeignLayer],
     axes: str,
     *,
     dtype: str,
@@ -155,7 +148,7 @@ def foreign_layout(
 _Extents = tuple[int, int, int, int]
 
 
-def _cut(parts: tuple[Strided, ...], axes: str, first_buffer: int) -> tuple[_Extents, tuple[Half, Half]]:
+def _cut(parts: tuple[torch.Tensor, ...], axes: str, first_buffer: int) -> tuple[_Extents, tuple[Half, Half]]:
     """((slots, heads, tokens, dim), (K, V)) of one layer. Raises `ValueError`."""
     if len(parts) == 2:
         (k_extents, k), (v_extents, v) = (_one(part, axes, first_buffer + i) for i, part in enumerate(parts))
@@ -181,7 +174,7 @@ def _cut(parts: tuple[Strided, ...], axes: str, first_buffer: int) -> tuple[_Ext
     return extents, (k, _moved(k, both.stride()[axis]))
 
 
-def _one(tensor: Strided, axes: str, buffer: int) -> tuple[_Extents, Half]:
+def _one(tensor: torch.Tensor, axes: str, buffer: int) -> tuple[_Extents, Half]:
     """Extents and strides by name. The first entry of an axis that is no index of ours is meant."""
     if sorted(axes.replace(_K_AND_V, "")) != sorted("shtd") or len(axes) != len(tensor.shape):
         raise ValueError(f"axes {axes!r} of shape {tuple(tensor.shape)}: expected each of s, h, t and d (or D) once")
@@ -189,7 +182,7 @@ def _one(tensor: Strided, axes: str, buffer: int) -> tuple[_Extents, Half]:
     extent = dict(zip(axes, map(int, tensor.shape), strict=True))
     if any(extent[axis] > 1 and stride[axis] == 0 for axis in axes):
         raise ValueError("an expanded tensor holds one element in many places and cannot be a destination")
-    half = Half(buffer, tensor.storage_offset(), stride["s"], stride["h"], stride["t"], stride["d"])
+    half = Half(buffer, int(tensor.storage_offset()), stride["s"], stride["h"], stride["t"], stride["d"])
     return (extent["s"], extent["h"], extent["t"], extent["d"]), half
 
 

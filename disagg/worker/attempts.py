@@ -88,6 +88,10 @@ class Attempts:
     def __contains__(self, key: AttemptKey) -> bool:
         return key in self._live
 
+    def unit(self, key: AttemptKey) -> int:
+        """Tokens per unit of a live attempt's transfer."""
+        return self._factory.unit(self._live[key].dispatch)
+
     @property
     def keys(self) -> tuple[AttemptKey, ...]:
         return tuple(self._live)
@@ -133,7 +137,7 @@ class Attempts:
 
     def _is_misplaced(self, dispatch: Dispatch) -> bool:
         side = {"serve": True, "prefill": self.sending, "decode": self.receiving}.get(dispatch.mode)
-        return side is None or (dispatch.mode != "serve" and dispatch.peer is None)
+        return side is None or not (dispatch.mode == "serve" or self._factory.fits(dispatch))
 
     def _again(self, transfer_id: str, epoch: int, **change: object) -> None:
         """The next attempt of a request whose last one failed here. The old sequence is gone; a new one is built."""
@@ -186,8 +190,10 @@ class Attempts:
         state.reserved_at = time.monotonic()
         plane = self.receiving.plane_of(dispatch.peer.incarnation)
         transfer = self._factory.receiver(dispatch, plane)
-        reserved = self._factory.reserved(dispatch, slots)
-        self.receiving.start(state.key, transfer, dispatch.peer.incarnation, slots, reserved)
+        state.partial_blocks = self._factory.partial_blocks(dispatch, slots)
+        destinations = self._factory.destinations(dispatch, slots)
+        reserved = self._factory.reserved(dispatch, destinations)
+        self.receiving.start(state.key, transfer, dispatch.peer.incarnation, destinations, reserved)
 
     def _prompt_computed(self, state: RequestState, event: PromptComputedEvent) -> None:
         key, first = event.key, event.first_token
@@ -230,7 +236,7 @@ class Attempts:
         self._count(record, "verified")
         if (state := self._live.get(key)) is not None:
             self._report(state, _times(state, record), record)
-            self._submit(Decode(key, verified))
+            self._submit(Decode(key, verified, state.partial_blocks))
             log.info("received %d bytes over %s", sum(record.nbytes.values()), record.plane, extra=_of(state))
 
     def transfer_failed(self, key: AttemptKey, failure: ReportFailed, record: TransferRecord) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 
+from disagg.cache.pool import NUM_RESERVED_SLOTS
 from disagg.engine.stats import EngineStats
 from disagg.transceiver.messages.values import MetricSample
 
@@ -50,6 +51,7 @@ def _engine_samples(stats: EngineStats) -> Iterator[MetricSample]:
         ("disagg_prompt_tokens_computed_total", stats.prompt_tokens_computed),
         ("disagg_tokens_generated_total", stats.tokens_generated),
         ("disagg_engine_steps_total", stats.steps),
+        ("disagg_preemptions_total", stats.num_preemptions),
     ):
         yield MetricSample(name, "counter", (), value)
     for state, count in stats.released:
@@ -62,8 +64,10 @@ def _engine_samples(stats: EngineStats) -> Iterator[MetricSample]:
         yield MetricSample(name, "gauge", (), value)
     for number, pool in enumerate(stats.pools):
         labels = (("pool", str(number)),)
+        yield MetricSample("disagg_kv_blocks_total", "gauge", labels, pool.num_slots - NUM_RESERVED_SLOTS)
         yield MetricSample("disagg_kv_blocks_used", "gauge", labels, pool.num_used)
         yield MetricSample("disagg_kv_blocks_free", "gauge", labels, pool.num_free)
         yield MetricSample("disagg_kv_blocks_peak", "gauge", labels, pool.peak_used)
+        yield MetricSample("disagg_kv_blocks_scratch", "gauge", labels, stats.scratch[number] if stats.scratch else 0)
         yield MetricSample("disagg_kv_blocks_cached", "gauge", labels, pool.num_cached)
         yield MetricSample("disagg_kv_evictions_total", "counter", labels, pool.num_evicted)

@@ -13,7 +13,7 @@ from disagg.config.settings import Role, WorkerSettings
 from disagg.engine.commands import EngineEvent
 from disagg.engine.engine import Engine
 from disagg.transceiver.keys import ClusterKeys
-from disagg.transceiver.landing import LandingThread
+from disagg.transceiver.landing import LANDING_THREADS, LandingThread
 from disagg.transceiver.messages.values import Geometry, GroupSemantics, Identity
 from disagg.transceiver.planes.base import PoolRegion
 from disagg.transceiver.sockets import Sockets
@@ -66,7 +66,9 @@ class WorkerParts:
         self.regions = made.regions
         self.num_slots = tuple(pool.num_slots for pool in made.cache.pools)
         self.sockets = Sockets(keys)
-        self.landing = LandingThread(self.regions, [group.dtype for group in made.layout.groups])
+        self.landing = LandingThread(
+            self.regions, [group.dtype for group in made.layout.groups], num_threads=LANDING_THREADS
+        )
         self.metrics = WorkerMetrics([group.name for group in made.layout.groups])
         self.events: asyncio.Queue[EngineEvent] = asyncio.Queue()
         self.model: ModelThread

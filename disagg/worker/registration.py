@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from disagg.engine.commands import FinalUnit, Release, UnitsFinalEvent
 from disagg.transceiver.errors import SourceChanged
 from disagg.transceiver.events import UnitsFinal
+from disagg.transceiver.kept_digests import KeptDigests
 from disagg.transceiver.links import ControlServer
 from disagg.transceiver.messages.router import Lease, Register
 from disagg.transceiver.node import Node
@@ -23,6 +24,7 @@ from disagg.transceiver.planes.base import SourcePlane, SourceUnit
 from disagg.transceiver.receiving import ReceivingSide
 from disagg.transceiver.sending import SendingSide
 from disagg.transceiver.timing import HEARTBEAT_S
+from disagg.transceiver.units import SlotUnits
 from disagg.worker.attempts import Attempts
 from disagg.worker.parts import WorkerParts
 from disagg.worker.planes import landing_planes, source_planes
@@ -38,6 +40,8 @@ class Registration:
     def __init__(self, parts: WorkerParts, node: Node) -> None:
         self._parts, self._node = parts, node
         self._attempts: Attempts
+        self._kept = KeptDigests(parts.num_slots)
+        self._cuts: dict[int, SlotUnits] = {}
 
     async def run(self) -> None:
         """Register, then serve."""
@@ -85,8 +89,22 @@ class Registration:
         if self._attempts.sending is None or event.key not in self._attempts:
             return
         with contextlib.suppress(SourceChanged):  # dropped meanwhile: the engine says so next, and computes them anew
-            units = await self._parts.landing.digest_units(self._sources(event.units))
+            cut = self._cut_for(self._attempts.unit(event.key))
+            sources, landing = self._sources(event.units), self._parts.landing
+            if cut is None:
+                units = await self._kept.digest_units(sources, landing.digest_units)
+            else:
+                units = await landing.digest_units(sources, cut)
             self._attempts.sending.feed(event.key, UnitsFinal(event.compute_id, units))
+
+    def _cut_for(self, unit: int) -> SlotUnits | None:
+        """Our slots as the units that the peer of a transfer counts in, where those are finer."""
+        geometry = self._node.geometry
+        if unit == geometry.block_size:
+            return None
+        if unit not in self._cuts:
+            self._cuts[unit] = SlotUnits(geometry, self._parts.regions, unit)
+        return self._cuts[unit]
 
     def _sources(self, units: Sequence[FinalUnit]) -> list[SourceUnit]:
         pool_of_group = self._parts.layout.pool_of_group
@@ -116,7 +134,9 @@ class Registration:
     def _attach_sides(self, server: ControlServer | None, planes: dict[str, SourcePlane]) -> None:
         parts, pool_of_group = self._parts, self._parts.layout.pool_of_group
         if server is not None:
-            self._attempts.sending = SendingSide(self._node, server, planes, pool_of_group, self._attempts)
+            self._attempts.sending = SendingSide(
+                self._node, server, planes, pool_of_group, self._attempts, parts.regions
+            )
         if parts.role == "decode":
             self._attempts.receiving = ReceivingSide(
                 self._node,

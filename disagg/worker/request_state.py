@@ -6,7 +6,7 @@ import time
 from dataclasses import dataclass, field
 
 from disagg.transceiver.messages.router import Dispatch
-from disagg.transceiver.messages.values import AttemptKey, StageTimes
+from disagg.transceiver.messages.values import AttemptKey, StageTimes, UnitName
 
 
 @dataclass(slots=True)
@@ -18,6 +18,7 @@ class RequestState:
     reserved_at: float | None = None
     is_pinned: bool = False
     soft_dropped: bool = False
+    partial_blocks: tuple[UnitName, ...] = ()
 
     @property
     def key(self) -> AttemptKey:

@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from disagg.cache.layout import CacheLayout
+from disagg.cache.window import needed_ordinals
+from disagg.transceiver.errors import RemoteProtocolError
 from disagg.transceiver.events import Reserved
 from disagg.transceiver.messages.router import Dispatch
-from disagg.transceiver.messages.values import GroupBytes, GroupRuns
+from disagg.transceiver.messages.values import GroupBytes, GroupRuns, UnitName
 from disagg.transceiver.node import Node
 from disagg.transceiver.plan import full_copy_blocks, runs_of
 from disagg.transceiver.receiving import TransferRecord
 from disagg.transceiver.transfer import Transfer
+from disagg.transceiver.units import geometry_by_units, peer_unit
+
+Slots = Sequence[Sequence[tuple[int, int]]]
+"""Per group, (ordinal, slot) pairs."""
 
 
 class TransferFactory:
@@ -22,11 +29,23 @@ class TransferFactory:
 
     def __init__(self, node: Node, layout: CacheLayout, planes: Mapping[str, bool]) -> None:
         self._node, self._layout, self._planes = node, layout, planes
-        self._unit_nbytes = tuple(layout.slot_nbytes[pool] for pool in layout.pool_of_group)
+        self._slot_nbytes = tuple(layout.slot_nbytes[pool] for pool in layout.pool_of_group)
 
     @property
     def worker_id(self) -> str:
         return self._node.worker_id
+
+    def fits(self, dispatch: Dispatch) -> bool:
+        """Is there a peer, and are there units that both ends can count in?"""
+        try:
+            self.unit(dispatch)
+        except RemoteProtocolError:
+            return False
+        return dispatch.peer is not None
+
+    def unit(self, dispatch: Dispatch) -> int:
+        """Tokens per unit with the dispatch's peer: the finer of both block sizes. Raises `RemoteProtocolError`."""
+        return peer_unit(self._node.geometry, dispatch.peer.block_size if dispatch.peer is not None else 0)
 
     def sender(self, dispatch: Dispatch) -> Transfer:
         """The prefill end of a `prefill` dispatch."""
@@ -37,8 +56,8 @@ class TransferFactory:
             me=self._node.incarnation,
             peer=dispatch.peer.incarnation,
             prompt=dispatch.prompt,
-            geometry=self._node.geometry,
-            unit_nbytes=self._unit_nbytes,
+            geometry=geometry_by_units(self._node.geometry, self.unit(dispatch)),
+            unit_nbytes=self._unit_nbytes(dispatch),
             planes=self._planes,
             keys=self._node.keys,
             deadline_s=dispatch.deadline_s,
@@ -55,14 +74,36 @@ class TransferFactory:
             peer=dispatch.peer.incarnation,
             ticket=dispatch.ticket,
             plane=plane,
-            geometry=self._node.geometry,
+            geometry=geometry_by_units(self._node.geometry, self.unit(dispatch)),
             keys=self._node.keys,
             deadline_s=dispatch.deadline_s,
             now=time.monotonic(),
         )
 
-    def reserved(self, dispatch: Dispatch, slots: Sequence[Sequence[tuple[int, int]]]) -> Reserved:
-        """The FETCH to make: exactly the ordinals that have a destination."""
+    def destinations(self, dispatch: Dispatch, slots: Slots) -> tuple[list[tuple[int, int]], ...]:
+        """(ordinal of a unit, slot) pairs per group for reserved (ordinal of a block, slot) pairs: what is needed."""
+        unit = self.unit(dispatch)
+        per_slot = self._layout.block_size // unit
+        found = []
+        for group, pairs in zip(self._layout.groups, slots, strict=True):
+            need = needed_ordinals(len(dispatch.prompt), group.window, group.num_sink_tokens, unit).tolist()
+            slot_of = dict(pairs)
+            found.append([(n, slot_of[n // per_slot]) for n in need if n // per_slot in slot_of])
+        return tuple(found)
+
+    def partial_blocks(self, dispatch: Dispatch, slots: Slots) -> tuple[UnitName, ...]:
+        """Reserved blocks of which only some units will come: they serve this request and must not be reused."""
+        per_slot = self._layout.block_size // self.unit(dispatch)
+        counts = [Counter(n // per_slot for n, _ in pairs) for pairs in self.destinations(dispatch, slots)]
+        return tuple(
+            UnitName(group, block)
+            for group, count in enumerate(counts)
+            for block, num_units in count.items()
+            if num_units < per_slot
+        )
+
+    def reserved(self, dispatch: Dispatch, slots: Slots) -> Reserved:
+        """The FETCH to make: exactly the ordinals of units that have a destination."""
         required = tuple(
             GroupRuns(group, runs_of(np.array([ordinal for ordinal, _ in pairs], dtype=np.int64)))
             for group, pairs in enumerate(slots)
@@ -71,7 +112,8 @@ class TransferFactory:
 
     def group_bytes(self, dispatch: Dispatch, record: TransferRecord) -> tuple[GroupBytes, ...]:
         """What landed per group, beside what a copy of every block of the prompt would have been."""
-        blocks = full_copy_blocks(len(dispatch.prompt), self._layout.block_size)
+        blocks = full_copy_blocks(len(dispatch.prompt), self.unit(dispatch))
+        unit_nbytes = self._unit_nbytes(dispatch)
         return tuple(
             GroupBytes(
                 number,
@@ -79,7 +121,11 @@ class TransferFactory:
                 record.blocks.get(number, 0),
                 record.nbytes.get(number, 0),
                 blocks,
-                blocks * self._unit_nbytes[number],
+                blocks * unit_nbytes[number],
             )
             for number, group in enumerate(self._layout.groups)
         )
+
+    def _unit_nbytes(self, dispatch: Dispatch) -> tuple[int, ...]:
+        per_slot = self._layout.block_size // self.unit(dispatch)
+        return tuple(nbytes // per_slot for nbytes in self._slot_nbytes)

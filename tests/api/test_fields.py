@@ -30,6 +30,7 @@ from disagg.api.fields import (
     parse_params,
 )
 from disagg.api.params import RequestParams
+from disagg.api.sampling import prefix_salt
 
 pytestmark = pytest.mark.anyio
 
@@ -339,6 +340,18 @@ async def test_special_tokens_are_the_tokenizers_own(api: Api) -> None:
     prompts = [request.prompt for request in api.backend.requests]
     assert [prompt.count(2) for prompt in prompts] == [1, 0, 1, 1]
     assert prompts[2] == prompts[3]
+
+
+async def test_kv_is_shared_by_api_key_and_salt_and_the_workers_learn_neither(api: Api) -> None:
+    await api.complete()
+    await api.complete(cache_salt="mine")
+    await api.complete(cache_salt="mine", seed=2)
+    salts = [request.sampling.cache_salt for request in api.backend.requests]
+    assert salts[0] == ""
+    assert salts[1] == salts[2]
+    every = {prefix_salt(tenant, salt) for tenant in (None, "key", "other") for salt in (None, "mine", "key")}
+    assert len(every) == 9
+    assert not any("key" in salt or "mine" in salt for salt in every)
 
 
 async def test_who_asked_is_recorded(api: Api, caplog: pytest.LogCaptureFixture) -> None:

@@ -18,7 +18,9 @@ from disagg.cache.identity import BlockHasher
 
 torch.set_num_threads(1)
 T = 4
-SALTS = ("", "tenant")
+SALTS = ("", "", "tenant")
+FIRST_PROMPT = tuple(position * position % 2 for position in range(26))
+TAILS = st.lists(st.integers(0, 1), min_size=1, max_size=9)
 
 
 class WeakHasher(BlockHasher):
@@ -44,13 +46,14 @@ class PrefixMachine(RuleBasedStateMachine):
     def __init__(self):
         super().__init__()
         self.layout = tiny_layout(6, 6, None, 1, 11, block_size=T, num_sink_tokens=3)
-        self.cache = KVCache(self.layout, (2 + 12, 2 + 34), hasher=self.hasher_class(b"key", "model"))
+        self.cache = KVCache(self.layout, (2 + 22, 2 + 70), hasher=self.hasher_class(b"key", "model"))
         self.naive = NaivePrefixes(self.cache)
-        self.models, self.prompts, self.num_opened = [], [()], 0
+        self.models, self.prompts, self.num_opened = [], [FIRST_PROMPT], 0
 
     # --- rules ------------------------------------------------------------------------------------------------
 
-    @rule(data=st.data(), salt=st.sampled_from(SALTS), tail=st.lists(st.integers(0, 1), min_size=1, max_size=9))
+    @precondition(lambda self: len(self.models) < 4)
+    @rule(data=st.data(), salt=st.sampled_from(SALTS), tail=TAILS)
     def admit(self, data, salt, tail):
         model = self.open(data, salt, tail)
         expected = self.naive.longest(salt, model.tokens)
@@ -58,7 +61,8 @@ class PrefixMachine(RuleBasedStateMachine):
         assert reused == expected if self.is_complete else reused <= expected
         assert model.sequence.committed == model.sequence.history == model.sequence.capacity == reused
 
-    @rule(data=st.data(), salt=st.sampled_from(SALTS), tail=st.lists(st.integers(0, 1), min_size=1, max_size=9))
+    @precondition(lambda self: len(self.models) < 4)
+    @rule(data=st.data(), salt=st.sampled_from(SALTS), tail=TAILS)
     def reserve(self, data, salt, tail):
         model = self.open(data, salt, tail)
         expected = [self.naive.held(group, salt, model.tokens) for group in range(self.layout.num_groups)]
@@ -72,7 +76,7 @@ class PrefixMachine(RuleBasedStateMachine):
         model.received = [set(ordinals.tolist()) for ordinals in held]
 
     @precondition(lambda self: self.running())
-    @rule(data=st.data(), count=st.integers(1, 9))
+    @rule(data=st.data(), count=st.integers(1, 9) | st.just(50))
     def chunk(self, data, count):
         self.compute(data.draw(st.sampled_from(self.running())), count)
 
@@ -83,6 +87,15 @@ class PrefixMachine(RuleBasedStateMachine):
         if model.sequence.history == len(model.tokens):
             model.tokens += (token,)
         self.compute(model, 1)
+
+    @precondition(lambda self: self.running())
+    @rule(data=st.data())
+    def finish(self, data):
+        model = data.draw(st.sampled_from(self.running()))
+        self.compute(model, 8)
+        self.compute(model, 50)
+        self.prompts = [*self.prompts[-3:], model.tokens[:40]]
+        self.close_model(model)
 
     @precondition(lambda self: self.reserved())
     @rule(data=st.data())
@@ -111,7 +124,7 @@ class PrefixMachine(RuleBasedStateMachine):
             self.distrust(model, ordinal)
             self.cache.unregister(model.sequence, ordinal)
 
-    @rule(count=st.integers(8, 60))
+    @rule(count=st.integers(8, 90))
     def evict(self, count):
         """Somebody else needs the room: whatever is cached may go."""
         sequence = self.cache.open("evict", "nobody else's")
@@ -129,8 +142,8 @@ class PrefixMachine(RuleBasedStateMachine):
     def open(self, data, salt, tail):
         """A prompt that begins like an earlier one."""
         base = data.draw(st.sampled_from(self.prompts))
-        tokens = base[: data.draw(st.integers(0, len(base)))] + tuple(tail)
-        self.prompts = [*self.prompts[-7:], tokens]
+        tokens = base[: data.draw(st.just(len(base)) | st.integers(0, len(base)))] + tuple(tail)
+        self.prompts = [*self.prompts[-3:], tokens[:40]]
         self.num_opened += 1
         model = Model(self.cache.open(self.num_opened, salt), salt, tokens)
         self.models.append(model)

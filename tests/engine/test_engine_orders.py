@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.engine_pair import LAYOUT, TestedEngine, greedy, key, prompt_of, transfer
+from support.engine_pair import HASHER, LAYOUT, TestedEngine, greedy, key, prompt_of, transfer
 from support.fake_runner import reference_tokens
 
 from disagg.cache.admission import peak_slots
@@ -38,8 +38,9 @@ def room_for(share):
 class Flow:
     """One request on its way through a prefill and a decode engine: which of its next moves are possible now."""
 
-    def __init__(self, number, length, max_tokens, source, target):
-        self.key, self.prompt, self.sampling = key(number), prompt_of(length, number), greedy(max_tokens)
+    def __init__(self, number, length, max_tokens, source, target, stem=None):
+        prompt = prompt_of(length, number if stem is None else stem)
+        self.key, self.prompt, self.sampling = key(number), prompt, greedy(max_tokens)
         self.source, self.target, self.retried = source, target, False
         self.todo = {"prefill", "reserve"}
 
@@ -115,8 +116,9 @@ def run_system(flows, engines, choose):
         assert not engine.stats().live_keys
 
 
-def system(share=1.5, max_num_seqs=4):
+def system(share=1.5, max_num_seqs=4, hasher=None):
     limits = {"num_slots": room_for(share), "max_num_seqs": max_num_seqs, "max_num_batched_tokens": BATCHED}
+    limits["hasher"] = hasher
     sources = [TestedEngine(role="prefill", **limits) for _ in range(2)]
     return sources, [TestedEngine(role="decode", **limits) for _ in range(2)]
 
@@ -151,6 +153,19 @@ def test_cancels_at_any_moment_leave_nothing_behind(requests, randomness):
     ]
     for flow, (*_, cancels) in zip(flows, requests, strict=True):
         flow.todo |= {"cancel"} if cancels else set()
+    run_system(flows, [*sources, *targets], randomness.choice)
+
+
+@settings(deadline=None, max_examples=30)
+@given(REQUESTS, st.randoms(use_true_random=False), st.sampled_from([1.0, 1.5]))
+def test_requests_that_begin_alike_share_blocks_in_any_order_and_answer_the_same(requests, randomness, share):
+    sources, targets = system(share, hasher=HASHER)
+    flows = [
+        Flow(number, length, max_tokens, sources[source], targets[target], stem=number % 2)
+        for number, (length, max_tokens, source, target, _) in enumerate(requests)
+    ]
+    for flow, (*_, cancels) in zip(flows, requests, strict=True):
+        flow.todo |= {"cancel"} if cancels else {"drop soft"}
     run_system(flows, [*sources, *targets], randomness.choice)
 
 

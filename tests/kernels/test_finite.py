@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from disagg.kernels import finite
 from disagg.kernels.finite import finite_rows
 
 DTYPES = ["float64", "float32", "bfloat16", "float16", "float8_e4m3fn", "float8_e5m2"]
@@ -43,3 +44,13 @@ def test_finite_values_whose_sum_overflows_are_finite() -> None:
     rows = np.full((2, 1000), np.finfo(np.float32).max, dtype=np.float32)
     rows[1] *= -1
     assert finite_rows(rows.view(np.uint8), "float32").tolist() == [True, True]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_one_piece_is_judged_as_a_row_is(dtype: str) -> None:
+    rng = np.random.default_rng(5)
+    for _ in range(200):
+        piece = rng.integers(0, 256, 64, dtype=np.uint8)
+        piece[rng.random(64) < 0.7] &= 0x3F
+        assert finite.is_finite(piece, dtype) == bool(finite_rows(piece[None], dtype)[0])
+    assert finite.is_finite(np.empty(0, dtype=np.uint8), dtype)

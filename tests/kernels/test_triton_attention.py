@@ -83,7 +83,7 @@ def test_what_no_query_sees_may_be_nan(case: Case) -> None:
 
 @pytest.mark.parametrize("case", [Case(MIXED), SINKS, Case(MIXED, queries_per_head=7)], ids=["full", "sinks", "seven"])
 def test_tiles_of_few_queries_do_not_change_the_result(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("disagg.kernels.triton_launch.TILE_ROWS", 16)
+    monkeypatch.setattr("disagg.kernels.triton_launch.TILE_ROWS", {4: 16})
     monkeypatch.setattr("disagg.kernels.triton_launch.CHUNK_KEYS", 16)
     assert_agrees(World(replace(case, unseen=float("nan"))))
 

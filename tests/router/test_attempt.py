@@ -100,6 +100,20 @@ def test_nobody_to_place_on_is_503_with_the_reason_and_retry_after() -> None:
 # --- tokens -------------------------------------------------------------------------------------------------
 
 
+def test_what_was_cached_is_told_with_the_first_token_and_again_at_the_end() -> None:
+    attempts = started()
+    first = Tokens(ID, 1, 0, (5,), num_cached_tokens=2)
+    assert say(attempts, "d0", first) == [Emit(TokenChunk(0, (5,), num_cached_tokens=2))]
+    assert say(attempts, "d0", tokens(1, 6)) == [Emit(TokenChunk(1, (6,)))]
+    assert say(attempts, "d0", Finished(ID, 1, 2, "stop", 6)) == [Emit(GenerationEnd("stop", 6, 2))]
+
+
+@pytest.mark.parametrize("count", [-1, 10**6])
+def test_more_cached_tokens_than_the_prompt_has_are_a_fault_of_the_worker(count: int) -> None:
+    actions = say(started(), "d0", Tokens(ID, 1, 0, (5,), num_cached_tokens=count))
+    assert (Fail, 502) in summary(actions)
+
+
 def test_tokens_are_forwarded_in_order_and_the_end_closes_both_sides() -> None:
     attempts = started()
     logprobs = (TokenLogprobs(-0.5), TokenLogprobs(-0.25))

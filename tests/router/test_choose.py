@@ -65,9 +65,9 @@ def test_only_pairs_with_a_ready_link_serve() -> None:
 
 
 def test_a_pair_of_other_geometry_never_serves_and_the_field_is_named() -> None:
-    other = replace(GEOMETRY, block_size=32)
+    other = replace(GEOMETRY, block_size=24)
     fleet = Fleet([prefill("p0", geometry=other), decode("d0", "p0")], 0.0, {})
-    assert "differ in block_size (32 and 16)" in reason(fleet.place(8))
+    assert "differ in block_size (24 and 16)" in reason(fleet.place(8))
     no_plane = Fleet([prefill("p0", planes=("shm",)), decode("d0", "p0", planes=("zmq",))], 0.0, {})
     assert "differ in planes (shm and zmq)" in reason(no_plane.place(8))
 

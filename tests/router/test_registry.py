@@ -100,13 +100,13 @@ def test_other_geometry_registers_but_does_not_pair() -> None:
     registry = Registry()
     ours, theirs = (
         make_register("p0", "prefill"),
-        make_register("d0", "decode", geometry=replace(GEOMETRY, block_size=32)),
+        make_register("d0", "decode", geometry=replace(GEOMETRY, block_size=24)),
     )
     assert isinstance(registry.register(ours, 0.0), Admitted)
     assert isinstance(registry.register(theirs, 0.0), Admitted)
     difference = pair_difference(ours, theirs)
     assert difference is not None
-    assert (difference.field, difference.ours, difference.theirs) == ("block_size", "16", "32")
+    assert (difference.field, difference.ours, difference.theirs) == ("block_size", "16", "24")
 
 
 names = st.sampled_from(["w0", "w1", "w2"])

@@ -322,13 +322,13 @@ def test_a_pair_of_other_geometry_is_never_scheduled_and_workers_says_why() -> N
     async def scenario() -> None:
         async with stage() as s:
             await s.add("p0", "prefill")
-            decode = await s.add("d0", "decode", geometry=replace(GEOMETRY, block_size=32))
+            decode = await s.add("d0", "decode", geometry=replace(GEOMETRY, block_size=24))
             with pytest.raises(GenerationError, match="block_size"):
                 await collect(s.router, make_request())
             assert decode.links == ()
             found = {worker["id"]: worker["incompatible"] for worker in s.router.workers()}
-            assert found["d0"] == [{"worker": "p0", "field": "block_size", "prefill": "16", "decode": "32"}]
-            assert found["p0"] == [{"worker": "d0", "field": "block_size", "prefill": "16", "decode": "32"}]
+            assert found["d0"] == [{"worker": "p0", "field": "block_size", "prefill": "16", "decode": "24"}]
+            assert found["p0"] == [{"worker": "d0", "field": "block_size", "prefill": "16", "decode": "24"}]
 
     run(scenario)
 

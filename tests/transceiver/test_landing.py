@@ -18,7 +18,9 @@ from support.pools import close_pools, make_pools
 from disagg.transceiver.errors import SourceChanged
 from disagg.transceiver.events import LandedUnit, Unit
 from disagg.transceiver.landing import AfterCopy, LandingThread
+from disagg.transceiver.planes import reading
 from disagg.transceiver.planes.base import Destination, LandingJob, LandingPlane, PoolRegion, SourceUnit
+from disagg.transceiver.planes.inproc import InprocLandingPlane
 
 DTYPES = ("float32", "float16")
 PAIRS = [(0, 4, 10), (0, 5, 11), (1, 3, 2), (0, 9, 0)]
@@ -206,3 +208,31 @@ async def test_finished_jobs_are_forgotten_and_close_may_be_repeated() -> None:
         assert landing._jobs == {}
         await landing.close()
         await landing.close()
+
+
+@pytest.mark.parametrize("num_threads", [1, 3])
+@in_event_loop
+async def test_slots_of_many_pieces_are_hashed_whole_and_one_bad_number_is_found_in_any_piece(num_threads: int) -> None:
+    """Against an oracle that knows nothing of pieces."""
+    async with plane_pair("shm") as pair:
+        slot_nbytes = 2 * reading.PIECE_NBYTES + 4096
+        pools, sources = make_pools([(6, slot_nbytes)], seed=1), make_pools([(6, slot_nbytes)], seed=2)
+        sources[0].slots[:] &= 0x3F
+        bad = {1: 0, 2: reading.PIECE_NBYTES, 3: slot_nbytes - 4}
+        for slot, at in bad.items():
+            sources[0].slots[slot, at : at + 4].view(np.float32)[:] = np.inf
+        plane = InprocLandingPlane(pair.hub)
+        plane._open(sources, pools)
+        landing = LandingThread(pools, DTYPES, num_threads=num_threads)
+        jobs = [
+            LandingJob("source", "t", 1, number, (Destination(0, number, 0, 5 - number, number, 100 + number),))
+            for number in range(5)
+        ]
+        landed = await within(asyncio.gather(*(landing.submit(job, plane) for job in jobs)))
+        for number, one in enumerate(landed):
+            expected = xxhash.xxh3_64_intdigest(sources[0].slots[number].tobytes())
+            assert one.units == (LandedUnit(0, number, expected, number not in bad),)
+            assert one.num_operations == 1
+        assert np.array_equal(pools[0].slots[5:0:-1], sources[0].slots[:5])
+        await landing.close()
+        close_pools((*pools, *sources))

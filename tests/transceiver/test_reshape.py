@@ -242,6 +242,7 @@ def test_adjacent_units_are_one_copy() -> None:
 def test_a_unit_without_a_slot_on_either_side_is_left_out() -> None:
     pairs: Copies = pair_units(np.arange(4), 8, (np.array([2, HOLE]), 16), (np.array([HOLE, 4, 5]), 8))
     assert pairs.ordinals.tolist() == [1]
+    assert len(pair_units(np.arange(4), 8, (np.array([2]), 16), (np.arange(1, 5), 8))) == 2  # beyond the shorter table
 
 
 def test_what_the_receiver_holds_in_its_own_blocks_is_not_required() -> None:

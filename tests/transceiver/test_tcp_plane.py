@@ -87,7 +87,10 @@ async def test_slices_of_many_megabytes_land_while_they_are_sent() -> None:
 
 
 @in_event_loop
-async def test_a_fetch_cancelled_in_the_middle_writes_no_more_and_the_rest_is_thrown_away() -> None:
+async def test_a_fetch_cancelled_in_the_middle_writes_no_more_and_the_rest_is_thrown_away(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(tcp_landing, "WAKE_NBYTES", 1)
     async with plane_pair("tcp") as pair:
         receiver = new_receiver(pair)
         sock = await FakeSource().admit(receiver, pair)

@@ -44,11 +44,15 @@ class Registered:
 
 @dataclass(frozen=True, slots=True)
 class PeerTarget:
-    """A prefill worker that a decode worker should be connected to, told ahead of the first request."""
+    """The other end of a transfer, or a prefill worker that a decode worker should connect to ahead of any request.
+
+    `block_size`: the peer's tokens per block; 0 = as many as the reader's. Both ends plan in units of the finer one.
+    """
 
     incarnation: str
     worker_id: str
     endpoint: str
+    block_size: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -46,7 +46,7 @@ class Identity:
 
 @dataclass(frozen=True, slots=True)
 class Geometry:
-    """How a worker lays its cache out. May differ where a planner converts; today only equal geometry pairs."""
+    """How a worker lays its cache out. May differ where units convert it: see `identity.geometry_difference`."""
 
     block_size: int
     kv_dtype: str

@@ -85,8 +85,20 @@ class SourcePlane(ABC):
         """How the peer incarnation `peer` may open this plane; carries a token for it alone."""
 
     @abstractmethod
-    async def send(self, peer: str, transfer_id: str, epoch: int, number: int, units: Sequence[SourceUnit]) -> None:
-        """Send one slice's bytes in order (byte-sending planes). Raises `PeerLost` when the link is gone."""
+    async def send(
+        self,
+        peer: str,
+        transfer_id: str,
+        epoch: int,
+        number: int,
+        units: Sequence[SourceUnit],
+        regions: Sequence[PoolRegion] | None = None,
+    ) -> None:
+        """Send one slice's bytes in order (byte-sending planes). Raises `PeerLost` when the link is gone.
+
+        `regions`: where the units lie when that is not the pools given to `start`: packed bytes for a peer of another
+        geometry. They are not written again.
+        """
 
     @abstractmethod
     async def drop(self, peer: str) -> None:

@@ -53,7 +53,15 @@ class InprocSourcePlane(SourcePlane):
             if self.on_peer_lost is not None:
                 self.on_peer_lost(peer)
 
-    async def send(self, peer: str, transfer_id: str, epoch: int, number: int, units: Sequence[SourceUnit]) -> None:
+    async def send(
+        self,
+        peer: str,
+        transfer_id: str,
+        epoch: int,
+        number: int,
+        units: Sequence[SourceUnit],
+        regions: Sequence[PoolRegion] | None = None,
+    ) -> None:
         raise LocalProtocolError("inproc sends no bytes: the receiver reads them")
 
     async def drop(self, peer: str) -> None:

@@ -52,7 +52,15 @@ class ShmSourcePlane(SourcePlane):
     def offer(self, peer: str) -> PlaneOffer:
         return PlaneOffer(self.name, self._address, self._tokens.mint(peer), self._nonce)
 
-    async def send(self, peer: str, transfer_id: str, epoch: int, number: int, units: Sequence[SourceUnit]) -> None:
+    async def send(
+        self,
+        peer: str,
+        transfer_id: str,
+        epoch: int,
+        number: int,
+        units: Sequence[SourceUnit],
+        regions: Sequence[PoolRegion] | None = None,
+    ) -> None:
         raise LocalProtocolError("shm sends no bytes: the receiver reads them")
 
     async def drop(self, peer: str) -> None:

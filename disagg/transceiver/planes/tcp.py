@@ -70,7 +70,15 @@ class TcpSourcePlane(SourcePlane):
     def offer(self, peer: str) -> PlaneOffer:
         return PlaneOffer(self.name, self._address, self._tokens.mint(peer))
 
-    async def send(self, peer: str, transfer_id: str, epoch: int, number: int, units: Sequence[SourceUnit]) -> None:
+    async def send(
+        self,
+        peer: str,
+        transfer_id: str,
+        epoch: int,
+        number: int,
+        units: Sequence[SourceUnit],
+        regions: Sequence[PoolRegion] | None = None,
+    ) -> None:
         """Send one slice; returns when the kernel has it. Waits while the receiver does not read.
 
         Raises `PeerLost`, or `SourceChanged` when a slot was given away before its bytes were copied (nothing was sent)
@@ -83,9 +91,9 @@ class TcpSourcePlane(SourcePlane):
         planned = ints([u.generation for u in units])
 
         def check() -> None:
-            check_generations(self._pools, pools, slots, planned)
+            check_generations(regions or self._pools, pools, slots, planned)
 
-        views = run_views(self._pools, pools, slots)
+        views = run_views(regions or self._pools, pools, slots)
         header = SliceHeader(wire_name(transfer_id, epoch), number, sum(map(len, views)))
         await stream.send(header.pack(), views, check)
 

@@ -46,6 +46,9 @@ MAX_DISCARDED: Final = 1024
 DRAIN_NBYTES: Final = 256 << 10
 """Thrown-away bytes are read into one buffer of this size: it stays in the cache."""
 
+WAKE_NBYTES: Final = 512 << 10
+"""The kernel wakes this thread when so much has arrived, not for every segment: a wake-up costs as much as 100 KiB."""
+
 Name = tuple[bytes, int]
 
 
@@ -209,7 +212,7 @@ class TcpLandingPlane(LandingPlane):
             return
         left = header.nbytes
         while left:
-            reader.wait()
+            reader.wait(left)
             with self._turn:
                 if expected.views is None:  # cancelled: its slots may be another's now
                     break
@@ -243,10 +246,16 @@ class _Reader:
         self._sock = sock
         self._poll = select.poll()
         self._poll.register(sock, select.POLLIN)
+        self._enough = 1
         self._header = bytearray(HEADER.size)
         self._waste = memoryview(bytearray(DRAIN_NBYTES))
 
-    def wait(self) -> None:
+    def wait(self, nbytes: int = 1) -> None:
+        """Until something can be read: `nbytes`, or `WAKE_NBYTES` where that is less, or the end."""
+        enough = min(nbytes, WAKE_NBYTES)
+        if enough != self._enough:
+            self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, enough)
+            self._enough = enough
         self._poll.poll()
 
     def fill(self, views: list[memoryview]) -> int:
@@ -275,7 +284,7 @@ class _Reader:
 
     def drain(self, nbytes: int) -> None:
         while nbytes:
-            self.wait()
+            self.wait(nbytes)
             nbytes -= self.fill([self._waste[:nbytes]])
 
 

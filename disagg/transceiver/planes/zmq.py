@@ -75,7 +75,15 @@ class ZmqSourcePlane(SourcePlane):
     def offer(self, peer: str) -> PlaneOffer:
         return PlaneOffer(self.name, self._address, self._tokens.mint(peer))
 
-    async def send(self, peer: str, transfer_id: str, epoch: int, number: int, units: Sequence[SourceUnit]) -> None:
+    async def send(
+        self,
+        peer: str,
+        transfer_id: str,
+        epoch: int,
+        number: int,
+        units: Sequence[SourceUnit],
+        regions: Sequence[PoolRegion] | None = None,
+    ) -> None:
         """Send one slice; returns when libzmq has it. Waits while the receiver holds a full window.
 
         Raises `PeerLost`, or `SourceChanged` when a slot was given away before its bytes were copied: nothing is sent.
@@ -85,7 +93,9 @@ class ZmqSourcePlane(SourcePlane):
             raise PeerLost(f"decode worker {peer} has not opened the zmq plane")
         await window.take()
         try:
-            gathering = asyncio.get_running_loop().run_in_executor(self._gatherer, self._gather, units)
+            gathering = asyncio.get_running_loop().run_in_executor(
+                self._gatherer, self._gather, units, regions or self._pools
+            )
             payload = await gathering
             if window.is_lost:
                 raise PeerLost(f"decode worker {peer} is gone")
@@ -117,20 +127,20 @@ class ZmqSourcePlane(SourcePlane):
 
     # --- slices -----------------------------------------------------------------------------------------------
 
-    def _gather(self, units: Sequence[SourceUnit]) -> Bytes:
+    def _gather(self, units: Sequence[SourceUnit], regions: Sequence[PoolRegion]) -> Bytes:
         """The bytes of `units` joined, uint8 `[nbytes]`. Runs on the gathering thread."""
         pools, slots = ints([u.pool for u in units]), ints([u.slot for u in units])
         planned = ints([u.generation for u in units])
-        sizes = [self._pools[unit.pool].slots.shape[1] for unit in units]
+        sizes = [regions[unit.pool].slots.shape[1] for unit in units]
         payload = np.empty(sum(sizes), dtype=np.uint8)
         offset = 0
-        check_generations(self._pools, pools, slots, planned)
+        check_generations(regions, pools, slots, planned)
         for start, stop in adjacent(pools, slots):
             first, count, nbytes = units[start].slot, stop - start, (stop - start) * sizes[start]
             rows = payload[offset : offset + nbytes].reshape(count, sizes[start])
-            copy_rows(rows, self._pools[units[start].pool].slots[first : first + count])
+            copy_rows(rows, regions[units[start].pool].slots[first : first + count])
             offset += nbytes
-        check_generations(self._pools, pools, slots, planned)
+        check_generations(regions, pools, slots, planned)
         return payload
 
     def _send_slice(self, peer: str, window: _Window, head: bytes, payload: Bytes) -> None:

@@ -1,0 +1,333 @@
+"""Landing between unequal block sizes, on every plane: element by element, digest for digest, in bounded staging."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import pytest
+from support.event_loop import in_event_loop, within
+from support.plane_pair import PLANES, PlanePair, plane_pair
+from support.pools import close_pools, make_pools
+
+from disagg.transceiver.errors import LocalProtocolError, RemoteProtocolError, SourceChanged
+from disagg.transceiver.events import Unit
+from disagg.transceiver.identity import geometry_difference
+from disagg.transceiver.landing import LandingThread
+from disagg.transceiver.messages.values import Geometry, GroupSemantics, UnitName
+from disagg.transceiver.planes import probe, reshaping
+from disagg.transceiver.planes.base import Destination, LandingJob, PoolRegion, SourceUnit
+from disagg.transceiver.planes.reshaping import ReshapingPlane
+from disagg.transceiver.units import SlotUnits, by_group, geometry_by_units, peer_unit
+
+GROUPS = (
+    GroupSemantics(None, 0, 2, 4, (0, 3)),
+    GroupSemantics(24, 4, 3, 4, (1, 2)),
+    GroupSemantics(8, 0, 2, 4, (4, 5)),
+)
+POOL_OF_GROUP = (0, 1, 0)  # the first and the last have slots of one size
+NUM_SLOTS = 12
+
+
+def geometry(block_size: int) -> Geometry:
+    sizes = tuple(2 * 2 * heads * block_size * 4 * 4 for heads in (2, 3))
+    return Geometry(block_size, "float32", GROUPS, sizes)
+
+
+def make(block_size: int, seed: int) -> tuple[PoolRegion, ...]:
+    """Pools of finite random numbers."""
+    pools = make_pools([(NUM_SLOTS, nbytes) for nbytes in geometry(block_size).slot_nbytes], seed=seed)
+    for pool in pools:
+        numbers = pool.slots.view(np.float32)
+        numbers[:] = np.random.default_rng(seed).normal(size=numbers.shape).astype(np.float32)
+    return pools
+
+
+def slot_array(pools: tuple[PoolRegion, ...], group: int, block_size: int) -> np.ndarray:
+    """`[slot, layer, half, head, token, dim]` of one group, where it lies."""
+    semantics = GROUPS[group]
+    shape = (NUM_SLOTS, len(semantics.layers), 2, semantics.num_kv_heads, block_size, semantics.head_dim)
+    return pools[POOL_OF_GROUP[group]].slots.view(np.float32).reshape(shape)
+
+
+@dataclass
+class Ends:
+    pair: PlanePair
+    plane: ReshapingPlane
+    sources: tuple[PoolRegion, ...]
+    destinations: tuple[PoolRegion, ...]
+    sizes: tuple[int, int]
+    cut: SlotUnits
+    landing: LandingThread
+
+    @property
+    def unit(self) -> int:
+        return min(self.sizes)
+
+    def units(self, slots: dict[int, list[int]]) -> list[SourceUnit]:
+        """Group -> its slots by ordinal, as the sender's units."""
+        return [
+            SourceUnit(g, o, POOL_OF_GROUP[g], slot, int(self.sources[POOL_OF_GROUP[g]].generations[slot]))
+            for g, listed in slots.items()
+            for o, slot in enumerate(listed)
+        ]
+
+    def job(self, units: list[SourceUnit], tables: dict[int, list[int]], number: int = 0) -> LandingJob:
+        per_slot = self.sizes[1] // self.unit
+        destinations = []
+        for unit in units:
+            source = (unit.slot, unit.generation) if self.plane.reads_sources else (-1, -1)
+            slot = tables[unit.group][unit.ordinal // per_slot]
+            destinations.append(Destination(unit.group, unit.ordinal, POOL_OF_GROUP[unit.group], slot, *source))
+        return LandingJob("source", "t", 1, number, tuple(destinations))
+
+    async def send(self, job: LandingJob, units: list[SourceUnit]) -> None:
+        if not self.plane.reads_sources:
+            packed = self.cut.pack(units)
+            await self.pair.source.send("me", job.transfer_id, job.epoch, job.number, packed.units, packed.regions)
+
+    async def move(self, job: LandingJob, units: list[SourceUnit]) -> tuple[Any, ...]:
+        await self.send(job, units)
+        await self.plane.fetch(job)
+        return (await self.landing.submit(job, self.plane)).units
+
+
+@contextlib.asynccontextmanager
+async def ends(kind: str, sender: int, receiver: int) -> AsyncIterator[Ends]:
+    async with plane_pair(kind) as pair:
+        await pair.source.close()
+        sources, destinations = make(sender, 1), make(receiver, 2)
+        source = type(pair.source)
+        pair.source = {  # type: ignore[assignment]
+            "inproc": lambda: source(pair.hub),
+            "shm": source,
+        }.get(kind, lambda: source("127.0.0.1", pair.keys))()
+        await pair.source.start(sources)
+        unit = min(sender, receiver)
+        plane = ReshapingPlane(
+            pair.make_landing(), geometry(sender), SlotUnits(geometry(receiver), destinations, unit), destinations
+        )
+        landing = LandingThread(destinations, ["float32"] * len(GROUPS))
+        try:
+            await plane.connect("me", pair.source.offer("me"), plane.probe_pools)
+            cut = SlotUnits(geometry(sender), sources, unit)
+            yield Ends(pair, plane, sources, destinations, (sender, receiver), cut, landing)
+        finally:
+            await landing.close()
+            await plane.close()
+            await pair.source.close()
+            close_pools([*sources, *destinations])
+
+
+SOURCE_SLOTS = {0: [7, 3, 4], 1: [1, 9, 8], 2: [5, 6, 2]}
+
+
+@pytest.mark.parametrize("kind", PLANES)
+@pytest.mark.parametrize(("sender", "receiver"), [(16, 8), (8, 16), (16, 4), (2, 8)])
+@in_event_loop
+async def test_every_token_lands_in_its_place_and_nothing_else_changes(kind: str, sender: int, receiver: int) -> None:
+    async with ends(kind, sender, receiver) as e:
+        num_tokens = 3 * sender if sender > receiver else 2 * receiver + e.unit  # ends inside a coarse block
+        slots = SOURCE_SLOTS if sender > receiver else {g: list(range(1 + g, 10 + g)) for g in range(3)}
+        tables = {0: [11, 2, 3, 8, 4, 5, 6, 7, 9, 10, 1, 0], 1: list(range(12)), 2: list(range(12))}
+        if sender < receiver:
+            tables[2] = [9, 10, 11]
+            tables[0] = [8, 1, 0]  # groups 0 and 2 share a pool
+        else:
+            slots = {0: SOURCE_SLOTS[0], 1: SOURCE_SLOTS[1]}
+        before = [pool.slots.copy() for pool in e.destinations]
+        units = [u for u in e.cut.split(e.units(slots)) if u.ordinal * e.unit < num_tokens]
+        landed = await within(e.move(e.job(units, tables), units))
+        wanted = make(receiver, 3)
+        for pool, old in zip(wanted, before, strict=True):
+            pool.slots[:] = old
+        for group in slots:
+            source, to = slot_array(e.sources, group, sender), slot_array(wanted, group, receiver)
+            for token in range(num_tokens):
+                from_slot, to_slot = slots[group][token // sender], tables[group][token // receiver]
+                to[to_slot, :, :, :, token % receiver] = source[from_slot, :, :, :, token % sender]
+        for pool, expected in zip(e.destinations, wanted, strict=True):
+            assert np.array_equal(pool.slots, expected.slots)
+        close_pools(wanted)
+        assert all(unit.finite for unit in landed)
+        assert e.plane.num_operations == len(slots)
+
+
+@pytest.mark.parametrize("kind", PLANES)
+@in_event_loop
+async def test_sender_and_receiver_hash_the_same_bytes(kind: str) -> None:
+    async with ends(kind, 16, 8) as e:
+        at_source = LandingThread(e.sources, ["float32"] * 3)
+        mine: tuple[Unit, ...] = await at_source.digest_units(e.units(SOURCE_SLOTS), e.cut)
+        await at_source.close()
+        units = list(e.cut.split(e.units(SOURCE_SLOTS)))
+        assert [(u.group, u.ordinal, u.slot, u.generation) for u in mine] == [
+            (u.group, u.ordinal, u.slot, u.generation) for u in units
+        ]
+        tables = {0: [0, 1, 2, 3, 4, 5], 1: [0, 1, 2, 3, 4, 5], 2: [6, 7, 8, 9, 10, 11]}
+        landed = await within(e.move(e.job(units, tables), units))
+        assert [unit.digest for unit in landed] == [unit.digest for unit in mine]
+        assert len({unit.digest for unit in mine}) == len(mine)
+
+
+@pytest.mark.parametrize("kind", PLANES)
+@in_event_loop
+async def test_a_nan_is_found_in_the_unit_that_holds_it(kind: str) -> None:
+    async with ends(kind, 16, 8) as e:
+        slot_array(e.sources, 1, 16)[9, 1, 1, 2, 15, 3] = np.nan
+        units = [u for u in e.cut.split(e.units(SOURCE_SLOTS)) if u.group == 1]
+        landed = await within(e.move(e.job(units, {1: list(range(6))}), units))
+        assert [unit.ordinal for unit in landed if not unit.finite] == [3]
+
+
+@pytest.mark.parametrize("kind", PLANES)
+@in_event_loop
+async def test_a_slot_given_away_is_noticed(kind: str) -> None:
+    async with ends(kind, 16, 8) as e:
+        units = [u for u in e.cut.split(e.units(SOURCE_SLOTS)) if u.group == 0]
+        job = e.job(units, {0: list(range(6))})
+        e.sources[0].generations[3] += 1
+        with pytest.raises(SourceChanged):
+            await within(e.move(job, units))
+        at_source = LandingThread(e.sources, ["float32"] * 3)
+        with pytest.raises(SourceChanged):
+            await at_source.digest_units([SourceUnit(0, 0, 0, 3, 0)], e.cut)
+        await at_source.close()
+
+
+@pytest.mark.parametrize("kind", ["inproc", "shm"])
+@in_event_loop
+async def test_a_slot_outside_the_senders_pool_is_refused(kind: str) -> None:
+    async with ends(kind, 16, 8) as e:
+        units = [SourceUnit(0, 0, 0, NUM_SLOTS, 100)]
+        with pytest.raises(RemoteProtocolError, match="outside pool 0"):
+            await within(e.move(e.job(units, {0: [1]}), units))
+
+
+@pytest.mark.parametrize("kind", PLANES)
+@in_event_loop
+async def test_the_probe_measures_a_plane_between_unequal_slots(kind: str) -> None:
+    async with ends(kind, 8, 16) as e:
+        for pool in e.sources:
+            pool.generations[0] = 0  # the reserved slot, which is never given away
+        before = [pool.slots.copy() for pool in e.destinations]
+        assert await within(probe.measure(e.plane, e.plane.probe_pools)) > 0
+        assert all(np.array_equal(pool.slots, old) for pool, old in zip(e.destinations, before, strict=True))
+
+
+@pytest.mark.parametrize("kind", ["tcp", "zmq"])
+@in_event_loop
+async def test_staging_is_bounded_and_slices_wait_for_it(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Room for four units, slices of two: the third waits until the first has landed."""
+    monkeypatch.setattr(reshaping, "SLICE_NBYTES", 1)
+    async with ends(kind, 16, 8) as e:
+        units = [u for u in e.cut.split(e.units(SOURCE_SLOTS)) if u.group == 0]
+        parts = [units[i : i + 2] for i in (0, 2, 4)]
+        jobs = [e.job(part, {0: list(range(6))}, number) for number, part in enumerate(parts)]
+        for job, part in zip(jobs, parts, strict=True):
+            await e.send(job, part)
+        await within(e.plane.fetch(jobs[0]))
+        await within(e.plane.fetch(jobs[1]))
+        third = asyncio.create_task(e.plane.fetch(jobs[2]))
+        await asyncio.sleep(0.05)
+        assert not third.done()
+        await e.landing.submit(jobs[0], e.plane)
+        await within(third)
+        await e.landing.submit(jobs[2], e.plane)
+        e.plane.discard("t", 1)  # the second was fetched and never landed
+        assert e.plane._staging._free[0] == [0, 1, 2, 3]
+        with pytest.raises(LocalProtocolError):
+            await asyncio.to_thread(e.plane.land, jobs[1])
+        with pytest.raises(RemoteProtocolError, match="does not fit in staging"):
+            await within(e.plane.fetch(e.job(units, {0: list(range(6))}, 9)))
+
+
+@in_event_loop
+async def test_a_cancelled_wait_for_staging_leaves_no_row_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reshaping, "SLICE_NBYTES", 1)
+    staging = reshaping._Staging((64,))
+    held = await staging.take([0, 0, 0])
+    waiting, behind = (asyncio.create_task(staging.take([0] * count)) for count in (2, 1))
+    await asyncio.sleep(0)
+    waiting.cancel()
+    await asyncio.gather(waiting, return_exceptions=True)
+    staging.give(held)
+    assert len(await within(behind)) == 1
+    held = await staging.take([0, 0, 0])
+    late = asyncio.create_task(staging.take([0, 0]))
+    await asyncio.sleep(0)
+    staging.give(held)
+    late.cancel()  # its rows were granted just now, and nobody will take them
+    await asyncio.gather(late, return_exceptions=True)
+    staging.give(behind.result())
+    assert sorted(staging._free[0]) == [0, 1, 2, 3]
+
+
+@in_event_loop
+async def test_the_loss_of_the_source_is_passed_on() -> None:
+    async with ends("tcp", 16, 8) as e:
+        lost = asyncio.Event()
+        e.plane.on_lost = lost.set
+        await e.pair.source.drop("me")
+        await within(lost.wait())
+
+
+# --- names and geometries -----------------------------------------------------------------------------------------
+
+
+def test_units_of_a_slot_and_slots_of_units() -> None:
+    pools = make(16, 1)
+    cut = SlotUnits(geometry(16), pools, 4)
+    (first, *_, last) = cut.split([SourceUnit(1, 2, 1, 5, 7)])
+    assert (first.ordinal, last.ordinal, last.slot, last.generation) == (8, 11, 5, 7)
+    names = [UnitName(0, 7), UnitName(0, 4), UnitName(1, 8)]
+    assert cut.blocks(names) == (UnitName(0, 1), UnitName(1, 2))
+    assert [list(r) for r in by_group(cut.split([SourceUnit(1, 2, 1, 5, 7), SourceUnit(0, 0, 0, 1, 1)]))] == [
+        [0, 4],
+        [4, 8],
+    ]
+    assert list(by_group([])) == []
+    close_pools(pools)
+
+
+def test_block_sizes_may_differ_where_one_divides_the_other() -> None:
+    assert geometry_difference(geometry(16), geometry(8)) is None
+    assert geometry_difference(geometry(8), geometry(16)) is None
+    assert geometry_difference(geometry(16), geometry(16)) is None
+
+
+@pytest.mark.parametrize(
+    ("field", "theirs"),
+    [
+        ("block_size", geometry(24)),
+        ("block_size", replace(geometry(8), block_size=0)),
+        ("kv_dtype", replace(geometry(8), kv_dtype="bfloat16")),
+        ("slot_nbytes", replace(geometry(8), slot_nbytes=geometry(4).slot_nbytes)),
+        ("slot_nbytes", replace(geometry(32), slot_nbytes=tuple(n + 1 for n in geometry(32).slot_nbytes))),
+        ("tensor_parallel_size", replace(geometry(8), tensor_parallel_size=2)),
+        ("pipeline_parallel_size", replace(geometry(8), pipeline_parallel_size=2)),
+        ("slot_layout", replace(geometry(8), slot_layout="layer-kv-token-head-dim")),
+        ("groups", replace(geometry(8), groups=GROUPS[:2])),
+    ],
+)
+def test_what_is_not_converted_is_refused_by_name(field: str, theirs: Geometry) -> None:
+    found = geometry_difference(geometry(16), theirs)
+    assert found is not None
+    assert found[0] == field
+
+
+def test_groups_of_two_dtypes_pair_only_with_their_like() -> None:
+    mixed = replace(geometry(16), kv_dtype="bfloat16,float32")
+    assert geometry_difference(mixed, mixed) is None
+    assert (geometry_difference(mixed, replace(geometry(8), kv_dtype=mixed.kv_dtype)) or ("",))[0] == "block_size"
+
+
+def test_what_the_cores_plan_by() -> None:
+    assert geometry_by_units(geometry(16), 4) == geometry(4)
+    assert (peer_unit(geometry(16), 0), peer_unit(geometry(16), 8), peer_unit(geometry(8), 32)) == (16, 8, 8)
+    with pytest.raises(RemoteProtocolError, match="16 and 24"):
+        peer_unit(geometry(16), 24)
