@@ -115,11 +115,14 @@ class LandingGate:
         self._may_go.set()
         self.flip_at: Callable[[LandingJob, Sequence[PoolRegion]], tuple[int, int, int]] | None = None
         """-> (pool, slot, byte) to flip in the next job that passes."""
+        self.on_job: Callable[[LandingJob], None] | None = None
         self.num_inside = 0
         self.num_landed = 0
         self.num_flipped = 0
 
     def __call__(self, job: LandingJob, pools: Sequence[PoolRegion]) -> None:
+        if self.on_job is not None:
+            self.on_job(job)
         self.num_inside += 1
         assert self._may_go.wait(PATIENCE_S)
         self.num_inside -= 1
