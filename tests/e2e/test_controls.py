@@ -66,3 +66,18 @@ def test_a_window_that_is_off_by_one_changes_the_tokens(case: Case) -> None:
     assert tokens != case.reference.token_ids
     case.cluster.faults.set()
     assert ask(case, "right") == case.reference.token_ids
+
+
+def test_a_decode_worker_that_computes_the_prompt_itself_shows_in_the_counters(case: Case) -> None:
+    system = case.cluster.system
+    system.settle()
+    computed = system.total("disagg_prompt_tokens_computed_total", worker="decode-0")
+    case.cluster.faults.set(recompute={})
+    assert ask(case, "recomputed") == case.reference.token_ids
+    assert case.cluster.faults.num_fired("recompute") == 1
+    case.cluster.faults.set()
+    system.settle()
+    assert system.total("disagg_prompt_tokens_computed_total", worker="decode-0") == computed + PROMPT_LEN
+    assert computed == 0
+    assert not (system.record("recomputed")["transfer"] or {}).get("nbytes")
+    system.wait_until_idle()  # the prefill worker, whom nobody asked, is told by the router to let go

@@ -189,8 +189,9 @@ def test_blocks_wait_for_their_fetch_and_a_request_for_its_answer_only_so_long(i
     with ThreadPoolExecutor(1) as client, standing_still(impatient.pid_of("decode-0")):
         started = time.monotonic()
         asked = client.submit(impatient.complete, [5] * 100, max_tokens=4, request_id="stuck")
-        wait_until(lambda: impatient.total("disagg_kv_blocks_used", worker="prefill-0") > 0)
+        wait_until(lambda: impatient.total("disagg_prompt_tokens_computed_total", worker="prefill-0") == 100)
         wait_until(lambda: impatient.total("disagg_kv_blocks_used", worker="prefill-0") == 0)
+        assert impatient.total("disagg_kv_blocks_peak", worker="prefill-0") > 0
         assert impatient.record("stuck")["state"] == "running"  # so nobody else told it to free them
         status, answer = asked.result()
         took_s = time.monotonic() - started
@@ -204,7 +205,7 @@ def test_blocks_wait_for_their_fetch_and_a_request_for_its_answer_only_so_long(i
 def test_no_more_requests_wait_than_allowed(impatient: System) -> None:
     with ThreadPoolExecutor(12) as clients:
         answers = list(
-            clients.map(lambda i: impatient.complete([5 + i] * 9, max_tokens=100, ignore_eos=True), range(12))
+            clients.map(lambda i: impatient.complete([5 + i] * 9, max_tokens=60, ignore_eos=True), range(12))
         )
     refused = [answer["error"]["message"] for status, answer in answers if status == 503]
     assert refused
@@ -212,7 +213,7 @@ def test_no_more_requests_wait_than_allowed(impatient: System) -> None:
     assert any(status == 200 for status, _ in answers)
 
 
-def wait_until(condition: Any, timeout_s: float = 2.0) -> None:
+def wait_until(condition: Any, timeout_s: float = REQUEST_TIMEOUT_S) -> None:
     deadline = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < deadline

@@ -23,7 +23,7 @@ from support.system import System, children_of, start, stop, wait_for_start
 
 from disagg.transceiver.timing import LOST_S
 
-pytestmark = pytest.mark.processes
+pytestmark = [pytest.mark.processes, pytest.mark.timeout(240)]  # processes start anew, on cores that may be shared
 
 PROMISED_S = 5.0
 NUM_TOKENS = 60

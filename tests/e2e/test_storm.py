@@ -13,7 +13,7 @@ from support.families import Reference, build_family, safe_prompts, save_family
 from support.storm import Outcome, Shot, storm
 from support.system import System, running
 
-pytestmark = pytest.mark.processes
+pytestmark = [pytest.mark.processes, pytest.mark.timeout(240)]  # up to three storms, on cores that may be shared
 
 NUM_REQUESTS = 200
 NUM_IN_FLIGHT = 64

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import random
+import signal
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +21,7 @@ from disagg.cache.layout import derive_layout
 from disagg.cache.pool import NUM_RESERVED_SLOTS
 from disagg.engine.model import load_model
 
-pytestmark = pytest.mark.processes
+pytestmark = [pytest.mark.processes, pytest.mark.timeout(240)]  # five processes start, on cores that may be shared
 
 NUM_REQUESTS = 200
 NUM_IN_FLIGHT = 64
@@ -71,7 +74,7 @@ def case(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Case]:
         yield Case(system, need, references)
 
 
-def adversarial_shots(references: list[Reference]) -> list[Shot]:
+def adversarial_shots(references: list[Reference], name: str) -> list[Shot]:
     """Bursts: the longest ones first, everywhere at once; then short ones between long ones; then anything.
 
     Some want one token only: a prefill worker serves those alone, between prompts that wait for a decode worker.
@@ -83,7 +86,7 @@ def adversarial_shots(references: list[Reference]) -> list[Shot]:
     order += [rng.choice(long) for _ in range(24)] + [rng.choice(short) for _ in range(24)]
     order += [rng.choice(references) for _ in range(NUM_REQUESTS - len(order))]
     return [
-        Shot(f"t{number}", reference.prompt, 1 if number % 9 == 5 else NUM_TOKENS)
+        Shot(f"{name}-{number}", reference.prompt, 1 if number % 9 == 5 else NUM_TOKENS)
         for number, reference in enumerate(order)
     ]
 
@@ -97,7 +100,7 @@ def test_pools_hold_one_request_of_the_longest_kind_but_not_two(case: Case) -> N
 
 
 def test_every_request_of_an_adversarial_order_finishes_with_the_right_tokens(case: Case) -> None:
-    shots = adversarial_shots(case.references)
+    shots = adversarial_shots(case.references, "order")
     assert len(shots) == NUM_REQUESTS
     outcomes = asyncio.run(storm(case.system.url, shots, num_in_flight=NUM_IN_FLIGHT))
     answers = {reference.prompt: list(reference.token_ids) for reference in case.references}
@@ -114,3 +117,37 @@ def test_every_request_of_an_adversarial_order_finishes_with_the_right_tokens(ca
         assert all(computed), computed  # every worker took part
     assert system.total("disagg_requests_total", outcome="finished") == NUM_REQUESTS
     assert system.total("disagg_transfers_total", outcome="verified") == sum(shot.max_tokens > 1 for shot in shots)
+
+
+def test_workers_killed_in_the_middle_of_a_burst_cost_only_answers_that_had_begun(case: Case) -> None:
+    """One of each role dies. What had no token yet is answered by the others, whose pools are as tight as before."""
+    system = case.system
+    doomed = {name: system.pid_of(name) for name in ("prefill-0", "decode-0")}
+    killed: list[str] = []
+
+    def kill_in_the_middle() -> None:
+        running = {worker["id"] for worker in system.workers() if worker["running"] and worker["requests"] > 1}
+        for name in (running & doomed.keys()) - set(killed):
+            os.kill(doomed[name], signal.SIGKILL)
+            killed.append(name)
+
+    shots = adversarial_shots(case.references, "killed")[::2]
+    outcomes = asyncio.run(storm(system.url, shots, num_in_flight=NUM_IN_FLIGHT, watch=kill_in_the_middle))
+    assert set(killed) == set(doomed)
+    answers = {reference.prompt: list(reference.token_ids) for reference in case.references}
+    num_attempts = []
+    for outcome in outcomes:
+        assert outcome.status == 200, outcome
+        wanted = answers[outcome.shot.prompt][: outcome.shot.max_tokens]
+        if outcome.done:
+            assert outcome.token_ids == wanted, outcome
+        else:
+            assert outcome.error, outcome
+            assert outcome.token_ids == wanted[: len(outcome.token_ids)], outcome
+            assert outcome.token_ids, outcome  # it had begun, else it would have been tried anew
+        num_attempts.append(len(system.record(outcome.shot.request_id)["attempts"]))
+    print(f"attempts per request: {Counter(num_attempts)}; cut: {sum(not outcome.done for outcome in outcomes)}")
+    assert max(num_attempts) > 1
+    system.wait_until_ready()
+    system.settle()
+    system.wait_until_idle()

@@ -44,7 +44,7 @@ def cases() -> list[object]:
 
 @pytest.mark.parametrize(("plane", "scale", "cell"), cases())
 def test_a_fault_in_a_state_ends_in_an_answer_or_an_error(arena: Any, cell: tuple[Row, Fault]) -> None:
-    arena.results[cell] = arena.run(Cell(arena.trio, *cell).run())
+    arena.results[cell] = arena.run(lambda trio: Cell(trio, *cell).run())
 
 
 def test_the_table_has_every_state_and_every_cell_an_expectation_or_a_reason() -> None:

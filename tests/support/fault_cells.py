@@ -103,6 +103,8 @@ class Cell:
         self.key = trio.newest_key()
         await self._steer(num_landed)
         await until(self._stands, f"the {role.value} stands in {state.value}: {self._where()}")
+        if trio.plane == "zmq" and self.row in table.ALL_SENT:
+            await until(self._are_bytes_here, "the bytes of every announced slice have arrived")
 
     def _set_gates(self) -> None:
         trio, control = self.trio, self.trio.links.control
@@ -171,6 +173,12 @@ class Cell:
             (Role.RECEIVER, State.VERIFIED): p.Ack,
         }.get(self.row)
         return waits_for is None or control.is_holding(waits_for)
+
+    def _are_bytes_here(self) -> bool:
+        ((link, _),) = self.trio.decode.receiving._links.values()
+        plane: Any = link.plane
+        num_announced = self.trio.prefill.core(self.key)._side._outbox.num_slices
+        return bool(plane._num_held == num_announced - self.trio.decode.landing.num_inside)
 
     def _is_computed(self) -> bool:
         core = self.trio.prefill.core(self.key)

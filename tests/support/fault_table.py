@@ -142,7 +142,8 @@ def allowed(row: Row, fault: Fault, *, sends_bytes: bool) -> frozenset[str]:
     if row in VERIFIED or fault in MESSAGE_FAULTS:
         return frozenset({"a1"})
     if fault in (GENERATION, SOURCE_FLIP) and sends_bytes and row in ALL_SENT:
-        return frozenset({"a1", "a2"} if fault is GENERATION else {"a1"})
+        # Too late to matter, except for the blocks of later chunks, which are given away here before they are hashed.
+        return frozenset({"a2" if fault is GENERATION and row[1] is State.SENDING else "a1"})
     if row == (R, State.WAITING) and fault in (CONTROL_CUT, CONTROL_SILENT, DATA_CUT):
         return frozenset({"a1", "a2"})  # nobody was asked yet: the link may be up again before the room is there
     return frozenset({"a2", "a3"} if fault is REPLACED else {"a2"})

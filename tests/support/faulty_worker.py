@@ -121,6 +121,20 @@ def widen_layout(faults: Faults) -> None:
         build.derive_layout = derive_layout
 
 
+def recompute(faults: Faults) -> None:
+    """A decode worker that fetches nothing and computes the prompt itself."""
+    from disagg.worker import attempts
+
+    plain = attempts.Attempts._dispatch
+
+    def dispatch(self: Any, order: Any, **options: Any) -> None:
+        if order.mode == "decode" and faults.fires("recompute"):
+            order = replace(order, mode="serve", peer=None)
+        plain(self, order, **options)
+
+    attempts.Attempts._dispatch = dispatch
+
+
 class Wire(ZmtpProxy):
     """Between the two ends of the zmq plane: counts payload, and flips a byte of a large frame when asked to."""
 
@@ -169,12 +183,15 @@ def tap_the_wire(faults: Faults) -> None:
     planes.ZmqLandingPlane = TappedLandingPlane
 
 
+PATCHES = (flip_source, flip_copy, use_landing_hook, change_steps, widen_layout, recompute, tap_the_wire)
+
+
 def main(argv: Sequence[str]) -> int:
     faults = Faults(Path(argv[0]))
     if argv[1] == "up":
         start_workers_by_this_script(faults)
     else:
-        for patch in (flip_source, flip_copy, use_landing_hook, change_steps, widen_layout, tap_the_wire):
+        for patch in PATCHES:
             patch(faults)
     from disagg.cli.main import main as disagg
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
 
-from disagg.transceiver.codec import decode
+from disagg.transceiver.codec import decode, encode
 from disagg.transceiver.errors import RemoteProtocolError
 
 GREETING_NBYTES = 64
@@ -59,6 +59,11 @@ class MessageProxy:
         """Refuse connections: the process behind it is dead."""
         self.hold: Callable[[str, Any], bool] | None = None
         """Messages of transfers that stay in the proxy until `release`."""
+        self.rewrite: Callable[[str, Any], Any] | None = None
+        """What to say instead of a message of a transfer: another message, or the same one."""
+        self.flip_payload_at: int | None = None
+        """Byte of the next payload (the last frame of a message of several) that is flipped, once."""
+        self.num_flipped = 0
         self.history: list[Passing] = []
         self.num_fired = 0
         self.num_cut = 0
@@ -189,15 +194,26 @@ class MessageProxy:
             self.num_stalled += not self._flowing.is_set()
             await self._flowing.wait()
             is_plain = not (was_more or flags & (MORE | COMMAND))
+            if was_more and self.flip_payload_at is not None:
+                body = self._flip(body)
             was_more = bool(flags & MORE)
             self._take(Passing(link, direction, flags & ~LONG, body, read_transfer(body) if is_plain else None))
             await link.writers[direction].drain()
+
+    def _flip(self, body: bytes) -> bytes:
+        assert self.flip_payload_at is not None
+        at, self.flip_payload_at = self.flip_payload_at % len(body), None
+        self.num_flipped += 1
+        return body[:at] + bytes([body[at] ^ 1]) + body[at + 1 :]
 
     def _take(self, passing: Passing) -> None:
         if passing.message is None:
             passing.write()
             return
         self.history.append(passing)
+        if self.rewrite is not None:
+            passing.message = self.rewrite(passing.direction, passing.message)
+            passing.body = encode(passing.message)
         if self.hold is not None and self.hold(passing.direction, passing.message):
             self._held.append(passing)
         else:

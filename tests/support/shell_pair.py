@@ -115,11 +115,14 @@ class LandingGate:
         self._may_go.set()
         self.flip_at: Callable[[LandingJob, Sequence[PoolRegion]], tuple[int, int, int]] | None = None
         """-> (pool, slot, byte) to flip in the next job that passes."""
+        self.on_job: Callable[[LandingJob], None] | None = None
         self.num_inside = 0
         self.num_landed = 0
         self.num_flipped = 0
 
     def __call__(self, job: LandingJob, pools: Sequence[PoolRegion]) -> None:
+        if self.on_job is not None:
+            self.on_job(job)
         self.num_inside += 1
         assert self._may_go.wait(PATIENCE_S)
         self.num_inside -= 1
@@ -307,14 +310,15 @@ class ShellWorker:
 
     def leftovers(self) -> dict[str, Any]:
         """Everything that must be empty when no request is live."""
-        attempts = self.attempts
         left: dict[str, Any] = {
             "slots": self.engine.num_used,
             "live in engine": self.engine.stats().live_keys,
-            "attempts": attempts.keys,
-            "requests": tuple(attempts._requests),
             "landing jobs": tuple(self.parts.landing._jobs),
         }
+        attempts = getattr(self.registration, "_attempts", None)
+        if attempts is None:  # it is registering anew, and holds no request
+            return {name: value for name, value in left.items() if value}
+        left |= {"attempts": attempts.keys, "requests": tuple(attempts._requests)}
         if attempts.receiving is not None:
             left["reservations"] = attempts.receiving.held
             for link, _ in attempts.receiving._links.values():
@@ -404,7 +408,7 @@ class ShellTrio:
         incarnations = {worker.registration.node.incarnation for worker in live}
         if {worker.incarnation for worker in self.router.cluster.registry} != incarnations:
             return False
-        if not self.router.is_ready():
+        if not self.router.is_ready() or not hasattr(self.decode.registration, "_attempts"):
             return False
         # The router's view is a lease old: the link itself must be up too.
         return bool(self.decode.receiving.is_ready(self.prefill.registration.node.incarnation))

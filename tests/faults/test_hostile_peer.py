@@ -1,0 +1,441 @@
+"""A peer that knows the cluster's keys and means harm: nothing crashes, honest requests are answered, nothing leaks."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import random
+import secrets
+import socket
+from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
+from typing import Any
+from urllib.parse import urlsplit
+
+import pytest
+import support.fault_table as table
+import zmq
+import zmq.asyncio
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from support.fault_cells import Cell, outcome_of
+from support.shell_pair import IDENTITY, KEYS, ShellTrio, until
+
+from disagg.engine.commands import ReservedEvent
+from disagg.transceiver.codec import MAX_MESSAGE_NBYTES
+from disagg.transceiver.links import ControlClient
+from disagg.transceiver.messages import peer as p
+from disagg.transceiver.messages.values import AttemptKey, GroupRuns, UnitName, UnitRun
+from disagg.transceiver.node import draw_id
+from disagg.transceiver.planes import frames
+from disagg.transceiver.state import Role, State
+
+SHM, ZMQ = pytest.param("shm", 0.2), pytest.param("zmq", 0.2)
+SHARED_ARENA = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+"""Examples share one trio on purpose: whatever one leaves behind is found by the next."""
+
+
+class Impostor:
+    """A decode worker by its HELLO, and whatever it likes afterwards."""
+
+    def __init__(self, client: ControlClient, trio: ShellTrio) -> None:
+        self.client, self.incarnation = client, draw_id()
+        self.prefill = trio.prefill.registration.node.incarnation
+        self.geometry = trio.prefill.registration.node.geometry
+
+    @classmethod
+    @contextlib.asynccontextmanager
+    async def connected(cls, trio: ShellTrio) -> AsyncIterator[Impostor]:
+        client = await ControlClient.connect(trio.links.control.target, KEYS)
+        try:
+            async with asyncio.timeout(5):
+                await client.ready()
+            yield cls(client, trio)
+        finally:
+            await client.close()
+
+    async def hello(self, incarnation: str = "") -> p.Welcome:
+        await self.client.send(p.Hello(incarnation or self.incarnation, "x", IDENTITY, self.geometry, ("shm", "zmq")))
+        return await self.next(p.Welcome)
+
+    def header(self, key: AttemptKey, **changes: Any) -> p.Header:
+        return replace(p.Header(self.incarnation, self.prefill, key.transfer_id, key.epoch, 1), **changes)
+
+    async def next(self, kind: type) -> Any:
+        """The next message of `kind`; others are read past."""
+        async with asyncio.timeout(5):
+            while not isinstance(message := await self.client.recv(), kind):
+                pass
+        return message
+
+    async def was_heard(self) -> None:
+        """Until everything said so far was dealt with: a last question has been answered."""
+        transfer_id = draw_id()
+        await self.client.send(p.Ack(self.header(AttemptKey(transfer_id, 1))))
+        while (await self.next(p.Closed)).header.transfer_id != transfer_id:
+            pass
+
+
+async def honest_request(trio: ShellTrio) -> None:
+    assert outcome_of(await trio.ask()) == "a1"
+    await trio.settle()
+    trio.check()
+
+
+# --- bytes --------------------------------------------------------------------------------------------------
+
+
+def shm_address(trio: ShellTrio) -> str:
+    return f"\0disagg-{trio.prefill.registration.source_planes['shm']._address}"
+
+
+@pytest.mark.parametrize(("plane", "scale"), [SHM, ZMQ])
+@pytest.mark.parametrize("seed", [1, 2])
+def test_random_bytes_on_every_port_harm_nobody(arena: Any, plane: str, seed: int) -> None:
+    async def story(trio: ShellTrio) -> None:
+        rng = random.Random(seed)
+        doors = [trio.links.control.target, trio.router.endpoint]
+        doors += [trio.links.data.target] if plane == "zmq" else []
+        client = trio.begin()
+        for door in doors:
+            parts = urlsplit(door)
+            for _ in range(10):
+                _, writer = await asyncio.open_connection(parts.hostname, parts.port)
+                writer.write(rng.randbytes(rng.randrange(1, 3000)))
+                await asyncio.sleep(0)
+                writer.close()
+        if plane == "shm":
+            for _ in range(10):
+                with socket.socket(socket.AF_UNIX) as sock:
+                    sock.connect(shm_address(trio))
+                    sock.sendall(rng.randbytes(rng.randrange(1, 300)))
+        assert outcome_of(await client) == "a1"
+        await honest_request(trio)
+
+    arena.run(story)
+
+
+@pytest.mark.parametrize(("plane", "scale"), [ZMQ])
+def test_random_frames_in_good_handshakes_harm_nobody(arena: Any) -> None:
+    async def story(trio: ShellTrio) -> None:
+        rng = random.Random(3)
+        server = trio.prefill.sending._server
+        num_malformed = server.num_malformed, trio.prefill.registration.source_planes["zmq"].num_malformed
+        client = trio.begin()
+        with zmq.asyncio.Context() as context:
+            for door in (trio.links.control.target, trio.links.data.target, trio.router.endpoint):
+                with context.socket(zmq.DEALER) as dealer:
+                    dealer.setsockopt(zmq.LINGER, 200)
+                    dealer.connect(door)
+                    for _ in range(60):
+                        message = [rng.randbytes(rng.choice([0, 1, 40, 2000])) for _ in range(rng.randrange(1, 4))]
+                        await dealer.send_multipart(message)
+        assert outcome_of(await client) == "a1"
+        plane = trio.prefill.registration.source_planes["zmq"]
+        await until(lambda: server.num_malformed > num_malformed[0] and plane.num_malformed > num_malformed[1])
+        await honest_request(trio)
+
+    arena.run(story)
+
+
+@pytest.mark.parametrize(("plane", "scale"), [SHM])
+def test_an_oversized_frame_costs_its_sender_the_connection_and_nobody_else(arena: Any) -> None:
+    async def story(trio: ShellTrio) -> None:
+        with zmq.asyncio.Context() as context, context.socket(zmq.DEALER) as dealer:
+            dealer.setsockopt(zmq.LINGER, 0)
+            dealer.connect(trio.links.control.target)
+            monitor = dealer.get_monitor_socket(zmq.EVENT_DISCONNECTED)
+            await dealer.send(bytes(MAX_MESSAGE_NBYTES + (1 << 20)))
+            async with asyncio.timeout(5):
+                await monitor.recv_multipart()
+            dealer.disable_monitor()
+            monitor.close()
+        await honest_request(trio)
+
+    arena.run(story)
+
+
+@pytest.mark.parametrize(("plane", "scale"), [ZMQ])
+def test_the_data_port_serves_nobody_without_the_token(arena: Any) -> None:
+    async def story(trio: ShellTrio) -> None:
+        victim = trio.decode.registration.node.incarnation
+        client = trio.begin()
+        with zmq.asyncio.Context() as context, context.socket(zmq.DEALER) as dealer:
+            dealer.setsockopt(zmq.LINGER, 0)
+            dealer.connect(trio.links.data.target)
+            for name in (victim, draw_id(), "x"):
+                await dealer.send(frames.pack(frames.Hello(name, secrets.token_bytes(16))))
+                async with asyncio.timeout(5):
+                    assert await dealer.recv_multipart() == [frames.REFUSED]
+            await dealer.send(frames.pack(frames.Credit(2**32 - 1)))
+            await dealer.send(frames.pack(frames.SliceHead("0" * 32, 1, 0, 10)))
+        assert outcome_of(await client) == "a1"
+        await honest_request(trio)
+
+    arena.run(story)
+
+
+# --- floods -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("plane", "scale"), [SHM])
+def test_a_flood_of_hellos_is_forgotten(arena: Any) -> None:
+    async def story(trio: ShellTrio) -> None:
+        client = trio.begin()
+        async with Impostor.connected(trio) as impostor:
+            for _ in range(500):
+                hello = p.Hello(draw_id(), "x", IDENTITY, impostor.geometry, ("shm",))
+                await impostor.client.send(hello)
+            assert outcome_of(await client) == "a1"
+            await honest_request(trio)
+        sending, plane = trio.prefill.sending, trio.prefill.registration.source_planes["shm"]
+        await until(lambda: len(sending._peers) == 1, "only the honest peer is left")
+        await until(lambda: not plane._tokens._unused, "no token is left")
+        await honest_request(trio)
+
+    arena.run(story)
+
+
+@pytest.mark.parametrize(("plane", "scale"), [SHM])
+def test_a_flood_of_fetches_for_unknown_transfers_is_answered_and_forgotten(arena: Any) -> None:
+    async def story(trio: ShellTrio) -> None:
+        async with Impostor.connected(trio) as impostor:
+            await impostor.hello()
+            for _ in range(500):
+                header = impostor.header(AttemptKey(draw_id(), 1))
+                await impostor.client.send(p.Fetch(header, b"", 22, (GroupRuns(0, ((0, 1),)),), "shm"))
+            await honest_request_beside_early(trio)
+            failed = await impostor.next(p.Failed)
+            assert failed.reason == "unknown"
+            await until(lambda: not trio.prefill.sending._early, "no FETCH waits for a dispatch")
+        await honest_request(trio)
+
+    arena.run(story)
+
+
+async def honest_request_beside_early(trio: ShellTrio) -> None:
+    assert outcome_of(await trio.ask()) == "a1"
+    assert trio.prefill.engine.num_used == 0
+
+
+# --- messages of a hostile decode worker --------------------------------------------------------------------
+
+HALTS = [(Role.SENDER, State.PINNING), (Role.SENDER, State.SENDING), (Role.SENDER, State.DECIDED)]
+INTEGERS = st.sampled_from([-(2**63), -1, 0, 1, 2, 5, 63, 64, 2**31, 2**32, 2**63 - 1])
+RUNS = st.lists(st.tuples(INTEGERS, INTEGERS), max_size=3).map(tuple)
+REQUIRED = st.lists(st.builds(GroupRuns, INTEGERS, RUNS), max_size=3).map(tuple)
+UNITS = st.lists(st.builds(UnitName, INTEGERS, INTEGERS), max_size=3).map(tuple)
+REASONS = st.sampled_from(["digest", "non-finite", "cancelled", "", "x" * 1000])
+WORDS: dict[str, Callable[[p.Header], st.SearchStrategy[Any]]] = {
+    "fetch": lambda h: st.builds(
+        p.Fetch, st.just(h), st.binary(max_size=40), INTEGERS, REQUIRED, st.sampled_from(["shm", "zmq", ""])
+    ),
+    "received": lambda h: st.builds(p.Received, st.just(h), INTEGERS),
+    "ack": lambda h: st.just(p.Ack(h)),
+    "cancel": lambda h: st.builds(p.Cancel, st.just(h), REASONS, UNITS),
+    "done": lambda h: st.builds(
+        p.Done, st.just(h), INTEGERS, INTEGERS, INTEGERS, st.just(()), st.none(), st.binary(max_size=40)
+    ),
+    "closed": lambda h: st.just(p.Closed(h)),
+    "failed": lambda h: st.builds(p.Failed, st.just(h), REASONS, UNITS),
+    "slice": lambda h: st.builds(p.Slice, st.just(h), INTEGERS, st.just(())),
+}
+
+
+@given(data=st.data(), halt=st.sampled_from(HALTS))
+@settings(SHARED_ARENA, max_examples=25)
+@pytest.mark.parametrize(("plane", "scale"), [SHM])
+def test_no_message_of_another_peer_touches_a_transfer(arena: Any, data: Any, halt: Any) -> None:
+    """It knows everything: ids, incarnations, the ticket. What it cannot have is the victim's connection."""
+
+    async def story(trio: ShellTrio) -> None:
+        victim = trio.decode.registration.node.incarnation
+        cell = Cell(trio, halt, table.DROPPED)
+        cell.client = trio.begin()
+        await cell.halt()
+        async with Impostor.connected(trio) as impostor:
+            await impostor.hello()
+            fetch = trio.links.control.last("up", p.Fetch)
+            assert fetch is not None
+            for _ in range(data.draw(st.integers(1, 6))):
+                source = data.draw(st.sampled_from([impostor.incarnation, victim, "0" * 32]))
+                to = data.draw(st.sampled_from([impostor.prefill, "0" * 32]))
+                header = impostor.header(cell.key, source=source, destination=to)
+                word = data.draw(st.sampled_from(sorted(WORDS)))
+                message = data.draw(WORDS[word](header))
+                if word == "fetch" and data.draw(st.booleans()):
+                    message = replace(fetch.message, header=header)  # the victim's own, with its ticket
+                with contextlib.suppress(Exception):  # some of these no codec carries
+                    await impostor.client.send(message)
+            await impostor.was_heard()
+            core = trio.prefill.core(cell.key)
+            assert core is not None
+            assert core.state is halt[1]
+            assert not trio.prefill.releases[cell.key]
+        cell.resume()
+        assert outcome_of(await cell.reply()) == "a1"
+        await trio.settle()
+        trio.check()
+
+    arena.run(story)
+
+
+@pytest.mark.parametrize(("plane", "scale"), [SHM, ZMQ])
+def test_a_foreign_or_replayed_ticket_admits_nothing(arena: Any) -> None:
+    async def story(trio: ShellTrio) -> None:
+        trio.links.control.history.clear()
+        await honest_request(trio)
+        used = trio.links.control.last("up", p.Fetch)
+        assert used is not None
+        cell = Cell(trio, (Role.SENDER, State.WAITING), table.DROPPED)
+        cell.client = trio.begin()
+        await cell.halt()
+        victim = trio.links.control.last("up", p.Fetch)
+        assert victim is not None
+        async with Impostor.connected(trio) as impostor:
+            await impostor.hello()
+            for fetch in (used.message, victim.message, replace(victim.message, ticket=used.message.ticket)):
+                key = AttemptKey(fetch.header.transfer_id, fetch.header.epoch)
+                await impostor.client.send(replace(fetch, header=impostor.header(key)))
+            await impostor.was_heard()
+            core = trio.prefill.core(cell.key)
+            assert core.state is State.WAITING
+        cell.resume()
+        assert outcome_of(await cell.reply()) == "a1"
+        await trio.settle()
+        trio.check()
+
+    arena.run(story)
+
+
+@pytest.mark.parametrize(("plane", "scale"), [SHM])
+def test_a_hello_in_anothers_name_may_end_its_transfers_and_nothing_else(arena: Any) -> None:
+    async def story(trio: ShellTrio) -> None:
+        cell = Cell(trio, (Role.SENDER, State.SENDING), table.DROPPED)
+        cell.client = trio.begin()
+        await cell.halt()
+        async with Impostor.connected(trio) as impostor:
+            await impostor.hello(trio.decode.registration.node.incarnation)
+            cell.resume()
+            assert outcome_of(await cell.reply()) in ("a1", "a2")
+        await trio.ready()
+        await trio.settle()
+        trio.check()
+        await until(
+            lambda: trio.prefill.sending._peers[trio.decode.registration.node.incarnation].hello.worker_id == "decode"
+        )
+        await trio.ready()
+        await honest_request(trio)
+
+    arena.run(story)
+
+
+@pytest.mark.parametrize(("plane", "scale"), [SHM])
+def test_what_is_meant_for_another_incarnation_is_refused_and_changes_nothing(arena: Any) -> None:
+    """A FETCH that reaches the successor of the process it was meant for."""
+
+    async def story(trio: ShellTrio) -> None:
+        dead = trio.prefill.registration.node.incarnation
+        cell = Cell(trio, (Role.SENDER, State.WAITING), table.DROPPED)
+        cell.client = trio.begin()
+        await cell.halt()
+        held = trio.links.control.last("up", p.Fetch)
+        assert held is not None
+        await trio.prefill.kill()
+        trio.start_worker("prefill")
+        trio.links.control.hold = None
+        cell.resume()
+        assert outcome_of(await cell.reply()) == "a2"
+        await trio.ready()
+        async with Impostor.connected(trio) as impostor:
+            await impostor.hello()
+            await impostor.client.send(replace(held.message, header=impostor.header(cell.key, destination=dead)))
+            refused = await impostor.next(p.Refused)
+            assert (refused.field, refused.destination) == ("stale_peer", dead)
+        assert cell.key not in trio.prefill.sending
+        assert not trio.prefill.sending._early
+        await honest_request(trio)
+
+    arena.run(story)
+
+
+# --- messages of a hostile prefill worker -------------------------------------------------------------------
+
+
+def bent_run(run: UnitRun, draw: Any) -> UnitRun:
+    """A run with one of its fields replaced by anything."""
+    name = draw(st.sampled_from(["group", "first", "count", "slots", "generations"]))
+    if name in ("group", "first", "count"):
+        return replace(run, **{name: draw(INTEGERS)})
+    values = draw(st.lists(INTEGERS, max_size=run.count + 1))
+    if draw(st.booleans()):
+        values = [*getattr(run, name)[: max(0, run.count - 1)], draw(INTEGERS)]
+    return replace(run, **{name: tuple(values)})
+
+
+def bent_slice(message: p.Slice, draw: Any) -> p.Slice:
+    """Wrong numbers, wrong indexes, units twice, units that nobody asked for."""
+    match draw(st.sampled_from(["number", "run", "twice", "stranger", "nothing", "reordered"])):
+        case "number":
+            return replace(message, number=draw(INTEGERS))
+        case "run":
+            at = draw(st.integers(0, len(message.units) - 1))
+            return replace(
+                message, units=(*message.units[:at], bent_run(message.units[at], draw), *message.units[at + 1 :])
+            )
+        case "twice":
+            return replace(message, units=message.units + message.units[:1])
+        case "stranger":
+            return replace(message, units=(*message.units, UnitRun(0, draw(INTEGERS), 1, (2,), (1,))))
+        case "nothing":
+            return replace(message, units=())
+        case _:
+            return replace(message, units=message.units[::-1])
+
+
+@given(data=st.data())
+@settings(SHARED_ARENA, max_examples=40)
+@pytest.mark.parametrize(("plane", "scale"), [SHM])
+def test_a_sender_that_lies_in_slices_gets_nothing_decoded_and_nothing_written_elsewhere(arena: Any, data: Any) -> None:
+    lie_about(arena, data)
+
+
+@given(data=st.data())
+@settings(SHARED_ARENA, max_examples=15)
+@pytest.mark.parametrize(("plane", "scale"), [ZMQ])
+def test_a_sender_that_lies_in_slices_gets_nothing_decoded_over_zmq_either(arena: Any, data: Any) -> None:
+    lie_about(arena, data)
+
+
+def lie_about(arena: Any, data: Any) -> None:
+    async def story(trio: ShellTrio) -> None:
+        number = data.draw(st.integers(0, 1))
+        landed: list[Any] = []
+        trio.decode.landing.on_job = landed.append
+        num_seen = 0
+
+        def lie(direction: str, message: Any) -> Any:
+            nonlocal num_seen
+            if not isinstance(message, p.Slice):
+                return message
+            num_seen += 1
+            bent = bent_slice(message, data.draw) if num_seen == number + 1 else message
+            return bent if all(-(2**63) <= run.first < 2**64 for run in bent.units) else message
+
+        cell = Cell(trio, (Role.RECEIVER, State.WAITING), table.DROPPED)
+        cell.client = trio.begin()
+        await cell.halt()
+        trio.links.control.rewrite = lie
+        cell.resume()
+        try:
+            assert outcome_of(await cell.reply()) in ("a1", "a2")
+        finally:
+            trio.links.control.rewrite = None
+        await trio.settle()
+        trio.check()
+        (reserved,) = trio.decode.engine.of(cell.key, ReservedEvent)
+        allowed = {(group, *pair) for group, pairs in enumerate(reserved.slots) for pair in pairs}
+        written = {(u.group, u.ordinal, u.slot) for job in landed for u in job.destinations}
+        assert written <= allowed
+
+    arena.run(story)
