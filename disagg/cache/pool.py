@@ -146,6 +146,10 @@ class SlotPool:
     def is_registered(self, slot: int) -> bool:
         return bool(self._is_registered[slot])
 
+    @property
+    def num_registered(self) -> int:
+        return int(self._is_registered.sum())
+
     def is_tainted(self, slot: int) -> bool:
         """Whether its content was found wrong, or may not be finite, while somebody still refers to it."""
         return bool(self._is_tainted[slot])

@@ -123,7 +123,7 @@ class PrefixCache:
                     number = self._layout.pool_of_group[group]
                     assert self._owner[number].get(slot) == (node, group), "a slot serves two blocks"
                     assert self._pools[number].is_registered(slot), "a known slot is not registered"
-        registered = sum(pool.is_registered(slot) for pool in self._pools for slot in range(pool.num_slots))
+        registered = sum(pool.num_registered for pool in self._pools)
         assert owned == sum(map(len, self._owner)) == registered, "a registered slot is nobody's"
 
     def _step(self, chain: Chain, ordinal: int, block: bytes) -> Node | None:

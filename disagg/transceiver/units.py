@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
+import torch
 
 from disagg.transceiver.errors import RemoteProtocolError
 from disagg.transceiver.messages.values import Geometry, GroupSemantics, UnitName
@@ -85,7 +86,8 @@ class SlotUnits:
     def gather(self, group: int, ordinals: Ints, slots: Ints) -> Bytes:
         """Canonical bytes of units that lie in these slots, `[n, unit_nbytes]`, copied."""
         values = self._areas[group].read(slots, self._tokens(ordinals))
-        return values.reshape(-1).numpy().view(np.uint8).reshape(len(slots), self.unit_nbytes[group])
+        rows: Bytes = values.reshape(-1).view(torch.uint8).numpy()  # numpy knows no bfloat16
+        return rows.reshape(len(slots), self.unit_nbytes[group])
 
     def scatter(self, group: int, ordinals: Ints, slots: Ints, rows: Bytes) -> None:
         """The reverse of `gather`."""

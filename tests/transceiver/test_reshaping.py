@@ -294,6 +294,27 @@ def test_units_of_a_slot_and_slots_of_units() -> None:
     close_pools(pools)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_units_of_every_format_keep_every_bit(dtype: str) -> None:
+    """Any bytes, gathered from slots of 16 and scattered into slots of 4, and back."""
+    nbytes = 4 if dtype == "float32" else 2
+    coarse, fine = (
+        Geometry(size, dtype, GROUPS, tuple(2 * 2 * heads * size * 4 * nbytes for heads in (2, 3))) for size in (16, 4)
+    )
+    sources, middle, back = (
+        make_pools([(NUM_SLOTS, slot) for slot in one.slot_nbytes], seed=seed)
+        for seed, one in enumerate((coarse, fine, coarse))
+    )
+    ordinals, slots = np.arange(8), np.array([5, 5, 5, 5, 2, 2, 2, 2])
+    a, b, c = (SlotUnits(g, p, 4) for g, p in ((coarse, sources), (fine, middle), (coarse, back)))
+    for group, pool in enumerate(POOL_OF_GROUP):
+        rows = a.gather(group, ordinals, slots)
+        b.scatter(group, ordinals, ordinals + 3, rows)
+        c.scatter(group, ordinals, slots, b.gather(group, ordinals, ordinals + 3))
+        assert np.array_equal(back[pool].slots[[5, 2]], sources[pool].slots[[5, 2]])
+    close_pools([*sources, *middle, *back])
+
+
 def test_block_sizes_may_differ_where_one_divides_the_other() -> None:
     assert geometry_difference(geometry(16), geometry(8)) is None
     assert geometry_difference(geometry(8), geometry(16)) is None
