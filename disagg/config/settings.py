@@ -151,6 +151,15 @@ class EngineSettings(Settings):
     )
     check: bool = Field(False, description="Check the cache's invariants after each step (slow)")
 
+    @model_validator(mode="after")
+    def _gives_every_sequence_its_token(self) -> Self:
+        if self.max_num_batched_tokens < self.max_num_seqs:
+            raise ValueError(
+                f"max_num_batched_tokens: {self.max_num_batched_tokens}, expected at least max_num_seqs "
+                f"({self.max_num_seqs}): a step gives every answer its next token"
+            )
+        return self
+
     @field_validator("tensor_parallel_size")
     @classmethod
     def _is_one_rank(cls, value: int) -> int:
