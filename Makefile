@@ -5,7 +5,7 @@ VENV := .venv
 READY := $(VENV)/.ready
 BIN := $(VENV)/bin
 
-.PHONY: help setup demo test test-slow test-gpu check format bench wheel
+.PHONY: help setup demo test test-slow test-gpu faults check format bench wheel
 .DEFAULT_GOAL := help
 
 help:  ## list the commands
@@ -28,6 +28,9 @@ test-slow: $(READY)  ## the long tests
 
 test-gpu: $(READY)  ## the tests that need a CUDA device
 	$(BIN)/pytest -m gpu --durations=15
+
+faults: $(READY)  ## every fault in every state of a transfer, on every data plane and at true times; print the tables
+	$(BIN)/pytest tests/faults --durations=15
 
 check: $(READY)  ## lint, formatting, types, import layers, size bounds
 	$(BIN)/ruff check

@@ -33,6 +33,7 @@ FLAGS = (
     *("--max-num-seqs", "8", "--max-num-batched-tokens", "37"),
 )
 PHASES = ("decode", "transfer", "prefill")
+PLANES = ("shm", pytest.param("zmq", marks=pytest.mark.slow))
 WORKERS = ("prefill-0", "decode-0")
 PROCESSES = ("router", *WORKERS)
 
@@ -45,13 +46,14 @@ class Case:
     """By the phase that a request with this prompt is in when a process dies."""
 
 
-@pytest.fixture(scope="module")
-def case(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Case]:
+@pytest.fixture(scope="module", params=PLANES)
+def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Case]:
     """The last test kills the supervisor, so it may be gone already at the end."""
     model = save_family("gemma3", tmp_path_factory.mktemp("gemma3"))
     references = safe_prompts(build_family("gemma3"), (SHORT, MIDDLE, LONG), NUM_TOKENS)
     faults = Faults(tmp_path_factory.mktemp("faults"))
-    system = start("--model", str(model), *FLAGS, program=(str(FAULTY), str(faults.folder)))
+    flags = ("--planes", request.param)
+    system = start("--model", str(model), *FLAGS, *flags, program=(str(FAULTY), str(faults.folder)))
     try:
         wait_for_start(system)
         yield Case(system, faults, dict(zip(PHASES, references, strict=True)))

@@ -124,7 +124,8 @@ def test_both_ways_of_serving_choose_what_the_reference_chooses(pair: Pair) -> N
     assert num_compared > 0.95 * num_tokens > 500
     assert_emitters_computed_no_prompt(pair.apart, before)
     after = prompt_tokens_computed(pair.apart)
-    assert after["prefill-0"] - before["prefill-0"] == len(PARAMETERS) * sum(LENGTHS)
+    # every prompt, and again what had to make room for others before it was fetched
+    assert after["prefill-0"] - before["prefill-0"] >= len(PARAMETERS) * sum(LENGTHS)
 
 
 def test_parameters_have_their_effect(pair: Pair) -> None:

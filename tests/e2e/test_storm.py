@@ -20,6 +20,7 @@ NUM_IN_FLIGHT = 64
 LENGTHS = (6, 17, 40, 90, 150, 260)
 NUM_TOKENS = 8
 NUM_TOKENS_OF_LEAVERS = 56  # more than they stay for, mostly
+PLANES = ("shm", pytest.param("zmq", marks=pytest.mark.slow))
 PATIENCES_S = (2.5, 1.0, 0.4)  # storms on ever faster machines, until clients have left in every phase
 FLAGS = (
     *("--dtype", "float32", "--block-size", "8", "--max-model-len", "320"),
@@ -33,11 +34,11 @@ class Case:
     references: list[Reference]
 
 
-@pytest.fixture(scope="module")
-def case(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Case]:
+@pytest.fixture(scope="module", params=PLANES)
+def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Case]:
     folder = save_family("gemma3", tmp_path_factory.mktemp("gemma3"))
     references = safe_prompts(build_family("gemma3"), LENGTHS, NUM_TOKENS)
-    with running("--model", str(folder), *FLAGS) as system:
+    with running("--model", str(folder), *FLAGS, "--planes", request.param) as system:
         yield Case(system, references)
 
 

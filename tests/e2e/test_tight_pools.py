@@ -31,6 +31,7 @@ STEP_TOKENS = 37
 NUM_TOKENS = 6
 LENGTHS = (5, 9, 31, 64, 100, MAX_MODEL_LEN - NUM_TOKENS)
 NUM_WORKERS = 4
+PLANES = ("shm", pytest.param("zmq", marks=pytest.mark.slow))
 FLAGS = (
     *("--dtype", "float32", "--block-size", str(BLOCK_SIZE), "--max-model-len", str(MAX_MODEL_LEN)),
     *("--max-num-seqs", "4", "--max-num-batched-tokens", str(STEP_TOKENS), "--prefill", "2", "--decode", "2"),
@@ -64,13 +65,14 @@ class Case:
     references: list[Reference]
 
 
-@pytest.fixture(scope="module")
-def case(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Case]:
+@pytest.fixture(scope="module", params=PLANES)
+def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Case]:
     folder = save_family("gemma3", tmp_path_factory.mktemp("gemma3"))
     references = safe_prompts(build_family("gemma3"), LENGTHS, NUM_TOKENS)
     need = Need.of(folder)
     memory = str(NUM_WORKERS * need.nbytes_for_one_and_a_half)
-    with running("--model", str(folder), *FLAGS, "--kv-cache-memory", memory) as system:
+    flags = ("--kv-cache-memory", memory, "--planes", request.param)
+    with running("--model", str(folder), *FLAGS, *flags) as system:
         yield Case(system, need, references)
 
 

@@ -21,7 +21,8 @@ LENGTHS = (5, 7, 8, 9, 15, 16, 17, 23, 24, 25, 26, 31, 32, 33, 40, 47, 48, 49, 5
 WORKERS = ("prefill-0", "prefill-1", "decode-0", "decode-1")
 FLAGS = (
     *("--prefill", "2", "--decode", "2", "--dtype", "float32", "--block-size", str(BLOCK_SIZE)),
-    *("--max-model-len", "128", "--max-num-seqs", "8", "--max-num-batched-tokens", "37"),
+    *("--max-model-len", "128", "--max-num-batched-tokens", "37"),
+    *("--max-num-seqs", "16"),  # room for every prompt until it is fetched: none is computed twice
 )
 
 

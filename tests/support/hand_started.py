@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import signal
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from support.faults import Faults
-from support.system import START_TIMEOUT_S, System
+from support.system import START_TIMEOUT_S, STOP_TIMEOUT_S, System
 from support.trio import LISTENS, Part
 
 FAULTY = Path(__file__).with_name("faulty_worker.py")
@@ -69,11 +70,12 @@ class Cluster:
             time.sleep(0.05)
 
     def stop(self) -> None:
-        """Each by SIGTERM and with exit code 0."""
-        for name in tuple(self.workers):
-            self.stop_worker(name)
-        if self._router is not None:
-            self._router.stop()
+        """All by SIGTERM at once; each must end by itself, with exit code 0."""
+        parts = [*self.workers.values(), *([self._router] if self._router else [])]
+        for part in parts:
+            part.process.send_signal(signal.SIGTERM)
+        for part in parts:
+            assert part.wait_for_end(STOP_TIMEOUT_S) == 0, part.text
 
     def kill(self) -> None:
         for part in (*self.workers.values(), self._router):

@@ -1,0 +1,154 @@
+"""Writes docs/faults.md from the table: `cd tests && python -m support.fault_docs > ../docs/faults.md`."""
+
+from __future__ import annotations
+
+import sys
+
+from support.fault_table import FAULTS, HALTED_BY, IMPOSSIBLE, ROWS, allowed
+
+HEAD = """# What happens on a fault
+
+Written from `tests/support/fault_table.py` by `cd tests && python -m support.fault_docs > ../docs/faults.md`: edit the
+table. `make faults` lets each of these faults happen in each state of a transfer and fails on a cell that is empty.
+
+## What you can rely on
+
+- **Never a wrong 200.** A request decodes only from KV whose every block, hashed where it landed, is what the prefill
+  worker hashed, under one seal with the request, the attempt, both processes and the first token.
+- **An answer or an error within 5 s of the fault.** Before the first token the router tries again, `--max-attempts`
+  times in all: another prefill worker if one is linked, else the decode worker computes the prompt itself. After the
+  first token nothing is tried again, since a second answer could contradict the first: a stream ends with an error
+  event and without `[DONE]`, any other request gets 502.
+- **Nothing is left behind.** Blocks of both sides are free again, and whoever survived serves the next request as it
+  is. A worker or router that is started again at the same address is found by itself.
+
+## What ends what
+
+{endings}
+
+"At once" is for processes: the kernel closes their connections when they die. Machines and networks that vanish without
+a word take the 3 s.
+
+## What is not promised
+
+- A block is hashed once, when it is final. What changes it *before* that, such as a faulty memory while it is computed,
+  is hashed as it is. Non-finite values are found and end the request.
+- Who holds the cluster's secret can connect as a worker and end others' transfers by taking their name. It cannot make
+  a worker decode bytes that were not sealed for that request, read more than shared memory shows to a peer, or write
+  anything anywhere: a process's pools are written by itself only.
+"""
+
+ENDINGS = (
+    (
+        "prefill worker dies",
+        "decode worker, at once by the end of a connection, else after 3 s of silence",
+        "next attempt",
+    ),
+    (
+        "decode worker dies",
+        "router and prefill worker, at most one heartbeat (0.5 s) later, else after 3 s of silence",
+        "next attempt on another decode worker; 503 without one",
+    ),
+    (
+        "router dies",
+        "workers, at once or after 3 s of silence",
+        "all its requests end; workers free their blocks and register anew",
+    ),
+    (
+        "a process is replaced at its address",
+        "its peers, by its incarnation: a random id that every message names",
+        "what was meant for the dead one is refused and changes nothing",
+    ),
+    (
+        "a link is cut",
+        "both ends",
+        "the transfer fails, the link is made again after 1 s; next attempt",
+    ),
+    (
+        "a link falls silent",
+        "both ends, after 3 s",
+        "the same",
+    ),
+    (
+        "a message is lost, late, doubled, out of order or damaged",
+        "nobody needs to",
+        "it is repeated after 0.2 s, doubling to 2 s, until answered",
+    ),
+    (
+        "a block changes at the sender, in flight, or where it landed",
+        "decode worker, by the digest",
+        "next attempt; the block is reported, counted (`disagg_digest_failures_total`) and logged",
+    ),
+    (
+        "the client goes away",
+        "router",
+        "both sides are cancelled",
+    ),
+    (
+        "the request's time is over (`--request-timeout-s`)",
+        "router and both workers, each by its own clock",
+        "504",
+    ),
+)
+"""(fault, who notices and when, what follows)"""
+
+TABLE_HEAD = """## Every state, every fault
+
+What a client gets with one prefill and one decode worker over shared memory. **a1** is the answer by the first attempt,
+**a2** by the second (the decode worker computed the prompt), **a3** by a third; **503** and **504** are errors with
+that status; **gone** means that the client itself had left. A dash: the fault cannot happen there, for the reason
+below.
+"""
+
+
+def render() -> str:
+    """The whole markdown file."""
+    parts = [HEAD.replace("{endings}", _endings()), _faults(), _states(), TABLE_HEAD, _table(), _reasons()]
+    return "\n".join(parts)
+
+
+def _endings() -> str:
+    lines = ["| fault | who notices, and when | what follows |", "|---|---|---|"]
+    return "\n".join([*lines, *("| " + " | ".join(ending) + " |" for ending in ENDINGS)])
+
+
+def _faults() -> str:
+    lines = ["## The faults", "", "| fault | what happens |", "|---|---|"]
+    lines += [f"| {fault.name} | {fault.means} |" for fault in FAULTS]
+    return "\n".join([*lines, ""])
+
+
+def _states() -> str:
+    lines = [
+        "## The states",
+        "",
+        "[How they follow each other](transfer-states.md). A test stops a transfer in each:",
+        "",
+    ]
+    lines += ["| role, state | how it is stopped there |", "|---|---|"]
+    lines += [f"| {role.value}, {state.value} | {HALTED_BY[role, state]} |" for role, state in ROWS]
+    return "\n".join([*lines, ""])
+
+
+def _table() -> str:
+    lines = ["| fault | " + " | ".join(f"{role.value[0]}: {state.value}" for role, state in ROWS) + " |"]
+    lines.append("|---" * (len(ROWS) + 1) + "|")
+    for fault in FAULTS:
+        texts = [
+            "-" if (row, fault) in IMPOSSIBLE else " ".join(sorted(allowed(row, fault, sends_bytes=False)))
+            for row in ROWS
+        ]
+        lines.append(f"| {fault.name} | " + " | ".join(texts) + " |")
+    return "\n".join([*lines, "", "s: sender (prefill worker), r: receiver (decode worker).", ""])
+
+
+def _reasons() -> str:
+    lines = [
+        f"- {fault.name}, {role.value} {state.value}: {reason}."
+        for ((role, state), fault), reason in IMPOSSIBLE.items()
+    ]
+    return "\n".join(["Cells that no fault can fill:", "", *lines, ""])
+
+
+if __name__ == "__main__":
+    sys.stdout.write(render())
