@@ -33,9 +33,9 @@ a word take the 3 s.
 
 - A block is hashed once, when it is final. What changes it *before* that, such as a faulty memory while it is computed,
   is hashed as it is. Non-finite values are found and end the request.
-- Who holds the cluster's secret can connect as a worker and end others' transfers by taking their name. It cannot make
-  a worker decode bytes that were not sealed for that request, read more than shared memory shows to a peer, or write
-  anything anywhere: a process's pools are written by itself only.
+- Who holds the cluster's secret can speak as any worker: it can end others' transfers by taking their name, and seal
+  what it likes. What it says cannot crash a process or make it write outside the blocks it reserved for that transfer:
+  a process's pools are written by itself only, and every number from a peer is checked against its own tables.
 """
 
 ENDINGS = (
