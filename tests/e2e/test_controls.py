@@ -17,7 +17,17 @@ pytestmark = pytest.mark.processes
 NUM_TOKENS = 8
 BLOCK_SIZE = 8
 PROMPT_LEN = 61
-FLAGS = ("--dtype", "float32", "--block-size", str(BLOCK_SIZE), "--max-model-len", "128", "--max-num-seqs", "4")
+FLAGS = (
+    "--dtype",
+    "float32",
+    "--block-size",
+    str(BLOCK_SIZE),
+    "--max-model-len",
+    "128",
+    "--max-num-seqs",
+    "4",
+    "--no-enable-prefix-caching",
+)
 
 
 @dataclass(frozen=True)

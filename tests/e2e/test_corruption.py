@@ -15,7 +15,17 @@ pytestmark = pytest.mark.processes
 NUM_TOKENS = 6
 BLOCK_SIZE = 8
 PROMPT_LEN = 61
-FLAGS = ("--dtype", "float32", "--block-size", str(BLOCK_SIZE), "--max-model-len", "128", "--max-num-seqs", "4")
+FLAGS = (
+    "--dtype",
+    "float32",
+    "--block-size",
+    str(BLOCK_SIZE),
+    "--max-model-len",
+    "128",
+    "--max-num-seqs",
+    "4",
+    "--no-enable-prefix-caching",
+)
 
 # Where one layer's K and V of a block lie in a slot: 2 heads x 8 tokens x 16 numbers x 4 bytes each.
 HALF_NBYTES = 2 * BLOCK_SIZE * 16 * 4

@@ -58,6 +58,10 @@ class Faults:
             return None
         return int(fault["byte"])
 
+    def names_any(self, *names: str) -> bool:
+        """Whether one of these is on, fired or not."""
+        return any(self._fault(name) is not None for name in names)
+
     def fires(self, name: str) -> bool:
         fault = self._fault(name)
         return fault is not None and self._claim(name, fault)

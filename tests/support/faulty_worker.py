@@ -7,9 +7,9 @@ one thing and is off until `now.json` names it; whenever one fires it leaves a f
 
 from __future__ import annotations
 
-import functools
 import os
 import sys
+import threading
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -53,28 +53,31 @@ def flip_source(faults: Faults) -> None:
 
 
 def flip_copy(faults: Faults) -> None:
-    """In the landing thread's copy: the memcpy of shm writes one wrong byte."""
+    """In the landing thread's copy: the memcpy of shm writes one wrong byte. First contact's probe is left alone."""
     from disagg.transceiver.planes import reading
+    from disagg.transceiver.planes.probe import PROBE_ID
 
-    plain = reading.ReadingLandingPlane.land
+    plain_land, plain_copy = reading.ReadingLandingPlane.land, reading.copy_rows
+    landing = threading.local()
 
-    def land(self: Any, job: Any) -> int:
-        def copy_rows(destination: Any, source: Any) -> None:
-            copy(destination, source)
-            if (byte := faults.byte_to_flip("flip_copy", job.destinations[0].group)) is not None:
-                destination[0, byte] ^= 1
+    def copy_rows(destination: Any, source: Any) -> None:
+        plain_copy(destination, source)
+        group = getattr(landing, "group", None)
+        if group is not None and (byte := faults.byte_to_flip("flip_copy", group)) is not None:
+            destination.reshape(-1)[byte] ^= 1
 
-        copy, reading.copy_rows = reading.copy_rows, copy_rows
+    def land(self: Any, job: Any, *options: Any) -> int:
+        landing.group = None if job.transfer_id == PROBE_ID else job.destinations[0].group
         try:
-            return plain(self, job)
+            return plain_land(self, job, *options)
         finally:
-            reading.copy_rows = copy
+            landing.group = None
 
-    reading.ReadingLandingPlane.land = land
+    reading.copy_rows, reading.ReadingLandingPlane.land = copy_rows, land
 
 
 def use_landing_hook(faults: Faults) -> None:
-    """After the copy and before the hash: a flipped byte, or a pause."""
+    """After the copy and before the hash: a flipped byte, or a pause. Without one of these, landing is as always."""
     from disagg.worker import parts
 
     def after_copy(job: Any, pools: Sequence[Any]) -> None:
@@ -83,7 +86,15 @@ def use_landing_hook(faults: Faults) -> None:
                 pools[unit.pool].slots[unit.slot][byte] ^= 1
         faults.pause("pause_landing")
 
-    parts.LandingThread = functools.partial(parts.LandingThread, after_copy=after_copy)
+    class HookedLanding(parts.LandingThread):  # type: ignore[misc, name-defined]
+        @property
+        def _after_copy(self) -> Any:
+            return after_copy if faults.names_any("flip_landed", "pause_landing") else None
+
+        @_after_copy.setter
+        def _after_copy(self, hook: None) -> None: ...
+
+    parts.LandingThread = HookedLanding
 
 
 def change_steps(faults: Faults) -> None:
@@ -113,9 +124,9 @@ def widen_layout(faults: Faults) -> None:
 
     plain = build.derive_layout
 
-    def derive_layout(layers: Sequence[Any], *, block_size: int, max_model_len: int) -> Any:
+    def derive_layout(layers: Sequence[Any], *, block_size: int, **options: Any) -> Any:
         wide = [replace(layer, window=layer.window and layer.window + block_size) for layer in layers]
-        return plain(wide, block_size=block_size, max_model_len=max_model_len)
+        return plain(wide, block_size=block_size, **options)
 
     if faults.is_wide:
         build.derive_layout = derive_layout
