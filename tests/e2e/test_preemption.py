@@ -15,7 +15,7 @@ from support.system import System, running
 from disagg.cache.admission import peak_slots
 from disagg.cache.layout import LayerSpec, derive_layout
 
-pytestmark = [pytest.mark.processes, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.processes, pytest.mark.slow, pytest.mark.timeout(300)]
 
 NUM_REQUESTS = 64
 NUM_DRAWN = 76  # some answers hold a near-tie, which the order of additions may decide either way

@@ -15,6 +15,7 @@ from support.trio import SECRET, SERVES, Part, Trio, running_trio
 
 pytestmark = pytest.mark.processes
 
+ODD_WORKER = str(Path(__file__).parents[1] / "support" / "odd_worker.py")
 FLAGS = ("--dtype", "float32", "--block-size", "8", "--max-model-len", "128", "--kv-cache-memory", "4MiB")
 STILL_ASKING = re.compile("no answer from the router yet, still asking")
 
@@ -37,7 +38,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     same_shapes = save_family("llama", tmp_path_factory.mktemp("other"), seed=2)
     with running_trio(model) as trio:
         prefill = trio.start("prefill", "prefill-a", *FLAGS)
-        other_block_size = trio.start("decode", "decode-of-16", *FLAGS, "--block-size", "16")
+        other_block_size = trio.start("decode", "decode-of-12", *FLAGS, program=(ODD_WORKER,))
         prefill.wait_for(SERVES)  # the first worker: later ones are compared with it
         yield Cluster(
             trio,
@@ -85,15 +86,15 @@ def test_a_worker_with_another_secret_never_registers(cluster: Cluster) -> None:
 def test_a_pair_of_other_geometry_is_never_scheduled_and_says_why(cluster: Cluster) -> None:
     cluster.other_block_size.wait_for(SERVES)
     api = cluster.trio.api
-    assert registered(cluster) == {"prefill-a", "decode-of-16"}
+    assert registered(cluster) == {"prefill-a", "decode-of-12"}
     (prefill,), (decode,) = api.workers("prefill"), api.workers("decode")
-    difference = {"field": "block_size", "prefill": "8", "decode": "16"}
-    assert prefill["incompatible"] == [difference | {"worker": "decode-of-16"}]
+    difference = {"field": "block_size", "prefill": "8", "decode": "12"}
+    assert prefill["incompatible"] == [difference | {"worker": "decode-of-12"}]
     assert decode["incompatible"] == [difference | {"worker": "prefill-a"}]
     assert decode["links"] == []
     status, answer = api.complete([5, 6, 7], max_tokens=4, request_id="unpaired")
     assert status == 503
-    for words in ("prefill-a", "decode-of-16", "block_size", "8", "16"):
+    for words in ("prefill-a", "decode-of-12", "block_size", "8", "12"):
         assert words in answer["error"]["message"]
     assert api.record("unpaired")["attempts"] == []
     with pytest.raises(urllib.error.HTTPError) as caught:
@@ -118,7 +119,7 @@ def test_a_worker_of_the_same_geometry_completes_the_pair(cluster: Cluster, tmp_
         assert (status, len(answer["choices"][0]["token_ids"])) == (200, 4)
         (attempt,) = api.record(f"paired-{i}")["attempts"]
         assert (attempt["mode"], attempt["prefill"], attempt["decode"]) == ("transfer", "prefill-a", "decode-of-8")
-    (left_out,) = [worker for worker in api.workers() if worker["id"] == "decode-of-16"]
+    (left_out,) = [worker for worker in api.workers() if worker["id"] == "decode-of-12"]
     assert [entry["field"] for entry in left_out["incompatible"]] == ["block_size"]
 
 

@@ -78,9 +78,9 @@ class Arena:
         self._runner.close()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def arenas() -> Iterator[dict[tuple[str, float], Arena]]:
-    """One arena at a time: constants of time are patched for the whole process."""
+    """One arena at a time, and none after its module: constants of time are patched for the whole process."""
     kept: dict[tuple[str, float], Arena] = {}
     yield kept
     for arena in kept.values():

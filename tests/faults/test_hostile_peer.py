@@ -216,7 +216,7 @@ def test_a_flood_of_fetches_for_unknown_transfers_is_answered_and_forgotten(aren
 
 async def honest_request_beside_early(trio: ShellTrio) -> None:
     assert outcome_of(await trio.ask()) == "a1"
-    assert trio.prefill.engine.num_used == 0
+    await until(lambda: trio.prefill.engine.num_used == 0, "the prefill worker holds nothing")
 
 
 # --- messages of a hostile decode worker --------------------------------------------------------------------

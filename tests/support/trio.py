@@ -98,10 +98,17 @@ class Trio:
         self.control = listens["control"]
         self.api = System(router.process, url=listens["url"].rstrip("/"), admin=listens["admin"].rstrip("/"))
 
-    def start(self, role: str, name: str, *flags: str, env: dict[str, str] | None = None) -> Part:
+    def start(
+        self,
+        role: str,
+        name: str,
+        *flags: str,
+        env: dict[str, str] | None = None,
+        program: Sequence[str] = ("-m", "disagg"),
+    ) -> Part:
         """A worker that is starting. `flags` come last, and the last of a flag counts."""
         own = ("--router", self.control, "--worker-id", name, "--model", str(self.model), "--threads", "1")
-        part = Part.start(role, *own, *flags, env=env)
+        part = Part.start(role, *own, *flags, env=env, program=program)
         self.parts.append(part)
         return part
 
