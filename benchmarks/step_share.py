@@ -1,0 +1,128 @@
+"""Where a decode step of the bundled model goes: the model, sampling, and what the engine adds around them.
+
+    .venv/bin/python benchmarks/step_share.py [--steps 200] [--threads 1]
+
+One engine with the bundled model in float32, prompts of 300 tokens. `bookkeeping` is everything but the model's forward
+and the sampler: scheduling, block tables, promises, prefix registration, events.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import shlex
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from disagg.cache.budget import split_budget
+from disagg.cache.cache import KVCache
+from disagg.cache.layout import derive_layout
+from disagg.engine import engine as engine_module
+from disagg.engine.commands import AttemptKey, Serve
+from disagg.engine.engine import Engine, EngineConfig
+from disagg.engine.model import load_model
+from disagg.engine.runner import Runner
+from disagg.transceiver.messages.values import Sampling
+
+BATCHES = (1, 8, 32)
+PROMPT_LEN = 300
+MAX_MODEL_LEN = 1024
+
+
+class Stopwatch:
+    """Seconds spent in the functions it wraps, since the last `take`."""
+
+    def __init__(self) -> None:
+        self._seconds = 0.0
+
+    def wrap(self, function: Any) -> Any:
+        def timed(*args: Any, **options: Any) -> Any:
+            started = time.perf_counter()
+            try:
+                return function(*args, **options)
+            finally:
+                self._seconds += time.perf_counter() - started
+
+        return timed
+
+    def take(self) -> float:
+        seconds, self._seconds = self._seconds, 0.0
+        return seconds
+
+
+def make_engine(forward: Stopwatch) -> Engine:
+    model = load_model(Path(str(files("disagg") / "demo_model")), dtype="float32")
+    layout = derive_layout(model.layers, block_size=16, max_model_len=MAX_MODEL_LEN)
+    limits = {"max_model_len": MAX_MODEL_LEN, "max_num_seqs": 64, "max_num_batched_tokens": 512}
+    cache = KVCache(layout, split_budget(layout, nbytes=1 << 30, **limits))
+    runner = Runner(model, cache)
+    runner.execute = forward.wrap(runner.execute)  # type: ignore[method-assign]
+    return Engine(runner, cache, EngineConfig(role="both", **limits))
+
+
+def begin(engine: Engine, batch: int) -> None:
+    """Compute `batch` prompts: from here every step decodes all of them."""
+    generator = torch.Generator().manual_seed(batch)
+    sampling = Sampling(max_tokens=MAX_MODEL_LEN - PROMPT_LEN, temperature=0.0, ignore_eos=True)
+    keys = [AttemptKey(f"{batch}-{i}", 1) for i in range(batch)]
+    for key in keys:
+        prompt = torch.randint(3, 2048, (PROMPT_LEN,), generator=generator).tolist()
+        engine.handle(Serve(key, tuple(prompt), sampling))
+    while engine.stats().prompt_tokens_computed % (batch * PROMPT_LEN):
+        engine.step()
+
+
+def _timed(engine: Engine) -> float:
+    started = time.perf_counter()
+    engine.step()
+    return time.perf_counter() - started
+
+
+def measure(batch: int, steps: int) -> str:
+    """One row of the table: medians over the steps, in milliseconds."""
+    forward, sampler = Stopwatch(), Stopwatch()
+    plain = engine_module.sample
+    engine_module.sample = sampler.wrap(plain)
+    try:
+        engine = make_engine(forward)
+        begin(engine, batch)
+        parts: list[tuple[float, float, float]] = []
+        for _ in range(steps):
+            forward.take(), sampler.take()
+            parts.append((_timed(engine), forward.take(), sampler.take()))
+    finally:
+        engine_module.sample = plain
+    return row(batch, parts)
+
+
+def row(batch: int, parts: Sequence[tuple[float, float, float]]) -> str:
+    step, model, sampling = (statistics.median(column) * 1e3 for column in zip(*parts, strict=True))
+    rest = statistics.median(total - inner - chosen for total, inner, chosen in parts) * 1e3
+    return f"| {batch} | {step:.2f} | {model:.2f} | {sampling:.2f} | {rest:.3f} | {rest / step:.1%} |"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--threads", type=int, default=1)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    git = ["git", "describe", "--always", "--dirty"]
+    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or "unknown"  # noqa: S603
+    print(f"`{shlex.join(['python', *sys.argv])}`, commit {commit}, {os.cpu_count()} cores, {platform.processor()}")
+    print("\n| batch | step ms | model ms | sampling ms | bookkeeping ms | share |\n|---|---|---|---|---|---|")
+    for batch in BATCHES:
+        print(measure(batch, options.steps))
+
+
+if __name__ == "__main__":
+    main()
