@@ -13,9 +13,9 @@ import select
 import socket
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Final, TypeVar
 
 from disagg.transceiver.errors import LocalProtocolError, PeerLost, PlaneRefused, RemoteProtocolError
 from disagg.transceiver.messages.values import PlaneOffer
@@ -35,6 +35,9 @@ from disagg.transceiver.planes.tcp_wire import (
     split_address,
     wire_name,
 )
+from disagg.transceiver.timing import HEARTBEAT_S, LOST_S
+
+T = TypeVar("T")
 
 KEEP_S: Final = 10.0
 """A slice's announcement and its bytes leave together; one that nobody asks for as long as a lease lasts belongs to no
@@ -73,6 +76,7 @@ class TcpLandingPlane(LandingPlane):
         self._landable: dict[tuple[Name, int], _Expected] = {}
         self._discarded: dict[Name, None] = {}
         self._is_lost = True
+        self._is_listening, self._heard_at = False, 0.0  # written by the thread, for `_check_silence`
         # Held by the thread for one read that does not block, so that who holds it knows that no slot is written.
         self._turn = threading.Condition()
         self.num_discarded = 0
@@ -123,16 +127,25 @@ class TcpLandingPlane(LandingPlane):
         if self._is_lost:
             raise PeerLost(f"the source {job.source} of this tcp plane is gone")
         key, expected = self._key(job), self._expect(job)
+        asked_at = time.monotonic()
         with self._turn:
             self._expected[key] = expected
             self._turn.notify()
         try:
-            await expected.here
+            while not (await asyncio.wait({expected.here}, timeout=HEARTBEAT_S))[0]:
+                self._check_silence(asked_at)
+            expected.here.result()
         finally:
+            expected.here.cancel()  # nobody waits any more
             with self._turn:
                 expected.views = None
                 self._expected.pop(key, None)
         self._landable[key] = expected
+
+    def _check_silence(self, since: float) -> None:
+        """A slice leaves its sender when it is announced: nothing at all for `LOST_S` means that the link is dead."""
+        if self._is_listening and time.monotonic() - max(since, self._heard_at) > LOST_S:
+            self._lose()
 
     def _expect(self, job: LandingJob) -> _Expected:
         pools, slots = ints([u.pool for u in job.destinations]), ints([u.slot for u in job.destinations])
@@ -192,7 +205,7 @@ class TcpLandingPlane(LandingPlane):
     def _run(self, sock: socket.socket) -> None:
         reader = _Reader(sock)
         try:
-            while (data := reader.read_header()) is not None:
+            while (data := self._listen(reader.read_header)) is not None:
                 header = SliceHeader.parse(data)
                 check_size(header, self._limit)
                 self._receive(reader, header)
@@ -212,13 +225,21 @@ class TcpLandingPlane(LandingPlane):
             return
         left = header.nbytes
         while left:
-            reader.wait(left)
+            self._listen(lambda: reader.wait(left))  # noqa: B023 (called at once)
             with self._turn:
                 if expected.views is None:  # cancelled: its slots may be another's now
                     break
                 left -= reader.fill(expected.views)
         reader.drain(left)
         self._answer(expected, None)
+
+    def _listen(self, read: Callable[[], T]) -> T:
+        """`read`, while it is the link's fault if nothing comes."""
+        self._heard_at, self._is_listening = time.monotonic(), True
+        try:
+            return read()
+        finally:
+            self._heard_at, self._is_listening = time.monotonic(), False
 
     def _await_slots(self, header: SliceHeader) -> _Expected | None:
         """What `fetch` said of this slice, or None when nobody wants it. Raises `OSError` when the plane is closed."""
