@@ -57,7 +57,7 @@ async def failing_story(trio: ShellTrio, bend: Callable[[Cell], None], reason: s
     await trio.settle()
 
 
-PLANES = [pytest.param("shm", 0.2), pytest.param("zmq", 0.2)]
+PLANES = [pytest.param("shm", 0.2), pytest.param("zmq", 0.2), pytest.param("tcp", 0.2)]
 
 
 @pytest.mark.parametrize("position", POSITIONS)
@@ -95,8 +95,8 @@ def test_a_byte_that_changes_between_copy_and_hash_is_not_decoded(arena: Any, po
     arena.run(story)
 
 
-@pytest.mark.parametrize("at", [0, -1, 300, -300])
-@pytest.mark.parametrize(("plane", "scale"), [("zmq", 0.2)])
+@pytest.mark.parametrize("at", [32, -1, 300, -300])
+@pytest.mark.parametrize(("plane", "scale"), [("zmq", 0.2), ("tcp", 0.2)])
 def test_a_byte_that_changes_in_flight_is_not_decoded(arena: Any, at: int) -> None:
     async def story(trio: ShellTrio) -> None:
         def bend(cell: Cell) -> None:

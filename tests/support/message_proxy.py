@@ -19,6 +19,8 @@ from disagg.transceiver.errors import RemoteProtocolError
 
 GREETING_NBYTES = 64
 MORE, LONG, COMMAND = 1, 2, 4
+MIN_FLIPPED_NBYTES = 128
+"""Where bytes pass as they are, less than this is no payload."""
 UP, DOWN = "up", "down"
 """Client to server (decode to prefill) and back."""
 
@@ -52,7 +54,8 @@ class _Link:
 class MessageProxy:
     """Listens at `endpoint`, the same for its whole life; relays to `target`, which may change."""
 
-    def __init__(self, *, delay_s: float = 0.1, seed: int = 0) -> None:
+    def __init__(self, *, delay_s: float = 0.1, seed: int = 0, is_zmtp: bool = True) -> None:
+        """`is_zmtp`: else bytes pass as they are, and only cuts, stalls and flips are to be had."""
         self.endpoint = ""
         self.target = ""
         self.is_down = False
@@ -68,7 +71,7 @@ class MessageProxy:
         self.num_fired = 0
         self.num_cut = 0
         self.num_stalled = 0
-        self._delay_s = delay_s
+        self._delay_s, self._is_zmtp = delay_s, is_zmtp
         self._rng = random.Random(seed)
         self._fault = ""
         self._held: list[Passing] = []
@@ -179,11 +182,13 @@ class MessageProxy:
             link.abort()
 
     async def _relay(self, link: _Link, direction: str, source: asyncio.StreamReader) -> None:
+        if not self._is_zmtp:
+            return await self._relay_raw(link, direction, source)
         left = GREETING_NBYTES
         while left:  # in the pieces it comes in: each side waits for the first half of the other
             piece = await source.read(left)
             if not piece:
-                return
+                return None
             link.writers[direction].write(piece)
             left -= len(piece)
         was_more = False
@@ -198,6 +203,16 @@ class MessageProxy:
                 body = self._flip(body)
             was_more = bool(flags & MORE)
             self._take(Passing(link, direction, flags & ~LONG, body, read_transfer(body) if is_plain else None))
+            await link.writers[direction].drain()
+
+    async def _relay_raw(self, link: _Link, direction: str, source: asyncio.StreamReader) -> None:
+        while chunk := await source.read(1 << 16):
+            self.num_stalled += not self._flowing.is_set()
+            await self._flowing.wait()
+            is_payload = direction == DOWN and len(chunk) > MIN_FLIPPED_NBYTES
+            link.writers[direction].write(
+                self._flip(chunk) if is_payload and self.flip_payload_at is not None else chunk
+            )
             await link.writers[direction].drain()
 
     def _flip(self, body: bytes) -> bytes:

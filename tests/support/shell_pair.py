@@ -31,6 +31,7 @@ from disagg.transceiver.landing import LandingThread
 from disagg.transceiver.links import ControlServer
 from disagg.transceiver.messages.router import Register
 from disagg.transceiver.messages.values import Identity
+from disagg.transceiver.planes import probe
 from disagg.transceiver.planes.base import LandingJob, PoolRegion, SourcePlane
 from disagg.transceiver.planes.inproc import InprocHub, InprocLandingPlane, InprocSourcePlane
 from disagg.worker import main, registration
@@ -180,8 +181,9 @@ class ShellRegistration(Registration):
         server, planes = await super()._listen(stack)
         if server is not None:
             self.shell.control.target = server.endpoint
-        if "zmq" in planes:
-            self.shell.data.target, planes["zmq"]._address = planes["zmq"]._address, self.shell.data.endpoint
+        for name in {"zmq", "tcp"} & planes.keys():
+            plane: Any = planes[name]
+            self.shell.data.target, plane._address = plane._address, self.shell.data.endpoint
         self.source_planes = planes
         return server, planes
 
@@ -229,7 +231,7 @@ class ShellWorker:
             worker_id=role,
             router=links.router[role].endpoint,
             insecure=True,
-            planes=("zmq",) if plane == "zmq" else ("shm",),
+            planes=("shm",) if plane == "inproc" else (plane,),
         )
         made = EngineParts(role, settings, IDENTITY, LAYOUT, self.engine.cache, self.engine, {})
         self.parts = WorkerParts(made, KEYS, lambda ready: None)
@@ -322,7 +324,7 @@ class ShellWorker:
         if attempts.receiving is not None:
             left["reservations"] = attempts.receiving.held
             for link, _ in attempts.receiving._links.values():
-                left["payloads"] = getattr(link.plane, "_num_held", 0)
+                left["payloads"] = getattr(link.plane, "_num_held", 0) or len(getattr(link.plane, "_landable", ()))
         if attempts.sending is not None:
             left["early"] = tuple(attempts.sending._early)
             left["planes of attempts"] = tuple(attempts.sending._plane_of)
@@ -352,7 +354,7 @@ class ShellTrio:
         delay_s = 0.5 * self.scale  # past the first repeat of whatever is delayed
         self.links = Links(
             MessageProxy(delay_s=delay_s),
-            MessageProxy(delay_s=delay_s),
+            MessageProxy(delay_s=delay_s, is_zmtp=self.plane != "tcp"),
             {"prefill": MessageProxy(), "decode": MessageProxy()},
         )
         for proxy in self.links.all:
@@ -449,6 +451,10 @@ class ShellTrio:
         num_attempts = len(record["attempts"]) if record else 0
         return Reply(kind, status, num_attempts, why, time.monotonic())
 
+    def now(self) -> float:
+        """The clock of `Reply.at`."""
+        return time.monotonic()
+
     def newest_key(self, epoch: int = 1) -> AttemptKey:
         """The first attempt of the youngest live request."""
         return AttemptKey(list(self.router._streams)[-1], epoch)
@@ -482,4 +488,5 @@ def trio_context(plane: str, scale: float) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patched_timing(patch, scale)
         patched_shells(patch, plane)
+        patch.setattr(probe, "SLICE_NBYTES", 1 << 12)  # slots are tiny here: 2 MiB would be thousands of units
         yield
