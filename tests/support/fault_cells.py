@@ -175,6 +175,9 @@ class Cell:
             return False
         if self.row in ((Role.SENDER, State.WAITING), (Role.SENDER, State.PINNING)):
             return self._is_computed()
+        if self.row == (Role.SENDER, State.SENDING) and not trio.prefill.events.is_holding(PromptComputedEvent):
+            # The engine still reads these blocks: bent now, they would bend its first token, which no digest can tell.
+            return False
         control = trio.links.control
         waits_for = {
             (Role.SENDER, State.SENDING): p.Slice,
