@@ -25,6 +25,7 @@ PATIENCES_S = (2.5, 1.0, 0.4)  # storms on ever faster machines, until clients h
 FLAGS = (
     *("--dtype", "float32", "--block-size", "8", "--max-model-len", "320"),
     *("--max-num-seqs", "16", "--max-num-batched-tokens", "32"),  # seats are few and long prompts take many steps
+    "--no-enable-prefix-caching",  # prompts come again: each must take those steps, so that clients leave during them
 )
 
 
