@@ -62,11 +62,18 @@ class Stopwatch:
 def make_engine(forward: Stopwatch) -> Engine:
     model = load_model(Path(str(files("disagg") / "demo_model")), dtype="float32")
     layout = derive_layout(model.layers, block_size=16, max_model_len=MAX_MODEL_LEN)
-    limits = {"max_model_len": MAX_MODEL_LEN, "max_num_seqs": 64, "max_num_batched_tokens": 512}
-    cache = KVCache(layout, split_budget(layout, nbytes=1 << 30, **limits))
+    config = EngineConfig(role="both", max_num_seqs=64, max_num_batched_tokens=512, max_model_len=MAX_MODEL_LEN)
+    num_slots = split_budget(
+        layout,
+        nbytes=1 << 30,
+        max_model_len=config.max_model_len,
+        max_num_seqs=config.max_num_seqs,
+        max_num_batched_tokens=config.max_num_batched_tokens,
+    )
+    cache = KVCache(layout, num_slots)
     runner = Runner(model, cache)
     runner.execute = forward.wrap(runner.execute)  # type: ignore[method-assign]
-    return Engine(runner, cache, EngineConfig(role="both", **limits))
+    return Engine(runner, cache, config)
 
 
 def begin(engine: Engine, batch: int) -> None:
@@ -90,8 +97,9 @@ def _timed(engine: Engine) -> float:
 def measure(batch: int, steps: int) -> str:
     """One row of the table: medians over the steps, in milliseconds."""
     forward, sampler = Stopwatch(), Stopwatch()
-    plain = engine_module.sample
-    engine_module.sample = sampler.wrap(plain)
+    engine_globals = vars(engine_module)
+    plain = engine_globals["sample"]
+    engine_globals["sample"] = sampler.wrap(plain)
     try:
         engine = make_engine(forward)
         begin(engine, batch)
@@ -100,7 +108,7 @@ def measure(batch: int, steps: int) -> str:
             forward.take(), sampler.take()
             parts.append((_timed(engine), forward.take(), sampler.take()))
     finally:
-        engine_module.sample = plain
+        engine_globals["sample"] = plain
     return row(batch, parts)
 
 
