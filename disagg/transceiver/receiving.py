@@ -60,7 +60,6 @@ class TransferRecord:
     """What one transfer cost, measured where the bytes land. Times are seconds on this process's monotonic clock."""
 
     plane: str = ""
-    started_at: float = field(default_factory=time.monotonic)
     first_slice_at: float = 0.0
     landed_at: float = 0.0
     done_at: float = 0.0

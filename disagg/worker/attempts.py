@@ -4,7 +4,7 @@
     engine event   -> take_event   -> transfer event, message to the router
     transfer action -> the host methods (pin, release_source, decode, ...) -> engine command, message to the router
 
-Synchronous throughout: nothing here waits, and every path of an attempt ends in `_end`, which frees what it held.
+Synchronous throughout: nothing here waits, and every path of an attempt ends in a `Release` or in the engine's own end.
 """
 
 from __future__ import annotations
