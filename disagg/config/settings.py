@@ -141,6 +141,7 @@ class EngineSettings(Settings):
         None, description="KV cache bytes, such as 512MiB; `up` divides them [default: a share of what is free]"
     )
     enable_prefix_caching: bool = Field(True, description="Keep blocks of finished requests and reuse equal prefixes")
+    enforce_eager: bool = Field(False, description="Capture no CUDA graphs: decode steps run the model's Python each")
     tensor_parallel_size: Count = Field(1, description="Ranks per worker", json_schema_extra={"hidden": True})
     planes: Names = Field(PLANES, description="Data planes in order of preference, of shm, tcp and zmq")
     swa_scratch: Scratch = Field(

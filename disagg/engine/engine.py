@@ -7,7 +7,7 @@ after the blocks were freed, so whoever hears it may count them.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -45,7 +45,7 @@ from disagg.engine.sequence import (
     first_token_of,
     state_of,
 )
-from disagg.engine.stats import EngineCounters, EngineStats
+from disagg.engine.stats import EngineCounters, EngineStats, GraphUse
 from disagg.transceiver.messages.values import TokenLogprobs
 
 ROLES = ("prefill", "decode", "both")
@@ -91,7 +91,10 @@ class StepRunner(Protocol):
 class Engine:
     """Continuous batching over one cache. `handle` takes a command, `step` computes; both answer with events."""
 
-    def __init__(self, runner: StepRunner, cache: KVCache, config: EngineConfig) -> None:
+    def __init__(
+        self, runner: StepRunner, cache: KVCache, config: EngineConfig, graphs: GraphUse | None = None
+    ) -> None:
+        """`graphs`: what the runner tells of the graphs it replays."""
         self._runner, self._cache, self._config = runner, cache, config
         self._scheduler = Scheduler(
             cache,
@@ -100,6 +103,7 @@ class Engine:
             swa_scratch=config.swa_scratch,
         )
         self._counters = EngineCounters(scratch=cache.num_scratch)
+        self._graphs = graphs or GraphUse()
 
     @property
     def has_work(self) -> bool:
@@ -144,6 +148,7 @@ class Engine:
             live_keys=tuple(live),
             released=tuple(sorted(self._counters.released.items())),
             reuse=self._cache.reuse_counts(),
+            graphs=replace(self._graphs),
         )
 
     # --- commands -------------------------------------------------------------------------------------------

@@ -11,6 +11,15 @@ from disagg.engine.commands import AttemptKey
 
 
 @dataclass(slots=True)
+class GraphUse:
+    """Captured graphs, the device memory they took, and how often one was replayed."""
+
+    num_captured: int = 0
+    nbytes: int = 0
+    num_replays: int = 0
+
+
+@dataclass(slots=True)
 class EngineCounters:
     """Counters since start, and what the last step was; only the engine's own thread writes them."""
 
@@ -34,6 +43,7 @@ class EngineStats:
     is the usual end, for all others a cancel or a failure.
     `num_preemptions`: sequences whose blocks were taken for older ones, since start.
     `scratch`: per pool, the slots that were scratch during the last step; none is between steps.
+    `graphs`: captured graphs; all 0 where steps run eager.
     `reuse`: per layer group, blocks that requests asked the prefix cache for and found; empty without one.
     """
 
@@ -51,6 +61,7 @@ class EngineStats:
     reuse: tuple[ReuseCount, ...] = ()
     num_preemptions: int = 0
     scratch: tuple[int, ...] = ()
+    graphs: GraphUse = field(default_factory=GraphUse)
 
     @property
     def num_used_slots(self) -> int:

@@ -9,6 +9,8 @@ import numpy.typing as npt
 
 # The slot that padding reads: always finite, never written. `disagg.cache.pool` reserves it under the same number.
 NULL_SLOT = 0
+# The slot that padding writes, never read. Reserved there too.
+TRASH_SLOT = 1
 
 
 @dataclass(frozen=True, slots=True)

@@ -38,6 +38,10 @@ class DevicePlan:
     _long: tuple[tuple[int, int], ...]  # (run, num_queries) of longer runs
     _tiles: dict[int, torch.Tensor] = field(default_factory=dict)
 
+    @property
+    def has_prefill(self) -> bool:
+        return bool(self._long)
+
     def prefill_tiles(self, num_queries: int) -> torch.Tensor:
         """`[n, 2]`: (run, first query) of tiles of `num_queries` that cover the runs of several queries.
 

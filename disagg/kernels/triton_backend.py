@@ -211,6 +211,8 @@ class _Attention:
 
     def prefill(self) -> None:
         """Longer runs, in tiles of several queries."""
+        if not self.plan.has_prefill:
+            return
         cut = self._cut(decode=False)
         self._run("prefill_attention", self.plan.prefill_tiles(cut.num_queries), cut, 1, (self.out, None, None))
 

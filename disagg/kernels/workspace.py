@@ -14,6 +14,11 @@ class Workspace:
 
     def __init__(self) -> None:
         self._buffers: dict[tuple[str, torch.dtype, torch.device], torch.Tensor] = {}
+        self._is_frozen = False
+
+    def freeze(self) -> None:
+        """From here on buffers stay where they are: captured graphs hold their addresses."""
+        self._is_frozen = True
 
     def rows(self, name: str, count: int, like: torch.Tensor) -> torch.Tensor:
         """A buffer `[count, like.shape[1]]` of unspecified contents, on `like`'s device; good until asked for again."""
@@ -27,5 +32,6 @@ class Workspace:
         key = (name, dtype, device)
         buffer = self._buffers.get(key)
         if buffer is None or buffer.numel() < size:
+            assert not self._is_frozen, f"workspace `{name}` would move: {size} elements asked after it was frozen"
             buffer = self._buffers[key] = torch.empty(size, dtype=dtype, device=device)
         return buffer[:size]

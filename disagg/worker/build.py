@@ -16,9 +16,13 @@ from disagg.cache.layout import CacheLayout, derive_layout
 from disagg.config.resources import CPU_MEMORY_FRACTION, CUDA_MEMORY_FRACTION, available_memory_nbytes, num_cores
 from disagg.config.settings import Role, WorkerSettings
 from disagg.engine.checkpoint import ModelRefused, fingerprint, resolve_model
-from disagg.engine.engine import Engine, EngineConfig
+from disagg.engine.engine import Engine, EngineConfig, StepRunner
+from disagg.engine.graphs import DecodeGraphs, GraphRunner
+from disagg.engine.graphs_cuda import CudaGraphs
 from disagg.engine.model import LoadedModel, load_model
 from disagg.engine.runner import Runner
+from disagg.engine.stats import GraphUse
+from disagg.kernels.dispatch import has_triton
 from disagg.transceiver.codec import PROTOCOL
 from disagg.transceiver.keys import ClusterKeys
 from disagg.transceiver.messages.values import Identity
@@ -75,7 +79,32 @@ def make_engine(
         hash_key_id=keys.hash_key_id,
     )
     ready = _ready(settings, role, layout, num_slots, max_model_len)
-    return EngineParts(role, settings, identity, layout, cache, Engine(Runner(model, cache), cache, config), ready)
+    runner, graphs = make_runner(settings, role, model, cache, max_model_len, progress)
+    return EngineParts(role, settings, identity, layout, cache, Engine(runner, cache, config, graphs), ready)
+
+
+def make_runner(
+    settings: WorkerSettings,
+    role: Role,
+    model: LoadedModel,
+    cache: KVCache,
+    max_model_len: int,
+    progress: Callable[[str], None],
+) -> tuple[StepRunner, GraphUse]:
+    """Decode graphs where they pay: on CUDA with Triton, for a worker that decodes; else every step is eager."""
+    eager = Runner(model, cache)
+    if settings.enforce_eager or role == "prefill" or model.device.type != "cuda" or not has_triton():
+        return eager, GraphUse()
+    progress("capturing decode graphs")
+    graphs = DecodeGraphs(
+        model, cache, CudaGraphs(model.device), max_num_seqs=settings.max_num_seqs, max_model_len=max_model_len
+    )
+    try:
+        graphs.capture()
+    except RuntimeError as exc:  # torch's report of what this model does that a graph cannot hold
+        log.warning("decode steps run without CUDA graphs: capture failed: %s", str(exc).strip().splitlines()[0])
+        return eager, GraphUse()
+    return GraphRunner(eager, graphs), graphs.use
 
 
 def _choose_model_len(settings: WorkerSettings, model: LoadedModel, budget: int) -> int:

@@ -52,6 +52,7 @@ def _engine_samples(stats: EngineStats) -> Iterator[MetricSample]:
         ("disagg_tokens_generated_total", stats.tokens_generated),
         ("disagg_engine_steps_total", stats.steps),
         ("disagg_preemptions_total", stats.num_preemptions),
+        ("disagg_graph_replays_total", stats.graphs.num_replays),
     ):
         yield MetricSample(name, "counter", (), value)
     for state, count in stats.released:
@@ -60,6 +61,7 @@ def _engine_samples(stats: EngineStats) -> Iterator[MetricSample]:
         ("disagg_requests_running", stats.num_running),
         ("disagg_requests_waiting", stats.num_waiting),
         ("disagg_requests_soft", stats.num_soft),
+        ("disagg_graph_bytes", stats.graphs.nbytes),
     ):
         yield MetricSample(name, "gauge", (), value)
     for number, pool in enumerate(stats.pools):

@@ -41,6 +41,7 @@ SAMPLES: dict[str, tuple[str, object, str]] = {
     "fetch_wait_s": ("0.5", 0.5, "1"),
     "verify_weights": ("true", True, "false"),
     "check": ("true", True, "false"),
+    "enforce_eager": ("true", True, "false"),
     "enable_prefix_caching": ("false", False, "true"),
     "router": ("10.0.0.1:9", "tcp://10.0.0.1:9", "tcp://r:10"),
     "worker_id": ("p-1", "p-1", "p-2"),

@@ -13,8 +13,9 @@ from support.attention_world import CASES, MIXED, Case, World
 from support.interpreter import missing_interpreter
 
 from disagg.cache.pool import NULL_SLOT as CACHE_NULL_SLOT
+from disagg.cache.pool import TRASH_SLOT as CACHE_TRASH_SLOT
 from disagg.kernels import ops, reference
-from disagg.kernels.batch import NULL_SLOT, PagedBatch
+from disagg.kernels.batch import NULL_SLOT, TRASH_SLOT, PagedBatch
 from disagg.kernels.dispatch import CALLS, forced
 from disagg.kernels.workspace import Workspace
 
@@ -104,5 +105,5 @@ def test_a_block_without_a_slot_is_never_read(name: str) -> None:
         world.actual()
 
 
-def test_the_null_slot_is_the_caches() -> None:
-    assert NULL_SLOT == CACHE_NULL_SLOT
+def test_the_reserved_slots_are_the_caches() -> None:
+    assert (NULL_SLOT, TRASH_SLOT) == (CACHE_NULL_SLOT, CACHE_TRASH_SLOT)

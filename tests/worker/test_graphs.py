@@ -1,0 +1,88 @@
+"""When a worker captures decode graphs, and what it does when it cannot."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from support.continuous import make_cache
+from support.fake_graph import CaptureFailed, FakeGraph, FakeGraphs
+from support.families import save_family
+from support.interpreter import missing_interpreter
+from support.plan_attention import plan_attention
+
+from disagg.config.settings import Role, WorkerSettings
+from disagg.engine.graphs import GraphRunner
+from disagg.engine.model import LoadedModel, load_model
+from disagg.engine.runner import Runner
+from disagg.engine.stats import GraphUse
+from disagg.worker import build
+
+pytestmark = pytest.mark.skipif(bool(missing_interpreter()), reason=str(missing_interpreter()))
+
+
+class Cuda:
+    """A device that says so, where tensors can be made: the CPU."""
+
+    type = "cuda"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
+    return load_model(save_family("llama", tmp_path_factory.mktemp("llama")))
+
+
+def made(model: LoadedModel, monkeypatch: pytest.MonkeyPatch, role: Role = "decode", **settings: Any) -> Any:
+    """(runner, use, graphs) of a worker whose device is said to be CUDA while it decides."""
+    told: list[str] = []
+    makers: list[FakeGraphs] = []
+
+    def graphs(*_: object) -> FakeGraphs:
+        makers.append(FakeGraphs())
+        return makers[-1]
+
+    def decode_graphs(_model: object, *args: Any, **options: Any) -> Any:
+        return exact(model, *args, **options)
+
+    exact = build.DecodeGraphs
+    monkeypatch.setattr(build, "CudaGraphs", graphs)
+    monkeypatch.setattr(build, "DecodeGraphs", decode_graphs)
+    said = replace(model, device=settings.pop("device", Cuda()))
+    cache = make_cache(model, block_size=8, num_slots=20)
+    with plan_attention():
+        runner, use = build.make_runner(WorkerSettings(max_num_seqs=2, **settings), role, said, cache, 64, told.append)
+    cache.close()
+    assert told == ["capturing decode graphs"] * len(makers)
+    return runner, use, [graph for maker in makers for graph in maker.graphs]
+
+
+def test_a_worker_that_decodes_on_cuda_captures(model: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    runner, use, graphs = made(model, monkeypatch)
+    assert isinstance(runner, GraphRunner)
+    assert (use.num_captured, len(graphs)) == (2, 2)
+
+
+@pytest.mark.parametrize(
+    "told", [{"enforce_eager": True}, {"role": "prefill"}, {"device": torch.device("cpu")}], ids=str
+)
+def test_others_run_eager(told: dict[str, Any], model: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    runner, use, graphs = made(model, monkeypatch, **told)
+    assert isinstance(runner, Runner)
+    assert (use, graphs) == (GraphUse(), [])
+
+
+def test_a_model_that_cannot_be_captured_runs_eager_and_says_so(
+    model: LoadedModel, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(*_: object) -> None:
+        raise CaptureFailed("item waits for the device\nmore")
+
+    monkeypatch.setattr(FakeGraph, "capture", refuse)
+    runner, use, _ = made(model, monkeypatch)
+    assert isinstance(runner, Runner)
+    assert use == GraphUse()
+    warnings = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    assert warnings == ["decode steps run without CUDA graphs: capture failed: item waits for the device"]
