@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Hashable, Sequence
+from operator import add, sub
 
 from disagg.cache.layout import CacheLayout
 from disagg.cache.pool import NUM_RESERVED_SLOTS
@@ -59,11 +60,9 @@ class Promises:
     def __init__(self, num_slots: Sequence[int]) -> None:
         """`num_slots[p]` as in `KVCache`: the two reserved ones included."""
         self.usable: Peaks = tuple(count - NUM_RESERVED_SLOTS for count in num_slots)
+        self.promised: Peaks = (0,) * len(num_slots)
+        """Sum of all promises."""
         self._peaks: dict[Hashable, Peaks] = {}
-
-    @property
-    def promised(self) -> Peaks:
-        return tuple(sum(peaks[pool] for peaks in self._peaks.values()) for pool in range(len(self.usable)))
 
     def fits_empty(self, peaks: Peaks) -> bool:
         """Whether the peaks fit when nobody else holds anything: if not, waiting is pointless."""
@@ -71,41 +70,50 @@ class Promises:
 
     def fits(self, peaks: Peaks, *, without: Collection[Hashable] = ()) -> bool:
         """Whether `peaks` could be promised now, or after the promises of `without` were released."""
-        left = list(self.usable)
-        for key, held in self._peaks.items():
-            if key not in without:
-                left = [have - take for have, take in zip(left, held, strict=True)]
-        return all(peak <= have for peak, have in zip(peaks, left, strict=True))
+        taken = self.promised
+        for key in without:
+            if (held := self._peaks.get(key)) is not None:
+                taken = tuple(map(sub, taken, held))
+        return all(peak <= usable - take for peak, usable, take in zip(peaks, self.usable, taken, strict=True))
 
     def try_promise(self, key: Hashable, peaks: Peaks) -> bool:
         """Promise `peaks` to `key`, in every pool or in none."""
         assert key not in self._peaks, f"{key} holds a promise already"
         if not self.fits(peaks):
             return False
-        self._peaks[key] = peaks
+        self._set(key, peaks)
         return True
 
     def try_grow(self, key: Hashable, peaks: Peaks) -> bool:
         """Raise the promise to `key` to at least `peaks`, in every pool or in none."""
         held = self._peaks[key]
-        wanted = tuple(max(old, new) for old, new in zip(held, peaks, strict=True))
-        if wanted == held:  # most tokens begin no block
+        wanted = tuple(map(max, held, peaks))
+        if wanted == held:  # windows let go of as many blocks as they begin
             return True
-        if not self.fits(wanted, without={key}):
+        if not self.fits(wanted, without=(key,)):
             return False
-        self._peaks[key] = wanted
+        self._set(key, wanted)
         return True
 
     def shrink(self, key: Hashable, peaks: Peaks) -> None:
         """Give back what `key` will not need any more; no pool's promise grows."""
-        self._peaks[key] = tuple(min(old, new) for old, new in zip(self._peaks[key], peaks, strict=True))
+        self._set(key, tuple(map(min, self._peaks[key], peaks)))
 
     def of(self, key: Hashable) -> Peaks | None:
         return self._peaks.get(key)
 
     def release(self, key: Hashable) -> None:
         """Forget the promise of `key`; without one, nothing happens."""
-        self._peaks.pop(key, None)
+        self._set(key, None)
 
     def check_invariants(self) -> None:
+        sums = tuple(sum(peaks[pool] for peaks in self._peaks.values()) for pool in range(len(self.usable)))
+        assert sums == self.promised, "the promises are miscounted"
         assert all(promised <= usable for promised, usable in zip(self.promised, self.usable, strict=True))
+
+    def _set(self, key: Hashable, peaks: Peaks | None) -> None:
+        if (held := self._peaks.pop(key, None)) is not None:
+            self.promised = tuple(map(sub, self.promised, held))
+        if peaks is not None:
+            self._peaks[key] = peaks
+            self.promised = tuple(map(add, self.promised, peaks))

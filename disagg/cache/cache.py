@@ -7,6 +7,7 @@ sequences may refer to the slots of these, and they stay behind, cached, when th
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Collection, Hashable, Sequence
 from dataclasses import dataclass
 
@@ -20,12 +21,9 @@ from disagg.cache.pool import NUM_RESERVED_SLOTS, SlotPool
 from disagg.cache.prefix_cache import Chain, PrefixCache, ReuseCount, blocks_of
 from disagg.cache.reuse import held_ordinals, longest_common
 from disagg.cache.scratch import Scratch, num_scratch_slots, scratch_range
+from disagg.cache.table import HOLE, Table, TableChange, change_table
 from disagg.cache.window import stale_range
 
-HOLE = -1
-"""Table value of an ordinal that has no slot: stale, or never allocated."""
-
-Table = NDArray[np.int32]
 Held = tuple[NDArray[np.int64], ...]
 """Per group, ordinals, ascending."""
 
@@ -63,6 +61,8 @@ class CachedSequence:
     """Its way through the prefix tree; None where prefixes are not reused."""
     scratch: tuple[Scratch | None, ...] = ()
     """Per group, where the blocks lie that end with the step in progress; their table entries are -1."""
+    steady_until: int = 0
+    """Up to this history no group has more stale blocks than now."""
 
     @property
     def is_committing(self) -> bool:
@@ -124,17 +124,15 @@ class KVCache:
         """
         assert self._sequences.get(sequence.key) is sequence, f"sequence {sequence.key} is closed"
         assert sequence.history <= history <= capacity
-        shape, scratch = self._shape(capacity, history), self._scratch_ranges(capacity, history, scratch_until)
-        # Most decode steps stay inside one block.
-        if scratch or sequence.scratch or shape != self._shape(sequence.capacity, sequence.history):
-            wanted = [self._wanted(group, capacity, history) for group in self.layout.groups]
-            for mask, blocks in zip(wanted, scratch, strict=False):
-                mask[blocks.start : blocks.stop] = False
-            if not self._fits(sequence, wanted, scratch):
+        scratch = self._scratch_ranges(capacity, history, scratch_until)
+        if scratch or sequence.scratch or not self._is_steady(sequence, capacity, history):
+            changes = self._changes(sequence, capacity, history, scratch)
+            if not self._fits(sequence, changes, scratch):
                 return False
             self._free_scratch(sequence)
-            self._apply(sequence, wanted)
+            self._apply(sequence, changes)
             self._allocate_scratch(sequence, scratch)
+            sequence.steady_until = self._steady_until(history)
         sequence.capacity, sequence.history = capacity, history
         return True
 
@@ -323,11 +321,19 @@ class KVCache:
             queried = held_ordinals(every, group, self.layout.block_size, prompt_len)
             self._prefixes.count(number, len(queried), len(ordinals))
 
-    def _shape(self, capacity: int, history: int) -> tuple[int, ...]:
-        """All that decides which ordinals have a slot: how many there are, and where each group's stale range ends."""
+    def _is_steady(self, sequence: CachedSequence, capacity: int, history: int) -> bool:
+        """Whether the sequence holds what it should already: most decode steps stay inside one block."""
+        return history <= sequence.steady_until and self.layout.num_blocks(capacity) == sequence.num_blocks
+
+    def _steady_until(self, history: int) -> int:
+        """The last history at which every group's stale range ends where it does now: at (e+1) T + W - 2 for end e."""
         size = self.layout.block_size
-        ends = (stale_range(history, g.window, g.num_sink_tokens, size).stop for g in self.layout.groups)
-        return (self.layout.num_blocks(capacity), *ends)
+        ends = (
+            (stale_range(history, g.window, g.num_sink_tokens, size).stop + 1) * size + g.window - 2
+            for g in self.layout.groups
+            if g.window is not None
+        )
+        return min(ends, default=sys.maxsize)
 
     def _wanted(self, group: LayerGroup, capacity: int, history: int) -> NDArray[np.bool_]:
         """Which ordinals of [0, ceil(capacity/T)) must have a slot: those that are not stale at `history`."""
@@ -336,9 +342,28 @@ class KVCache:
         wanted[stale.start : stale.stop] = False
         return wanted
 
-    def _apply(self, sequence: CachedSequence, wanted: Sequence[NDArray[np.bool_]]) -> None:
-        kept = [self._evict(sequence, group, keep) for group, keep in enumerate(wanted)]
-        sequence.tables = tuple(self._grow(group, *pair) for group, pair in enumerate(zip(kept, wanted, strict=True)))
+    def _changes(
+        self, sequence: CachedSequence, capacity: int, history: int, scratch: Sequence[range]
+    ) -> list[TableChange]:
+        """Per group, what becomes of its table: stale blocks go, and scratch blocks have no slot of their own."""
+        size, num_blocks = self.layout.block_size, self.layout.num_blocks(capacity)
+        changes = []
+        for number, (group, table) in enumerate(zip(self.layout.groups, sequence.tables, strict=True)):
+            stale = stale_range(history, group.window, group.num_sink_tokens, size)
+            holes = (stale, scratch[number]) if scratch else (stale,)
+            changes.append(change_table(table, num_blocks, holes))
+        return changes
+
+    def _apply(self, sequence: CachedSequence, changes: Sequence[TableChange]) -> None:
+        """Free in every group before any group allocates: groups that share a pool live off each other's blocks."""
+        pools = [self.pools[number] for number in self.layout.pool_of_group]
+        for change, pool in zip(changes, pools, strict=True):
+            if len(change.dropped):
+                pool.free(change.dropped.tolist())
+        for change, pool in zip(changes, pools, strict=True):
+            if len(change.missing):
+                change.table[change.missing] = pool.allocate(len(change.missing))
+        sequence.tables = tuple(change.table for change in changes)
 
     def _scratch_ranges(self, capacity: int, history: int, scratch_until: int) -> tuple[range, ...]:
         """Per group, the ordinals that go to scratch slots; empty when there are none in any group."""
@@ -365,39 +390,16 @@ class KVCache:
             found.append(Scratch(blocks.start, len(blocks), tuple(slots)) if count else None)
         sequence.scratch = tuple(found)
 
-    def _fits(self, sequence: CachedSequence, wanted: Sequence[NDArray[np.bool_]], scratch: Sequence[range]) -> bool:
+    def _fits(self, sequence: CachedSequence, changes: Sequence[TableChange], scratch: Sequence[range]) -> bool:
         """Whether each pool can give the difference; groups that share a pool add up."""
         short = [-pool.num_free for pool in self.pools]
         for group, held in enumerate(sequence.scratch):
             short[self.layout.pool_of_group[group]] -= len(held.slots) if held else 0
         for group, blocks in enumerate(scratch):
             short[self.layout.pool_of_group[group]] += num_scratch_slots(len(blocks), self._scratch_pages[group] or 1)
-        for table, keep, pool in zip(sequence.tables, wanted, self.layout.pool_of_group, strict=True):
-            kept = np.zeros(len(table), dtype=np.bool_)
-            kept[: len(keep)] = keep[: len(table)]
-            dropped = table[(table != HOLE) & ~kept].astype(np.int64)
-            missing = int(keep.sum()) - int(((table != HOLE) & kept).sum())
-            short[pool] += missing - int((self.pools[pool].num_refs(dropped) == 1).sum())
+        for change, pool in zip(changes, self.layout.pool_of_group, strict=True):
+            short[pool] += len(change.missing) - self.pools[pool].num_sole(change.dropped)
         return all(missing <= 0 for missing in short)
-
-    def _evict(self, sequence: CachedSequence, group: int, wanted: NDArray[np.bool_]) -> Table:
-        """The group's table cut or extended to the new length, its unwanted slots freed."""
-        table = sequence.tables[group]
-        keep = np.zeros(len(table), dtype=np.bool_)
-        common = min(len(table), len(wanted))
-        keep[:common] = wanted[:common]
-        drop = (table != HOLE) & ~keep
-        if drop.any():
-            self.pools[self.layout.pool_of_group[group]].free(table[drop][::-1].tolist())
-        resized = np.full(len(wanted), HOLE, dtype=np.int32)
-        resized[:common] = np.where(keep[:common], table[:common], HOLE)
-        return resized
-
-    def _grow(self, group: int, table: Table, wanted: NDArray[np.bool_]) -> Table:
-        missing = np.flatnonzero(wanted & (table == HOLE))
-        if len(missing):
-            table[missing] = self.pools[self.layout.pool_of_group[group]].allocate(len(missing))
-        return table
 
 
 def _leave_out(wanted: NDArray[np.bool_], scratch: Scratch | None) -> None:

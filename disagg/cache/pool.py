@@ -57,6 +57,7 @@ class SlotPool:
             self._map_memfd()
         else:
             self._allocate_on_device()
+        self._bytes = self.memory.numpy() if self.memory.device.type == "cpu" else None
         self._is_empty: NDArray[np.bool_] = np.ones(num_slots, dtype=np.bool_)
         self._is_empty[:NUM_RESERVED_SLOTS] = False
         self._num_refs: NDArray[np.int32] = np.zeros(num_slots, dtype=np.int32)
@@ -112,13 +113,14 @@ class SlotPool:
         `wipe` zeroes them as soon as nobody refers to them: for a sequence that may have left NaN or Inf behind.
         """
         index = np.asarray(slots, dtype=np.int64)
-        assert (index >= NUM_RESERVED_SLOTS).all(), "a reserved slot was freed"
-        assert (self._num_refs[index] > 0).all(), "a free slot was freed"
-        assert len(np.unique(index)) == len(index), "a slot was freed twice in one call"
+        refs = self._num_refs[index]
+        assert min(slots, default=NUM_RESERVED_SLOTS) >= NUM_RESERVED_SLOTS, "a reserved slot was freed"
+        assert refs.all(), "a free slot was freed"
+        assert len(set(slots)) == len(slots), "a slot was freed twice in one call"
         if wipe:
             self._is_tainted[index] = True
-        self._num_refs[index] -= 1
-        index = index[self._num_refs[index] == 0]
+        self._num_refs[index] = refs - 1
+        index = index[refs == 1]
         kept = self._is_registered[index]
         self._cached.update(dict.fromkeys(index[kept].tolist()))
         self._empty(index[~kept])
@@ -158,6 +160,10 @@ class SlotPool:
         """References to each slot."""
         return self._num_refs[slots]
 
+    def num_sole(self, slots: NDArray[np.int32]) -> int:
+        """How many of these slots one more `free` would give to others."""
+        return int((self._num_refs[slots] == 1).sum()) if len(slots) else 0
+
     def view(self, group: LayerGroup, block_size: int) -> torch.Tensor:
         """The pool as `group` sees it: [num_slots, layers, 2 (K, V), kv_heads, block_size, head_dim], no copy."""
         assert group.slot_nbytes(block_size) == self.slot_nbytes
@@ -196,25 +202,30 @@ class SlotPool:
     def _empty(self, slots: NDArray[np.int64]) -> None:
         """The slots hold nothing any more."""
         self.generations[slots] += np.uint64(1)
-        self._zero(np.sort(slots[self._is_tainted[slots]]))
-        self._is_tainted[slots] = False
+        if (tainted := self._is_tainted[slots]).any():
+            self._zero(np.sort(slots[tainted]))
+            self._is_tainted[slots] = False
         self._is_empty[slots] = True
         self._num_empty += len(slots)
 
     def _choose(self, count: int) -> NDArray[np.int64]:
         """First run of `count` empty slots, else the lowest ones: runs make transfers and copies few and large."""
+        if count == 1:
+            return np.array([self._is_empty.argmax()])  # stops at the first
         free = np.flatnonzero(self._is_empty)
-        if count > 1:
-            starts = np.flatnonzero(free[count - 1 :] - free[: len(free) - count + 1] == count - 1)
-            if len(starts):
-                return free[starts[0] : starts[0] + count]
-        return free[:count]
+        starts = np.flatnonzero(free[count - 1 :] - free[: len(free) - count + 1] == count - 1)
+        first = starts[0] if len(starts) else 0
+        return free[first : first + count]
 
     def _zero(self, slots: NDArray[np.int64]) -> None:
-        if len(slots) and slots[-1] - slots[0] == len(slots) - 1:
-            self.memory[int(slots[0]) : int(slots[-1]) + 1].zero_()  # one memset instead of an indexed write
-        elif len(slots):
-            self.memory[torch.from_numpy(slots).to(self.memory.device)] = 0
+        if not len(slots):
+            return
+        is_run = slots[-1] - slots[0] == len(slots) - 1
+        run = slice(int(slots[0]), int(slots[-1]) + 1)
+        if self._bytes is not None:  # numpy: torch would wake its threads for a slot or two
+            self._bytes[run if is_run else slots] = 0
+        else:
+            self.memory[run if is_run else torch.from_numpy(slots).to(self.memory.device)] = 0
 
     def _map_memfd(self) -> None:
         nbytes = self.slots_offset + self.num_slots * self.slot_nbytes

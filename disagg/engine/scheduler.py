@@ -284,6 +284,8 @@ class Scheduler:
         if self._live.get(answer.key) is not answer:
             return False
         stored, soft = answer.num_stored, None
+        if stored % self._cache.layout.block_size:
+            return True  # the token goes into a block that was promised with its first token
         peaks = self.peaks(answer.request, total_tokens=stored + 1, history=stored)
         while not self._promises.try_grow(answer.key, peaks):
             soft = self.soft if soft is None else soft

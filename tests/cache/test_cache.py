@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 from support.cache_oracle import resident_blocks, tiny_layout
 
-from disagg.cache.cache import HOLE, KVCache
+from disagg.cache.cache import KVCache
+from disagg.cache.table import HOLE
 
 
 def snapshot(cache, sequence):

@@ -4,8 +4,9 @@ import pytest
 import torch
 from support.cache_oracle import tiny_layout
 
-from disagg.cache.cache import HOLE, KVCache
+from disagg.cache.cache import KVCache
 from disagg.cache.identity import BlockHasher
+from disagg.cache.table import HOLE
 
 T = 4
 PROMPT = tuple(range(100, 124))

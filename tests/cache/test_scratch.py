@@ -9,9 +9,10 @@ from support.cache_oracle import readable_later, resident_blocks
 
 from disagg.cache.admission import peak_slots
 from disagg.cache.budget import seats, split_budget
-from disagg.cache.cache import HOLE, KVCache
+from disagg.cache.cache import KVCache
 from disagg.cache.layout import CacheLayout, LayerSpec, derive_layout
 from disagg.cache.scratch import Scratch, num_scratch_slots, page_table, scratch_range
+from disagg.cache.table import HOLE
 
 
 def uniform(num_layers: int, window: int, block_size: int, sinks: int = 0, *, uses_scratch: bool = True) -> CacheLayout:

@@ -8,7 +8,7 @@ from support.cache_oracle import tiny_layout
 from support.engine_pair import LAYOUT, TestedEngine, greedy, key, prompt_of
 from support.fake_runner import reference_tokens
 
-from disagg.cache.cache import HOLE
+from disagg.cache.table import HOLE
 from disagg.engine.commands import (
     Decode,
     FailedEvent,

@@ -1,0 +1,37 @@
+"""A block table of one group: index = ordinal, value = slot or -1. What a new length and new holes change in it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+HOLE = -1
+"""Table value of an ordinal that has no slot: stale, or never allocated."""
+
+Table = NDArray[np.int32]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class TableChange:
+    """`table` as it will be once `missing` (ordinals) have slots; `dropped`: slots it lets go, deepest first."""
+
+    table: Table
+    dropped: Table
+    missing: NDArray[np.int64]
+
+
+def change_table(table: Table, num_blocks: int, holes: Iterable[range]) -> TableChange:
+    """The table with `num_blocks` ordinals, of which exactly those in `holes` (ascending) have no slot."""
+    changed = np.full(num_blocks, HOLE, dtype=np.int32)
+    changed[: len(table)] = table[:num_blocks]
+    is_missing = changed < 0
+    dropped = []
+    for hole in holes:
+        dropped.append(table[hole.start : min(hole.stop, num_blocks)])
+        changed[hole.start : hole.stop] = HOLE
+        is_missing[hole.start : hole.stop] = False
+    gone = np.concatenate([*dropped, table[num_blocks:]])[::-1]
+    return TableChange(changed, gone[gone != HOLE], np.flatnonzero(is_missing))
