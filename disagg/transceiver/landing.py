@@ -6,17 +6,19 @@ They touch only slots they were handed: destinations of a reservation, or source
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Final
 
-from disagg.kernels.digest import digest, new_digest
-from disagg.kernels.finite import finite_rows, is_finite
+from disagg.kernels.digest import digest
+from disagg.kernels.finite import finite_rows
 from disagg.transceiver.errors import SourceChanged
 from disagg.transceiver.events import LandedUnit, Unit
-from disagg.transceiver.planes.base import Bytes, Destination, LandingJob, LandingPlane, PoolRegion, SourceUnit
+from disagg.transceiver.hashing import Hasher
+from disagg.transceiver.planes.base import LandingJob, LandingPlane, PoolRegion, SourceUnit
 from disagg.transceiver.planes.copying import adjacent, ints
 from disagg.transceiver.planes.reading import ReadingLandingPlane
 from disagg.transceiver.planes.reshaping import ReshapingPlane
@@ -36,6 +38,7 @@ LANDING_THREADS: Final = 2 if (os.cpu_count() or 1) >= 4 else 1
 memory's bandwidth: a second thread hides the difference, a third would have nothing to do. On two cores it would only
 take the one that event loops and libzmq's threads run on: 38 ms where one thread takes 28, measured."""
 
+OnEnd = Callable[[LandingJob, "Future[Landed]"], None]
 AfterCopy = Callable[[LandingJob, Sequence[PoolRegion]], None]
 
 
@@ -63,6 +66,8 @@ class LandingThread:
         self._digests = digests
         self._executor = ThreadPoolExecutor(num_threads, thread_name_prefix="landing")
         self._jobs: dict[tuple[str, int], set[Future[Any]]] = {}
+        self._heard: set[Future[Any]] = set()
+        """Of those, the ones of `begin` that `stop` did not know: their ends are told."""
 
     async def submit(self, job: LandingJob, plane: LandingPlane) -> Landed:
         """Land a slice that `plane.fetch` has seen, and hash every unit where it now lies.
@@ -70,14 +75,34 @@ class LandingThread:
         Raises what `plane.land` raises. Ends in `CancelledError` when `stop` removed it. Cancelling the caller removes
         a queued job; a running one goes on to its end, and until `stop` returned it may write its destinations.
         """
-        future = self._executor.submit(self._land, job, plane)
-        key = (job.transfer_id, job.epoch)
-        self._jobs.setdefault(key, set()).add(future)
+        future = self._start(job, plane)
         try:
             return await asyncio.wrap_future(future)
         finally:
             if future.done():
-                self._forget(key, future)
+                self._forget(job, future)
+
+    def begin(self, job: LandingJob, plane: LandingPlane, on_end: OnEnd) -> None:
+        """As `submit`, without a task: `on_end(job, landed)` on the loop, not called for a job that `stop` knew.
+
+        `landed` raises at `result()` what `plane.land` raised.
+        """
+        loop = asyncio.get_running_loop()
+
+        def ended(future: Future[Landed]) -> None:
+            if not future.cancelled():
+                with contextlib.suppress(RuntimeError):  # the loop ended first
+                    loop.call_soon_threadsafe(tell, future)
+
+        def tell(future: Future[Landed]) -> None:
+            self._forget(job, future)
+            if future in self._heard:
+                self._heard.discard(future)
+                on_end(job, future)
+
+        future = self._start(job, plane)
+        self._heard.add(future)
+        future.add_done_callback(ended)
 
     async def digest_units(self, units: Sequence[SourceUnit], cut: SlotUnits | None = None) -> tuple[Unit, ...]:
         """Hash final units of this process; with `cut`, slots of it as units of a peer whose blocks differ.
@@ -89,6 +114,7 @@ class LandingThread:
     async def stop(self, transfer_id: str, epoch: int) -> None:
         """Remove this epoch's queued jobs and join its running one: afterwards no job holds its destination slots."""
         key = (transfer_id, epoch)
+        self._heard -= self._jobs.get(key, set())
         running = [future for future in self._jobs.get(key, ()) if not future.cancel()]
         # Whoever submitted hears of errors; here only the end matters.
         await asyncio.gather(*map(asyncio.wrap_future, running), return_exceptions=True)
@@ -100,7 +126,13 @@ class LandingThread:
             await self.stop(transfer_id, epoch)
         await asyncio.get_running_loop().run_in_executor(None, lambda: self._executor.shutdown(cancel_futures=True))
 
-    def _forget(self, key: tuple[str, int], future: Future[Any]) -> None:
+    def _start(self, job: LandingJob, plane: LandingPlane) -> Future[Landed]:
+        future = self._executor.submit(self._land, job, plane)
+        self._jobs.setdefault((job.transfer_id, job.epoch), set()).add(future)
+        return future
+
+    def _forget(self, job: LandingJob, future: Future[Any]) -> None:
+        key = (job.transfer_id, job.epoch)
         futures = self._jobs.get(key, set())
         futures.discard(future)
         if not futures:
@@ -110,9 +142,9 @@ class LandingThread:
 
     def _land(self, job: LandingJob, plane: LandingPlane) -> Landed:
         if self._digests and self._after_copy is None and isinstance(plane, ReadingLandingPlane):
-            pieces = _Pieces(job.destinations, self._dtypes)
-            plane.land(job, pieces.take)
-            return Landed(pieces.landed(), _num_runs(job, plane))
+            hasher = Hasher(job.destinations, self._dtypes)
+            plane.land(job, hasher.copy)
+            return Landed(hasher.landed(), _num_runs(job, plane))
         before = plane.num_operations
         plane.land(job)
         is_reshaped = isinstance(plane, ReshapingPlane)  # its copies are its own; jobs at once count each other's too
@@ -123,21 +155,17 @@ class LandingThread:
         units = job.destinations
         if not self._digests:
             return Landed(tuple(LandedUnit(unit.group, unit.ordinal, 0) for unit in units), num_operations)
-        for start, stop, rows in plane.landed(job) if isinstance(plane, ReshapingPlane) else self._rows(job):
+        if not isinstance(plane, ReshapingPlane):
+            hasher = Hasher(units, self._dtypes)
+            hasher.look(self._pools, ints([u.pool for u in units]), ints([u.slot for u in units]))
+            return Landed(hasher.landed(), num_operations)
+        for start, stop, rows in plane.landed(job):
             finite = finite_rows(rows, self._dtypes[units[start].group]).tolist()
             landed += [
                 LandedUnit(unit.group, unit.ordinal, digest(row), is_finite)
                 for unit, row, is_finite in zip(units[start:stop], rows, finite, strict=True)
             ]
         return Landed(tuple(landed), num_operations)
-
-    def _rows(self, job: LandingJob) -> Iterator[tuple[int, int, Bytes]]:
-        """(start, stop, rows): whole slots of units start..stop of `job` where they lie."""
-        units = job.destinations
-        # The group stands for the pool here: units of one run share its dtype too.
-        for start, stop in adjacent(ints([u.group for u in units]), ints([u.slot for u in units])):
-            first = units[start]
-            yield start, stop, self._pools[first.pool].slots[first.slot : first.slot + stop - start]
 
     def _digest(self, units: Sequence[SourceUnit], cut: SlotUnits | None) -> tuple[Unit, ...]:
         if cut is None:
@@ -156,26 +184,6 @@ class LandingThread:
                 f"group {unit.group}, block {unit.ordinal}: its slot was given away before it was hashed"
             )
         return Unit(unit.group, unit.ordinal, unit.slot, unit.generation, value)
-
-
-class _Pieces:
-    """Hashes and looks at units piece by piece, while their bytes are in the cache of the core that copied them."""
-
-    def __init__(self, units: Sequence[Destination], dtypes: Sequence[str]) -> None:
-        self._units, self._dtypes = units, dtypes
-        self._hashes = [new_digest() for _ in units]
-        self._finite = [True] * len(units)
-
-    def take(self, index: int, piece: Bytes) -> None:
-        self._hashes[index].update(piece.data)
-        if not is_finite(piece, self._dtypes[self._units[index].group]):
-            self._finite[index] = False
-
-    def landed(self) -> tuple[LandedUnit, ...]:
-        return tuple(
-            LandedUnit(unit.group, unit.ordinal, value.intdigest(), finite)
-            for unit, value, finite in zip(self._units, self._hashes, self._finite, strict=True)
-        )
 
 
 def _num_runs(job: LandingJob, plane: LandingPlane) -> int:

@@ -9,6 +9,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Final, Protocol
 
@@ -22,7 +23,7 @@ from disagg.transceiver.events import (
     PeerGone,
     SliceLanded,
 )
-from disagg.transceiver.landing import LandingThread
+from disagg.transceiver.landing import Landed, LandingThread
 from disagg.transceiver.messages.peer import Received, Refused, Slice, TransferMessage
 from disagg.transceiver.messages.router import PeerLink as LinkReport
 from disagg.transceiver.messages.router import PeerTarget
@@ -246,9 +247,16 @@ class ReceivingSide:
         if self._is_ending:
             self.feed(key, LandingFailed(message.number, "this worker's registration ends"))
             return
-        job = self._make_job(key, incoming, message)
+        job, plane = self._make_job(key, incoming, message), link[0].plane
+        try:
+            if plane.is_here(job):
+                self._landing.begin(job, plane, self._end_job)
+                return
+        except PeerLost as exc:
+            self._fail_job(key, job, exc)
+            return
         assert self._tasks is not None
-        task = self._tasks.create_task(self._run_job(key, job, link[0].plane))
+        task = self._tasks.create_task(self._run_job(key, job, plane))
         incoming.jobs.add(task)
         task.add_done_callback(incoming.jobs.discard)
 
@@ -266,12 +274,26 @@ class ReceivingSide:
         try:
             await plane.fetch(job)
             landed = await self._landing.submit(job, plane)
-        except PeerLost as exc:
-            self.feed(key, LandingFailed(job.number, f"{reasons.LOST}: {exc}"))
-            return
-        except TransceiverError as exc:  # the source changed, or sent what does not fit the slots
-            self.feed(key, LandingFailed(job.number, str(exc)))
-            return
+        except TransceiverError as exc:
+            self._fail_job(key, job, exc)
+        else:
+            self._take_landed(key, job, landed)
+
+    def _end_job(self, job: LandingJob, future: Future[Landed]) -> None:
+        key = AttemptKey(job.transfer_id, job.epoch)
+        try:
+            landed = future.result()
+        except TransceiverError as exc:
+            self._fail_job(key, job, exc)
+        else:
+            self._take_landed(key, job, landed)
+
+    def _fail_job(self, key: AttemptKey, job: LandingJob, exc: TransceiverError) -> None:
+        """The peer is gone, or the source changed, or sent what does not fit the slots."""
+        reason = f"{reasons.LOST}: {exc}" if isinstance(exc, PeerLost) else str(exc)
+        self.feed(key, LandingFailed(job.number, reason))
+
+    def _take_landed(self, key: AttemptKey, job: LandingJob, landed: Landed) -> None:
         if (incoming := self._incoming.get(key)) is not None:
             self._count(incoming.record, job, landed.num_operations)
         self.feed(key, SliceLanded(job.number, landed.units))

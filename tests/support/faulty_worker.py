@@ -53,11 +53,16 @@ def flip_source(faults: Faults) -> None:
 
 
 def flip_copy(faults: Faults) -> None:
-    """In the landing thread's copy: the memcpy of shm writes one wrong byte. First contact's probe is left alone."""
+    """In the landing thread's copy: the memcpy of shm writes one wrong byte. First contact's probe is left alone.
+
+    The compiled helper copies and hashes in one call that nothing can interrupt: this worker does without.
+    """
+    from disagg.kernels import native
+    from disagg.transceiver import hashing
     from disagg.transceiver.planes import reading
     from disagg.transceiver.planes.probe import PROBE_ID
 
-    plain_land, plain_copy = reading.ReadingLandingPlane.land, reading.copy_rows
+    plain_land, plain_copy = reading.ReadingLandingPlane.land, hashing.copy_rows
     landing = threading.local()
 
     def copy_rows(destination: Any, source: Any) -> None:
@@ -73,7 +78,8 @@ def flip_copy(faults: Faults) -> None:
         finally:
             landing.group = None
 
-    reading.copy_rows, reading.ReadingLandingPlane.land = copy_rows, land
+    native.can_land = lambda nbytes: False
+    hashing.copy_rows, reading.ReadingLandingPlane.land = copy_rows, land
 
 
 def use_landing_hook(faults: Faults) -> None:

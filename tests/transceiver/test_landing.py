@@ -15,10 +15,11 @@ from support.event_loop import in_event_loop, within
 from support.plane_pair import PlanePair, Receiver, plane_pair
 from support.pools import close_pools, make_pools
 
+from disagg.kernels import native
 from disagg.transceiver.errors import SourceChanged
 from disagg.transceiver.events import LandedUnit, Unit
+from disagg.transceiver.hashing import PIECE_NBYTES
 from disagg.transceiver.landing import AfterCopy, LandingThread
-from disagg.transceiver.planes import reading
 from disagg.transceiver.planes.base import Destination, LandingJob, LandingPlane, PoolRegion, SourceUnit
 from disagg.transceiver.planes.inproc import InprocLandingPlane
 
@@ -107,6 +108,21 @@ async def test_units_of_the_sender_are_hashed_and_keep_their_slot_and_generation
         await within(landing.digest_units([SourceUnit(0, 7, 0, 2, 99)]))
     await landing.close()
     close_pools(pools)
+
+
+@in_event_loop
+async def test_a_job_begun_without_a_task_reports_its_end_once_and_none_that_was_stopped() -> None:
+    async with a_gated_landing() as (landing, plane):
+        ended: asyncio.Queue[tuple[int, int]] = asyncio.Queue()
+        for epoch, number in ((1, 0), (1, 1), (2, 0)):
+            landing.begin(job("t", epoch, number), plane, lambda job, _: ended.put_nowait((job.epoch, job.number)))
+        await asyncio.to_thread(plane.started.wait, 5)
+        threading.Timer(0.05, plane.go_on.set).start()
+        await within(landing.stop("t", 1))
+        assert await within(ended.get()) == (2, 0)  # of another epoch, which nobody stopped
+        assert ended.empty()
+        assert not landing._jobs
+        assert not landing._heard
 
 
 class GatedPlane(LandingPlane):
@@ -210,15 +226,22 @@ async def test_finished_jobs_are_forgotten_and_close_may_be_repeated() -> None:
         await landing.close()
 
 
+@pytest.mark.parametrize("helper", ["compiled", "none"])
 @pytest.mark.parametrize("num_threads", [1, 3])
 @in_event_loop
-async def test_slots_of_many_pieces_are_hashed_whole_and_one_bad_number_is_found_in_any_piece(num_threads: int) -> None:
+async def test_slots_of_many_pieces_are_hashed_whole_and_one_bad_number_is_found_in_any_piece(
+    num_threads: int, helper: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Against an oracle that knows nothing of pieces."""
+    if helper == "none":
+        monkeypatch.setattr(native, "_library", None)
+    elif not native.is_loaded():
+        pytest.skip("the compiled helper is not built: no C compiler when the package was installed")
     async with plane_pair("shm") as pair:
-        slot_nbytes = 2 * reading.PIECE_NBYTES + 4096
+        slot_nbytes = 2 * PIECE_NBYTES + 4096
         pools, sources = make_pools([(6, slot_nbytes)], seed=1), make_pools([(6, slot_nbytes)], seed=2)
         sources[0].slots[:] &= 0x3F
-        bad = {1: 0, 2: reading.PIECE_NBYTES, 3: slot_nbytes - 4}
+        bad = {1: 0, 2: PIECE_NBYTES, 3: slot_nbytes - 4}
         for slot, at in bad.items():
             sources[0].slots[slot, at : at + 4].view(np.float32)[:] = np.inf
         plane = InprocLandingPlane(pair.hub)

@@ -8,6 +8,7 @@ import os
 import socket
 import threading
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -107,7 +108,11 @@ async def test_a_slot_given_away_before_the_copy_is_refused(kind: str) -> None:
 async def test_a_slot_given_away_during_the_copy_is_refused(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     async with plane_pair(kind) as pair:
         receiver = await pair.receiver()
-        copy_rows, write = copying.copy_rows, tcp_stream.write
+        copy_slots, copy_rows, write = copying.copy_slots, copying.copy_rows, tcp_stream.write
+
+        def copy_all_while_the_owner_reuses(*what: Any) -> None:
+            copy_slots(*what)
+            pair.pools[0].generations[6] += 1
 
         def copy_while_the_owner_reuses(destination: np.ndarray, source: np.ndarray) -> None:
             copy_rows(destination, source)
@@ -117,7 +122,7 @@ async def test_a_slot_given_away_during_the_copy_is_refused(kind: str, monkeypat
             write(sock, views)
             pair.pools[0].generations[6] += 1
 
-        monkeypatch.setattr("disagg.transceiver.planes.reading.copy_rows", copy_while_the_owner_reuses)
+        monkeypatch.setattr("disagg.transceiver.planes.reading.copy_slots", copy_all_while_the_owner_reuses)
         monkeypatch.setattr("disagg.transceiver.planes.zmq.copy_rows", copy_while_the_owner_reuses)
         monkeypatch.setattr("disagg.transceiver.planes.tcp_stream.write", write_while_the_owner_reuses)
         with pytest.raises(SourceChanged):

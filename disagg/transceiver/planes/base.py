@@ -130,6 +130,10 @@ class LandingPlane(ABC):
         """Ask the sender, where it pushes the bytes, for the slices of `probe.measure`. Once per connection."""
         return
 
+    def is_here(self, job: LandingJob) -> bool:
+        """Whether `fetch` has nothing to wait for, now or ever, and need not be called. Raises `PeerLost`."""
+        return False
+
     @abstractmethod
     async def fetch(self, job: LandingJob) -> None:
         """Wait until the bytes of `job` can be copied here (at once on shm). Cancellable at any point."""

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import numpy.typing as npt
 
+from disagg.kernels import native
 from disagg.transceiver.errors import RemoteProtocolError, SourceChanged
 from disagg.transceiver.planes.base import Bytes, PoolRegion
 
@@ -36,6 +37,34 @@ def adjacent(pools: Ints, *slots: Ints) -> Iterator[tuple[int, int]]:
 def copy_rows(destination: Bytes, source: Bytes) -> None:
     """Copy equal shapes `[num_slots, slot_nbytes]`. One memcpy, which numpy does without the GIL."""
     np.copyto(destination, source)
+
+
+def addresses(region: PoolRegion, slots: Ints) -> native.Addresses:
+    """Where these slots of a pool begin in this process, uint64 `[len(slots)]`."""
+    first = region.slots.ctypes.data
+    return (first + slots * region.slots.strides[0]).astype(np.uint64)
+
+
+def copy_slots(
+    to: Sequence[PoolRegion], source: Sequence[PoolRegion], pools: Ints, slots: Ints, source_slots: Ints
+) -> None:
+    """Copy each unit from `source_slots` to `slots` of its pool: runs that are adjacent on both sides at once.
+
+    Past the caches where the compiled helper is: whoever reads these bytes next is the model, much later.
+    """
+    runs = list(adjacent(pools, source_slots, slots))
+    starts = np.array([start for start, _ in runs], dtype=np.int64)
+    counts = np.array([stop - start for start, stop in runs], dtype=np.uint64)
+    if not native.is_loaded():
+        for start, stop in runs:
+            target, first, pool = int(slots[start]), int(source_slots[start]), int(pools[start])
+            count = stop - start
+            copy_rows(to[pool].slots[target : target + count], source[pool].slots[first : first + count])
+        return
+    for pool in np.unique(pools).tolist():
+        chosen = starts[pools[starts] == pool]
+        nbytes = counts[pools[starts] == pool] * np.uint64(to[pool].slots.shape[1])
+        native.copy(addresses(to[pool], slots[chosen]), addresses(source[pool], source_slots[chosen]), nbytes)
 
 
 def check_generations(regions: Sequence[PoolRegion], pools: Ints, slots: Ints, planned: Ints) -> None:

@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Final
 
 from disagg.transceiver.errors import PeerLost, PlaneRefused
-from disagg.transceiver.planes.base import Bytes, LandingJob, LandingPlane, PoolRegion
-from disagg.transceiver.planes.copying import adjacent, check_generations, check_slots, copy_rows, ints
+from disagg.transceiver.planes.base import LandingJob, LandingPlane, PoolRegion
+from disagg.transceiver.planes.copying import Ints, adjacent, check_generations, check_slots, copy_slots, ints
 
-PIECE_NBYTES: Final = 256 << 10
-"""What is copied before it is looked at: source and destination together fit a core's L2 (1 MiB and more), so the look
-reads no memory again; below this, Python's cost per piece, 3 us, shows against the 15 us of the copy."""
-
-OnPiece = Callable[[int, Bytes], None]
-"""Called with a unit's index in its job and its next bytes at the destination, in order, right after their copy."""
+Copy = Callable[[Sequence[PoolRegion], Sequence[PoolRegion], Ints, Ints, Ints], None]
+"""Destination and source pools, then per unit its pool, its slot and its source slot: `copy_slots`, or with a look."""
 
 
 class ReadingLandingPlane(LandingPlane):
@@ -47,12 +42,17 @@ class ReadingLandingPlane(LandingPlane):
             if self.on_lost is not None:
                 self.on_lost()
 
-    async def fetch(self, job: LandingJob) -> None:
-        """Nothing to wait for: the bytes lie in the source's slots. Raises `PeerLost`."""
+    def is_here(self, job: LandingJob) -> bool:
+        """The bytes lie in the source's slots."""
         if self._is_lost:
             raise PeerLost(f"the source {job.source} of this {self.name} plane is gone")
+        return True
 
-    def land(self, job: LandingJob, on_piece: OnPiece | None = None) -> int:
+    async def fetch(self, job: LandingJob) -> None:
+        """Nothing to wait for. Raises `PeerLost`."""
+        self.is_here(job)
+
+    def land(self, job: LandingJob, copy: Copy | None = None) -> int:
         """Copy between two checks of generations. Raises `SourceChanged`, or `RemoteProtocolError` for bad slots."""
         units = job.destinations
         pools, slots = ints([u.pool for u in units]), ints([u.slot for u in units])
@@ -60,27 +60,10 @@ class ReadingLandingPlane(LandingPlane):
         planned = ints([u.source_generation for u in units])
         check_slots(self._sources, pools, source_slots)
         check_generations(self._sources, pools, source_slots, planned)
-        nbytes = 0
-        for start, stop in adjacent(pools, source_slots, slots):
-            source, to = self._sources[units[start].pool], self._pools[units[start].pool]
-            first, target, count = units[start].source_slot, units[start].slot, stop - start
-            rows, source_rows = to.slots[target : target + count], source.slots[first : first + count]
-            if on_piece is None:
-                copy_rows(rows, source_rows)
-            else:
-                _copy_in_pieces(rows, source_rows, start, on_piece)
-            nbytes += count * source.slots.shape[1]
-            self.num_operations += 1
+        (copy or copy_slots)(self._pools, self._sources, pools, slots, source_slots)
         check_generations(self._sources, pools, source_slots, planned)
-        return nbytes
+        self.num_operations += sum(1 for _ in adjacent(pools, source_slots, slots))
+        return sum(self._pools[pool].slots.shape[1] for pool in pools.tolist())
 
     def discard(self, transfer_id: str, epoch: int) -> None:
         """Nothing arrives here before it is landed."""
-
-
-def _copy_in_pieces(rows: Bytes, source_rows: Bytes, first: int, on_piece: OnPiece) -> None:
-    for index, (row, source) in enumerate(zip(rows, source_rows, strict=True), first):
-        for at in range(0, len(row), PIECE_NBYTES):
-            piece = row[at : at + PIECE_NBYTES]
-            copy_rows(piece, source[at : at + PIECE_NBYTES])
-            on_piece(index, piece)

@@ -63,6 +63,9 @@ class ReshapingPlane(LandingPlane):
     async def ask_probe(self) -> None:
         await self._inner.ask_probe()
 
+    def is_here(self, job: LandingJob) -> bool:
+        return self.reads_sources and self._inner.is_here(job)
+
     async def fetch(self, job: LandingJob) -> None:
         """Wait for room in staging, then for the bytes."""
         if self.reads_sources or job.transfer_id == PROBE_ID:
