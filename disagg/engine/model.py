@@ -23,8 +23,10 @@ from disagg.engine.architecture import (
     needs_dequantising,
     rope_by_layer_type,
 )
+from disagg.engine.fused_qkv import fuse
 from disagg.engine.probe import AttentionCall, probe
 from disagg.engine.weights import ModelRefused, read_config, read_tensors
+from disagg.kernels.dispatch import fuses_qkv
 
 log = logging.getLogger(__name__)
 
@@ -163,6 +165,8 @@ def load_model(folder: Path, *, dtype: str = "auto", device: str = "cpu") -> Loa
     module = _read_weights(folder, skeleton, torch_dtype).to(device)
     if probe(module, device) != skeleton.calls:
         raise ModelRefused(f"model `{folder}`: its layers attend differently from what config.json says")
+    if fuses_qkv(torch.device(device)):
+        fuse(module, skeleton.calls)
     log.info("loaded %s: %.2f GiB in %s, %.1f s", folder, nbytes / GIB, dtype_name, time.monotonic() - started)
     return LoadedModel(
         module=module,

@@ -3,6 +3,8 @@
 Triton serves CUDA where it can be imported, torch operations serve everything else. `DISAGG_KERNELS=torch|triton` in
 the environment, or `forced` in a test, overrides that; Triton serves a CPU only in its interpreter
 (`TRITON_INTERPRET=1` before triton is imported), thousands of times slower: to test, never to serve.
+Where Triton serves, what lies between a layer's projections and its attention is one kernel (`preprocess_qkv`);
+`DISAGG_FUSED_QKV=on|off` overrides that. In torch operations it is as fast as transformers' own, so that stays.
 """
 
 from __future__ import annotations
@@ -22,9 +24,11 @@ import torch
 log = logging.getLogger(__name__)
 
 CALLS: Final[Counter[str]] = Counter()
-"""`<backend>:<operation>` for every operation asked for, `kernel:<name>` for every Triton kernel launched."""
+"""`<backend>:<operation>` for every operation asked for, `kernel:<name>` for every Triton kernel launched, and
+`graph:<kind>` for every replay of a captured graph, which asks for nothing and launches what it recorded."""
 
 VARIABLE: Final = "DISAGG_KERNELS"
+FUSED_VARIABLE: Final = "DISAGG_FUSED_QKV"
 _MODULES: Final = {"torch": "disagg.kernels.reference", "triton": "disagg.kernels.triton_backend"}
 
 
@@ -42,6 +46,14 @@ def backend(device: torch.device) -> ModuleType:
     if device.type not in ("cpu", "cuda"):
         raise ValueError(f"device: {device.type}, expected cpu or cuda")
     return _load(_forced or ("triton" if device.type == "cuda" and has_triton() else "torch"))
+
+
+def fuses_qkv(device: torch.device) -> bool:
+    """Whether models on `device` are given the fused step between projections and attention."""
+    value = os.environ.get(FUSED_VARIABLE) or None
+    if value not in (None, "on", "off"):
+        raise ValueError(f"{FUSED_VARIABLE}={value!r}: expected on or off, or unset to choose by backend")
+    return bool(backend(device).NAME == "triton") if value is None else value == "on"
 
 
 @functools.cache

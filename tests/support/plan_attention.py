@@ -11,7 +11,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from disagg.kernels import triton_backend
+from disagg.kernels import reference, triton_backend
 from disagg.kernels.device_plan import DevicePlan
 from disagg.kernels.dispatch import forced
 from disagg.kernels.scales import KVScales
@@ -62,5 +62,7 @@ def plan_attention() -> Iterator[None]:
     """Inside, Triton's backend serves, with these functions for its kernels."""
     with pytest.MonkeyPatch.context() as patch, forced("triton"):
         patch.setattr(triton_backend, "write_kv", write_kv)
+        patch.setattr(reference, "write_kv", write_kv)
+        patch.setattr(triton_backend, "preprocess_qkv", reference.preprocess_qkv)
         patch.setattr(triton_backend, "paged_attention", paged_attention)
         yield

@@ -1,0 +1,250 @@
+"""Attention modules with the fused step: the logits of transformers' own forward, and who keeps that forward."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support.continuous import greedy, make_cache
+from support.families import FAMILIES, WINDOW, save_family
+from support.graphed import GraphedRunner, load_case, num_equal
+from support.interpreter import missing_interpreter
+
+from disagg.engine import fused_qkv
+from disagg.engine.attention import WindowMismatch
+from disagg.engine.fused_qkv import fuse
+from disagg.engine.model import LoadedModel, load_model
+from disagg.engine.probe import probe
+from disagg.engine.runner import Runner
+from disagg.kernels.dispatch import CALLS, FUSED_VARIABLE, forced, fuses_qkv
+from disagg.kernels.qkv import Rotary
+
+UNFUSED = {
+    "gemma3n": {"has v_norm", "reads another layer's KV"},
+    "gemma4": {"has v_norm", "reads another layer's KV"},
+    "gemma4-keqv": {"has v_norm"},
+}
+FUSED = tuple(name for name in FAMILIES if name not in UNFUSED)
+NUM_TOKENS = 4
+PROMPTS = ((7, 3, 9), tuple(range(3, 3 + 2 * WINDOW + 5)))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("families")
+
+
+@pytest.fixture(autouse=True)
+def counted() -> Iterator[None]:
+    CALLS.clear()
+    yield
+    CALLS.clear()
+
+
+def load(name: str, folder: Path, dtype: str = "float32") -> LoadedModel:
+    if not (folder / name).exists():
+        save_family(name, folder / name)
+    return load_model(folder / name, dtype=dtype)
+
+
+def fuse_all(model: LoadedModel) -> dict[int, str]:
+    return fuse(model.module, probe(model.module, "cpu"))
+
+
+def logits(
+    model: LoadedModel,
+    *,
+    uses_scratch: bool = False,
+    prompts: Sequence[Sequence[int]] = PROMPTS,
+    num_tokens: int = NUM_TOKENS,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Chunked prefill mixed with decode: (logits `[rows, vocab]`, tokens) of all prompts."""
+    runner = Runner(model, make_cache(model, block_size=8, num_slots=60, uses_scratch=uses_scratch))
+    lives = greedy(runner, prompts, num_tokens, chunk=37)
+    runner.cache.close()
+    tokens = torch.tensor([live.answer for live in lives])
+    return torch.stack([row for live in lives for row in live.rows]), tokens
+
+
+def first_rows(rows: torch.Tensor) -> torch.Tensor:
+    """After the prompts alone: later ones follow the tokens, which a rounding may change in 16 bits."""
+    return rows[::NUM_TOKENS]
+
+
+@pytest.mark.parametrize("uses_scratch", [False, True])
+@pytest.mark.parametrize("name", FUSED)
+def test_fused_logits_are_the_unfused_ones(name: str, uses_scratch: bool, folder: Path) -> None:
+    model = load(name, folder)
+    expected, tokens = logits(model, uses_scratch=uses_scratch)
+    CALLS.clear()
+    assert fuse_all(model) == {}
+    CALLS.clear()
+    found, same = logits(model, uses_scratch=uses_scratch)
+    assert torch.equal(same, tokens)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-3)
+    assert CALLS["torch:preprocess_qkv"] == CALLS["torch:paged_attention"] > 0
+    assert CALLS["torch:write_kv"] == 0
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("name", ["gemma3", "gpt_oss", "qwen2"])
+def test_in_sixteen_bits_fused_is_as_near_to_float32_as_unfused(name: str, dtype: str, folder: Path) -> None:
+    """It rounds once where transformers rounds several times; the models are random, so roundings grow by chance."""
+    exact = first_rows(logits(load(name, folder))[0])
+    model = load(name, folder, dtype)
+    unfused = (first_rows(logits(model)[0]) - exact).abs().mean()
+    assert fuse_all(model) == {}
+    fused = (first_rows(logits(model)[0]) - exact).abs().mean()
+    assert fused < 1.5 * unfused
+
+
+@pytest.mark.skipif(bool(missing_interpreter()), reason=str(missing_interpreter()))
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize("name", [n if n == "qwen3-win" else pytest.param(n, marks=pytest.mark.slow) for n in FUSED])
+def test_the_kernel_itself_in_a_model(name: str, folder: Path) -> None:
+    model = load(name, folder)
+    work: dict[str, Any] = {"prompts": [range(3, 3 + WINDOW + 5)], "num_tokens": 2}
+    expected, tokens = logits(model, **work)
+    with forced("triton"):
+        assert fuse_all(model) == {}
+        CALLS.clear()
+        found, same = logits(model, **work)
+    assert torch.equal(same, tokens)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-3)
+    assert CALLS["kernel:preprocess_qkv"] == CALLS["triton:paged_attention"] > 0
+    assert CALLS["kernel:write_kv"] == 0
+
+
+@pytest.mark.skipif(bool(missing_interpreter()), reason=str(missing_interpreter()))
+@pytest.mark.parametrize("name", ["gemma3", "gpt_oss"])
+def test_fused_steps_in_graphs(name: str, folder: Path) -> None:
+    model, references = load_case(name, folder / "graphed", 8)
+    assert fuse_all(model) == {}
+    CALLS.clear()
+    runner = GraphedRunner(model)
+    assert CALLS["triton:preprocess_qkv"] > 0
+    assert num_equal(runner.answers(references, 8), references) == len(references)
+    assert CALLS["graph:decode"] > 3
+    load_case.cache_clear()
+
+
+@pytest.mark.parametrize("name", UNFUSED)
+def test_who_keeps_its_own_forward_says_why(name: str, folder: Path) -> None:
+    model = load(name, folder)
+    reasons = fuse_all(model)
+    assert len(reasons) == len(model.layers)
+    assert set(reasons.values()) == UNFUSED[name]
+    logits(model)
+    assert CALLS["torch:preprocess_qkv"] == 0
+
+
+def test_the_documented_reasons_are_these() -> None:
+    text = (Path(__file__).resolve().parents[2] / "docs/fast-paths.md").read_text()
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("| ")]
+    told = {name: set(why.split("; ")) for name, layers, why in (r for r in rows if len(r) == 3) if layers == "none"}
+    assert told == {"Gemma 3n": UNFUSED["gemma3n"], "Gemma 4": UNFUSED["gemma4"] | UNFUSED["gemma4-keqv"]}
+
+
+def test_packed_weights_are_held_once(folder: Path) -> None:
+    model = load("qwen2", folder)
+    held = nbytes(model.module)
+    fuse_all(model)
+    assert nbytes(model.module) == held
+    attention = model.module.get_submodule("model.layers.0.self_attn")
+    parts = [getattr(attention, name) for name in fused_qkv.PROJECTIONS]
+    for name in ("weight", "bias"):
+        assert len({getattr(part, name).untyped_storage().data_ptr() for part in parts}) == 1
+
+
+def nbytes(module: torch.nn.Module) -> int:
+    storages = {parameter.untyped_storage() for parameter in module.parameters()}
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+
+
+def test_attention_is_learnt_through_a_fused_module_too(folder: Path) -> None:
+    model = load("gemma3", folder)
+    calls = probe(model.module, "cpu")
+    fuse_all(model)
+    assert probe(model.module, "cpu") == calls
+
+
+def test_another_window_than_the_caches_is_refused(folder: Path) -> None:
+    model = load("gemma3", folder)
+    fuse_all(model)
+    layer = model.module.get_submodule("model.layers.0.self_attn").forward.__self__
+    object.__setattr__(layer.call, "window", WINDOW + 1)
+    with pytest.raises(WindowMismatch, match="window 25, laid out for 24"):
+        logits(model)
+
+
+def test_the_backend_decides_and_the_environment_overrides(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    cpu = torch.device("cpu")
+    assert not fuses_qkv(cpu)
+    monkeypatch.setenv(FUSED_VARIABLE, "on")
+    assert fuses_qkv(cpu)
+    logits(load("llama", folder))
+    assert CALLS["torch:preprocess_qkv"] > 0
+    monkeypatch.setenv(FUSED_VARIABLE, "maybe")
+    with pytest.raises(ValueError, match="DISAGG_FUSED_QKV='maybe': expected on or off"):
+        fuses_qkv(cpu)
+
+
+# --- negative controls: a step that is wrong is not taken, and were it taken, the logits would show it -----------
+
+
+def break_norm(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(fused_qkv, "_norms", lambda *_: None)
+
+
+def break_gain(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(fused_qkv, "_gain", lambda norm, *_: norm.weight.float())  # Gemma's lacks one
+
+
+def break_angles(patch: pytest.MonkeyPatch) -> None:
+    exact = fused_qkv.Angles.of
+
+    def neighbour(self: fused_qkv.Angles, *args: Any) -> Rotary:
+        right = exact(self, *args)
+        return Rotary(right.cos.roll(1, 0).contiguous(), right.sin.roll(1, 0).contiguous())
+
+    patch.setattr(fused_qkv.Angles, "of", neighbour)
+
+
+def break_table(patch: pytest.MonkeyPatch) -> None:
+    """One RoPE for all layers, where windowed layers have their own."""
+    exact, first = fused_qkv.Angles.of, []
+
+    def same(self: fused_qkv.Angles, embeddings: Any, half: int) -> Rotary:
+        num_queries = embeddings[0].shape[1]
+        if not first or len(first[0].cos) != num_queries:
+            first[:] = [exact(self, embeddings, half)]
+        return first[0]
+
+    patch.setattr(fused_qkv.Angles, "of", same)
+
+
+@pytest.mark.parametrize("wrong", [break_norm, break_gain, break_angles, break_table])
+def test_a_wrong_step_is_not_taken_and_would_be_noticed(
+    wrong: Any, folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = load("gemma3", folder)
+    expected, _ = logits(model)
+    wrong(monkeypatch)
+    refused = fuse_all(model)
+    assert refused
+    assert set(refused.values()) == {"other numbers"}
+    assert "fused QKV differs from transformers' by" in caplog.text
+    monkeypatch.setattr(fused_qkv, "_error", lambda *_: 0.0)
+    assert fuse_all(model) == {}
+    found, _ = logits(model)
+    assert (first_rows(found) - first_rows(expected)).abs().max() > 0.1
+
+
+def test_a_bias_on_some_projections_is_no_fused_module(folder: Path) -> None:
+    model = load("llama", folder)
+    attention = model.module.get_submodule("model.layers.1.self_attn")
+    attention.q_proj.bias = torch.nn.Parameter(torch.zeros(attention.q_proj.out_features))
+    assert fuse_all(model) == {1: "has a bias on some projections"}

@@ -1,0 +1,97 @@
+"""Decode graphs and the fused step as a GPU runs them: tokens of eager steps and of a CPU, counts, and what they save."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from support.continuous import greedy, make_cache
+from support.families import FAMILIES
+from support.graphed import LENGTHS, MAX_MODEL_LEN, load_case
+from support.tools import load_script
+
+from disagg.engine.graphs import DecodeGraphs, GraphRunner
+from disagg.engine.graphs_cuda import CudaGraphs
+from disagg.engine.model import LoadedModel, load_model
+from disagg.engine.runner import Runner
+from disagg.kernels.dispatch import CALLS, FUSED_VARIABLE
+
+pytestmark = pytest.mark.gpu
+NUM_TOKENS = 14
+UNFUSED = ("gemma3n", "gemma4", "gemma4-keqv")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("families")
+
+
+@pytest.fixture(autouse=True)
+def exact_float32() -> Iterator[None]:
+    """No TF32: tokens are compared with a CPU's."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    yield
+    torch.set_float32_matmul_precision(before)
+
+
+def answers(model: LoadedModel, prompts: list[tuple[int, ...]], *, graphs: bool) -> list[tuple[int, ...]]:
+    cache = make_cache(model, block_size=8, num_slots=120)
+    cache = type(cache)(cache.layout, [pool.num_slots for pool in cache.pools], "cuda")
+    runner = eager = Runner(model, cache)
+    if graphs:
+        captured = DecodeGraphs(
+            model, cache, CudaGraphs(model.device), max_num_seqs=len(LENGTHS), max_model_len=MAX_MODEL_LEN
+        )
+        captured.capture()
+        assert captured.use.num_captured == 3
+        runner = GraphRunner(eager, captured)  # type: ignore[assignment]
+        runner.cache = cache
+    CALLS.clear()
+    lives = greedy(runner, prompts, NUM_TOKENS, chunk=61)
+    assert (CALLS["graph:decode"] > 9) == graphs
+    assert not [name for name in CALLS if name.startswith("torch:")]
+    return [live.answer for live in lives]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_graphs_answer_as_eager_steps_and_as_a_cpu(name: str, folder: Path) -> None:
+    _, references = load_case(name, folder, NUM_TOKENS)
+    model = load_model(folder / name, device="cuda")
+    prompts = [reference.prompt for reference in references]
+    eager = answers(model, prompts, graphs=False)
+    assert (CALLS["kernel:preprocess_qkv"] > 0) == (name not in UNFUSED)
+    assert eager == [reference.token_ids for reference in references]
+    assert answers(model, prompts, graphs=True) == eager
+
+
+@pytest.mark.parametrize("name", [name for name in FAMILIES if name not in UNFUSED])
+def test_the_fused_step_answers_as_transformers_forward(
+    name: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, references = load_case(name, folder, NUM_TOKENS)
+    prompts = [reference.prompt for reference in references]
+    found = []
+    for value in ("on", "off"):
+        monkeypatch.setenv(FUSED_VARIABLE, value)
+        found.append(answers(load_model(folder / name, device="cuda"), prompts, graphs=False))
+        assert (CALLS["kernel:preprocess_qkv"] > 0) == (value == "on")
+    assert found[0] == found[1]
+
+
+@pytest.fixture(scope="module")
+def decode_step() -> ModuleType:
+    return load_script("benchmarks/decode_step.py")
+
+
+def test_a_step_of_a_small_model_takes_a_third_of_the_eager_one(decode_step: ModuleType) -> None:
+    _, eager, graphs = decode_step.contenders("cuda")
+    chunks = [way.chunks(8, 1, decode_step.HISTORY) for way in (eager, graphs)]
+    for _ in range(10):
+        eager.seconds(chunks[0]), graphs.seconds(chunks[1])
+    times = [(eager.seconds(chunks[0]), graphs.seconds(chunks[1])) for _ in range(50)]
+    assert CALLS["graph:decode"] >= 60
+    assert sorted(a / b for a, b in times)[25] >= 3.0
