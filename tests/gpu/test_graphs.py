@@ -1,4 +1,4 @@
-"""Decode graphs and the fused step as a GPU runs them: tokens of eager steps and of a CPU, counts, and what they save."""
+"""Decode graphs and the fused step as a GPU runs them: tokens of eager steps and of a CPU, counts, the time saved."""
 
 from __future__ import annotations
 
