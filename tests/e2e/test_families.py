@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
+import json
 import re
 from collections import Counter
 from collections.abc import Iterator
@@ -15,21 +18,28 @@ from support.families import FAMILIES, Reference, build_family, safe_prompts, sa
 from support.system import System, running
 from support.token_walk import StoredLayer, minimum_nbytes, stored_layers
 
+from disagg.cli.main import main
+
 pytestmark = pytest.mark.processes
 
-BLOCK_SIZE = 8
+BLOCK_SIZE, MAX_MODEL_LEN = 8, 256
 NUM_TOKENS = 12
 # around the window (24), around blocks of 8, several windows
 LENGTHS = (5, 7, 8, 9, 23, 24, 25, 31, 32, 33, 70, 97)
 FLAGS = (
-    *("--dtype", "float32", "--block-size", str(BLOCK_SIZE), "--max-model-len", "256"),
+    *("--dtype", "float32", "--block-size", str(BLOCK_SIZE), "--max-model-len", str(MAX_MODEL_LEN)),
     *("--max-num-seqs", "8", "--max-num-batched-tokens", "37"),  # a prime: chunks start inside blocks
 )
+
+
+PLANNED_LENGTHS = (25, 97)
+"""Prompts whose record is compared with what `disagg plan` says: within a window and a block of it, and far past."""
 
 
 @dataclass(frozen=True)
 class Case:
     system: System
+    folder: Path
     layers: list[StoredLayer]
     references: list[Reference]
 
@@ -40,7 +50,7 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     model = build_family(request.param)
     references = safe_prompts(model, LENGTHS, NUM_TOKENS)
     with running("--model", str(folder), *FLAGS) as system:
-        yield Case(system, stored_layers(model, itemsize=4), references)
+        yield Case(system, folder, stored_layers(model, itemsize=4), references)
 
 
 def ask(system: System, reference: Reference) -> Any:
@@ -65,6 +75,15 @@ def moved_by_window(record: Any) -> Counter[int | None]:
     return moved
 
 
+def planned(folder: Path, prompt_len: int) -> Any:
+    """`disagg plan --json` for such a prompt, from config.json alone."""
+    out = io.StringIO()
+    flags = ("--dtype", "float32", "--block-size", str(BLOCK_SIZE), "--max-model-len", str(MAX_MODEL_LEN))
+    with contextlib.redirect_stdout(out):
+        assert main(["plan", "--model", str(folder), "--prompt-len", str(prompt_len), "--json", *flags]) == 0
+    return json.loads(out.getvalue())
+
+
 def test_tokens_equal_transformers_and_bytes_equal_the_minimum(case: Case) -> None:
     system = case.system
     with ThreadPoolExecutor(len(case.references)) as pool:
@@ -82,6 +101,11 @@ def test_tokens_equal_transformers_and_bytes_equal_the_minimum(case: Case) -> No
         expected_nbytes = minimum_nbytes(case.layers, prompt_len, BLOCK_SIZE)
         assert moved_by_window(record) == expected_nbytes, f"prompt of {prompt_len}"
         assert record["transfer"]["nbytes"] == sum(expected_nbytes.values()) > 0
+        if prompt_len in PLANNED_LENGTHS:
+            plan = planned(case.folder, prompt_len)
+            moved = {group["name"]: group["nbytes"] for group in record["transfer"]["groups"]}
+            assert moved == {group["name"]: group["bytes"] for group in plan["groups"] if group["bytes"]}
+            assert record["transfer"]["nbytes"] == plan["bytes"]
         total += record["transfer"]["nbytes"]
     system.settle()
     system.wait_until_idle()
