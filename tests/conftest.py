@@ -50,11 +50,14 @@ def logging_as_it_was() -> Iterator[None]:
     root.setLevel(level)
 
 
+@pytest.hookimpl(tryfirst=True)  # before `-m` looks at the marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests in real time get a second try, which the report shows: on a shared machine a process that is not run for
     three seconds *is* lost, and says so. What is wrong twice is wrong; every other test has one try."""
     for item in items:
-        if "processes" in item.keywords or "faults" in item.path.parts:
+        if "faults" in item.path.parts:
+            item.add_marker(pytest.mark.processes)
+        if "processes" in item.keywords:
             item.add_marker(pytest.mark.flaky(reruns=1))
     gpu_items = [item for item in items if "gpu" in item.keywords]
     if gpu_items and (missing := missing_gpu()):

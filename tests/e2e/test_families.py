@@ -32,6 +32,8 @@ FLAGS = (
 )
 
 
+SCRATCHED = ("gemma3", "gemma3n", "gemma4", "gpt_oss")
+"""Served with scratch slots: chunks of 37 outdate blocks of a window of 24. What moves must not change by that."""
 PLANNED_LENGTHS = (25, 97)
 """Prompts whose record is compared with what `disagg plan` says: within a window and a block of it, and far past."""
 
@@ -49,7 +51,8 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     folder: Path = save_family(request.param, tmp_path_factory.mktemp(request.param))
     model = build_family(request.param)
     references = safe_prompts(model, LENGTHS, NUM_TOKENS)
-    with running("--model", str(folder), *FLAGS) as system:
+    scratch = ("--swa-scratch",) if request.param in SCRATCHED else ()
+    with running("--model", str(folder), *FLAGS, *scratch) as system:
         yield Case(system, folder, stored_layers(model, itemsize=4), references)
 
 
