@@ -108,12 +108,12 @@ def torch_requirement() -> str:
     return found.group()
 
 
-def dev_requirements() -> list[str]:
-    """The dependency group `dev`; read here, because `pip install --group` needs a newer pip than venvs come with."""
+def dev_requirements(group: str = "dev") -> list[str]:
+    """A dependency group; read here, because `pip install --group` needs a newer pip than venvs come with."""
     import tomllib  # new in 3.11: imported once the version is known to be right
 
     groups: dict[str, list[str]] = tomllib.loads((ROOT / "pyproject.toml").read_text())["dependency-groups"]
-    return groups["dev"]
+    return groups[group]
 
 
 def run(command: list[str], what: str) -> None:
@@ -161,6 +161,7 @@ def install_project(python: Path) -> None:
     constrained = pip(python, "install", "--constraint", "constraints.txt")
     run([*constrained, "--quiet", "setuptools"], "installing setuptools")
     run([*constrained, "--no-build-isolation", "--editable", ".", *dev_requirements()], "installing disagg")
+    run([*constrained, "--quiet", "--no-deps", *dev_requirements("ucx")], "installing UCX")
 
 
 def say(step: str, text: str) -> None:

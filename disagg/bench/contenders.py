@@ -9,7 +9,7 @@ from disagg.bench.peers import Memcpy, Mooncake, Nixl
 from disagg.bench.side import Side
 from disagg.bench.workers import WorkerDestination, WorkerSource
 
-OURS: Final = ("shm", "tcp", "zmq")
+OURS: Final = ("shm", "tcp", "ucx", "zmq")
 PEERS: Final[dict[str, type[Memcpy] | type[Nixl] | type[Mooncake]]] = {
     "memcpy": Memcpy,
     "memcpy-slots": Memcpy,
@@ -21,6 +21,7 @@ PEERS: Final[dict[str, type[Memcpy] | type[Nixl] | type[Mooncake]]] = {
 ALL: Final = ("memcpy", "memcpy-slots", *OURS, "nixl", "nixl-slots", "nixl-tcp", "mooncake")
 
 _PACKAGES: Final = {
+    "ucx": "ucxx",
     "nixl": "nixl_cu12",
     "nixl-slots": "nixl_cu12",
     "nixl-tcp": "nixl_cu12",

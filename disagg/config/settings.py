@@ -23,7 +23,8 @@ from disagg.config.quantities import (
     yaml_switch,
 )
 
-PLANES: Final = ("shm", "tcp", "zmq")
+PLANES: Final = ("shm", "tcp", "ucx", "zmq")
+DEFAULT_PLANES: Final = ("shm", "tcp", "zmq")  # what needs no further package
 CONTROL_PORT: Final = 8998  # next to 8000, free of registered services, the same on every machine of a deployment
 
 Role = Literal["prefill", "decode", "both"]
@@ -143,7 +144,7 @@ class EngineSettings(Settings):
     enable_prefix_caching: bool = Field(True, description="Keep blocks of finished requests and reuse equal prefixes")
     enforce_eager: bool = Field(False, description="Capture no CUDA graphs: decode steps run the model's Python each")
     tensor_parallel_size: Count = Field(1, description="Ranks per worker", json_schema_extra={"hidden": True})
-    planes: Names = Field(PLANES, description="Data planes in order of preference, of shm, tcp and zmq")
+    planes: Names = Field(DEFAULT_PLANES, description="Data planes in order of preference, of shm, tcp, ucx and zmq")
     swa_scratch: Scratch = Field(
         "off", description="Keep windowed blocks that a prefill step outdates in scratch slots (prefill workers)"
     )

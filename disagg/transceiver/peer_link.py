@@ -86,7 +86,7 @@ class PeerLink:
         state = self._state
         if state == "ready" and time.monotonic() - self._heard_at > SUSPECT_S:
             state = "suspect"
-        plane = self.plane.name if self.plane else ""
+        plane = _named(self.plane) if self.plane else ""
         return LinkReport(self.target.incarnation, self.target.worker_id, plane, state, self.gb_per_s, self._detail)
 
     def send(self, message: PeerMessage) -> None:
@@ -205,7 +205,7 @@ class PeerLink:
         name = self.target.worker_id
         for refusal in refusals:
             log.warning("prefill worker %s: cannot use data plane %s", name, refusal)
-        log.info("prefill worker %s: data plane %s, %.2f GB/s at first contact", name, plane.name, self.gb_per_s)
+        log.info("prefill worker %s: data plane %s, %.2f GB/s at first contact", name, _named(plane), self.gb_per_s)
         if not plane.is_private:
             log.info("prefill worker %s: KV travels over %s unencrypted", name, plane.name)
 
@@ -256,6 +256,11 @@ class PeerLink:
         if (state, str(failure)) != (self._state, self._detail):
             log.warning("prefill worker %s %s: %s", self.target.worker_id, state, failure)
         self._state, self._detail = state, str(failure)
+
+
+def _named(plane: LandingPlane) -> str:
+    """For people: the plane, and what it runs over where that is not clear from its name."""
+    return f"{plane.name} ({plane.lane})" if plane.lane else plane.name
 
 
 async def to_the_end(work: Coroutine[Any, Any, None]) -> None:

@@ -9,6 +9,9 @@ from disagg.transceiver.planes.base import LandingPlane, SourcePlane
 from disagg.transceiver.planes.shm import ShmLandingPlane, ShmSourcePlane
 from disagg.transceiver.planes.tcp import TcpSourcePlane
 from disagg.transceiver.planes.tcp_landing import TcpLandingPlane
+from disagg.transceiver.planes.ucx import UcxSourcePlane
+from disagg.transceiver.planes.ucx_landing import UcxLandingPlane
+from disagg.transceiver.planes.ucx_library import check_installed
 from disagg.transceiver.planes.zmq import ZmqSourcePlane
 from disagg.transceiver.planes.zmq_landing import ZmqLandingPlane
 
@@ -16,20 +19,30 @@ from disagg.transceiver.planes.zmq_landing import ZmqLandingPlane
 def source_planes(
     names: Sequence[str], *, host: str, advertised_host: str, keys: ClusterKeys
 ) -> dict[str, SourcePlane]:
-    """The sender's end of each plane, not yet listening."""
+    """The sender's end of each plane, not yet listening. Raises `EndpointRefused` where a package is missing."""
+    _check_packages(names)
     make: dict[str, Callable[[], SourcePlane]] = {
         "shm": ShmSourcePlane,
         "tcp": lambda: TcpSourcePlane(host, keys, advertised_host=advertised_host),
+        "ucx": lambda: UcxSourcePlane(host, keys, advertised_host=advertised_host),
         "zmq": lambda: ZmqSourcePlane(host, keys, advertised_host=advertised_host),
     }
     return {name: make[name]() for name in names}
 
 
 def landing_planes(names: Sequence[str], *, keys: ClusterKeys) -> dict[str, Callable[[], LandingPlane]]:
-    """How to make the receiver's end of each plane: one per peer and connection."""
+    """How to make the receiver's end of each plane: one per peer and connection. Raises `EndpointRefused` as above."""
+    _check_packages(names)
     make: dict[str, Callable[[], LandingPlane]] = {
         "shm": ShmLandingPlane,
         "tcp": TcpLandingPlane,
+        "ucx": UcxLandingPlane,
         "zmq": lambda: ZmqLandingPlane(keys),
     }
     return {name: make[name] for name in names}
+
+
+def _check_packages(names: Sequence[str]) -> None:
+    """A plane that was asked for by name is not left out in silence."""
+    if "ucx" in names:
+        check_installed()

@@ -155,7 +155,11 @@ def test_an_empty_variable_counts_as_not_set() -> None:
         (WorkerSettings, {"block_size": "many"}, "`--block-size` is `many`: expected a whole number"),
         (WorkerSettings, {"block_size": "0"}, "`--block-size` is `0`: expected greater than or equal to 1"),
         (WorkerSettings, {"kv_cache_memory": "2GX"}, "`--kv-cache-memory` is `2GX`: expected bytes such as `512MiB`"),
-        (WorkerSettings, {"planes": "zmq,rdma"}, "`--planes` is `zmq,rdma`: expected one or more of shm, tcp, zmq"),
+        (
+            WorkerSettings,
+            {"planes": "zmq,rdma"},
+            "`--planes` is `zmq,rdma`: expected one or more of shm, tcp, ucx, zmq",
+        ),
         (WorkerSettings, {"planes": "zmq,zmq"}, "each once"),
         (WorkerSettings, {"tensor_parallel_size": "2"}, "workers of several ranks are not supported"),
         (WorkerSettings, {"device": "tpu"}, "`--device` is `tpu`: expected `cpu`, `cuda` or `cuda:N`"),

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import importlib.util
 import secrets
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 
+import pytest
 from support.pools import close_pools, make_pools
 
 from disagg.transceiver.keys import ClusterKeys
@@ -16,10 +18,12 @@ from disagg.transceiver.planes.inproc import InprocHub, InprocLandingPlane, Inpr
 from disagg.transceiver.planes.shm import ShmLandingPlane, ShmSourcePlane
 from disagg.transceiver.planes.tcp import TcpSourcePlane
 from disagg.transceiver.planes.tcp_landing import TcpLandingPlane
+from disagg.transceiver.planes.ucx import UcxSourcePlane
+from disagg.transceiver.planes.ucx_landing import UcxLandingPlane
 from disagg.transceiver.planes.zmq import ZmqSourcePlane
 from disagg.transceiver.planes.zmq_landing import ZmqLandingPlane
 
-PLANES = ("inproc", "shm", "tcp", "zmq", "zmq-insecure")
+PLANES = ("inproc", "shm", "tcp", "ucx", "zmq", "zmq-insecure")
 KEYS = ClusterKeys.from_secret(b"the secret of the planes under test")
 SHAPES = ((24, 1 << 12), (10, 3000))
 """Two pools: (slots, bytes per slot). The second's slots are no multiple of anything."""
@@ -56,6 +60,8 @@ class PlanePair:
                 return ShmLandingPlane()
             case "tcp":
                 return TcpLandingPlane()
+            case "ucx":
+                return UcxLandingPlane()
             case _:
                 return ZmqLandingPlane(self.keys)
 
@@ -103,6 +109,8 @@ class PlanePair:
 @contextlib.asynccontextmanager
 async def plane_pair(kind: str) -> AsyncIterator[PlanePair]:
     """A started source; on exit everything is closed."""
+    if kind == "ucx" and importlib.util.find_spec("ucxx") is None:
+        pytest.skip("ucxx is not installed")
     hub = InprocHub()
     keys = ClusterKeys.published() if kind == "zmq-insecure" else KEYS
     pair = PlanePair(kind, _make_source(kind, hub, keys), make_pools(SHAPES), hub, keys)
@@ -125,5 +133,7 @@ def _make_source(kind: str, hub: InprocHub, keys: ClusterKeys) -> SourcePlane:
             return ShmSourcePlane()
         case "tcp":
             return TcpSourcePlane("127.0.0.1", keys)
+        case "ucx":
+            return UcxSourcePlane("127.0.0.1", keys)
         case _:
             return ZmqSourcePlane("127.0.0.1", keys)

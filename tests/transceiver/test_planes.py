@@ -123,6 +123,7 @@ async def test_a_slot_given_away_during_the_copy_is_refused(kind: str, monkeypat
             pair.pools[0].generations[6] += 1
 
         monkeypatch.setattr("disagg.transceiver.planes.reading.copy_slots", copy_all_while_the_owner_reuses)
+        monkeypatch.setattr("disagg.transceiver.planes.ucx_sending.copy_rows", copy_while_the_owner_reuses)
         monkeypatch.setattr("disagg.transceiver.planes.zmq.copy_rows", copy_while_the_owner_reuses)
         monkeypatch.setattr("disagg.transceiver.planes.tcp_stream.write", write_while_the_owner_reuses)
         with pytest.raises(SourceChanged):

@@ -117,6 +117,8 @@ class LandingPlane(ABC):
     """Whether it reads the sender's slots itself: then a `Destination` names its source slot and generation."""
     is_private: bool = True
     """Whether who can read the network between two hosts learns nothing of the KV."""
+    lane: str = ""
+    """What the plane runs over, where it does not say that by its name."""
     num_operations: int = 0
     """Copies made by `land` since the plane was opened: one per run of adjacent slots."""
     on_lost: Callable[[], None] | None = None

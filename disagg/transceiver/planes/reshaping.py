@@ -59,6 +59,7 @@ class ReshapingPlane(LandingPlane):
             self._sources = SlotUnits(self._theirs, self._inner.sources, self._ours.unit)
         else:
             await self._inner.connect(me, offer, [*pools, *self._staging.regions])
+        self.lane = self._inner.lane
 
     async def ask_probe(self) -> None:
         await self._inner.ask_probe()

@@ -1,0 +1,91 @@
+"""Where receivers of a plane knock: a listening socket that lets in who shows its token in time."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import Callable
+from typing import Final
+
+from disagg.transceiver.errors import EndpointRefused
+from disagg.transceiver.planes.greeting import HANDSHAKE_S, parse_greeting
+from disagg.transceiver.planes.tokens import Tokens
+
+BACKLOG: Final = 128
+"""Connections that wait to be accepted: every decode worker of a large cluster at once after a restart."""
+
+MAX_GREETINGS: Final = 128
+"""Connections that have not shown a token yet. Beyond it new ones are closed: strangers cannot exhaust descriptors."""
+
+OnGuest = Callable[[socket.socket, str, bytes], None]
+"""Takes over the socket of (incarnation, token)."""
+
+
+class Door:
+    def __init__(self, tokens: Tokens, on_guest: OnGuest) -> None:
+        self._tokens, self._on_guest = tokens, on_guest
+        self._greetings: set[asyncio.Task[None]] = set()
+        self._listener: socket.socket | None = None
+
+    def open(self, host: str, port: int) -> int:
+        """Listen (port 0 = any free one); returns the port. Raises `EndpointRefused`."""
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        try:
+            listener = socket.create_server((host, port), family=family, backlog=BACKLOG)
+        except OSError as exc:
+            raise EndpointRefused(f"ucx: cannot listen at {host}: {exc.strerror or exc}") from exc
+        listener.setblocking(False)
+        self._listener = listener
+        self._accepting = asyncio.create_task(self._accept(listener), name="ucx door")
+        return int(listener.getsockname()[1])
+
+    async def close(self) -> None:
+        """Safe to repeat."""
+        if self._listener is None:
+            return
+        tasks = {self._accepting, *self._greetings}
+        for task in tasks:
+            task.cancel()
+        await asyncio.wait(tasks)
+        self._listener.close()
+        self._listener = None
+
+    async def _accept(self, listener: socket.socket) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            sock, _ = await loop.sock_accept(listener)
+            if len(self._greetings) >= MAX_GREETINGS:
+                sock.close()
+                continue
+            task = asyncio.create_task(self._greet(sock), name="ucx greeting")
+            self._greetings.add(task)
+            task.add_done_callback(self._greetings.discard)
+
+    async def _greet(self, sock: socket.socket) -> None:
+        """Hand on who shows its token in time; hang up on everybody else without a word."""
+        try:
+            async with asyncio.timeout(HANDSHAKE_S):
+                peer, token = await _read_greeting(sock)
+            if not self._tokens.redeem(peer, token):
+                raise ValueError("not the token offered to this peer")
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        except (ValueError, OSError):  # a stranger, or a reader that left; TimeoutError is an OSError
+            sock.close()
+            return
+        except BaseException:
+            sock.close()
+            raise
+        self._on_guest(sock, peer, token)
+
+
+async def _read_greeting(sock: socket.socket) -> tuple[str, bytes]:
+    """(incarnation, token). Raises `ValueError`."""
+    data = b""
+    while True:
+        part = await asyncio.get_running_loop().sock_recv(sock, 512)
+        if not part:
+            raise ValueError("hung up")
+        data += part
+        greeting = parse_greeting(data)
+        if greeting is not None:
+            return greeting

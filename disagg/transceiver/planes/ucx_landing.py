@@ -1,0 +1,154 @@
+"""The receiver's end of the ucx plane: slices come into staging; the landing thread copies them into their slots."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import time
+from collections.abc import Sequence
+
+from disagg.transceiver.errors import EndpointRefused, LocalProtocolError, PeerLost, PlaneRefused, RemoteProtocolError
+from disagg.transceiver.messages.values import PlaneOffer
+from disagg.transceiver.planes.base import Bytes, LandingJob, LandingPlane, PoolRegion
+from disagg.transceiver.planes.copying import adjacent, copy_rows, ints
+from disagg.transceiver.planes.frames import SLICE_NBYTES
+from disagg.transceiver.planes.greeting import HANDSHAKE_S, greeting
+from disagg.transceiver.planes.tcp_wire import WELCOME, split_address, wire_name
+from disagg.transceiver.planes.ucx_library import library
+from disagg.transceiver.planes.ucx_receiving import Key, UcxReceiver
+from disagg.transceiver.planes.ucx_thread import UcxThread
+from disagg.transceiver.timing import HEARTBEAT_S, LOST_S
+
+
+class UcxLandingPlane(LandingPlane):
+    name = "ucx"
+    is_private = False
+
+    def __init__(self) -> None:
+        self._pools: tuple[PoolRegion, ...] = ()
+        self._receiver: UcxReceiver | None = None
+        self._is_lost = True
+
+    async def connect(self, me: str, offer: PlaneOffer, pools: Sequence[PoolRegion]) -> None:
+        assert self._receiver is None, "a landing plane connects once"
+        self._pools = tuple(pools)
+        limit = max(SLICE_NBYTES, *(region.slots.shape[1] for region in pools), 0)
+        try:
+            await asyncio.to_thread(library)
+            async with asyncio.timeout(HANDSHAKE_S):
+                sock = await _open(me, offer)
+        except TimeoutError as exc:
+            raise PeerLost(f"ucx: {offer.address} did not answer within {HANDSHAKE_S:g} s") from exc
+        except EndpointRefused as exc:
+            raise PlaneRefused(str(exc)) from exc
+        except (OSError, ValueError) as exc:
+            raise PlaneRefused(f"ucx: cannot connect to {offer.address}: {exc}") from exc
+        self._is_lost = False
+        self._receiver = UcxReceiver(sock, offer.token, self._lose, limit)
+        try:
+            await self._receiver.opened
+            if self._is_lost:
+                raise PeerLost("ucx: the source hung up")
+        except BaseException:
+            await self.close()
+            raise
+        self.lane = self._receiver.lanes
+
+    async def ask_probe(self) -> None:
+        assert self._receiver is not None, "connect comes first"
+        self._receiver.ask_probe()
+
+    async def fetch(self, job: LandingJob) -> None:
+        """Wait until the slice is in staging. Raises `PeerLost`, or `RemoteProtocolError` for one of another size."""
+        receiver = self._receiver
+        if self._is_lost or receiver is None:
+            raise PeerLost(f"the source {job.source} of this ucx plane is gone")
+        key, since = _key(job), time.monotonic()
+        here = receiver.want(key)
+        try:
+            while not (await asyncio.wait({here}, timeout=HEARTBEAT_S))[0]:
+                self._check_silence(receiver, since)
+            here.result()
+        except BaseException:
+            here.cancel()
+            receiver.forsake(key)
+            raise
+        receiver.unwant(key)
+        arrived, expected = receiver.nbytes_of(key), sum(self._sizes(job))
+        if arrived is not None and arrived != expected:
+            receiver.drop([key])
+            raise RemoteProtocolError(f"slice {job.number} has {arrived} bytes, its units {expected}")
+
+    def _check_silence(self, receiver: UcxReceiver, since: float) -> None:
+        """A slice leaves its sender when it is announced: nothing at all for `LOST_S` means that the link is dead. A
+        chunk of 2 MiB counts when it is whole, so a network below 1 MB/s is too slow for this plane."""
+        if time.monotonic() - max(since, receiver.is_silent_since) > LOST_S:
+            self._lose(receiver)
+
+    def land(self, job: LandingJob) -> int:
+        """Copy a fetched slice out of staging into its slots; its row goes back, whatever the outcome."""
+        receiver = self._receiver
+        arrival = receiver.claim(_key(job)) if receiver is not None else None
+        if receiver is None or arrival is None:
+            raise LocalProtocolError("this slice was not fetched, or was discarded")
+        try:
+            return self._scatter(job, receiver.payload(arrival))
+        finally:
+            receiver.release(arrival)
+
+    def _scatter(self, job: LandingJob, payload: Bytes) -> int:
+        units, sizes, offset = job.destinations, self._sizes(job), 0
+        for start, stop in adjacent(ints([u.pool for u in units]), ints([u.slot for u in units])):
+            target, count, nbytes = units[start].slot, stop - start, (stop - start) * sizes[start]
+            rows = payload[offset : offset + nbytes].reshape(count, sizes[start])
+            copy_rows(self._pools[units[start].pool].slots[target : target + count], rows)
+            offset += nbytes
+            self.num_operations += 1
+        return offset
+
+    def _sizes(self, job: LandingJob) -> list[int]:
+        return [self._pools[unit.pool].slots.shape[1] for unit in job.destinations]
+
+    def discard(self, transfer_id: str, epoch: int) -> None:
+        """Also drops what is still under way to this epoch, when it arrives."""
+        if self._receiver is not None:
+            self._receiver.discard(wire_name(transfer_id, epoch))
+
+    async def close(self) -> None:
+        receiver = self._receiver
+        if receiver is None:
+            return
+        self._is_lost = True
+        await receiver.close()
+        self._receiver, self._pools = None, ()
+
+    def _lose(self, receiver: UcxThread) -> None:
+        """On the loop: the source's end is gone."""
+        if not self._is_lost and receiver is self._receiver:
+            self._is_lost = True
+            self._receiver.fail_waiting("no sign of it")
+            if self.on_lost is not None:
+                self.on_lost()
+
+
+async def _open(me: str, offer: PlaneOffer) -> socket.socket:
+    """A socket on which the source has taken the token."""
+    host, port = split_address(offer.address)
+    loop = asyncio.get_running_loop()
+    family, kind, _, _, address = (await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM))[0]
+    sock = socket.socket(family, kind)
+    try:
+        sock.setblocking(False)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        await loop.sock_connect(sock, address)
+        await loop.sock_sendall(sock, greeting(me, offer.token))
+        if await loop.sock_recv(sock, len(WELCOME)) != WELCOME:
+            raise PlaneRefused("ucx: the token is not the one offered to this peer, or was used before")
+    except BaseException:
+        sock.close()
+        raise
+    return sock
+
+
+def _key(job: LandingJob) -> Key:
+    return wire_name(job.transfer_id, job.epoch), job.number
