@@ -6,6 +6,7 @@ Run as `python -m disagg.bench.child FD PLANE source|destination on|off`.
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import os
 import socket
@@ -45,7 +46,10 @@ async def _answer(side: Side, request: dict[str, Any]) -> Any:
             side.fill(seed=1 if side.is_source else 2)
             return said
         case "connect":
-            return await side.connect(request["other"])
+            await side.connect(request["other"])
+            gc.collect()
+            gc.freeze()  # as workers do, see worker/main.py
+            return None
         case "prepare":
             if not side.is_source:
                 side.scribble(blocks)
@@ -64,7 +68,9 @@ async def _move(side: Side, at: float) -> dict[str, Any]:
     await wait_until(at)
     cpu = time.process_time()
     num_operations = await side.move()
-    return {"end": time.monotonic(), "cpu_s": time.process_time() - cpu, "operations": num_operations}
+    ended_at, cpu_s = time.monotonic(), time.process_time() - cpu
+    computed_at = getattr(side, "computed_at", at)
+    return {"end": ended_at, "computed": computed_at, "cpu_s": cpu_s, "operations": num_operations}
 
 
 def main() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 from typing import Final
 
+from disagg.bench.chunked import PREFIX, make_chunked_side
 from disagg.bench.peers import Memcpy, Mooncake, Nixl
 from disagg.bench.side import Side
 from disagg.bench.workers import WorkerDestination, WorkerSource
@@ -40,6 +41,9 @@ def missing_package(plane: str) -> str | None:
 
 
 def make_side(plane: str, is_source: bool, digests: bool) -> Side:
+    """`plane`: a name of `ALL`, or one that `chunked.name_of` made."""
+    if plane.startswith(PREFIX):
+        return make_chunked_side(plane, is_source)
     if plane in PEERS:
         return PEERS[plane](is_source, plane)
     return WorkerSource(plane, digests=digests) if is_source else WorkerDestination(plane, digests=digests)

@@ -31,12 +31,16 @@ class BenchError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One repetition. `seconds`: from FETCH to ready to decode (peers: from the start to the notice)."""
+    """One repetition. `seconds`: from FETCH to ready to decode (peers: from the start to the notice).
+
+    `exposed_s`: from the end of the prompt's computation to ready to decode; where nothing is computed, `seconds`.
+    """
 
     seconds: float
     cpu_s: float
     operations: int
     digest_s: float
+    exposed_s: float = 0.0
 
 
 class _Process:
@@ -109,6 +113,7 @@ class Pair:
             cpu_s=sum(side["cpu_s"] for side in moved),
             operations=moved[1]["operations"],
             digest_s=prepared[0]["digest_s"],
+            exposed_s=moved[1]["end"] - moved[0]["computed"],
         )
 
     def close(self) -> None:

@@ -61,7 +61,7 @@ class WorkerSide(Side):
         self.regions = (
             PoolRegion(self.pool.memory.numpy(), self.pool.generations, self.pool.fd, self.pool.slots_offset),
         )
-        group = GroupSemantics(None, 0, 1, 1, tuple(range(case.num_layers)))
+        group = GroupSemantics(self.window, 0, 1, 1, tuple(range(case.num_layers)))
         self.geometry = Geometry(BLOCK_SIZE, DTYPE, (group,), (case.slot_nbytes,))
         identity = Identity(1, "bench", "full", DTYPE, case.num_blocks * BLOCK_SIZE, self.keys.hash_key_id)
         self.node = Node(draw_id(), "source" if self.is_source else "destination", identity, self.geometry, self.keys)
@@ -70,6 +70,20 @@ class WorkerSide(Side):
 
     def _key(self, number: int) -> AttemptKey:
         return AttemptKey(f"{number:032x}", 0)
+
+    @property
+    def window(self) -> int | None:
+        """Of the model's layers, in tokens; None is full attention."""
+        return None
+
+    @property
+    def first_needed(self) -> int:
+        """The oldest block that a decode step still reads."""
+        oldest = 0 if self.window is None else self.case.num_blocks * BLOCK_SIZE - self.window + 1
+        return max(0, oldest) // BLOCK_SIZE
+
+    def hashes(self, blocks: npt.NDArray[np.int64]) -> list[int]:
+        return super().hashes(blocks[self.first_needed :])
 
     def _prompt(self) -> tuple[int, ...]:
         return tuple(range(self.case.num_blocks * BLOCK_SIZE))
@@ -102,7 +116,20 @@ class WorkerSource(WorkerSide):
 
     async def prepare(self, number: int, mine: npt.NDArray[np.int64], theirs: npt.NDArray[np.int64]) -> None:
         del theirs
-        key = self._key(number)
+        self._begin(number)
+        sources = self._sources(mine)
+        since = time.perf_counter()
+        units: tuple[Unit, ...] = await self.landing.digest_units(sources)
+        self.digest_s = time.perf_counter() - since
+        self.sending.feed(self.attempt, UnitsFinal(1, units))
+        self.sending.feed(self.attempt, PromptComputed(1, FIRST_TOKEN))
+
+    def _sources(self, blocks: npt.NDArray[np.int64]) -> list[SourceUnit]:
+        return [SourceUnit(0, i, 0, slot, 0) for i, slot in enumerate(blocks.tolist())]
+
+    def _begin(self, number: int) -> None:
+        """The router dispatched the request."""
+        self.attempt = key = self._key(number)
         pushes = {name: plane.sends_bytes for name, plane in self.planes.items()}
         sender = Transfer.sender(
             transfer_id=key.transfer_id,
@@ -117,14 +144,8 @@ class WorkerSource(WorkerSide):
             deadline_s=DEADLINE_S,
             now=time.monotonic(),
         )
-        sources = [SourceUnit(0, i, 0, slot, 0) for i, slot in enumerate(mine.tolist())]
-        since = time.perf_counter()
-        units: tuple[Unit, ...] = await self.landing.digest_units(sources)
-        self.digest_s = time.perf_counter() - since
         self.released = asyncio.Event()
         self.sending.start(key, sender)
-        self.sending.feed(key, UnitsFinal(1, units))
-        self.sending.feed(key, PromptComputed(1, FIRST_TOKEN))
 
     async def move(self) -> int:
         await self.released.wait()
@@ -196,8 +217,9 @@ class WorkerDestination(WorkerSide):
             deadline_s=DEADLINE_S,
             now=time.monotonic(),
         )
-        self._slots = list(enumerate(mine.tolist()))
-        self._reserved = Reserved((GroupRuns(0, ((0, self.case.num_blocks),)),), len(prompt))
+        first = self.first_needed
+        self._slots = list(enumerate(mine.tolist()))[first:]
+        self._reserved = Reserved((GroupRuns(0, ((first, self.case.num_blocks - first),)),), len(prompt))
         self._verdict: asyncio.Future[TransferRecord] = asyncio.get_running_loop().create_future()
 
     async def move(self) -> int:

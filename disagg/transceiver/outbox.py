@@ -11,9 +11,9 @@ SLICE_NBYTES: Final = 8 << 20
 """A slice ends here (one larger unit goes alone): what a receiver that stops must drain at most, 7 ms at 10 Gbit/s,
 while a message's own cost, tens of microseconds, stays below a hundredth of that."""
 
-BYTE_WINDOW: Final = 4
-"""Slices in flight where the sender pushes bytes: one on the wire, one landing, one being hashed and one spare keep
-every stage busy, and a receiver never buffers more than 32 MiB per transfer."""
+BYTE_WINDOW: Final = 8
+"""Slices in flight where the sender pushes bytes: RECEIVED comes for half of them at once, and while it travels the
+other half keeps the wire, the landing and the hashing busy. A receiver never buffers more than 64 MiB per transfer."""
 
 REPEAT_BURST: Final = 16
 """Unanswered slices said again at once: bounds the traffic of a repeat; one RECEIVED covers them all."""

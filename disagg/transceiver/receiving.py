@@ -29,6 +29,7 @@ from disagg.transceiver.messages.router import PeerLink as LinkReport
 from disagg.transceiver.messages.router import PeerTarget
 from disagg.transceiver.messages.values import AttemptKey
 from disagg.transceiver.node import Node
+from disagg.transceiver.outbox import BYTE_WINDOW
 from disagg.transceiver.peer_link import PeerLink
 from disagg.transceiver.planes.base import Destination, LandingJob, LandingPlane, PoolRegion
 from disagg.transceiver.sockets import Sockets
@@ -74,6 +75,8 @@ class _Incoming:
     peer: str
     destinations: dict[tuple[int, int], int]
     record: TransferRecord
+    received: int = -1
+    """What the last RECEIVED said."""
     jobs: set[asyncio.Task[None]] = field(default_factory=set)
 
 
@@ -190,8 +193,12 @@ class ReceivingSide:
 
     def _perform(self, key: AttemptKey, action: Action) -> None:
         match action:
-            case Send(Received() as message) if self._reads_sources(key):
+            case Send(Received() as message) if self._may_wait(key, message):
                 self._say_received_later(key, message)
+            case Send(Received() as message):
+                self._received.pop(key, None)
+                self._note_received(key, message)
+                self._send(self._transfers.peer_of(key), message)
             case Send(message):
                 self._send(self._transfers.peer_of(key), message)
             case Land(message):
@@ -207,23 +214,33 @@ class ReceivingSide:
             case _:
                 raise AssertionError(f"a receiver asked for {action}")
 
+    def _may_wait(self, key: AttemptKey, message: Received) -> bool:
+        """News that the sender does not need yet: each RECEIVED wakes four threads in two processes, beside a copy of
+        0.5 ms. Where the sender pushes the bytes its window waits for it, so half a window at most stays unsaid; what
+        is no news answers a sender that repeats itself, and is said at once.
+        """
+        incoming = self._incoming.get(key)
+        num_unsaid = message.number - incoming.received if incoming is not None else 0
+        return num_unsaid > 0 and (self._reads_sources(key) or num_unsaid < BYTE_WINDOW // 2)
+
     def _reads_sources(self, key: AttemptKey) -> bool:
         link = self._links.get(self._transfers.peer_of(key))
         return link is not None and link[0].plane is not None and link[0].plane.reads_sources
 
     def _say_received_later(self, key: AttemptKey, message: Received) -> None:
-        """One RECEIVED for all slices of a while: each wakes four threads in two processes, beside a 0.5 ms copy.
-
-        Where the sender pushes the bytes its window waits for RECEIVED, so there it goes out at once.
-        """
         if key not in self._received:
             asyncio.get_running_loop().call_later(RECEIVED_DELAY_S, self._say_received, key)
         self._received[key] = message
 
     def _say_received(self, key: AttemptKey) -> None:
-        message = self._received.pop(key)
-        if key in self._incoming:  # else ACK or CANCEL has said more
+        message = self._received.pop(key, None)
+        if message is not None and key in self._incoming:  # else more was said meanwhile: a later one, ACK or CANCEL
+            self._note_received(key, message)
             self._send(self._transfers.peer_of(key), message)
+
+    def _note_received(self, key: AttemptKey, message: Received) -> None:
+        if (incoming := self._incoming.get(key)) is not None:
+            incoming.received = max(incoming.received, message.number)
 
     def _send(self, peer: str, message: TransferMessage | Refused) -> None:
         link = self._links.get(peer)

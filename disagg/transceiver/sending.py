@@ -6,6 +6,7 @@ It performs what the cores ask and decides nothing. All methods run on the event
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections.abc import Mapping, Sequence
@@ -245,7 +246,7 @@ class SendingSide:
             SourceUnit(group, ordinal, self._pool_of_group[group], slot, generation)
             for group, ordinal, slot, generation in action.sources
         ]
-        async with peer.sending:
+        async with contextlib.nullcontext() if plane.queues_slices and peer.cut is None else peer.sending:
             try:
                 slice_name = peer.hello.incarnation, key.transfer_id, key.epoch, action.number
                 if peer.cut is None:

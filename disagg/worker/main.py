@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import logging
 import signal
 from collections.abc import AsyncIterator, Callable
@@ -37,6 +38,8 @@ def run(settings: WorkerSettings, role: Role, secret: bytes, announce: Announce)
     keys = ClusterKeys.from_secret(secret, insecure=settings.insecure)
     try:
         made = make_engine(settings, role, keys, lambda stage: announce({"event": "progress", "stage": stage}))
+        gc.collect()
+        gc.freeze()  # torch's modules and the model's: each full collection would look at all of them, 0.1 s and more
         return asyncio.run(_serve(made, keys, announce))
     except (ModelRefused, CacheError, EndpointRefused, RegistrationRefused) as refusal:
         raise ConfigError(str(refusal)) from refusal

@@ -10,6 +10,7 @@ import pytest
 from disagg.bench import transfer
 from disagg.bench.cases import CASES
 from disagg.bench.contenders import missing_package
+from disagg.bench.overlap import Overlap, measure_overlap
 from disagg.bench.pair import BenchError, Pair, Sample
 from disagg.bench.transfer import contenders_of, summarise
 from disagg.cli.main import main
@@ -98,3 +99,19 @@ def test_unknown_names_are_refused_in_one_sentence(
 ) -> None:
     assert main(["bench", "transfer", *arguments]) == 2
     assert complaint in capsys.readouterr().err
+
+
+@pytest.mark.processes
+def test_both_ways_of_a_chunked_prompt_move_what_its_model_needs_and_compare_it() -> None:
+    result = measure_overlap(CASES["c"], "shm", "windowed", chunk_s=0.005, rounds=1, seed=1)
+    block = CASES["c"].slot_nbytes
+    assert (result.nbytes, result.last_nbytes) == (2 * block, block)
+    assert result.exposed_s > 0
+    assert result.exposed_after_prefill_s > 0
+
+
+def test_an_overlap_is_judged_by_the_speed_of_the_same_bytes_after_prefill() -> None:
+    result = Overlap("shm", "full", 80_000_000, 10_000_000, exposed_s=0.005, exposed_after_prefill_s=0.020)
+    assert result.gbps == pytest.approx(4.0)
+    assert result.bound_s == pytest.approx(1.3 * 0.0025 + 0.005)
+    assert result.share == pytest.approx(0.25)

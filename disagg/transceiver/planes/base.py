@@ -73,6 +73,8 @@ class SourcePlane(ABC):
 
     name: str
     sends_bytes: bool
+    queues_slices: bool = False
+    """Whether `send` takes its place in the connection before it first waits: then the next may be called meanwhile."""
     on_peer_lost: Callable[[str], None] | None = None
     """Called on the loop with the incarnation of a peer whose connection to this plane ended by itself."""
 

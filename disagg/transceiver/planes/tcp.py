@@ -41,6 +41,7 @@ exhaust descriptors."""
 class TcpSourcePlane(SourcePlane):
     name = "tcp"
     sends_bytes = True
+    queues_slices = True
 
     def __init__(self, host: str, keys: ClusterKeys, *, port: int = 0, advertised_host: str = "") -> None:
         """Listen on `host` (port 0 = any free one); peers are told `advertised_host` where that differs."""

@@ -22,6 +22,9 @@ class _Job:
     sent: asyncio.Future[None]
 
 
+_Sent = tuple[asyncio.Future[None], TransceiverError | None]
+
+
 class Stream:
     """Writes to `sock`, which it owns, until the receiver hangs up or `close`."""
 
@@ -78,18 +81,28 @@ class Stream:
     # --- on the thread ----------------------------------------------------------------------------------------
 
     def _run(self) -> None:
+        sent: list[_Sent] = []
         while (job := self._jobs.get()) is not None:
-            error: TransceiverError | None = None
-            try:
-                job.check()
-                write(self._sock, [memoryview(job.header), *job.views])
-                job.check()
-            except OSError as exc:
-                error = PeerLost(f"the decode worker closed the tcp plane: {exc.strerror or exc}")
-            except TransceiverError as exc:
-                error = exc
-            with contextlib.suppress(RuntimeError):  # the loop ended first, as in a process that is being torn down
-                self._loop.call_soon_threadsafe(_resolve, job.sent, error)
+            sent.append((job.sent, self._write(job)))
+            if self._jobs.empty() or sent[-1][1] is not None:  # one wake-up of the loop for all that waited
+                self._tell(sent)
+                sent = []
+        self._tell(sent)
+
+    def _write(self, job: _Job) -> TransceiverError | None:
+        try:
+            job.check()
+            write(self._sock, [memoryview(job.header), *job.views])
+            job.check()
+        except OSError as exc:
+            return PeerLost(f"the decode worker closed the tcp plane: {exc.strerror or exc}")
+        except TransceiverError as exc:
+            return exc
+        return None
+
+    def _tell(self, sent: list[_Sent]) -> None:
+        with contextlib.suppress(RuntimeError):  # the loop ended first, as in a process that is being torn down
+            self._loop.call_soon_threadsafe(_resolve, sent)
 
 
 def write(sock: socket.socket, views: list[memoryview]) -> None:
@@ -98,10 +111,11 @@ def write(sock: socket.socket, views: list[memoryview]) -> None:
         advance(views, sock.sendmsg(views[:MAX_VECTORS]))
 
 
-def _resolve(sent: asyncio.Future[None], error: TransceiverError | None) -> None:
-    if sent.done():  # whoever sent was cancelled
-        return
-    if error is None:
-        sent.set_result(None)
-    else:
-        sent.set_exception(error)
+def _resolve(sent: list[_Sent]) -> None:
+    for future, error in sent:
+        if future.done():  # whoever sent was cancelled
+            continue
+        if error is None:
+            future.set_result(None)
+        else:
+            future.set_exception(error)
