@@ -21,7 +21,9 @@ ROWS = [
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: f"{row[0].value}-{row[1].value}")
-@pytest.mark.parametrize(("plane", "scale"), [("zmq", 0.2), ("tcp", 0.2)])
+@pytest.mark.parametrize(
+    ("plane", "scale"), [("zmq", 0.2), ("tcp", 0.2), pytest.param("ucx", 0.2, marks=pytest.mark.slow)]
+)
 def test_a_silent_data_link_ends_the_attempt_in_time(arena: Any, scale: float, row: Row) -> None:
     async def story(trio: ShellTrio) -> float:
         cell = Cell(trio, row, table.DATA_CUT)

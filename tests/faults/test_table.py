@@ -34,7 +34,7 @@ def runs_in_ci(cell: tuple[Row, Fault]) -> bool:
 
 def cases() -> list[object]:
     made = []
-    for plane, scale in (("shm", CI), ("zmq", CI), ("tcp", CI), ("inproc", CI), ("shm", TRUE)):
+    for plane, scale in (("shm", CI), ("zmq", CI), ("tcp", CI), ("ucx", CI), ("inproc", CI), ("shm", TRUE)):
         for cell in cells():
             is_quick = (plane, scale) == ("shm", CI) and runs_in_ci(cell)
             marks = [] if is_quick else [pytest.mark.slow]

@@ -93,8 +93,8 @@ class Cell:
 
     def _allowed(self) -> frozenset[str]:
         plane = self.trio.plane
-        allowed = table.allowed(self.row, self.fault, sends_bytes=plane in ("zmq", "tcp"))
-        if plane == "tcp" and self.row in table.ALL_SENT and self.fault in LEFT_EARLY:
+        allowed = table.allowed(self.row, self.fault, sends_bytes=plane in ("zmq", "tcp", "ucx"))
+        if plane in ("tcp", "ucx") and self.row in table.ALL_SENT and self.fault in LEFT_EARLY:
             allowed |= {"a1", "a2"}
         return allowed
 
@@ -282,7 +282,7 @@ class Cell:
         ((link, _),) = trio.decode.receiving._links.values()
         plane: Any = link.plane
         match trio.plane:
-            case "zmq" | "tcp":
+            case "zmq" | "tcp" | "ucx":
                 trio.links.data.cut()
             case "shm":
                 plane._socket.shutdown(socket.SHUT_RDWR)

@@ -181,7 +181,7 @@ class ShellRegistration(Registration):
         server, planes = await super()._listen(stack)
         if server is not None:
             self.shell.control.target = server.endpoint
-        for name in {"zmq", "tcp"} & planes.keys():
+        for name in {"zmq", "tcp", "ucx"} & planes.keys():
             plane: Any = planes[name]
             self.shell.data.target, plane._address = plane._address, self.shell.data.endpoint
         self.source_planes = planes
@@ -354,7 +354,7 @@ class ShellTrio:
         delay_s = 0.5 * self.scale  # past the first repeat of whatever is delayed
         self.links = Links(
             MessageProxy(delay_s=delay_s),
-            MessageProxy(delay_s=delay_s, is_zmtp=self.plane != "tcp"),
+            MessageProxy(delay_s=delay_s, is_zmtp=self.plane not in ("tcp", "ucx")),
             {"prefill": MessageProxy(), "decode": MessageProxy()},
         )
         for proxy in self.links.all:

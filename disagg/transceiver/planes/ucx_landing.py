@@ -54,6 +54,11 @@ class UcxLandingPlane(LandingPlane):
             raise
         self.lane = self._receiver.lanes
 
+    @property
+    def _num_held(self) -> int:
+        """Slices that have arrived and were not landed."""
+        return self._receiver.num_held if self._receiver is not None else 0
+
     async def ask_probe(self) -> None:
         assert self._receiver is not None, "connect comes first"
         self._receiver.ask_probe()
