@@ -58,9 +58,8 @@ class WorkerSide(Side):
         self.keys = ClusterKeys.from_secret(secret)
         self.pool = SlotPool(case.slot_nbytes, case.pool_blocks)
         self.memory = self.pool.memory.numpy().reshape(-1)
-        self.regions = (
-            PoolRegion(self.pool.memory.numpy(), self.pool.generations, self.pool.fd, self.pool.slots_offset),
-        )
+        sides = self.pool.sides
+        self.regions = (PoolRegion(sides.host.numpy(), sides.generations, sides.fd, sides.slots_offset),)
         group = GroupSemantics(self.window, 0, 1, 1, tuple(range(case.num_layers)))
         self.geometry = Geometry(BLOCK_SIZE, DTYPE, (group,), (case.slot_nbytes,))
         identity = Identity(1, "bench", "full", DTYPE, case.num_blocks * BLOCK_SIZE, self.keys.hash_key_id)

@@ -84,17 +84,19 @@ class KVCache:
         num_slots: Sequence[int],
         device: str = "cpu",
         hasher: BlockHasher | None = None,
+        *,
+        is_staged: bool = False,
     ) -> None:
         """`num_slots[p]` slots in pool p, the reserved two included. Raises PoolMemoryShort.
 
-        `hasher` names blocks for reuse; without one nothing is reused.
+        `hasher` names blocks for reuse; without one nothing is reused. `is_staged`: see `SlotMemory`.
         """
         assert len(num_slots) == layout.num_pools
         self.layout = layout
         self.pools: tuple[SlotPool, ...] = ()
         for nbytes, count in zip(layout.slot_nbytes, num_slots, strict=True):
             try:
-                self.pools += (SlotPool(nbytes, count, device),)
+                self.pools += (SlotPool(nbytes, count, device, is_staged=is_staged),)
             except Exception:
                 self.close()  # a later pool that does not fit must not leave the earlier ones open
                 raise
@@ -213,6 +215,14 @@ class KVCache:
         if self._prefixes is None or chain is None or ordinal >= len(chain.path):
             return 0
         return self._prefixes.unregister(chain.path[ordinal])
+
+    def publish(self, group: int, slots: Sequence[int]) -> None:
+        """These slots of a group are final: make them visible to peers. Call before anybody is told of them."""
+        self.pools[self.layout.pool_of_group[group]].sides.publish(np.asarray(slots, dtype=np.int64))
+
+    def take_in(self, group: int, slots: Sequence[int]) -> None:
+        """What a peer sent for these slots of a group was verified: make it visible to kernels."""
+        self.pools[self.layout.pool_of_group[group]].sides.take_in(np.asarray(slots, dtype=np.int64))
 
     def reuse_counts(self) -> tuple[ReuseCount, ...]:
         """Per group, blocks asked for and found since start; empty where nothing is reused."""

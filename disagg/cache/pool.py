@@ -1,8 +1,8 @@
-"""One pool: memory cut into equal slots, on CPU a sealed memfd that a peer on this host may map for reading.
+"""One pool: memory cut into equal slots (`SlotMemory`), and who refers to each of them.
 
-memfd layout: the generations (one aligned uint64 per slot) rounded up to pages, then the slots. A slot's generation is
-raised at each allocation and each free, *before* the slot's first byte changes, so a reader that sees the same even or
-odd number before and after its copy has an early, cheap hint that nothing moved; the digest is the proof.
+A slot's generation is raised at each allocation and each free, *before* the slot's first byte changes, so a reader that
+sees the same even or odd number before and after its copy has an early, cheap hint that nothing moved; the digest is
+the proof.
 A used or cached slot has an odd generation, an empty one an even one.
 
 A slot is *empty*, *used* (so many references to it) or *cached*: registered for reuse and referred to by nobody. A
@@ -14,10 +14,6 @@ writes, and never read. Every other slot is zeroed when it is allocated, so no k
 
 from __future__ import annotations
 
-import errno
-import fcntl
-import mmap
-import os
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 
@@ -25,39 +21,28 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from disagg.cache.errors import PoolExhausted, PoolMemoryShort
-from disagg.cache.host_memory import available_nbytes
+from disagg.cache.errors import PoolExhausted
 from disagg.cache.layout import LayerGroup
+from disagg.cache.slot_memory import SlotMemory
 
 NULL_SLOT = 0
 TRASH_SLOT = 1
 NUM_RESERVED_SLOTS = 2
 
-_F_SEAL_FUTURE_WRITE = 0x10  # linux/fcntl.h; python's fcntl names it from 3.13 on
-_SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | _F_SEAL_FUTURE_WRITE | fcntl.F_SEAL_SEAL
-
 
 class SlotPool:
     """`num_slots` slots of `slot_nbytes` bytes, the two reserved ones included. Single threaded.
 
-    `memory`: uint8 [num_slots, slot_nbytes]. `generations`: uint64 [num_slots]. `fd`: the memfd, -1 on an accelerator.
-    `slots_offset`: where the slots begin in the memfd. Raises PoolMemoryShort when the machine has no room.
+    `device`, `is_staged`: see `SlotMemory`. Raises PoolMemoryShort when there is no room.
     `on_evict(slot)` is told of each cached slot that is about to be emptied for somebody else.
     """
 
-    def __init__(self, slot_nbytes: int, num_slots: int, device: str = "cpu") -> None:
+    def __init__(self, slot_nbytes: int, num_slots: int, device: str = "cpu", *, is_staged: bool = False) -> None:
         assert slot_nbytes > 0
         assert num_slots > NUM_RESERVED_SLOTS, "a pool of reserved slots seats nothing"
         self.slot_nbytes, self.num_slots, self.device = slot_nbytes, num_slots, device
-        self.slots_offset = -(-num_slots * 8 // mmap.PAGESIZE) * mmap.PAGESIZE
-        self.fd = -1
-        self.memory: torch.Tensor
-        self.generations: NDArray[np.uint64]
-        if torch.device(device).type == "cpu":
-            self._map_memfd()
-        else:
-            self._allocate_on_device()
-        self._bytes = self.memory.numpy() if self.memory.device.type == "cpu" else None
+        self.sides = SlotMemory(slot_nbytes, num_slots, device, is_staged=is_staged)
+        self.generations = self.sides.generations
         self._is_empty: NDArray[np.bool_] = np.ones(num_slots, dtype=np.bool_)
         self._is_empty[:NUM_RESERVED_SLOTS] = False
         self._num_refs: NDArray[np.int32] = np.zeros(num_slots, dtype=np.int32)
@@ -68,6 +53,11 @@ class SlotPool:
         self.on_evict: Callable[[int], None] = _forget_nothing
         self.num_evicted = 0
         self.peak_used = 0
+
+    @property
+    def memory(self) -> torch.Tensor:
+        """uint8 [num_slots, slot_nbytes]: what kernels read and write."""
+        return self.sides.slots
 
     @property
     def num_cached(self) -> int:
@@ -96,7 +86,7 @@ class SlotPool:
         self._num_empty -= count
         self.peak_used = max(self.peak_used, self.num_used)
         self.generations[slots] += np.uint64(1)
-        self._zero(slots)
+        self.sides.zero(slots)
         return [int(slot) for slot in slots]
 
     def retain(self, slots: Iterable[int]) -> None:
@@ -172,10 +162,8 @@ class SlotPool:
         return elements.view(shape)
 
     def close(self) -> None:
-        """Close the memfd. The mapping itself goes when the last view of it does: a tensor must never dangle."""
-        if self.fd >= 0:
-            os.close(self.fd)
-            self.fd = -1
+        """Close the memfd; views that are still held stay valid."""
+        self.sides.close()
 
     def check_invariants(self) -> None:
         """Every slot is empty, cached or used, and exactly one of these."""
@@ -203,7 +191,7 @@ class SlotPool:
         """The slots hold nothing any more."""
         self.generations[slots] += np.uint64(1)
         if (tainted := self._is_tainted[slots]).any():
-            self._zero(np.sort(slots[tainted]))
+            self.sides.zero(np.sort(slots[tainted]))
             self._is_tainted[slots] = False
         self._is_empty[slots] = True
         self._num_empty += len(slots)
@@ -217,61 +205,6 @@ class SlotPool:
         first = starts[0] if len(starts) else 0
         return free[first : first + count]
 
-    def _zero(self, slots: NDArray[np.int64]) -> None:
-        if not len(slots):
-            return
-        is_run = slots[-1] - slots[0] == len(slots) - 1
-        run = slice(int(slots[0]), int(slots[-1]) + 1)
-        if self._bytes is not None:  # numpy: torch would wake its threads for a slot or two
-            self._bytes[run if is_run else slots] = 0
-        else:
-            self.memory[run if is_run else torch.from_numpy(slots).to(self.memory.device)] = 0
-
-    def _map_memfd(self) -> None:
-        nbytes = self.slots_offset + self.num_slots * self.slot_nbytes
-        self.fd = _sized_memfd(nbytes)
-        try:
-            mapping = mmap.mmap(self.fd, nbytes, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)
-            # FUTURE_WRITE spares the mapping above and refuses later writable ones: the only writer is this process.
-            fcntl.fcntl(self.fd, fcntl.F_ADD_SEALS, _SEALS)
-        except OSError:
-            self.close()
-            raise
-        self.generations = np.frombuffer(mapping, dtype=np.uint64, count=self.num_slots)
-        flat = torch.frombuffer(mapping, dtype=torch.uint8, offset=self.slots_offset)
-        self.memory = flat.view(self.num_slots, self.slot_nbytes)
-
-    def _allocate_on_device(self) -> None:
-        nbytes = self.num_slots * self.slot_nbytes
-        try:
-            self.memory = torch.zeros(self.num_slots, self.slot_nbytes, dtype=torch.uint8, device=self.device)
-        except torch.OutOfMemoryError as exc:
-            free = torch.cuda.mem_get_info(self.device)[0]
-            raise _memory_short(nbytes, free, self.device) from exc
-        self.generations = np.zeros(self.num_slots, dtype=np.uint64)
-
 
 def _forget_nothing(slot: int) -> None:
     """Nobody registers slots, so none is evicted."""
-
-
-def _sized_memfd(nbytes: int) -> int:
-    """A memfd whose every page exists already, so that no later write can end in SIGBUS."""
-    if nbytes > (free := available_nbytes()):  # asked first: the kernel would rather kill a process than say ENOSPC
-        raise _memory_short(nbytes, free, "cpu")
-    fd = os.memfd_create("disagg-kv-pool", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-    try:
-        os.ftruncate(fd, nbytes)
-        os.posix_fallocate(fd, 0, nbytes)
-    except OSError as exc:
-        os.close(fd)
-        if exc.errno in (errno.ENOSPC, errno.ENOMEM, errno.EFBIG, errno.EINVAL):
-            raise _memory_short(nbytes, available_nbytes(), "cpu") from exc
-        raise
-    return fd
-
-
-def _memory_short(nbytes: int, free: int, device: str) -> PoolMemoryShort:
-    return PoolMemoryShort(
-        f"KV cache pool on `{device}`: {nbytes} bytes asked, {free} bytes free; lower `--kv-cache-memory`"
-    )

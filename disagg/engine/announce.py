@@ -11,6 +11,8 @@ from disagg.engine.sequence import PromptSequence
 def newly_final_units(cache: KVCache, prompt: PromptSequence) -> tuple[FinalUnit, ...]:
     """Units of `prompt` that became final since the last call, by group and ordinal; they count as announced after it.
 
+    They are published: peers may read them from here on.
+
     A block is final when it is full, or when the prompt ends. A block that is needed after the prompt is never stale
     before its end, so every unit reported here still has its slot.
     """
@@ -18,9 +20,12 @@ def newly_final_units(cache: KVCache, prompt: PromptSequence) -> tuple[FinalUnit
     units: list[FinalUnit] = []
     for group, table in enumerate(prompt.cached.tables):
         pool = cache.pools[cache.layout.pool_of_group[group]]
-        for ordinal in _newly_final(cache, prompt, group):
-            slot = int(table[ordinal])
-            units.append(FinalUnit(group, ordinal, slot, int(pool.generations[slot])))
+        ordinals = _newly_final(cache, prompt, group)
+        slots = table[ordinals].tolist()
+        cache.publish(group, slots)
+        units += [
+            FinalUnit(group, o, slot, int(pool.generations[slot])) for o, slot in zip(ordinals, slots, strict=True)
+        ]
     return tuple(units)
 
 

@@ -207,6 +207,8 @@ class Engine:
         if not isinstance(reservation, Reservation) or reservation.cached is None:
             return []  # released meanwhile
         answer = DecodingSequence(reservation.request, reservation.cached, command.verified)
+        for group, pairs in enumerate(reservation.awaited):
+            self._cache.take_in(group, [slot for _, slot in pairs])
         partial = frozenset((unit.group, unit.ordinal) for unit in command.partial_blocks)
         self._cache.commit(reservation.cached, reservation.request.prompt, partial)  # verified, and not a moment before
         return self._begin(answer)

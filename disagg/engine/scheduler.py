@@ -243,7 +243,8 @@ class Scheduler:
             needed = needed_ordinals(prompt_len, group.window, group.num_sink_tokens, size)
             missing = np.setdiff1d(needed, have).tolist()
             slots.append(tuple((ordinal, int(table[ordinal])) for ordinal in missing))
-        return ReservedEvent(reservation.key, tuple(slots))
+        reservation.awaited = tuple(slots)
+        return ReservedEvent(reservation.key, reservation.awaited)
 
     def _leave_lines(self, sequence: Promised) -> None:
         lines: tuple[deque[Any], ...] = (self._urgent, self._line, self._soft_line)

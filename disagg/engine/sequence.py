@@ -105,10 +105,14 @@ class PromptSequence:
 
 @dataclass(slots=True, eq=False)
 class Reservation:
-    """Room for a prompt's KV that will be received; `cached` once it is granted."""
+    """Room for a prompt's KV that will be received; `cached` once it is granted.
+
+    `awaited`: per group, the (ordinal, slot) pairs that the transfer fills.
+    """
 
     request: Request
     cached: CachedSequence | None = None
+    awaited: tuple[tuple[tuple[int, int], ...], ...] = ()
 
     @property
     def key(self) -> AttemptKey:

@@ -51,10 +51,9 @@ class EngineParts:
 
     @property
     def regions(self) -> tuple[PoolRegion, ...]:
-        """The pools as data planes see them. Empty where their memory is not this process's to map (an accelerator)."""
-        return tuple(
-            PoolRegion(pool.memory.numpy(), pool.generations, pool.fd, pool.slots_offset) for pool in self.cache.pools
-        )
+        """The pools as data planes see them: their host side."""
+        sides = [pool.sides for pool in self.cache.pools]
+        return tuple(PoolRegion(side.host.numpy(), side.generations, side.fd, side.slots_offset) for side in sides)
 
 
 class WorkerParts:

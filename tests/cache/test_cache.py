@@ -89,10 +89,11 @@ def test_layers_see_their_own_part_of_a_slot():
 
 def test_a_pool_that_does_not_fit_closes_those_before_it(monkeypatch):
     from disagg.cache import pool as pool_module
+    from disagg.cache import slot_memory
     from disagg.cache.errors import PoolMemoryShort
 
     frees = iter([1 << 40, 0, 0])
-    monkeypatch.setattr(pool_module, "available_nbytes", lambda: next(frees))
+    monkeypatch.setattr(slot_memory, "available_nbytes", lambda: next(frees))
     opened = []
     monkeypatch.setattr(pool_module.SlotPool, "close", lambda self: opened.append(self))
     with pytest.raises(PoolMemoryShort):

@@ -10,9 +10,10 @@ import pytest
 import torch
 from support.cache_oracle import tiny_layout
 
-from disagg.cache import pool as pool_module
+from disagg.cache import slot_memory
 from disagg.cache.errors import PoolExhausted, PoolMemoryShort
 from disagg.cache.pool import NULL_SLOT, TRASH_SLOT, SlotPool
+from disagg.cache.slot_memory import SlotMemory
 
 
 @pytest.fixture
@@ -58,11 +59,11 @@ def test_the_generation_rises_before_the_first_byte_changes(pool, monkeypatch):
     pool.memory[slots] = 7
     pool.free(slots)
     seen = []
-    zero = SlotPool._zero
+    zero = SlotMemory.zero
     monkeypatch.setattr(
-        SlotPool,
-        "_zero",
-        lambda self, s: (seen.append((self.generations[s].copy(), bool(self.memory[s].any()))), zero(self, s)),
+        SlotMemory,
+        "zero",
+        lambda self, s: (seen.append((self.generations[s].copy(), bool(self.slots[s].any()))), zero(self, s)),
     )
     pool.allocate(2)
     generations, still_old_bytes = seen[0]
@@ -105,23 +106,23 @@ def test_counts_and_peak_follow_the_slots(pool):
 def test_another_mapping_of_the_memfd_sees_generations_then_slots(pool):
     (slot,) = pool.allocate(1)
     pool.memory[slot] = torch.arange(64, dtype=torch.uint8)
-    size = os.fstat(pool.fd).st_size
-    assert size == pool.slots_offset + 10 * 64
-    assert pool.slots_offset % mmap.PAGESIZE == 0
-    with mmap.mmap(pool.fd, size, mmap.MAP_SHARED, mmap.PROT_READ) as seen:
+    size = os.fstat(pool.sides.fd).st_size
+    assert size == pool.sides.slots_offset + 10 * 64
+    assert pool.sides.slots_offset % mmap.PAGESIZE == 0
+    with mmap.mmap(pool.sides.fd, size, mmap.MAP_SHARED, mmap.PROT_READ) as seen:
         assert np.frombuffer(seen[: 10 * 8], dtype=np.uint64)[slot] == 1
-        start = pool.slots_offset + slot * 64
+        start = pool.sides.slots_offset + slot * 64
         assert seen[start : start + 64] == bytes(range(64))
 
 
 def test_the_memfd_is_sealed_against_size_changes_and_later_writers(pool):
-    for change in (lambda: os.ftruncate(pool.fd, 0), lambda: os.ftruncate(pool.fd, 1 << 20)):
+    for change in (lambda: os.ftruncate(pool.sides.fd, 0), lambda: os.ftruncate(pool.sides.fd, 1 << 20)):
         with pytest.raises(PermissionError):
             change()
     with pytest.raises(PermissionError):
-        mmap.mmap(pool.fd, 4096, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)
+        mmap.mmap(pool.sides.fd, 4096, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)
     with pytest.raises(PermissionError):
-        fcntl.fcntl(pool.fd, fcntl.F_ADD_SEALS, 0)
+        fcntl.fcntl(pool.sides.fd, fcntl.F_ADD_SEALS, 0)
 
 
 def test_a_view_outlives_the_pools_file(pool):
@@ -141,7 +142,7 @@ def test_a_kernel_that_has_no_room_is_refused_with_both_numbers(monkeypatch):
     def full(fd, offset, nbytes):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(pool_module.os, "posix_fallocate", full)
+    monkeypatch.setattr(slot_memory.os, "posix_fallocate", full)
     before = len(os.listdir("/proc/self/fd"))
     with pytest.raises(PoolMemoryShort, match="bytes asked"):
         SlotPool(slot_nbytes=64, num_slots=10)
@@ -155,9 +156,39 @@ def test_a_pool_on_a_device_keeps_the_same_rules():
     slots = pool.allocate(8)
     pool.memory[slots] = 3
     pool.free(slots[1::2])
-    assert pool.fd == -1
     assert not pool.memory[pool.allocate(3)].any()
     pool.check_invariants()
+
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_staged_pool_shows_peers_what_was_published_and_kernels_what_was_taken_in(device):
+    pool = SlotPool(64, 10, device, is_staged=True)
+    first, second, third = pool.allocate(3)
+    pool.memory[first], pool.sides.host[second] = 7, 8
+    assert not pool.sides.host[first].any()
+    assert not pool.memory[second].any()
+    pool.sides.publish(np.array([first, third]))
+    pool.sides.take_in(np.array([second]))
+    assert (pool.sides.host[first] == 7).all()
+    assert (pool.memory[second] == 8).all()
+    pool.free([first, second])
+    assert pool.allocate(2) == [first, second]
+    assert not pool.memory[[first, second]].any()
+    assert not pool.sides.host[[first, second]].any()
+    pool.check_invariants()
+    pool.close()
+
+
+def test_without_a_host_side_of_its_own_both_are_one():
+    pool = SlotPool(64, 10)
+    (slot,) = pool.allocate(1)
+    pool.memory[slot] = 7
+    assert (pool.sides.host[slot] == 7).all()
+    assert pool.sides.host.data_ptr() == pool.memory.data_ptr()
+    pool.close()
 
 
 def test_a_view_has_the_slot_layout_layer_kv_head_token_dim():

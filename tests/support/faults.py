@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 WIDE = "wide"
+STAGED = "staged"
 
 
 class Faults:
@@ -50,6 +51,11 @@ class Faults:
     def is_wide(self) -> bool:
         """Whether the run was started with surplus blocks: a file, since a layout is made once."""
         return (self.folder / WIDE).exists()
+
+    @property
+    def is_staged(self) -> bool:
+        """Whether the run was started with pools that have a host side of their own, as on an accelerator."""
+        return (self.folder / STAGED).exists()
 
     def byte_to_flip(self, name: str, group: int) -> int | None:
         """Offset of the byte to flip in a unit of `group` now, or None."""

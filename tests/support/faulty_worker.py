@@ -138,6 +138,22 @@ def widen_layout(faults: Faults) -> None:
         build.derive_layout = derive_layout
 
 
+def stage(faults: Faults) -> None:
+    """Pools with a host side, and copies to and from it that may be forgotten."""
+    from functools import partial
+
+    from disagg.cache.slot_memory import SlotMemory
+    from disagg.worker import build
+
+    def unless(name: str, plain: Any) -> Any:
+        return lambda self, slots: None if faults.fires(name) else plain(self, slots)
+
+    if faults.is_staged:
+        build.KVCache = partial(build.KVCache, is_staged=True)
+        SlotMemory.publish = unless("forget_publish", SlotMemory.publish)
+        SlotMemory.take_in = unless("forget_take_in", SlotMemory.take_in)
+
+
 def recompute(faults: Faults) -> None:
     """A decode worker that fetches nothing and computes the prompt itself."""
     from disagg.worker import attempts
@@ -200,7 +216,7 @@ def tap_the_wire(faults: Faults) -> None:
     planes.ZmqLandingPlane = TappedLandingPlane
 
 
-PATCHES = (flip_source, flip_copy, use_landing_hook, change_steps, widen_layout, recompute, tap_the_wire)
+PATCHES = (flip_source, flip_copy, use_landing_hook, change_steps, widen_layout, stage, recompute, tap_the_wire)
 
 
 def main(argv: Sequence[str]) -> int:

@@ -37,7 +37,7 @@ def pool() -> Iterator[SlotPool]:
 
 def mapped(pool: SlotPool) -> PoolMapping:
     pool.memory[2:] = 7
-    return PoolMapping(pool.fd, PoolShape(pool.num_slots, pool.slot_nbytes, pool.slots_offset))
+    return PoolMapping(pool.sides.fd, PoolShape(pool.num_slots, pool.slot_nbytes, pool.sides.slots_offset))
 
 
 @pytest.mark.parametrize("advice", [22, mmap.MADV_DONTNEED])
@@ -50,7 +50,7 @@ def test_every_byte_is_advised_once_in_pieces(pool: SlotPool, monkeypatch: pytes
     assert len(pieces) > 2
     assert max(nbytes for _, nbytes in pieces) == PIECE_NBYTES
     assert [address for address, _ in pieces[1:]] == [address + nbytes for address, nbytes in pieces[:-1]]
-    assert sum(nbytes for _, nbytes in pieces) == pool.slots_offset + pool.num_slots * pool.slot_nbytes
+    assert sum(nbytes for _, nbytes in pieces) == pool.sides.slots_offset + pool.num_slots * pool.slot_nbytes
 
 
 def test_a_kernel_without_the_advice_is_asked_once_and_the_pages_are_touched(
