@@ -224,6 +224,14 @@ class KVCache:
         """What a peer sent for these slots of a group was verified: make it visible to kernels."""
         self.pools[self.layout.pool_of_group[group]].sides.take_in(np.asarray(slots, dtype=np.int64))
 
+    def unregister_slot(self, group: int, slot: int, generation: int) -> int:
+        """`unregister` for the block that a slot has held since `generation`, whoever holds it. Slots concerned."""
+        number = self.layout.pool_of_group[group]
+        if self._prefixes is None or int(self.pools[number].generations[slot]) != generation:
+            return 0
+        node = self._prefixes.node_at(number, slot)
+        return self._prefixes.unregister(node) if node is not None else 0
+
     def reuse_counts(self) -> tuple[ReuseCount, ...]:
         """Per group, blocks asked for and found since start; empty where nothing is reused."""
         counts = self._prefixes.counts if self._prefixes is not None else ()

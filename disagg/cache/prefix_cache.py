@@ -95,6 +95,11 @@ class PrefixCache:
                 self._owner[self._layout.pool_of_group[group]][slot] = (node, group)
         return True
 
+    def node_at(self, pool: int, slot: int) -> Node | None:
+        """The block that is registered in this slot."""
+        owner = self._owner[pool].get(slot)
+        return owner[0] if owner is not None else None
+
     def unregister(self, top: Node) -> int:
         """Take a block and all that extends it out of reach, in every group. Returns how many slots that were."""
         slots: list[list[int]] = [[] for _ in self._pools]

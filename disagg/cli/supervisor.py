@@ -20,7 +20,7 @@ from disagg.cli.restarts import MAX_RESTARTS, WINDOW_S, Restarts
 from disagg.config.errors import ConfigError
 
 GRACE_S: Final = 8.0
-"""After SIGTERM: the router gives running answers 5 s; a worker ends its step and tells its peers, which is less."""
+"""After SIGTERM: the router gives running answers 5 s, and with the router a worker ends: nothing is left to finish."""
 
 USER_ERROR: Final = 2
 SIGNALS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)

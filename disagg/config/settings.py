@@ -151,6 +151,10 @@ class EngineSettings(Settings):
     fetch_wait_s: Seconds = Field(
         30.0, description="Seconds that computed KV waits for the decode worker to ask for it"
     )
+    # A flipped bit lives a minute at most among prefixes in use; hashing 1 GiB a minute takes a core 0.2 s of it.
+    prefix_recheck_s: Seconds = Field(
+        60.0, description="Seconds after which a reused prefix block is hashed again before use"
+    )
     check: bool = Field(False, description="Check the cache's invariants after each step (slow)")
 
     @model_validator(mode="after")
@@ -186,6 +190,8 @@ class WorkerSettings(EngineSettings, SecretSettings):
     advertise_host: str | None = Field(None, description="Address told to peers [default: --host]", min_length=1)
     device: Device = Field("cpu", description="cpu, cuda or cuda:N")
     threads: Count | None = Field(None, description="CPU threads of the model [default: all cores]")
+    # Under the 30 s that Kubernetes waits by default before it kills: what is left is still handed back in order.
+    drain_timeout_s: Seconds = Field(25.0, description="Seconds that running answers get to finish after SIGTERM")
     memory_share: float = Field(1.0, gt=0, le=1, description="This worker's part of the default KV cache memory")
 
     @model_validator(mode="after")

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from disagg.cache.cache import KVCache
+from collections.abc import Sequence
+
+from disagg.cache.cache import CachedSequence, KVCache
+from disagg.cache.table import HOLE
 from disagg.cache.window import needed_ordinals
 from disagg.engine.commands import FinalUnit
 from disagg.engine.sequence import PromptSequence
+from disagg.transceiver.messages.values import UnitName
 
 
 def newly_final_units(cache: KVCache, prompt: PromptSequence) -> tuple[FinalUnit, ...]:
@@ -26,6 +30,18 @@ def newly_final_units(cache: KVCache, prompt: PromptSequence) -> tuple[FinalUnit
         units += [
             FinalUnit(group, o, slot, int(pool.generations[slot])) for o, slot in zip(ordinals, slots, strict=True)
         ]
+    return tuple(units)
+
+
+def units_at(cache: KVCache, cached: CachedSequence, names: Sequence[UnitName]) -> tuple[FinalUnit, ...]:
+    """Where these blocks of a sequence lie; those that it holds no more are left out."""
+    units: list[FinalUnit] = []
+    for name in names:
+        table = cached.tables[name.group]
+        slot = int(table[name.ordinal]) if name.ordinal < len(table) else HOLE
+        if slot != HOLE:
+            pool = cache.pools[cache.layout.pool_of_group[name.group]]
+            units.append(FinalUnit(name.group, name.ordinal, slot, int(pool.generations[slot])))
     return tuple(units)
 
 

@@ -80,12 +80,6 @@ class Unregister:
     units: tuple[UnitName, ...]
 
 
-Command = Serve | Prefill | Pin | Reserve | Decode | Release | DropSoft | Unregister
-
-
-# --- events -------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True, slots=True)
 class FinalUnit:
     """A block that later steps will not change, with where it lies."""
@@ -94,6 +88,22 @@ class FinalUnit:
     ordinal: int
     slot: int
     generation: int
+
+
+@dataclass(frozen=True, slots=True)
+class PrefixChecked:
+    """Answers `PrefixHitEvent`: which of its blocks are `right`, which are `wrong` and may be reused by nobody."""
+
+    key: AttemptKey
+    check_id: int
+    right: tuple[FinalUnit, ...]
+    wrong: tuple[FinalUnit, ...]
+
+
+Command = Serve | Prefill | Pin | Reserve | Decode | Release | DropSoft | Unregister | PrefixChecked
+
+
+# --- events -------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +118,23 @@ class UnitsFinalEvent:
 
     key: AttemptKey
     compute_id: int
+    units: tuple[FinalUnit, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class PrefixHitEvent:
+    """A prompt begins with these cached blocks, which were not hashed for a while. It waits for `PrefixChecked`."""
+
+    key: AttemptKey
+    check_id: int
+    units: tuple[FinalUnit, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class SuspectEvent:
+    """Answers `Unregister`: where the blocks lie that failed verification at the peer."""
+
+    key: AttemptKey
     units: tuple[FinalUnit, ...]
 
 
@@ -175,6 +202,8 @@ class FailedEvent:
 EngineEvent = (
     PinnedEvent
     | UnitsFinalEvent
+    | PrefixHitEvent
+    | SuspectEvent
     | SoftDroppedEvent
     | PromptComputedEvent
     | ReservedEvent

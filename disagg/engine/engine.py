@@ -13,7 +13,7 @@ from typing import Protocol
 import torch
 
 from disagg.cache.cache import KVCache
-from disagg.engine.announce import newly_final_units
+from disagg.engine.announce import newly_final_units, units_at
 from disagg.engine.batch import Work
 from disagg.engine.commands import (
     Command,
@@ -25,14 +25,17 @@ from disagg.engine.commands import (
     Pin,
     PinnedEvent,
     Prefill,
+    PrefixChecked,
     PromptComputedEvent,
     Release,
     Reserve,
     Serve,
+    SuspectEvent,
     TokensEvent,
     UnitsFinalEvent,
     Unregister,
 )
+from disagg.engine.recheck import PrefixRecheck
 from disagg.engine.runner import Chunk
 from disagg.engine.sampler import Sampled, SampleInput, sample
 from disagg.engine.scheduler import Promised, Scheduler
@@ -67,6 +70,8 @@ class EngineConfig:
     swa_scratch: str = "off"
     """`on`: prompts put windowed blocks that a step outdates in scratch slots; `reuse`: save those that the same
     prompt begins with. The cache's layout allows it."""
+    prefix_recheck_s: float | None = None
+    """How long a registered block is trusted to be as it was hashed; None = as long as it is registered."""
 
     def __post_init__(self) -> None:
         if self.role not in ROLES:
@@ -96,11 +101,13 @@ class Engine:
     ) -> None:
         """`graphs`: what the runner tells of the graphs it replays."""
         self._runner, self._cache, self._config = runner, cache, config
+        self._recheck = PrefixRecheck(cache, config.prefix_recheck_s)
         self._scheduler = Scheduler(
             cache,
             max_num_seqs=config.max_num_seqs,
             max_num_batched_tokens=config.max_num_batched_tokens,
             swa_scratch=config.swa_scratch,
+            recheck=self._recheck,
         )
         self._counters = EngineCounters(scratch=cache.num_scratch)
         self._graphs = graphs or GraphUse()
@@ -171,6 +178,8 @@ class Engine:
                 return self._release(command)
             case Unregister():
                 return self._unregister(command)
+            case PrefixChecked():
+                return self._prefix_checked(command)
 
     def _add(self, sequence: Promised, *, urgent: bool = False) -> list[EngineEvent]:
         if self._scheduler.get(sequence.key) is not None:
@@ -227,10 +236,21 @@ class Engine:
 
     def _unregister(self, command: Unregister) -> list[EngineEvent]:
         sequence = self._scheduler.get(command.key)
-        if sequence is not None and sequence.cached is not None and command.units:
+        if sequence is None or sequence.cached is None:
+            return [SuspectEvent(command.key, ())]
+        if command.units:
             # They are blocks of one chain: the first takes all that extend it along.
             self._cache.unregister(sequence.cached, min(unit.ordinal for unit in command.units))
-        return []
+        return [SuspectEvent(command.key, units_at(self._cache, sequence.cached, command.units))]
+
+    def _prefix_checked(self, command: PrefixChecked) -> list[EngineEvent]:
+        self._recheck.note(command.right)
+        for unit in command.wrong:
+            self._cache.unregister_slot(unit.group, unit.slot, unit.generation)
+        prompt = self._scheduler.get(command.key)
+        if not isinstance(prompt, PromptSequence) or not prompt.is_checking or prompt.check_id != command.check_id:
+            return []  # released or dropped meanwhile
+        return self._scheduler.end_check(prompt, is_right=not command.wrong)
 
     # --- commit ---------------------------------------------------------------------------------------------
 
@@ -263,6 +283,7 @@ class Engine:
         self._counters.prompt_tokens_computed += len(piece.token_ids)
         events: list[EngineEvent] = []
         if not prompt.serves and (units := newly_final_units(self._cache, prompt)):
+            self._recheck.note(units)
             events.append(UnitsFinalEvent(prompt.key, prompt.compute_id, units))
         return events + (self._end_prompt(prompt, result) if result else [])
 

@@ -33,10 +33,12 @@ from disagg.engine.commands import (
     AttemptKey,
     EngineEvent,
     PinnedEvent,
+    PrefixHitEvent,
     ReservedEvent,
     SoftDroppedEvent,
     UnitsFinalEvent,
 )
+from disagg.engine.recheck import PrefixRecheck
 from disagg.engine.sequence import DecodingSequence, LiveSequence, PromptSequence, Request, Reservation
 
 HEADROOM_BLOCKS = 2
@@ -51,9 +53,16 @@ class Scheduler:
     """Owns the live sequences of one cache. `step_tokens` = max_num_batched_tokens, at least `max_num_seqs`."""
 
     def __init__(
-        self, cache: KVCache, *, max_num_seqs: int, max_num_batched_tokens: int, swa_scratch: str = "off"
+        self,
+        cache: KVCache,
+        *,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        swa_scratch: str = "off",
+        recheck: PrefixRecheck | None = None,
     ) -> None:
         self._cache, self._swa_scratch = cache, swa_scratch
+        self._recheck = recheck or PrefixRecheck(cache, None)
         self._max_num_seqs, self._max_num_batched_tokens = max_num_seqs, max_num_batched_tokens
         self._promises = Promises([pool.num_slots for pool in cache.pools])
         self._live: dict[AttemptKey, LiveSequence] = {}
@@ -212,7 +221,7 @@ class Scheduler:
         self._cache.close_sequence(prompt.cached)
         self._promises.release(prompt.key)
         dropped = SoftDroppedEvent(prompt.key, prompt.compute_id)
-        prompt.cached, prompt.computed = None, None
+        prompt.cached, prompt.computed, prompt.is_checking = None, None, False
         prompt.compute_id += 1
         return dropped
 
@@ -220,16 +229,39 @@ class Scheduler:
         sequence.cached = self._cache.open(sequence.key, sequence.request.sampling.cache_salt)
         if isinstance(sequence, Reservation):
             return [self._reserve(sequence)]
-        reused = self._cache.reuse_prefix(sequence.cached, sequence.token_ids)
-        if sequence.num_cached_tokens is None:
-            sequence.num_cached_tokens = reused
-        sequence.num_announced = [0] * self._cache.layout.num_groups
         events: list[EngineEvent] = []
         if sequence.is_pinned:
             events.append(PinnedEvent(sequence.key, sequence.compute_id))
-        if not sequence.serves and (units := newly_final_units(self._cache, sequence)):
-            events.append(UnitsFinalEvent(sequence.key, sequence.compute_id, units))  # what is reused is final
-        return events
+        return events + self._reuse(sequence)
+
+    def _reuse(self, prompt: PromptSequence) -> list[EngineEvent]:
+        """Begin with what is cached of the prompt, or wait until those of its blocks that are due were checked."""
+        assert prompt.cached is not None
+        self._cache.reuse_prefix(prompt.cached, prompt.token_ids)
+        if due := self._recheck.due(prompt.cached):
+            prompt.is_checking = True
+            prompt.check_id += 1
+            return [PrefixHitEvent(prompt.key, prompt.check_id, due)]
+        return self._go_on(prompt)
+
+    def end_check(self, prompt: PromptSequence, *, is_right: bool) -> list[EngineEvent]:
+        """Go on from the reused blocks, or begin anew: the wrong ones are registered no more."""
+        assert prompt.is_checking
+        prompt.is_checking = False
+        if is_right:
+            return self._go_on(prompt)
+        assert prompt.cached is not None
+        self._cache.close_sequence(prompt.cached)
+        prompt.cached = self._cache.open(prompt.key, prompt.request.sampling.cache_salt)
+        return self._reuse(prompt)
+
+    def _go_on(self, prompt: PromptSequence) -> list[EngineEvent]:
+        if prompt.num_cached_tokens is None:
+            prompt.num_cached_tokens = prompt.num_computed
+        prompt.num_announced = [0] * self._cache.layout.num_groups
+        if not prompt.serves and (units := newly_final_units(self._cache, prompt)):
+            return [UnitsFinalEvent(prompt.key, prompt.compute_id, units)]  # what is reused is final
+        return []
 
     def _reserve(self, reservation: Reservation) -> ReservedEvent:
         """History first: blocks that no query will read are never allocated."""
@@ -314,7 +346,7 @@ class Scheduler:
             sequence = PromptSequence(sequence.request, serves=True, answer=sequence)
             self._live[sequence.key] = sequence
         assert isinstance(sequence, PromptSequence)
-        sequence.cached = None
+        sequence.cached, sequence.is_checking = None, False
         self._urgent.appendleft(sequence)
 
     def _decode(self, answer: DecodingSequence) -> Work:
@@ -380,4 +412,4 @@ def _takes_seat(sequence: LiveSequence) -> bool:
     """Answers, prompts being computed, and reservations, which will be answers."""
     if isinstance(sequence, Reservation):
         return sequence.cached is not None
-    return isinstance(sequence, DecodingSequence) or sequence.is_computing
+    return isinstance(sequence, DecodingSequence) or sequence.is_computing or sequence.is_checking

@@ -69,6 +69,10 @@ class PromptSequence:
     """Raised when computed blocks are dropped: what was said about them is stale."""
     num_cached_tokens: int | None = None
     """Tokens of the prompt that its first computation found in the cache; None before it began."""
+    is_checking: bool = False
+    """The blocks it was given for reuse are being hashed again: nothing is computed from them before they are known."""
+    check_id: int = 0
+    """Raised with each such check: the result of an older one says nothing."""
     answer: DecodingSequence | None = None
     token_ids: tuple[int, ...] = field(init=False)
     """What is computed: the prompt, and the answer so far."""
@@ -96,7 +100,7 @@ class PromptSequence:
 
     @property
     def is_computing(self) -> bool:
-        return self.cached is not None and self.computed is None
+        return self.cached is not None and self.computed is None and not self.is_checking
 
     def tokens(self, start: int, stop: int) -> tuple[int, ...]:
         """Those at positions [start, stop)."""
@@ -186,7 +190,7 @@ def state_of(sequence: LiveSequence) -> str:
         return "decoding"
     if isinstance(sequence, Reservation):
         return "reserved"
-    return "prefilling" if sequence.is_computing else "held"
+    return "held" if sequence.computed else "prefilling"
 
 
 def _licensed_key(licence: Verified | Computed) -> AttemptKey:

@@ -12,7 +12,7 @@ from enum import Enum
 
 from disagg.router.pairing import Difference, record_difference
 from disagg.transceiver.messages.peer import Refused
-from disagg.transceiver.messages.router import Lease, PeerTarget, Register
+from disagg.transceiver.messages.router import DRAINING, Lease, PeerTarget, Register
 from disagg.transceiver.timing import LOST_S, SUSPECT_S
 
 ROLES = ("prefill", "decode", "both")
@@ -53,7 +53,7 @@ class Worker:
         return PeerTarget(self.incarnation, self.worker_id, register.peer_endpoint, register.geometry.block_size)
 
     def state(self, now: float) -> WorkerState:
-        if self.draining or self.lease.state == WorkerState.DRAINING.value:
+        if self.draining or self.lease.state == DRAINING:
             return WorkerState.DRAINING
         return WorkerState.SUSPECT if now - self.heard_at >= SUSPECT_S else WorkerState.READY
 

@@ -28,9 +28,23 @@ class KeptDigests:
         unknown = [unit for unit in units if self._find(unit) is None]
         if unknown:
             for source, unit in zip(unknown, await hash_units(unknown), strict=True):
-                self._generations[source.pool][source.slot] = unit.generation
-                self._digests[source.pool][source.slot] = unit.digest
+                self._keep(source, unit)
         return tuple(self._unit(unit) for unit in units)
+
+    async def recheck(self, units: Sequence[SourceUnit], hash_units: Hash) -> tuple[bool | None, ...]:
+        """Hash `units` again, in order: True = as it was kept, False = changed; None = nothing was kept, and now is."""
+        known = [self._find(unit) for unit in units]
+        hashed = await hash_units(units)
+        for source, unit, before in zip(units, hashed, known, strict=True):
+            if before is None:
+                self._keep(source, unit)
+        return tuple(
+            None if before is None else before == unit.digest for unit, before in zip(hashed, known, strict=True)
+        )
+
+    def _keep(self, source: SourceUnit, unit: Unit) -> None:
+        self._generations[source.pool][source.slot] = unit.generation
+        self._digests[source.pool][source.slot] = unit.digest
 
     def _find(self, unit: SourceUnit) -> int | None:
         is_known = int(self._generations[unit.pool][unit.slot]) == unit.generation

@@ -82,6 +82,8 @@ class Attempts:
         self._fetch_wait_s = fetch_wait_s
         self._live: dict[AttemptKey, RequestState] = {}
         self._requests: dict[str, Dispatch] = {}
+        self._suspects: dict[AttemptKey, bool] = {}
+        """Attempts whose sources are hashed again first: True once the transfer needs them no more."""
         self.sending: SendingSide | None = None
         self.receiving: ReceivingSide | None = None
 
@@ -95,6 +97,12 @@ class Attempts:
     @property
     def keys(self) -> tuple[AttemptKey, ...]:
         return tuple(self._live)
+
+    @property
+    def num_open(self) -> int:
+        """Requests that this worker has a part in still, those included whose next attempt the router decides on."""
+        held = self.receiving.held if self.receiving is not None else ()
+        return len({*self._requests, *(key.transfer_id for key in held)})
 
     # --- from the router --------------------------------------------------------------------------------------
 
@@ -224,13 +232,22 @@ class Attempts:
 
     def release_source(self, key: AttemptKey, reason: str) -> None:
         log.debug("source released: %s", reason)
-        self._submit(Release(key))
+        if key in self._suspects:
+            self._suspects[key] = True
+        else:
+            self._submit(Release(key))
         self._forget(key)
 
     def unregister(self, key: AttemptKey, units: Sequence[UnitName]) -> None:
         log.error("the peer's digests disagree for %d blocks of %s: %s", len(units), key.transfer_id, list(units)[:8])
         self._metrics.count_digest_failure(len(units))
+        self._suspects[key] = False
         self._submit(Unregister(key, tuple(units)))
+
+    def suspects_seen(self, key: AttemptKey) -> None:
+        """What `unregister` named was hashed again: its slots may be given away. Not this registration's: always."""
+        if self._suspects.pop(key, True):
+            self._submit(Release(key))
 
     def decode(self, key: AttemptKey, verified: Verified, record: TransferRecord) -> None:
         self._count(record, "verified")

@@ -68,6 +68,7 @@ def make_engine(
         max_model_len=max_model_len,
         check_invariants=settings.check,
         vocab_size=model.vocab_size,
+        prefix_recheck_s=settings.prefix_recheck_s if settings.device == "cpu" else None,  # hashed where memory is ours
         swa_scratch=swa_scratch,
     )
     identity = Identity(

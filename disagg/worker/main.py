@@ -18,6 +18,7 @@ from disagg.transceiver.errors import EndpointRefused, first_cause
 from disagg.transceiver.keys import ClusterKeys
 from disagg.transceiver.node import Node, draw_id
 from disagg.worker.build import make_engine
+from disagg.worker.drain import Drain
 from disagg.worker.model_thread import ModelThread
 from disagg.worker.parts import EngineParts, WorkerParts
 from disagg.worker.registration import Registration
@@ -31,7 +32,9 @@ Announce = Callable[[dict[str, Any]], None]
 
 
 def run(settings: WorkerSettings, role: Role, secret: bytes, announce: Announce) -> int:
-    """Serve as `role` until SIGTERM or SIGINT. Returns the exit code: 0, or 1 when the engine broke.
+    """Serve as `role` until SIGTERM or SIGINT, then finish what is here (see `Drain`).
+
+    Returns the exit code: 0, or 1 when the engine broke.
 
     Raises ConfigError when this worker can never serve as it was told to: a model, budget or identity that is refused.
     """
@@ -47,19 +50,21 @@ def run(settings: WorkerSettings, role: Role, secret: bytes, announce: Announce)
 
 async def _serve(made: EngineParts, keys: ClusterKeys, announce: Announce) -> int:
     stopped: asyncio.Future[int] = asyncio.get_running_loop().create_future()
-    _stop_on_signals(stopped)
     async with _running(made, keys, announce, stopped) as parts:
-        serving = asyncio.create_task(_register_forever(parts, stopped))
+        _drain_on_signals(parts.drain)
+        serving = asyncio.create_task(_register_until_drained(parts, stopped))
+        drained = asyncio.create_task(parts.drain.over.wait())
         try:
-            await asyncio.wait((serving, stopped), return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait((serving, stopped, drained), return_when=asyncio.FIRST_COMPLETED)
         finally:
+            drained.cancel()
             serving.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await serving
-    return stopped.result()
+    return stopped.result() if stopped.done() else 0
 
 
-async def _register_forever(parts: WorkerParts, stopped: asyncio.Future[int]) -> None:
+async def _register_until_drained(parts: WorkerParts, stopped: asyncio.Future[int]) -> None:
     """A lost router is looked for again, under a new incarnation. Raises `RegistrationRefused`."""
     while True:
         made = parts.made
@@ -70,7 +75,9 @@ async def _register_forever(parts: WorkerParts, stopped: asyncio.Future[int]) ->
             cause = first_cause(end)
             if not isinstance(cause, RouterLost):
                 raise cause from end
-            if stopped.done():  # a cancellation that meets a loss in a task group is not heard: do not begin anew
+            # A cancellation that meets a loss in a task group is not heard: do not begin anew. A worker that drains
+            # has nothing to finish any more: its requests ended with the router.
+            if stopped.done() or parts.drain.asked.is_set() or parts.drain.over.is_set():
                 return
             log.warning("lost the router: %s; registering again", cause)
 
@@ -90,10 +97,10 @@ async def _running(
         await parts.close()
 
 
-def _stop_on_signals(stopped: asyncio.Future[int]) -> None:
+def _drain_on_signals(drain: Drain) -> None:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        loop.add_signal_handler(number, _stop, stopped, 0)
+        loop.add_signal_handler(number, drain.ask)
 
 
 def _stop(stopped: asyncio.Future[int], code: int) -> None:

@@ -30,6 +30,10 @@ class WorkerMetrics:
     def count_digest_failure(self, num_units: int) -> None:
         self._count("disagg_digest_failures_total", (), num_units)
 
+    def count_rehashed(self, why: str, result: str, num_blocks: int) -> None:
+        """Blocks of this worker that were hashed again: because a prefix hit or a `peer` asked, and what came of it."""
+        self._count("disagg_blocks_rehashed_total", (("why", why), ("result", result)), num_blocks)
+
     def samples(self, stats: EngineStats) -> tuple[MetricSample, ...]:
         """Everything, as one snapshot."""
         counters = (MetricSample(name, "counter", labels, value) for (name, labels), value in self._counters.items())

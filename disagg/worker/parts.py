@@ -10,13 +10,15 @@ from typing import Any
 from disagg.cache.cache import KVCache
 from disagg.cache.layout import CacheLayout
 from disagg.config.settings import Role, WorkerSettings
-from disagg.engine.commands import EngineEvent
+from disagg.engine.commands import EngineEvent, FinalUnit
 from disagg.engine.engine import Engine
+from disagg.transceiver.kept_digests import KeptDigests
 from disagg.transceiver.keys import ClusterKeys
 from disagg.transceiver.landing import LANDING_THREADS, LandingThread
 from disagg.transceiver.messages.values import Geometry, GroupSemantics, Identity
-from disagg.transceiver.planes.base import PoolRegion
+from disagg.transceiver.planes.base import PoolRegion, SourceUnit
 from disagg.transceiver.sockets import Sockets
+from disagg.worker.drain import Drain
 from disagg.worker.metrics import WorkerMetrics
 from disagg.worker.model_thread import ModelThread
 
@@ -68,15 +70,22 @@ class WorkerParts:
         self.landing = LandingThread(
             self.regions, [group.dtype for group in made.layout.groups], num_threads=LANDING_THREADS
         )
+        self.kept = KeptDigests(self.num_slots)
         self.metrics = WorkerMetrics([group.name for group in made.layout.groups])
         self.events: asyncio.Queue[EngineEvent] = asyncio.Queue()
         self.model: ModelThread
+        self.drain = Drain(made.settings.drain_timeout_s)
         self._announce = announce
         self._is_announced = False
 
     def take_events(self, events: Sequence[EngineEvent]) -> None:
         for event in events:
             self.events.put_nowait(event)
+
+    def sources(self, units: Sequence[FinalUnit]) -> list[SourceUnit]:
+        """Blocks as the engine names them, as planes and landing threads do."""
+        pool_of_group = self.layout.pool_of_group
+        return [SourceUnit(u.group, u.ordinal, pool_of_group[u.group], u.slot, u.generation) for u in units]
 
     def announce_ready(self) -> None:
         """Tell the parent process once; later registrations are not news to it."""

@@ -11,16 +11,14 @@ import contextlib
 import logging
 import os
 import socket
-from collections.abc import Sequence
 
-from disagg.engine.commands import FinalUnit, Release, UnitsFinalEvent
+from disagg.engine.commands import PrefixHitEvent, Release, SuspectEvent, UnitsFinalEvent
 from disagg.transceiver.errors import SourceChanged
 from disagg.transceiver.events import UnitsFinal
-from disagg.transceiver.kept_digests import KeptDigests
 from disagg.transceiver.links import ControlServer
-from disagg.transceiver.messages.router import Lease, Register
+from disagg.transceiver.messages.router import DRAINING, READY, Lease, Register
 from disagg.transceiver.node import Node
-from disagg.transceiver.planes.base import SourcePlane, SourceUnit
+from disagg.transceiver.planes.base import SourcePlane
 from disagg.transceiver.receiving import ReceivingSide
 from disagg.transceiver.sending import SendingSide
 from disagg.transceiver.timing import HEARTBEAT_S
@@ -28,6 +26,7 @@ from disagg.transceiver.units import SlotUnits
 from disagg.worker.attempts import Attempts
 from disagg.worker.parts import WorkerParts
 from disagg.worker.planes import landing_planes, source_planes
+from disagg.worker.rechecks import Rechecks
 from disagg.worker.router_link import RouterLink
 from disagg.worker.transfer_factory import TransferFactory
 
@@ -40,7 +39,7 @@ class Registration:
     def __init__(self, parts: WorkerParts, node: Node) -> None:
         self._parts, self._node = parts, node
         self._attempts: Attempts
-        self._kept = KeptDigests(parts.num_slots)
+        self._rechecks = Rechecks(parts)
         self._cuts: dict[int, SlotUnits] = {}
 
     async def run(self) -> None:
@@ -57,7 +56,8 @@ class Registration:
             self._attach_sides(server, planes)
             self._parts.announce_ready()
             try:
-                await self._serve(link)
+                with self._parts.drain.serving(lambda: self._attempts.num_open):
+                    await self._serve(link)
             finally:
                 await self._release_all()
 
@@ -71,6 +71,7 @@ class Registration:
             tasks.create_task(self._take_messages(link))
             tasks.create_task(self._take_events())
             tasks.create_task(self._look_at_deadlines())
+            tasks.create_task(self._parts.drain.run(link.renew, link.flushed))
 
     async def _take_messages(self, link: RouterLink) -> None:
         while True:
@@ -82,6 +83,11 @@ class Registration:
             event = await self._parts.events.get()
             if isinstance(event, UnitsFinalEvent):
                 await self._hash_units(event)
+            elif isinstance(event, PrefixHitEvent):
+                await self._rechecks.check_hit(event)
+            elif isinstance(event, SuspectEvent):
+                await self._rechecks.look_at_suspects(event)
+                self._attempts.suspects_seen(event.key)
             else:
                 self._attempts.take_event(event)
 
@@ -90,9 +96,9 @@ class Registration:
             return
         with contextlib.suppress(SourceChanged):  # dropped meanwhile: the engine says so next, and computes them anew
             cut = self._cut_for(self._attempts.unit(event.key))
-            sources, landing = self._sources(event.units), self._parts.landing
+            sources, landing = self._parts.sources(event.units), self._parts.landing
             if cut is None:
-                units = await self._kept.digest_units(sources, landing.digest_units)
+                units = await self._parts.kept.digest_units(sources, landing.digest_units)
             else:
                 units = await landing.digest_units(sources, cut)
             self._attempts.sending.feed(event.key, UnitsFinal(event.compute_id, units))
@@ -105,10 +111,6 @@ class Registration:
         if unit not in self._cuts:
             self._cuts[unit] = SlotUnits(geometry, self._parts.regions, unit)
         return self._cuts[unit]
-
-    def _sources(self, units: Sequence[FinalUnit]) -> list[SourceUnit]:
-        pool_of_group = self._parts.layout.pool_of_group
-        return [SourceUnit(u.group, u.ordinal, pool_of_group[u.group], u.slot, u.generation) for u in units]
 
     async def _look_at_deadlines(self) -> None:
         while True:
@@ -176,6 +178,7 @@ class Registration:
         return Lease(
             incarnation=self._node.incarnation,
             router_incarnation=router_incarnation,
+            state=DRAINING if self._parts.drain.asked.is_set() else READY,
             metrics=self._parts.metrics.samples(stats),
             requests=tuple((key.transfer_id, key.epoch) for key in self._attempts.keys),
             num_running=stats.num_running,

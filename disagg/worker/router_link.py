@@ -61,6 +61,14 @@ class RouterLink:
         """Queue `message` for the router, in order. Never blocks; lost with the registration if the router is lost."""
         self._outbox.put_nowait(message)
 
+    def renew(self) -> None:
+        """Queue a lease now, beside those that go out every heartbeat."""
+        self.send(self._make_lease(self.router_incarnation))
+
+    async def flushed(self) -> None:
+        """Wait until every queued message was handed to the socket."""
+        await self._outbox.join()
+
     async def next_message(self) -> RouterMessage:
         """The router's next message other than its leases. Raises `RouterLost` when the router no longer knows us."""
         while True:
@@ -120,10 +128,11 @@ class RouterLink:
                 await self._client.send(message)
             except PeerLost as exc:
                 raise RouterLost(str(exc)) from exc
+            self._outbox.task_done()
 
     async def _renew(self) -> None:
         while True:
-            self.send(self._make_lease(self.router_incarnation))
+            self.renew()
             await asyncio.sleep(HEARTBEAT_S)
 
     async def _watch(self) -> None:

@@ -39,6 +39,8 @@ SAMPLES: dict[str, tuple[str, object, str]] = {
     "tensor_parallel_size": ("1", 1, "1"),
     "planes": ("zmq", ("zmq",), "zmq,shm"),
     "fetch_wait_s": ("0.5", 0.5, "1"),
+    "prefix_recheck_s": ("1.5", 1.5, "9"),
+    "drain_timeout_s": ("7.5", 7.5, "8"),
     "verify_weights": ("true", True, "false"),
     "check": ("true", True, "false"),
     "enforce_eager": ("true", True, "false"),

@@ -21,8 +21,8 @@ RESULTS: dict[tuple[str, float], dict[tuple[Row, Fault], tuple[str, float]]] = {
 class Arena:
     """An event loop with a running trio; a test that fails takes the trio with it, and the next gets a new one."""
 
-    def __init__(self, plane: str, scale: float) -> None:
-        self.plane, self.scale = plane, scale
+    def __init__(self, plane: str, scale: float, kind: type[ShellTrio]) -> None:
+        self.plane, self.scale, self._kind = plane, scale, kind
         self.results = RESULTS.setdefault((plane, scale), {})
         self._runner = asyncio.Runner()
         self._patches: Any = None
@@ -34,7 +34,7 @@ class Arena:
         if self._trio is None:
             self._patches = trio_context(self.plane, self.scale)
             self._patches.__enter__()
-            self._trio = ShellTrio(self.plane, self.scale)
+            self._trio = self._kind(self.plane, self.scale)
             self._runner.run(self._trio.start())
         return self._trio
 
@@ -88,11 +88,17 @@ def arenas() -> Iterator[dict[tuple[str, float], Arena]]:
 
 
 @pytest.fixture
-def arena(arenas: dict[tuple[str, float], Arena], plane: str, scale: float) -> Arena:
+def trio_kind() -> type[ShellTrio]:
+    """A module that needs another trio has its own."""
+    return ShellTrio
+
+
+@pytest.fixture
+def arena(arenas: dict[tuple[str, float], Arena], plane: str, scale: float, trio_kind: type[ShellTrio]) -> Arena:
     for key in [key for key in arenas if key != (plane, scale)]:
         arenas.pop(key).close()
     if (plane, scale) not in arenas:
-        arenas[plane, scale] = Arena(plane, scale)
+        arenas[plane, scale] = Arena(plane, scale, trio_kind)
     return arenas[plane, scale]
 
 

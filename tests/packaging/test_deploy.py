@@ -52,6 +52,7 @@ SERVICE = {
         "user": {"type": "string"},
         "init": {"type": "boolean"},
         "restart": {"enum": ["no", "always", "on-failure", "unless-stopped"]},
+        "stop_grace_period": DURATION,
         "secrets": TEXTS,
         "cap_drop": TEXTS,
         "security_opt": TEXTS,

@@ -67,6 +67,7 @@ class TestedEngine(Engine):
         poison: int | None = None,
         swa_scratch: str = "off",
         hasher: BlockHasher | None = None,
+        prefix_recheck_s: float | None = None,
     ) -> None:
         layout = replace(layout, uses_scratch=swa_scratch != "off")
         self.cache = KVCache(layout, num_slots, hasher=hasher)
@@ -74,7 +75,8 @@ class TestedEngine(Engine):
         self.events: list[EngineEvent] = []
         self.bytes_when_final: dict[FinalUnit, bytes] = {}
         self.events_of: defaultdict[AttemptKey, list[EngineEvent]] = defaultdict(list)
-        config = EngineConfig(role, max_num_seqs, max_num_batched_tokens, max_model_len, True, 40, swa_scratch)
+        limits = (max_num_seqs, max_num_batched_tokens, max_model_len)
+        config = EngineConfig(role, *limits, True, 40, swa_scratch, prefix_recheck_s)
         super().__init__(self.runner, self.cache, config)
 
     def handle(self, command: Command) -> list[EngineEvent]:

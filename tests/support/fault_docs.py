@@ -35,7 +35,9 @@ a word take the 3 s.
   is hashed as it is. Non-finite values are found and end the request.
 - Digests protect what moves, not what a worker reads from its own pool. A block that changes at the prefill worker
   after it was hashed cannot be decoded elsewhere, but while later chunks of the prompt are still being computed there
-  they, and the first token, are computed from the changed block, hashed and sealed as they are.
+  they, and the first token, are computed from the changed block, hashed and sealed as they are. A prefix found in the
+  cache is hashed again before it is used, each block once per `--prefix-recheck-s` (60): until then a changed block can
+  be built upon. On an accelerator, whose memory is not hashed in place, it is not looked at again.
 - Who holds the cluster's secret can speak as any worker: it can end others' transfers by taking their name, and seal
   what it likes. What it says cannot crash a process or make it write outside the blocks it reserved for that transfer:
   a process's pools are written by itself only, and every number from a peer is checked against its own tables.

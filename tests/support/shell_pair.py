@@ -216,8 +216,10 @@ class Links:
 class ShellWorker:
     """One worker "process": an engine, its threads, and registrations at the router for as long as it lives."""
 
-    def __init__(self, role: str, links: Links, plane: str, source: ShellWorker | None = None) -> None:
-        self.role, self._links, self._source = role, links, source
+    def __init__(self, role: str, links: Links, plane: str, name: str = "") -> None:
+        self.role, self._links, self.name = role, links, name or role
+        self.sources: tuple[ShellWorker, ...] = ()
+        """Of a decode worker: those whose KV it may receive."""
         self.control, self.data = links.control, links.data
         self.releases: Counter[AttemptKey] = Counter()
         self.verdicts: Counter[AttemptKey] = Counter()
@@ -228,7 +230,7 @@ class ShellWorker:
         self.events, self.landing = EventGate(), LandingGate()
         self.engine = TestedEngine(role=role, max_num_batched_tokens=STEP_TOKENS)
         settings = WorkerSettings(
-            worker_id=role,
+            worker_id=self.name,
             router=links.router[role].endpoint,
             insecure=True,
             planes=("shm",) if plane == "inproc" else (plane,),
@@ -246,7 +248,7 @@ class ShellWorker:
         self.parts.model = ModelThread(self.engine, loop, self.events.take, self.deaths.append)
         self.parts.model.start()
         self._stopped: asyncio.Future[int] = loop.create_future()
-        serving = main._register_forever(self.parts, self._stopped)
+        serving = main._register_until_drained(self.parts, self._stopped)
         self._serving = asyncio.create_task(serving, name=f"worker {self.role}")
 
     async def close(self) -> None:
@@ -297,16 +299,14 @@ class ShellWorker:
 
     def compare(self, key: AttemptKey) -> None:
         """Bytes in the reserved slots against those of the sender's blocks when they became final."""
-        assert self._source is not None
+        source = next(source for source in self.sources if source.engine.of(key, UnitsFinalEvent))
         (reserved,) = self.engine.of(key, ReservedEvent)
         units = {
-            (unit.group, unit.ordinal): unit
-            for event in self._source.engine.of(key, UnitsFinalEvent)
-            for unit in event.units
+            (unit.group, unit.ordinal): unit for event in source.engine.of(key, UnitsFinalEvent) for unit in event.units
         }
         for group, pairs in enumerate(reserved.slots):
             for ordinal, slot in pairs:
-                sent = self._source.engine.bytes_when_final[units[group, ordinal]]
+                sent = source.engine.bytes_when_final[units[group, ordinal]]
                 if self.engine.cache.group_view(group)[slot].numpy().tobytes() != sent:
                     self.wrong.append(f"{key}: group {group}, block {ordinal} was verified and is not what was sent")
 
@@ -388,32 +388,38 @@ class ShellTrio:
         await self._router_stack.aclose()
 
     def start_worker(self, role: str) -> None:
-        worker = ShellWorker(role, self.links, self.plane, self.prefill if role == "decode" else None)
+        worker = ShellWorker(role, self.links, self.plane)
         setattr(self, role, worker)
-        if role == "prefill" and hasattr(self, "decode"):
-            self.decode._source = worker
+        if hasattr(self, "decode"):
+            self.decode.sources = tuple(w for w in self.workers if w.role == "prefill")
         worker.revive_links()
         worker.start()
 
     prefill: ShellWorker
     decode: ShellWorker
 
+    @property
+    def workers(self) -> tuple[ShellWorker, ...]:
+        return self.prefill, self.decode
+
     def worker(self, role: str) -> ShellWorker:
         return self.prefill if role == "prefill" else self.decode
 
     async def ready(self) -> None:
-        """Until the router has these two workers, no others, and knows of their link."""
+        """Until the router has these workers, no others, and knows of their links."""
         await until(self._is_whole, "the router has a linked pair")
 
     def _is_whole(self) -> bool:
-        live = [worker for worker in (self.prefill, self.decode) if hasattr(worker, "registration")]
-        incarnations = {worker.registration.node.incarnation for worker in live}
+        if not all(hasattr(worker, "registration") for worker in self.workers):
+            return False
+        incarnations = {worker.registration.node.incarnation for worker in self.workers}
         if {worker.incarnation for worker in self.router.cluster.registry} != incarnations:
             return False
         if not self.router.is_ready() or not hasattr(self.decode.registration, "_attempts"):
             return False
         # The router's view is a lease old: the link itself must be up too.
-        return bool(self.decode.receiving.is_ready(self.prefill.registration.node.incarnation))
+        sources = [worker.registration.node.incarnation for worker in self.workers if worker.role == "prefill"]
+        return all(self.decode.receiving.is_ready(incarnation) for incarnation in sources)
 
     # --- requests ---------------------------------------------------------------------------------------------
 
@@ -462,7 +468,7 @@ class ShellTrio:
     # --- afterwards -------------------------------------------------------------------------------------------
 
     def leftovers(self) -> dict[str, Any]:
-        return {w.role: left for w in (self.prefill, self.decode) if (left := w.leftovers())}
+        return {w.name: left for w in self.workers if (left := w.leftovers())}
 
     async def settle(self) -> None:
         """Until nothing is held on either side; fails with what is."""
@@ -473,7 +479,7 @@ class ShellTrio:
 
     def check(self) -> None:
         """What is true at any time: nobody died, at most one release and one verdict per attempt, no wrong bytes."""
-        for worker in (self.prefill, self.decode):
+        for worker in self.workers:
             assert worker.is_running
             assert not worker.deaths, worker.deaths
             assert not worker.wrong, worker.wrong

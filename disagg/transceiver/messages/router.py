@@ -77,6 +77,9 @@ class PeerLink:
     detail: str = ""
 
 
+READY = "ready"
+DRAINING = "draining"
+"""`state` of the leases of a worker that finishes what it has and wants nothing new."""
 LEAVING = "leaving"
 """`state` of a worker's last lease: it ends its registration itself, so nobody has to find out."""
 
@@ -87,7 +90,7 @@ class Lease:
 
     incarnation: str
     router_incarnation: str
-    state: str = "ready"
+    state: str = READY
     metrics: tuple[MetricSample, ...] = ()
     requests: tuple[tuple[str, int], ...] = ()
     num_running: int = 0
