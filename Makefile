@@ -4,8 +4,9 @@ PYTHON ?= python3
 VENV := .venv
 READY := $(VENV)/.ready
 BIN := $(VENV)/bin
+FUZZ_SECONDS ?= 60  # by then the readers of single frames have stopped finding paths; the two cores repay hours
 
-.PHONY: help setup demo test test-slow test-gpu faults check format bench wheel
+.PHONY: help setup demo test test-slow test-gpu faults fuzz check format bench wheel
 .DEFAULT_GOAL := help
 
 help:  ## list the commands
@@ -35,6 +36,11 @@ test-gpu: $(READY)  ## the tests that need a CUDA device
 
 faults: $(READY)  ## every fault in every state of a transfer, on every data plane and at true times; print the tables
 	$(BIN)/pytest tests/faults --durations=15
+
+fuzz: $(READY)  ## bytes that coverage chooses, into whatever reads a peer's bytes; FUZZ_SECONDS for each reader
+	@$(BIN)/pip install --quiet --constraint constraints.txt atheris
+	@for reader in codec tcp zmq sender receiver; do \
+		echo "== $$reader"; $(BIN)/python tools/fuzz.py $$reader --seconds $(FUZZ_SECONDS) || exit 1; done
 
 check: $(READY)  ## lint, formatting, types, import layers, size bounds
 	$(BIN)/ruff check
