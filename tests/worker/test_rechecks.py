@@ -47,7 +47,8 @@ class Worker:
     def __init__(self, *, role: str = "prefill", recheck_s: float | None = NOW_DUE) -> None:
         self.engine = TestedEngine(role=role, hasher=HASHER, prefix_recheck_s=recheck_s, max_num_seqs=4)
         pools = self.engine.cache.pools
-        regions = [PoolRegion(pool.memory.numpy(), pool.generations, pool.fd, pool.slots_offset) for pool in pools]
+        sides = [pool.sides for pool in pools]
+        regions = [PoolRegion(side.host.numpy(), side.generations, side.fd, side.slots_offset) for side in sides]
         self.counts: Counter[tuple[str, str]] = Counter()
         self.commands: list[Command] = []
         self.parts: Any = SimpleNamespace(
