@@ -142,7 +142,10 @@ class EngineSettings(Settings):
         None, description="KV cache bytes, such as 512MiB; `up` divides them [default: a share of what is free]"
     )
     enable_prefix_caching: bool = Field(True, description="Keep blocks of finished requests and reuse equal prefixes")
-    enforce_eager: bool = Field(False, description="Capture no CUDA graphs: decode steps run the model's Python each")
+    enforce_eager: bool = Field(False, description="Capture no CUDA graphs: every step runs the model's Python")
+    piecewise_graphs: bool = Field(
+        False, description="On CUDA, capture steps with prompt tokens too, in pieces between attentions"
+    )
     tensor_parallel_size: Count = Field(1, description="Ranks per worker", json_schema_extra={"hidden": True})
     planes: Names = Field(DEFAULT_PLANES, description="Data planes in order of preference, of shm, tcp, ucx and zmq")
     swa_scratch: Scratch = Field(

@@ -66,7 +66,8 @@ class FusedAttention:
         self, hidden_states: torch.Tensor, position_embeddings: Any = None, *args: Any, **options: Any
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """As transformers calls it: `hidden_states` `[1, num_queries, hidden]`, the same shape out."""
-        if CURRENT_PROBE.get() is not None:
+        # A tracer is shown what it can cut at attention: the steps between are captured with the rest.
+        if torch.compiler.is_compiling() or CURRENT_PROBE.get() is not None:
             own: Any = type(self.module).forward
             looked: tuple[torch.Tensor, None] = own(self.module, hidden_states, position_embeddings, *args, **options)
             return looked

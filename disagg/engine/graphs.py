@@ -10,7 +10,7 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
 
@@ -31,10 +31,13 @@ MAX_BUCKET = 512
 MIB = 1 << 20
 
 
-class Graph(Protocol):
-    """Device work recorded once. `capture` returns what `run` did: a tensor that each `replay` writes anew."""
+T = TypeVar("T")
 
-    def capture(self, run: Callable[[], torch.Tensor]) -> torch.Tensor: ...
+
+class Graph(Protocol):
+    """Device work recorded once. `capture` returns what `run` did: tensors that each `replay` writes anew."""
+
+    def capture(self, run: Callable[[], T]) -> T: ...
 
     def replay(self) -> None: ...
 
@@ -66,10 +69,18 @@ class DecodeGraphs:
     """The graphs of one runner. The cache's pools must stay where they are."""
 
     def __init__(
-        self, model: LoadedModel, cache: KVCache, maker: GraphMaker, *, max_num_seqs: int, max_model_len: int
+        self,
+        model: LoadedModel,
+        cache: KVCache,
+        maker: GraphMaker,
+        *,
+        max_num_seqs: int,
+        max_model_len: int,
+        use: GraphUse | None = None,
     ) -> None:
+        """`use` counts other graphs of the same maker too."""
         self.buckets = batch_buckets(max_num_seqs)
-        self.use = GraphUse()
+        self.use = use or GraphUse()
         self._maker = maker
         self._inputs = DecodeInputs(model, cache, max_rows=self.buckets[-1], max_model_len=max_model_len)
         self._captured: dict[int, _Captured] = {}
@@ -89,7 +100,7 @@ class DecodeGraphs:
         for number, count in enumerate(reversed(self.buckets)):
             self._capture(count)
             log.info("captured decode graph %d of %d: batch of %d", number + 1, len(self.buckets), count)
-        self.use.num_captured, self.use.nbytes = len(self._captured), self._maker.nbytes
+        self.use.add(len(self._captured), self._maker.nbytes)
         seconds = time.monotonic() - started
         log.info("%d decode graphs take %.0f MiB, %.1f s", len(self.buckets), self.use.nbytes / MIB, seconds)
 

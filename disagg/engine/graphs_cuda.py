@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+
+T = TypeVar("T")
 
 
 class CudaGraph:
@@ -15,7 +17,7 @@ class CudaGraph:
         self._device, self._pool = device, pool
         self._graph = torch.cuda.CUDAGraph()
 
-    def capture(self, run: Callable[[], torch.Tensor]) -> torch.Tensor:
+    def capture(self, run: Callable[[], T]) -> T:
         # What is returned stays referenced, so the pool gives its memory to no other graph; all else is reused.
         with torch.cuda.device(self._device), torch.cuda.graph(self._graph, pool=self._pool):
             return run()

@@ -28,12 +28,15 @@ import transformers  # noqa: E402
 from transformers.utils import logging as hf_logging  # noqa: E402
 
 from disagg.engine.attention import paged_attention  # noqa: E402
+from disagg.engine.piecewise_attention import traced_attention  # noqa: E402
 
 log = logging.getLogger(__name__)
 
 # Registered for attention but not for masks, so that transformers builds none: ours follow from positions.
 ATTENTION_NAME = "disagg_paged"
 transformers.AttentionInterface.register(ATTENTION_NAME, paged_attention)
+TRACED_ATTENTION_NAME = "disagg_traced"
+transformers.AttentionInterface.register(TRACED_ATTENTION_NAME, traced_attention)
 
 _hf: Any = transformers  # its lazy module shows type checkers only some of its names
 PROGRESS_INTERVAL_S = 5.0  # a line now and then: a log, not an animation

@@ -12,11 +12,16 @@ from disagg.engine.commands import AttemptKey
 
 @dataclass(slots=True)
 class GraphUse:
-    """Captured graphs, the device memory they took, and how often one was replayed."""
+    """Captured graphs, the device memory they took, and how many steps were replayed."""
 
     num_captured: int = 0
     nbytes: int = 0
     num_replays: int = 0
+
+    def add(self, num_captured: int, nbytes: int) -> None:
+        """So many more graphs; what all of them took so far."""
+        self.num_captured += num_captured
+        self.nbytes = nbytes
 
 
 @dataclass(slots=True)

@@ -17,7 +17,7 @@ from disagg.config.resources import CPU_MEMORY_FRACTION, CUDA_MEMORY_FRACTION, a
 from disagg.config.settings import Role, WorkerSettings
 from disagg.engine.checkpoint import ModelRefused, fingerprint, resolve_model
 from disagg.engine.engine import Engine, EngineConfig, StepRunner
-from disagg.engine.graphs import DecodeGraphs, GraphRunner
+from disagg.engine.graphs import DecodeGraphs, GraphMaker, GraphRunner
 from disagg.engine.graphs_cuda import CudaGraphs
 from disagg.engine.model import LoadedModel, load_model
 from disagg.engine.runner import Runner
@@ -92,20 +92,54 @@ def make_runner(
     max_model_len: int,
     progress: Callable[[str], None],
 ) -> tuple[StepRunner, GraphUse]:
-    """Decode graphs where they pay: on CUDA with Triton, for a worker that decodes; else every step is eager."""
-    eager = Runner(model, cache)
-    if settings.enforce_eager or role == "prefill" or model.device.type != "cuda" or not has_triton():
-        return eager, GraphUse()
-    progress("capturing decode graphs")
-    graphs = DecodeGraphs(
-        model, cache, CudaGraphs(model.device), max_num_seqs=settings.max_num_seqs, max_model_len=max_model_len
-    )
+    """Graphs where they can be captured: on CUDA with Triton, else and on failure every step is eager.
+
+    Decode graphs for a worker that decodes, pieces for steps with prompt tokens where they are asked for.
+    """
+    use = GraphUse()
+    if settings.enforce_eager or model.device.type != "cuda" or not has_triton():
+        if settings.piecewise_graphs:
+            log.warning("`--piecewise-graphs`: this worker captures no graphs, steps run eager")
+        return Runner(model, cache), use
+    maker = CudaGraphs(model.device)
     try:
+        eager = _piecewise(settings, model, cache, maker, use, progress)
+        if role == "prefill":
+            return eager, use
+        progress("capturing decode graphs")
+        graphs = DecodeGraphs(
+            model, cache, maker, max_num_seqs=settings.max_num_seqs, max_model_len=max_model_len, use=use
+        )
         graphs.capture()
-    except RuntimeError as exc:  # torch's report of what this model does that a graph cannot hold
-        log.warning("decode steps run without CUDA graphs: capture failed: %s", str(exc).strip().splitlines()[0])
-        return eager, GraphUse()
-    return GraphRunner(eager, graphs), graphs.use
+    except RuntimeError as exc:  # torch's report of what this model does that a graph cannot hold; Dynamo's are too
+        log.warning("steps run without CUDA graphs: capture failed: %s", (str(exc).strip() or "?").splitlines()[0])
+        return Runner(model, cache), GraphUse()
+    return GraphRunner(eager, graphs), use
+
+
+def _piecewise(
+    settings: WorkerSettings,
+    model: LoadedModel,
+    cache: KVCache,
+    maker: GraphMaker,
+    use: GraphUse,
+    progress: Callable[[str], None],
+) -> Runner:
+    if not settings.piecewise_graphs:
+        return Runner(model, cache)
+    from disagg.engine.piecewise_runner import PiecewiseRunner  # loads torch's tracer, which takes seconds
+
+    progress("tracing the model and capturing its pieces")
+    runner = PiecewiseRunner(
+        model,
+        cache,
+        maker,
+        max_num_batched_tokens=settings.max_num_batched_tokens,
+        max_rows=settings.max_num_seqs,
+        use=use,
+    )
+    runner.capture()
+    return runner
 
 
 def _choose_model_len(settings: WorkerSettings, model: LoadedModel, budget: int) -> int:

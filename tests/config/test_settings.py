@@ -43,6 +43,7 @@ SAMPLES: dict[str, tuple[str, object, str]] = {
     "drain_timeout_s": ("7.5", 7.5, "8"),
     "verify_weights": ("true", True, "false"),
     "check": ("true", True, "false"),
+    "piecewise_graphs": ("true", True, "false"),
     "enforce_eager": ("true", True, "false"),
     "enable_prefix_caching": ("false", False, "true"),
     "router": ("10.0.0.1:9", "tcp://10.0.0.1:9", "tcp://r:10"),

@@ -13,9 +13,11 @@ from support.families import FAMILIES
 from support.graphed import LENGTHS, MAX_MODEL_LEN, load_case
 from support.tools import load_script
 
+from disagg.cache.cache import KVCache
 from disagg.engine.graphs import DecodeGraphs, GraphRunner
 from disagg.engine.graphs_cuda import CudaGraphs
 from disagg.engine.model import LoadedModel, load_model
+from disagg.engine.piecewise_runner import PiecewiseRunner
 from disagg.engine.runner import Runner
 from disagg.kernels.dispatch import CALLS, FUSED_VARIABLE
 
@@ -39,8 +41,8 @@ def exact_float32() -> Iterator[None]:
 
 
 def answers(model: LoadedModel, prompts: list[tuple[int, ...]], *, graphs: bool) -> list[tuple[int, ...]]:
-    cache = make_cache(model, block_size=8, num_slots=120)
-    cache = type(cache)(cache.layout, [pool.num_slots for pool in cache.pools], "cuda")
+    plain = make_cache(model, block_size=8, num_slots=120)
+    cache = KVCache(plain.layout, [pool.num_slots for pool in plain.pools], "cuda")
     runner = eager = Runner(model, cache)
     if graphs:
         captured = DecodeGraphs(
@@ -80,6 +82,20 @@ def test_the_fused_step_answers_as_transformers_forward(
         found.append(answers(load_model(folder / name, device="cuda"), prompts, graphs=False))
         assert (CALLS["kernel:preprocess_qkv"] > 0) == (value == "on")
     assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("name", ["gemma3", "gpt_oss", "gemma4"])
+def test_pieces_answer_as_a_cpu(name: str, folder: Path) -> None:
+    _, references = load_case(name, folder, NUM_TOKENS)
+    model = load_model(folder / name, device="cuda")
+    plain = make_cache(model, block_size=8, num_slots=120)
+    cache = KVCache(plain.layout, [pool.num_slots for pool in plain.pools], "cuda")
+    runner = PiecewiseRunner(model, cache, CudaGraphs(model.device), max_num_batched_tokens=64, max_rows=4)
+    runner.capture()
+    CALLS.clear()
+    lives = greedy(runner, [reference.prompt for reference in references], NUM_TOKENS, chunk=37)
+    assert CALLS["graph:piecewise"] > NUM_TOKENS
+    assert [live.answer for live in lives] == [reference.token_ids for reference in references]
 
 
 @pytest.fixture(scope="module")

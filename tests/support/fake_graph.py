@@ -106,9 +106,9 @@ def recorded_launches(recorder: Recorder) -> Iterator[None]:
 @dataclass
 class FakeGraph:
     nodes: list[Node] = field(default_factory=list)
-    output: torch.Tensor | None = None
+    output: Any = None
 
-    def capture(self, run: Callable[[], torch.Tensor]) -> torch.Tensor:
+    def capture(self, run: Callable[[], Any]) -> Any:
         recorder = Recorder(self.nodes)
         with recorded_launches(recorder), recorder:
             self.output = run()
@@ -122,11 +122,10 @@ class FakeGraph:
 
     def forget(self) -> None:
         """Graphs share their memory: nothing but the output outlives a replay."""
-        assert self.output is not None
-        kept = self.output.untyped_storage().data_ptr()
+        kept = {x.untyped_storage().data_ptr() for x in tensors(self.output)}
         for node in self.nodes:
             for made in node.made or ():
-                if made.is_floating_point() and made.untyped_storage().data_ptr() != kept:
+                if made.is_floating_point() and made.untyped_storage().data_ptr() not in kept:
                     made.fill_(float("nan"))
 
     @property

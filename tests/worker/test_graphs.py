@@ -15,6 +15,7 @@ from support.interpreter import missing_interpreter
 from support.plan_attention import plan_attention
 
 from disagg.config.settings import Role, WorkerSettings
+from disagg.engine import piecewise_runner
 from disagg.engine.graphs import GraphRunner
 from disagg.engine.model import LoadedModel, load_model
 from disagg.engine.runner import Runner
@@ -22,6 +23,9 @@ from disagg.engine.stats import GraphUse
 from disagg.worker import build
 
 pytestmark = pytest.mark.skipif(bool(missing_interpreter()), reason=str(missing_interpreter()))
+
+
+STAGES = ("tracing the model and capturing its pieces", "capturing decode graphs")
 
 
 class Cuda:
@@ -55,7 +59,7 @@ def made(model: LoadedModel, monkeypatch: pytest.MonkeyPatch, role: Role = "deco
     with plan_attention():
         runner, use = build.make_runner(WorkerSettings(max_num_seqs=2, **settings), role, said, cache, 64, told.append)
     cache.close()
-    assert told == ["capturing decode graphs"] * len(makers)
+    assert told == [stage for stage in STAGES if stage in told]
     return runner, use, [graph for maker in makers for graph in maker.graphs]
 
 
@@ -74,6 +78,35 @@ def test_others_run_eager(told: dict[str, Any], model: LoadedModel, monkeypatch:
     assert (use, graphs) == (GraphUse(), [])
 
 
+def test_pieces_are_captured_where_they_are_asked_for(model: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Pieces:
+        """Stands for what `tests/engine/test_piecewise.py` tests, without the seconds that tracing takes."""
+
+        def __init__(self, _model: object, _cache: object, maker: FakeGraphs, *, use: GraphUse, **bounds: int) -> None:
+            self.maker, self.use, self.bounds = maker, use, bounds
+
+        def capture(self) -> None:
+            self.maker.new()
+            self.use.add(1, 5)
+
+    monkeypatch.setattr(piecewise_runner, "PiecewiseRunner", Pieces)
+    asked = {"piecewise_graphs": True, "max_num_batched_tokens": 8}
+    runner, use, graphs = made(model, monkeypatch, "prefill", **asked)
+    assert runner.bounds == {"max_num_batched_tokens": 8, "max_rows": 2}
+    assert (use.num_captured, use.nbytes, len(graphs)) == (1, 5, 1)
+    runner, use, graphs = made(model, monkeypatch, "decode", **asked)
+    assert isinstance(runner, GraphRunner)
+    assert (use.num_captured, len(graphs)) == (3, 3)
+
+
+def test_pieces_that_cannot_be_captured_here_are_said_to_be_none(
+    model: LoadedModel, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    runner, _, _ = made(model, monkeypatch, piecewise_graphs=True, device=torch.device("cpu"))
+    assert type(runner) is Runner
+    assert "`--piecewise-graphs`: this worker captures no graphs" in caplog.text
+
+
 def test_a_model_that_cannot_be_captured_runs_eager_and_says_so(
     model: LoadedModel, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -85,4 +118,4 @@ def test_a_model_that_cannot_be_captured_runs_eager_and_says_so(
     assert isinstance(runner, Runner)
     assert use == GraphUse()
     warnings = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
-    assert warnings == ["decode steps run without CUDA graphs: capture failed: item waits for the device"]
+    assert warnings == ["steps run without CUDA graphs: capture failed: item waits for the device"]

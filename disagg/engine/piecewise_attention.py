@@ -1,0 +1,79 @@
+"""Attention as one opaque operation, so that a traced model can be cut where it is called.
+
+All that it writes is declared in its schema: the layer's pool, and `out`, which whoever calls it allocates. What it
+reads of the step in progress (lengths, block tables, plans) is no part of what is traced.
+"""
+
+from __future__ import annotations
+
+from contextvars import ContextVar
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from disagg.engine.attention import paged_attention
+
+NUM_TOKENS: ContextVar[int] = ContextVar("num_tokens")
+"""How many tokens of the bucket are real in the step in progress; 0 while pieces are captured."""
+
+
+@torch.library.custom_op("disagg::attend", mutates_args=("pool", "out"))
+def attend(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    sinks: torch.Tensor | None,
+    pool: torch.Tensor,
+    out: torch.Tensor,
+    layer: int,
+    scale: float,
+    window: int,
+    softcap: float,
+) -> None:
+    """`paged_attention` of the real tokens of `[1, heads, bucket, dim]` into `out` `[1, bucket, heads, dim]`.
+
+    `pool` is the memory that the step's own view of this layer writes. `window` and `softcap`: 0 for none. Where the
+    bucket is padded `out` becomes zero: it goes on through the model, and must stay finite.
+    """
+    count = NUM_TOKENS.get()
+    out[:, count:] = 0
+    if count:
+        real, _ = paged_attention(
+            SimpleNamespace(layer_idx=layer),  # type: ignore[arg-type]  # all it asks of a module
+            query[:, :, :count],
+            key[:, :, :count],
+            value[:, :, :count],
+            None,
+            scaling=scale,
+            sliding_window=window or None,
+            softcap=softcap or None,
+            s_aux=sinks,
+        )
+        out[:, :count] = real
+
+
+@attend.register_fake
+def _(*_: Any) -> None:
+    """It returns nothing, so tracing has no shape to learn."""
+
+
+def traced_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
+    **_: Any,
+) -> tuple[torch.Tensor, None]:
+    """transformers' attention interface while a model is traced: `out` is allocated in the piece before the call."""
+    num_heads, bucket = query.shape[1:3]
+    out = query.new_empty(1, bucket, num_heads, value.shape[3])
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    pool, layer = module.kv_pool, module.layer_idx
+    attend(query, key, value, s_aux, pool, out, layer, scale, sliding_window or 0, softcap or 0.0)
+    return out, None
