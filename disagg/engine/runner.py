@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate, chain
 
 import numpy as np
 import numpy.typing as npt
@@ -52,10 +53,10 @@ class Runner:
     def execute(self, chunks: Sequence[Chunk]) -> torch.Tensor:
         """Store KV of all tokens; float32 logits `[num wanting chunks, vocab_size]` after each one's last token."""
         assert all(len(chunk.token_ids) > 0 for chunk in chunks)
-        ends = np.cumsum([len(chunk.token_ids) for chunk in chunks], dtype=np.int64)
+        ends = accumulate(len(chunk.token_ids) for chunk in chunks)
         last = np.array([end - 1 for end, chunk in zip(ends, chunks, strict=True) if chunk.wants_logits], np.int64)
-        token_ids = np.concatenate([np.asarray(chunk.token_ids, np.int64) for chunk in chunks])
-        positions = np.concatenate([np.arange(chunk.start, chunk.end) for chunk in chunks])
+        token_ids = np.fromiter(chain.from_iterable(chunk.token_ids for chunk in chunks), np.int64)
+        positions = np.fromiter(chain.from_iterable(range(chunk.start, chunk.end) for chunk in chunks), np.int64)
         current = CURRENT_STEP.set(self._step(chunks))
         try:
             return self._forward(token_ids, positions, last)

@@ -45,8 +45,7 @@ def sample(logits: torch.Tensor, inputs: Sequence[SampleInput]) -> list[Sampled]
     assert logits.shape[0] == len(inputs)
     if not inputs:
         return []
-    token_ids = logits.argmax(-1).tolist()
-    finite = logits.isfinite().all(-1).tolist()
+    token_ids, finite = _likeliest(logits)
     candidates: list[_Candidates] = []
     for i, row in enumerate(inputs):
         if not finite[i] or (row.sampling.temperature == 0 and not _is_adjusted(row)):
@@ -63,6 +62,21 @@ def sample(logits: torch.Tensor, inputs: Sequence[SampleInput]) -> list[Sampled]
         else Sampled(0, None, finite=False)
         for i, row in enumerate(inputs)
     ]
+
+
+def _likeliest(logits: torch.Tensor) -> tuple[list[int], list[bool]]:
+    """Of each row the first of its largest values, and whether all are finite.
+
+    A maximum and a minimum keep NaN, so the two tell of every value. NumPy's are ten times faster than torch's on a
+    CPU; from another device only the answers come.
+    """
+    if logits.device.type == "cpu":
+        rows = logits.numpy()
+        ids = rows.argmax(-1)
+        extremes = rows[np.arange(len(rows)), ids], rows.min(-1)
+        return ids.tolist(), (np.isfinite(extremes[0]) & np.isfinite(extremes[1])).tolist()
+    highest, likeliest = logits.max(-1)
+    return likeliest.tolist(), (highest.isfinite() & logits.amin(-1).isfinite()).tolist()
 
 
 def _logprobs(logits: torch.Tensor, token_id: int, count: int | None) -> TokenLogprobs | None:

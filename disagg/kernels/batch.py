@@ -12,6 +12,8 @@ NULL_SLOT = 0
 # The slot that padding writes, never read. Reserved there too.
 TRASH_SLOT = 1
 
+Int64 = npt.NDArray[np.int64]
+
 
 @dataclass(frozen=True, slots=True)
 class QueryRun:
@@ -50,21 +52,27 @@ class PagedBatch:
     def num_queries(self) -> int:
         return sum(run.num_queries for run in self.runs)
 
-    def ordinals(self, run: QueryRun) -> npt.NDArray[np.int64]:
+    def ordinals(self, run: QueryRun) -> Int64:
         """Blocks that some query of `run` attends to, ascending: the sink blocks, then the window."""
         end = -(-run.end // self.block_size)
         if self.window is None:
             return np.arange(end)
-        first = max(0, run.start - self.window + 1) // self.block_size
-        sinks = min(-(-self.num_sink_tokens // self.block_size), first)
-        return np.concatenate([np.arange(sinks), np.arange(first, end)])
+        firsts, sinks = self.first_ordinals(np.array([run.start]))
+        return np.concatenate([np.arange(sinks[0]), np.arange(firsts[0], end)])
 
-    def slots(self, run: QueryRun, ordinals: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    def first_ordinals(self, starts: Int64) -> tuple[Int64, Int64]:
+        """Of runs that start at `starts`: the window's first block, and how many sink blocks lie before it."""
+        if self.window is None:
+            return np.zeros_like(starts), np.zeros_like(starts)
+        firsts = np.maximum(starts - self.window + 1, 0) // self.block_size
+        return firsts, np.minimum(-(-self.num_sink_tokens // self.block_size), firsts)
+
+    def slots(self, run: QueryRun, ordinals: Int64) -> Int64:
         slots = run.table[ordinals].astype(np.int64)
         assert (slots > NULL_SLOT).all(), f"a query at {run.start} needs a block that has no slot"
         return slots
 
-    def allowed(self, queries: npt.NDArray[np.int64], keys: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
+    def allowed(self, queries: Int64, keys: Int64) -> npt.NDArray[np.bool_]:
         """Which of `keys` (absolute positions) each of `queries` attends to; the arrays broadcast."""
         allowed = keys <= queries
         if self.window is not None:

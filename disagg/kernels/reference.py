@@ -28,6 +28,9 @@ NAME = "torch"
 TILE_QUERIES = 256
 # Decode rows share a bucket until padding would read this many blocks for nothing: the cost of another bucket's calls.
 MAX_PADDING_BLOCKS = 32
+# What a bucket gathers is read again at once, so it should still be in the cache: measured, buckets of 4 MiB take 20 to
+# 30 % less than one of 16 or 32 MiB (1 MiB of L2, 32 of L3), smaller ones lose it again in calls.
+MAX_BUCKET_NBYTES = 4 << 20
 
 Int64 = npt.NDArray[np.int64]
 
@@ -37,7 +40,7 @@ class Bucket:
     """Decode queries with tables of similar length. `queries` None: the batch is this bucket, in order."""
 
     queries: torch.Tensor | None  # int64 [B], flat index of each query
-    key_rows: torch.Tensor  # int64 [B * num_kv_heads * num_blocks]
+    rows: torch.Tensor  # int64 [2 * B * num_kv_heads * num_blocks], those of K, then those of V
     bias: torch.Tensor  # [B, 1, 1, num_blocks * block_size], 0 or -inf
     num_queries: int
 
@@ -57,7 +60,7 @@ class Tile:
 class Run:
     """One run of several queries: its blocks are gathered once and serve all its tiles."""
 
-    key_rows: torch.Tensor  # int64 [num_kv_heads * num_blocks]
+    rows: torch.Tensor  # int64 [2 * num_kv_heads * num_blocks], those of K, then those of V
     tiles: tuple[Tile, ...]
 
 
@@ -79,95 +82,138 @@ def retarget(plan: Plan, batch: PagedBatch, pool: torch.Tensor) -> Plan:
     return _Planner(batch, pool, torch.float32).retarget(plan)
 
 
+@dataclass(frozen=True, slots=True)
+class _Decodes:
+    """Runs of one query as arrays over B runs, and what each attends to, padded to the longest.
+
+    `ordinals` and `slots` are `[B, num_blocks]`. Padding has the NULL slot and stands after every query, where the
+    causal mask hides it.
+    """
+
+    at: Int64
+    starts: Int64
+    write_slots: Int64
+    counts: Int64
+    ordinals: Int64
+    slots: Int64
+
+
+def _decodes(batch: PagedBatch, placed: list[tuple[int, QueryRun]]) -> _Decodes:
+    """All runs at once: a step builds this once per group, for tens of sequences."""
+    at = np.array([at for at, _ in placed], np.int64)
+    starts = np.array([run.start for _, run in placed], np.int64)
+    tables = np.concatenate([run.table for _, run in placed]).astype(np.int64)
+    lengths = np.array([len(run.table) for _, run in placed], np.int64)
+    offsets = np.cumsum(lengths) - lengths
+    own = starts // batch.block_size
+    firsts, sinks = batch.first_ordinals(starts)
+    counts = sinks + own + 1 - firsts
+    columns = np.arange(counts.max())
+    ordinals = columns + np.where(columns < sinks[:, None], 0, (firsts - sinks)[:, None])
+    is_padding = columns >= counts[:, None]
+    slots = tables[offsets[:, None] + np.where(is_padding, 0, ordinals)]
+    slots[is_padding] = NULL_SLOT
+    ordinals[is_padding] = own.max() + 1
+    assert ((slots > NULL_SLOT) | is_padding).all(), "a query needs a block that has no slot"
+    return _Decodes(at, starts, tables[offsets + own], counts, ordinals, slots)
+
+
 class _Planner:
     def __init__(self, batch: PagedBatch, pool: torch.Tensor, dtype: torch.dtype) -> None:
         self.batch, self.device, self.dtype = batch, pool.device, dtype
         _, _, self.num_kv_heads, self.block_size, head_dim = pool.shape
         assert self.block_size == batch.block_size
         self.rows_per_slot = pool.stride(0) // (self.block_size * head_dim)
+        self.block_nbytes = 2 * self.num_kv_heads * self.block_size * head_dim * dtype.itemsize
+        flat = np.cumsum([0, *(run.num_queries for run in batch.runs)])
+        placed = [(int(at), run) for at, run in zip(flat, batch.runs, strict=False)]
+        decode = [pair for pair in placed if pair[1].num_queries == 1]
+        self.long = [pair for pair in placed if pair[1].num_queries > 1]
+        self.decodes = _decodes(batch, decode) if decode else None
 
     def plan(self, workspace: Workspace) -> Plan:
-        decode, long = self._split()
-        runs = tuple(self._run(at, run) for at, run in long)
-        return Plan(self._write_rows(), tuple(map(self._bucket, self._buckets(decode))), runs, workspace)
+        buckets = tuple(self._bucket(members) for members in self._buckets())
+        return Plan(self._write_rows(), buckets, tuple(self._run(at, run) for at, run in self.long), workspace)
 
     def retarget(self, plan: Plan) -> Plan:
         """Row numbers anew; the masks stay, which depend on ordinals alone."""
-        decode, long = self._split()
         buckets = [
-            replace(bucket, key_rows=self._key_rows(self._bucket_slots(rows)[1]))
-            for bucket, rows in zip(plan.buckets, self._buckets(decode), strict=True)
+            replace(bucket, rows=self._rows(self._bucket_slots(members)))
+            for bucket, members in zip(plan.buckets, self._buckets(), strict=True)
         ]
         runs = [
-            replace(done, key_rows=self._key_rows(self.batch.slots(run, self.batch.ordinals(run))))
-            for done, (_, run) in zip(plan.runs, long, strict=True)
+            replace(done, rows=self._rows(self.batch.slots(run, self.batch.ordinals(run))))
+            for done, (_, run) in zip(plan.runs, self.long, strict=True)
         ]
         return replace(plan, write_rows=self._write_rows(), buckets=tuple(buckets), runs=tuple(runs))
-
-    def _split(self) -> tuple[list[tuple[int, QueryRun]], list[tuple[int, QueryRun]]]:
-        """Runs of one query and longer ones, with the flat index of their first query."""
-        flat = np.cumsum([0, *(run.num_queries for run in self.batch.runs)])
-        placed = [(int(at), run) for at, run in zip(flat, self.batch.runs, strict=False)]
-        decode = [pair for pair in placed if pair[1].num_queries == 1]
-        return decode, [pair for pair in placed if pair[1].num_queries > 1]
 
     def _tensor(self, array: npt.NDArray[np.generic]) -> torch.Tensor:
         return torch.from_numpy(np.ascontiguousarray(array)).to(self.device)
 
     def _bias(self, allowed: npt.NDArray[np.bool_]) -> torch.Tensor:
-        return torch.zeros(allowed.shape, dtype=self.dtype, device=self.device).masked_fill_(
-            self._tensor(~allowed), float("-inf")
-        )
+        bias = np.where(allowed, np.float32(0), np.float32(-np.inf))
+        return self._tensor(bias).to(self.dtype)
 
     def _write_rows(self) -> torch.Tensor:
-        rows: list[Int64] = [np.empty(0, np.int64)]
-        for run in self.batch.runs:
+        rows = np.empty(self.batch.num_queries, np.int64)
+        per_slot = self.rows_per_slot * self.block_size
+        if self.decodes is not None:
+            rows[self.decodes.at] = self.decodes.write_slots * per_slot + self.decodes.starts % self.block_size
+        for at, run in self.long:
             positions = np.arange(run.start, run.end)
             slots = self.batch.slots(run, positions // self.block_size)
-            rows.append(slots * self.rows_per_slot * self.block_size + positions % self.block_size)
+            rows[at : at + run.num_queries] = slots * per_slot + positions % self.block_size
         heads = np.arange(2 * self.num_kv_heads) * self.block_size
-        return self._tensor((heads[:, None] + np.concatenate(rows)).ravel())
+        return self._tensor((heads[:, None] + rows).ravel())
 
-    def _key_rows(self, slots: Int64) -> torch.Tensor:
-        """Rows of K for `slots` `[..., num_blocks]`, ordered `[..., num_kv_heads, num_blocks]`."""
-        heads = np.arange(self.num_kv_heads)[:, None]
+    def _rows(self, slots: Int64) -> torch.Tensor:
+        """Rows of K, then of V, for `slots` `[..., num_blocks]`, each ordered `[..., num_kv_heads, num_blocks]`."""
+        heads = np.arange(2 * self.num_kv_heads).reshape(2, *(1,) * (slots.ndim - 1), self.num_kv_heads, 1)
         return self._tensor((slots[..., None, :] * self.rows_per_slot + heads).ravel())
 
     def _key_positions(self, ordinals: Int64) -> Int64:
         return (ordinals[..., None] * self.block_size + np.arange(self.block_size)).reshape(*ordinals.shape[:-1], -1)
 
-    def _buckets(self, decode: list[tuple[int, QueryRun]]) -> list[list[tuple[Int64, int, QueryRun]]]:
-        """(ordinals, flat index, run) of each decode query, in buckets."""
-        rows = sorted(((self.batch.ordinals(run), at, run) for at, run in decode), key=lambda row: len(row[0]))
-        buckets: list[list[tuple[Int64, int, QueryRun]]] = []
-        padding = 0
-        for row in rows:
-            if buckets:
-                padding += (len(row[0]) - len(buckets[-1][-1][0])) * len(buckets[-1])
-            if not buckets or padding > MAX_PADDING_BLOCKS:
-                buckets.append([])
-                padding = 0
-            buckets[-1].append(row)
-        return [sorted(bucket, key=lambda row: row[1]) for bucket in buckets]
+    def _buckets(self) -> list[Int64]:
+        """Members of each bucket, as indexes of decode queries in flat order: cut where padding or size is too much."""
+        if self.decodes is None:
+            return []
+        order = np.argsort(self.decodes.counts, kind="stable")
+        counts = self.decodes.counts[order].tolist()
+        cuts, begin, padding = [], 0, 0
+        for i in range(1, len(counts)):
+            padding += (counts[i] - counts[i - 1]) * (i - begin)
+            if padding > MAX_PADDING_BLOCKS or counts[i] * (i + 1 - begin) * self.block_nbytes > MAX_BUCKET_NBYTES:
+                cuts.append(i)
+                begin, padding = i, 0
+        return [np.sort(members) for members in np.split(order, cuts)]
 
-    def _bucket_slots(self, rows: list[tuple[Int64, int, QueryRun]]) -> tuple[Int64, Int64]:
-        """(ordinals, slots) `[B, num_blocks]`, padded."""
-        width = max(len(ordinals) for ordinals, _, _ in rows)
-        slots = np.full((len(rows), width), NULL_SLOT, np.int64)
-        # Padding stands after every query, where the causal mask hides it.
-        ordinals = np.full((len(rows), width), 1 + max(run.end for _, _, run in rows) // self.block_size, np.int64)
-        for i, (own, _, run) in enumerate(rows):
-            slots[i, : len(own)] = self.batch.slots(run, own)
-            ordinals[i, : len(own)] = own
-        return ordinals, slots
+    def _bucket_slots(self, members: Int64) -> Int64:
+        assert self.decodes is not None
+        return self.decodes.slots[members, : self.decodes.counts[members].max()]
 
-    def _bucket(self, rows: list[tuple[Int64, int, QueryRun]]) -> Bucket:
-        ordinals, slots = self._bucket_slots(rows)
-        queries = np.array([[run.start] for _, _, run in rows])
-        bias = self._bias(self.batch.allowed(queries, self._key_positions(ordinals)))
-        whole = len(rows) == self.batch.num_queries
-        index = None if whole else self._tensor(np.array([at for _, at, _ in rows]))
-        return Bucket(index, self._key_rows(slots), bias[:, None, None, :], len(rows))
+    def _bucket(self, members: Int64) -> Bucket:
+        assert self.decodes is not None
+        slots = self._bucket_slots(members)
+        bias = self._bias(self._allowed(members, slots.shape[1]))
+        index = None if len(members) == self.batch.num_queries else self._tensor(self.decodes.at[members])
+        return Bucket(index, self._rows(slots), bias[:, None, None, :], len(members))
+
+    def _allowed(self, members: Int64, width: int) -> npt.NDArray[np.bool_]:
+        """Which of `width` blocks' keys each member attends to: as `batch.allowed` says.
+
+        Without sink blocks a row's keys are consecutive positions, so two comparisons of small columns say it.
+        """
+        assert self.decodes is not None
+        starts, ordinals = self.decodes.starts[members, None], self.decodes.ordinals[members, :width]
+        if self.batch.num_sink_tokens:
+            return self.batch.allowed(starts, self._key_positions(ordinals))
+        columns = np.arange(width * self.block_size, dtype=np.int32)
+        own = (starts - ordinals[:, :1] * self.block_size).astype(np.int32)  # the column of the query's own key
+        allowed: npt.NDArray[np.bool_] = columns <= own
+        if self.batch.window is not None:
+            allowed &= columns > own - self.batch.window
+        return allowed
 
     def _run(self, at: int, run: QueryRun) -> Run:
         ordinals = self.batch.ordinals(run)
@@ -180,7 +226,7 @@ class _Planner:
             seen = np.flatnonzero(allowed.any(0))
             low, high = int(seen[0]), int(seen[-1]) + 1
             tiles.append(Tile(at + first, at + last, low, high, self._bias(allowed[:, low:high])))
-        return Run(self._key_rows(self.batch.slots(run, ordinals)), tuple(tiles))
+        return Run(self._rows(self.batch.slots(run, ordinals)), tuple(tiles))
 
 
 def preprocess_qkv(
@@ -254,16 +300,14 @@ def paged_attention(
     out = torch.empty_like(grouped)
     for bucket in plan.buckets:
         shape = (bucket.num_queries, num_kv_heads, -1, head_dim)
-        key, value = _gather(plan.workspace, rows, bucket.key_rows, num_kv_heads, shape, query.dtype)
+        key, value = _gather(plan.workspace, rows, bucket.rows, shape, query.dtype)
         part = grouped if bucket.queries is None else grouped.index_select(0, bucket.queries)
         result = _attend(part, key, value, bucket.bias, scale, softcap, sinks)
         if bucket.queries is None:
             return result.reshape(num_queries, num_heads, head_dim)
         out.index_copy_(0, bucket.queries, result)
     for run in plan.runs:
-        key, value = _gather(
-            plan.workspace, rows, run.key_rows, num_kv_heads, (num_kv_heads, 1, -1, head_dim), query.dtype
-        )
+        key, value = _gather(plan.workspace, rows, run.rows, (num_kv_heads, 1, -1, head_dim), query.dtype)
         for tile in run.tiles:
             part = grouped[tile.first : tile.last].permute(1, 2, 0, 3)
             keys, values = (x[:, :, tile.low : tile.high].expand(-1, part.shape[1], -1, -1) for x in (key, value))
@@ -273,18 +317,13 @@ def paged_attention(
 
 
 def _gather(
-    workspace: Workspace,
-    rows: torch.Tensor,
-    key_rows: torch.Tensor,
-    num_kv_heads: int,
-    shape: tuple[int, ...],
-    dtype: torch.dtype,
+    workspace: Workspace, rows: torch.Tensor, wanted: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """K and V of a bucket or run as `shape`; good until the next gather."""
-    key, value = (workspace.rows(name, len(key_rows), rows) for name in ("key", "value"))
-    torch.index_select(rows, 0, key_rows, out=key)
-    torch.index_select(rows, 0, key_rows + num_kv_heads, out=value)
-    return key.view(shape).to(dtype), value.view(shape).to(dtype)
+    both = workspace.rows("kv", len(wanted), rows)
+    torch.index_select(rows, 0, wanted, out=both)
+    key, value = both.view(2, *shape).to(dtype).unbind()
+    return key, value
 
 
 def _attend(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -51,6 +52,29 @@ def test_tiles_of_queries_do_not_change_the_result(window: int | None, monkeypat
     monkeypatch.setattr(reference, "TILE_QUERIES", 4)
     world = World(Case(((0, 13), (9, 7), (30, 4), (11, 1)), window=window))
     np.testing.assert_allclose(world.actual(), world.expected(), atol=3e-6, rtol=0)
+
+
+@pytest.mark.parametrize("window", [None, 30])
+def test_buckets_cut_by_size_do_not_change_the_result(window: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    world = World(Case(((100, 1), (7, 1), (98, 1), (0, 5), (99, 1), (101, 1)), window=window))
+    case = world.case
+    row_nbytes = 2 * case.num_kv_heads * case.head_dim * 4 * (112 if window is None else 40)
+    monkeypatch.setattr(reference, "MAX_BUCKET_NBYTES", 2 * row_nbytes)
+    plan = reference.plan(world.batch, world.pool, torch.float32, Workspace())
+    assert [bucket.num_queries for bucket in plan.buckets] == [2, 2, 1]
+    np.testing.assert_allclose(world.actual(), world.expected(), atol=3e-6, rtol=0)
+
+
+def test_a_bucket_over_the_wrong_queries_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    world = World(Case(((100, 1), (7, 1), (98, 1), (99, 1)), window=30))
+    exact = reference._Planner._bucket
+    monkeypatch.setattr(reference, "MAX_BUCKET_NBYTES", 1)
+
+    def shifted(planner: reference._Planner, members: np.ndarray) -> reference.Bucket:
+        return replace(exact(planner, members), queries=torch.from_numpy((members + 1) % 4))
+
+    monkeypatch.setattr(reference._Planner, "_bucket", shifted)
+    assert np.abs(world.actual() - world.expected()).max() > 1e-2
 
 
 @given(
