@@ -20,6 +20,7 @@ from disagg.engine.engine import Engine, EngineConfig, StepRunner
 from disagg.engine.graphs import DecodeGraphs, GraphMaker, GraphRunner
 from disagg.engine.graphs_cuda import CudaGraphs
 from disagg.engine.model import LoadedModel, load_model
+from disagg.engine.packed import pack_linears
 from disagg.engine.runner import Runner
 from disagg.engine.stats import GraphUse
 from disagg.kernels.dispatch import has_triton
@@ -39,6 +40,8 @@ def make_engine(
     folder = resolve_model(settings.model)
     progress("loading model")
     model = load_model(folder, dtype=settings.dtype, device=settings.device)
+    if model.device.type == "cpu":
+        log.info("packed the weights of %d linear layers", pack_linears(model.module))
     progress("allocating KV cache")
     budget = settings.kv_cache_memory or _default_budget(settings)
     max_model_len = _choose_model_len(settings, model, budget)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -13,7 +14,9 @@ from support.families import FAMILIES, WINDOW, Reference, safe_prompts, save_fam
 
 from disagg.engine import attention
 from disagg.engine.model import LoadedModel, load_model
+from disagg.engine.packed import pack_linears
 from disagg.engine.runner import Runner
+from disagg.kernels.dispatch import CALLS
 
 BLOCK_SIZE = 8
 NUM_TOKENS = 20
@@ -53,6 +56,20 @@ def test_chunked_prefill_mixed_with_decode_answers_as_transformers_does(name: st
     assert len({token for reference in references for token in reference.token_ids}) > 20, "the answers say nothing"
     lives = answers(model, references)
     for live, reference in zip(lives, references, strict=True):
+        assert live.answer == reference.token_ids, f"prompt of {len(reference.prompt)} tokens"
+        assert largest_error(live, reference) < LOGPROB_TOLERANCE
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_packed_linear_layers_answer_as_transformers_does(name: str, folder: Path) -> None:
+    model, references = load_case(name, folder)
+    packed = replace(model, module=deepcopy(model.module))
+    count = pack_linears(packed.module)
+    assert count >= 4 * len(model.layers), "nothing was packed"
+    CALLS.clear()
+    lives = answers(packed, references[2:])
+    assert CALLS["packed_linear"] > count, "the packed layers did not run"
+    for live, reference in zip(lives, references[2:], strict=True):
         assert live.answer == reference.token_ids, f"prompt of {len(reference.prompt)} tokens"
         assert largest_error(live, reference) < LOGPROB_TOLERANCE
 

@@ -1,0 +1,66 @@
+"""Linear layers on a CPU with weights in oneDNN's own order, which a matmul of few rows reads much faster.
+
+Measured per call of 2048 x 768 on one core of a Zen 5, plain and packed: float32 0.74 and 0.43 ms for 8 rows, 1.63 and
+1.04 for 32, 17.9 and 15.7 for 512; bfloat16 0.44 and 0.18 ms, 0.80 and 0.58, 8.0 and 7.5.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from disagg.cache.host_memory import available_nbytes
+from disagg.kernels.dispatch import CALLS
+
+# oneDNN chooses a weight's order for a number of rows. The order for 32 was within 5 % of the best for every number
+# from 1 to 512 in both dtypes.
+ROWS_HINT = 32
+# An embedding that is also the head stays as it is, so packing the head costs its size again: only where it is little.
+MAX_SHARED_FRACTION = 0.1
+
+
+class PackedLinear(torch.nn.Module):
+    """`linear` with its weight packed; the original is not kept. For inference on a CPU."""
+
+    def __init__(self, linear: torch.nn.Linear) -> None:
+        super().__init__()
+        weight = linear.weight.detach()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self._packed = torch.ops.mkldnn._reorder_linear_weight(weight, ROWS_HINT)
+        self._bias = None if linear.bias is None else linear.bias.detach()
+        # Shape and dtype for who asks. Who computes with it gets NaN, not a wrong number.
+        self.weight = weight.new_full((1, 1), float("nan")).expand(weight.shape)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if x.numel() == 0:  # oneDNN refuses no rows: a step in which no prompt ends wants no logits
+            return x.new_empty(*x.shape[:-1], self.out_features)
+        CALLS["packed_linear"] += 1
+        out: torch.Tensor = torch.ops.mkldnn._linear_pointwise.default(x, self._packed, self._bias, "none", [], "")
+        return out
+
+
+def can_pack() -> bool:
+    """Whether this torch has oneDNN and the two operators, which are those that its own compiler uses."""
+    return bool(torch.backends.mkldnn.is_available()) and all(  # type: ignore[no-untyped-call]
+        hasattr(torch.ops.mkldnn, name) for name in ("_reorder_linear_weight", "_linear_pointwise")
+    )
+
+
+def pack_linears(model: torch.nn.Module) -> int:
+    """Replace every plain `Linear` of a model on the CPU by a packed one; how many. 0 where this torch cannot.
+
+    Each original is freed as its copy is made. Subclasses of `Linear` stay: they may do more than multiply.
+    """
+    if not can_pack():
+        return 0
+    owners: dict[int, int] = {}
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            owners[id(parameter)] = owners.get(id(parameter), 0) + 1
+    spare = MAX_SHARED_FRACTION * available_nbytes()
+    count = 0
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if type(child) is torch.nn.Linear and (owners[id(child.weight)] == 1 or child.weight.nbytes <= spare):
+                setattr(parent, name, PackedLinear(child))
+                count += 1
+    return count
