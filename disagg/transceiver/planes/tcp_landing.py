@@ -77,6 +77,7 @@ class TcpLandingPlane(LandingPlane):
         self._discarded: dict[Name, None] = {}
         self._is_lost = True
         self._is_listening, self._heard_at = False, 0.0  # written by the thread, for `_check_silence`
+        self._is_awaiting = False  # written by the thread: whether it waits for a `fetch`
         # Held by the thread for one read that does not block, so that who holds it knows that no slot is written.
         self._turn = threading.Condition()
         self.num_discarded = 0
@@ -128,18 +129,21 @@ class TcpLandingPlane(LandingPlane):
             raise PeerLost(f"the source {job.source} of this tcp plane is gone")
         key, expected = self._key(job), self._expect(job)
         asked_at = time.monotonic()
-        with self._turn:
-            self._expected[key] = expected
-            self._turn.notify()
+        self._expected[key] = expected
+        if self._is_awaiting:  # else the thread looks before it waits; its turn may last as long as a read
+            with self._turn:
+                self._turn.notify()
         try:
             while not (await asyncio.wait({expected.here}, timeout=HEARTBEAT_S))[0]:
                 self._check_silence(asked_at)
             expected.here.result()
-        finally:
+        except BaseException:
             expected.here.cancel()  # nobody waits any more
             with self._turn:
                 expected.views = None
-                self._expected.pop(key, None)
+            raise
+        finally:
+            self._expected.pop(key, None)
         self._landable[key] = expected
 
     def _check_silence(self, since: float) -> None:
@@ -246,14 +250,18 @@ class TcpLandingPlane(LandingPlane):
         key = header.name, header.number
         until = time.monotonic() + KEEP_S
         with self._turn:
-            while key not in self._expected:
-                left = until - time.monotonic()
-                if header.name in self._discarded or left <= 0:
-                    return None
-                if self._is_lost:
-                    raise OSError("closed")
-                self._turn.wait(left)
-            return self._expected[key]
+            self._is_awaiting = True  # before the look: what `fetch` adds after it is notified
+            try:
+                while (expected := self._expected.get(key)) is None:
+                    left = until - time.monotonic()
+                    if header.name in self._discarded or left <= 0:
+                        return None
+                    if self._is_lost:
+                        raise OSError("closed")
+                    self._turn.wait(left)
+            finally:
+                self._is_awaiting = False
+            return expected
 
     def _answer(self, expected: _Expected, error: Exception | None) -> None:
         with contextlib.suppress(RuntimeError):  # the loop ended first
