@@ -108,11 +108,11 @@ class KVCache:
             for group, pool in zip(layout.groups, layout.pool_of_group, strict=True)
         ]
 
-    def open(self, key: Hashable, salt: str = "") -> CachedSequence:
-        """A sequence that holds nothing yet. It shares blocks with sequences of the same `salt` only."""
+    def open(self, key: Hashable, salt: str = "", precision: str = "") -> CachedSequence:
+        """A sequence that holds nothing yet. Blocks are shared within one `salt` and one `precision` history only."""
         assert key not in self._sequences, f"sequence {key} is open already"
         sequence = CachedSequence(key, self._no_tables())
-        sequence.chain = Chain(salt) if self._prefixes is not None else None
+        sequence.chain = Chain(salt, precision=precision) if self._prefixes is not None else None
         self._sequences[key] = sequence
         return sequence
 
@@ -149,7 +149,7 @@ class KVCache:
         if self._prefixes is None or sequence.chain is None or not self.layout.groups:
             return 0
         size = self.layout.block_size
-        match = self._prefixes.match(sequence.chain.salt, tokens[: (len(tokens) - 1) // size * size])
+        match = self._prefixes.match(sequence.chain, tokens[: (len(tokens) - 1) // size * size])
         count = longest_common(match.resident, self.layout, len(tokens))
         for group in range(self.layout.num_groups):
             self._prefixes.count(group, (len(tokens) - 1) // size, count)
@@ -174,7 +174,7 @@ class KVCache:
         assert sequence.capacity == 0, f"sequence {sequence.key} has begun"
         held: Held = tuple(np.empty(0, dtype=np.int64) for _ in self.layout.groups)
         if self._prefixes is not None and sequence.chain is not None:
-            match = self._prefixes.match(sequence.chain.salt, prompt)
+            match = self._prefixes.match(sequence.chain, prompt)
             held = tuple(
                 held_ordinals(resident, group, self.layout.block_size, len(prompt))
                 for group, resident in zip(self.layout.groups, match.resident, strict=True)

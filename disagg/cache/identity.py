@@ -17,7 +17,7 @@ import numpy as np
 
 IDENTITY_NBYTES: Final = 16
 EXACT: Final = b"exact"
-"""The precision history of blocks that were computed here or landed losslessly; a lossy landing would name itself."""
+"""The precision history of blocks that were never stored in another format than this cache's."""
 
 
 class BlockHasher:
@@ -27,9 +27,9 @@ class BlockHasher:
         self._keyed = blake2b(key=key, digest_size=IDENTITY_NBYTES, person=b"disagg-block")
         self._model = model_fingerprint.encode()
 
-    def root(self, salt: str) -> bytes:
-        """The name before a sequence's first block. Parts carry their length, so that none can pose as another."""
-        return self._hash(*(len(part).to_bytes(8, "little") + part for part in (self._model, EXACT, salt.encode())))
+    def root(self, salt: str, precision: str = "") -> bytes:
+        """The name before a sequence's first block. `precision`: see `root_bytes`."""
+        return self._hash(_framed(self._model), root_bytes(salt, precision))
 
     def child(self, parent: bytes, tokens: bytes) -> bytes:
         """The name of the block with `tokens` (`token_bytes`) after the block called `parent`."""
@@ -40,6 +40,18 @@ class BlockHasher:
         for part in parts:
             state.update(part)
         return state.digest()
+
+
+def root_bytes(salt: str, precision: str) -> bytes:
+    """What a root holds in place of tokens: within which KV is shared. `precision` "" = this cache's own format.
+
+    Parts carry their length, so that none can pose as another.
+    """
+    return _framed(b"landed:" + precision.encode() if precision else EXACT) + _framed(salt.encode())
+
+
+def _framed(part: bytes) -> bytes:
+    return len(part).to_bytes(8, "little") + part
 
 
 def token_bytes(tokens: Sequence[int]) -> bytes:

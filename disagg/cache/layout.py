@@ -11,8 +11,11 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
-DTYPE_NBYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+DTYPE_NBYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float8_e4m3fn": 1}
 """Bytes per element of the KV dtypes a cache can hold, by torch's names (this file imports no torch)."""
+
+LayerScales = tuple[tuple[float, ...], tuple[float, ...]]
+"""What a stored number of a layer is worth: (of K, of V), one per KV head."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,6 +24,7 @@ class LayerSpec:
 
     `window` counts the query itself (None = full attention); `num_sink_tokens` are always attended.
     `producer` is the layer whose KV this one reads: itself, or an earlier one (Gemma 3n and 4 share KV).
+    `scales` belong to fp8 KV; None = 1.0 everywhere.
     """
 
     index: int
@@ -30,6 +34,7 @@ class LayerSpec:
     head_dim: int
     dtype: str
     producer: int
+    scales: LayerScales | None = None
 
     def __post_init__(self) -> None:
         if self.window is not None and self.window < 1:
@@ -40,6 +45,10 @@ class LayerSpec:
             raise ValueError(f"layer {self.index}: {self.num_kv_heads} KV heads of dimension {self.head_dim}")
         if self.dtype not in DTYPE_NBYTES:
             raise ValueError(f"layer {self.index}: KV dtype `{self.dtype}`, expected one of {sorted(DTYPE_NBYTES)}")
+        if self.scales is not None and self.dtype != "float8_e4m3fn":
+            raise ValueError(f"layer {self.index}: scales belong to fp8 KV, not to {self.dtype}")
+        if self.scales is not None and any(len(half) != self.num_kv_heads for half in self.scales):
+            raise ValueError(f"layer {self.index}: expected {self.num_kv_heads} scales for K and for V")
 
     @property
     def owns_kv(self) -> bool:
@@ -48,7 +57,10 @@ class LayerSpec:
 
 @dataclass(frozen=True, slots=True)
 class LayerGroup:
-    """Layers that allocate together. `layers`: model layer indexes, ascending; their rank is their place in a slot."""
+    """Layers that allocate together. `layers`: model layer indexes, ascending; their rank is their place in a slot.
+
+    `scales`: one entry per layer, or none at all where every stored number is worth what it says.
+    """
 
     name: str
     window: int | None
@@ -57,6 +69,7 @@ class LayerGroup:
     head_dim: int
     dtype: str
     layers: tuple[int, ...]
+    scales: tuple[LayerScales, ...] = ()
 
     def slot_nbytes(self, block_size: int) -> int:
         """Bytes of one block of all layers of the group: layers x (K, V) x heads x tokens x dim x element."""
@@ -157,11 +170,22 @@ def _normalised(layer: LayerSpec, max_model_len: int) -> LayerSpec:
 
 
 def _grouped(layers: Iterable[LayerSpec]) -> list[LayerGroup]:
-    members: dict[tuple[int | None, int, int, int, str], list[int]] = {}
+    members: dict[tuple[int | None, int, int, int, str], list[LayerSpec]] = {}
     for layer in layers:
         key = (layer.window, layer.num_sink_tokens, layer.num_kv_heads, layer.head_dim, layer.dtype)
-        members.setdefault(key, []).append(layer.index)
-    return [LayerGroup("", *key, layers=tuple(sorted(indexes))) for key, indexes in members.items()]
+        members.setdefault(key, []).append(layer)
+    ordered = {key: sorted(specs, key=lambda layer: layer.index) for key, specs in members.items()}
+    return [
+        LayerGroup("", *key, layers=tuple(layer.index for layer in specs), scales=_scales(specs))
+        for key, specs in ordered.items()
+    ]
+
+
+def _scales(layers: Sequence[LayerSpec]) -> tuple[LayerScales, ...]:
+    """Of all layers, or none: equal formats have one form, and can be compared as they stand."""
+    ones = [((1.0,) * layer.num_kv_heads,) * 2 for layer in layers]
+    given = [layer.scales or one for layer, one in zip(layers, ones, strict=True)]
+    return () if given == ones else tuple(given)
 
 
 def _named(groups: Sequence[LayerGroup]) -> tuple[LayerGroup, ...]:

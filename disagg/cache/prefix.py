@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from disagg.cache.identity import BlockHasher, token_bytes
+from disagg.cache.identity import BlockHasher, root_bytes, token_bytes
 
 NO_SLOT = -1
 
@@ -47,10 +47,10 @@ class PrefixTree:
     def __iter__(self) -> Iterator[Node]:
         return iter(self._nodes.values())
 
-    def match(self, salt: str, tokens: Sequence[int]) -> list[Node]:
+    def match(self, salt: str, tokens: Sequence[int], precision: str = "") -> list[Node]:
         """The nodes of the longest known prefix of the whole blocks of `tokens`."""
         path: list[Node] = []
-        node = self._find(self._hasher.root(salt), None, salt.encode())
+        node = self._find(self._hasher.root(salt, precision), None, root_bytes(salt, precision))
         blocks = token_bytes(tokens)
         step = 8 * self._block_size
         for start in range(0, len(blocks) - step + 1, step):
@@ -62,9 +62,9 @@ class PrefixTree:
                 path.append(node)
         return path
 
-    def root(self, salt: str) -> Node | None:
+    def root(self, salt: str, precision: str = "") -> Node | None:
         """The node before the first block, made if need be; None when its name is taken."""
-        return self._find_or_add(self._hasher.root(salt), None, salt.encode())
+        return self._find_or_add(self._hasher.root(salt, precision), None, root_bytes(salt, precision))
 
     def child(self, parent: Node, block: bytes) -> Node | None:
         """The node of the block with these tokens (`token_bytes`) after `parent`, made if need be; None: name taken."""

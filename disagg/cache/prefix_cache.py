@@ -27,6 +27,8 @@ class Chain:
     path: list[Node] = field(default_factory=list)
     is_stopped: bool = False
     """Nothing of this sequence is registered any more: a name was taken, or a block before it lost trust."""
+    precision: str = ""
+    """The formats that its KV has been through before it came here; "" = this cache's own."""
 
 
 @dataclass(slots=True)
@@ -60,9 +62,9 @@ class PrefixCache:
             pool.on_evict = lambda slot, number=number: self._forget(number, slot)  # type: ignore[misc]
         self.counts = tuple(ReuseCount() for _ in layout.groups)
 
-    def match(self, salt: str, tokens: Sequence[int]) -> Match:
-        """What is known of the whole blocks of `tokens`. Changes nothing, references nothing."""
-        path = self.tree.match(salt, tokens)
+    def match(self, chain: Chain, tokens: Sequence[int]) -> Match:
+        """What a sequence may use of the whole blocks of `tokens`. Changes nothing, references nothing."""
+        path = self.tree.match(chain.salt, tokens, chain.precision)
         slots = np.array([node.slots for node in path], dtype=np.int32).reshape(len(path), self._layout.num_groups)
         return Match(path, tuple(np.ascontiguousarray(column) for column in slots.T))
 
@@ -138,7 +140,7 @@ class PrefixCache:
         if ordinal < len(chain.path):
             return chain.path[ordinal]
         assert ordinal == len(chain.path)
-        before = chain.path[-1] if chain.path else self.tree.root(chain.salt)
+        before = chain.path[-1] if chain.path else self.tree.root(chain.salt, chain.precision)
         node = None if before is None else self.tree.child(before, block)
         if node is not None:
             self.tree.pin(node)

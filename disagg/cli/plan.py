@@ -21,6 +21,7 @@ from disagg.config.quantities import format_nbytes
 from disagg.config.settings import PlanSettings
 from disagg.engine.checkpoint import ModelRefused, resolve_model
 from disagg.engine.footprint import Footprint, GroupFootprint, footprint
+from disagg.engine.kv_dtype import resolve_kv_dtype
 from disagg.engine.model import Skeleton, read_skeleton, resolve_dtype
 from disagg.transceiver.plan import runs_of
 
@@ -70,12 +71,18 @@ def model_layout(settings: PlanSettings) -> tuple[CacheLayout, int]:
     max_model_len = settings.max_model_len or limit
     if max_model_len > limit:
         raise ModelRefused(f"`--max-model-len`: {max_model_len}, but the model was made for at most {limit} tokens")
-    layers = skeleton.layers(_dtype(folder, skeleton, settings.dtype))
+    layers = skeleton.layers(_kv_dtype(folder, skeleton, settings))
     uses_scratch = settings.swa_scratch != "off"
     layout = derive_layout(
         layers, block_size=settings.block_size, max_model_len=max_model_len, uses_scratch=uses_scratch
     )
     return layout, max_model_len
+
+
+def _kv_dtype(folder: Path, skeleton: Skeleton, settings: PlanSettings) -> str:
+    if settings.kv_cache_dtype != "auto":
+        return resolve_kv_dtype(settings.kv_cache_dtype, "")
+    return _dtype(folder, skeleton, settings.dtype)
 
 
 def _dtype(folder: Path, skeleton: Skeleton, dtype: str) -> str:

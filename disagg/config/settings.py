@@ -42,6 +42,11 @@ Sizes = Annotated[tuple[Nbytes, ...], BeforeValidator(split_list)]
 GroupTokens = Annotated[tuple[str, ...], AfterValidator(group_tokens), BeforeValidator(split_list)]
 Scratch = Annotated[Literal["off", "on", "reuse"], BeforeValidator(yaml_switch)]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+KvDtype = Annotated[
+    Literal["auto", "float32", "bfloat16", "float16", "fp8_e4m3"],
+    BeforeValidator(lambda value: "fp8_e4m3" if value == "fp8" else value),
+]
+KV_DTYPE_HELP: Final = "KV cache type; `fp8` is fp8_e4m3, auto the compute type"
 
 
 class ModelSettings(BaseModel):
@@ -65,7 +70,8 @@ class ModelSettings(BaseModel):
 class PlanSettings(ModelSettings):
     """`disagg plan`."""
 
-    dtype: Dtype = Field("auto", description="Compute and KV type")
+    dtype: Dtype = Field("auto", description="Compute type")
+    kv_cache_dtype: KvDtype = Field("auto", description=KV_DTYPE_HELP)
     prompt_len: Count | None = Field(None, description="Tokens of the prompt [default: as many as a sequence may have]")
     block_size: BlockSize = Field(16, description="Tokens per KV block; a power of two")
     max_model_len: Count | None = Field(None, description="Prompt plus answer limit [default: what the model allows]")
@@ -131,7 +137,11 @@ class RouterSettings(HttpSettings, SecretSettings):
 class EngineSettings(Settings):
     """What a worker computes with. `up` hands them to all of its workers."""
 
-    dtype: Dtype = Field("auto", description="Compute and KV type")
+    dtype: Dtype = Field("auto", description="Compute type")
+    kv_cache_dtype: KvDtype = Field("auto", description=KV_DTYPE_HELP)
+    kv_scales: Path | None = Field(
+        None, description="JSON file with fp8 scales per layer [default: the checkpoint's, else 1.0]"
+    )
     block_size: BlockSize = Field(16, description="Tokens per KV block; a power of two")
     max_model_len: Count | None = Field(
         None, description="Prompt plus answer limit [default: what model and memory allow]"

@@ -12,6 +12,7 @@ from disagg.cache.layout import LayerSpec
 from disagg.engine.probe import CURRENT_PROBE
 from disagg.kernels import ops
 from disagg.kernels.ops import Plan
+from disagg.kernels.scales import KVScales
 
 
 class WindowMismatch(Exception):
@@ -20,11 +21,12 @@ class WindowMismatch(Exception):
 
 @dataclass(frozen=True, slots=True)
 class LayerCall:
-    """One layer's part of a step: its pool (the producer's, where KV is shared) and its group's plan."""
+    """One layer's part of a step: its pool and scales (the producer's, where KV is shared) and its group's plan."""
 
     spec: LayerSpec
     pool: torch.Tensor
     plan: Plan
+    scales: KVScales | None = None
 
 
 Step = Mapping[int, LayerCall]
@@ -63,9 +65,15 @@ def paged_attention(
             f"layer {call.spec.index}: attention called with window {sliding_window}, laid out for {call.spec.window}"
         )
     if call.spec.owns_kv:
-        ops.write_kv(call.pool, call.plan, key[0].transpose(0, 1), value[0].transpose(0, 1))
+        ops.write_kv(call.pool, call.plan, key[0].transpose(0, 1), value[0].transpose(0, 1), scales=call.scales)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     out = ops.paged_attention(
-        query[0].transpose(0, 1), call.pool, call.plan, scale=scale, softcap=softcap, sink_logits=s_aux
+        query[0].transpose(0, 1),
+        call.pool,
+        call.plan,
+        scale=scale,
+        softcap=softcap,
+        sink_logits=s_aux,
+        scales=call.scales,
     )
     return out[None], None

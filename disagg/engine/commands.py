@@ -39,11 +39,15 @@ class Pin:
 
 @dataclass(frozen=True, slots=True)
 class Reserve:
-    """Make room for KV to be received: history = prompt length, decode peak promised. Answered by `ReservedEvent`."""
+    """Make room for KV to be received: history = prompt length, decode peak promised. Answered by `ReservedEvent`.
+
+    `precision` names the formats the KV has been through; "" = this cache's own. KV is reused within one of them only.
+    """
 
     key: AttemptKey
     prompt: tuple[int, ...]
     sampling: Sampling
+    precision: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -167,7 +167,7 @@ class Engine:
             case Prefill():
                 return self._add(PromptSequence(_request(command), serves=False))
             case Reserve():
-                return self._add(Reservation(_request(command)))
+                return self._add(Reservation(_request(command), command.precision))
             case Pin():
                 return self._pin(command)
             case Decode():

@@ -22,6 +22,7 @@ from disagg.engine.probe import CURRENT_PROBE, AttentionCall, Probe
 from disagg.kernels import ops
 from disagg.kernels.batch import PagedBatch, QueryRun
 from disagg.kernels.qkv import HeadNorms, Rotary, head_norms
+from disagg.kernels.scales import KVScales
 from disagg.kernels.workspace import Workspace
 
 log = logging.getLogger(__name__)
@@ -76,7 +77,7 @@ class FusedAttention:
             raise WindowMismatch(
                 f"layer {call.layer}: attention called with window {call.window}, laid out for {step.spec.window}"
             )
-        query = self.preprocess(hidden_states[0], position_embeddings, step.pool, step.plan)
+        query = self.preprocess(hidden_states[0], position_embeddings, step.pool, step.plan, step.scales)
         out = ops.paged_attention(
             query,
             step.pool,
@@ -84,11 +85,19 @@ class FusedAttention:
             scale=query.shape[-1] ** -0.5 if call.scale is None else call.scale,
             softcap=call.softcap,
             sink_logits=cast(torch.Tensor, self.module.sinks) if call.has_sink_logits else None,
+            scales=step.scales,
         )
         projected: torch.Tensor = cast(nn.Linear, self.module.o_proj)(out.flatten(1))
         return projected[None], None
 
-    def preprocess(self, hidden: torch.Tensor, embeddings: Any, pool: torch.Tensor, plan: ops.Plan) -> torch.Tensor:
+    def preprocess(
+        self,
+        hidden: torch.Tensor,
+        embeddings: Any,
+        pool: torch.Tensor,
+        plan: ops.Plan,
+        scales: KVScales | None = None,
+    ) -> torch.Tensor:
         """Store K and V of `hidden` `[num_queries, hidden]`; Q `[num_queries, num_heads, head_dim]`."""
         return ops.preprocess_qkv(
             functional.linear(hidden, self.weight),
@@ -98,6 +107,7 @@ class FusedAttention:
             bias=self.bias,
             norms=self.norms,
             angles=self.angles.of(embeddings, self.half),
+            scales=scales,
         )
 
 

@@ -8,6 +8,7 @@ import torch
 
 from disagg.cache.cache import KVCache
 from disagg.engine.attention import LayerCall, Step
+from disagg.engine.kv_dtype import kernel_scales
 from disagg.engine.model import LoadedModel
 from disagg.engine.runner import Chunk
 from disagg.kernels.decode_plan import DecodePlan
@@ -43,9 +44,13 @@ class DecodeInputs:
     def step(self, count: int) -> Step:
         """What attention needs in a graph of `count` rows."""
         plans = [plan.rows(count) for plan in self._plans]
+        layout, scales = self._cache.layout, kernel_scales(self._model.layers, self._model.saturated)
         return {
             layer.index: LayerCall(
-                layer, self._cache.layer_view(layer.index), plans[self._cache.layout.place(layer.index)[0]]
+                layer,
+                self._cache.layer_view(layer.index),
+                plans[layout.place(layer.index)[0]],
+                scales.get(layer.index),
             )
             for layer in self._model.layers
         }

@@ -6,7 +6,7 @@ import json
 import logging
 import time
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from disagg.engine.architecture import (
     rope_by_layer_type,
 )
 from disagg.engine.fused_qkv import fuse
+from disagg.engine.kv_dtype import NO_SCALES, Scales, is_scale_name, read_scales, resolve_kv_dtype
 from disagg.engine.probe import AttentionCall, probe
 from disagg.engine.weights import ModelRefused, read_config, read_tensors
 from disagg.kernels.dispatch import fuses_qkv
@@ -54,7 +55,7 @@ class Skeleton:
     def max_position_embeddings(self) -> int:
         return int(self.config.max_position_embeddings)
 
-    def layers(self, dtype: str) -> tuple[LayerSpec, ...]:
+    def layers(self, dtype: str, scales: Scales = NO_SCALES) -> tuple[LayerSpec, ...]:
         """Each attention layer as it calls attention, KV stored in `dtype`. No supported class has sink tokens."""
         return tuple(
             LayerSpec(
@@ -65,6 +66,7 @@ class Skeleton:
                 head_dim=call.head_dim,
                 dtype=dtype,
                 producer=call.producer,
+                scales=scales.get(call.layer),
             )
             for call in self.calls
         )
@@ -81,7 +83,10 @@ class Skeleton:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LoadedModel:
-    """A model ready to run. `dtype`: torch's name of the compute dtype; `attention`: see `Skeleton.attention`."""
+    """A model ready to run. `dtype`: torch's name of the compute dtype; `attention`: see `Skeleton.attention`.
+
+    `saturated`: int64 scalar on the device, counts numbers that were stored as the largest of an fp8 cache.
+    """
 
     module: torch.nn.Module
     layers: tuple[LayerSpec, ...]
@@ -91,6 +96,7 @@ class LoadedModel:
     device: torch.device
     attention: str
     weights_nbytes: int
+    saturated: torch.Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.int64))
 
 
 def read_skeleton(folder: Path) -> Skeleton:
@@ -150,15 +156,25 @@ def _weights_dtype(folder: Path) -> str:
     return nbytes.most_common(1)[0][0] if nbytes else "float32"
 
 
-def load_model(folder: Path, *, dtype: str = "auto", device: str = "cpu") -> LoadedModel:
+def load_model(
+    folder: Path,
+    *,
+    dtype: str = "auto",
+    device: str = "cpu",
+    kv_cache_dtype: str = "auto",
+    kv_scales: Path | None = None,
+) -> LoadedModel:
     """Build the model and read its weights. Raises ModelRefused: unsupported, damaged, or too large for the memory.
 
+    `kv_cache_dtype` as the flag names it; `kv_scales` is a file to read in place of the checkpoint's scales.
     The memory is compared before any weight is read; progress goes to the log.
     """
     skeleton = read_skeleton(folder)
     read_tensors(folder)  # whole files, or a sentence, before minutes are spent on them
     dtype_name = resolve_dtype(folder, skeleton, dtype)
     torch_dtype: torch.dtype = getattr(torch, dtype_name)
+    kv_dtype = resolve_kv_dtype(kv_cache_dtype, dtype_name)
+    scales = read_scales(folder, kv_dtype, kv_scales, {call.layer: call.num_kv_heads for call in skeleton.calls})
     nbytes = skeleton.num_parameters * torch_dtype.itemsize
     _check_memory(folder, nbytes, dtype_name, torch.device(device), skeleton.is_quantised)
     started = time.monotonic()
@@ -170,13 +186,14 @@ def load_model(folder: Path, *, dtype: str = "auto", device: str = "cpu") -> Loa
     log.info("loaded %s: %.2f GiB in %s, %.1f s", folder, nbytes / GIB, dtype_name, time.monotonic() - started)
     return LoadedModel(
         module=module,
-        layers=skeleton.layers(dtype_name),
+        layers=skeleton.layers(kv_dtype, scales),
         vocab_size=skeleton.vocab_size,
         max_position_embeddings=skeleton.max_position_embeddings,
         dtype=dtype_name,
         device=torch.device(device),
         attention=skeleton.attention,
         weights_nbytes=nbytes,
+        saturated=torch.zeros((), dtype=torch.int64, device=device),
     )
 
 
@@ -200,7 +217,7 @@ def _read_weights(folder: Path, skeleton: Skeleton, dtype: torch.dtype) -> torch
         raise ModelRefused(f"the weights in `{folder}` cannot be loaded: {_first_line(exc)}") from exc
     if missing:  # transformers would fill them with noise and say so in a warning
         raise ModelRefused(f"the weights in `{folder}` lack {len(missing)} tensors, such as `{min(missing)}`")
-    surplus = sorted(name for name in unexpected if not architecture.is_expected_extra(name))
+    surplus = sorted(n for n in unexpected if not architecture.is_expected_extra(n) and not is_scale_name(n))
     if surplus:
         log.warning("%s: %d tensors are not used, such as `%s`", folder, len(surplus), surplus[0])
     return module

@@ -13,6 +13,7 @@ import torch
 from disagg.cache.cache import KVCache
 from disagg.cache.scratch import Scratch, page_table
 from disagg.engine.attention import CURRENT_STEP, LayerCall, Step
+from disagg.engine.kv_dtype import kernel_scales
 from disagg.engine.model import LoadedModel
 from disagg.kernels import ops
 from disagg.kernels.batch import PagedBatch, QueryRun
@@ -46,6 +47,7 @@ class Runner:
         self.model, self.cache = model, cache
         self._dtype: torch.dtype = getattr(torch, model.dtype)
         self._pools = {layer.index: cache.layer_view(layer.index) for layer in model.layers}
+        self._scales = kernel_scales(model.layers, model.saturated)
         self._workspace = Workspace()
         self._places = {layer.index: cache.layout.place(layer.index) for layer in model.layers}
         self._pages = [cache.page_view(number) for number in range(cache.layout.num_groups)]
@@ -84,7 +86,8 @@ class Runner:
         for layer in self.model.layers:
             group, position = self._places[layer.index]
             own_pool, plan = self._pools[layer.index], plans[group][position % len(plans[group])]
-            calls[layer.index] = LayerCall(layer, own_pool if len(plans[group]) == 1 else self._pages[group], plan)
+            pool = own_pool if len(plans[group]) == 1 else self._pages[group]
+            calls[layer.index] = LayerCall(layer, pool, plan, self._scales.get(layer.index))
         return calls
 
     def _plans(self, number: int, chunks: Sequence[Chunk]) -> list[ops.Plan]:

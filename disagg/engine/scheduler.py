@@ -226,7 +226,8 @@ class Scheduler:
         return dropped
 
     def _start(self, sequence: Promised) -> list[EngineEvent]:
-        sequence.cached = self._cache.open(sequence.key, sequence.request.sampling.cache_salt)
+        precision = sequence.precision if isinstance(sequence, Reservation) else ""
+        sequence.cached = self._cache.open(sequence.key, sequence.request.sampling.cache_salt, precision)
         if isinstance(sequence, Reservation):
             return [self._reserve(sequence)]
         events: list[EngineEvent] = []

@@ -115,6 +115,7 @@ class Reservation:
     """
 
     request: Request
+    precision: str = ""
     cached: CachedSequence | None = None
     awaited: tuple[tuple[tuple[int, int], ...], ...] = ()
 

@@ -270,6 +270,8 @@ def _rows(pool: torch.Tensor, width: int) -> torch.Tensor:
 def write_kv(pool: torch.Tensor, plan: Plan, key: torch.Tensor, value: torch.Tensor, scales: KVScales | None) -> None:
     both = torch.stack([key.transpose(0, 1), value.transpose(0, 1)])
     scale = None if scales is None else torch.stack([scales.key, scales.value])[:, :, None, None]
+    if scales is not None:
+        scales.count_saturated(both, pool.dtype)
     kv, head_dim = quantise(both, pool.dtype, scale).reshape(-1, pool.shape[4]), pool.shape[4]
     rows = _rows(pool, head_dim)
     raw(rows).index_copy_(0, plan.write_rows, raw(kv))  # torch has no index_copy_ for eight-bit floats

@@ -11,16 +11,26 @@ EIGHT_BIT_FLOATS = (torch.float8_e4m3fn, torch.float8_e5m2)
 
 @dataclass(frozen=True, slots=True)
 class KVScales:
-    """float32 `[num_kv_heads]` on the pool's device: K is worth `stored * key[head]`, V `stored * value[head]`."""
+    """float32 `[num_kv_heads]` on the pool's device: K is worth `stored * key[head]`, V `stored * value[head]`.
+
+    `saturated`, an int64 scalar, counts numbers that were beyond what the pool's dtype holds when they were stored.
+    """
 
     key: torch.Tensor
     value: torch.Tensor
+    saturated: torch.Tensor | None = None
 
     def __post_init__(self) -> None:
         assert self.key.shape == self.value.shape
         assert self.key.dtype == self.value.dtype == torch.float32
         assert self.key.is_contiguous()
         assert self.value.is_contiguous()
+
+    def count_saturated(self, both: torch.Tensor, dtype: torch.dtype) -> None:
+        """`both` `[2, num_kv_heads, n, head_dim]`: K and V that are about to be stored. Waits for no device."""
+        if self.saturated is not None:
+            limit = torch.stack([self.key, self.value])[:, :, None, None] * torch.finfo(dtype).max
+            self.saturated.add_(((both.abs() > limit) & torch.isfinite(both)).sum())
 
 
 def quantise(x: torch.Tensor, dtype: torch.dtype, scale: torch.Tensor | None) -> torch.Tensor:

@@ -50,7 +50,7 @@ class Worker:
     @property
     def target(self) -> PeerTarget:
         register = self.register
-        return PeerTarget(self.incarnation, self.worker_id, register.peer_endpoint, register.geometry.block_size)
+        return PeerTarget(self.incarnation, self.worker_id, register.peer_endpoint, register.geometry)
 
     def state(self, now: float) -> WorkerState:
         if self.draining or self.lease.state == DRAINING:

@@ -60,6 +60,16 @@ class Verified:
 
 
 @dataclass(frozen=True, slots=True)
+class PartVerified:
+    """Receiver, once, in place of `Verified` where ranks are joined: this pair of ranks is done. No licence.
+
+    `first_token` comes from the prefill worker's rank 0.
+    """
+
+    first_token: FirstToken | None
+
+
+@dataclass(frozen=True, slots=True)
 class ReportFailed:
     """Receiver, once: this epoch failed, its landing jobs are joined. `reason` is for the router, who owns attempts."""
 
@@ -96,6 +106,7 @@ Action = (
     | Land
     | StopLanding
     | Verified
+    | PartVerified
     | ReportFailed
     | FreeReservation
     | UnregisterUnits

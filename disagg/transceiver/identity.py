@@ -6,12 +6,18 @@ A difference is refused by the name of the field and both values, so that an ope
 from __future__ import annotations
 
 from dataclasses import fields, is_dataclass, replace
-from typing import Any
+from math import inf
+from typing import Any, Final
 
+from disagg.transceiver.convert import FP8
 from disagg.transceiver.messages.values import Geometry, Identity
+from disagg.transceiver.ranks import MAX_RANKS, is_contiguous, natural_slot_nbytes, side_of
+from disagg.transceiver.reshape import inconvertible_field
 
 Difference = tuple[str, str, str]
 """(field, ours, theirs); nested fields are named by their path, as in `groups[1].window`."""
+
+_RANK_FIELDS: Final = ("tensor_parallel_size", "pipeline_parallel_size", "stages", "rank")
 
 
 def differing_field(ours: Identity | Geometry, theirs: Identity | Geometry) -> Difference | None:
@@ -20,18 +26,59 @@ def differing_field(ours: Identity | Geometry, theirs: Identity | Geometry) -> D
     return _first_difference("", ours, theirs)
 
 
-def geometry_difference(ours: Geometry, theirs: Geometry) -> Difference | None:
-    """The first field of two geometries that nothing converts between running workers; None when they can pair.
+def geometry_difference(ours: Geometry, theirs: Geometry, *, joins_ranks: bool = False) -> Difference | None:
+    """The first field of two geometries that nothing converts; None when these two can pair.
 
-    Block sizes may differ where one divides the other, and slot bytes with them; what else `reshape` could plan is
-    refused until both ends of a transfer carry it.
+    Block sizes may differ where one divides the other, and KV dtypes and scales; ranks only where they are joined.
     """
-    sizes = ours.block_size, theirs.block_size
-    if sizes[0] == sizes[1] or min(sizes) < 1 or max(sizes) % min(sizes) or "," in ours.kv_dtype:
+    if ours == theirs:
+        return None
+    if _is_mixed(ours) or _is_mixed(theirs):
         return differing_field(ours, theirs)
-    per_token = [[nbytes * size for nbytes in g.slot_nbytes] for g, size in ((ours, sizes[1]), (theirs, sizes[0]))]
-    scaled = ours.slot_nbytes if per_token[0] == per_token[1] else theirs.slot_nbytes
-    return differing_field(ours, replace(theirs, block_size=ours.block_size, slot_nbytes=scaled))
+    free = ("block_size", "kv_dtype", "kv_scales", "slot_nbytes", *(_RANK_FIELDS if joins_ranks else ()))
+    same = replace(theirs, **{name: getattr(ours, name) for name in free})
+    name = _inconvertible(ours, theirs)
+    if name is not None and name not in _RANK_FIELDS:
+        return name, str(getattr(ours, name)), str(getattr(theirs, name))
+    if (found := differing_field(ours, same)) is not None:
+        return found
+    name = name or _impossible(ours) or _impossible(theirs)
+    return None if name is None else (name, str(getattr(ours, name)), str(getattr(theirs, name)))
+
+
+def _is_mixed(geometry: Geometry) -> bool:
+    """Groups of several KV dtypes: units have one."""
+    return "," in geometry.kv_dtype
+
+
+def _inconvertible(ours: Geometry, theirs: Geometry) -> str | None:
+    """What no plan converts. A peer's numbers are looked at before anything is computed from them."""
+    for one in (ours, theirs):
+        if not 1 <= one.tensor_parallel_size <= MAX_RANKS:
+            return "tensor_parallel_size"
+        if (len(one.stages) or 1) != one.pipeline_parallel_size or not is_contiguous(one):
+            return "pipeline_parallel_size"
+        if not 0 <= one.rank < one.tensor_parallel_size * one.pipeline_parallel_size:
+            return "rank"
+    return inconvertible_field(ours.groups, side_of(ours), side_of(theirs))
+
+
+def _impossible(geometry: Geometry) -> str | None:
+    """A field that contradicts the others of its record."""
+    if geometry.kv_scales and (geometry.kv_dtype != FP8 or not _are_scales(geometry)):
+        return "kv_scales"
+    return None if natural_slot_nbytes(geometry) == geometry.slot_nbytes else "slot_nbytes"
+
+
+def _are_scales(geometry: Geometry) -> bool:
+    """Positive numbers, of each group for every layer and head of the model, or none."""
+    if len(geometry.kv_scales) != len(geometry.groups):
+        return False
+    return all(
+        len(scales) in (0, len(group.layers))
+        and all(len(half) == group.num_kv_heads and all(0 < x < inf for x in half) for pair in scales for half in pair)
+        for group, scales in zip(geometry.groups, geometry.kv_scales, strict=True)
+    )
 
 
 def _first_difference(path: str, ours: Any, theirs: Any) -> Difference | None:

@@ -160,7 +160,7 @@ class LandingThread:
             hasher.look(self._pools, ints([u.pool for u in units]), ints([u.slot for u in units]))
             return Landed(hasher.landed(), num_operations)
         for start, stop, rows in plane.landed(job):
-            finite = finite_rows(rows, self._dtypes[units[start].group]).tolist()
+            finite = finite_rows(rows, plane.wire_dtype).tolist()
             landed += [
                 LandedUnit(unit.group, unit.ordinal, digest(row), is_finite)
                 for unit, row, is_finite in zip(units[start:stop], rows, finite, strict=True)

@@ -23,3 +23,5 @@ class Node:
     identity: Identity
     geometry: Geometry
     keys: ClusterKeys
+    joins_ranks: bool = False
+    """Is this one rank of several, with a leader that joins them? Then peers may be cut into ranks otherwise."""

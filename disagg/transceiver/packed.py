@@ -230,6 +230,11 @@ class Unpacker:
         self.num_saturated = 0
 
     @property
+    def can_reread(self) -> bool:
+        """Whether the wire's bytes can be made from what lies in the destination."""
+        return self.is_lossless or not self._is_converted
+
+    @property
     def unit_nbytes(self) -> int:
         return _nbytes(self._destination.unit_shape, self.wire_dtype)
 
@@ -243,8 +248,8 @@ class Unpacker:
         self._destination.write(slots, tokens, values)
 
     def reread(self, slots: Ints, tokens: Ints) -> torch.Tensor:
-        """The wire's bytes of units as they lie in a lossless destination: what its digest is made of."""
-        assert self.is_lossless, "a lossy landing is hashed before its conversion"
+        """The wire's bytes of units as they lie in the destination: what its digest is made of."""
+        assert self.can_reread, "a landing that rounds is hashed before its conversion"
         values = self._destination.read(slots, tokens).to(getattr(torch, self.wire_dtype))
         return values.reshape(-1).view(torch.uint8).reshape(len(slots), self.unit_nbytes)
 

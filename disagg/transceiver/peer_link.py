@@ -29,7 +29,6 @@ from disagg.transceiver.planes.probe import measure
 from disagg.transceiver.planes.reshaping import ReshapingPlane
 from disagg.transceiver.sockets import Sockets
 from disagg.transceiver.timing import HEARTBEAT_S, LOST_S, SUSPECT_S
-from disagg.transceiver.units import SlotUnits, peer_unit
 
 log = logging.getLogger(__name__)
 
@@ -74,8 +73,13 @@ class PeerLink:
         self._plane_lost = asyncio.Event()
         self.plane: LandingPlane | None = None
         self.unit_nbytes: tuple[int, ...] = ()
-        """Bytes of a unit per group where the peer's block size differs; empty where a unit is a slot."""
+        """Bytes of a unit per group where the peer's geometry differs; empty where a unit is a slot."""
         self.gb_per_s = 0.0
+
+    @property
+    def num_saturated(self) -> int:
+        """Numbers of this connection that landed as the largest of our format."""
+        return self.plane.cut.num_saturated if isinstance(self.plane, ReshapingPlane) else 0
 
     @property
     def is_ready(self) -> bool:
@@ -154,7 +158,9 @@ class PeerLink:
                 raise PeerLost("another process answers at its endpoint")
             case Welcome():
                 ours, theirs = self._node.geometry, answer.geometry
-                difference = differing_field(self._node.identity, answer.identity) or geometry_difference(ours, theirs)
+                difference = differing_field(self._node.identity, answer.identity) or geometry_difference(
+                    ours, theirs, joins_ranks=self._node.joins_ranks
+                )
                 if difference is not None:
                     raise PeerRefused(*difference)
                 return answer
@@ -191,13 +197,11 @@ class PeerLink:
     def _suited(self, plane: LandingPlane, theirs: Geometry) -> tuple[LandingPlane, Sequence[PoolRegion]]:
         """The plane for a sender of this geometry, and what to connect it with."""
         ours = self._node.geometry
-        unit = peer_unit(ours, theirs.block_size)
         self.unit_nbytes = ()
-        if ours.block_size == theirs.block_size:
+        if ours == theirs:
             return plane, self._pools
-        cut = SlotUnits(ours, self._pools, unit)
-        self.unit_nbytes = cut.unit_nbytes
-        reshaping = ReshapingPlane(plane, theirs, cut, self._pools)
+        reshaping = ReshapingPlane(plane, theirs, ours, self._pools)
+        self.unit_nbytes = reshaping.cut.unit_nbytes
         return reshaping, reshaping.probe_pools
 
     def _say_which(self, plane: LandingPlane, refusals: Sequence[str]) -> None:

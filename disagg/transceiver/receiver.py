@@ -12,12 +12,12 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from disagg.transceiver import reasons
-from disagg.transceiver.actions import FreeReservation, Land, ReportFailed, StopLanding, Verified
+from disagg.transceiver.actions import FreeReservation, Land, PartVerified, ReportFailed, StopLanding, Verified
 from disagg.transceiver.errors import LocalProtocolError, RemoteProtocolError
 from disagg.transceiver.events import CancelAsked, LandingFailed, LandingStopped, PeerGone, Reserved, SliceLanded, Tick
 from disagg.transceiver.inbox import BadSliceError, Inbox
 from disagg.transceiver.keys import ClusterKeys
-from disagg.transceiver.manifest import is_sealed, whole_group
+from disagg.transceiver.manifest import is_sealed
 from disagg.transceiver.messages.peer import (
     Accepted,
     Ack,
@@ -32,7 +32,8 @@ from disagg.transceiver.messages.peer import (
     Slice,
 )
 from disagg.transceiver.messages.values import FirstToken, Geometry, UnitName
-from disagg.transceiver.plan import check_required, needed_units
+from disagg.transceiver.plan import check_required
+from disagg.transceiver.ranks import Part
 from disagg.transceiver.repeat import Repeat
 from disagg.transceiver.side import Ends, Side
 from disagg.transceiver.state import Kind, Role, State
@@ -50,6 +51,7 @@ class Order:
     geometry: Geometry
     keys: ClusterKeys
     deadline_s: float
+    part: Part
 
 
 class Receiver(Side):
@@ -94,7 +96,8 @@ class Receiver(Side):
     def _check_reserved(self, event: Reserved) -> None:
         geometry = self._order.geometry
         try:
-            check_required(event.required, needed_units(geometry.groups, event.prompt_len, geometry.block_size))
+            need = self._order.part.needed(geometry.groups, event.prompt_len, geometry.block_size)
+            check_required(event.required, need)
         except RemoteProtocolError as exc:
             raise LocalProtocolError(f"reserved what no transfer brings: {exc}") from exc
 
@@ -158,23 +161,24 @@ class Receiver(Side):
                 self._fault(problem)
 
     def _problem_of(self, done: Done) -> str | None:
-        """Why this DONE cannot be right, before any byte is compared. Only one rank and equal geometry are served."""
+        """Why this DONE cannot be right, before any byte is compared."""
         if not is_sealed(self._order.keys.manifest_mac, done):
             return reasons.MAC
         keys = [(entry.group, entry.ordinal) for entry in done.manifest]
         if len(keys) != len(self._inbox.required) or set(keys) != self._inbox.required:
             return reasons.PROTOCOL
-        groups = self._order.geometry.groups
-        if any(entry.rectangle != whole_group(groups[entry.group]) for entry in done.manifest):
+        part = self._order.part
+        if any(entry.rectangle != part.rectangles[entry.group] for entry in done.manifest):
             return reasons.PROTOCOL
-        is_whole = (done.rank, done.num_ranks) == (0, 1) and done.first_token is not None
+        is_whole = (done.rank, done.num_ranks) == (part.rank, part.num_ranks)
+        is_whole = is_whole and (done.first_token is not None) == (part.rank == 0)
         is_counted = self._inbox.highest_announced < done.num_slices <= len(keys)
         return None if is_whole and is_counted else reasons.PROTOCOL
 
     def _try_verify(self) -> None:
         """DONE waits for the slices it overtook; when all have landed, the digests decide."""
         done = self._done
-        if done is None or done.first_token is None or not self._inbox.is_all_landed:
+        if done is None or not self._inbox.is_all_landed:
             return
         wrong = self._inbox.disagreeing(done.manifest)
         if self._inbox.num_announced != done.num_slices:
@@ -184,12 +188,16 @@ class Receiver(Side):
         else:
             self._give_licence(done.first_token)
 
-    def _give_licence(self, first_token: FirstToken) -> None:
+    def _give_licence(self, first_token: FirstToken | None) -> None:
         self._decide(Kind.COVERED)
         # ACK first: the sequence may decode only after the sources were told that they are free.
         self._insist(Ack(self._header()))
         self._give_up_later()
-        self._do(Verified(self.ends.transfer_id, self.ends.epoch, first_token))
+        if self._order.part.is_joined:
+            self._do(PartVerified(first_token))
+        else:
+            assert first_token is not None, "rank 0 sends the first token"
+            self._do(Verified(self.ends.transfer_id, self.ends.epoch, first_token))
 
     def _fault(self, reason: str, units: tuple[UnitName, ...] = ()) -> None:
         self._decide(Kind.FAULT)

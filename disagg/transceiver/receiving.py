@@ -14,7 +14,16 @@ from dataclasses import dataclass, field
 from typing import Final, Protocol
 
 from disagg.transceiver import reasons
-from disagg.transceiver.actions import Action, FreeReservation, Land, ReportFailed, Send, StopLanding, Verified
+from disagg.transceiver.actions import (
+    Action,
+    FreeReservation,
+    Land,
+    PartVerified,
+    ReportFailed,
+    Send,
+    StopLanding,
+    Verified,
+)
 from disagg.transceiver.errors import PeerLost, TransceiverError
 from disagg.transceiver.events import (
     Event,
@@ -92,7 +101,10 @@ class ReceivingSide:
         landing: LandingThread,
         sockets: Sockets,
         host: LandingHost,
+        on_part: Callable[[AttemptKey, PartVerified, TransferRecord], None] | None = None,
     ) -> None:
+        """`on_part` hears, where ranks are joined, of a pair of ranks that is done; its leader decides."""
+        self._on_part = on_part
         self._node, self._planes, self._pools, self._pool_of_group = node, planes, pools, pool_of_group
         self._landing, self._sockets, self._host = landing, sockets, host
         self._transfers = Transfers(node.incarnation, self._perform)
@@ -161,6 +173,11 @@ class ReceivingSide:
         link = self._links.get(peer)
         return link[0].plane.name if link and link[0].plane else ""
 
+    @property
+    def num_saturated(self) -> int:
+        """Numbers that landed as the largest of our format, over the links that are open."""
+        return sum(link.num_saturated for link, _ in self._links.values())
+
     def reports(self) -> tuple[LinkReport, ...]:
         return tuple(link.report() for link, _ in self._links.values())
 
@@ -207,6 +224,9 @@ class ReceivingSide:
                 self._to_stop.put_nowait(key)
             case Verified():
                 self._host.decode(key, action, self._end(key))
+            case PartVerified():
+                assert self._on_part is not None, "a part that nobody joins"
+                self._on_part(key, action, self._end(key))
             case ReportFailed():
                 self._host.transfer_failed(key, action, self._end(key))
             case FreeReservation(reason):

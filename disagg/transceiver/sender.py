@@ -28,7 +28,7 @@ from disagg.transceiver.events import (
     UnitsFinal,
 )
 from disagg.transceiver.keys import ClusterKeys
-from disagg.transceiver.manifest import seal, whole_group
+from disagg.transceiver.manifest import seal
 from disagg.transceiver.messages.peer import (
     Accepted,
     Ack,
@@ -44,7 +44,8 @@ from disagg.transceiver.messages.peer import (
 )
 from disagg.transceiver.messages.values import FirstToken, Geometry, ManifestEntry, UnitName, UnitRun
 from disagg.transceiver.outbox import BYTE_WINDOW, Outbox
-from disagg.transceiver.plan import check_required, needed_units
+from disagg.transceiver.plan import check_required
+from disagg.transceiver.ranks import Part
 from disagg.transceiver.repeat import Repeat
 from disagg.transceiver.side import Ends, Side
 from disagg.transceiver.state import Kind, Role, State
@@ -70,6 +71,7 @@ class Offer:
     planes: Mapping[str, bool]
     keys: ClusterKeys
     ttl_s: float
+    part: Part
 
 
 class Sender(Side):
@@ -153,7 +155,8 @@ class Sender(Side):
     def _admit_if_needed(self, fetch: Fetch) -> None:
         geometry = self._offer.geometry
         try:
-            check_required(fetch.required, needed_units(geometry.groups, fetch.prompt_len, geometry.block_size))
+            need = self._offer.part.needed(geometry.groups, fetch.prompt_len, geometry.block_size)
+            check_required(fetch.required, need)
         except RemoteProtocolError as exc:
             self._refuse("required", "part of what is needed", str(exc))
         else:
@@ -241,18 +244,19 @@ class Sender(Side):
             self._stop(Failed(self._header(), reasons.INCOMPLETE, units), reasons.FAILED)
 
     def _sealed_done(self) -> Done:
-        groups = self._offer.geometry.groups
+        part = self._offer.part
         return seal(
             self._offer.keys.manifest_mac,
             self._header(),
-            rank=0,
-            num_ranks=1,
+            rank=part.rank,
+            num_ranks=part.num_ranks,
             num_slices=self._outbox.num_slices,
             manifest=tuple(
-                ManifestEntry(u.group, u.ordinal, whole_group(groups[u.group]), u.digest)
+                ManifestEntry(u.group, u.ordinal, rectangle, u.digest)
                 for u in self._outbox.announced
+                if (rectangle := part.rectangles[u.group]) is not None
             ),
-            first_token=self._first_token,
+            first_token=self._first_token if part.rank == 0 else None,
         )
 
     # --- endings --------------------------------------------------------------------------------------------

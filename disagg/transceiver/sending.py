@@ -73,7 +73,7 @@ class SendingSide:
         host: SourceHost,
         pools: Sequence[PoolRegion] = (),
     ) -> None:
-        """`pools` are needed for peers of another block size, who are refused without."""
+        """`pools` are needed for peers of another geometry, who are refused without."""
         self._node = node
         self._pools = pools
         self._server = server
@@ -152,14 +152,14 @@ class SendingSide:
     def _geometry_difference(self, theirs: Geometry) -> Difference | None:
         """Units can be cut only from memory that this process can map."""
         ours = self._node.geometry
-        return geometry_difference(ours, theirs) if self._pools else differing_field(ours, theirs)
+        if not self._pools:
+            return differing_field(ours, theirs)
+        return geometry_difference(ours, theirs, joins_ranks=self._node.joins_ranks)
 
     def _cut_for(self, theirs: Geometry) -> SlotUnits | None:
-        """Our slots in units of a peer whose block size differs."""
+        """Our slots in units of a peer whose geometry differs."""
         ours = self._node.geometry
-        if ours.block_size == theirs.block_size:
-            return None
-        return SlotUnits(ours, self._pools, peer_unit(ours, theirs.block_size))
+        return None if ours == theirs else SlotUnits(ours, self._pools, peer_unit(ours, theirs.block_size), theirs)
 
     def _renew(self, routing_id: bytes, beat: Heartbeat) -> None:
         peer = self._known(routing_id, beat.source, beat.destination)

@@ -12,6 +12,8 @@ from typing import Final, Protocol
 
 import torch
 
+from disagg.transceiver.messages.values import LayerScales
+
 ELEMENT_NBYTES: Final = {"float32": 4, "float16": 2, "bfloat16": 2, "float8_e4m3fn": 1}
 """Bytes per element of the KV dtypes that convert into each other, by torch's names."""
 
@@ -46,7 +48,7 @@ class GroupStrides:
     num_slots: int
     dtype: str
     halves: tuple[tuple[Half, Half], ...]
-    scales: tuple[tuple[tuple[float, ...], tuple[float, ...]], ...] = ()
+    scales: tuple[LayerScales, ...] = ()
 
     def __post_init__(self) -> None:
         if self.dtype not in ELEMENT_NBYTES:
@@ -80,6 +82,8 @@ class OwnGroup(Protocol):
     def dtype(self) -> str: ...
     @property
     def layers(self) -> tuple[int, ...]: ...
+    @property
+    def scales(self) -> tuple[LayerScales, ...]: ...
 
 
 def own_layout(
@@ -89,13 +93,14 @@ def own_layout(
     return Layout(
         block_size,
         tuple(
-            _own_group(group, pool, num_slots[pool], block_size)
+            slot_strides(group, pool, num_slots[pool], block_size)
             for group, pool in zip(groups, pool_of_group, strict=True)
         ),
     )
 
 
-def _own_group(group: OwnGroup, pool: int, num_slots: int, block_size: int) -> GroupStrides:
+def slot_strides(group: OwnGroup, pool: int, num_slots: int, block_size: int, first_head: int = 0) -> GroupStrides:
+    """One group in slots of buffer `pool`, as `own_layout` says; its heads are those from `first_head` on."""
     head = block_size * group.head_dim
     half = group.num_kv_heads * head
     slot = 2 * len(group.layers) * half
@@ -106,7 +111,8 @@ def _own_group(group: OwnGroup, pool: int, num_slots: int, block_size: int) -> G
         )
         for i in range(len(group.layers))
     )
-    return GroupStrides(group.layers, 0, group.num_kv_heads, group.head_dim, num_slots, group.dtype, halves)
+    shape = (group.layers, first_head, group.num_kv_heads, group.head_dim, num_slots)
+    return GroupStrides(*shape, group.dtype, halves, group.scales)
 
 
 ForeignLayer = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
@@ -119,7 +125,7 @@ def foreign_layout(
     *,
     dtype: str,
     first_head: int = 0,
-    scales: tuple[tuple[tuple[float, ...], tuple[float, ...]], ...] = (),
+    scales: tuple[LayerScales, ...] = (),
 ) -> Layout:
     """A layer group of a foreign engine: model layer index -> its tensors, which share `axes` and shape.
 

@@ -13,6 +13,7 @@ from disagg.transceiver.events import Event
 from disagg.transceiver.keys import ClusterKeys
 from disagg.transceiver.messages.peer import TransferMessage
 from disagg.transceiver.messages.values import Geometry
+from disagg.transceiver.ranks import Part
 from disagg.transceiver.receiver import Order, Receiver
 from disagg.transceiver.sender import Offer, Sender
 from disagg.transceiver.side import Ends, Side
@@ -40,13 +41,14 @@ class Transfer:
         keys: ClusterKeys,
         deadline_s: float,
         now: float,
+        part: Part | None = None,
     ) -> Transfer:
         """The prefill end. `me` and `peer` are incarnations; `unit_nbytes` the slot bytes of each group.
 
         `planes`: the planes offered to this peer, each with whether the sender pushes its bytes. `deadline_s` is
-        DISPATCH's, exactly: it is bound by the ticket.
+        DISPATCH's, exactly: it is bound by the ticket. `part`: between workers of several ranks, what this pair moves.
         """
-        offer = Offer(prompt, geometry, unit_nbytes, planes, keys, deadline_s)
+        offer = Offer(prompt, geometry, unit_nbytes, planes, keys, deadline_s, part or Part.whole(geometry.groups))
         return cls(Sender(Ends(transfer_id, epoch, me, peer), offer, now))
 
     @classmethod
@@ -63,9 +65,10 @@ class Transfer:
         keys: ClusterKeys,
         deadline_s: float,
         now: float,
+        part: Part | None = None,
     ) -> Transfer:
         """The decode end. `ticket` is DISPATCH's; `plane` the one agreed with the peer in HELLO."""
-        order = Order(ticket, plane, geometry, keys, deadline_s)
+        order = Order(ticket, plane, geometry, keys, deadline_s, part or Part.whole(geometry.groups))
         return cls(Receiver(Ends(transfer_id, epoch, me, peer), order, now))
 
     def handle(self, event: Event, now: float) -> list[Action]:

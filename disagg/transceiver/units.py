@@ -1,7 +1,8 @@
-"""Slots seen as the finer units of a peer whose block size differs: names, bytes and places of parts of a slot.
+"""Slots seen as the units of a peer of another geometry: names, bytes and places of parts of a slot.
 
-Between equal geometries a unit is a slot and nothing here is used. Else the finer block size is the unit on the wire,
-in FETCH, SLICE and DONE; only where memory is touched does a unit become a part of a slot again.
+Between equal geometries a unit is a slot and nothing here is used. Else the unit on the wire, in FETCH, SLICE and DONE,
+has the finer block size, the layers and heads that both ranks hold, and the narrower number format; only where memory
+is touched does it become a part of a slot again.
 """
 
 from __future__ import annotations
@@ -12,24 +13,15 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
+from disagg.transceiver.convert import wire_dtype
 from disagg.transceiver.errors import RemoteProtocolError
-from disagg.transceiver.messages.values import Geometry, GroupSemantics, UnitName
+from disagg.transceiver.messages.values import Geometry, UnitName
 from disagg.transceiver.outbox import SLICE_NBYTES
-from disagg.transceiver.packed import Area
+from disagg.transceiver.packed import Area, Packer, Unpacker
 from disagg.transceiver.planes.base import Bytes, Destination, PoolRegion, SourceUnit
 from disagg.transceiver.planes.copying import Ints, check_generations, ints
-from disagg.transceiver.reshape import unit_nbytes, unit_size
-from disagg.transceiver.strides import own_layout
-
-
-@dataclass(frozen=True, slots=True)
-class _Group:
-    """A layer group as `own_layout` wants it."""
-
-    num_kv_heads: int
-    head_dim: int
-    dtype: str
-    layers: tuple[int, ...]
+from disagg.transceiver.ranks import pool_of_group, rank_layout, rectangles
+from disagg.transceiver.reshape import Rectangle, unit_nbytes, unit_size
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,22 +40,52 @@ class Packed:
 class SlotUnits:
     """The slots of one geometry, cut into units of `unit` tokens. `regions` lie in this process, maybe read-only."""
 
-    def __init__(self, geometry: Geometry, regions: Sequence[PoolRegion], unit: int) -> None:
+    def __init__(
+        self,
+        geometry: Geometry,
+        regions: Sequence[PoolRegion],
+        unit: int,
+        peer: Geometry | None = None,
+        *,
+        is_sender: bool = True,
+    ) -> None:
+        """`peer`: the other end's geometry, if only the block size is its own then None; `is_sender`: this end sends.
+
+        A sender's cut is for `gather` and `pack`, a receiver's for `scatter` and `reread`.
+        """
         assert geometry.block_size % unit == 0
+        peer = peer or geometry
         self.unit = unit
         self.per_slot = geometry.block_size // unit
+        self.rectangles = rectangles(geometry, peer) if is_sender else rectangles(peer, geometry)
+        self.pool_of_group = pool_of_group(geometry)
+        ends = (geometry.kv_dtype, peer.kv_dtype)
+        self.wire_dtype = wire_dtype(*(ends if is_sender else reversed(ends)))
+        self.num_saturated = 0
+        """Numbers that a conversion made here stored as the largest of their format."""
         self._regions = tuple(regions)
-        groups = geometry.groups
-        self.unit_nbytes = tuple(unit_nbytes(g, _whole(g), unit, geometry.kv_dtype) for g in groups)
-        self.pool_of_group = tuple(geometry.slot_nbytes.index(self.per_slot * nbytes) for nbytes in self.unit_nbytes)
-        layout = own_layout(
-            [_Group(g.num_kv_heads, g.head_dim, geometry.kv_dtype, g.layers) for g in groups],
-            self.pool_of_group,
-            [len(region.slots) for region in regions],
-            geometry.block_size,
-        )
+        layout = rank_layout(geometry, [len(region.slots) for region in regions])
         buffers = [region.slots.reshape(-1) for region in regions]
-        self._areas = [Area(layout, buffers, n, g, _whole(g), unit) for n, g in enumerate(groups)]
+        self._packers: dict[int, Packer] = {}
+        self._unpackers: dict[int, Unpacker] = {}
+        self.unit_nbytes = tuple(
+            unit_nbytes(group, rectangle, unit, self.wire_dtype) if rectangle else 0
+            for group, rectangle in zip(geometry.groups, self.rectangles, strict=True)
+        )
+        for number, (group, rectangle) in enumerate(zip(geometry.groups, self.rectangles, strict=True)):
+            if rectangle is None:
+                continue
+            area = Area(layout, buffers, number, group, rectangle, unit)
+            scales = _scales(peer, number, rectangle)
+            if is_sender:
+                self._packers[number] = Packer(area, peer.kv_dtype, scales)
+            else:
+                self._unpackers[number] = Unpacker(area, peer.kv_dtype, scales)
+
+    @property
+    def can_reread(self) -> bool:
+        """Whether what landed can be hashed from where it lies: a conversion that rounds keeps no byte of the wire."""
+        return all(unpacker.can_reread for unpacker in self._unpackers.values())
 
     def split(self, units: Sequence[SourceUnit]) -> tuple[SourceUnit, ...]:
         """Slots of this side by their units, in order."""
@@ -75,7 +97,7 @@ class SlotUnits:
 
     def slices(self, units: Sequence[SourceUnit]) -> Iterator[Sequence[SourceUnit]]:
         """`units` in parts of about a slice, so that packing them takes bounded memory."""
-        count = max(1, SLICE_NBYTES // max(self.unit_nbytes))
+        count = max(1, SLICE_NBYTES // max(1, *self.unit_nbytes))
         for first in range(0, len(units), count):
             yield units[first : first + count]
 
@@ -85,13 +107,23 @@ class SlotUnits:
 
     def gather(self, group: int, ordinals: Ints, slots: Ints) -> Bytes:
         """Canonical bytes of units that lie in these slots, `[n, unit_nbytes]`, copied."""
-        values = self._areas[group].read(slots, self._tokens(ordinals))
-        rows: Bytes = values.reshape(-1).view(torch.uint8).numpy()  # numpy knows no bfloat16
-        return rows.reshape(len(slots), self.unit_nbytes[group])
+        packer = self._packers[group]
+        before = packer.num_saturated
+        rows: Bytes = packer.gather(slots, self._tokens(ordinals)).numpy()
+        self.num_saturated += packer.num_saturated - before
+        return rows
 
     def scatter(self, group: int, ordinals: Ints, slots: Ints, rows: Bytes) -> None:
-        """The reverse of `gather`."""
-        self._areas[group].put(slots, self._tokens(ordinals), rows)
+        """The reverse of `gather`, at the other end."""
+        unpacker = self._unpackers[group]
+        before = unpacker.num_saturated
+        unpacker.scatter(torch.from_numpy(rows), slots, self._tokens(ordinals))
+        self.num_saturated += unpacker.num_saturated - before
+
+    def reread(self, group: int, ordinals: Ints, slots: Ints) -> Bytes:
+        """The wire's bytes of units as they now lie here. Only where `can_reread`."""
+        rows: Bytes = self._unpackers[group].reread(slots, self._tokens(ordinals)).numpy()
+        return rows
 
     def pack(self, units: Sequence[SourceUnit]) -> Packed:
         """Gather a slice into staging of its own. Raises `SourceChanged` when a slot was given away meanwhile."""
@@ -134,5 +166,10 @@ def peer_unit(geometry: Geometry, peer_block_size: int) -> int:
         raise RemoteProtocolError(str(exc)) from exc
 
 
-def _whole(group: GroupSemantics) -> tuple[int, int, int, int]:
-    return 0, len(group.layers), 0, group.num_kv_heads
+def _scales(geometry: Geometry, number: int, rectangle: Rectangle) -> torch.Tensor | None:
+    """The model-wide scales of a rectangle as `Area.scales` has them."""
+    if not geometry.kv_scales or not geometry.kv_scales[number]:
+        return None
+    first_layer, num_layers, first_head, num_heads = rectangle
+    every = torch.tensor(geometry.kv_scales[number], dtype=torch.float32)[..., None, None]
+    return every[first_layer : first_layer + num_layers, :, first_head : first_head + num_heads]

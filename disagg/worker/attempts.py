@@ -56,7 +56,7 @@ from disagg.transceiver.messages.router import (
     TransferFailed,
     TransferReport,
 )
-from disagg.transceiver.messages.values import StageTimes, UnitName
+from disagg.transceiver.messages.values import Geometry, StageTimes, UnitName
 from disagg.transceiver.receiving import ReceivingSide, TransferRecord
 from disagg.transceiver.sending import SendingSide
 from disagg.worker.metrics import WorkerMetrics
@@ -90,9 +90,9 @@ class Attempts:
     def __contains__(self, key: AttemptKey) -> bool:
         return key in self._live
 
-    def unit(self, key: AttemptKey) -> int:
-        """Tokens per unit of a live attempt's transfer."""
-        return self._factory.unit(self._live[key].dispatch)
+    def peer_geometry(self, key: AttemptKey) -> Geometry:
+        """How the peer of a live attempt's transfer lays out its cache."""
+        return self._factory.peer_geometry(self._live[key].dispatch)
 
     @property
     def keys(self) -> tuple[AttemptKey, ...]:
@@ -138,7 +138,7 @@ class Attempts:
         if dispatch.mode == "serve":
             self._submit(Serve(key, dispatch.prompt, sampling, urgent))
         elif dispatch.mode == "decode":
-            self._submit(Reserve(key, dispatch.prompt, sampling))
+            self._submit(Reserve(key, dispatch.prompt, sampling, self._factory.precision(dispatch)))
         elif self.sending is not None and dispatch.peer is not None:
             self._submit(Prefill(key, dispatch.prompt, sampling))  # first: a FETCH that came early pins it at once
             self.sending.start(key, self._factory.sender(dispatch))

@@ -39,7 +39,13 @@ def make_engine(
     torch.set_num_threads(settings.threads or num_cores())
     folder = resolve_model(settings.model)
     progress("loading model")
-    model = load_model(folder, dtype=settings.dtype, device=settings.device)
+    model = load_model(
+        folder,
+        dtype=settings.dtype,
+        device=settings.device,
+        kv_cache_dtype=settings.kv_cache_dtype,
+        kv_scales=settings.kv_scales,
+    )
     if model.device.type == "cpu":
         log.info("packed the weights of %d linear layers", pack_linears(model.module))
     progress("allocating KV cache")
@@ -84,7 +90,8 @@ def make_engine(
     )
     ready = _ready(settings, role, layout, num_slots, max_model_len)
     runner, graphs = make_runner(settings, role, model, cache, max_model_len, progress)
-    return EngineParts(role, settings, identity, layout, cache, Engine(runner, cache, config, graphs), ready)
+    engine = Engine(runner, cache, config, graphs)
+    return EngineParts(role, settings, identity, layout, cache, engine, ready, lambda: int(model.saturated))
 
 
 def make_runner(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from disagg.cache.pool import NUM_RESERVED_SLOTS
 from disagg.engine.stats import EngineStats
@@ -18,6 +18,7 @@ class WorkerMetrics:
     def __init__(self, group_names: Sequence[str]) -> None:
         self._group_names = group_names
         self._counters: Counter[tuple[str, Labels]] = Counter()
+        self._read: dict[str, Callable[[], int]] = {}
 
     def count_transfer(self, plane: str, nbytes: Mapping[int, int], num_operations: int, outcome: str) -> None:
         """One transfer ended: payload bytes that landed per group, by what became of them."""
@@ -34,10 +35,18 @@ class WorkerMetrics:
         """Blocks of this worker that were hashed again: because a prefix hit or a `peer` asked, and what came of it."""
         self._count("disagg_blocks_rehashed_total", (("why", why), ("result", result)), num_blocks)
 
+    def watch_saturation(self, at: str, read: Callable[[], int]) -> None:
+        """`read()`: numbers `at` (computed, sent or landed) that were stored as the largest of their format."""
+        self._read[at] = read
+
     def samples(self, stats: EngineStats) -> tuple[MetricSample, ...]:
         """Everything, as one snapshot."""
         counters = (MetricSample(name, "counter", labels, value) for (name, labels), value in self._counters.items())
-        return (*counters, *_engine_samples(stats), *self._reuse_samples(stats))
+        saturated = (
+            MetricSample("disagg_kv_saturated_total", "counter", (("at", at),), read())
+            for at, read in self._read.items()
+        )
+        return (*counters, *saturated, *_engine_samples(stats), *self._reuse_samples(stats))
 
     def _reuse_samples(self, stats: EngineStats) -> Iterator[MetricSample]:
         """Blocks per layer group that requests asked the cache for, and found: their quotient is the hit rate."""

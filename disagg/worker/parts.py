@@ -37,6 +37,8 @@ class EngineParts:
     cache: KVCache
     engine: Engine
     ready: dict[str, Any]
+    num_saturated: Callable[[], int] = lambda: 0
+    """Numbers that the model stored as the largest of the KV dtype, since start."""
 
     @property
     def worker_id(self) -> str:
@@ -49,7 +51,14 @@ class EngineParts:
             for g in self.layout.groups
         )
         kv_dtype = ",".join(sorted({group.dtype for group in self.layout.groups}))
-        return Geometry(self.layout.block_size, kv_dtype, groups, self.layout.slot_nbytes)
+        scales = tuple(group.scales for group in self.layout.groups)
+        return Geometry(
+            self.layout.block_size,
+            kv_dtype,
+            groups,
+            self.layout.slot_nbytes,
+            kv_scales=scales if any(scales) else (),
+        )
 
     @property
     def regions(self) -> tuple[PoolRegion, ...]:
@@ -72,6 +81,7 @@ class WorkerParts:
         )
         self.kept = KeptDigests(self.num_slots)
         self.metrics = WorkerMetrics([group.name for group in made.layout.groups])
+        self.metrics.watch_saturation("computed", made.num_saturated)
         self.events: asyncio.Queue[EngineEvent] = asyncio.Queue()
         self.model: ModelThread
         self.drain = Drain(made.settings.drain_timeout_s)

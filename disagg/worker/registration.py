@@ -17,12 +17,13 @@ from disagg.transceiver.errors import SourceChanged
 from disagg.transceiver.events import UnitsFinal
 from disagg.transceiver.links import ControlServer
 from disagg.transceiver.messages.router import DRAINING, READY, Lease, Register
+from disagg.transceiver.messages.values import Geometry
 from disagg.transceiver.node import Node
 from disagg.transceiver.planes.base import SourcePlane
 from disagg.transceiver.receiving import ReceivingSide
 from disagg.transceiver.sending import SendingSide
 from disagg.transceiver.timing import HEARTBEAT_S
-from disagg.transceiver.units import SlotUnits
+from disagg.transceiver.units import SlotUnits, peer_unit
 from disagg.worker.attempts import Attempts
 from disagg.worker.parts import WorkerParts
 from disagg.worker.planes import landing_planes, source_planes
@@ -40,7 +41,8 @@ class Registration:
         self._parts, self._node = parts, node
         self._attempts: Attempts
         self._rechecks = Rechecks(parts)
-        self._cuts: dict[int, SlotUnits] = {}
+        self._cuts: dict[Geometry, SlotUnits] = {}
+        parts.metrics.watch_saturation("sent", lambda: sum(cut.num_saturated for cut in self._cuts.values()))
 
     async def run(self) -> None:
         """Register, then serve."""
@@ -95,7 +97,7 @@ class Registration:
         if self._attempts.sending is None or event.key not in self._attempts:
             return
         with contextlib.suppress(SourceChanged):  # dropped meanwhile: the engine says so next, and computes them anew
-            cut = self._cut_for(self._attempts.unit(event.key))
+            cut = self._cut_for(self._attempts.peer_geometry(event.key))
             sources, landing = self._parts.sources(event.units), self._parts.landing
             if cut is None:
                 units = await self._parts.kept.digest_units(sources, landing.digest_units)
@@ -103,14 +105,15 @@ class Registration:
                 units = await landing.digest_units(sources, cut)
             self._attempts.sending.feed(event.key, UnitsFinal(event.compute_id, units))
 
-    def _cut_for(self, unit: int) -> SlotUnits | None:
-        """Our slots as the units that the peer of a transfer counts in, where those are finer."""
+    def _cut_for(self, peer: Geometry) -> SlotUnits | None:
+        """Our slots as the units of a transfer whose peer's geometry differs."""
         geometry = self._node.geometry
-        if unit == geometry.block_size:
+        if peer == geometry:
             return None
-        if unit not in self._cuts:
-            self._cuts[unit] = SlotUnits(geometry, self._parts.regions, unit)
-        return self._cuts[unit]
+        if peer not in self._cuts:
+            unit = peer_unit(geometry, peer.block_size)
+            self._cuts[peer] = SlotUnits(geometry, self._parts.regions, unit, peer)
+        return self._cuts[peer]
 
     async def _look_at_deadlines(self) -> None:
         while True:
@@ -149,6 +152,8 @@ class Registration:
                 parts.sockets,
                 self._attempts,
             )
+            receiving = self._attempts.receiving
+            parts.metrics.watch_saturation("landed", lambda: receiving.num_saturated)
 
     def _make_attempts(self, link: RouterLink, planes: dict[str, SourcePlane]) -> Attempts:
         parts = self._parts

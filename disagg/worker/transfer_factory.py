@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from hashlib import blake2b
 
 import numpy as np
 
@@ -13,10 +14,11 @@ from disagg.cache.window import needed_ordinals
 from disagg.transceiver.errors import RemoteProtocolError
 from disagg.transceiver.events import Reserved
 from disagg.transceiver.messages.router import Dispatch
-from disagg.transceiver.messages.values import GroupBytes, GroupRuns, UnitName
+from disagg.transceiver.messages.values import Geometry, GroupBytes, GroupRuns, UnitName
 from disagg.transceiver.node import Node
 from disagg.transceiver.plan import full_copy_blocks, runs_of
 from disagg.transceiver.receiving import TransferRecord
+from disagg.transceiver.strides import ELEMENT_NBYTES
 from disagg.transceiver.transfer import Transfer
 from disagg.transceiver.units import geometry_by_units, peer_unit
 
@@ -29,7 +31,6 @@ class TransferFactory:
 
     def __init__(self, node: Node, layout: CacheLayout, planes: Mapping[str, bool]) -> None:
         self._node, self._layout, self._planes = node, layout, planes
-        self._slot_nbytes = tuple(layout.slot_nbytes[pool] for pool in layout.pool_of_group)
 
     @property
     def worker_id(self) -> str:
@@ -45,7 +46,22 @@ class TransferFactory:
 
     def unit(self, dispatch: Dispatch) -> int:
         """Tokens per unit with the dispatch's peer: the finer of both block sizes. Raises `RemoteProtocolError`."""
-        return peer_unit(self._node.geometry, dispatch.peer.block_size if dispatch.peer is not None else 0)
+        return peer_unit(self._node.geometry, self.peer_geometry(dispatch).block_size)
+
+    def peer_geometry(self, dispatch: Dispatch) -> Geometry:
+        """How the dispatch's peer lays out its cache: as we do, unless it is said otherwise."""
+        peer = dispatch.peer
+        return peer.geometry if peer is not None and peer.geometry is not None else self._node.geometry
+
+    def precision(self, dispatch: Dispatch) -> str:
+        """What the numbers have been through when they come from the dispatch's peer; "" = nothing but our own format.
+
+        A decode worker must not take them for what it would have computed, nor for what comes from other formats.
+        """
+        ours, theirs = self._node.geometry, self.peer_geometry(dispatch)
+        if (ours.kv_dtype, ours.kv_scales) == (theirs.kv_dtype, theirs.kv_scales):
+            return ""
+        return f"{theirs.kv_dtype}:{blake2b(repr(theirs.kv_scales).encode(), digest_size=8).hexdigest()}"
 
     def sender(self, dispatch: Dispatch) -> Transfer:
         """The prefill end of a `prefill` dispatch."""
@@ -127,5 +143,8 @@ class TransferFactory:
         )
 
     def _unit_nbytes(self, dispatch: Dispatch) -> tuple[int, ...]:
-        per_slot = self._layout.block_size // self.unit(dispatch)
-        return tuple(nbytes // per_slot for nbytes in self._slot_nbytes)
+        """Per group, on the wire."""
+        ours = self._node.geometry
+        element = min(ELEMENT_NBYTES[ours.kv_dtype], ELEMENT_NBYTES[self.peer_geometry(dispatch).kv_dtype])
+        per_slot = ours.block_size // self.unit(dispatch) * ELEMENT_NBYTES[ours.kv_dtype]
+        return tuple(ours.slot_nbytes[pool] * element // per_slot for pool in self._layout.pool_of_group)

@@ -31,6 +31,8 @@ SAMPLES: dict[str, tuple[str, object, str]] = {
     "control_host": ("127.0.0.4", "127.0.0.4", "127.0.0.5"),
     "control_port": ("8127", 8127, "8128"),
     "dtype": ("float32", "float32", "bfloat16"),
+    "kv_cache_dtype": ("fp8", "fp8_e4m3", "float16"),
+    "kv_scales": ("/run/scales.json", Path("/run/scales.json"), "/run/other.json"),
     "block_size": ("32", 32, "64"),
     "max_model_len": ("99", 99, "98"),
     "max_num_seqs": ("3", 3, "4"),

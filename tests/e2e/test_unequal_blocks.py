@@ -2,25 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
-import re
-import subprocess
-import sys
-import time
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import product
-from pathlib import Path
 from typing import Any
 
 import pytest
 from support.families import MIN_GAP, Reference, build_family, reference_generate, safe_prompts, save_family
-from support.system import STOP_TIMEOUT_S, System
+from support.mixed_cluster import START_TIMEOUT_S, mixed_cluster
+from support.system import System
 from support.token_walk import StoredLayer, minimum_nbytes, stored_layers
-
-START_TIMEOUT_S = 180.0  # five processes, four of them import torch: seconds alone, more than a minute on busy cores
 
 pytestmark = [pytest.mark.processes, pytest.mark.timeout(START_TIMEOUT_S + 60)]
 
@@ -32,7 +23,6 @@ WORKERS = {
     "decode-8": ("decode", 8, "shm"),
     "decode-16": ("decode", 16, "tcp"),
 }
-READY = re.compile(r"msg=ready url=(\S+) admin=(\S+) control=(\S+)")
 
 
 @dataclass(frozen=True)
@@ -43,70 +33,6 @@ class Case:
     prefixes: list[Reference]
 
 
-def start(log: Path, *words: str) -> subprocess.Popen[bytes]:
-    argv = [sys.executable, "-P", "-m", "disagg", *words, "--insecure"]
-    with log.open("wb") as out:
-        return subprocess.Popen(argv, stdout=out, stderr=out, env={**os.environ, "DISAGG_CHECK": "1"})
-
-
-def wait_for(log: Path, pattern: re.Pattern[str], process: subprocess.Popen[bytes], deadline: float) -> re.Match[str]:
-    while (found := pattern.search(log.read_text())) is None:
-        assert process.poll() is None, log.read_text()
-        assert time.monotonic() < deadline, log.read_text()
-        time.sleep(0.1)
-    return found
-
-
-def wait_for_links(system: System, deadline: float) -> None:
-    def states() -> list[str]:
-        return [link["state"] for worker in system.workers("decode") for link in worker["links"]]
-
-    while Counter(states()) != {"ready": 4}:
-        assert time.monotonic() < deadline, system.workers()
-        time.sleep(0.1)
-
-
-@contextlib.contextmanager
-def cluster(model: Path, folder: Path) -> Iterator[System]:
-    """A router and four workers, each started alone; SIGTERM must end them all with 0."""
-    deadline = time.monotonic() + START_TIMEOUT_S
-    shared = ("--model", str(model))
-    ports = ("--port", "0", "--admin-port", "0", "--control-port", "0")
-    router = start(folder / "router", "router", *shared, *ports)
-    processes = [router]
-    try:
-        url, admin, control = wait_for(folder / "router", READY, router, deadline).groups()
-        for name, (role, block_size, planes) in WORKERS.items():
-            own = ("--router", control, "--worker-id", name, "--block-size", str(block_size), "--planes", planes)
-            engine = (
-                "--dtype",
-                "float32",
-                "--max-model-len",
-                "256",
-                "--max-num-batched-tokens",
-                "37",
-                "--max-num-seqs",
-                "8",
-            )
-            few = ("--kv-cache-memory", "8MiB", "--threads", "1")
-            processes.append(start(folder / name, role, *shared, *own, *engine, *few))
-        system = System(router, url=url, admin=admin)  # type: ignore[arg-type]  # its output goes to a file
-        wait_for_links(system, deadline)
-        yield system
-        for process in processes:
-            process.terminate()
-        assert [process.wait(timeout=3 * STOP_TIMEOUT_S) for process in processes] == [0] * len(processes)
-    except BaseException:
-        for name in ("router", *WORKERS):
-            print(f"--- {name}\n{(folder / name).read_text()[-3000:]}" if (folder / name).exists() else name)
-        raise
-    finally:
-        for process in processes:
-            if process.poll() is None:
-                process.kill()
-                process.wait()
-
-
 @pytest.fixture(scope="module")
 def case(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Case]:
     folder = tmp_path_factory.mktemp("unequal")
@@ -114,7 +40,11 @@ def case(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Case]:
     references = safe_prompts(model, LENGTHS, NUM_TOKENS)
     parts = [reference_generate(model, references[-1].prompt[:length], NUM_TOKENS) for length in range(62, 33, -1)]
     prefixes = [part for part in parts if part.min_gap >= MIN_GAP]
-    with cluster(save_family("gemma3", folder / "model"), folder) as system:
+    flags = {
+        name: (role, "--block-size", str(block_size), "--planes", planes)
+        for name, (role, block_size, planes) in WORKERS.items()
+    }
+    with mixed_cluster(save_family("gemma3", folder / "model"), folder, flags) as system:
         yield Case(system, stored_layers(model, itemsize=4), references, prefixes)
 
 

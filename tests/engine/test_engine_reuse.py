@@ -128,7 +128,7 @@ def test_a_block_reused_under_a_wrong_name_shows_in_the_tokens():
     tested.serve_all([Serve(key(1), prompt_of(24, 1), greedy(5))])
     tree = tested.cache._prefixes.tree
     wrong = tree.match("", prompt_of(24, 1))
-    tree.match = lambda salt, tokens: wrong[: len(tokens) // T]
+    tree.match = lambda salt, tokens, precision: wrong[: len(tokens) // T]
     tested.serve_all([Serve(key(2), prompt_of(24, 2), greedy(5))])
     assert tested.tokens(key(2)) != reference_tokens(LAYOUT, prompt_of(24, 2), greedy(5))
 

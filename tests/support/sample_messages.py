@@ -9,14 +9,24 @@ from disagg.transceiver.messages import values as v
 ID = "00112233445566778899aabbccddeeff"
 HEADER = p.Header("prefill", "decode", ID, 2, 41)
 IDENTITY = v.Identity(1, "fingerprint", "w64:softcap50", "float32", 4096, "a1b2", ("adapter",))
+SCALES = ((((0.5, 0.25), (1.0, 2.0)),), ())
 GEOMETRY = v.Geometry(
-    32, "bfloat16", (v.GroupSemantics(None, 0, 2, 64, (3,)), v.GroupSemantics(64, 4, 2, 64, (0, 1, 2))), (16384, 49152)
+    32,
+    "float8_e4m3fn",
+    (v.GroupSemantics(None, 0, 2, 64, (3,)), v.GroupSemantics(64, 4, 2, 64, (0, 1, 2))),
+    (4096, 8192),
+    2,
+    2,
+    "layer-kv-token-head-dim",
+    SCALES,
+    ((0, 1), (2, 3)),
+    1,
 )
 UNITS = (v.UnitName(1, 7),)
 LOGPROBS = v.TokenLogprobs(-0.25, ((5, -0.25), (6, -1.5)))
 FIRST = v.FirstToken(5, LOGPROBS, v.SamplingState(2**63 + 1, ((5, 1),)), 32)
 SAMPLING = v.Sampling(16, 9, 0.5, 40, 0.9, 0.05, 1.1, 0.2, 0.3, ((1, -100.0),), 2, True, (1, 106), (7,), 5, "salt")
-TARGET = r.PeerTarget(ID, "prefill-0", "tcp://127.0.0.1:5000")
+TARGET = r.PeerTarget(ID, "prefill-0", "tcp://127.0.0.1:5000", GEOMETRY)
 
 SAMPLES = (
     p.Hello(ID, "decode-0", IDENTITY, GEOMETRY, ("shm", "zmq")),

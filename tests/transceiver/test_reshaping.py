@@ -108,13 +108,11 @@ async def ends(kind: str, sender: int, receiver: int) -> AsyncIterator[Ends]:
         }.get(kind, lambda: source("127.0.0.1", pair.keys))()
         await pair.source.start(sources)
         unit = min(sender, receiver)
-        plane = ReshapingPlane(
-            pair.make_landing(), geometry(sender), SlotUnits(geometry(receiver), destinations, unit), destinations
-        )
+        plane = ReshapingPlane(pair.make_landing(), geometry(sender), geometry(receiver), destinations)
         landing = LandingThread(destinations, ["float32"] * len(GROUPS))
         try:
             await plane.connect("me", pair.source.offer("me"), plane.probe_pools)
-            cut = SlotUnits(geometry(sender), sources, unit)
+            cut = SlotUnits(geometry(sender), sources, unit, geometry(receiver))
             yield Ends(pair, plane, sources, destinations, (sender, receiver), cut, landing)
         finally:
             await landing.close()
@@ -294,10 +292,10 @@ def test_units_of_a_slot_and_slots_of_units() -> None:
     close_pools(pools)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "float8_e4m3fn"])
 def test_units_of_every_format_keep_every_bit(dtype: str) -> None:
     """Any bytes, gathered from slots of 16 and scattered into slots of 4, and back."""
-    nbytes = 4 if dtype == "float32" else 2
+    nbytes = {"float32": 4, "float8_e4m3fn": 1}.get(dtype, 2)
     coarse, fine = (
         Geometry(size, dtype, GROUPS, tuple(2 * 2 * heads * size * 4 * nbytes for heads in (2, 3))) for size in (16, 4)
     )
@@ -306,13 +304,17 @@ def test_units_of_every_format_keep_every_bit(dtype: str) -> None:
         for seed, one in enumerate((coarse, fine, coarse))
     )
     ordinals, slots = np.arange(8), np.array([5, 5, 5, 5, 2, 2, 2, 2])
-    a, b, c = (SlotUnits(g, p, 4) for g, p in ((coarse, sources), (fine, middle), (coarse, back)))
+    a, b = SlotUnits(coarse, sources, 4, fine), SlotUnits(fine, middle, 4, coarse, is_sender=False)
+    c, d = SlotUnits(fine, middle, 4, coarse), SlotUnits(coarse, back, 4, fine, is_sender=False)
     for group, pool in enumerate(POOL_OF_GROUP):
         rows = a.gather(group, ordinals, slots)
         b.scatter(group, ordinals, ordinals + 3, rows)
-        c.scatter(group, ordinals, slots, b.gather(group, ordinals, ordinals + 3))
+        d.scatter(group, ordinals, slots, c.gather(group, ordinals, ordinals + 3))
         assert np.array_equal(back[pool].slots[[5, 2]], sources[pool].slots[[5, 2]])
     close_pools([*sources, *middle, *back])
+
+
+ONES = (1.0, 1.0)
 
 
 def test_block_sizes_may_differ_where_one_divides_the_other() -> None:
@@ -326,7 +328,9 @@ def test_block_sizes_may_differ_where_one_divides_the_other() -> None:
     [
         ("block_size", geometry(24)),
         ("block_size", replace(geometry(8), block_size=0)),
-        ("kv_dtype", replace(geometry(8), kv_dtype="bfloat16")),
+        ("kv_dtype", replace(geometry(8), kv_dtype="float64")),
+        ("slot_nbytes", replace(geometry(8), kv_dtype="bfloat16")),
+        ("kv_scales", replace(geometry(8), kv_scales=(((ONES, ONES), (ONES, ONES)), (), ()))),
         ("slot_nbytes", replace(geometry(8), slot_nbytes=geometry(4).slot_nbytes)),
         ("slot_nbytes", replace(geometry(32), slot_nbytes=tuple(n + 1 for n in geometry(32).slot_nbytes))),
         ("tensor_parallel_size", replace(geometry(8), tensor_parallel_size=2)),

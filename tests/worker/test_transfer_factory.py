@@ -28,8 +28,12 @@ def make(block_size: int, num_sink_tokens: int) -> TransferFactory:
     return TransferFactory(Node("me", "d", identity, geometry, ClusterKeys.published()), layout, {"shm": False})
 
 
+NOBODY = Dispatch("t", 1, "r", "serve", (1,), Sampling(max_tokens=2), 60.0)
+
+
 def dispatch(prompt_len: int, peer_block_size: int) -> Dispatch:
-    peer = PeerTarget("peer", "p", "tcp://127.0.0.1:1", peer_block_size)
+    geometry = make(peer_block_size, 0).peer_geometry(NOBODY) if peer_block_size else None
+    peer = PeerTarget("peer", "p", "tcp://127.0.0.1:1", geometry)
     return Dispatch("t", 1, "r", "decode", tuple(range(prompt_len)), Sampling(max_tokens=2), 60.0, peer)
 
 

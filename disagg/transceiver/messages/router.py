@@ -46,13 +46,13 @@ class Registered:
 class PeerTarget:
     """The other end of a transfer, or a prefill worker that a decode worker should connect to ahead of any request.
 
-    `block_size`: the peer's tokens per block; 0 = as many as the reader's. Both ends plan in units of the finer one.
+    `geometry`: the peer's; None = as the reader's. Both ends plan in the units that it makes.
     """
 
     incarnation: str
     worker_id: str
     endpoint: str
-    block_size: int = 0
+    geometry: Geometry | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,6 +11,9 @@ from dataclasses import dataclass, field
 Run = tuple[int, int]
 """(first ordinal, number of ordinals)"""
 
+LayerScales = tuple[tuple[float, ...], tuple[float, ...]]
+"""What a stored number of a layer is worth: (of K, of V), one per KV head."""
+
 
 @dataclass(frozen=True, slots=True, order=True)
 class AttemptKey:
@@ -46,7 +49,12 @@ class Identity:
 
 @dataclass(frozen=True, slots=True)
 class Geometry:
-    """How a worker lays its cache out. May differ where units convert it: see `identity.geometry_difference`."""
+    """How a worker lays its cache out. May differ where units convert it: see `identity.geometry_difference`.
+
+    `groups` and `kv_scales` are the whole model's; `slot_nbytes` those of the pools of this `rank`. `kv_scales[g]`:
+    one entry per layer of group g, or none where all are 1.0; `()` when that is so everywhere. `stages`: the model
+    layer indexes of each pipeline stage; `()` = one stage holds them all. Flat rank = stage * tensor ranks + its rank.
+    """
 
     block_size: int
     kv_dtype: str
@@ -55,6 +63,9 @@ class Geometry:
     tensor_parallel_size: int = 1
     pipeline_parallel_size: int = 1
     slot_layout: str = "layer-kv-head-token-dim"
+    kv_scales: tuple[tuple[LayerScales, ...], ...] = ()
+    stages: tuple[tuple[int, ...], ...] = ()
+    rank: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -31,6 +31,10 @@ NUM_SLICES: Final = 4
 SLICE_NBYTES: Final = 2 << 20
 """8 MiB in all (more where a slot is larger): 70 ms at 1 Gbit/s, off the path of every request."""
 
+MAX_UNITS: Final = 256
+"""Per slice. Slots smaller than 8 KiB exist in tests and in many ranks of a small model; 2 MiB of those would time
+Python's work per unit, and hold up the loops of both ends."""
+
 PROBE_S: Final = 2.0
 """A link that has not moved 8 MiB by then, 4 MB/s, is reported as 0.0 GB/s; it still works."""
 
@@ -79,4 +83,4 @@ def _pools_of_units(pools: Sequence[PoolRegion]) -> list[int]:
     """The pool of each unit of a probe slice: all of the pool with the largest slots."""
     sizes = [region.slots.shape[1] for region in pools]
     largest = max(sizes)
-    return [sizes.index(largest)] * max(1, SLICE_NBYTES // largest)
+    return [sizes.index(largest)] * min(MAX_UNITS, max(1, SLICE_NBYTES // largest))

@@ -1,14 +1,17 @@
-"""Landing from a peer whose blocks are larger or smaller: any plane, with units for slots (protocol.md section 7).
+"""Landing from a peer of another geometry: any plane, with units for slots (protocol.md section 7).
 
 Where the receiver reads the sender's memory, it copies parts of slots straight from there. Where the sender pushes,
 what arrives is packed: the plane lands whole units in rows of a bounded staging area, and from there they are scattered
 into their places. Either way the landing thread is the only one that writes a slot.
+
+Units are hashed as they lie in their places; where storing them rounds, what was stored is hashed before that.
 """
 
 from __future__ import annotations
 
 import asyncio
 import heapq
+import threading
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -23,7 +26,7 @@ from disagg.transceiver.planes.base import Bytes, Destination, LandingJob, Landi
 from disagg.transceiver.planes.copying import check_generations, check_slots, ints
 from disagg.transceiver.planes.probe import PROBE_ID
 from disagg.transceiver.planes.reading import ReadingLandingPlane
-from disagg.transceiver.units import SlotUnits, by_group
+from disagg.transceiver.units import SlotUnits, by_group, peer_unit
 
 STAGED_SLICES: Final = 4
 """Slices per group that staging holds: one arriving, one being scattered, and two so that neither waits for the other.
@@ -39,16 +42,19 @@ class _Staged:
 
 
 class ReshapingPlane(LandingPlane):
-    """`inner` for a sender of geometry `theirs`; lands in `ours`, which are cut into the units of this pair."""
+    """`inner` for a sender of geometry `theirs`; lands in `pools` of geometry `ours`, by the units of both."""
 
-    def __init__(self, inner: LandingPlane, theirs: Geometry, ours: SlotUnits, pools: Sequence[PoolRegion]) -> None:
-        self._inner, self._theirs, self._ours, self._pools = inner, theirs, ours, tuple(pools)
+    def __init__(self, inner: LandingPlane, theirs: Geometry, ours: Geometry, pools: Sequence[PoolRegion]) -> None:
+        unit = peer_unit(ours, theirs.block_size)
+        self._inner, self._theirs, self._geometry = inner, theirs, ours
+        self.cut = SlotUnits(ours, pools, unit, theirs, is_sender=False)
         self.name, self.reads_sources, self.is_private = inner.name, inner.reads_sources, inner.is_private
         self.probe_pools = tuple(_region(_PROBED_ROWS, nbytes) for nbytes in theirs.slot_nbytes)
         """What `connect` and the probe take for pools: as large as the sender's slots."""
         self._sources: SlotUnits | None = None
-        self._staging = _Staging(ours.unit_nbytes)
+        self._staging = _Staging(self.cut.unit_nbytes)
         self._staged: dict[tuple[str, int, int], _Staged] = {}
+        self._stored = _Stored()
         inner.on_lost = self._lost
 
     async def connect(self, me: str, offer: PlaneOffer, pools: Sequence[PoolRegion]) -> None:
@@ -56,7 +62,7 @@ class ReshapingPlane(LandingPlane):
         self._loop = asyncio.get_running_loop()
         if isinstance(self._inner, ReadingLandingPlane):
             await self._inner.connect(me, offer, pools)
-            self._sources = SlotUnits(self._theirs, self._inner.sources, self._ours.unit)
+            self._sources = SlotUnits(self._theirs, self._inner.sources, self.cut.unit, self._geometry)
         else:
             await self._inner.connect(me, offer, [*pools, *self._staging.regions])
         self.lane = self._inner.lane
@@ -89,13 +95,26 @@ class ReshapingPlane(LandingPlane):
     def land(self, job: LandingJob) -> int:
         if job.transfer_id == PROBE_ID:
             return self._inner.land(job)
+        self._stored.rows = []
         return self._read(job) if self._sources is not None else self._unpack(job)
 
+    @property
+    def wire_dtype(self) -> str:
+        """The format of the bytes that `landed` gives."""
+        return self.cut.wire_dtype
+
     def landed(self, job: LandingJob) -> Iterator[tuple[int, int, Bytes]]:
-        """(start, stop, rows): the canonical bytes of units start..stop of `job`, read from where they now lie."""
+        """(start, stop, rows): the canonical bytes of units start..stop of the job this thread landed last.
+
+        Read from where they now lie, or where the conversion rounded, those that were converted.
+        """
+        kept = iter(self._stored.rows)
         for start, stop in by_group(job.destinations):
             units = job.destinations[start:stop]
-            rows = self._ours.gather(units[0].group, ints([u.ordinal for u in units]), ints([u.slot for u in units]))
+            if not self.cut.can_reread:
+                yield start, stop, next(kept)
+                continue
+            rows = self.cut.reread(units[0].group, ints([u.ordinal for u in units]), ints([u.slot for u in units]))
             yield start, stop, rows
 
     def discard(self, transfer_id: str, epoch: int) -> None:
@@ -146,16 +165,26 @@ class ReshapingPlane(LandingPlane):
 
     def _store(self, units: Sequence[Destination], rows: Bytes) -> int:
         """Scatter units of one group into their slots; their bytes."""
-        self._ours.scatter(units[0].group, ints([u.ordinal for u in units]), ints([u.slot for u in units]), rows)
+        if not self.cut.can_reread:
+            self._stored.rows.append(rows)
+        self.cut.scatter(units[0].group, ints([u.ordinal for u in units]), ints([u.slot for u in units]), rows)
         self.num_operations += 1
         return rows.nbytes
+
+
+class _Stored(threading.local):
+    """What a thread stored last, at most a slice: it is hashed on the same thread right after."""
+
+    def __init__(self) -> None:
+        self.rows: list[Bytes] = []
 
 
 class _Staging:
     """Rows of units, per group, handed out in the order they were asked for. On the loop."""
 
     def __init__(self, unit_nbytes: Sequence[int]) -> None:
-        counts = [STAGED_SLICES * max(1, SLICE_NBYTES // nbytes) for nbytes in unit_nbytes]
+        # Of a group of which nothing moves, a row: planes know regions by number.
+        counts = [STAGED_SLICES * max(1, SLICE_NBYTES // nbytes) if nbytes else 1 for nbytes in unit_nbytes]
         self.regions = tuple(_region(count, nbytes) for count, nbytes in zip(counts, unit_nbytes, strict=True))
         self._free = [list(range(count)) for count in counts]
         self._waiting: deque[tuple[list[int], asyncio.Future[tuple[tuple[int, int], ...]]]] = deque()
