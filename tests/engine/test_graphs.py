@@ -217,7 +217,11 @@ def test_a_fake_graph_keeps_a_graphs_rules() -> None:
         graph.replay()
 
 
-@pytest.mark.parametrize("wait", [lambda x: x.sum().item(), lambda x: x[x > 0], lambda x: bool(x.any())])
+@pytest.mark.parametrize(
+    "wait",
+    [lambda x: x.sum().item(), lambda x: x[x > 0], lambda x: bool(x.any()), lambda x: torch.tensor([2.0])],
+    ids=["reads", "selects", "decides", "copies from the host"],
+)
 def test_a_capture_that_waits_for_the_device_fails(wait: Any) -> None:
     with pytest.raises(CaptureFailed, match="waits for the device"):
         FakeGraph().capture(lambda: torch.ones(3) * wait(torch.ones(3)))

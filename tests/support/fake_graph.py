@@ -17,8 +17,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
 aten = torch.ops.aten
-# Operations whose result Python reads, or whose shape depends on data: a real capture fails on them.
-SYNCS = frozenset({"_local_scalar_dense", "item", "nonzero", "unique2", "_unique2", "masked_select", "is_nonzero"})
+# What Python reads, what has a shape that depends on data, and what is copied from the host (`lift_fresh`: a tensor
+# of Python's numbers). A real capture fails on them.
+SYNCS = frozenset(
+    {"_local_scalar_dense", "item", "nonzero", "unique2", "_unique2", "masked_select", "is_nonzero", "lift_fresh"}
+)
 EMPTY = frozenset({"empty", "empty_like", "empty_strided", "new_empty"})
 
 
