@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 BIN := $(VENV)/bin
 FUZZ_SECONDS ?= 60  # by then the readers of single frames have stopped finding paths; the two cores repay hours
 
-.PHONY: help setup demo test test-slow test-gpu faults fuzz check format bench wheel
+.PHONY: help setup demo test test-slow test-gpu faults fuzz coverage check format bench wheel
 .DEFAULT_GOAL := help
 
 help:  ## list the commands
@@ -41,6 +41,10 @@ fuzz: $(READY)  ## bytes that coverage chooses, into whatever reads a peer's byt
 	@$(BIN)/pip install --quiet --constraint constraints.txt atheris
 	@for reader in codec tcp zmq sender receiver; do \
 		echo "== $$reader"; $(BIN)/python tools/fuzz.py $$reader --seconds $(FUZZ_SECONDS) || exit 1; done
+
+coverage: $(READY)  ## branch coverage of the pure core of the transfer, which must be whole
+	$(BIN)/coverage run $(BIN)/pytest -q tests/transceiver -m "not slow and not gpu" --hypothesis-profile=ci
+	$(BIN)/coverage report
 
 check: $(READY)  ## lint, formatting, types, import layers, size bounds
 	$(BIN)/ruff check

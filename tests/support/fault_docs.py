@@ -29,7 +29,7 @@ table. `make faults` lets each of these faults happen in each state of a transfe
 "At once" is for processes: the kernel closes their connections when they die. Machines and networks that vanish without
 a word take the 3 s.
 
-## What is not promised
+## Known residual risks
 
 - A block is hashed once, when it is final. What changes it *before* that, such as a faulty memory while it is computed,
   is hashed as it is. Non-finite values are found and end the request.
@@ -38,6 +38,8 @@ a word take the 3 s.
   they, and the first token, are computed from the changed block, hashed and sealed as they are. A prefix found in the
   cache is hashed again before it is used, each block once per `--prefix-recheck-s` (60): until then a changed block can
   be built upon. On an accelerator, whose memory is not hashed in place, it is not looked at again.
+- Without CURVE (`--insecure`, loopback only) damage in flight on `zmq` is found by checksums and digests, not by a key:
+  they detect accidents. A damaged head of a data message ends its connection at once, a damaged payload its attempt.
 - Who holds the cluster's secret can speak as any worker: it can end others' transfers by taking their name, and seal
   what it likes. What it says cannot crash a process or make it write outside the blocks it reserved for that transfer:
   a process's pools are written by itself only, and every number from a peer is checked against its own tables.

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import msgpack
@@ -90,6 +91,26 @@ def test_values_are_validated_by_their_own_classes() -> None:
     fields["sampling"]["temperature"] = -1.0
     with pytest.raises(RemoteProtocolError, match=r"temperature: -1\.0, expected 0 or more"):
         decode(packed(36, fields))
+
+
+@pytest.mark.parametrize(
+    ("field", "wrong", "least"),
+    [
+        ("max_tokens", 0, 1),
+        ("temperature", float("nan"), 0.0),
+        ("top_p", 0.0, 1.0),
+        ("top_p", 1.5, 0.1),
+        ("min_p", -0.1, 0.0),
+        ("min_p", 1.1, 1.0),
+        ("top_k", -1, 0),
+        ("repetition_penalty", 0.0, 0.1),
+    ],
+)
+def test_sampling_that_no_sampler_could_follow_is_named(field: str, wrong: float, least: float) -> None:
+    """The engine divides by these and indexes with them: a worker must not be sent what its sampler cannot take."""
+    assert getattr(replace(SAMPLING, **{field: least}), field) == least
+    with pytest.raises(ValueError, match=f"^{field}: "):
+        replace(SAMPLING, **{field: wrong})
 
 
 @pytest.mark.parametrize("deadline", [0.0, -1.0, float("inf"), float("nan")])

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 from support.event_loop import in_event_loop
@@ -30,6 +31,7 @@ async def test_a_block_is_hashed_once_per_generation_wherever_it_is_reused() -> 
     units = await kept.digest_units([other, first], hasher)
     assert hasher.asked == [first, other]
     assert units[1] == unit
+    assert await kept.digest_units([first, other], hasher) == units[::-1]
     again = SourceUnit(0, 3, 0, 4, 3)
     (newer,) = await kept.digest_units([again], hasher)
     assert hasher.asked[-1] == again
@@ -46,3 +48,25 @@ async def test_a_hash_that_fails_keeps_nothing() -> None:
         await kept.digest_units([unit], gone)
     await kept.digest_units([unit], hasher)
     assert hasher.asked == [unit]
+
+
+class Memory:
+    """Hashes what it holds now."""
+
+    def __init__(self, **digests: int) -> None:
+        self.digests = digests
+
+    async def __call__(self, units: Sequence[SourceUnit]) -> tuple[Unit, ...]:
+        return tuple(Unit(u.group, u.ordinal, u.slot, u.generation, self.digests[f"slot{u.slot}"]) for u in units)
+
+
+@in_event_loop
+async def test_a_recheck_tells_what_is_as_it_was_what_changed_and_what_was_never_known() -> None:
+    kept, memory = KeptDigests((10,)), Memory(slot2=2, slot3=3, slot4=4)
+    units = [SourceUnit(0, slot, 0, slot, 1) for slot in (2, 3, 4)]
+    await kept.digest_units(units[:2], memory)
+    memory.digests["slot3"] = 33
+    assert await kept.recheck(units, memory) == (True, False, None)
+    assert await kept.recheck(units, memory) == (True, False, True)  # known from then on; what changed stays wrong
+    (reused,) = await kept.digest_units([replace(units[0], generation=3)], memory)
+    assert reused.generation == 3

@@ -287,3 +287,12 @@ def test_block_sizes_must_divide() -> None:
     assert unit_size(ONE, replace(ONE, block_size=48)) == 16
     with pytest.raises(ValueError, match="block sizes 16 and 24"):
         unit_size(16, 24)
+
+
+def test_ranks_beyond_the_heads_hold_copies_of_them() -> None:
+    """Four tensor ranks of two heads: consecutive ranks share one, and with as many ranks as heads each has its own."""
+    side = Side(4, "float32", ((0, 1),), 4)
+    assert [list(side.heads(rank, 2)) for rank in range(4)] == [[0], [0], [1], [1]]
+    assert [list(side.heads(rank, 4)) for rank in range(4)] == [[0], [1], [2], [3]]
+    assert [list(side.heads(rank, 8)) for rank in range(4)] == [[0, 1], [2, 3], [4, 5], [6, 7]]
+    assert replace(side, stages=((0,), (1,))).num_ranks == 8

@@ -42,6 +42,15 @@ def messages(actions: list[object], kind: type) -> list[object]:
     return [a.message for a in actions if isinstance(a, Send) and isinstance(a.message, kind)]
 
 
+@pytest.mark.parametrize("state", [State.WAITING, State.SENDING])
+def test_a_sender_whose_peer_was_lost_answers_nothing_that_still_arrives(state: State) -> None:
+    pair, sender = reach(Role.SENDER, state)
+    assert pair.feed(sender, PeerGone("end of file"))
+    assert sender.is_over
+    for late in (arrived(fetch()), arrived(p.Received(header(Role.SENDER), -1))):
+        assert not messages(pair.feed(sender, late), object)
+
+
 # --- endings ------------------------------------------------------------------------------------------------
 
 

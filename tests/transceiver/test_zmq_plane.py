@@ -213,15 +213,49 @@ async def test_nonsense_from_a_connected_peer_is_counted_and_disturbs_nobody() -
         sockets.close()
 
 
+@pytest.mark.parametrize("at", [0, 4, 8, 20, -5, -1])
+@in_event_loop
+async def test_a_damaged_head_of_a_slice_ends_the_connection_at_once(at: int) -> None:
+    """Kind, epoch, number, length, transfer, checksum: whoever waits for the slice must not wait for a deadline."""
+    async with plane_pair("zmq-insecure") as pair:
+        proxy = FlippingProxy(address(pair), at=at, min_nbytes=20)
+        proxy.is_armed = False
+        async with behind(pair, proxy) as receiver:
+            await within(pair.move(receiver, PAIRS))
+            proxy.is_armed = True
+            with pytest.raises(PeerLost):
+                await within(pair.move(receiver, PAIRS, number=1), 1.0)
+            assert proxy.num_flipped == 1
+            assert isinstance(receiver.plane, ZmqLandingPlane)
+            assert receiver.plane.num_malformed == 1
+
+
+@in_event_loop
+async def test_a_damaged_word_of_a_receiver_ends_its_connection_at_both_ends() -> None:
+    async with plane_pair("zmq") as pair:
+        receiver = await pair.receiver()
+        assert isinstance(receiver.plane, ZmqLandingPlane)
+        lost: list[str] = []
+        pair.source.on_peer_lost = lost.append
+        receiver.plane._connection.send([pack(Credit(1))[:-1] + b"?"])
+        with pytest.raises(PeerLost):
+            await within(receiver.plane.fetch(pair.job(PAIRS)), 2.0)
+        assert lost == [receiver.incarnation]
+        with pytest.raises(PeerLost):
+            await pair.source.send(receiver.incarnation, "t", 2, 0, pair.units(PAIRS))
+
+
 @in_event_loop
 async def test_credit_beyond_what_was_taken_buys_nothing() -> None:
     async with plane_pair("zmq") as pair:
         receiver = await pair.receiver()
         assert isinstance(receiver.plane, ZmqLandingPlane)
         assert isinstance(pair.source, ZmqSourcePlane)
+        taken: list[object] = []
+        take = pair.source._take
+        pair.source._take = lambda route, head: (taken.append(head), take(route, head))  # type: ignore[method-assign]
         receiver.plane._connection.send([pack(Credit(1000))])
-        receiver.plane._connection.send([b"?"])
-        while pair.source.num_malformed == 0:  # noqa: ASYNC110 - then it has read the grant before
+        while not taken:  # noqa: ASYNC110 - it is read when it is read
             await asyncio.sleep(0.001)
         sends = [
             asyncio.create_task(pair.source.send(receiver.incarnation, "t", 2, number, pair.units(PAIRS)))

@@ -3,11 +3,15 @@
 receiver -> sender: `hello` (token, incarnation), `credit` (so many slices were landed or discarded), `probe`: send the
 slices by which a first contact is measured.
 sender -> receiver: `welcome`, `refused`, `slice` (transfer, epoch, number, payload bytes).
+
+A head ends with the CRC-32 of all before it. What is damaged in a payload is found by its digests; a damaged head would
+be a slice or a credit that somebody waits for in vain, so it ends the connection at once. Under CURVE none arrives.
 """
 
 from __future__ import annotations
 
 import struct
+import zlib
 from dataclasses import dataclass
 from typing import Final
 
@@ -56,6 +60,15 @@ class SliceHead:
 
 
 def pack(head: Hello | Credit | Probe | SliceHead) -> bytes:
+    return seal(_pack(head))
+
+
+def seal(body: bytes) -> bytes:
+    """`body` and its checksum."""
+    return body + _COUNT.pack(zlib.crc32(body))
+
+
+def _pack(head: Hello | Credit | Probe | SliceHead) -> bytes:
     match head:
         case Hello(incarnation, token):
             return _HELLO + token + incarnation.encode()
@@ -69,6 +82,9 @@ def pack(head: Hello | Credit | Probe | SliceHead) -> bytes:
 
 def parse(data: bytes) -> Hello | Credit | Probe | SliceHead:
     """The head in `data`. Raises `RemoteProtocolError`."""
+    data, check = data[: -_COUNT.size], data[-_COUNT.size :]
+    if _COUNT.pack(zlib.crc32(data)) != check:
+        raise RemoteProtocolError("a head of a data message was damaged on the way")
     kind, body = data[:1], data[1:]
     try:
         if kind == _HELLO and len(body) > TOKEN_NBYTES:

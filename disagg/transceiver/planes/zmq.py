@@ -167,6 +167,13 @@ class ZmqSourcePlane(SourcePlane):
                 self._take(frames[0].bytes, parse(frames[1].bytes))
             except RemoteProtocolError:
                 self.num_malformed += 1
+                self._give_up(frames[0].bytes)
+
+    def _give_up(self, routing_id: bytes) -> None:
+        """What a receiver said was damaged, maybe credit: better it connects anew than that its window never opens."""
+        if (peer := self._peer_of.get(routing_id)) is not None:
+            self._reply(routing_id, REFUSED)
+            self._lose(peer)
 
     def _take(self, routing_id: bytes, head: Hello | Credit | Probe | SliceHead) -> None:
         match head:

@@ -192,9 +192,9 @@ class ZmqLandingPlane(LandingPlane):
             head = parse(frames[0].bytes)
             if not isinstance(head, SliceHead) or len(frames) != 2 or len(frames[1]) != head.nbytes:
                 raise RemoteProtocolError("not a slice")
-        except RemoteProtocolError:
+        except RemoteProtocolError as exc:
             self.num_malformed += 1
-            return
+            raise PeerLost(f"the source sent what is no slice: {exc}") from exc
         key = (head.transfer_id, head.epoch, head.number)
         if key[:2] in self._discarded:
             self.num_discarded += 1
