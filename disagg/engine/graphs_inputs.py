@@ -28,6 +28,7 @@ class DecodeInputs:
         self._there = torch.zeros_like(self._host, device=model.device)
         # A tensor, never a number: Gemma 4 cuts the batch before its KV-sharing layers when it is a number.
         self._last = torch.arange(max_rows, device=model.device)
+        self._scales = kernel_scales(model.layers, model.saturated)  # held here: a graph holds addresses, not tensors
         self._plans = [
             DecodePlan(
                 block_size=cache.layout.block_size,
@@ -44,13 +45,13 @@ class DecodeInputs:
     def step(self, count: int) -> Step:
         """What attention needs in a graph of `count` rows."""
         plans = [plan.rows(count) for plan in self._plans]
-        layout, scales = self._cache.layout, kernel_scales(self._model.layers, self._model.saturated)
+        layout = self._cache.layout
         return {
             layer.index: LayerCall(
                 layer,
                 self._cache.layer_view(layer.index),
                 plans[layout.place(layer.index)[0]],
-                scales.get(layer.index),
+                self._scales.get(layer.index),
             )
             for layer in self._model.layers
         }

@@ -8,7 +8,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from support.continuous import largest_error, poison_free_slots
@@ -173,17 +172,22 @@ def test_padding_that_writes_a_live_slot_is_noticed(
 
 
 def test_inputs_made_anew_for_each_step_are_noticed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What an eager step may do: a tensor from the host inside what was captured keeps capture's value."""
-    forward = DecodeInputs.forward
+    """What an eager step may do: a tensor that is another one at each step keeps capture's value."""
+    fill, forward = DecodeInputs.fill, DecodeInputs.forward
+    fresh: list[torch.Tensor] = []
+
+    def copying(self: DecodeInputs, *args: Any) -> None:
+        fill(self, *args)
+        fresh.append(self._there.clone())
 
     def careless(self: DecodeInputs, count: int) -> torch.Tensor:
-        static = self._there
-        self._there = torch.from_numpy(np.array(static.numpy()))
+        static, self._there = self._there, fresh[-1]
         try:
             return forward(self, count)
         finally:
             self._there = static
 
+    monkeypatch.setattr(DecodeInputs, "fill", copying)
     monkeypatch.setattr(DecodeInputs, "forward", careless)
     equal, count = equal_answers(folder)
     assert equal < count
@@ -212,8 +216,15 @@ def test_a_fake_graph_keeps_a_graphs_rules() -> None:
     assert out.tolist() == [13, 13, 13]
     assert len(held) == 1, "a replay ran Python"
     assert held[0].isnan().all(), "what a replay left behind may be read"
-    given.set_(torch.ones(3).untyped_storage())
-    with pytest.raises(AssertionError, match="moved"):
+
+
+def test_memory_that_nobody_holds_any_more_is_noticed() -> None:
+    graph, given = FakeGraph(), [torch.ones(3)]
+    out = graph.capture(lambda: given[0] + 1)
+    graph.replay()
+    assert out.tolist() == [2, 2, 2]
+    given.clear()
+    with pytest.raises(AssertionError, match="a tensor of the graph was freed"):
         graph.replay()
 
 

@@ -13,8 +13,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten
+from torch.utils._pytree import tree_flatten, tree_map
 
 aten = torch.ops.aten
 # What Python reads, what has a shape that depends on data, and what is copied from the host (`lift_fresh`: a tensor
@@ -29,21 +30,45 @@ class CaptureFailed(RuntimeError):
     """What a CUDA device refuses during capture."""
 
 
+class Outside:
+    """A tensor that a graph was given and does not hold: its owner must, else a replay reads freed memory."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.storage = StorageWeakRef(tensor.untyped_storage())
+        self.address, self.like = tensor.data_ptr(), torch.empty_like(tensor, device="meta")
+        self.shape, self.strides, self.offset = tensor.shape, tensor.stride(), tensor.storage_offset()
+
+    def get(self) -> torch.Tensor:
+        storage = torch.UntypedStorage._new_with_weak_ptr(self.storage.cdata)
+        assert storage is not None, "a tensor of the graph was freed"
+        fresh = torch.empty(0, dtype=self.like.dtype).set_(storage, self.offset, self.shape, self.strides)
+        assert fresh.data_ptr() == self.address, "a tensor of the graph moved"
+        return fresh
+
+
 @dataclass
 class Node:
     """One call. `made`: tensors that it allocated; None: it writes to what it was given."""
 
-    call: Callable[[], Any]
-    given: list[tuple[torch.Tensor, int]]
+    call: Callable[..., Any]
+    args: Any
+    kwargs: dict[str, Any]
     made: list[torch.Tensor] | None
 
+    def let_go(self, inside: set[int]) -> None:
+        """Hold no tensor but those whose memory (`inside`, by storage address) the graph allocated."""
+
+        def weaken(x: Any) -> Any:
+            is_outside = isinstance(x, torch.Tensor) and x.untyped_storage().data_ptr() not in inside
+            return Outside(x) if is_outside else x
+
+        self.args, self.kwargs = tree_map(weaken, (self.args, self.kwargs))
+
     def run(self) -> None:
-        for tensor, address in self.given:
-            assert tensor.data_ptr() == address, "a tensor of the graph moved"
-        result = self.call()
+        args, kwargs = tree_map(lambda x: x.get() if isinstance(x, Outside) else x, (self.args, self.kwargs))
+        result = self.call(*args, **kwargs)
         if self.made is not None:
-            fresh = [x for x in tree_flatten(result)[0] if isinstance(x, torch.Tensor)]
-            for old, new in zip(self.made, fresh, strict=True):
+            for old, new in zip(self.made, tensors(result), strict=True):
                 assert old.shape == new.shape, f"{tuple(new.shape)} in a replay, {tuple(old.shape)} at capture"
                 old.copy_(new)
 
@@ -69,15 +94,12 @@ class Recorder(TorchDispatchMode):
         known = {x.untyped_storage().data_ptr() for x in given if x.numel()}
         results = [x for x in tensors(result) if x.numel()]
         if func._schema.is_mutable:
-            self.add(lambda: func(*args, **kwargs), given, None)
+            self.nodes.append(Node(func, args, kwargs, None))
         elif name in EMPTY:
-            self.nodes.append(Node(lambda: (), [], None))
+            self.nodes.append(Node(lambda: tensors(result), (), {}, tensors(result)))
         elif results and not all(x.untyped_storage().data_ptr() in known for x in results):
-            self.add(lambda: func(*args, **kwargs), given, tensors(result))
+            self.nodes.append(Node(func, args, kwargs, tensors(result)))
         return result  # what is left are views of what is recorded
-
-    def add(self, call: Callable[[], Any], given: list[torch.Tensor], made: list[torch.Tensor] | None) -> None:
-        self.nodes.append(Node(call, [(x, x.data_ptr()) for x in given], made))
 
 
 @contextmanager
@@ -92,12 +114,9 @@ def recorded_launches(recorder: Recorder) -> Iterator[None]:
             return
         from torch.utils._python_dispatch import _disable_current_modes
 
-        def call() -> None:
-            launch(name, kernel, grid, *args, **constants)
-
         with _disable_current_modes():
-            call()
-        recorder.add(call, tensors(args), None)
+            launch(name, kernel, grid, *args, **constants)
+        recorder.nodes.append(Node(lambda *given: launch(name, kernel, grid, *given, **constants), args, {}, None))
 
     triton_backend.launch = record  # type: ignore[assignment]
     try:
@@ -115,6 +134,9 @@ class FakeGraph:
         recorder = Recorder(self.nodes)
         with recorded_launches(recorder), recorder:
             self.output = run()
+        inside = {made.untyped_storage().data_ptr() for node in self.nodes for made in node.made or ()}
+        for node in self.nodes:
+            node.let_go(inside)
         self.forget()
         return self.output
 
