@@ -9,6 +9,7 @@ from support.transfer_pair import (
     TransferPair,
     make_receiver,
     make_reserved,
+    make_sender,
     needed_of,
 )
 from support.transfer_states import arrived, fetch, header, honest_done, reach, slice_message
@@ -49,6 +50,20 @@ def test_a_sender_whose_peer_was_lost_answers_nothing_that_still_arrives(state: 
     assert sender.is_over
     for late in (arrived(fetch()), arrived(p.Received(header(Role.SENDER), -1))):
         assert not messages(pair.feed(sender, late), object)
+
+
+@pytest.mark.parametrize("dispatched_at", [0.0, 1e9])
+def test_a_tickets_age_is_counted_from_dispatch_on_the_clock_of_the_worker_that_verifies_it(
+    dispatched_at: float,
+) -> None:
+    """FETCH says nothing of time: the same ticket admits until its `ttl_s` is over by the sender's clock alone."""
+    young, old = make_sender(dispatched_at), make_sender(dispatched_at)
+    admitted = young.handle(arrived(fetch()), dispatched_at + DEADLINE_S - 0.1)
+    assert messages(admitted, p.Accepted)
+    old.handle(Tick(), dispatched_at + DEADLINE_S)
+    refused = old.handle(arrived(fetch()), dispatched_at + DEADLINE_S + 0.1)
+    assert not messages(refused, p.Accepted)
+    assert [word.reason for word in messages(refused, p.Failed)] == [reasons.DEADLINE]  # type: ignore[attr-defined]
 
 
 # --- endings ------------------------------------------------------------------------------------------------
