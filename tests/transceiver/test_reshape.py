@@ -12,8 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.element_walk import HOLE, Cut, ModelGroup, Rank, expected, make_ranks, needed_tokens, store
 
-from disagg.transceiver.messages.values import GroupSemantics
+from disagg.transceiver.convert import FP8, FP8_ABSOLUTE, FP8_RELATIVE
+from disagg.transceiver.messages.values import Geometry, GroupSemantics
 from disagg.transceiver.packed import Area, Packer, Unpacker, digests, flat
+from disagg.transceiver.ranks import rank_geometry, rank_layout, rectangles
 from disagg.transceiver.reshape import (
     Copies,
     Share,
@@ -296,3 +298,66 @@ def test_ranks_beyond_the_heads_hold_copies_of_them() -> None:
     assert [list(side.heads(rank, 4)) for rank in range(4)] == [[0], [1], [2], [3]]
     assert [list(side.heads(rank, 8)) for rank in range(4)] == [[0, 1], [2, 3], [4, 5], [6, 7]]
     assert replace(side, stages=((0,), (1,))).num_ranks == 8
+
+
+@given(worlds())
+@settings(deadline=None)
+def test_what_two_ranks_agree_on_is_what_the_plan_of_all_ranks_gives_them(
+    world: tuple[list[ModelGroup], Cut, Cut, int, int],
+) -> None:
+    """Each pair of ranks finds its own part without the others; together they are the plan, and each is held there."""
+    groups, sender, receiver, _, _ = world
+    plan = shares([semantics(group) for group in groups], side_of(sender), side_of(receiver))
+    found = []
+    for to, receiving in enumerate(geometries(groups, receiver)):
+        for source, sending in enumerate(geometries(groups, sender)):
+            for number, rectangle in enumerate(rectangles(sending, receiving)):
+                if rectangle is not None:
+                    found.append(Share(to, number, rectangle, source))
+                    for end in (sending, receiving):
+                        pools = [np.zeros(2 * nbytes, np.uint8) for nbytes in end.slot_nbytes]
+                        layout = rank_layout(end, [2] * len(pools))
+                        Area(layout, pools, number, semantics(groups[number]), rectangle, 1)
+    assert tuple(sorted(found)) == plan
+
+
+def geometries(groups: list[ModelGroup], cut: Cut) -> list[Geometry]:
+    whole = Geometry(cut.block_size, cut.dtype, tuple(map(semantics, groups)), ())
+    return [
+        rank_geometry(whole, rank, tensor_parallel_size=cut.tensor_ranks, stages=cut.stages)
+        for rank in range(len(cut.stages) * cut.tensor_ranks)
+    ]
+
+
+scales_of_heads = st.lists(st.sampled_from([0.25, 0.5, 1.0, 2.0, 8.0]), min_size=4, max_size=4)
+
+
+@given(worlds(), scales_of_heads, scales_of_heads)
+@settings(deadline=None)
+def test_fp8_with_scales_of_either_side_lands_within_its_bound_on_every_rank(
+    world: tuple[list[ModelGroup], Cut, Cut, int, int], k_scales: list[float], v_scales: list[float]
+) -> None:
+    """Both sides store fp8, each by scales of its own; heads and layers are dealt out to ranks on both."""
+    groups, sender, receiver, prompt_len, seed = world
+    sender, receiver = replace(sender, dtype=FP8), replace(receiver, dtype=FP8)
+    plan = shares([semantics(group) for group in groups], side_of(sender), side_of(receiver))
+    for number, group in enumerate(groups):
+        one = World(group, sender, receiver, prompt_len, np.random.default_rng(seed))
+        for share in plan:
+            if share.group != number:
+                continue
+            _, num_layers, head, num_heads = share.rectangle
+            ours, theirs = (
+                torch.tensor([[half[head : head + num_heads]] * 2] * num_layers)[..., None, None]
+                for half in (k_scales, v_scales)
+            )
+            source = area(one.senders[share.sender], sender, group, share, one.unit)
+            target = area(one.receivers[share.receiver], receiver, group, share, one.unit)
+            source.scales, target.scales = ours, theirs
+            rows = Packer(source, FP8, theirs).gather(one.copies.source_slots, one.copies.source_tokens)
+            Unpacker(target, FP8, ours).scatter(rows, one.copies.slots, one.copies.tokens)
+            sent = source.read(one.copies.source_slots, one.copies.source_tokens).float() * ours
+            landed = target.read(one.copies.slots, one.copies.tokens).float() * theirs
+            limit = sent.clamp(-448 * theirs, 448 * theirs)  # numbers beyond the range become its ends
+            bound = torch.maximum(FP8_RELATIVE * limit.abs(), theirs * FP8_ABSOLUTE)
+            assert ((landed - limit).abs() <= bound).all()
