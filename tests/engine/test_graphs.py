@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Iterator
 from dataclasses import replace
@@ -10,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.continuous import largest_error, poison_free_slots
+from support.continuous import greedy, largest_error, make_cache, poison_free_slots
 from support.fake_graph import CaptureFailed, FakeGraph
 from support.families import FAMILIES
 from support.graphed import GraphedRunner, load_case, num_equal
@@ -21,7 +22,8 @@ from disagg.cache.scratch import Scratch
 from disagg.engine import graphs as graphs_module
 from disagg.engine.graphs import batch_buckets
 from disagg.engine.graphs_inputs import DecodeInputs
-from disagg.engine.runner import Chunk
+from disagg.engine.model import load_model
+from disagg.engine.runner import Chunk, Runner
 from disagg.kernels import decode_plan
 from disagg.kernels.dispatch import CALLS, forced
 from disagg.kernels.workspace import Workspace
@@ -69,6 +71,21 @@ def test_the_kernels_themselves_in_graphs(name: str, folder: Path) -> None:
     some = [replace(reference, token_ids=reference.token_ids[:4]) for reference in references[1:3]]
     assert num_equal(runner.answers(some, 4), some) == len(some)
     assert CALLS["graph:decode"] >= 3
+
+
+def test_fp8_kv_is_read_and_written_by_its_scales_in_graphs(folder: Path) -> None:
+    """The tokens of eager steps over fp8 KV, which are not those of float32."""
+    _, references = load_case("gemma3", folder, NUM_TOKENS)
+    scales = folder / "scales.json"
+    scales.write_text(json.dumps({str(layer): {"k": 0.25, "v": [0.5, 0.125]} for layer in range(4)}))
+    model = load_model(folder / "gemma3", kv_cache_dtype="fp8_e4m3", kv_scales=scales)
+    prompts = [reference.prompt for reference in references]
+    eager = Runner(model, make_cache(model, block_size=8, num_slots=120))
+    expected = [live.answer for live in greedy(eager, prompts, NUM_TOKENS, chunk=61)]
+    graphed = GraphedRunner(model)
+    assert [live.answer for live in graphed.answers(references, NUM_TOKENS)] == expected
+    assert CALLS["graph:decode"] > 9
+    assert expected != [reference.token_ids for reference in references]
 
 
 def test_a_batch_above_the_largest_bucket_runs_eager(folder: Path) -> None:

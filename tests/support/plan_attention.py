@@ -14,15 +14,16 @@ import torch
 from disagg.kernels import reference, triton_backend
 from disagg.kernels.device_plan import DevicePlan
 from disagg.kernels.dispatch import forced
-from disagg.kernels.scales import KVScales
+from disagg.kernels.scales import KVScales, quantise, raw
 
 
 def write_kv(
     pool: torch.Tensor, plan: DevicePlan, key: torch.Tensor, value: torch.Tensor, scales: KVScales | None
 ) -> None:
-    assert scales is None
     for which, x in enumerate((key, value)):
-        pool[plan.write_slots.long(), which, :, plan.write_offsets.long()] = x
+        scale = None if scales is None else (scales.key, scales.value)[which][:, None]
+        stored = raw(quantise(x, pool.dtype, scale))  # torch does not index eight-bit floats
+        raw(pool)[plan.write_slots.long(), which, :, plan.write_offsets.long()] = stored
 
 
 def paged_attention(
@@ -34,10 +35,12 @@ def paged_attention(
     sink_logits: torch.Tensor | None,
     scales: KVScales | None,
 ) -> torch.Tensor:
-    assert scales is None
     assert not plan.has_prefill
     num_rows, _, dim = query.shape
-    key, value = pool[plan.table.long()].permute(2, 0, 3, 1, 4, 5).flatten(3, 4)  # [rows, kv heads, keys, dim]
+    read = raw(pool)[plan.table.long()].view(pool.dtype).to(query.dtype)
+    key, value = read.permute(2, 0, 3, 1, 4, 5).flatten(3, 4)  # [rows, kv heads, keys, dim]
+    if scales is not None:
+        key, value = key * scales.key[:, None, None], value * scales.value[:, None, None]
     count = torch.arange(key.shape[2])
     sink_end = -(-plan.num_sink_tokens // plan.block_size) * plan.block_size
     position = torch.where(count < sink_end, count, count + plan.runs[:, 3:])
