@@ -45,9 +45,12 @@ def paged_attention(
     sliding_window: int | None = None,
     softcap: float | None = None,
     s_aux: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
     **_: object,
 ) -> tuple[torch.Tensor, None]:
     """transformers' attention interface: `query` `[1, heads, total, dim]`, out `[1, total, heads, dim]`, a flat batch.
+
+    `out` is ours alone: memory to write the answer to.
 
     A layer that shares another's KV is handed the producer's K and V of this step; it ignores them, for the pool
     holds them and all earlier ones.
@@ -67,7 +70,7 @@ def paged_attention(
     if call.spec.owns_kv:
         ops.write_kv(call.pool, call.plan, key[0].transpose(0, 1), value[0].transpose(0, 1), scales=call.scales)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    out = ops.paged_attention(
+    made = ops.paged_attention(
         query[0].transpose(0, 1),
         call.pool,
         call.plan,
@@ -75,5 +78,6 @@ def paged_attention(
         softcap=softcap,
         sink_logits=s_aux,
         scales=call.scales,
+        out=None if out is None else out[0],
     )
-    return out[None], None
+    return made[None], None

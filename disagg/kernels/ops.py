@@ -62,15 +62,17 @@ def paged_attention(
     softcap: float | None = None,
     sink_logits: torch.Tensor | None = None,
     scales: KVScales | None = None,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Attention of `query` `[num_queries, num_heads, head_dim]` over the batch's blocks; same shape out.
 
     scores = q·k * scale; with `softcap` c they become c * tanh(scores / c). `sink_logits` `[num_heads]` adds one key to
     each head's softmax that has this score and no value (gpt-oss). The queries' own K and V are written first.
+    `out`, contiguous, is written and returned where it is given.
     """
     module = _served("paged_attention", pool.device)
-    out = module.paged_attention(query, pool, plan, scale, softcap, sink_logits, scales)
-    return cast(torch.Tensor, out)
+    made = module.paged_attention(query, pool, plan, scale, softcap, sink_logits, scales, out)
+    return cast(torch.Tensor, made)
 
 
 def preprocess_qkv(

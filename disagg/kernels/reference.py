@@ -285,7 +285,10 @@ def paged_attention(
     softcap: float | None,
     sink_logits: torch.Tensor | None,
     scales: KVScales | None,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
+    if out is not None:
+        return out.copy_(paged_attention(query, pool, plan, scale, softcap, sink_logits, scales))
     if scales is not None:  # q·(k s) = (q s)·k, and the weights of a head's values share its scale
         key_scale, value_scale = (
             s.repeat_interleave(query.shape[1] // pool.shape[2]) for s in (scales.key, scales.value)

@@ -156,14 +156,16 @@ def paged_attention(
     softcap: float | None,
     sink_logits: torch.Tensor | None,
     scales: KVScales | None,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     num_heads, head_dim, num_kv_heads = query.shape[1], query.shape[2], pool.shape[2]
     check_rows("query", query, (len(plan.write_slots), num_heads, head_dim), FLOATS)
     check_rows("pool", pool, (pool.shape[0], 2, num_kv_heads, plan.block_size, head_dim), STORED)
     assert num_heads % num_kv_heads == 0, f"{num_heads} query heads over {num_kv_heads} kv heads"
     assert sink_logits is None or sink_logits.shape == (num_heads,)
-    check_device(query, pool, plan.table, sink_logits, *_tensors(scales))
-    call = _Attention(query, pool, plan, scale, softcap, sink_logits, scales)
+    assert out is None or (out.shape == query.shape and out.dtype == query.dtype and out.is_contiguous())
+    check_device(query, pool, plan.table, sink_logits, *_tensors(scales), out)
+    call = _Attention(query, pool, plan, scale, softcap, sink_logits, scales, out)
     call.decode()
     call.prefill()
     return call.out
@@ -185,11 +187,12 @@ class _Attention:
         softcap: float | None,
         sink_logits: torch.Tensor | None,
         scales: KVScales | None,
+        out: torch.Tensor | None,
     ) -> None:
         self.query, self.pool, self.plan, self.scale, self.softcap = query, pool, plan, scale, softcap
         self.sink_logits = None if sink_logits is None else sink_logits.float().contiguous()
         self.scales = scales
-        self.out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+        self.out = torch.empty(query.shape, dtype=query.dtype, device=query.device) if out is None else out
 
     def decode(self) -> None:
         """Runs of one query: as many splits per tile as fill the device, merged by a second kernel."""

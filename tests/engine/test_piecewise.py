@@ -13,6 +13,7 @@ from support.continuous import greedy, largest_error, make_cache
 from support.fake_graph import CaptureFailed, FakeGraphs
 from support.families import FAMILIES
 from support.graphed import load_case, num_equal
+from support.interpreter import missing_interpreter
 
 from disagg.engine import piecewise_attention
 from disagg.engine.attention import CURRENT_STEP, LayerCall
@@ -24,7 +25,7 @@ from disagg.engine.piecewise_runner import PiecewiseRunner
 from disagg.engine.probe import probe
 from disagg.kernels import ops
 from disagg.kernels.batch import PagedBatch, QueryRun
-from disagg.kernels.dispatch import CALLS
+from disagg.kernels.dispatch import CALLS, forced
 from disagg.kernels.workspace import Workspace
 
 NUM_TOKENS_OUT = 8
@@ -164,6 +165,22 @@ def test_what_pads_a_bucket_comes_out_as_zero_and_is_not_stored() -> None:
     assert layer.pool[2, :, :, 3:].count_nonzero() == 0
     layer.run(lambda: attend(query, key, value, None, layer.pool, out, 0, 0.5, 0, 0.0), count=0)
     assert (out == 0).all(), "while pieces are captured"
+
+
+@pytest.mark.parametrize("name", ["torch", "triton"])
+def test_attention_writes_where_it_is_told(name: str) -> None:
+    if name == "triton" and (missing := missing_interpreter()):
+        pytest.skip(missing)
+    with forced(name):
+        layer, (query, key, value) = OneLayer(), heads()
+        plan = layer.step[0].plan
+        rows = [x[0, :, :3].transpose(0, 1) for x in (query, key, value)]
+        ops.write_kv(layer.pool, plan, *rows[1:])
+        expected = ops.paged_attention(rows[0], layer.pool, plan, scale=0.5)
+        out = torch.full((3, 2, 4), float("nan"))
+        made = ops.paged_attention(rows[0], layer.pool, plan, scale=0.5, out=out)
+    assert made.data_ptr() == out.data_ptr()
+    assert torch.equal(out, expected)
 
 
 def test_the_schema_declares_what_is_written_and_nothing_else_is() -> None:

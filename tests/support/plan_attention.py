@@ -34,7 +34,9 @@ def paged_attention(
     softcap: float | None,
     sink_logits: torch.Tensor | None,
     scales: KVScales | None,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
+    assert out is None
     assert not plan.has_prefill
     num_rows, _, dim = query.shape
     read = raw(pool)[plan.table.long()].view(pool.dtype).to(query.dtype)
