@@ -156,7 +156,7 @@ def test_workers_killed_one_by_one_under_load_end_answers_with_a_true_status_or_
             assert call.status == (has_begun if call.token_ids else call.status), (call.error, call)
             assert call.status in (has_begun, 503), (call.error, call)
             outcomes[f"{call.status} {call.error['message']}"] += 1
-    # A survivor that a starved machine does not run for 3 s is lost too, and says 503 until it is back: counted, no more.
+    # A survivor that a starved machine does not run for 3 s is lost too: 503 until it is back, which is counted.
     assert outcomes["answered"] > len(WORKERS) * NUM_CLIENTS, outcomes
     assert_nothing_is_held(cluster)
     ask_unloaded(cluster)
