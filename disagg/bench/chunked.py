@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Sequence
 from typing import Final
 
 import numpy as np
@@ -14,7 +15,9 @@ import numpy.typing as npt
 
 from disagg.bench.side import Side
 from disagg.bench.workers import BLOCK_SIZE, FIRST_TOKEN, WorkerDestination, WorkerSide, WorkerSource
-from disagg.transceiver.events import PromptComputed, Unit, UnitsFinal
+from disagg.transceiver.events import PromptComputed, UnitsFinal
+from disagg.transceiver.outbox import units_per_slice
+from disagg.transceiver.planes.base import SourceUnit
 
 PREFIX: Final = "chunked:"
 NUM_CHUNKS: Final = 8
@@ -65,15 +68,20 @@ class ChunkedSource(_Chunked, WorkerSource):
         self._units = self._sources(mine)
 
     async def move(self) -> int:
-        held: list[Unit] = []
         step = self.case.num_blocks // NUM_CHUNKS
         for first in range(0, self.case.num_blocks, step):
             await asyncio.sleep(self._chunk_s)
             self.computed_at = time.monotonic()
-            held += await self.landing.digest_units(self._units[first : first + step])
             if self._overlapped:
-                self.sending.feed(self.attempt, UnitsFinal(1, tuple(held)))
-                held = []
-        self.sending.feed(self.attempt, UnitsFinal(1, tuple(held)))
+                await self._announce(self._units[first : first + step])
+        if not self._overlapped:
+            await self._announce(self._units)
         self.sending.feed(self.attempt, PromptComputed(1, FIRST_TOKEN))
         return await super().move()
+
+    async def _announce(self, units: Sequence[SourceUnit]) -> None:
+        """As a worker does with what its engine reports."""
+        count = units_per_slice((self.case.slot_nbytes,))
+        for first in range(0, len(units), count):
+            hashed = await self.landing.digest_units(units[first : first + count])
+            self.sending.feed(self.attempt, UnitsFinal(1, hashed))

@@ -22,6 +22,11 @@ UnitKey = tuple[int, int]
 """(group, ordinal)"""
 
 
+def units_per_slice(unit_nbytes: Sequence[int]) -> int:
+    """Of the largest kind. So many are hashed before they are announced, and land while the next are being hashed."""
+    return max(1, SLICE_NBYTES // max(1, *unit_nbytes))
+
+
 class Outbox:
     """Slices of one epoch, in order. Takes the units of one computation; ignores units that were not required."""
 

@@ -16,7 +16,7 @@ import torch
 from disagg.transceiver.convert import wire_dtype
 from disagg.transceiver.errors import RemoteProtocolError
 from disagg.transceiver.messages.values import Geometry, UnitName
-from disagg.transceiver.outbox import SLICE_NBYTES
+from disagg.transceiver.outbox import units_per_slice
 from disagg.transceiver.packed import Area, Packer, Unpacker
 from disagg.transceiver.planes.base import Bytes, Destination, PoolRegion, SourceUnit
 from disagg.transceiver.planes.copying import Ints, check_generations, ints
@@ -97,7 +97,7 @@ class SlotUnits:
 
     def slices(self, units: Sequence[SourceUnit]) -> Iterator[Sequence[SourceUnit]]:
         """`units` in parts of about a slice, so that packing them takes bounded memory."""
-        count = max(1, SLICE_NBYTES // max(1, *self.unit_nbytes))
+        count = units_per_slice(self.unit_nbytes)
         for first in range(0, len(units), count):
             yield units[first : first + count]
 

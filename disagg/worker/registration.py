@@ -19,6 +19,7 @@ from disagg.transceiver.links import ControlServer
 from disagg.transceiver.messages.router import DRAINING, READY, Lease, Register
 from disagg.transceiver.messages.values import Geometry
 from disagg.transceiver.node import Node
+from disagg.transceiver.outbox import units_per_slice
 from disagg.transceiver.planes.base import SourcePlane
 from disagg.transceiver.receiving import ReceivingSide
 from disagg.transceiver.sending import SendingSide
@@ -99,11 +100,13 @@ class Registration:
         with contextlib.suppress(SourceChanged):  # dropped meanwhile: the engine says so next, and computes them anew
             cut = self._cut_for(self._attempts.peer_geometry(event.key))
             sources, landing = self._parts.sources(event.units), self._parts.landing
-            if cut is None:
-                units = await self._parts.kept.digest_units(sources, landing.digest_units)
-            else:
-                units = await landing.digest_units(sources, cut)
-            self._attempts.sending.feed(event.key, UnitsFinal(event.compute_id, units))
+            count = units_per_slice(self._parts.layout.slot_nbytes)
+            for few in (sources[first : first + count] for first in range(0, len(sources), count)):
+                if cut is None:
+                    units = await self._parts.kept.digest_units(few, landing.digest_units)
+                else:
+                    units = await landing.digest_units(few, cut)
+                self._attempts.sending.feed(event.key, UnitsFinal(event.compute_id, units))
 
     def _cut_for(self, peer: Geometry) -> SlotUnits | None:
         """Our slots as the units of a transfer whose peer's geometry differs."""
