@@ -13,6 +13,7 @@ import pytest
 from support.engine_pair import HASHER, LAYOUT, TestedEngine, greedy, key, prompt_of
 from support.fake_runner import reference_tokens
 
+from disagg.cache.prefix_cache import Chain
 from disagg.engine.commands import (
     Command,
     FinalUnit,
@@ -104,7 +105,7 @@ class Worker:
 
     def slot_of(self, ordinal: int, prompt: tuple[int, ...] = SHARED) -> tuple[int, int]:
         """(pool, slot) where the full attention group's block of a registered prompt lies."""
-        match = self.engine.cache._prefixes.match("", prompt)  # type: ignore[union-attr]
+        match = self.engine.cache._prefixes.match(Chain(""), prompt)  # type: ignore[union-attr]
         return LAYOUT.pool_of_group[FULL], int(match.slots[FULL][ordinal])
 
     def flip(self, ordinal: int) -> None:
@@ -112,7 +113,7 @@ class Worker:
         self.engine.cache.pools[pool].memory[slot, 2] ^= 0x40
 
     def num_registered(self, prompt: tuple[int, ...]) -> int:
-        return len(self.engine.cache._prefixes.match("", prompt).path)  # type: ignore[union-attr]
+        return len(self.engine.cache._prefixes.match(Chain(""), prompt).path)  # type: ignore[union-attr]
 
 
 @pytest.fixture
