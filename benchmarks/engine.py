@@ -57,6 +57,7 @@ from disagg.engine.model import LoadedModel, load_model
 from disagg.engine.packed import pack_linears
 from disagg.engine.probe import probe
 from disagg.engine.runner import Chunk, Runner
+from disagg.kernels import native_attention
 from disagg.transceiver.messages.values import Sampling
 
 BLOCK_SIZE = 16
@@ -387,7 +388,9 @@ def circumstances() -> str:
     commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or "unknown"  # noqa: S603
     command, load = shlex.join(["python", *sys.argv]), ", ".join(f"{value:.1f}" for value in os.getloadavg())
     versions = f"torch {torch.__version__}, transformers {_hf.__version__}"
-    return f"`{command}`, commit {commit}, {os.cpu_count()} cores of {platform.machine()}, {versions}, load {load}"
+    attention = "compiled" if native_attention.is_loaded() else "torch"
+    machine = f"{os.cpu_count()} cores of {platform.machine()}"
+    return f"`{command}`, commit {commit}, {machine}, {versions}, {attention} decode attention, load {load}"
 
 
 def parse() -> argparse.Namespace:

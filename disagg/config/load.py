@@ -21,7 +21,10 @@ from disagg.config.settings import (
 )
 
 PREFIX: Final = "DISAGG_"
-OTHER_VARIABLES: Final = frozenset({"DISAGG_SECRET", "DISAGG_CONFIG"})
+OTHER_VARIABLES: Final = frozenset(
+    {"DISAGG_SECRET", "DISAGG_CONFIG", "DISAGG_KERNELS", "DISAGG_FUSED_QKV", "DISAGG_NATIVE"}
+)
+"""The last three: `disagg.kernels` reads them where it is imported."""
 
 COMMANDS: Final = (UpSettings, DemoSettings, RouterSettings, WorkerSettings, PlanSettings)
 _KINDS: Final = {"int": "a whole number", "float": "a number", "bool": "true or false"}

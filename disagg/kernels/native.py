@@ -1,13 +1,15 @@
 """The compiled helper (`native.c`): many blocks copied, hashed and looked at in one call, without Python's lock.
 
 It is built with the package where a C compiler is, and missing elsewhere: `is_loaded` says which. Whoever calls has a
-way without it. Addresses are the caller's responsibility: nothing here can check them.
+way without it. Addresses are the caller's responsibility: nothing here can check them. `DISAGG_NATIVE=off` in the
+environment leaves it out, and with it the attention of `native_attention`, which is in the same library.
 """
 
 from __future__ import annotations
 
 import ctypes
 import logging
+import os
 import sys
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
@@ -22,14 +24,22 @@ log = logging.getLogger(__name__)
 
 Addresses = npt.NDArray[np.uint64]
 
-VERSION: Final = 1
-"""Of the functions below; a library built from another `native.c`, in a tree that went on since, is not used."""
+VARIABLE: Final = "DISAGG_NATIVE"
+
+VERSION: Final = 2
+"""Of the functions here and in `native_attention`; a library built from other sources, in a tree that went on since, is
+not used."""
 
 MIN_NBYTES: Final = 241
 """XXH3 hashes up to 240 bytes by other formulas; no KV block is so small outside tests."""
 
 
 def _find() -> ctypes.CDLL | None:
+    value = os.environ.get(VARIABLE) or None
+    if value not in (None, "on", "off"):
+        raise ValueError(f"{VARIABLE}={value!r}: expected on or off, or unset to use the helper where it is built")
+    if value == "off":
+        return None
     for suffix in EXTENSION_SUFFIXES:
         path = Path(__file__).with_name(f"_native{suffix}")
         if path.exists():
@@ -55,6 +65,10 @@ def _load(path: Path) -> ctypes.CDLL | None:
 
 
 _library = _find()
+
+
+def library() -> ctypes.CDLL | None:
+    return _library
 
 
 def is_loaded() -> bool:

@@ -7,17 +7,22 @@ indexing the five-dimensional view, and the row numbers are the same for every l
 Query heads that share a kv head are packed as query rows, so K and V are never repeated. Decode queries (runs of one)
 are batched with tables padded by the NULL slot, in buckets of similar length; longer runs go one by one in tiles of
 queries, so that a windowed layer touches only the keys near a tile and a mask stays small.
+
+Where the compiled helper is loaded and serves the types, decode queries and writes go there (`native_attention`),
+which needs neither row numbers nor buckets.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch.nn import functional
 
+from disagg.kernels import native_attention
 from disagg.kernels.batch import NULL_SLOT, PagedBatch, QueryRun
 from disagg.kernels.qkv import HeadNorms, Rotary
 from disagg.kernels.scales import KVScales, quantise, raw
@@ -64,11 +69,28 @@ class Run:
     tiles: tuple[Tile, ...]
 
 
+@dataclass(frozen=True)  # no slots: `index` is kept
+class Writes:
+    """Where the batch's K and V go, in rows of head_dim elements: `rows` int64 `[N]` for K of kv head 0."""
+
+    rows: Int64
+    num_kv_heads: int
+    block_size: int
+    device: torch.device
+
+    @cached_property
+    def index(self) -> torch.Tensor:
+        """Rows of all, `[2 * num_kv_heads * N]`: K and V, then heads, then tokens."""
+        heads = np.arange(2 * self.num_kv_heads) * self.block_size
+        return torch.from_numpy((heads[:, None] + self.rows).ravel()).to(self.device)
+
+
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What the layers of one group share during a step. `write_rows` `[2 * H * N]` counts rows of head_dim elements."""
+    """What the layers of one group share during a step. Decode queries are in `decodes` or in `buckets`."""
 
-    write_rows: torch.Tensor
+    writes: Writes
+    decodes: native_attention.DecodeRows | None
     buckets: tuple[Bucket, ...]
     runs: tuple[Run, ...]
     workspace: Workspace
@@ -84,43 +106,57 @@ def retarget(plan: Plan, batch: PagedBatch, pool: torch.Tensor) -> Plan:
 
 @dataclass(frozen=True, slots=True)
 class _Decodes:
-    """Runs of one query as arrays over B runs, and what each attends to, padded to the longest.
-
-    `ordinals` and `slots` are `[B, num_blocks]`. Padding has the NULL slot and stands after every query, where the
-    causal mask hides it.
-    """
+    """Runs of one query as arrays over B runs: flat index, position, where the run's table begins in `tables`."""
 
     at: Int64
     starts: Int64
+    offsets: Int64
+    tables: npt.NDArray[np.int32]
     write_slots: Int64
-    counts: Int64
-    ordinals: Int64
-    slots: Int64
 
 
 def _decodes(batch: PagedBatch, placed: list[tuple[int, QueryRun]]) -> _Decodes:
     """All runs at once: a step builds this once per group, for tens of sequences."""
     at = np.array([at for at, _ in placed], np.int64)
     starts = np.array([run.start for _, run in placed], np.int64)
-    tables = np.concatenate([run.table for _, run in placed]).astype(np.int64)
     lengths = np.array([len(run.table) for _, run in placed], np.int64)
+    tables, own = np.concatenate([run.table for _, run in placed]), starts // batch.block_size
+    assert (own < lengths).all()
     offsets = np.cumsum(lengths) - lengths
-    own = starts // batch.block_size
-    firsts, sinks = batch.first_ordinals(starts)
+    write_slots = tables[offsets + own].astype(np.int64)
+    assert (write_slots > NULL_SLOT).all(), "a query's own block has no slot"
+    return _Decodes(at, starts, offsets, tables, write_slots)
+
+
+@dataclass(frozen=True, slots=True)
+class _Padded:
+    """What each of B decode queries attends to, `[B, num_blocks]`, padded to the longest.
+
+    Padding has the NULL slot and stands after every query, where the causal mask hides it.
+    """
+
+    counts: Int64
+    ordinals: Int64
+    slots: Int64
+
+
+def _padded(batch: PagedBatch, decodes: _Decodes) -> _Padded:
+    own = decodes.starts // batch.block_size
+    firsts, sinks = batch.first_ordinals(decodes.starts)
     counts = sinks + own + 1 - firsts
     columns = np.arange(counts.max())
     ordinals = columns + np.where(columns < sinks[:, None], 0, (firsts - sinks)[:, None])
     is_padding = columns >= counts[:, None]
-    slots = tables[offsets[:, None] + np.where(is_padding, 0, ordinals)]
+    slots = decodes.tables[decodes.offsets[:, None] + np.where(is_padding, 0, ordinals)].astype(np.int64)
     slots[is_padding] = NULL_SLOT
     ordinals[is_padding] = own.max() + 1
     assert ((slots > NULL_SLOT) | is_padding).all(), "a query needs a block that has no slot"
-    return _Decodes(at, starts, tables[offsets + own], counts, ordinals, slots)
+    return _Padded(counts, ordinals, slots)
 
 
 class _Planner:
     def __init__(self, batch: PagedBatch, pool: torch.Tensor, dtype: torch.dtype) -> None:
-        self.batch, self.device, self.dtype = batch, pool.device, dtype
+        self.batch, self.pool, self.device, self.dtype = batch, pool, pool.device, dtype
         _, _, self.num_kv_heads, self.block_size, head_dim = pool.shape
         assert self.block_size == batch.block_size
         self.rows_per_slot = pool.stride(0) // (self.block_size * head_dim)
@@ -132,20 +168,23 @@ class _Planner:
         self.decodes = _decodes(batch, decode) if decode else None
 
     def plan(self, workspace: Workspace) -> Plan:
-        buckets = tuple(self._bucket(members) for members in self._buckets())
-        return Plan(self._write_rows(), buckets, tuple(self._run(at, run) for at, run in self.long), workspace)
+        is_native = native_attention.serves(self.pool, self.dtype)
+        rows = self._decode_rows() if is_native else None
+        buckets = () if is_native else tuple(self._bucket(members) for members in self._buckets())
+        return Plan(self._writes(), rows, buckets, tuple(self._run(at, run) for at, run in self.long), workspace)
 
     def retarget(self, plan: Plan) -> Plan:
         """Row numbers anew; the masks stay, which depend on ordinals alone."""
         buckets = [
             replace(bucket, rows=self._rows(self._bucket_slots(members)))
-            for bucket, members in zip(plan.buckets, self._buckets(), strict=True)
+            for bucket, members in zip(plan.buckets, self._buckets() if plan.buckets else (), strict=True)
         ]
         runs = [
             replace(done, rows=self._rows(self.batch.slots(run, self.batch.ordinals(run))))
             for done, (_, run) in zip(plan.runs, self.long, strict=True)
         ]
-        return replace(plan, write_rows=self._write_rows(), buckets=tuple(buckets), runs=tuple(runs))
+        rows = None if plan.decodes is None else self._decode_rows()
+        return replace(plan, writes=self._writes(), decodes=rows, buckets=tuple(buckets), runs=tuple(runs))
 
     def _tensor(self, array: npt.NDArray[np.generic]) -> torch.Tensor:
         return torch.from_numpy(np.ascontiguousarray(array)).to(self.device)
@@ -154,7 +193,18 @@ class _Planner:
         bias = np.where(allowed, np.float32(0), np.float32(-np.inf))
         return self._tensor(bias).to(self.dtype)
 
-    def _write_rows(self) -> torch.Tensor:
+    def _decode_rows(self) -> native_attention.DecodeRows | None:
+        made = self.decodes
+        if made is None:
+            return None
+        return native_attention.decode_rows(self.batch, made.at, made.starts, made.tables, made.offsets, self.pool)
+
+    @cached_property
+    def _padded(self) -> _Padded:
+        assert self.decodes is not None
+        return _padded(self.batch, self.decodes)
+
+    def _writes(self) -> Writes:
         rows = np.empty(self.batch.num_queries, np.int64)
         per_slot = self.rows_per_slot * self.block_size
         if self.decodes is not None:
@@ -163,8 +213,7 @@ class _Planner:
             positions = np.arange(run.start, run.end)
             slots = self.batch.slots(run, positions // self.block_size)
             rows[at : at + run.num_queries] = slots * per_slot + positions % self.block_size
-        heads = np.arange(2 * self.num_kv_heads) * self.block_size
-        return self._tensor((heads[:, None] + rows).ravel())
+        return Writes(rows, self.num_kv_heads, self.block_size, self.device)
 
     def _rows(self, slots: Int64) -> torch.Tensor:
         """Rows of K, then of V, for `slots` `[..., num_blocks]`, each ordered `[..., num_kv_heads, num_blocks]`."""
@@ -178,8 +227,8 @@ class _Planner:
         """Members of each bucket, as indexes of decode queries in flat order: cut where padding or size is too much."""
         if self.decodes is None:
             return []
-        order = np.argsort(self.decodes.counts, kind="stable")
-        counts = self.decodes.counts[order].tolist()
+        order = np.argsort(self._padded.counts, kind="stable")
+        counts = self._padded.counts[order].tolist()
         cuts, begin, padding = [], 0, 0
         for i in range(1, len(counts)):
             padding += (counts[i] - counts[i - 1]) * (i - begin)
@@ -189,8 +238,7 @@ class _Planner:
         return [np.sort(members) for members in np.split(order, cuts)]
 
     def _bucket_slots(self, members: Int64) -> Int64:
-        assert self.decodes is not None
-        return self.decodes.slots[members, : self.decodes.counts[members].max()]
+        return self._padded.slots[members, : self._padded.counts[members].max()]
 
     def _bucket(self, members: Int64) -> Bucket:
         assert self.decodes is not None
@@ -205,7 +253,7 @@ class _Planner:
         Without sink blocks a row's keys are consecutive positions, so two comparisons of small columns say it.
         """
         assert self.decodes is not None
-        starts, ordinals = self.decodes.starts[members, None], self.decodes.ordinals[members, :width]
+        starts, ordinals = self.decodes.starts[members, None], self._padded.ordinals[members, :width]
         if self.batch.num_sink_tokens:
             return self.batch.allowed(starts, self._key_positions(ordinals))
         columns = np.arange(width * self.block_size, dtype=np.int32)
@@ -268,13 +316,16 @@ def _rows(pool: torch.Tensor, width: int) -> torch.Tensor:
 
 
 def write_kv(pool: torch.Tensor, plan: Plan, key: torch.Tensor, value: torch.Tensor, scales: KVScales | None) -> None:
+    if scales is None and native_attention.can_write(pool, key, value):
+        native_attention.write(pool, plan.writes.rows * pool.shape[4], key, value)
+        return
     both = torch.stack([key.transpose(0, 1), value.transpose(0, 1)])
     scale = None if scales is None else torch.stack([scales.key, scales.value])[:, :, None, None]
     if scales is not None:
         scales.count_saturated(both, pool.dtype)
     kv, head_dim = quantise(both, pool.dtype, scale).reshape(-1, pool.shape[4]), pool.shape[4]
     rows = _rows(pool, head_dim)
-    raw(rows).index_copy_(0, plan.write_rows, raw(kv))  # torch has no index_copy_ for eight-bit floats
+    raw(rows).index_copy_(0, plan.writes.index, raw(kv))  # torch has no index_copy_ for eight-bit floats
 
 
 def paged_attention(
@@ -298,11 +349,18 @@ def paged_attention(
         return (out.float() * value_scale[:, None]).to(query.dtype)
     num_queries, num_heads, head_dim = query.shape
     num_kv_heads, block_size = pool.shape[2], pool.shape[3]
+    if plan.decodes is not None and not plan.runs:
+        out = torch.empty(query.shape)
+        native_attention.attend(query, pool, plan.decodes, scale, softcap, sink_logits, out)
+        return out
     # [N, kv head, query head of that kv head, D]
     grouped = query.reshape(num_queries, num_kv_heads, num_heads // num_kv_heads, head_dim)
     sinks = None if sink_logits is None else sink_logits.float().view(num_kv_heads, num_heads // num_kv_heads, 1)
     rows = _rows(pool, block_size * head_dim)
-    out = torch.empty_like(grouped)
+    out = torch.empty(grouped.shape, dtype=grouped.dtype, device=grouped.device)
+    if plan.decodes is not None:
+        made = out.view(query.shape)
+        native_attention.attend(query, pool, plan.decodes, scale, softcap, sink_logits, made)
     for bucket in plan.buckets:
         shape = (bucket.num_queries, num_kv_heads, -1, head_dim)
         key, value = _gather(plan.workspace, rows, bucket.rows, shape, query.dtype)

@@ -16,6 +16,7 @@ from disagg.engine import attention
 from disagg.engine.model import LoadedModel, load_model
 from disagg.engine.packed import pack_linears
 from disagg.engine.runner import Runner
+from disagg.kernels import native_attention
 from disagg.kernels.dispatch import CALLS
 
 BLOCK_SIZE = 8
@@ -54,10 +55,24 @@ def num_equal(lives: list[Live], references: tuple[Reference, ...]) -> int:
 def test_chunked_prefill_mixed_with_decode_answers_as_transformers_does(name: str, folder: Path) -> None:
     model, references = load_case(name, folder)
     assert len({token for reference in references for token in reference.token_ids}) > 20, "the answers say nothing"
+    CALLS.clear()
     lives = answers(model, references)
+    assert (CALLS[native_attention.ATTENTION] > 0) == native_attention.is_loaded()
     for live, reference in zip(lives, references, strict=True):
         assert live.answer == reference.token_ids, f"prompt of {len(reference.prompt)} tokens"
         assert largest_error(live, reference) < LOGPROB_TOLERANCE
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_torch_operations_alone_answer_as_transformers_does(name: str, folder: Path) -> None:
+    """What serves where the compiled helper is missing."""
+    model, references = load_case(name, folder)
+    CALLS.clear()
+    with native_attention.left_out():
+        lives = answers(model, references)
+    assert not [call for call in CALLS if call.startswith("native:")]
+    for live, reference in zip(lives, references, strict=True):
+        assert live.answer == reference.token_ids, f"prompt of {len(reference.prompt)} tokens"
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -1,4 +1,7 @@
-"""Paged attention, in torch and in Triton's interpreter, against a dense oracle."""
+"""Paged attention, in torch operations and in Triton's interpreter, against a dense oracle.
+
+The compiled helper has tests of its own (test_native_attention.py).
+"""
 
 from __future__ import annotations
 
@@ -8,17 +11,23 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from support.attention_world import CASES, MIXED, Case, World
 from support.interpreter import missing_interpreter
 
 from disagg.cache.pool import NULL_SLOT as CACHE_NULL_SLOT
 from disagg.cache.pool import TRASH_SLOT as CACHE_TRASH_SLOT
-from disagg.kernels import ops, reference
+from disagg.kernels import native_attention, ops, reference
 from disagg.kernels.batch import NULL_SLOT, TRASH_SLOT, PagedBatch
 from disagg.kernels.dispatch import CALLS, forced
 from disagg.kernels.workspace import Workspace
+
+
+@pytest.fixture(autouse=True)
+def torch_operations() -> Iterator[None]:
+    with native_attention.left_out():
+        yield
 
 
 @pytest.fixture(params=["torch", "triton"])
@@ -30,7 +39,7 @@ def served(request: pytest.FixtureRequest) -> Iterator[str]:
     with forced(request.param):
         yield request.param
     other = {"torch": "triton", "triton": "torch"}[request.param]
-    assert not [name for name in CALLS if name.startswith(f"{other}:")]
+    assert not [name for name in CALLS if name.startswith((f"{other}:", "native:"))]
     assert bool([name for name in CALLS if name.startswith("kernel:")]) == (request.param == "triton")
 
 
@@ -83,7 +92,7 @@ def test_a_bucket_over_the_wrong_queries_is_noticed(monkeypatch: pytest.MonkeyPa
     window=st.none() | st.integers(1, 30),
     num_sink_tokens=st.integers(0, 9),
 )
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_batch_agrees_with_dense_attention(
     runs: list[tuple[int, int]], block_size: int, window: int | None, num_sink_tokens: int
 ) -> None:

@@ -1,0 +1,254 @@
+"""The compiled decode attention and write against the dense oracle and torch operations; and that nothing needs it."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from support.attention_world import CASES, MIXED, Case, World
+
+from disagg.kernels import native, native_attention, ops, reference
+from disagg.kernels.batch import PagedBatch
+from disagg.kernels.dispatch import CALLS, forced
+from disagg.kernels.native_attention import ATTENTION, WRITE
+from disagg.kernels.workspace import Workspace
+
+needs_helper = pytest.mark.skipif(
+    not native_attention.is_loaded(),
+    reason="the compiled helper is not loaded: no C compiler when the package was installed, or DISAGG_NATIVE=off",
+)
+FAR = ((300, 1), (17, 1), (255, 1), (256, 1), (0, 1), (777, 1))
+"""Decode rows around and beyond the 256 keys that are taken at once."""
+
+SHAPES = {
+    "far": Case(FAR, head_dim=20),
+    "far, window": Case(FAR, window=257, head_dim=20),
+    "far, sink tokens": Case(FAR, window=60, num_sink_tokens=37, head_dim=20),
+    "far, all sinks": Case(FAR, window=11, num_sink_tokens=290, sink_logits=True, block_size=16),
+    "sinks end in the window's first block": Case(((20, 1), (21, 1), (22, 1)), window=9, num_sink_tokens=10),
+    "far, softcap": Case(FAR, softcap=1.5, sink_logits=True),
+    "blocks of one": Case(FAR, block_size=1, window=70),
+    "heads of 64": Case(FAR, head_dim=64, block_size=16, queries_per_head=3),
+    "heads of 80": Case(MIXED, head_dim=80, queries_per_head=4),
+    "heads of 128": Case(MIXED, head_dim=128, queries_per_head=5, num_kv_heads=1),
+    "heads of 512": Case(MIXED, head_dim=512, queries_per_head=1),
+    "nine queries per head": Case(FAR, queries_per_head=9, num_kv_heads=1, head_dim=19),
+    "live blocks with NaN that no query sees": Case(MIXED, window=11, unseen=float("nan")),
+}
+
+
+def decode_rows(case: Case) -> int:
+    return sum(n == 1 for _, n in case.runs)
+
+
+def error(world: World, *, transposed: bool = False) -> float:
+    return float(np.abs(world.actual(transposed=transposed) - world.expected()).max())
+
+
+@pytest.fixture(params=[0, 256, 512])
+def width(request: pytest.FixtureRequest) -> Iterator[int]:
+    """The widest vectors that the helper may use; a processor without them takes narrower ones."""
+    library = native.library()
+    assert library is not None
+    widest = ctypes.c_int.in_dll(library, "disagg_widest_vectors")
+    before, widest.value = widest.value, request.param
+    yield request.param
+    widest.value = before
+
+
+@needs_helper
+@pytest.mark.parametrize("name", [*CASES, *SHAPES])
+def test_agrees_with_dense_attention(name: str, width: int) -> None:
+    case = {**CASES, **SHAPES}[name]
+    CALLS.clear()
+    assert error(World(case)) < 3e-6
+    assert CALLS[ATTENTION] == (decode_rows(case) > 0)
+    assert CALLS[WRITE] == 1
+
+
+@needs_helper
+@given(
+    runs=st.lists(st.tuples(st.integers(0, 70), st.sampled_from([0, 1, 1, 1, 4])), min_size=1, max_size=4),
+    block_size=st.sampled_from([1, 2, 5, 8]),
+    window=st.none() | st.integers(1, 30),
+    num_sink_tokens=st.integers(0, 19),
+    heads=st.tuples(st.integers(1, 3), st.integers(1, 6)),
+    head_dim=st.sampled_from([1, 4, 16, 17, 37]),
+    sink_logits=st.booleans(),
+    transposed=st.booleans(),
+)
+@settings(max_examples=60, deadline=None)
+def test_any_batch_agrees_with_dense_attention(
+    runs: list[tuple[int, int]],
+    block_size: int,
+    window: int | None,
+    num_sink_tokens: int,
+    heads: tuple[int, int],
+    head_dim: int,
+    sink_logits: bool,
+    transposed: bool,
+) -> None:
+    case = Case(tuple(runs), block_size, window, num_sink_tokens, *heads, head_dim, None, sink_logits)
+    if sum(n for _, n in runs):
+        assert error(World(case), transposed=transposed) < 3e-6
+
+
+@needs_helper
+@pytest.mark.parametrize("factor", [1e3, 1e38])
+def test_scores_of_any_size_are_weighed_as_torch_weighs_them(factor: float) -> None:
+    """One key takes all weight; at 1e38 scores overflow, which torch answers with NaN."""
+    world = World(Case(FAR, head_dim=16))
+    world.queries = np.minimum(world.queries * factor, 3e38)
+    with native_attention.left_out():
+        expected = world.actual()
+    assert np.isnan(expected).any() == (factor == 1e38)
+    np.testing.assert_allclose(world.actual(), expected, atol=3e-6, rtol=0)
+
+
+@needs_helper
+def test_a_window_off_by_one_is_noticed() -> None:
+    world = World(Case(FAR, window=11))
+    world.batch = PagedBatch(world.batch.runs, 8, 10, 0)
+    assert error(world) > 1e-2
+
+
+@needs_helper
+def test_ignored_sink_tokens_are_noticed() -> None:
+    world = World(Case(FAR, window=11, num_sink_tokens=5))
+    world.batch = PagedBatch(world.batch.runs, 8, 11, 0)
+    assert error(world) > 1e-2
+
+
+@needs_helper
+def test_ignored_sink_logits_are_noticed() -> None:
+    world = World(Case(FAR, window=11, sink_logits=True))
+    expected, world.sink_logits = world.expected(), None
+    assert np.abs(world.actual() - expected).max() > 1e-2
+
+
+@needs_helper
+def test_an_ignored_front_offset_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows whose windows were counted from the sequence's beginning meet the blocks that were evicted there."""
+    exact = native_attention.decode_rows
+
+    def ignoring(*args: object) -> native_attention.DecodeRows:
+        made = exact(*args)  # type: ignore[arg-type]
+        made.rows[:, 3] -= made.rows[:, 2]
+        made.rows[:, 2] = 0
+        return made
+
+    monkeypatch.setattr(native_attention, "decode_rows", ignoring)
+    with pytest.raises(AssertionError, match="has no slot"):
+        World(Case(((300, 1),), window=11)).actual()
+
+
+@needs_helper
+@pytest.mark.parametrize("slot", [-1, 0, 1000])
+def test_a_block_without_a_slot_is_never_read(slot: int) -> None:
+    world = World(Case(((20, 1),)))
+    world.tables[0][1] = slot
+    with pytest.raises(AssertionError, match="has no slot"):
+        world.actual()
+
+
+@needs_helper
+@pytest.mark.parametrize("num_threads", [2, 3])
+@pytest.mark.parametrize("runs", [FAR, ((90, 1),), MIXED])
+def test_threads_do_not_change_the_result(
+    num_threads: int, runs: tuple[tuple[int, int], ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world = World(Case(runs, num_kv_heads=3))
+    alone = world.actual()
+    monkeypatch.setattr(native_attention, "MIN_NBYTES_PER_THREAD", 1)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: num_threads)
+    plan = ops.plan(world.batch, world.pool, torch.float32, Workspace())
+    assert isinstance(plan, reference.Plan)
+    assert plan.decodes is not None
+    assert len(plan.decodes.cuts) == num_threads
+    assert np.array_equal(world.actual(), alone)
+
+
+def test_small_work_wakes_no_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    pool = torch.empty(1, 2, 2, 16, 64)  # 1 KiB for each key
+    assert native_attention._cuts(np.array([2047]), pool) == ((0, 2),)
+    assert native_attention._cuts(np.array([1024, 1024]), pool) == ((0, 2), (2, 4))
+
+
+@needs_helper
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_what_is_written_is_what_torch_writes(dtype: torch.dtype, transposed: bool) -> None:
+    worlds = [World(Case(MIXED, window=11, head_dim=8, dtype=dtype)) for _ in range(2)]
+    CALLS.clear()
+    for world, way in zip(worlds, (native_attention.left_out(), forced("torch")), strict=True):
+        key, value = world.new()
+        if transposed:
+            key = key.transpose(0, 1).contiguous().transpose(0, 1)
+        with way:
+            plan = ops.plan(world.batch, world.pool, dtype, Workspace())
+            ops.write_kv(world.pool, plan, key, value)
+    assert CALLS[WRITE] == 1
+    assert torch.equal(worlds[0].pool.nan_to_num(3), worlds[1].pool.nan_to_num(3))
+
+
+@needs_helper
+def test_types_that_would_be_converted_stay_with_torch() -> None:
+    for case in (
+        Case(MIXED, dtype=torch.bfloat16),
+        Case(MIXED, stored=torch.float8_e4m3fn, scaled=True),
+    ):
+        CALLS.clear()
+        assert error(World(case)) < 3e-2
+        assert CALLS[ATTENTION] == 0
+
+
+@needs_helper
+def test_scales_over_float32_are_honoured() -> None:
+    CALLS.clear()
+    assert error(World(Case(MIXED, stored=torch.float32, scaled=True))) < 3e-6
+    assert (CALLS[ATTENTION], CALLS[WRITE]) == (1, 0)
+
+
+def test_without_the_library_torch_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native_attention, "_library", None)
+    CALLS.clear()
+    assert error(World(Case(MIXED, window=11))) < 3e-6
+    assert not [name for name in CALLS if name.startswith("native:")]
+
+
+def test_the_helper_is_left_out_where_the_environment_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(native.VARIABLE, "off")
+    assert native._find() is None
+    monkeypatch.setenv(native.VARIABLE, "of")
+    with pytest.raises(ValueError, match="expected on or off"):
+        native._find()
+
+
+def test_the_layouts_fields_are_those_of_c() -> None:
+    source = (Path(native_attention.__file__).with_suffix(".c")).read_text()
+    body = source[source.index("typedef struct {\n    int64_t num_kv_heads") : source.index("} Layout;")]
+    at = [body.index(name) for name, _ in native_attention._Layout._fields_]
+    assert at == sorted(at)
+
+
+@needs_helper
+def test_retargeted_rows_read_other_blocks() -> None:
+    world = World(Case(((40, 1), (9, 1)), window=11))
+    plan = ops.plan(world.batch, world.pool, torch.float32, Workspace())
+    moved = torch.cat([world.pool[:2], world.pool[2:].roll(1, 0)])
+    slots = torch.arange(2, len(moved)).roll(-1).numpy()
+    tables = [np.where(run.table < 0, -1, slots[run.table - 2]).astype(np.int32) for run in world.batch.runs]
+    runs = tuple(replace(run, table=table) for run, table in zip(world.batch.runs, tables, strict=True))
+    plan = ops.retarget(plan, replace(world.batch, runs=runs), moved)
+    ops.write_kv(moved, plan, *world.new())
+    query = torch.from_numpy(world.queries).float()
+    made = ops.paged_attention(query, moved, plan, scale=world.case.head_dim**-0.5)
+    np.testing.assert_allclose(made.double(), world.expected(), atol=3e-6, rtol=0)
