@@ -20,8 +20,7 @@ from disagg.transceiver.errors import SourceChanged
 from disagg.transceiver.events import LandedUnit, Unit
 from disagg.transceiver.hashing import Hasher
 from disagg.transceiver.planes.base import LandingJob, LandingPlane, PoolRegion, SourceUnit
-from disagg.transceiver.planes.copying import adjacent, ints
-from disagg.transceiver.planes.reading import ReadingLandingPlane
+from disagg.transceiver.planes.copying import CopyingLandingPlane, adjacent, ints
 from disagg.transceiver.planes.reshaping import ReshapingPlane
 from disagg.transceiver.units import SlotUnits
 
@@ -142,7 +141,7 @@ class LandingThread:
     # --- on the thread ----------------------------------------------------------------------------------------
 
     def _land(self, job: LandingJob, plane: LandingPlane) -> Landed:
-        if self._digests and self._after_copy is None and isinstance(plane, ReadingLandingPlane):
+        if self._digests and self._after_copy is None and isinstance(plane, CopyingLandingPlane):
             hasher = Hasher(job.destinations, self._dtypes)
             plane.land(job, hasher.copy)
             return Landed(hasher.landed(), _num_runs(job, plane))

@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 from support.event_loop import in_event_loop, within
 from support.plane_pair import KEYS, Receiver, plane_pair
 from support.pools import close_pools, make_pool
+from xxhash import xxh3_64_intdigest
 
 from disagg.transceiver.errors import (
     EndpointRefused,
@@ -31,6 +32,7 @@ from disagg.transceiver.errors import (
     RemoteProtocolError,
     SourceChanged,
 )
+from disagg.transceiver.hashing import Hasher
 from disagg.transceiver.keys import ClusterKeys
 from disagg.transceiver.messages.values import PlaneOffer
 from disagg.transceiver.planes import greeting, ucx_door, ucx_library, ucx_receiving
@@ -76,6 +78,22 @@ async def test_slices_of_many_chunks_land_however_slots_and_chunks_meet() -> Non
     await landing.close()
     await source.close()
     close_pools((*pools, *landing_pools))
+
+
+@in_event_loop
+async def test_units_of_several_pools_are_copied_and_hashed_in_one_pass() -> None:
+    async with plane_pair("ucx") as pair:
+        receiver = await pair.receiver()
+        job = pair.job(PAIRS)
+        sending = asyncio.create_task(pair.source.send(receiver.incarnation, "t", 1, 0, pair.units(PAIRS)))
+        await within(receiver.plane.fetch(job))
+        await within(sending)
+        hasher = Hasher(job.destinations, ["bfloat16", "bfloat16"])
+        plane: Any = receiver.plane
+        assert await asyncio.to_thread(plane.land, job, hasher.copy) == NBYTES
+        for landed, (pool, source, to) in zip(hasher.landed(), PAIRS, strict=True):
+            assert np.array_equal(receiver.pools[pool].slots[to], pair.pools[pool].slots[source])
+            assert landed.digest == xxh3_64_intdigest(pair.pools[pool].slots[source].tobytes())
 
 
 @in_event_loop

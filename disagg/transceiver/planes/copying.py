@@ -3,16 +3,28 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from abc import abstractmethod
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import numpy.typing as npt
 
 from disagg.kernels import native
 from disagg.transceiver.errors import RemoteProtocolError, SourceChanged
-from disagg.transceiver.planes.base import Bytes, PoolRegion
+from disagg.transceiver.planes.base import Bytes, LandingJob, LandingPlane, PoolRegion
 
 Ints = npt.NDArray[np.int64]
+
+Copy = Callable[[Sequence[PoolRegion], Sequence[PoolRegion], Ints, Ints, Ints], None]
+"""Destination and source pools, then per unit its pool, its slot and its source slot: `copy_slots`, or with a look."""
+
+
+class CopyingLandingPlane(LandingPlane):
+    """A plane whose `land` copies every unit whole from memory of this process, so that it can be hashed meanwhile."""
+
+    @abstractmethod
+    def land(self, job: LandingJob, copy: Copy | None = None) -> int:
+        """As `LandingPlane.land`, by `copy` where it is given."""
 
 
 def ints(values: Sequence[int]) -> Ints:

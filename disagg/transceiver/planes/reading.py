@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from disagg.transceiver.errors import PeerLost, PlaneRefused
-from disagg.transceiver.planes.base import LandingJob, LandingPlane, PoolRegion
-from disagg.transceiver.planes.copying import Ints, adjacent, check_generations, check_slots, copy_slots, ints
+from disagg.transceiver.planes.base import LandingJob, PoolRegion
+from disagg.transceiver.planes.copying import (
+    Copy,
+    CopyingLandingPlane,
+    adjacent,
+    check_generations,
+    check_slots,
+    copy_slots,
+    ints,
+)
 
-Copy = Callable[[Sequence[PoolRegion], Sequence[PoolRegion], Ints, Ints, Ints], None]
-"""Destination and source pools, then per unit its pool, its slot and its source slot: `copy_slots`, or with a look."""
 
-
-class ReadingLandingPlane(LandingPlane):
+class ReadingLandingPlane(CopyingLandingPlane):
     """Copies slots from `_sources` into `_pools`, one memcpy per run that is adjacent on both sides."""
 
     reads_sources = True

@@ -38,6 +38,7 @@ log = logging.getLogger(__name__)
 class UcxSourcePlane(SourcePlane):
     name = "ucx"
     sends_bytes = True
+    queues_slices = True
 
     def __init__(self, host: str, keys: ClusterKeys, *, port: int = 0, advertised_host: str = "") -> None:
         """Listen on `host` (port 0 = any free one); peers are told `advertised_host` where that differs."""

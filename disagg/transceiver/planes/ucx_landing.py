@@ -7,10 +7,12 @@ import socket
 import time
 from collections.abc import Sequence
 
+import numpy as np
+
 from disagg.transceiver.errors import EndpointRefused, LocalProtocolError, PeerLost, PlaneRefused, RemoteProtocolError
 from disagg.transceiver.messages.values import PlaneOffer
-from disagg.transceiver.planes.base import Bytes, LandingJob, LandingPlane, PoolRegion
-from disagg.transceiver.planes.copying import adjacent, copy_rows, ints
+from disagg.transceiver.planes.base import Bytes, LandingJob, PoolRegion
+from disagg.transceiver.planes.copying import Copy, CopyingLandingPlane, adjacent, copy_slots, ints
 from disagg.transceiver.planes.frames import SLICE_NBYTES
 from disagg.transceiver.planes.greeting import HANDSHAKE_S, greeting
 from disagg.transceiver.planes.tcp_wire import WELCOME, split_address, wire_name
@@ -20,7 +22,7 @@ from disagg.transceiver.planes.ucx_thread import UcxThread
 from disagg.transceiver.timing import HEARTBEAT_S, LOST_S
 
 
-class UcxLandingPlane(LandingPlane):
+class UcxLandingPlane(CopyingLandingPlane):
     name = "ucx"
     is_private = False
 
@@ -90,26 +92,24 @@ class UcxLandingPlane(LandingPlane):
         if time.monotonic() - max(since, receiver.is_silent_since) > LOST_S:
             self._lose(receiver)
 
-    def land(self, job: LandingJob) -> int:
+    def land(self, job: LandingJob, copy: Copy | None = None) -> int:
         """Copy a fetched slice out of staging into its slots; its row goes back, whatever the outcome."""
         receiver = self._receiver
         arrival = receiver.claim(_key(job)) if receiver is not None else None
         if receiver is None or arrival is None:
             raise LocalProtocolError("this slice was not fetched, or was discarded")
         try:
-            return self._scatter(job, receiver.payload(arrival))
+            return self._scatter(job, receiver.payload(arrival), copy or copy_slots)
         finally:
             receiver.release(arrival)
 
-    def _scatter(self, job: LandingJob, payload: Bytes) -> int:
-        units, sizes, offset = job.destinations, self._sizes(job), 0
-        for start, stop in adjacent(ints([u.pool for u in units]), ints([u.slot for u in units])):
-            target, count, nbytes = units[start].slot, stop - start, (stop - start) * sizes[start]
-            rows = payload[offset : offset + nbytes].reshape(count, sizes[start])
-            copy_rows(self._pools[units[start].pool].slots[target : target + count], rows)
-            offset += nbytes
-            self.num_operations += 1
-        return offset
+    def _scatter(self, job: LandingJob, payload: Bytes, copy: Copy) -> int:
+        units, sizes = job.destinations, ints(self._sizes(job))
+        pools, slots = ints([u.pool for u in units]), ints([u.slot for u in units])
+        staged = [_windows(payload, region) for region in self._pools]
+        copy(self._pools, staged, pools, slots, np.cumsum(sizes) - sizes)
+        self.num_operations += sum(1 for _ in adjacent(pools, slots))
+        return len(payload)
 
     def _sizes(self, job: LandingJob) -> list[int]:
         return [self._pools[unit.pool].slots.shape[1] for unit in job.destinations]
@@ -134,6 +134,14 @@ class UcxLandingPlane(LandingPlane):
             self._receiver.fail_waiting("no sign of it")
             if self.on_lost is not None:
                 self.on_lost()
+
+
+def _windows(payload: Bytes, region: PoolRegion) -> PoolRegion:
+    """`payload` as a source of slots of this pool's size: number i begins at byte i, whatever lies before it."""
+    nbytes = region.slots.shape[1]
+    count = max(0, len(payload) - nbytes + 1)
+    windows = np.lib.stride_tricks.as_strided(payload, (count, nbytes), (1, 1), writeable=False)
+    return PoolRegion(windows, region.generations, -1, 0)
 
 
 async def _open(me: str, offer: PlaneOffer) -> socket.socket:
