@@ -178,8 +178,8 @@ def test_threads_do_not_change_the_result(
 def test_small_work_wakes_no_thread(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     pool = torch.empty(1, 2, 2, 16, 64)  # 1 KiB for each key
-    assert native_attention._cuts(np.array([2047]), pool) == ((0, 2),)
-    assert native_attention._cuts(np.array([1024, 1024]), pool) == ((0, 2), (2, 4))
+    assert native_attention._cuts(np.array([8191]), pool) == ((0, 2),)
+    assert native_attention._cuts(np.array([4096, 4096]), pool) == ((0, 2), (2, 4))
 
 
 @needs_helper
