@@ -26,7 +26,7 @@ Addresses = npt.NDArray[np.uint64]
 
 VARIABLE: Final = "DISAGG_NATIVE"
 
-VERSION: Final = 2
+VERSION: Final = 3
 """Of the functions here and in `native_attention`; a library built from other sources, in a tree that went on since, is
 not used."""
 

@@ -14,12 +14,14 @@ enum {
     QUERIES = 4,  /* query heads taken together: their sums and a row of K or V stay in registers */
     KEYS = 4,     /* rows of K taken together */
     COLUMNS = 64, /* of V, summed in registers over the keys of a block */
+    ROWS = 16,    /* of V, widened at once where they are of 16 bits: 16 KiB at a head of 256 */
     CHUNK = 256,  /* keys between two looks at the largest score: K and V of a chunk stay in the second level cache
                      (512 KiB at a head of 256) while further query heads come to them */
 };
 
 typedef float vec __attribute__((vector_size(4 * LANES)));
 typedef float vec4 __attribute__((vector_size(16)));
+typedef uint32_t word __attribute__((may_alias));
 typedef int32_t ivec __attribute__((vector_size(4 * LANES)));
 typedef float loose __attribute__((vector_size(4 * LANES), aligned(4), may_alias)); /* at any float's address */
 
@@ -30,6 +32,7 @@ typedef struct {
     int64_t num_kv_heads, queries_per_head, head_dim, block_size, num_slots;
     int64_t slot_stride, kv_stride, head_stride;
     int64_t query_stride, query_head_stride;
+    int64_t is_bfloat16; /* the pool; queries and outputs are float32 */
     float scale, softcap; /* softcap 0: none */
 } Layout;
 
@@ -40,7 +43,7 @@ typedef struct {
 
 /* Consecutive positions within a block. */
 typedef struct {
-    const float *key, *value;
+    const char *key, *value;
     int64_t count;
 } Span;
 
@@ -49,6 +52,19 @@ typedef struct {
     const float *query;
     float *out, *max, *sum;
 } Group;
+
+INLINE int64_t size_of_element(const Layout *at) { return at->is_bfloat16 ? 2 : 4; }
+
+/* `count` numbers of the pool as floats: where they lie, or widened to `room`. */
+INLINE const float *floats(const Layout *at, const char *from, int64_t count, float *room)
+{
+    const uint16_t *halves = (const uint16_t *)from;
+    if (!at->is_bfloat16)
+        return (const float *)from;
+    for (int64_t i = 0; i < count; i++)
+        ((word *)room)[i] = (uint32_t)halves[i] << 16; /* a bfloat16 is the upper half of a float */
+    return room;
+}
 
 INLINE void fold(const vec *x, vec4 *quarter)
 {
@@ -103,11 +119,11 @@ INLINE void score_keys(const Layout *at, const float *query, int num_queries, co
     }
 }
 
-/* Asks for `count` floats before they are needed. A block's rows of one head are a few KiB: the processor, which guesses
+/* Asks for `nbytes` before they are needed. A block's rows of one head are a few KiB: the processor, which guesses
    what is read next, has hardly begun when they end. Measured, long sequences take half the time. */
-INLINE void fetch(const float *from, int64_t count)
+INLINE void fetch(const char *from, int64_t nbytes)
 {
-    for (int64_t i = 0; i < count; i += LANES)
+    for (int64_t i = 0; i < nbytes; i += 64)
         __builtin_prefetch(from + i, 0, 2); /* to the second level */
 }
 
@@ -115,15 +131,16 @@ INLINE void fetch(const float *from, int64_t count)
 INLINE void take_scores(const Layout *at, const float *query, int num_queries, const Span *spans, int num_spans,
                         float scores[QUERIES][CHUNK])
 {
+    const int64_t row_nbytes = at->head_dim * size_of_element(at);
+    float room[at->is_bfloat16 ? KEYS * at->head_dim : 1];
     int64_t i = 0;
-    for (int s = 0; s < num_spans; s++) {
-        const float *key = spans[s].key;
-        for (int64_t left = spans[s].count, n; left > 0; left -= n, i += n, key += n * at->head_dim) {
-            const int64_t done = key - spans[s].key;
-            n = left < KEYS ? 1 : KEYS;
-            fetch(spans[s].value + done, n * at->head_dim);
+    for (int s = 0; s < num_spans; s++)
+        for (int64_t k = 0, n; k < spans[s].count; k += n, i += n) {
+            n = spans[s].count - k < KEYS ? 1 : KEYS;
+            fetch(spans[s].value + k * row_nbytes, n * row_nbytes);
             if (s + 1 < num_spans)
-                fetch(spans[s + 1].key + done, n * at->head_dim);
+                fetch(spans[s + 1].key + k * row_nbytes, n * row_nbytes);
+            const float *key = floats(at, spans[s].key + k * row_nbytes, n * at->head_dim, room);
             for (int q = 0; q < num_queries; q += 2) { /* in pairs: eight sums are what registers hold */
                 const float *some = query + q * at->query_head_stride;
                 const int pair = num_queries - q < 2 ? 1 : 2;
@@ -133,7 +150,6 @@ INLINE void take_scores(const Layout *at, const float *query, int num_queries, c
                     score_keys(at, some, pair, key, 1, &scores[q][i]);
             }
         }
-    }
 }
 
 /* `*max` to the largest of it and `count` floats. `x` is filled up to a whole vector with what has no weight. */
@@ -213,11 +229,17 @@ INLINE void take_rows(int64_t dim, float *out, int num_queries, const float *val
 INLINE void take_values(const Layout *at, float *out, int num_queries, const Span *spans, int num_spans,
                         float weights[QUERIES][CHUNK])
 {
+    const int64_t dim = at->head_dim, row_nbytes = dim * size_of_element(at);
+    const int64_t most = at->is_bfloat16 ? ROWS : CHUNK;
+    float room[at->is_bfloat16 ? ROWS * dim : 1];
     int64_t i = 0;
-    for (int s = 0; s < num_spans; i += spans[s++].count)
-        for (int q = 0; q < num_queries; q += 2)
-            take_rows(at->head_dim, out + q * at->head_dim, num_queries - q < 2 ? 1 : 2, spans[s].value,
-                      spans[s].count, &weights[q][i]);
+    for (int s = 0; s < num_spans; s++)
+        for (int64_t k = 0, n; k < spans[s].count; k += n, i += n) {
+            n = spans[s].count - k < most ? spans[s].count - k : most;
+            const float *value = floats(at, spans[s].value + k * row_nbytes, n * dim, room);
+            for (int q = 0; q < num_queries; q += 2)
+                take_rows(dim, out + q * dim, num_queries - q < 2 ? 1 : 2, value, n, &weights[q][i]);
+        }
 }
 
 INLINE void rescale(float *out, int64_t dim, float factor)
@@ -276,8 +298,9 @@ INLINE void begin(const Layout *at, Group *group, const float *sinks)
 }
 
 /* The queries of one row and kv head; 0, or 1 where a block that they need has no slot. */
-INLINE int attend(const Layout *at, const Row *row, const int32_t *table, const float *pool, Group *group)
+INLINE int attend(const Layout *at, const Row *row, const int32_t *table, const char *pool, Group *group)
 {
+    const int64_t size = size_of_element(at);
     Span spans[CHUNK];
     int num_spans = 0;
     int64_t count = 0;
@@ -290,8 +313,8 @@ INLINE int attend(const Layout *at, const Row *row, const int32_t *table, const 
             return 1;
         n = n < end - position ? n : end - position;
         n = n < CHUNK - count ? n : CHUNK - count;
-        const float *key = pool + slot * at->slot_stride + offset * at->head_dim;
-        spans[num_spans++] = (Span){key, key + at->kv_stride, n};
+        const char *key = pool + (slot * at->slot_stride + offset * at->head_dim) * size;
+        spans[num_spans++] = (Span){key, key + at->kv_stride * size, n};
         count += n;
         position += n;
         if (position == row->num_sinks && position < row->first)
@@ -306,7 +329,7 @@ INLINE int attend(const Layout *at, const Row *row, const int32_t *table, const 
 
 /* Items [begin_at, end): row * num_kv_heads + kv head. Returns 0, or 1 + the row that needs a block without a slot. */
 INLINE int64_t take_items(const Layout *at, int64_t begin_at, int64_t end, const Row *rows, const int32_t *tables,
-                          const float *query, const float *pool, const float *sinks, float *out)
+                          const float *query, const char *pool, const float *sinks, float *out)
 {
     float state[2 * at->queries_per_head];
     Group group = {NULL, NULL, state, state + at->queries_per_head};
@@ -316,7 +339,7 @@ INLINE int64_t take_items(const Layout *at, int64_t begin_at, int64_t end, const
         group.query = query + row->flat * at->query_stride + first * at->query_head_stride;
         group.out = out + (row->flat * at->num_kv_heads * at->queries_per_head + first) * at->head_dim;
         begin(at, &group, sinks ? sinks + first : NULL);
-        if (attend(at, row, tables, pool + head * at->head_stride, &group))
+        if (attend(at, row, tables, pool + head * at->head_stride * size_of_element(at), &group))
             return 1 + item / at->num_kv_heads;
         for (int64_t q = 0; q < at->queries_per_head; q++)
             rescale(group.out + q * at->head_dim, at->head_dim, 1 / group.sum[q]);
@@ -326,7 +349,7 @@ INLINE int64_t take_items(const Layout *at, int64_t begin_at, int64_t end, const
 
 #define PARAMETERS                                                                                             \
     const Layout *at, int64_t first, int64_t last, const Row *rows, const int32_t *tables, const float *query, \
-        const float *pool, const float *sinks, float *out
+        const char *pool, const float *sinks, float *out
 #define ARGUMENTS at, first, last, rows, tables, query, pool, sinks, out
 
 static int64_t take_items_anywhere(PARAMETERS) { return take_items(ARGUMENTS); }

@@ -1,8 +1,8 @@
 """Decode attention in the compiled helper (`native_attention.c`): reads K and V of the pool where they lie.
 
 Torch operations gather each sequence's blocks and pad them to a common length first, which takes longer than the
-attention itself. Rows are split over as many threads as torch uses. In float32 on CPUs only; the reference backend
-asks `serves` and has its own way otherwise.
+attention itself. Rows are split over as many threads as torch uses. On CPUs, over KV in float32 or bfloat16, computed
+in float32; the reference backend asks `serves` and has its own way otherwise.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class _Layout(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_int64) for name in ("num_kv_heads", "queries_per_head", "head_dim", "block_size")),
         *((name, ctypes.c_int64) for name in ("num_slots", "slot_stride", "kv_stride", "head_stride")),
-        *((name, ctypes.c_int64) for name in ("query_stride", "query_head_stride")),
+        *((name, ctypes.c_int64) for name in ("query_stride", "query_head_stride", "is_bfloat16")),
         ("scale", ctypes.c_float),
         ("softcap", ctypes.c_float),
     )
@@ -77,7 +77,8 @@ def is_loaded() -> bool:
 def serves(pool: torch.Tensor, dtype: torch.dtype) -> bool:
     """Whether decode queries of `dtype` over `pool` are answered here."""
     is_packed = pool.stride(3) == pool.shape[4] and pool.stride(4) == 1
-    return is_loaded() and pool.device.type == "cpu" and pool.dtype == dtype == torch.float32 and is_packed
+    is_read = pool.dtype in (torch.float32, torch.bfloat16) and dtype in (torch.float32, pool.dtype)
+    return is_loaded() and pool.device.type == "cpu" and is_read and is_packed
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,10 +129,18 @@ def attend(
     sink_logits: torch.Tensor | None,
     out: torch.Tensor,
 ) -> None:
-    """Write the decode rows of `out`, `[num_queries, num_heads, head_dim]`, contiguous; as `ops.paged_attention`."""
-    assert query.dtype == pool.dtype == out.dtype == torch.float32
+    """Write `out`, `[num_queries, num_heads, head_dim]`, contiguous, of the query's dtype: the decode rows as
+    `ops.paged_attention`, what other rows hold is unspecified.
+    """
+    assert serves(pool, query.dtype)
+    assert query.dtype == out.dtype
     assert out.is_contiguous()
     assert query.shape == out.shape
+    if query.dtype != torch.float32:
+        wide = torch.empty(out.shape)
+        attend(query.float(), pool, decodes, scale, softcap, sink_logits, wide)
+        out.copy_(wide)
+        return
     CALLS[ATTENTION] += 1
     if query.stride(2) != 1:
         query = query.contiguous()
@@ -141,6 +150,7 @@ def attend(
         *(num_kv_heads, query.shape[1] // num_kv_heads, head_dim, block_size, pool.shape[0]),
         *pool.stride()[:3],
         *query.stride()[:2],
+        pool.dtype == torch.bfloat16,
         scale,
         softcap or 0.0,
     )

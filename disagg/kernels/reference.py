@@ -350,7 +350,7 @@ def paged_attention(
     num_queries, num_heads, head_dim = query.shape
     num_kv_heads, block_size = pool.shape[2], pool.shape[3]
     if plan.decodes is not None and not plan.runs:
-        out = torch.empty(query.shape)
+        out = torch.empty(query.shape, dtype=query.dtype)
         native_attention.attend(query, pool, plan.decodes, scale, softcap, sink_logits, out)
         return out
     # [N, kv head, query head of that kv head, D]

@@ -202,12 +202,30 @@ def test_what_is_written_is_what_torch_writes(dtype: torch.dtype, transposed: bo
 @needs_helper
 def test_types_that_would_be_converted_stay_with_torch() -> None:
     for case in (
-        Case(MIXED, dtype=torch.bfloat16),
+        Case(MIXED, dtype=torch.float16),
+        Case(MIXED, dtype=torch.bfloat16, stored=torch.float32),
         Case(MIXED, stored=torch.float8_e4m3fn, scaled=True),
     ):
         CALLS.clear()
         assert error(World(case)) < 3e-2
         assert CALLS[ATTENTION] == 0
+
+
+@needs_helper
+@pytest.mark.parametrize("name", [*CASES, *SHAPES])
+def test_bfloat16_kv_is_read_as_float32_to_the_last_bit(name: str, width: int) -> None:
+    case = {**CASES, **SHAPES}[name]
+    CALLS.clear()
+    assert error(World(replace(case, stored=torch.bfloat16))) < 3e-6
+    assert CALLS[ATTENTION] == (decode_rows(case) > 0)
+
+
+@needs_helper
+@pytest.mark.parametrize("sink_logits", [False, True])
+def test_agrees_in_bfloat16(sink_logits: bool) -> None:
+    CALLS.clear()
+    assert error(World(Case(MIXED, window=11, sink_logits=sink_logits, dtype=torch.bfloat16))) < 2e-2
+    assert CALLS[ATTENTION] == 1
 
 
 @needs_helper
