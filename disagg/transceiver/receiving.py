@@ -160,6 +160,10 @@ class ReceivingSide:
         """Whether this attempt's transfer still needs its reservation."""
         return key in self._incoming
 
+    def knows(self, key: AttemptKey) -> bool:
+        """Had this attempt a transfer here, which is live or not forgotten? A key is used once."""
+        return self._transfers.knows(key)
+
     @property
     def held(self) -> tuple[AttemptKey, ...]:
         """Attempts whose reservation is not given back yet, those included that nobody waits for any more."""
