@@ -39,7 +39,7 @@ from disagg.transceiver.messages.router import PeerTarget
 from disagg.transceiver.messages.values import AttemptKey
 from disagg.transceiver.node import Node
 from disagg.transceiver.outbox import BYTE_WINDOW
-from disagg.transceiver.peer_link import PeerLink
+from disagg.transceiver.peer_link import LinkSpeed, PeerLink
 from disagg.transceiver.planes.base import Destination, LandingJob, LandingPlane, PoolRegion
 from disagg.transceiver.sockets import Sockets
 from disagg.transceiver.timing import REPEAT_FIRST_S
@@ -184,6 +184,10 @@ class ReceivingSide:
 
     def reports(self) -> tuple[LinkReport, ...]:
         return tuple(link.report() for link, _ in self._links.values())
+
+    def speeds(self) -> tuple[LinkSpeed, ...]:
+        """Of the links whose plane is open."""
+        return tuple(speed for link, _ in self._links.values() if (speed := link.speed) is not None)
 
     # --- links ------------------------------------------------------------------------------------------------
 
