@@ -2,7 +2,7 @@
 
 Bytes for a core are a script: messages are encoded, then decoded, as on the wire; their fields, the times between them
 and the events of this process are drawn from the script. A receiver that is fuzzed knows no key of the fuzzer's, so it
-must never be licensed to decode; that is asserted.
+must never be licensed to decode; that is asserted. What two workers say of themselves is drawn field by field.
 """
 
 from __future__ import annotations
@@ -10,7 +10,10 @@ from __future__ import annotations
 import contextlib
 import struct
 from collections.abc import Callable, Sequence
-from typing import Final, TypeVar
+from dataclasses import replace
+from typing import Any, Final, TypeVar, cast
+
+import numpy as np
 
 from disagg.transceiver import events as e
 from disagg.transceiver import ticket
@@ -18,18 +21,28 @@ from disagg.transceiver.actions import Land, StopLanding, Verified
 from disagg.transceiver.codec import decode, encode
 from disagg.transceiver.errors import LocalProtocolError, RemoteProtocolError
 from disagg.transceiver.keys import ClusterKeys
+from disagg.transceiver.links import ControlServer
 from disagg.transceiver.messages import peer as p
+from disagg.transceiver.messages.router import PeerTarget
 from disagg.transceiver.messages.values import (
     FirstToken,
     Geometry,
     GroupRuns,
     GroupSemantics,
+    Identity,
     ManifestEntry,
     SamplingState,
     UnitName,
     UnitRun,
 )
+from disagg.transceiver.node import Node
+from disagg.transceiver.peer_link import PeerLink, PeerRefused
 from disagg.transceiver.planes import frames, greeting, tcp_wire
+from disagg.transceiver.planes.base import PoolRegion
+from disagg.transceiver.planes.inproc import InprocHub, InprocLandingPlane
+from disagg.transceiver.ranks import natural_slot_nbytes, pool_of_group
+from disagg.transceiver.sending import SendingSide, SourceHost
+from disagg.transceiver.sockets import Sockets
 from disagg.transceiver.state import State
 from disagg.transceiver.transfer import Transfer
 
@@ -38,6 +51,13 @@ T = TypeVar("T")
 KEYS: Final = ClusterKeys.from_secret(b"the secret of a fuzzed transfer!")
 GEOMETRY: Final = Geometry(
     4, "float32", (GroupSemantics(None, 0, 2, 8, (0, 3)), GroupSemantics(8, 0, 2, 8, (1, 2))), (4096,)
+)
+IDENTITY: Final = Identity(1, "f" * 32, "attention", "float32", 200, KEYS.hash_key_id)
+PAIRED: Final = replace(GEOMETRY, slot_nbytes=natural_slot_nbytes(GEOMETRY))
+"""As `GEOMETRY`, with slots as large as its groups make them: what converts to another geometry must say so truly."""
+POOL_OF_GROUP: Final = pool_of_group(PAIRED)
+REGIONS: Final = tuple(
+    PoolRegion(np.zeros((4, nbytes), np.uint8), np.zeros(4, np.uint64), -1, 0) for nbytes in PAIRED.slot_nbytes
 )
 PROMPT: Final = tuple(range(26))
 TRANSFER_ID, PREFILL, DECODE = "0123456789abcdef0123456789abcdef", "p" * 32, "d" * 32
@@ -281,6 +301,98 @@ def _run(script: Script) -> UnitRun:
     return UnitRun(group, first, count, tuple(range(count)), tuple(range(2, 2 + count)))
 
 
+# --- pairing ------------------------------------------------------------------------------------------------
+
+
+def fuzz_hello(data: bytes) -> None:
+    """What a prefill worker answers to a HELLO: a refusal that can be sent, or a WELCOME with units cut for it."""
+    script = Script(data)
+    node = Node(PREFILL, "prefill", IDENTITY, PAIRED, KEYS, joins_ranks=bool(script.byte() % 2))
+    side = SendingSide(node, cast(ControlServer, None), {}, POOL_OF_GROUP, cast(SourceHost, None), REGIONS)
+    planes = tuple(script.pick(("shm", "tcp", "")) for _ in range(script.byte() % 4))
+    hello = _as_sent(p.Hello(DECODE, "decode", _identity(script), _geometry(script), planes))
+    if isinstance(hello, p.Hello):
+        side._answer_hello(b"route", hello)
+        _, answer = side._outbox.get_nowait()
+        decode(encode(answer))
+        assert isinstance(answer, p.Welcome) == (DECODE in side._peers)
+
+
+def fuzz_welcome(data: bytes) -> None:
+    """What a decode worker makes of a WELCOME: it refuses the pair, or has a plane cut for it."""
+    script = Script(data)
+    node = Node(DECODE, "decode", IDENTITY, PAIRED, KEYS, joins_ranks=bool(script.byte() % 2))
+    target = PeerTarget(PREFILL, "prefill", "tcp://127.0.0.1:1")
+    link = PeerLink(node, target, {}, REGIONS, _nothing, _nothing, _nothing, cast(Sockets, None))
+    welcome = _as_sent(p.Welcome(PREFILL, "prefill", _identity(script), _geometry(script), ()))
+    with contextlib.suppress(PeerRefused, RemoteProtocolError):
+        theirs = link._check_welcome(welcome).geometry
+        plane, _ = link._suited(InprocLandingPlane(InprocHub()), theirs)
+        assert (theirs == PAIRED) == isinstance(plane, InprocLandingPlane)
+
+
+def _nothing(*_: Any) -> Any:
+    return None
+
+
+def _as_sent(message: p.PeerMessage) -> Any:
+    """As it arrives; None where no peer could send it."""
+    try:
+        return decode(encode(message))
+    except LocalProtocolError:
+        return None
+
+
+def _identity(script: Script) -> Identity:
+    if script.byte() < 240:
+        return IDENTITY
+    return replace(IDENTITY, max_model_len=script.small(), adapter_ids=("x",) * script.byte())
+
+
+def _geometry(script: Script) -> Geometry:
+    """Ours with up to three fields drawn, mostly such as a worker may have; slots mostly as these make them."""
+    drawn = PAIRED
+    for _ in range(script.byte() % 4):
+        name = script.pick(tuple(DRAWS))
+        drawn = replace(drawn, **{name: DRAWS[name](script)})
+    if script.byte() % 4:
+        with contextlib.suppress(ValueError, ArithmeticError, LookupError):  # of what contradicts itself
+            drawn = replace(drawn, slot_nbytes=natural_slot_nbytes(drawn))
+    return drawn
+
+
+def _groups(script: Script) -> tuple[GroupSemantics, ...]:
+    drawn = (script.small(), script.small(), script.small(), tuple(script.small() for _ in range(script.byte() % 4)))
+    group = GroupSemantics(script.pick((None, 8, -1)), *drawn)
+    return script.pick((PAIRED.groups[:1], (*PAIRED.groups, group), (PAIRED.groups[0], group), ()))
+
+
+def _scales(script: Script) -> tuple[Any, ...]:
+    scale = script.pick((1.0, 0.5, 0.0, -1.0, float("nan"), float("inf"), 1e300))
+    num_heads, num_layers = script.pick((2, 1, 0)), script.pick((2, 3))
+    return ((((scale,) * num_heads,) * 2,) * num_layers,) * script.pick((2, 1))
+
+
+def _stages(script: Script) -> tuple[tuple[int, ...], ...]:
+    odd = tuple(tuple(script.small() for _ in range(script.byte() % 4)) for _ in range(script.byte() % 3))
+    return script.pick((((0, 1), (2, 3)), ((0, 1, 2, 3),), ((3, 2), (1, 0)), odd))
+
+
+DRAWS: Final[dict[str, Callable[[Script], Any]]] = {
+    "block_size": lambda script: script.pick((1, 2, 8, 16, 64, 3, 0, -4, 2**31, script.wide())),
+    "kv_dtype": lambda script: script.pick(("bfloat16", "float16", "float8_e4m3fn", "float64", "float32,bfloat16", "")),
+    "groups": _groups,
+    "slot_nbytes": lambda script: tuple(script.wide() for _ in range(script.byte() % 3)),
+    "tensor_parallel_size": lambda script: script.pick((1, 2, 4, 0, -1, script.wide())),
+    "pipeline_parallel_size": lambda script: script.pick((1, 2, 0, script.wide())),
+    "slot_layout": lambda script: script.pick((PAIRED.slot_layout, "layer-kv-token-head-dim")),
+    "kv_scales": _scales,
+    "stages": _stages,
+    "rank": lambda script: script.pick((0, 1, 2, 3, -1, script.wide())),
+}
+"""How each field of a geometry is drawn."""
+
+
 # --- all ----------------------------------------------------------------------------------------------------
 
 TARGETS: Final[dict[str, Callable[[bytes], None]]] = {
@@ -289,6 +401,8 @@ TARGETS: Final[dict[str, Callable[[bytes], None]]] = {
     "zmq": fuzz_zmq,
     "sender": fuzz_sender,
     "receiver": fuzz_receiver,
+    "hello": fuzz_hello,
+    "welcome": fuzz_welcome,
 }
 
 

@@ -3,7 +3,8 @@
 Within one major version fields and messages may be added: a reader ignores fields it does not know and takes the
 default of those it misses. Another major is refused, naming both. Tags are written down here, one per message, and
 never reused; field types come from the dataclasses themselves, so there is no second description to keep in step.
-Whatever the bytes are, `decode` returns a valid message or raises `RemoteProtocolError`.
+Whatever the bytes are, `decode` returns a valid message or raises `RemoteProtocolError`; that of another major is a
+`ProtocolDiffers`, which says more than that nothing can be read.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from typing import Any, Final
 
 import msgpack
 
-from disagg.transceiver.errors import LocalProtocolError, RemoteProtocolError
+from disagg.transceiver.errors import LocalProtocolError, ProtocolDiffers, RemoteProtocolError
 from disagg.transceiver.messages import peer, router
 from disagg.transceiver.messages.peer import PeerMessage
 from disagg.transceiver.messages.router import RouterMessage
@@ -27,6 +28,10 @@ MAX_MESSAGE_NBYTES: Final = 16 << 20
 """The largest legal message is DONE of 2**20 tokens, the longest context of a published model: at 16 tokens per block
 and two layer groups 131072 manifest entries of at most 75 bytes, 9.4 MiB. DISPATCH of the same prompt has 2**20 token
 ids of at most 5 bytes, 5 MiB. 16 MiB holds both with room for later fields."""
+
+MAX_MANIFEST_ENTRIES: Final = (MAX_MESSAGE_NBYTES - (64 << 10)) // 75
+"""More units than one DONE can name are not fetched in one transfer: 222 822. An entry has at most 75 bytes; 64 KiB are
+for the rest, a first token with its logprobs."""
 
 TAGS: Final[dict[int, type]] = {
     1: peer.Hello,
@@ -103,5 +108,5 @@ def _envelope(value: Any) -> tuple[int, Any]:
         raise RemoteProtocolError("not a message: expected [major, minor, tag, fields]")
     major, minor, tag, body = value
     if major != PROTOCOL[0]:
-        raise RemoteProtocolError(f"peer speaks protocol {major}.{minor}, this process {PROTOCOL[0]}.{PROTOCOL[1]}")
+        raise ProtocolDiffers(f"{PROTOCOL[0]}.{PROTOCOL[1]}", f"{major}.{minor}")
     return tag, body

@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Final
+
+MAX_TOLD_CHARS: Final = 200
+"""Of one value in a sentence: three lines of a terminal. A peer may send megabytes of it, and what is told goes on into
+logs, leases and answers, which have a bound of their own."""
+
 
 class TransceiverError(Exception):
     """Base; never raised itself."""
@@ -13,6 +19,15 @@ class LocalProtocolError(TransceiverError):
 
 class RemoteProtocolError(TransceiverError):
     """The peer sent something the protocol does not allow. State is unchanged."""
+
+
+class ProtocolDiffers(RemoteProtocolError):
+    """The peer speaks another major version of the protocol: nothing it says can be read, and that will not change."""
+
+    def __init__(self, ours: str, theirs: str) -> None:
+        """Both as `major.minor`."""
+        super().__init__(f"peer speaks protocol {theirs}, this process {ours}")
+        self.ours, self.theirs = ours, theirs
 
 
 class TransferTimeout(TransceiverError):
@@ -42,3 +57,8 @@ class EndpointRefused(TransceiverError):
 def first_cause(error: BaseException) -> BaseException:
     """The first plain exception of a (nested) group: the others followed from it."""
     return first_cause(error.exceptions[0]) if isinstance(error, BaseExceptionGroup) else error
+
+
+def clipped(text: str, limit: int = MAX_TOLD_CHARS) -> str:
+    """`text`, or its beginning and its length."""
+    return text if len(text) <= limit else f"{text[:limit]}... ({len(text)} characters)"

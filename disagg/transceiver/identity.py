@@ -10,12 +10,17 @@ from math import inf
 from typing import Any, Final
 
 from disagg.transceiver.convert import FP8
+from disagg.transceiver.errors import MAX_TOLD_CHARS, clipped
 from disagg.transceiver.messages.values import Geometry, Identity
 from disagg.transceiver.ranks import MAX_RANKS, is_contiguous, natural_slot_nbytes, side_of
 from disagg.transceiver.reshape import inconvertible_field
 
 Difference = tuple[str, str, str]
 """(field, ours, theirs); nested fields are named by their path, as in `groups[1].window`."""
+
+MAX_SLOT_NBYTES: Final = 1 << 30
+"""Of a peer whose geometry differs: the probe needs room for two of its slots, whatever block size it claims. 1 GiB is
+a block of 3276 tokens of Llama 3 70B in bfloat16, all layers together."""
 
 _RANK_FIELDS: Final = ("tensor_parallel_size", "pipeline_parallel_size", "stages", "rank")
 
@@ -39,11 +44,11 @@ def geometry_difference(ours: Geometry, theirs: Geometry, *, joins_ranks: bool =
     same = replace(theirs, **{name: getattr(ours, name) for name in free})
     name = _inconvertible(ours, theirs)
     if name is not None and name not in _RANK_FIELDS:
-        return name, str(getattr(ours, name)), str(getattr(theirs, name))
+        return _told(name, getattr(ours, name), getattr(theirs, name))
     if (found := differing_field(ours, same)) is not None:
         return found
     name = name or _impossible(ours) or _impossible(theirs)
-    return None if name is None else (name, str(getattr(ours, name)), str(getattr(theirs, name)))
+    return None if name is None else _told(name, getattr(ours, name), getattr(theirs, name))
 
 
 def _is_mixed(geometry: Geometry) -> bool:
@@ -67,7 +72,8 @@ def _impossible(geometry: Geometry) -> str | None:
     """A field that contradicts the others of its record."""
     if geometry.kv_scales and (geometry.kv_dtype != FP8 or not _are_scales(geometry)):
         return "kv_scales"
-    return None if natural_slot_nbytes(geometry) == geometry.slot_nbytes else "slot_nbytes"
+    is_natural = natural_slot_nbytes(geometry) == geometry.slot_nbytes
+    return None if is_natural and all(n <= MAX_SLOT_NBYTES for n in geometry.slot_nbytes) else "slot_nbytes"
 
 
 def _are_scales(geometry: Geometry) -> bool:
@@ -88,7 +94,17 @@ def _first_difference(path: str, ours: Any, theirs: Any) -> Difference | None:
         found = _first_difference(name, a, b)
         if found is not None:
             return found
-    return path, str(ours), str(theirs)
+    return _told(path, ours, theirs)
+
+
+def _told(name: str, ours: Any, theirs: Any) -> Difference:
+    """Both values as text; of long ones the part where they begin to differ."""
+    a, b = str(ours), str(theirs)
+    if max(len(a), len(b)) > MAX_TOLD_CHARS:
+        num_equal = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+        if (first := num_equal - MAX_TOLD_CHARS // 4) > 0:
+            a, b = f"...{a[first:]}", f"...{b[first:]}"
+    return name, clipped(a), clipped(b)
 
 
 def _parts(path: str, ours: Any, theirs: Any) -> list[tuple[str, Any, Any]]:

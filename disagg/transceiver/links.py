@@ -16,8 +16,9 @@ import zmq
 
 from disagg.transceiver.codec import MAX_MESSAGE_NBYTES, Message, decode, encode
 from disagg.transceiver.connection import Connection, Receiver
-from disagg.transceiver.errors import PeerLost, RemoteProtocolError
+from disagg.transceiver.errors import PeerLost, ProtocolDiffers, RemoteProtocolError
 from disagg.transceiver.keys import ClusterKeys
+from disagg.transceiver.messages.peer import Refused
 from disagg.transceiver.sockets import Sockets, reason
 
 log = logging.getLogger(__name__)
@@ -31,6 +32,10 @@ FAREWELL_MS: Final = 200
 """How long a closing client tries to deliver its last word: on a live connection it takes a fraction of one."""
 
 
+PROTOCOL_FIELD: Final = "protocol"
+"""Names the versions in a refusal of another major, where no record was read that could be compared."""
+
+
 class _Inlet:
     """Decodes frames and counts what is not a message; a peer cannot end the loop that reads."""
 
@@ -38,8 +43,12 @@ class _Inlet:
         self.num_malformed = 0
 
     def read(self, frame: zmq.Frame) -> Any | None:
+        """The message, or None. Raises `ProtocolDiffers`: who speaks so is told, or can be given up."""
         try:
             return decode(frame.buffer)
+        except ProtocolDiffers as exc:
+            self.refuse(str(exc))
+            raise
         except RemoteProtocolError as exc:
             self.refuse(str(exc))
             return None
@@ -81,14 +90,22 @@ class ControlServer:
         return self._inlet.num_malformed
 
     async def recv(self) -> tuple[bytes, Any]:
-        """The next (routing id, message). Cancel-safe. Malformed messages are counted and dropped here."""
+        """The next (routing id, message). Cancel-safe. Malformed messages are counted and dropped here.
+
+        Who speaks another major version is told ours, in our own form: to it too that form names both.
+        """
         while True:
             frames = await self._receiver.receive()
             if len(frames) != 2:
                 self._inlet.refuse(f"{len(frames) - 1} frames, expected 1")
                 continue
             peer, data = frames
-            message = self._inlet.read(data)
+            try:
+                message = self._inlet.read(data)
+            except ProtocolDiffers as other:
+                with contextlib.suppress(PeerLost):
+                    await self.send(peer.bytes, Refused(PROTOCOL_FIELD, other.ours, other.theirs))
+                continue
             if message is not None:
                 return peer.bytes, message
 
@@ -147,7 +164,7 @@ class ControlClient:
         await self._connection.lost()
 
     async def recv(self) -> Any:
-        """The next message. Cancel-safe. Raises `PeerLost` once the connection is lost."""
+        """The next message. Cancel-safe. Raises `PeerLost` once the connection is lost, and `ProtocolDiffers`."""
         while True:
             frames = await self._connection.receive()
             if len(frames) != 1:

@@ -1,4 +1,4 @@
-"""The decode side's link to one prefill incarnation: HELLO until answered, a plane opened, heartbeats, loss."""
+"""The decode side's link to one prefill incarnation: HELLO until answered, heartbeats, a plane opened, loss."""
 
 from __future__ import annotations
 
@@ -7,19 +7,23 @@ import contextlib
 import logging
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Final
 
 from disagg.transceiver.errors import (
+    LocalProtocolError,
     PeerLost,
     PlaneRefused,
+    ProtocolDiffers,
     RemoteProtocolError,
     SourceChanged,
     TransceiverError,
+    clipped,
     first_cause,
 )
 from disagg.transceiver.identity import differing_field, geometry_difference
-from disagg.transceiver.links import ControlClient
-from disagg.transceiver.messages.peer import Heartbeat, Hello, PeerMessage, Refused, TransferMessage, Welcome
+from disagg.transceiver.links import PROTOCOL_FIELD, ControlClient
+from disagg.transceiver.messages.peer import Header, Heartbeat, Hello, PeerMessage, Refused, TransferMessage, Welcome
 from disagg.transceiver.messages.router import PeerLink as LinkReport
 from disagg.transceiver.messages.router import PeerTarget
 from disagg.transceiver.messages.values import AttemptKey, Geometry
@@ -35,6 +39,9 @@ log = logging.getLogger(__name__)
 HELLO_REPEAT_S = 0.5
 """A peer that starts late is found within half a second; HELLO is off the request path, no haste is needed."""
 
+MAX_DETAIL_CHARS: Final = 1000
+"""Of why a link is not ready: a sentence about each plane. Every lease carries it, and part of it is the peer's."""
+
 RECONNECT_S = 1.0
 """Pause before a lost peer is tried again: the router lists it until its lease ends (3 s), so about three tries."""
 
@@ -45,6 +52,16 @@ class PeerRefused(TransceiverError):
     def __init__(self, field: str, ours: str, theirs: str) -> None:
         super().__init__(f"{field}: ours {ours}, theirs {theirs}")
         self.field = field
+
+
+@dataclass(frozen=True, slots=True)
+class LinkSpeed:
+    """What a data plane moved at first contact. `lane`: what it runs over, where its name does not say that."""
+
+    peer: str
+    plane: str
+    lane: str
+    gb_per_s: float
 
 
 class PeerLink:
@@ -93,6 +110,12 @@ class PeerLink:
         plane = _named(self.plane) if self.plane else ""
         return LinkReport(self.target.incarnation, self.target.worker_id, plane, state, self.gb_per_s, self._detail)
 
+    @property
+    def speed(self) -> LinkSpeed | None:
+        """None while no plane is open."""
+        plane = self.plane
+        return LinkSpeed(self.target.worker_id, plane.name, plane.lane, self.gb_per_s) if plane is not None else None
+
     def send(self, message: PeerMessage) -> None:
         """Queue `message`, in order; dropped with the connection (the core repeats what matters)."""
         self._outbox.put_nowait(message)
@@ -119,18 +142,20 @@ class PeerLink:
 
     async def _connect_once(self) -> None:
         client = await ControlClient.connect(self.target.endpoint, self._node.keys, self._sockets)
-        self._plane_lost.clear()
         try:
             await self._until_connected(client)
             welcome = await self._say_hello(client)
-            await self._open_plane(welcome)
-            self._state, self._detail, self._heard_at = "ready", "", time.monotonic()
+            self._heard_at = time.monotonic()
             async with asyncio.TaskGroup() as tasks:
                 tasks.create_task(self._receive(client))
                 tasks.create_task(self._send_queued(client))
                 tasks.create_task(self._beat())
                 tasks.create_task(self._watch(client.lost(), "control connection"))
+                # Under heartbeats: a plane that nobody answers, or a large mapping, may take longer than `LOST_S`, and
+                # after that much silence the peer takes back the tokens of every plane that it offered.
+                await self._open_plane(welcome)
                 tasks.create_task(self._watch(self._plane_lost.wait(), "data plane"))
+                self._state, self._detail = "ready", ""
         finally:
             self._state = "lost"
             await to_the_end(self._close(client))
@@ -145,12 +170,17 @@ class PeerLink:
     async def _say_hello(self, client: ControlClient) -> Welcome:
         node = self._node
         hello = Hello(node.incarnation, node.worker_id, node.identity, node.geometry, tuple(self._planes))
-        async with asyncio.timeout(LOST_S):
-            while True:
-                await client.send(hello)
-                with contextlib.suppress(TimeoutError):
-                    async with asyncio.timeout(HELLO_REPEAT_S):
-                        return self._check_welcome(await client.recv())
+        try:
+            async with asyncio.timeout(LOST_S):
+                while True:
+                    await client.send(hello)
+                    with contextlib.suppress(TimeoutError):
+                        async with asyncio.timeout(HELLO_REPEAT_S):
+                            return self._check_welcome(await client.recv())
+        except TimeoutError:
+            raise PeerLost(f"no answer to HELLO within {LOST_S:g} s") from None
+        except ProtocolDiffers as other:
+            raise PeerRefused(PROTOCOL_FIELD, other.ours, other.theirs) from other
 
     def _check_welcome(self, answer: object) -> Welcome:
         match answer:
@@ -176,6 +206,8 @@ class PeerLink:
             if name not in offers:
                 continue
             plane, pools = self._suited(make(), welcome.geometry)
+            self._plane_lost = asyncio.Event()
+            plane.on_lost = self._plane_lost.set
             try:
                 await plane.connect(self._node.incarnation, offers[name], pools)
                 self.gb_per_s = await measure(plane, pools)
@@ -187,7 +219,6 @@ class PeerLink:
                 await plane.close()
                 raise
             self.plane = plane
-            plane.on_lost = self._plane_lost.set
             self._say_which(plane, reasons)
             return
         raise PlaneRefused(
@@ -224,16 +255,36 @@ class PeerLink:
                     raise PeerLost(f"it does not know this connection: {field}")
                 case Refused():
                     self._on_message(message)
+                case Welcome():
+                    pass  # HELLO was repeated before its answer came
                 case _ if (header := getattr(message, "header", None)) is not None:
-                    if (header.source, header.destination) == (self.target.incarnation, self._node.incarnation):
-                        self._heard_at = time.monotonic()
-                        self._on_message(message)
+                    self._take(header, message)
                 case _:
                     log.warning("peer sent %s, which no decode worker takes", type(message).__name__)
 
+    def _take(self, header: Header, message: TransferMessage) -> None:
+        """A wrong incarnation changes nothing; who speaks to another one is told so."""
+        me = self._node.incarnation
+        if header.destination != me:
+            self.send(Refused("stale_peer", me, clipped(header.destination), clipped(header.destination)))
+        elif header.source == self.target.incarnation:
+            self._heard_at = time.monotonic()
+            self._on_message(message)
+
     async def _send_queued(self, client: ControlClient) -> None:
         while True:
-            await client.send(await self._outbox.get())
+            message = await self._outbox.get()
+            try:
+                await client.send(message)
+            except LocalProtocolError as fault:
+                self._refuse_unsendable(message, str(fault))
+
+    def _refuse_unsendable(self, message: PeerMessage, fault: str) -> None:
+        """What no frame can carry ends its own transfer, as if the peer had refused it, and nothing else."""
+        log.error("cannot send a %s: %s", type(message).__name__, fault)
+        if (header := getattr(message, "header", None)) is not None:
+            named = {"transfer_id": header.transfer_id, "epoch": header.epoch}
+            self._on_message(Refused("message", "what one frame can carry", fault, **named))
 
     async def _beat(self) -> None:
         while True:
@@ -257,9 +308,10 @@ class PeerLink:
             self.plane = None
 
     def _note(self, state: str, failure: BaseException) -> None:
-        if (state, str(failure)) != (self._state, self._detail):
-            log.warning("prefill worker %s %s: %s", self.target.worker_id, state, failure)
-        self._state, self._detail = state, str(failure)
+        detail = clipped(str(failure), MAX_DETAIL_CHARS)
+        if (state, detail) != (self._state, self._detail):
+            log.warning("prefill worker %s %s: %s", self.target.worker_id, state, detail)
+        self._state, self._detail = state, detail
 
 
 def _named(plane: LandingPlane) -> str:

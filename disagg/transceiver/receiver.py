@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 
 from disagg.transceiver import reasons
 from disagg.transceiver.actions import FreeReservation, Land, PartVerified, ReportFailed, StopLanding, Verified
-from disagg.transceiver.errors import LocalProtocolError, RemoteProtocolError
+from disagg.transceiver.errors import LocalProtocolError, RemoteProtocolError, clipped
 from disagg.transceiver.events import CancelAsked, LandingFailed, LandingStopped, PeerGone, Reserved, SliceLanded, Tick
 from disagg.transceiver.inbox import BadSliceError, Inbox
 from disagg.transceiver.keys import ClusterKeys
@@ -231,7 +231,9 @@ class Receiver(Side):
 
     def _on_refused(self, message: Refused) -> None:
         if self._was in _OPEN:
-            self._stop(reasons.REFUSED, ReportFailed(reasons.REFUSED))
+            ours, theirs = clipped(message.ours), clipped(message.theirs)
+            why = f"{reasons.REFUSED}: {clipped(message.field)}: expected {ours}, got {theirs}"
+            self._stop(reasons.REFUSED, ReportFailed(why))
 
     def _on_closed(self, message: Closed) -> None:
         self._repeat.stop()

@@ -39,7 +39,7 @@ from disagg.transceiver.messages.router import PeerTarget
 from disagg.transceiver.messages.values import AttemptKey
 from disagg.transceiver.node import Node
 from disagg.transceiver.outbox import BYTE_WINDOW
-from disagg.transceiver.peer_link import PeerLink
+from disagg.transceiver.peer_link import LinkSpeed, PeerLink
 from disagg.transceiver.planes.base import Destination, LandingJob, LandingPlane, PoolRegion
 from disagg.transceiver.sockets import Sockets
 from disagg.transceiver.timing import REPEAT_FIRST_S
@@ -160,6 +160,10 @@ class ReceivingSide:
         """Whether this attempt's transfer still needs its reservation."""
         return key in self._incoming
 
+    def knows(self, key: AttemptKey) -> bool:
+        """Had this attempt a transfer here, which is live or not forgotten? A key is used once."""
+        return self._transfers.knows(key)
+
     @property
     def held(self) -> tuple[AttemptKey, ...]:
         """Attempts whose reservation is not given back yet, those included that nobody waits for any more."""
@@ -180,6 +184,10 @@ class ReceivingSide:
 
     def reports(self) -> tuple[LinkReport, ...]:
         return tuple(link.report() for link, _ in self._links.values())
+
+    def speeds(self) -> tuple[LinkSpeed, ...]:
+        """Of the links whose plane is open."""
+        return tuple(speed for link, _ in self._links.values() if (speed := link.speed) is not None)
 
     # --- links ------------------------------------------------------------------------------------------------
 

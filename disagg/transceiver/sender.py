@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 
 from disagg.transceiver import reasons, ticket
 from disagg.transceiver.actions import AskPin, ReleaseSource, SendPayload, UnregisterUnits
+from disagg.transceiver.codec import MAX_MANIFEST_ENTRIES
 from disagg.transceiver.errors import RemoteProtocolError, TicketRefused
 from disagg.transceiver.events import (
     CancelAsked,
@@ -159,6 +160,10 @@ class Sender(Side):
             check_required(fetch.required, need)
         except RemoteProtocolError as exc:
             self._refuse("required", "part of what is needed", str(exc))
+            return
+        num_units = sum(count for entry in fetch.required for _, count in entry.runs)
+        if num_units > MAX_MANIFEST_ENTRIES:  # before a block is moved: no DONE could name them all
+            self._refuse("required", f"at most {MAX_MANIFEST_ENTRIES} units", f"{num_units} units")
         else:
             self._admit(fetch)
 
@@ -168,8 +173,8 @@ class Sender(Side):
         self._lease_end = self._now + LEASE_S
         keys = [(entry.group, ordinal) for entry in fetch.required for ordinal in entry.ordinals]
         self._outbox = Outbox(keys, self._offer.unit_nbytes, BYTE_WINDOW if self._pushes_bytes else None)
-        self._send(Accepted(self._header(), 0))
         self._do(AskPin())
+        self._send(Accepted(self._header(), 0))
 
     def _refuse(self, name: str, ours: str, theirs: str) -> None:
         ends = self.ends

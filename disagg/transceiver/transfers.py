@@ -34,8 +34,8 @@ class Transfers:
         return key in self._live
 
     def add(self, key: AttemptKey, transfer: Transfer) -> None:
-        """Take over `transfer`; a key is used once (the router never reuses an epoch)."""
-        assert key not in self._live, key
+        """Take over `transfer`, whose key nobody `knows` yet."""
+        assert not self.knows(key), key
         self._live[key] = transfer
 
     def of_peer(self, incarnation: str) -> list[AttemptKey]:
@@ -86,6 +86,10 @@ class Transfers:
 
     def is_buried(self, key: AttemptKey) -> bool:
         return self._tombstones.knows((key.transfer_id, key.epoch))
+
+    def knows(self, key: AttemptKey) -> bool:
+        """Is this attempt live here, or over and not forgotten? Then nothing may start it (again)."""
+        return key in self._live or self.is_buried(key)
 
     async def tick(self) -> None:
         """Run until cancelled: wake cores whose time has come."""

@@ -127,7 +127,7 @@ class Attempts:
     def _dispatch(self, dispatch: Dispatch, *, urgent: bool = False) -> None:
         state = RequestState(dispatch)
         key, sampling = state.key, dispatch.sampling
-        if key in self._live or self._is_misplaced(dispatch):
+        if key in self._live or self._was_here(key) or self._is_misplaced(dispatch):
             log.warning("ignored a dispatch of mode %s", dispatch.mode, extra=_of(state))
             return
         self._live[key] = state
@@ -142,6 +142,11 @@ class Attempts:
         elif self.sending is not None and dispatch.peer is not None:
             self._submit(Prefill(key, dispatch.prompt, sampling))  # first: a FETCH that came early pins it at once
             self.sending.start(key, self._factory.sender(dispatch))
+
+    def _was_here(self, key: AttemptKey) -> bool:
+        """Its transfer may still be stopping, long after the attempt was cancelled."""
+        sides = (self.sending, self.receiving)
+        return any(side is not None and side.knows(key) for side in sides)
 
     def _is_misplaced(self, dispatch: Dispatch) -> bool:
         side = {"serve": True, "prefill": self.sending, "decode": self.receiving}.get(dispatch.mode)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 from disagg.cache.pool import NUM_RESERVED_SLOTS
 from disagg.engine.stats import EngineStats
 from disagg.transceiver.messages.values import MetricSample
+from disagg.transceiver.peer_link import LinkSpeed
 
 Labels = tuple[tuple[str, str], ...]
 
@@ -19,6 +20,7 @@ class WorkerMetrics:
         self._group_names = group_names
         self._counters: Counter[tuple[str, Labels]] = Counter()
         self._read: dict[str, Callable[[], int]] = {}
+        self._read_links: Callable[[], Iterable[LinkSpeed]] = tuple
 
     def count_transfer(self, plane: str, nbytes: Mapping[int, int], num_operations: int, outcome: str) -> None:
         """One transfer ended: payload bytes that landed per group, by what became of them."""
@@ -39,6 +41,10 @@ class WorkerMetrics:
         """`read()`: numbers `at` (computed, sent or landed) that were stored as the largest of their format."""
         self._read[at] = read
 
+    def watch_links(self, read: Callable[[], Iterable[LinkSpeed]]) -> None:
+        """`read()`: the open data planes to this worker's peers. A later registration's take the place of these."""
+        self._read_links = read
+
     def samples(self, stats: EngineStats) -> tuple[MetricSample, ...]:
         """Everything, as one snapshot."""
         counters = (MetricSample(name, "counter", labels, value) for (name, labels), value in self._counters.items())
@@ -46,7 +52,8 @@ class WorkerMetrics:
             MetricSample("disagg_kv_saturated_total", "counter", (("at", at),), read())
             for at, read in self._read.items()
         )
-        return (*counters, *saturated, *_engine_samples(stats), *self._reuse_samples(stats))
+        links = map(_link_sample, self._read_links())
+        return (*counters, *saturated, *links, *_engine_samples(stats), *self._reuse_samples(stats))
 
     def _reuse_samples(self, stats: EngineStats) -> Iterator[MetricSample]:
         """Blocks per layer group that requests asked the cache for, and found: their quotient is the hit rate."""
@@ -57,6 +64,11 @@ class WorkerMetrics:
 
     def _count(self, name: str, labels: Labels, amount: int = 1) -> None:
         self._counters[name, labels] += amount
+
+
+def _link_sample(link: LinkSpeed) -> MetricSample:
+    labels = (("peer", link.peer), ("plane", link.plane), ("lane", link.lane))
+    return MetricSample("disagg_link_gb_per_second", "gauge", labels, link.gb_per_s)
 
 
 def _engine_samples(stats: EngineStats) -> Iterator[MetricSample]:

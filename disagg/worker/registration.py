@@ -157,6 +157,7 @@ class Registration:
             )
             receiving = self._attempts.receiving
             parts.metrics.watch_saturation("landed", lambda: receiving.num_saturated)
+            parts.metrics.watch_links(receiving.speeds)
 
     def _make_attempts(self, link: RouterLink, planes: dict[str, SourcePlane]) -> Attempts:
         parts = self._parts

@@ -9,10 +9,20 @@ import time
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
-from disagg.transceiver.errors import PeerLost, TransceiverError
-from disagg.transceiver.links import ControlClient
+from disagg.transceiver.errors import LocalProtocolError, PeerLost, ProtocolDiffers, TransceiverError, clipped
+from disagg.transceiver.links import PROTOCOL_FIELD, ControlClient
 from disagg.transceiver.messages.peer import Refused
-from disagg.transceiver.messages.router import LEAVING, Lease, Register, Registered, RouterMessage
+from disagg.transceiver.messages.router import (
+    LEAVING,
+    Finished,
+    Lease,
+    Register,
+    Registered,
+    RequestFailed,
+    RouterMessage,
+    Tokens,
+    TransferFailed,
+)
 from disagg.transceiver.node import Node
 from disagg.transceiver.sockets import Sockets
 from disagg.transceiver.timing import HEARTBEAT_S, LOST_S
@@ -72,7 +82,10 @@ class RouterLink:
     async def next_message(self) -> RouterMessage:
         """The router's next message other than its leases. Raises `RouterLost` when the router no longer knows us."""
         while True:
-            message: RouterMessage | Refused = await self._receive()
+            try:
+                message: RouterMessage | Refused = await self._receive()
+            except ProtocolDiffers as exc:  # registering anew, the worker hears whether this is for good
+                raise RouterLost(str(exc)) from exc
             self._heard_at = time.monotonic()
             match message:
                 case Lease(router_incarnation=incarnation) | Registered(router_incarnation=incarnation):
@@ -98,7 +111,7 @@ class RouterLink:
                 await self._client.send(register)
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(REGISTER_REPEAT_S):
-                    return self._read_answer(await self._receive())
+                    return await self._await_answer()
             if not told and time.monotonic() - waited_since > LOST_S:
                 told = True
                 log.warning("no answer from the router yet, still asking; is `disagg router` running?")
@@ -109,15 +122,19 @@ class RouterLink:
         except PeerLost as exc:
             raise RouterLost(str(exc)) from exc
 
+    async def _await_answer(self) -> None:
+        try:
+            self._read_answer(await self._receive())
+        except ProtocolDiffers as other:
+            raise _refusal(PROTOCOL_FIELD, other.theirs, other.ours) from other
+
     def _read_answer(self, answer: object) -> None:
         match answer:
             case Registered(router_incarnation=router, incarnation=mine) if mine == self._node.incarnation:
                 self.router_incarnation = router
                 self._heard_at = time.monotonic()
             case Refused(field=field, ours=ours, theirs=theirs):
-                raise RegistrationRefused(
-                    f"the router refuses this worker: {field}: it has {ours}, this worker {theirs}"
-                )
+                raise _refusal(field, ours, theirs)
             case _:
                 raise RouterLost(f"expected REGISTERED, got {type(answer).__name__}")
 
@@ -125,10 +142,19 @@ class RouterLink:
         while True:
             message = await self._outbox.get()
             try:
-                await self._client.send(message)
+                await self._deliver(message)
             except PeerLost as exc:
                 raise RouterLost(str(exc)) from exc
             self._outbox.task_done()
+
+    async def _deliver(self, message: RouterMessage) -> None:
+        """What no frame can carry ends its own attempt, if it decides one: the router is told so, and can answer."""
+        try:
+            await self._client.send(message)
+        except LocalProtocolError as fault:
+            log.error("cannot send a %s: %s", type(message).__name__, fault)
+            if (word := shorter(message, str(fault))) is not None:
+                await self._client.send(word)
 
     async def _renew(self) -> None:
         while True:
@@ -145,3 +171,27 @@ class RouterLink:
             raise RouterLost("the router closed the connection")
         finally:
             closed.cancel()
+
+
+def shorter(message: RouterMessage, fault: str) -> TransferFailed | RequestFailed | None:
+    """What stands for a message that cannot be sent; None for one that decides no attempt."""
+    why = f"this worker cannot say what became of it: {fault}"
+    match message:
+        case TransferFailed(transfer_id, epoch, reason):  # the router may try again, as it would have
+            return TransferFailed(transfer_id, epoch, f"{_plain(reason)}; {why}")
+        case RequestFailed(transfer_id, epoch, status, said):
+            return RequestFailed(transfer_id, epoch, status, f"{_plain(said)}; {why}")
+        case Tokens(transfer_id, epoch) | Finished(transfer_id, epoch):
+            return RequestFailed(transfer_id, epoch, 500, why)
+        case _:
+            return None
+
+
+def _plain(text: str) -> str:
+    """Without what UTF-8 cannot encode, which may be why a text was not sent."""
+    return clipped(text).encode(errors="replace").decode()
+
+
+def _refusal(field: str, ours: str, theirs: str) -> RegistrationRefused:
+    """`ours` is the router's value."""
+    return RegistrationRefused(f"the router refuses this worker: {field}: it has {ours}, this worker {theirs}")

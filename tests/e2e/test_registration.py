@@ -13,16 +13,19 @@ import pytest
 from support.families import save_family
 from support.trio import SECRET, SERVES, Part, Trio, running_trio
 
+from disagg.transceiver.codec import PROTOCOL
+
 pytestmark = pytest.mark.processes
 
 ODD_WORKER = str(Path(__file__).parents[1] / "support" / "odd_worker.py")
 FLAGS = ("--dtype", "float32", "--block-size", "8", "--max-model-len", "128", "--kv-cache-memory", "4MiB")
+LATER_WORKER = str(Path(__file__).parents[1] / "support" / "later_worker.py")
 STILL_ASKING = re.compile("no answer from the router yet, still asking")
 
 
 @dataclass(frozen=True)
 class Cluster:
-    """One good prefill worker, one decode worker that cuts its cache otherwise, and three that may not come in."""
+    """One good prefill worker, one decode worker that cuts its cache otherwise, and four that may not come in."""
 
     trio: Trio
     prefill: Part
@@ -30,6 +33,7 @@ class Cluster:
     other_weights: Part
     other_length: Part
     other_secret: Part
+    other_major: Part
 
 
 @pytest.fixture(scope="module")
@@ -47,6 +51,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
             trio.start("decode", "other-weights", *FLAGS, "--model", str(same_shapes)),
             trio.start("decode", "other-length", *FLAGS, "--max-model-len", "96"),
             trio.start("decode", "other-secret", *FLAGS, env={"DISAGG_SECRET": "the secret of somebody else"}),
+            trio.start("decode", "other-major", *FLAGS, program=(LATER_WORKER,)),
         )
 
 
@@ -74,6 +79,12 @@ def test_a_worker_with_other_weights_is_refused(cluster: Cluster) -> None:
 def test_a_worker_with_another_length_is_refused(cluster: Cluster) -> None:
     assert_refused(cluster.other_length, "max_model_len", "128", "96")
     assert "other-length" not in registered(cluster)
+
+
+def test_a_worker_of_another_protocol_major_is_refused(cluster: Cluster) -> None:
+    assert_refused(cluster.other_major, "protocol", f"{PROTOCOL[0]}.{PROTOCOL[1]}", f"{PROTOCOL[0] + 1}.0")
+    assert "other-major" not in registered(cluster)
+    assert any(f"peer speaks protocol {PROTOCOL[0] + 1}.0" in line for line in cluster.trio.router.log)
 
 
 def test_a_worker_with_another_secret_never_registers(cluster: Cluster) -> None:

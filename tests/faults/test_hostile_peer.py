@@ -7,7 +7,6 @@ import contextlib
 import random
 import secrets
 import socket
-from collections.abc import AsyncIterator
 from dataclasses import dataclass, replace
 from typing import Any
 from urllib.parse import urlsplit
@@ -19,12 +18,12 @@ import zmq.asyncio
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from support.fault_cells import Cell, outcome_of
-from support.shell_pair import IDENTITY, KEYS, ShellTrio, until
+from support.impostor import Impostor
+from support.shell_pair import IDENTITY, ShellTrio, until
 
 from disagg.engine.commands import ReservedEvent
 from disagg.transceiver.codec import MAX_MESSAGE_NBYTES
 from disagg.transceiver.errors import LocalProtocolError
-from disagg.transceiver.links import ControlClient
 from disagg.transceiver.messages import peer as p
 from disagg.transceiver.messages.values import AttemptKey, GroupRuns, UnitName, UnitRun
 from disagg.transceiver.node import draw_id
@@ -34,47 +33,6 @@ from disagg.transceiver.state import Role, State
 SHM, ZMQ = pytest.param("shm", 0.2), pytest.param("zmq", 0.2)
 SHARED_ARENA = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 """Examples share one trio on purpose: whatever one leaves behind is found by the next."""
-
-
-class Impostor:
-    """A decode worker by its HELLO, and whatever it likes afterwards."""
-
-    def __init__(self, client: ControlClient, trio: ShellTrio) -> None:
-        self.client, self.incarnation = client, draw_id()
-        self.prefill = trio.prefill.registration.node.incarnation
-        self.geometry = trio.prefill.registration.node.geometry
-
-    @classmethod
-    @contextlib.asynccontextmanager
-    async def connected(cls, trio: ShellTrio) -> AsyncIterator[Impostor]:
-        client = await ControlClient.connect(trio.links.control.target, KEYS)
-        try:
-            async with asyncio.timeout(5):
-                await client.ready()
-            yield cls(client, trio)
-        finally:
-            await client.close()
-
-    async def hello(self, incarnation: str = "") -> p.Welcome:
-        await self.client.send(p.Hello(incarnation or self.incarnation, "x", IDENTITY, self.geometry, ("shm", "zmq")))
-        return await self.next(p.Welcome)
-
-    def header(self, key: AttemptKey, **changes: Any) -> p.Header:
-        return replace(p.Header(self.incarnation, self.prefill, key.transfer_id, key.epoch, 1), **changes)
-
-    async def next(self, kind: type) -> Any:
-        """The next message of `kind`; others are read past."""
-        async with asyncio.timeout(5):
-            while not isinstance(message := await self.client.recv(), kind):
-                pass
-        return message
-
-    async def was_heard(self) -> None:
-        """Until everything said so far was dealt with: a last question has been answered."""
-        transfer_id = draw_id()
-        await self.client.send(p.Ack(self.header(AttemptKey(transfer_id, 1))))
-        while (await self.next(p.Closed)).header.transfer_id != transfer_id:
-            pass
 
 
 async def honest_request(trio: ShellTrio) -> None:
@@ -239,10 +197,23 @@ WORDS = st.one_of(
     st.builds(p.Closed, ANY),
     st.builds(p.Failed, ANY, REASONS, UNITS),
     st.builds(p.Slice, ANY, INTEGERS, st.just(())),
+    st.builds(p.Refused, st.sampled_from(["stale_peer", "unknown_peer", "ticket", ""]), REASONS, REASONS),
+    st.builds(p.Heartbeat, st.just(""), st.just(""), st.just(())),
     st.none(),  # the victim's own FETCH, with its ticket
 )
 SAYINGS = st.lists(st.tuples(st.integers(0, 2), st.booleans(), WORDS), min_size=1, max_size=6)
 """(in whose name, to the right incarnation or another, what)"""
+
+
+def spoken(word: Any, header: p.Header, victim: str) -> Any:
+    """`word` about the transfer of `header`: what names no transfer by itself is made to mean it and its receiver."""
+    match word:
+        case p.Refused():
+            return replace(word, destination=victim, transfer_id=header.transfer_id, epoch=header.epoch)
+        case p.Heartbeat():
+            return p.Heartbeat(header.source, header.destination, ((header.transfer_id, header.epoch),))
+        case _:
+            return replace(word, header=header)
 
 
 @given(sayings=SAYINGS, halt=st.sampled_from(HALTS))
@@ -264,7 +235,7 @@ def test_no_message_of_another_peer_touches_a_transfer(arena: Any, sayings: Any,
                 to = impostor.prefill if is_addressed else "0" * 32
                 header = impostor.header(cell.key, source=names[name], destination=to)
                 with contextlib.suppress(LocalProtocolError):  # some of these no codec carries
-                    await impostor.client.send(replace(word or fetch.message, header=header))
+                    await impostor.client.send(spoken(word or fetch.message, header, victim=names[1]))
             await impostor.was_heard()
             core = trio.prefill.core(cell.key)
             assert core is not None

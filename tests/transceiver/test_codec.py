@@ -10,11 +10,11 @@ from hypothesis import strategies as st
 from support.sample_messages import HEADER, SAMPLES, SAMPLING
 
 from disagg.transceiver import codec
-from disagg.transceiver.codec import MAX_MESSAGE_NBYTES, PROTOCOL, TAGS, decode, encode
+from disagg.transceiver.codec import MAX_MANIFEST_ENTRIES, MAX_MESSAGE_NBYTES, PROTOCOL, TAGS, decode, encode
 from disagg.transceiver.errors import LocalProtocolError, RemoteProtocolError
 from disagg.transceiver.messages.peer import Accepted, Ack, Closed, Done, PeerMessage, Received
 from disagg.transceiver.messages.router import Dispatch, RouterMessage, Tokens
-from disagg.transceiver.messages.values import ManifestEntry, Sampling
+from disagg.transceiver.messages.values import FirstToken, ManifestEntry, Sampling, SamplingState, TokenLogprobs
 from disagg.transceiver.schema import shape_of
 
 GOLDEN = dict(line.split() for line in (Path(__file__).parent / "golden_messages.txt").read_text().splitlines())
@@ -149,8 +149,17 @@ def test_a_message_above_the_cap_is_refused_on_both_sides() -> None:
 def test_the_longest_prompt_and_its_manifest_fit_the_cap() -> None:
     dispatch = Dispatch("t" * 32, 0, "r" * 64, "decode", (2**31,) * 2**20, SAMPLING, 600.0)
     assert len(encode(dispatch)) <= MAX_MESSAGE_NBYTES
-    entry = ManifestEntry(1, 2**16, (0, 2**8, 0, 2**8), 2**64 - 1)
-    assert len(encode(Done(HEADER, 0, 1, 2**14, (entry,) * 2**17, None, bytes(32)))) <= MAX_MESSAGE_NBYTES
+    assert MAX_MANIFEST_ENTRIES > 2**17
+
+
+def test_a_manifest_of_as_many_units_as_are_admitted_fits_the_cap_and_one_of_an_eighth_more_does_not() -> None:
+    largest = ManifestEntry(2**16, 2**20, (2**16, 2**16, 2**16, 2**16), 2**64 - 1)
+    top = tuple((2**31, -1.5) for _ in range(50))
+    first = FirstToken(2**31, TokenLogprobs(-1.5, top), SamplingState(2**63, ((1, 1),)), 2**20)
+    done = Done(replace(HEADER, source="p" * 32, destination="d" * 32), 0, 1, 2**20, (), first, bytes(32))
+    per_entry = len(encode(replace(done, manifest=(largest,)))) - len(encode(done))
+    assert per_entry * MAX_MANIFEST_ENTRIES + len(encode(done)) <= MAX_MESSAGE_NBYTES
+    assert per_entry * (MAX_MANIFEST_ENTRIES * 9 // 8) > MAX_MESSAGE_NBYTES
 
 
 @pytest.mark.parametrize(

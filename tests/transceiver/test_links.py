@@ -9,16 +9,17 @@ import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
+import msgpack
 import pytest
 import zmq
 from support.event_loop import in_event_loop, within
 
-from disagg.transceiver.codec import encode
+from disagg.transceiver.codec import PROTOCOL, decode, encode
 from disagg.transceiver.connection import Connection
-from disagg.transceiver.errors import EndpointRefused, LocalProtocolError, PeerLost
+from disagg.transceiver.errors import EndpointRefused, LocalProtocolError, PeerLost, ProtocolDiffers
 from disagg.transceiver.keys import ClusterKeys
 from disagg.transceiver.links import ControlClient, ControlServer
-from disagg.transceiver.messages.peer import Heartbeat
+from disagg.transceiver.messages.peer import Heartbeat, Refused
 from disagg.transceiver.sockets import Sockets, check_endpoint
 
 KEYS = ClusterKeys.from_secret(b"the secret of the cluster under test")
@@ -165,6 +166,33 @@ async def test_malformed_messages_are_counted_and_dropped(caplog: pytest.LogCapt
         assert (await within(server.recv()))[1] == beat(5)
         assert server.num_malformed == 4
     assert "malformed control message" in caplog.text
+
+
+@in_event_loop
+async def test_who_speaks_another_major_version_is_told_both_and_costs_nobody_else() -> None:
+    ours, other = PROTOCOL, PROTOCOL[0] + 1
+    async with a_server() as server, a_client(server.endpoint) as good, a_raw_dealer(server.endpoint) as raw:
+        await within(raw.ready())
+        await within(good.ready())
+        serving = asyncio.create_task(server.recv())
+        raw.send([msgpack.packb([other, 5, 1, {"fields": "of that version"}])])
+        answer = decode((await within(raw.receive()))[0].bytes)
+        assert answer == Refused("protocol", f"{ours[0]}.{ours[1]}", f"{other}.5")
+        await good.send(beat(1))
+        assert (await within(serving))[1] == beat(1)
+
+
+@in_event_loop
+async def test_an_answer_of_another_major_version_is_an_error_of_its_own() -> None:
+    async with a_server() as server, a_client(server.endpoint) as client:
+        await within(client.ready())
+        await client.send(beat(0))
+        peer, _ = await within(server.recv())
+        await server._socket.send_multipart([peer, msgpack.packb([PROTOCOL[0] + 1, 0, 3, {}])])
+        with pytest.raises(ProtocolDiffers, match=f"peer speaks protocol {PROTOCOL[0] + 1}.0, this process"):
+            await within(client.recv())
+        await server.send(peer, beat(1))
+        assert await within(client.recv()) == beat(1)
 
 
 @in_event_loop

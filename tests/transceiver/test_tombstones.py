@@ -19,7 +19,7 @@ from disagg.transceiver.messages.peer import (
     Slice,
     TransferMessage,
 )
-from disagg.transceiver.tombstones import Tombstones, answer_unknown
+from disagg.transceiver.tombstones import EXPIRE_S, Tombstones, answer_unknown
 
 KEY = (HEADER.transfer_id, HEADER.epoch)
 OF = {type(sample): sample for sample in SAMPLES}
@@ -78,6 +78,16 @@ def test_time_and_number_bound_the_store() -> None:
     stones.expire(10.0)
     assert len(stones) == 1
     assert stones.knows(("t", 2))
+
+
+def test_all_are_looked_through_once_a_second_however_often_time_is_told() -> None:
+    stones = Tombstones()
+    stones.expire(10.0)
+    stones.add(("t", 1), "peer", None, until=10.2)
+    stones.expire(10.5)
+    assert stones.knows(("t", 1))
+    stones.expire(10.0 + EXPIRE_S)
+    assert not stones.knows(("t", 1))
 
 
 @pytest.mark.parametrize(

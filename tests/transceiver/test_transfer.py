@@ -158,9 +158,22 @@ def test_a_wrong_fetch_is_refused_by_field_and_changes_nothing(changes: dict[str
     assert isinstance(action.message, p.Refused)
     assert (action.message.field, action.message.transfer_id) == (field, TRANSFER_ID)
     assert sender.state is State.WAITING
-    accepted, ask = sender.handle(arrived(fetch()), 0.0)
+    ask, accepted = sender.handle(arrived(fetch()), 0.0)
     assert isinstance(accepted.message, p.Accepted)
     assert ask == AskPin()
+
+
+def test_a_fetch_of_more_units_than_a_manifest_holds_is_refused_before_any_is_moved(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    num_units = sum(len(entry.ordinals) for entry in fetch().required)
+    monkeypatch.setattr("disagg.transceiver.sender.MAX_MANIFEST_ENTRIES", num_units - 1)
+    sender = make_sender()
+    (action,) = sender.handle(arrived(fetch()), 0.0)
+    refused = p.Refused("required", f"at most {num_units - 1} units", f"{num_units} units", "", TRANSFER_ID)
+    assert action.message == refused
+    monkeypatch.setattr("disagg.transceiver.sender.MAX_MANIFEST_ENTRIES", num_units)
+    assert sender.handle(arrived(fetch()), 0.0)[0] == AskPin()
 
 
 def test_a_repeated_fetch_is_accepted_again_without_a_second_pin() -> None:
@@ -180,7 +193,7 @@ def test_another_fetch_of_the_same_epoch_is_refused(state: State) -> None:
 def test_a_refused_fetch_fails_the_receiver() -> None:
     pair, end = reach(Role.RECEIVER, State.FETCHING)
     pair.feed(end, arrived(p.Refused("ticket", "a", "b", transfer_id=TRANSFER_ID)))
-    assert pair.feed(end, LandingStopped()) == [ReportFailed(reasons.REFUSED)]
+    assert pair.feed(end, LandingStopped()) == [ReportFailed("refused: ticket: expected a, got b")]
 
 
 # --- addresses ----------------------------------------------------------------------------------------------

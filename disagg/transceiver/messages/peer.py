@@ -77,7 +77,10 @@ class Fetch:
 
 @dataclass(frozen=True, slots=True)
 class Accepted:
-    """Answers FETCH."""
+    """Answers FETCH. `queue_position`: transfers accepted before this one that wait for their blocks to be pinned.
+
+    0: it is next, or pinned already (a repeated FETCH).
+    """
 
     header: Header
     queue_position: int

@@ -1,0 +1,31 @@
+"""A worker's figures as its lease carries them."""
+
+from __future__ import annotations
+
+from support.engine_pair import TestedEngine
+
+from disagg.transceiver.messages.values import MetricSample
+from disagg.transceiver.peer_link import LinkSpeed
+from disagg.worker.metrics import WorkerMetrics
+
+
+def link_samples(metrics: WorkerMetrics) -> list[MetricSample]:
+    stats = TestedEngine(role="decode").stats()
+    return [sample for sample in metrics.samples(stats) if sample.name == "disagg_link_gb_per_second"]
+
+
+def test_each_open_link_is_a_gauge_labelled_with_plane_and_lane() -> None:
+    metrics, links = WorkerMetrics(["full"]), [LinkSpeed("prefill-0", "ucx", "rc_mlx5", 11.5)]
+    assert link_samples(metrics) == []
+    metrics.watch_links(lambda: links)
+    labels = (("peer", "prefill-0"), ("plane", "ucx"), ("lane", "rc_mlx5"))
+    assert link_samples(metrics) == [MetricSample("disagg_link_gb_per_second", "gauge", labels, 11.5)]
+    links.clear()
+    assert link_samples(metrics) == []
+
+
+def test_a_later_registrations_links_take_the_place_of_the_last_ones() -> None:
+    metrics = WorkerMetrics(["full"])
+    metrics.watch_links(lambda: [LinkSpeed("gone", "tcp", "", 1.0)])
+    metrics.watch_links(lambda: [LinkSpeed("here", "shm", "", 5.0)])
+    assert [dict(sample.labels)["peer"] for sample in link_samples(metrics)] == ["here"]
