@@ -19,7 +19,8 @@ from disagg.transceiver.messages.values import Geometry, UnitName
 from disagg.transceiver.outbox import units_per_slice
 from disagg.transceiver.packed import Area, Packer, Unpacker
 from disagg.transceiver.planes.base import Bytes, Destination, PoolRegion, SourceUnit
-from disagg.transceiver.planes.copying import Ints, check_generations, ints
+from disagg.transceiver.planes.copying import check_generations
+from disagg.transceiver.planes.runs import Ints, ints
 from disagg.transceiver.ranks import pool_of_group, rank_layout, rectangles
 from disagg.transceiver.reshape import Rectangle, unit_nbytes, unit_size
 
@@ -61,8 +62,6 @@ class SlotUnits:
         self.pool_of_group = pool_of_group(geometry)
         ends = (geometry.kv_dtype, peer.kv_dtype)
         self.wire_dtype = wire_dtype(*(ends if is_sender else reversed(ends)))
-        self.num_saturated = 0
-        """Numbers that a conversion made here stored as the largest of their format."""
         self._regions = tuple(regions)
         layout = rank_layout(geometry, [len(region.slots) for region in regions])
         buffers = [region.slots.reshape(-1) for region in regions]
@@ -87,6 +86,12 @@ class SlotUnits:
         """Whether what landed can be hashed from where it lies: a conversion that rounds keeps no byte of the wire."""
         return all(unpacker.can_reread for unpacker in self._unpackers.values())
 
+    @property
+    def num_saturated(self) -> int:
+        """Numbers that a conversion made here stored as the largest of their format."""
+        ends: list[Packer | Unpacker] = [*self._packers.values(), *self._unpackers.values()]
+        return sum(end.num_saturated for end in ends)
+
     def split(self, units: Sequence[SourceUnit]) -> tuple[SourceUnit, ...]:
         """Slots of this side by their units, in order."""
         return tuple(
@@ -107,18 +112,12 @@ class SlotUnits:
 
     def gather(self, group: int, ordinals: Ints, slots: Ints) -> Bytes:
         """Canonical bytes of units that lie in these slots, `[n, unit_nbytes]`, copied."""
-        packer = self._packers[group]
-        before = packer.num_saturated
-        rows: Bytes = packer.gather(slots, self._tokens(ordinals)).numpy()
-        self.num_saturated += packer.num_saturated - before
+        rows: Bytes = self._packers[group].gather(slots, self._tokens(ordinals)).numpy()
         return rows
 
-    def scatter(self, group: int, ordinals: Ints, slots: Ints, rows: Bytes) -> None:
-        """The reverse of `gather`, at the other end."""
-        unpacker = self._unpackers[group]
-        before = unpacker.num_saturated
-        unpacker.scatter(torch.from_numpy(rows), slots, self._tokens(ordinals))
-        self.num_saturated += unpacker.num_saturated - before
+    def scatter(self, group: int, ordinals: Ints, slots: Ints, rows: Bytes) -> int:
+        """The reverse of `gather`, at the other end; returns how many numbers saturated."""
+        return self._unpackers[group].scatter(torch.from_numpy(rows), slots, self._tokens(ordinals))
 
     def reread(self, group: int, ordinals: Ints, slots: Ints) -> Bytes:
         """The wire's bytes of units as they now lie here. Only where `can_reread`."""

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import threading
 from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from support.event_loop import in_event_loop, within
 from support.plane_pair import PLANES, PlanePair, plane_pair
 from support.pools import close_pools, make_pools
 
+from disagg.transceiver import packed
 from disagg.transceiver.errors import LocalProtocolError, RemoteProtocolError, SourceChanged
 from disagg.transceiver.events import Unit
 from disagg.transceiver.identity import geometry_difference
@@ -272,6 +276,54 @@ async def test_the_loss_of_the_source_is_passed_on() -> None:
         e.plane.on_lost = lost.set
         await e.pair.source.drop("me")
         await within(lost.wait())
+
+
+@in_event_loop
+async def test_numbers_beyond_the_receivers_format_are_counted_with_the_job_that_stored_them() -> None:
+    sizes = tuple(nbytes // 2 for nbytes in geometry(8).slot_nbytes)
+    theirs, ours = (replace(geometry(8), kv_dtype=dtype, slot_nbytes=sizes) for dtype in ("bfloat16", "float16"))
+    sources, destinations = (make_pools([(NUM_SLOTS, nbytes) for nbytes in sizes]) for _ in range(2))
+    for pool in sources:
+        pool.slots[:] = 0
+    torch.from_numpy(sources[0].slots[3]).view(torch.bfloat16)[5] = 1e6
+    async with plane_pair("inproc") as pair:
+        await pair.source.start(sources)
+        plane = ReshapingPlane(pair.make_landing(), theirs, ours, destinations)
+        await plane.connect("me", pair.source.offer("me"), plane.probe_pools)
+        landing = LandingThread(destinations, ["float16"] * 3, num_threads=2)
+        jobs = [
+            LandingJob("source", "t", 1, slot, (Destination(0, slot, 0, slot, slot, 100 + slot),)) for slot in (3, 4, 5)
+        ]
+        landed = await within(asyncio.gather(*(landing.submit(job, plane) for job in jobs)))
+        assert [one.num_saturated for one in landed] == [1, 0, 0]
+        assert plane.cut.num_saturated == 1
+        assert torch.from_numpy(destinations[0].slots[3]).view(torch.float16)[5] == torch.finfo(torch.float16).max
+        await landing.close()
+        await plane.close()
+    close_pools([*sources, *destinations])
+
+
+def test_two_threads_that_convert_at_once_count_each_number_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    both = threading.Barrier(2, timeout=10)
+    really_narrow = packed.narrow
+
+    def narrow(*args: Any) -> Any:
+        both.wait()  # neither has counted yet
+        found = really_narrow(*args)
+        both.wait()
+        return found
+
+    monkeypatch.setattr(packed, "narrow", narrow)
+    sizes = tuple(nbytes // 2 for nbytes in geometry(8).slot_nbytes)
+    theirs, ours = (replace(geometry(8), kv_dtype=dtype, slot_nbytes=sizes) for dtype in ("bfloat16", "float16"))
+    pools = make_pools([(NUM_SLOTS, nbytes) for nbytes in sizes])
+    cut = SlotUnits(ours, pools, 8, theirs, is_sender=False)
+    rows = torch.full((1, cut.unit_nbytes[0] // 2), 1e6, dtype=torch.bfloat16).view(torch.uint8).numpy()
+    with ThreadPoolExecutor(2) as threads:
+        counts = threads.map(lambda slot: cut.scatter(0, np.array([0]), np.array([slot]), rows), (3, 4))
+        assert list(counts) == [rows.shape[1] // 2] * 2
+    assert cut.num_saturated == rows.shape[1]
+    close_pools(pools)
 
 
 # --- names and geometries -----------------------------------------------------------------------------------------
