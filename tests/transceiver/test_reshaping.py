@@ -248,6 +248,32 @@ async def test_staging_is_bounded_and_slices_wait_for_it(kind: str, monkeypatch:
             await within(e.plane.fetch(e.job(units, {0: list(range(6))}, 9)))
 
 
+@pytest.mark.parametrize("kind", ["tcp", "ucx", "zmq"])
+@in_event_loop
+async def test_slices_announced_late_find_room_that_later_ones_have_asked_for(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Room for four slices; of eight on their way the last four are asked for first, as when announcements are lost."""
+    monkeypatch.setattr(reshaping, "SLICE_NBYTES", 1)
+    async with ends(kind, 32, 8) as e:
+        units = [u for u in e.cut.split(e.units(SOURCE_SLOTS)) if u.group == 0][:8]
+        jobs = [e.job([unit], {0: list(range(8))}, number) for number, unit in enumerate(units)]
+
+        async def receive(job: LandingJob) -> None:
+            await e.plane.fetch(job)
+            await e.landing.submit(job, e.plane)
+
+        async with asyncio.TaskGroup() as tasks:
+            for job, unit in zip(jobs, units, strict=True):
+                tasks.create_task(within(e.send(job, [unit])))
+            late = [tasks.create_task(within(receive(job))) for job in jobs[4:]]
+            await asyncio.sleep(0.05)
+            assert not any(task.done() for task in late) or kind == "zmq"
+            for job in jobs[:4]:
+                tasks.create_task(within(receive(job)))
+        assert sorted(e.plane._staging._free[0]) == [0, 1, 2, 3]
+
+
 @in_event_loop
 async def test_a_cancelled_wait_for_staging_leaves_no_row_behind(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reshaping, "SLICE_NBYTES", 1)

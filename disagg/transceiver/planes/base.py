@@ -143,6 +143,14 @@ class LandingPlane(ABC):
         """Whether `fetch` has nothing to wait for, now or ever, and need not be called. Raises `PeerLost`."""
         return False
 
+    async def arrive(self, job: LandingJob) -> None:
+        """Wait until `fetch` of the same job waits for nothing but these bytes: for no other slice of this plane.
+
+        Who has room for a few slices only gives it to those that have arrived. `job` need not name its slots yet.
+        Raises as `fetch`. Cancellable at any point.
+        """
+        await self.fetch(job)
+
     @abstractmethod
     async def fetch(self, job: LandingJob) -> None:
         """Wait until the bytes of `job` can be copied here (at once on shm). Cancellable at any point."""

@@ -88,12 +88,16 @@ class ReshapingPlane(LandingPlane):
         return self.reads_sources and self._inner.is_here(job)
 
     async def fetch(self, job: LandingJob) -> None:
-        """Wait for room in staging, then for the bytes."""
+        """Wait until the slice arrives, then for room in staging, then for the bytes.
+
+        In this order: rows held by slices whose turn has not come would be missed by the one that is before them.
+        """
         if self.reads_sources or job.transfer_id == PROBE_ID:
             await self._inner.fetch(job)
             return
         groups = [unit.group for unit in job.destinations]
         self._staging.check(groups)
+        await self._inner.arrive(self._staged_job(job, [-1] * len(groups)))
         rows = await self._staging.take(groups)
         staged_job = self._staged_job(job, [row for _, row in rows])
         try:

@@ -66,11 +66,14 @@ class TcpLandingPlane(LandingPlane):
         self._pools: tuple[PoolRegion, ...] = ()
         self._socket: socket.socket | None = None
         self._expected: dict[tuple[Name, int], _Expected] = {}
+        self._awaited: dict[tuple[Name, int], asyncio.Future[None]] = {}
+        """Slices that `arrive` waits for."""
         self._landable: dict[tuple[Name, int], _Expected] = {}
         self._discarded: EndedEpochs[Name] = EndedEpochs()
         self._is_lost = True
         self._is_listening, self._heard_at = False, 0.0  # written by the thread, for `_check_silence`
         self._is_awaiting = False  # written by the thread: whether it waits for a `fetch`
+        self._next: tuple[Name, int] | None = None  # written by the thread: what it waits for
         # Held by the thread for one read that does not block, so that who holds it knows that no slot is written.
         self._turn = threading.Condition()
         self.num_discarded = 0
@@ -89,6 +92,18 @@ class TcpLandingPlane(LandingPlane):
         assert self._socket is not None, "connect comes first"
         with contextlib.suppress(OSError):  # the source left: `fetch` hears of it too
             self._socket.send(PROBE)
+
+    async def arrive(self, job: LandingJob) -> None:
+        """Wait until the slice's header has come: all before it in the stream has been read. Raises `PeerLost`."""
+        self._check_open(job)
+        key, asked_at = self._key(job), time.monotonic()
+        here = self._awaited[key] = self._loop.create_future()
+        if self._next == key:  # after the entry: the thread looks for one after it said what comes next
+            here.set_result(None)
+        try:
+            await self._until(here, asked_at)
+        finally:
+            del self._awaited[key]
 
     async def fetch(self, job: LandingJob) -> None:
         """Wait until the slice lies in its slots. Raises `PeerLost`, or `RemoteProtocolError` for one of another size.
@@ -175,8 +190,8 @@ class TcpLandingPlane(LandingPlane):
                 self.on_lost()
 
     def _fail_waiting(self) -> None:
-        for expected in self._expected.values():
-            end_wait(expected.here, PeerLost("the source of this tcp plane is gone"))
+        for here in (*self._awaited.values(), *(expected.here for expected in self._expected.values())):
+            end_wait(here, PeerLost("the source of this tcp plane is gone"))
 
     # --- on the thread ----------------------------------------------------------------------------------------
 
@@ -224,7 +239,9 @@ class TcpLandingPlane(LandingPlane):
         key = header.name, header.number
         until = time.monotonic() + KEEP_S
         with self._turn:
-            self._is_awaiting = True  # before the look: what `fetch` adds after it is notified
+            self._is_awaiting, self._next = True, key  # before the look: what `fetch` adds after it is notified
+            if (awaited := self._awaited.get(key)) is not None:
+                self._answer(awaited, None)
             try:
                 while (expected := self._expected.get(key)) is None:
                     left = until - time.monotonic()
@@ -234,7 +251,7 @@ class TcpLandingPlane(LandingPlane):
                         raise OSError("closed")
                     self._turn.wait(left)
             finally:
-                self._is_awaiting = False
+                self._is_awaiting, self._next = False, None
             return expected
 
     def _answer(self, here: asyncio.Future[None], error: Exception | None) -> None:
