@@ -77,11 +77,6 @@ class PeerLink:
         self.gb_per_s = 0.0
 
     @property
-    def num_saturated(self) -> int:
-        """Numbers of this connection that landed as the largest of our format."""
-        return self.plane.cut.num_saturated if isinstance(self.plane, ReshapingPlane) else 0
-
-    @property
     def is_ready(self) -> bool:
         return self._state == "ready"
 

@@ -175,11 +175,6 @@ class ReceivingSide:
         link = self._links.get(peer)
         return link[0].plane.name if link and link[0].plane else ""
 
-    @property
-    def num_saturated(self) -> int:
-        """Numbers that landed as the largest of our format, over the links that are open."""
-        return sum(link.num_saturated for link, _ in self._links.values())
-
     def reports(self) -> tuple[LinkReport, ...]:
         return tuple(link.report() for link, _ in self._links.values())
 

@@ -15,6 +15,7 @@ import torch
 
 from disagg.transceiver.convert import wire_dtype
 from disagg.transceiver.errors import RemoteProtocolError
+from disagg.transceiver.kept_digests import KeptDigests
 from disagg.transceiver.messages.values import Geometry, UnitName
 from disagg.transceiver.outbox import units_per_slice
 from disagg.transceiver.packed import Area, Packer, Unpacker
@@ -140,6 +141,35 @@ class SlotUnits:
 
     def _tokens(self, ordinals: Ints) -> Ints:
         return ordinals % self.per_slot * self.unit
+
+
+class PeerCuts:
+    """Our slots as the units that are hashed for peers, by the peers' geometry. It outlives them, as do its counts."""
+
+    def __init__(self, geometry: Geometry, regions: Sequence[PoolRegion]) -> None:
+        self._geometry, self._regions = geometry, tuple(regions)
+        self._num_slots = [len(region.slots) for region in regions]
+        self._kept = KeptDigests(self._num_slots)
+        self._cuts: dict[Geometry, tuple[SlotUnits, KeptDigests]] = {}
+
+    @property
+    def kept(self) -> KeptDigests:
+        """Of whole slots."""
+        return self._kept
+
+    def of_peer(self, peer: Geometry) -> tuple[SlotUnits | None, KeptDigests]:
+        """How our slots are cut for it, None where a unit is a slot, and what is kept of such units' digests."""
+        if peer == self._geometry:
+            return None, self._kept
+        if peer not in self._cuts:
+            cut = SlotUnits(self._geometry, self._regions, peer_unit(self._geometry, peer.block_size), peer)
+            self._cuts[peer] = cut, KeptDigests(self._num_slots, cut.per_slot)
+        return self._cuts[peer]
+
+    @property
+    def num_saturated(self) -> int:
+        """Numbers that were hashed, to be sent, as the largest of a peer's format."""
+        return sum(cut.num_saturated for cut, _ in self._cuts.values())
 
 
 def by_group(units: Sequence[SourceUnit] | Sequence[Destination]) -> Iterator[tuple[int, int]]:
