@@ -15,6 +15,10 @@ class RemoteProtocolError(TransceiverError):
     """The peer sent something the protocol does not allow. State is unchanged."""
 
 
+class TransferFailed(TransceiverError):
+    """A transfer ended without KV that may be used; the message is its reason."""
+
+
 class TransferTimeout(TransceiverError):
     """A deadline of ours passed without an answer."""
 

@@ -17,6 +17,7 @@ from disagg.transceiver.errors import (
     TransceiverError,
     first_cause,
 )
+from disagg.transceiver.foreign_pools import moves_slots
 from disagg.transceiver.identity import differing_field, geometry_difference
 from disagg.transceiver.links import ControlClient
 from disagg.transceiver.messages.peer import Heartbeat, Hello, PeerMessage, Refused, TransferMessage, Welcome
@@ -193,7 +194,7 @@ class PeerLink:
         """The plane for a sender of this geometry, and what to connect it with."""
         ours = self._node.geometry
         self.unit_nbytes = ()
-        if ours == theirs:
+        if moves_slots(ours, theirs, self._pools):
             return plane, self._pools
         reshaping = ReshapingPlane(plane, theirs, ours, self._pools)
         self.unit_nbytes = reshaping.cut.unit_nbytes

@@ -16,6 +16,7 @@ from typing import Protocol
 from disagg.transceiver.actions import Action, AskPin, ReleaseSource, Send, SendPayload, UnregisterUnits
 from disagg.transceiver.errors import PeerLost, SourceChanged
 from disagg.transceiver.events import CancelAsked, Event, LeaseRenewed, PeerGone
+from disagg.transceiver.foreign_pools import moves_slots
 from disagg.transceiver.identity import Difference, differing_field, geometry_difference
 from disagg.transceiver.links import ControlServer
 from disagg.transceiver.messages.peer import (
@@ -159,7 +160,9 @@ class SendingSide:
     def _cut_for(self, theirs: Geometry) -> SlotUnits | None:
         """Our slots in units of a peer whose geometry differs."""
         ours = self._node.geometry
-        return None if ours == theirs else SlotUnits(ours, self._pools, peer_unit(ours, theirs.block_size), theirs)
+        if moves_slots(ours, theirs, self._pools):
+            return None
+        return SlotUnits(ours, self._pools, peer_unit(ours, theirs.block_size), theirs)
 
     def _renew(self, routing_id: bytes, beat: Heartbeat) -> None:
         peer = self._known(routing_id, beat.source, beat.destination)

@@ -15,15 +15,17 @@ import torch
 
 from disagg.transceiver.convert import wire_dtype
 from disagg.transceiver.errors import RemoteProtocolError
+from disagg.transceiver.foreign_pools import ForeignPools, pool_numbers
 from disagg.transceiver.kept_digests import KeptDigests
 from disagg.transceiver.messages.values import Geometry, UnitName
 from disagg.transceiver.outbox import units_per_slice
-from disagg.transceiver.packed import Area, Packer, Unpacker
+from disagg.transceiver.packed import Area, Buffer, Packer, Unpacker
 from disagg.transceiver.planes.base import Bytes, Destination, PoolRegion, SourceUnit
 from disagg.transceiver.planes.copying import check_generations
 from disagg.transceiver.planes.runs import Ints, ints
-from disagg.transceiver.ranks import pool_of_group, rank_layout, rectangles
+from disagg.transceiver.ranks import rank_layout, rectangles
 from disagg.transceiver.reshape import Rectangle, unit_nbytes, unit_size
+from disagg.transceiver.strides import Layout
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +42,10 @@ class Packed:
 
 
 class SlotUnits:
-    """The slots of one geometry, cut into units of `unit` tokens. `regions` lie in this process, maybe read-only."""
+    """The slots of one geometry, cut into units of `unit` tokens.
+
+    `regions` lie in this process, maybe read-only, or are a foreign engine's tensors.
+    """
 
     def __init__(
         self,
@@ -60,12 +65,11 @@ class SlotUnits:
         self.unit = unit
         self.per_slot = geometry.block_size // unit
         self.rectangles = rectangles(geometry, peer) if is_sender else rectangles(peer, geometry)
-        self.pool_of_group = pool_of_group(geometry)
+        self.pool_of_group = pool_numbers(geometry, regions)
         ends = (geometry.kv_dtype, peer.kv_dtype)
         self.wire_dtype = wire_dtype(*(ends if is_sender else reversed(ends)))
         self._regions = tuple(regions)
-        layout = rank_layout(geometry, [len(region.slots) for region in regions])
-        buffers = [region.slots.reshape(-1) for region in regions]
+        layout, buffers = _memory(geometry, regions)
         self._packers: dict[int, Packer] = {}
         self._unpackers: dict[int, Unpacker] = {}
         self.unit_nbytes = tuple(
@@ -193,6 +197,13 @@ def peer_unit(geometry: Geometry, peer_block_size: int) -> int:
         return unit_size(geometry.block_size, peer_block_size or geometry.block_size)
     except ValueError as exc:
         raise RemoteProtocolError(str(exc)) from exc
+
+
+def _memory(geometry: Geometry, regions: Sequence[PoolRegion]) -> tuple[Layout, Sequence[Buffer]]:
+    if isinstance(regions, ForeignPools):
+        return regions.layout, regions.buffers
+    layout = rank_layout(geometry, [len(region.slots) for region in regions])
+    return layout, [region.slots.reshape(-1) for region in regions]
 
 
 def _scales(geometry: Geometry, number: int, rectangle: Rectangle) -> torch.Tensor | None:
