@@ -60,6 +60,19 @@ class _Peer:
     heard_at: float
     cut: SlotUnits | None = None
     sending: asyncio.Lock = field(default_factory=asyncio.Lock)  # payloads of one peer leave in slice order
+    packing: asyncio.Lock = field(default_factory=asyncio.Lock)
+
+    async def send_packed(
+        self, plane: SourcePlane, cut: SlotUnits, name: tuple[str, str, int, int], units: Sequence[SourceUnit]
+    ) -> None:
+        """Send one slice of units that are no slots, packed while the one before it leaves: two are held at most."""
+        async with self.packing:
+            packed = await asyncio.to_thread(cut.pack, units)
+            await self.sending.acquire()  # before the next is packed: they leave in order
+        try:
+            await plane.send(*name, packed.units, packed.regions)
+        finally:
+            self.sending.release()
 
 
 class SendingSide:
@@ -249,18 +262,17 @@ class SendingSide:
             SourceUnit(group, ordinal, self._pool_of_group[group], slot, generation)
             for group, ordinal, slot, generation in action.sources
         ]
-        async with contextlib.nullcontext() if plane.queues_slices and peer.cut is None else peer.sending:
-            try:
-                slice_name = peer.hello.incarnation, key.transfer_id, key.epoch, action.number
-                if peer.cut is None:
+        slice_name = peer.hello.incarnation, key.transfer_id, key.epoch, action.number
+        try:
+            if peer.cut is not None:
+                await peer.send_packed(plane, peer.cut, slice_name, units)
+            else:
+                async with contextlib.nullcontext() if plane.queues_slices else peer.sending:
                     await plane.send(*slice_name, units)
-                else:
-                    packed = await asyncio.to_thread(peer.cut.pack, units)
-                    await plane.send(*slice_name, packed.units, packed.regions)
-            except SourceChanged as changed:  # a bug or a hostile writer: this attempt ends, the request may be retried
-                self.feed(key, CancelAsked(str(changed)))
-            except PeerLost as loss:
-                await self._lose(peer.hello.incarnation, str(loss))
+        except SourceChanged as changed:  # a bug or a hostile writer: this attempt ends, the request may be retried
+            self.feed(key, CancelAsked(str(changed)))
+        except PeerLost as loss:
+            await self._lose(peer.hello.incarnation, str(loss))
 
     # --- liveness ---------------------------------------------------------------------------------------------
 
