@@ -30,6 +30,10 @@ class ProtocolDiffers(RemoteProtocolError):
         self.ours, self.theirs = ours, theirs
 
 
+class TransferFailed(TransceiverError):
+    """A transfer ended without KV that may be used; the message is its reason."""
+
+
 class TransferTimeout(TransceiverError):
     """A deadline of ours passed without an answer."""
 

@@ -15,22 +15,20 @@ from typing import Any, Final
 
 from disagg.kernels import native
 from disagg.kernels.digest import digest
-from disagg.kernels.finite import finite_rows
 from disagg.transceiver.errors import SourceChanged
 from disagg.transceiver.events import LandedUnit, Unit
-from disagg.transceiver.hashing import Hasher
+from disagg.transceiver.hashing import AfterCopy, Hasher, NoHasher
 from disagg.transceiver.planes.base import LandingJob, LandingPlane, PoolRegion, SourceUnit
-from disagg.transceiver.planes.copying import CopyingLandingPlane, adjacent, ints
-from disagg.transceiver.planes.reshaping import ReshapingPlane
 from disagg.transceiver.units import SlotUnits
 
 
 @dataclass(frozen=True, slots=True)
 class Landed:
-    """What became of a job: every unit, hashed where it now lies, and the copies it took."""
+    """What became of a job: every unit, hashed where it now lies, the copies it took, and numbers beyond our format."""
 
     units: tuple[LandedUnit, ...]
     num_operations: int
+    num_saturated: int = 0
 
 
 LANDING_THREADS: Final = 2 if native.is_loaded() or (os.cpu_count() or 1) >= 4 else 1
@@ -39,7 +37,6 @@ LANDING_THREADS: Final = 2 if native.is_loaded() or (os.cpu_count() or 1) >= 4 e
 Python's lock, and on two cores the second takes the one that event loops and libzmq run on: 38 ms instead of 28."""
 
 OnEnd = Callable[[LandingJob, "Future[Landed]"], None]
-AfterCopy = Callable[[LandingJob, Sequence[PoolRegion]], None]
 
 
 class LandingThread:
@@ -141,31 +138,10 @@ class LandingThread:
     # --- on the thread ----------------------------------------------------------------------------------------
 
     def _land(self, job: LandingJob, plane: LandingPlane) -> Landed:
-        if self._digests and self._after_copy is None and isinstance(plane, CopyingLandingPlane):
-            hasher = Hasher(job.destinations, self._dtypes)
-            plane.land(job, hasher.copy)
-            return Landed(hasher.landed(), _num_runs(job, plane))
-        before = plane.num_operations
-        plane.land(job)
-        is_reshaped = isinstance(plane, ReshapingPlane)  # its copies are its own; jobs at once count each other's too
-        num_operations = plane.num_operations - before if is_reshaped else _num_runs(job, plane)
-        if self._after_copy is not None:
-            self._after_copy(job, self._pools)
-        landed: list[LandedUnit] = []
-        units = job.destinations
-        if not self._digests:
-            return Landed(tuple(LandedUnit(unit.group, unit.ordinal, 0) for unit in units), num_operations)
-        if not isinstance(plane, ReshapingPlane):
-            hasher = Hasher(units, self._dtypes)
-            hasher.look(self._pools, ints([u.pool for u in units]), ints([u.slot for u in units]))
-            return Landed(hasher.landed(), num_operations)
-        for start, stop, rows in plane.landed(job):
-            finite = finite_rows(rows, plane.wire_dtype).tolist()
-            landed += [
-                LandedUnit(unit.group, unit.ordinal, digest(row), is_finite)
-                for unit, row, is_finite in zip(units[start:stop], rows, finite, strict=True)
-            ]
-        return Landed(tuple(landed), num_operations)
+        make = Hasher if self._digests else NoHasher
+        hasher = make(job, self._pools, self._dtypes, self._after_copy)
+        num_saturated = plane.land_and_hash(job, hasher)
+        return Landed(hasher.landed(), plane.num_copies(job), num_saturated)
 
     def _digest(self, units: Sequence[SourceUnit], cut: SlotUnits | None) -> tuple[Unit, ...]:
         if cut is None:
@@ -184,12 +160,3 @@ class LandingThread:
                 f"group {unit.group}, block {unit.ordinal}: its slot was given away before it was hashed"
             )
         return Unit(unit.group, unit.ordinal, unit.slot, unit.generation, value)
-
-
-def _num_runs(job: LandingJob, plane: LandingPlane) -> int:
-    """Copies that landing `job` took: counted from the job, since other threads land on the same plane meanwhile."""
-    units = job.destinations
-    columns = [ints([u.slot for u in units])]
-    if plane.reads_sources:
-        columns.append(ints([u.source_slot for u in units]))
-    return sum(1 for _ in adjacent(ints([u.pool for u in units]), *columns))

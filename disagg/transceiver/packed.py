@@ -8,7 +8,8 @@ distances, as in our slots, else one per layer and half.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import threading
+from collections.abc import Sequence
 from typing import Any, Final
 
 import numpy as np
@@ -20,9 +21,6 @@ from disagg.transceiver.convert import FP8, is_lossless, narrow, widen, wire_dty
 from disagg.transceiver.messages.values import GroupSemantics
 from disagg.transceiver.reshape import Ints, Rectangle
 from disagg.transceiver.strides import ELEMENT_NBYTES, GroupStrides, Half, Layout
-
-STAGING_NBYTES: Final = 8 << 20
-"""One chunk of packed bytes: a slice, so that packing and sending overlap and neither holds much."""
 
 _RAW: Final = {4: torch.int32, 2: torch.int16, 1: torch.uint8}
 
@@ -96,11 +94,6 @@ class Area:
         raw = values.view(_RAW[values.element_size()])
         for (layers, halves), view in zip(self._parts, self._views, strict=True):
             _put(view, slots, units, raw[:, layers, halves])
-
-    def put(self, slots: Ints, tokens: Ints, rows: npt.NDArray[np.uint8]) -> None:
-        """`write` of canonical bytes in this memory's own format, `[n, unit_nbytes]` contiguous."""
-        values = torch.from_numpy(rows.reshape(-1)).view(_RAW[ELEMENT_NBYTES[self.dtype]])
-        self.write(slots, tokens, values.reshape(len(slots), *self.unit_shape))
 
     def _typed(self, values: torch.Tensor) -> torch.Tensor:
         return values.view(getattr(torch, self.dtype))
@@ -177,6 +170,18 @@ def _put(view: _View, slots: Ints, units: Ints, values: torch.Tensor) -> None:
         view[slots, units] = values.numpy()
 
 
+class Tally:
+    """A number that several threads add to: landing threads use the same packer."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self.total = 0
+
+    def add(self, amount: int) -> None:
+        with self._lock:
+            self.total += amount
+
+
 # --- both ends ----------------------------------------------------------------------------------------------------
 
 
@@ -188,30 +193,24 @@ class Packer:
         self._source = source
         self.wire_dtype = wire_dtype(source.dtype, receiver_dtype)
         self._scales = receiver_scales if self.wire_dtype != source.dtype else None
-        self.num_saturated = 0
+        self._saturated = Tally()
 
     @property
     def unit_nbytes(self) -> int:
         return _nbytes(self._source.unit_shape, self.wire_dtype)
+
+    @property
+    def num_saturated(self) -> int:
+        """Numbers that were gathered as the largest of the wire's format."""
+        return self._saturated.total
 
     def gather(self, slots: Ints, tokens: Ints) -> torch.Tensor:
         """The canonical bytes of these units, uint8 `[n, unit_nbytes]`, on the CPU or where the source lies."""
         values = self._source.read(slots, tokens)
         if values.dtype != getattr(torch, self.wire_dtype):
             values, num_saturated = narrow(values, self.wire_dtype, self._scales)
-            self.num_saturated += num_saturated
+            self._saturated.add(num_saturated)
         return values.reshape(-1).view(torch.uint8).reshape(len(slots), self.unit_nbytes)
-
-    def chunks(
-        self, slots: Ints, tokens: Ints, *, staging_nbytes: int = STAGING_NBYTES
-    ) -> Iterator[tuple[int, torch.Tensor]]:
-        """(index of the first unit, bytes as `gather` gives them), at most `staging_nbytes` or one unit at a time.
-
-        Each chunk is memory of its own: who holds two of them gathers one while the other leaves.
-        """
-        count = max(1, staging_nbytes // max(1, self.unit_nbytes))
-        for first in range(0, len(slots), count):
-            yield first, self.gather(slots[first : first + count], tokens[first : first + count])
 
 
 class Unpacker:
@@ -227,7 +226,7 @@ class Unpacker:
             self.wire_dtype == sender_dtype == FP8 and not same_scales
         )
         self._scales = sender_scales
-        self.num_saturated = 0
+        self._saturated = Tally()
 
     @property
     def can_reread(self) -> bool:
@@ -238,14 +237,21 @@ class Unpacker:
     def unit_nbytes(self) -> int:
         return _nbytes(self._destination.unit_shape, self.wire_dtype)
 
-    def scatter(self, rows: torch.Tensor, slots: Ints, tokens: Ints) -> None:
-        """Store canonical bytes, uint8 `[n, unit_nbytes]`, at (slot, first token)."""
+    @property
+    def num_saturated(self) -> int:
+        """Numbers that were stored as the largest of the destination's format."""
+        return self._saturated.total
+
+    def scatter(self, rows: torch.Tensor, slots: Ints, tokens: Ints) -> int:
+        """Store canonical bytes, uint8 `[n, unit_nbytes]`, at (slot, first token). Returns how many saturated."""
+        num_saturated = 0
         values = rows.view(getattr(torch, self.wire_dtype)).reshape(len(slots), *self._destination.unit_shape)
         if self._is_converted:
             exact = widen(values, "float32", self._scales)
             values, num_saturated = narrow(exact, self._destination.dtype, self._destination.scales)
-            self.num_saturated += num_saturated
+            self._saturated.add(num_saturated)
         self._destination.write(slots, tokens, values)
+        return num_saturated
 
     def reread(self, slots: Ints, tokens: Ints) -> torch.Tensor:
         """The wire's bytes of units as they lie in the destination: what its digest is made of."""

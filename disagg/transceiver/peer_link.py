@@ -21,6 +21,7 @@ from disagg.transceiver.errors import (
     clipped,
     first_cause,
 )
+from disagg.transceiver.foreign_pools import moves_slots
 from disagg.transceiver.identity import differing_field, geometry_difference
 from disagg.transceiver.links import PROTOCOL_FIELD, ControlClient
 from disagg.transceiver.messages.peer import Header, Heartbeat, Hello, PeerMessage, Refused, TransferMessage, Welcome
@@ -92,11 +93,6 @@ class PeerLink:
         self.unit_nbytes: tuple[int, ...] = ()
         """Bytes of a unit per group where the peer's geometry differs; empty where a unit is a slot."""
         self.gb_per_s = 0.0
-
-    @property
-    def num_saturated(self) -> int:
-        """Numbers of this connection that landed as the largest of our format."""
-        return self.plane.cut.num_saturated if isinstance(self.plane, ReshapingPlane) else 0
 
     @property
     def is_ready(self) -> bool:
@@ -229,7 +225,7 @@ class PeerLink:
         """The plane for a sender of this geometry, and what to connect it with."""
         ours = self._node.geometry
         self.unit_nbytes = ()
-        if ours == theirs:
+        if moves_slots(ours, theirs, self._pools):
             return plane, self._pools
         reshaping = ReshapingPlane(plane, theirs, ours, self._pools)
         self.unit_nbytes = reshaping.cut.unit_nbytes

@@ -58,10 +58,6 @@ def runs_of(ordinals: NDArray[np.int64]) -> tuple[Run, ...]:
     return tuple(zip(ordinals[starts].tolist(), counts.tolist(), strict=True))
 
 
-def num_units(required: Iterable[GroupRuns]) -> int:
-    return sum(count for group in required for _, count in group.runs)
-
-
 def moved_nbytes(required: Iterable[GroupRuns], unit_nbytes: Sequence[int] | Mapping[int, int]) -> int:
     """The minimum on the wire: required units x their group's slot bytes."""
     return sum(count * unit_nbytes[group.group] for group in required for _, count in group.runs)

@@ -15,6 +15,7 @@ import numpy as np
 
 from disagg.transceiver.actions import FreeReservation, PartVerified, ReportFailed, Verified
 from disagg.transceiver.events import CancelAsked, Reserved
+from disagg.transceiver.foreign_pools import pool_numbers
 from disagg.transceiver.landing import LandingThread
 from disagg.transceiver.leader import Decision, Leader, Pair, part_key
 from disagg.transceiver.messages.router import PeerTarget
@@ -22,7 +23,7 @@ from disagg.transceiver.messages.values import AttemptKey, Geometry, GroupRuns
 from disagg.transceiver.node import Node
 from disagg.transceiver.plan import runs_of
 from disagg.transceiver.planes.base import LandingPlane, PoolRegion
-from disagg.transceiver.ranks import Part, pool_of_group, senders_of
+from disagg.transceiver.ranks import Part, senders_of
 from disagg.transceiver.receiving import ReceivingSide, TransferRecord
 from disagg.transceiver.sockets import Sockets
 from disagg.transceiver.transfer import Transfer
@@ -40,7 +41,7 @@ class DecodeRank:
     """One rank: who it is, and its pools."""
 
     node: Node
-    pools: tuple[PoolRegion, ...]
+    pools: Sequence[PoolRegion]
 
 
 @dataclass(slots=True)
@@ -73,7 +74,7 @@ class DecodeRanks:
                 rank.node,
                 planes,
                 rank.pools,
-                pool_of_group(rank.node.geometry),
+                pool_numbers(rank.node.geometry, rank.pools),
                 landing,
                 sockets,
                 self,

@@ -12,13 +12,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from disagg.transceiver.events import Pinned, PromptComputed, UnitsFinal
+from disagg.transceiver.foreign_pools import moves_slots, pool_numbers
 from disagg.transceiver.landing import LandingThread
 from disagg.transceiver.leader import Pair, part_key
 from disagg.transceiver.links import ControlServer
 from disagg.transceiver.messages.values import AttemptKey, FirstToken, Geometry, UnitName
 from disagg.transceiver.node import Node
 from disagg.transceiver.planes.base import PoolRegion, SourcePlane, SourceUnit
-from disagg.transceiver.ranks import Part, pool_of_group
+from disagg.transceiver.ranks import Part
 from disagg.transceiver.sending import SendingSide
 from disagg.transceiver.transfer import Transfer
 from disagg.transceiver.units import SlotUnits, geometry_by_units, peer_unit
@@ -31,7 +32,7 @@ class PrefillRank:
     """One rank: who it is, its pools, where peers reach it, and its started planes."""
 
     node: Node
-    pools: tuple[PoolRegion, ...]
+    pools: Sequence[PoolRegion]
     server: ControlServer
     planes: Mapping[str, SourcePlane]
 
@@ -52,7 +53,9 @@ class PrefillRanks:
         self._ranks, self._on_released = tuple(ranks), on_released
         self._landing = [LandingThread(rank.pools, ()) for rank in self._ranks]
         self._sides = [
-            SendingSide(rank.node, rank.server, rank.planes, pool_of_group(rank.node.geometry), self, rank.pools)
+            SendingSide(
+                rank.node, rank.server, rank.planes, pool_numbers(rank.node.geometry, rank.pools), self, rank.pools
+            )
             for rank in self._ranks
         ]
 
@@ -98,7 +101,9 @@ class PrefillRanks:
                 now=time.monotonic(),
                 part=part,
             )
-            units = await self._landing[pair[1]].digest_units(sent, cut if ours != peer.geometry else None)
+            units = await self._landing[pair[1]].digest_units(
+                sent, None if moves_slots(ours, peer.geometry, rank.pools) else cut
+            )
             side.start(own, transfer)
             side.feed(own, UnitsFinal(_COMPUTED, units))
             side.feed(own, PromptComputed(_COMPUTED, first_token))

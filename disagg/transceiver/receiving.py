@@ -75,6 +75,8 @@ class TransferRecord:
     landed_at: float = 0.0
     done_at: float = 0.0
     num_operations: int = 0
+    num_saturated: int = 0
+    """Numbers that landed as the largest of our format."""
     blocks: dict[int, int] = field(default_factory=dict)
     nbytes: dict[int, int] = field(default_factory=dict)
 
@@ -176,11 +178,6 @@ class ReceivingSide:
         """Name of the plane to `peer`, or "" while there is none."""
         link = self._links.get(peer)
         return link[0].plane.name if link and link[0].plane else ""
-
-    @property
-    def num_saturated(self) -> int:
-        """Numbers that landed as the largest of our format, over the links that are open."""
-        return sum(link.num_saturated for link, _ in self._links.values())
 
     def reports(self) -> tuple[LinkReport, ...]:
         return tuple(link.report() for link, _ in self._links.values())
@@ -319,7 +316,7 @@ class ReceivingSide:
         try:
             await plane.fetch(job)
             landed = await self._landing.submit(job, plane)
-        except TransceiverError as exc:
+        except Exception as exc:
             self._fail_job(key, job, exc)
         else:
             self._take_landed(key, job, landed)
@@ -328,26 +325,30 @@ class ReceivingSide:
         key = AttemptKey(job.transfer_id, job.epoch)
         try:
             landed = future.result()
-        except TransceiverError as exc:
+        except Exception as exc:
             self._fail_job(key, job, exc)
         else:
             self._take_landed(key, job, landed)
 
-    def _fail_job(self, key: AttemptKey, job: LandingJob, exc: TransceiverError) -> None:
-        """The peer is gone, or the source changed, or sent what does not fit the slots."""
+    def _fail_job(self, key: AttemptKey, job: LandingJob, exc: Exception) -> None:
+        """The peer is gone, or the source changed, or sent what does not fit the slots; anything else is a bug of ours,
+        which costs this attempt and no other."""
+        if not isinstance(exc, TransceiverError):
+            log.error("slice %d of %s was not landed", job.number, job.transfer_id, exc_info=exc)
         reason = f"{reasons.LOST}: {exc}" if isinstance(exc, PeerLost) else str(exc)
         self.feed(key, LandingFailed(job.number, reason))
 
     def _take_landed(self, key: AttemptKey, job: LandingJob, landed: Landed) -> None:
         if (incoming := self._incoming.get(key)) is not None:
-            self._count(incoming.record, job, landed.num_operations)
+            self._count(incoming.record, job, landed)
         self.feed(key, SliceLanded(job.number, landed.units))
 
-    def _count(self, record: TransferRecord, job: LandingJob, num_operations: int) -> None:
+    def _count(self, record: TransferRecord, job: LandingJob, landed: Landed) -> None:
         """Bytes are counted here and nowhere else: where they land."""
         link = self._links.get(job.source)
         unit_nbytes = link[0].unit_nbytes if link is not None else ()
-        record.num_operations += num_operations
+        record.num_operations += landed.num_operations
+        record.num_saturated += landed.num_saturated
         record.landed_at = time.monotonic()
         for unit in job.destinations:
             record.blocks[unit.group] = record.blocks.get(unit.group, 0) + 1

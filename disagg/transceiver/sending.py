@@ -17,6 +17,7 @@ from typing import Final, Protocol
 from disagg.transceiver.actions import Action, AskPin, ReleaseSource, Send, SendPayload, UnregisterUnits
 from disagg.transceiver.errors import LocalProtocolError, PeerLost, SourceChanged
 from disagg.transceiver.events import CancelAsked, Event, LeaseRenewed, PeerGone, Pinned
+from disagg.transceiver.foreign_pools import moves_slots
 from disagg.transceiver.identity import Difference, differing_field, geometry_difference
 from disagg.transceiver.links import ControlServer
 from disagg.transceiver.messages.peer import (
@@ -66,6 +67,19 @@ class _Peer:
     heard_at: float
     cut: SlotUnits | None = None
     sending: asyncio.Lock = field(default_factory=asyncio.Lock)  # payloads of one peer leave in slice order
+    packing: asyncio.Lock = field(default_factory=asyncio.Lock)
+
+    async def send_packed(
+        self, plane: SourcePlane, cut: SlotUnits, name: tuple[str, str, int, int], units: Sequence[SourceUnit]
+    ) -> None:
+        """Send one slice of units that are no slots, packed while the one before it leaves: two are held at most."""
+        async with self.packing:
+            packed = await asyncio.to_thread(cut.pack, units)
+            await self.sending.acquire()  # before the next is packed: they leave in order
+        try:
+            await plane.send(*name, packed.units, packed.regions)
+        finally:
+            self.sending.release()
 
 
 class SendingSide:
@@ -191,7 +205,9 @@ class SendingSide:
     def _cut_for(self, theirs: Geometry) -> SlotUnits | None:
         """Our slots in units of a peer whose geometry differs."""
         ours = self._node.geometry
-        return None if ours == theirs else SlotUnits(ours, self._pools, peer_unit(ours, theirs.block_size), theirs)
+        if moves_slots(ours, theirs, self._pools):
+            return None
+        return SlotUnits(ours, self._pools, peer_unit(ours, theirs.block_size), theirs)
 
     def _renew(self, routing_id: bytes, beat: Heartbeat) -> None:
         peer = self._known(routing_id, beat.source, beat.destination)
@@ -310,19 +326,18 @@ class SendingSide:
             SourceUnit(group, ordinal, self._pool_of_group[group], slot, generation)
             for group, ordinal, slot, generation in action.sources
         ]
-        async with contextlib.nullcontext() if plane.queues_slices and peer.cut is None else peer.sending:
-            try:
-                slice_name = peer.hello.incarnation, key.transfer_id, key.epoch, action.number
-                if peer.cut is None:
+        slice_name = peer.hello.incarnation, key.transfer_id, key.epoch, action.number
+        try:
+            if peer.cut is not None:
+                await peer.send_packed(plane, peer.cut, slice_name, units)
+            else:
+                async with contextlib.nullcontext() if plane.queues_slices else peer.sending:
                     await plane.send(*slice_name, units)
-                else:
-                    packed = await asyncio.to_thread(peer.cut.pack, units)
-                    await plane.send(*slice_name, packed.units, packed.regions)
-            except SourceChanged as changed:  # a bug or a hostile writer: this attempt ends, the request may be retried
-                self.feed(key, CancelAsked(str(changed)))
-            except PeerLost as loss:
-                if self._is_route_of(peer.routing_id, peer.hello.incarnation):  # else it has connected anew meanwhile
-                    self._lose(peer.hello.incarnation, str(loss))
+        except SourceChanged as changed:  # a bug or a hostile writer: this attempt ends, the request may be retried
+            self.feed(key, CancelAsked(str(changed)))
+        except PeerLost as loss:
+            if self._is_route_of(peer.routing_id, peer.hello.incarnation):  # else it has connected anew meanwhile
+                self._lose(peer.hello.incarnation, str(loss))
 
     # --- liveness ---------------------------------------------------------------------------------------------
 

@@ -6,7 +6,7 @@ what an engine calls a block or a page. Strides and offsets count elements, as t
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final, Protocol
 
@@ -86,21 +86,9 @@ class OwnGroup(Protocol):
     def scales(self) -> tuple[LayerScales, ...]: ...
 
 
-def own_layout(
-    groups: Sequence[OwnGroup], pool_of_group: Sequence[int], num_slots: Sequence[int], block_size: int
-) -> Layout:
-    """Our pools, buffer p = pool p: `[slot][layer][K,V][head][token][dim]` contiguous; `num_slots` per pool."""
-    return Layout(
-        block_size,
-        tuple(
-            slot_strides(group, pool, num_slots[pool], block_size)
-            for group, pool in zip(groups, pool_of_group, strict=True)
-        ),
-    )
-
-
 def slot_strides(group: OwnGroup, pool: int, num_slots: int, block_size: int, first_head: int = 0) -> GroupStrides:
-    """One group in slots of buffer `pool`, as `own_layout` says; its heads are those from `first_head` on."""
+    """One group in our slots, `[slot][layer][K,V][head][token][dim]` contiguous in buffer `pool`; its heads are those
+    from `first_head` on."""
     head = block_size * group.head_dim
     half = group.num_kv_heads * head
     slot = 2 * len(group.layers) * half

@@ -15,13 +15,17 @@ import torch
 
 from disagg.transceiver.convert import wire_dtype
 from disagg.transceiver.errors import RemoteProtocolError
+from disagg.transceiver.foreign_pools import ForeignPools, pool_numbers
+from disagg.transceiver.kept_digests import KeptDigests
 from disagg.transceiver.messages.values import Geometry, UnitName
 from disagg.transceiver.outbox import units_per_slice
-from disagg.transceiver.packed import Area, Packer, Unpacker
+from disagg.transceiver.packed import Area, Buffer, Packer, Unpacker
 from disagg.transceiver.planes.base import Bytes, Destination, PoolRegion, SourceUnit
-from disagg.transceiver.planes.copying import Ints, check_generations, ints
-from disagg.transceiver.ranks import pool_of_group, rank_layout, rectangles
+from disagg.transceiver.planes.copying import check_generations
+from disagg.transceiver.planes.runs import Ints, ints
+from disagg.transceiver.ranks import rank_layout, rectangles
 from disagg.transceiver.reshape import Rectangle, unit_nbytes, unit_size
+from disagg.transceiver.strides import Layout
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +42,10 @@ class Packed:
 
 
 class SlotUnits:
-    """The slots of one geometry, cut into units of `unit` tokens. `regions` lie in this process, maybe read-only."""
+    """The slots of one geometry, cut into units of `unit` tokens.
+
+    `regions` lie in this process, maybe read-only, or are a foreign engine's tensors.
+    """
 
     def __init__(
         self,
@@ -58,14 +65,11 @@ class SlotUnits:
         self.unit = unit
         self.per_slot = geometry.block_size // unit
         self.rectangles = rectangles(geometry, peer) if is_sender else rectangles(peer, geometry)
-        self.pool_of_group = pool_of_group(geometry)
+        self.pool_of_group = pool_numbers(geometry, regions)
         ends = (geometry.kv_dtype, peer.kv_dtype)
         self.wire_dtype = wire_dtype(*(ends if is_sender else reversed(ends)))
-        self.num_saturated = 0
-        """Numbers that a conversion made here stored as the largest of their format."""
         self._regions = tuple(regions)
-        layout = rank_layout(geometry, [len(region.slots) for region in regions])
-        buffers = [region.slots.reshape(-1) for region in regions]
+        layout, buffers = _memory(geometry, regions)
         self._packers: dict[int, Packer] = {}
         self._unpackers: dict[int, Unpacker] = {}
         self.unit_nbytes = tuple(
@@ -87,6 +91,12 @@ class SlotUnits:
         """Whether what landed can be hashed from where it lies: a conversion that rounds keeps no byte of the wire."""
         return all(unpacker.can_reread for unpacker in self._unpackers.values())
 
+    @property
+    def num_saturated(self) -> int:
+        """Numbers that a conversion made here stored as the largest of their format."""
+        ends: list[Packer | Unpacker] = [*self._packers.values(), *self._unpackers.values()]
+        return sum(end.num_saturated for end in ends)
+
     def split(self, units: Sequence[SourceUnit]) -> tuple[SourceUnit, ...]:
         """Slots of this side by their units, in order."""
         return tuple(
@@ -107,18 +117,12 @@ class SlotUnits:
 
     def gather(self, group: int, ordinals: Ints, slots: Ints) -> Bytes:
         """Canonical bytes of units that lie in these slots, `[n, unit_nbytes]`, copied."""
-        packer = self._packers[group]
-        before = packer.num_saturated
-        rows: Bytes = packer.gather(slots, self._tokens(ordinals)).numpy()
-        self.num_saturated += packer.num_saturated - before
+        rows: Bytes = self._packers[group].gather(slots, self._tokens(ordinals)).numpy()
         return rows
 
-    def scatter(self, group: int, ordinals: Ints, slots: Ints, rows: Bytes) -> None:
-        """The reverse of `gather`, at the other end."""
-        unpacker = self._unpackers[group]
-        before = unpacker.num_saturated
-        unpacker.scatter(torch.from_numpy(rows), slots, self._tokens(ordinals))
-        self.num_saturated += unpacker.num_saturated - before
+    def scatter(self, group: int, ordinals: Ints, slots: Ints, rows: Bytes) -> int:
+        """The reverse of `gather`, at the other end; returns how many numbers saturated."""
+        return self._unpackers[group].scatter(torch.from_numpy(rows), slots, self._tokens(ordinals))
 
     def reread(self, group: int, ordinals: Ints, slots: Ints) -> Bytes:
         """The wire's bytes of units as they now lie here. Only where `can_reread`."""
@@ -143,6 +147,35 @@ class SlotUnits:
         return ordinals % self.per_slot * self.unit
 
 
+class PeerCuts:
+    """Our slots as the units that are hashed for peers, by the peers' geometry. It outlives them, as do its counts."""
+
+    def __init__(self, geometry: Geometry, regions: Sequence[PoolRegion]) -> None:
+        self._geometry, self._regions = geometry, tuple(regions)
+        self._num_slots = [len(region.slots) for region in regions]
+        self._kept = KeptDigests(self._num_slots)
+        self._cuts: dict[Geometry, tuple[SlotUnits, KeptDigests]] = {}
+
+    @property
+    def kept(self) -> KeptDigests:
+        """Of whole slots."""
+        return self._kept
+
+    def of_peer(self, peer: Geometry) -> tuple[SlotUnits | None, KeptDigests]:
+        """How our slots are cut for it, None where a unit is a slot, and what is kept of such units' digests."""
+        if peer == self._geometry:
+            return None, self._kept
+        if peer not in self._cuts:
+            cut = SlotUnits(self._geometry, self._regions, peer_unit(self._geometry, peer.block_size), peer)
+            self._cuts[peer] = cut, KeptDigests(self._num_slots, cut.per_slot)
+        return self._cuts[peer]
+
+    @property
+    def num_saturated(self) -> int:
+        """Numbers that were hashed, to be sent, as the largest of a peer's format."""
+        return sum(cut.num_saturated for cut, _ in self._cuts.values())
+
+
 def by_group(units: Sequence[SourceUnit] | Sequence[Destination]) -> Iterator[tuple[int, int]]:
     """Half-open ranges of `units` within which the group stays."""
     start = 0
@@ -164,6 +197,13 @@ def peer_unit(geometry: Geometry, peer_block_size: int) -> int:
         return unit_size(geometry.block_size, peer_block_size or geometry.block_size)
     except ValueError as exc:
         raise RemoteProtocolError(str(exc)) from exc
+
+
+def _memory(geometry: Geometry, regions: Sequence[PoolRegion]) -> tuple[Layout, Sequence[Buffer]]:
+    if isinstance(regions, ForeignPools):
+        return regions.layout, regions.buffers
+    layout = rank_layout(geometry, [len(region.slots) for region in regions])
+    return layout, [region.slots.reshape(-1) for region in regions]
 
 
 def _scales(geometry: Geometry, number: int, rectangle: Rectangle) -> torch.Tensor | None:

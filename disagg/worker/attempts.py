@@ -99,6 +99,11 @@ class Attempts:
         return tuple(self._live)
 
     @property
+    def held(self) -> tuple[AttemptKey, ...]:
+        """Attempts of which the engine may hold something: also those over, whose blocks are looked at once more."""
+        return tuple({*self._live, *self._suspects})
+
+    @property
     def num_open(self) -> int:
         """Requests that this worker has a part in still, those included whose next attempt the router decides on."""
         held = self.receiving.held if self.receiving is not None else ()
@@ -173,7 +178,7 @@ class Attempts:
     # --- from the engine --------------------------------------------------------------------------------------
 
     def take_event(self, event: EngineEvent) -> None:
-        """Everything but `UnitsFinalEvent`, which is hashed on its way (see `Registration`)."""
+        """What needs no hash, or has had it (see `EngineEvents`)."""
         state = self._live.get(event.key)
         if state is None:
             return
@@ -292,6 +297,7 @@ class Attempts:
 
     def _count(self, record: TransferRecord, outcome: str) -> None:
         self._metrics.count_transfer(record.plane, record.nbytes, record.num_operations, outcome)
+        self._metrics.count_landed_saturated(record.num_saturated)
 
     def _report(self, state: RequestState, times: StageTimes, record: TransferRecord | None = None) -> None:
         """This worker's part of the attempt, for `/requests/{id}`; `record` where KV landed here."""

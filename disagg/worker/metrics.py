@@ -37,8 +37,12 @@ class WorkerMetrics:
         """Blocks of this worker that were hashed again: because a prefix hit or a `peer` asked, and what came of it."""
         self._count("disagg_blocks_rehashed_total", (("why", why), ("result", result)), num_blocks)
 
+    def count_landed_saturated(self, num_numbers: int) -> None:
+        """Numbers of one transfer that landed as the largest of our format."""
+        self._count("disagg_kv_saturated_total", (("at", "landed"),), num_numbers)
+
     def watch_saturation(self, at: str, read: Callable[[], int]) -> None:
-        """`read()`: numbers `at` (computed, sent or landed) that were stored as the largest of their format."""
+        """`read()`: numbers `at` (computed or sent) that were stored as the largest of their format; it never falls."""
         self._read[at] = read
 
     def watch_links(self, read: Callable[[], Iterable[LinkSpeed]]) -> None:

@@ -12,12 +12,12 @@ from disagg.cache.layout import CacheLayout
 from disagg.config.settings import Role, WorkerSettings
 from disagg.engine.commands import EngineEvent, FinalUnit
 from disagg.engine.engine import Engine
-from disagg.transceiver.kept_digests import KeptDigests
 from disagg.transceiver.keys import ClusterKeys
 from disagg.transceiver.landing import LANDING_THREADS, LandingThread
 from disagg.transceiver.messages.values import Geometry, GroupSemantics, Identity
 from disagg.transceiver.planes.base import PoolRegion, SourceUnit
 from disagg.transceiver.sockets import Sockets
+from disagg.transceiver.units import PeerCuts
 from disagg.worker.drain import Drain
 from disagg.worker.metrics import WorkerMetrics
 from disagg.worker.model_thread import ModelThread
@@ -79,9 +79,10 @@ class WorkerParts:
         self.landing = LandingThread(
             self.regions, [group.dtype for group in made.layout.groups], num_threads=LANDING_THREADS
         )
-        self.kept = KeptDigests(self.num_slots)
+        self.cuts = PeerCuts(made.geometry, self.regions)
         self.metrics = WorkerMetrics([group.name for group in made.layout.groups])
         self.metrics.watch_saturation("computed", made.num_saturated)
+        self.metrics.watch_saturation("sent", lambda: self.cuts.num_saturated)
         self.events: asyncio.Queue[EngineEvent] = asyncio.Queue()
         self.model: ModelThread
         self.drain = Drain(made.settings.drain_timeout_s)

@@ -46,7 +46,7 @@ class Rechecks:
     async def _look(self, units: Sequence[FinalUnit]) -> tuple[bool | None, ...]:
         parts = self._parts
         try:
-            return await parts.kept.recheck(parts.sources(units), parts.landing.digest_units)
+            return await parts.cuts.kept.recheck(parts.sources(units), parts.landing.digest_units)
         except SourceChanged:  # who asked has let go of them, and somebody else writes there
             return (None,) * len(units)
 

@@ -12,23 +12,18 @@ import logging
 import os
 import socket
 
-from disagg.engine.commands import PrefixHitEvent, Release, SuspectEvent, UnitsFinalEvent
-from disagg.transceiver.errors import SourceChanged
-from disagg.transceiver.events import UnitsFinal
+from disagg.engine.commands import Release
 from disagg.transceiver.links import ControlServer
 from disagg.transceiver.messages.router import DRAINING, READY, Lease, Register
-from disagg.transceiver.messages.values import Geometry
 from disagg.transceiver.node import Node
-from disagg.transceiver.outbox import units_per_slice
 from disagg.transceiver.planes.base import SourcePlane
 from disagg.transceiver.receiving import ReceivingSide
 from disagg.transceiver.sending import SendingSide
 from disagg.transceiver.timing import HEARTBEAT_S
-from disagg.transceiver.units import SlotUnits, peer_unit
 from disagg.worker.attempts import Attempts
+from disagg.worker.engine_events import EngineEvents
 from disagg.worker.parts import WorkerParts
 from disagg.worker.planes import landing_planes, source_planes
-from disagg.worker.rechecks import Rechecks
 from disagg.worker.router_link import RouterLink
 from disagg.worker.transfer_factory import TransferFactory
 
@@ -41,9 +36,7 @@ class Registration:
     def __init__(self, parts: WorkerParts, node: Node) -> None:
         self._parts, self._node = parts, node
         self._attempts: Attempts
-        self._rechecks = Rechecks(parts)
-        self._cuts: dict[Geometry, SlotUnits] = {}
-        parts.metrics.watch_saturation("sent", lambda: sum(cut.num_saturated for cut in self._cuts.values()))
+        self._events: EngineEvents
 
     async def run(self) -> None:
         """Register, then serve."""
@@ -56,6 +49,7 @@ class Registration:
                 )
             )
             self._attempts = self._make_attempts(link, planes)
+            self._events = EngineEvents(self._parts, self._attempts)
             self._attach_sides(server, planes)
             self._parts.announce_ready()
             try:
@@ -72,51 +66,13 @@ class Registration:
                 tasks.create_task(self._attempts.receiving.run())
             tasks.create_task(link.keep())
             tasks.create_task(self._take_messages(link))
-            tasks.create_task(self._take_events())
+            tasks.create_task(self._events.run())
             tasks.create_task(self._look_at_deadlines())
             tasks.create_task(self._parts.drain.run(link.renew, link.flushed))
 
     async def _take_messages(self, link: RouterLink) -> None:
         while True:
             self._attempts.take_message(await link.next_message())
-
-    async def _take_events(self) -> None:
-        """Engine events in order; final units are hashed on the landing thread before their transfer hears of them."""
-        while True:
-            event = await self._parts.events.get()
-            if isinstance(event, UnitsFinalEvent):
-                await self._hash_units(event)
-            elif isinstance(event, PrefixHitEvent):
-                await self._rechecks.check_hit(event)
-            elif isinstance(event, SuspectEvent):
-                await self._rechecks.look_at_suspects(event)
-                self._attempts.suspects_seen(event.key)
-            else:
-                self._attempts.take_event(event)
-
-    async def _hash_units(self, event: UnitsFinalEvent) -> None:
-        if self._attempts.sending is None or event.key not in self._attempts:
-            return
-        with contextlib.suppress(SourceChanged):  # dropped meanwhile: the engine says so next, and computes them anew
-            cut = self._cut_for(self._attempts.peer_geometry(event.key))
-            sources, landing = self._parts.sources(event.units), self._parts.landing
-            count = units_per_slice(self._parts.layout.slot_nbytes)
-            for few in (sources[first : first + count] for first in range(0, len(sources), count)):
-                if cut is None:
-                    units = await self._parts.kept.digest_units(few, landing.digest_units)
-                else:
-                    units = await landing.digest_units(few, cut)
-                self._attempts.sending.feed(event.key, UnitsFinal(event.compute_id, units))
-
-    def _cut_for(self, peer: Geometry) -> SlotUnits | None:
-        """Our slots as the units of a transfer whose peer's geometry differs."""
-        geometry = self._node.geometry
-        if peer == geometry:
-            return None
-        if peer not in self._cuts:
-            unit = peer_unit(geometry, peer.block_size)
-            self._cuts[peer] = SlotUnits(geometry, self._parts.regions, unit, peer)
-        return self._cuts[peer]
 
     async def _look_at_deadlines(self) -> None:
         while True:
@@ -155,9 +111,7 @@ class Registration:
                 parts.sockets,
                 self._attempts,
             )
-            receiving = self._attempts.receiving
-            parts.metrics.watch_saturation("landed", lambda: receiving.num_saturated)
-            parts.metrics.watch_links(receiving.speeds)
+            parts.metrics.watch_links(self._attempts.receiving.speeds)
 
     def _make_attempts(self, link: RouterLink, planes: dict[str, SourcePlane]) -> Attempts:
         parts = self._parts
@@ -201,6 +155,6 @@ class Registration:
         """The registration is over: nobody waits for its requests. Landing jobs end before their slots are freed."""
         receiving = self._attempts.receiving
         # A cancelled attempt is forgotten at once, while its landing jobs may still be joined.
-        for key in {*self._attempts.keys, *(receiving.held if receiving is not None else ())}:
+        for key in {*self._attempts.held, *(receiving.held if receiving is not None else ())}:
             await self._parts.landing.stop(key.transfer_id, key.epoch)
             self._parts.model.submit(Release(key))

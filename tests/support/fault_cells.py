@@ -188,8 +188,7 @@ class Cell:
         return waits_for is None or control.is_holding(waits_for)
 
     def _are_bytes_here(self) -> bool:
-        ((link, _),) = self.trio.decode.receiving._links.values()
-        plane: Any = link.plane
+        plane = self.trio.decode.plane
         num_announced = self.trio.prefill.core(self.key)._side._outbox.num_slices
         return bool(plane._num_held == num_announced - self.trio.decode.landing.num_inside)
 
@@ -279,8 +278,7 @@ class Cell:
     def _cut_data(self) -> Callable[[], bool]:
         """End the plane's connection as its death would."""
         trio = self.trio
-        ((link, _),) = trio.decode.receiving._links.values()
-        plane: Any = link.plane
+        plane = trio.decode.plane
         match trio.plane:
             case "zmq" | "tcp" | "ucx":
                 trio.links.data.cut()

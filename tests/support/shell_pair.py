@@ -10,18 +10,20 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import sys
-import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import pytest
 from support.engine_pair import LAYOUT, TestedEngine, greedy, prompt_of
 from support.fake_runner import reference_tokens
+from support.gates import PATIENCE_S, EventGate, LandingGate
 from support.message_proxy import MessageProxy
 
+from disagg.cache.layout import CacheLayout
 from disagg.config.settings import WorkerSettings
 from disagg.engine.commands import AttemptKey, ReservedEvent, UnitsFinalEvent
 from disagg.router.generation import GenerationEnd, GenerationError, GenerationRequest
@@ -32,7 +34,7 @@ from disagg.transceiver.links import ControlServer
 from disagg.transceiver.messages.router import Register
 from disagg.transceiver.messages.values import Identity
 from disagg.transceiver.planes import probe
-from disagg.transceiver.planes.base import LandingJob, PoolRegion, SourcePlane
+from disagg.transceiver.planes.base import SourcePlane
 from disagg.transceiver.planes.inproc import InprocHub, InprocLandingPlane, InprocSourcePlane
 from disagg.worker import main, registration
 from disagg.worker.attempts import Attempts
@@ -48,8 +50,6 @@ STEP_TOKENS = 8
 MAX_TOKENS = 3
 REPLY_S = 5.0
 """Within this a client has an answer or an error."""
-PATIENCE_S = 10.0
-"""Far above anything that should happen here, also on a machine whose cores are busy."""
 
 
 def patched_timing(patch: pytest.MonkeyPatch, scale: float) -> None:
@@ -80,65 +80,6 @@ async def until(is_true: Callable[[], object], what: str = "", patience_s: float
     while not is_true():
         assert time.monotonic() < deadline, f"waited in vain: {what}"
         await asyncio.sleep(0.001)
-
-
-class EventGate:
-    """Holds some events of an engine on their way to the worker; the others overtake them."""
-
-    def __init__(self) -> None:
-        self.put: Callable[[Sequence[Any]], None]
-        self._hold: Callable[[Any], bool] | None = None
-        self._held: list[Any] = []
-
-    def hold(self, which: Callable[[Any], bool]) -> None:
-        self._hold = which
-
-    def take(self, events: Sequence[Any]) -> None:
-        for event in events:
-            if self._hold is not None and self._hold(event):
-                self._held.append(event)
-            else:
-                self.put([event])
-
-    def open(self) -> None:
-        held, self._held, self._hold = self._held, [], None
-        self.put(held)
-
-    def is_holding(self, kind: type) -> bool:
-        return any(isinstance(event, kind) for event in self._held)
-
-
-class LandingGate:
-    """The hook between a landing job's copy and its hash: stops the thread there, flips a byte there."""
-
-    def __init__(self) -> None:
-        self._may_go = threading.Event()
-        self._may_go.set()
-        self.flip_at: Callable[[LandingJob, Sequence[PoolRegion]], tuple[int, int, int]] | None = None
-        """-> (pool, slot, byte) to flip in the next job that passes."""
-        self.on_job: Callable[[LandingJob], None] | None = None
-        self.num_inside = 0
-        self.num_landed = 0
-        self.num_flipped = 0
-
-    def __call__(self, job: LandingJob, pools: Sequence[PoolRegion]) -> None:
-        if self.on_job is not None:
-            self.on_job(job)
-        self.num_inside += 1
-        assert self._may_go.wait(PATIENCE_S)
-        self.num_inside -= 1
-        if self.flip_at is not None:
-            pool, slot, byte = self.flip_at(job, pools)
-            pools[pool].slots[slot, byte] ^= 1
-            self.flip_at = None
-            self.num_flipped += 1
-        self.num_landed += 1
-
-    def shut(self) -> None:
-        self._may_go.clear()
-
-    def open(self) -> None:
-        self._may_go.set()
 
 
 class JournalledAttempts(Attempts):
@@ -216,7 +157,7 @@ class Links:
 class ShellWorker:
     """One worker "process": an engine, its threads, and registrations at the router for as long as it lives."""
 
-    def __init__(self, role: str, links: Links, plane: str, name: str = "") -> None:
+    def __init__(self, role: str, links: Links, plane: str, name: str = "", layout: CacheLayout = LAYOUT) -> None:
         self.role, self._links, self.name = role, links, name or role
         self.sources: tuple[ShellWorker, ...] = ()
         """Of a decode worker: those whose KV it may receive."""
@@ -228,18 +169,18 @@ class ShellWorker:
         self.deaths: list[BaseException] = []
         self.registration: ShellRegistration
         self.events, self.landing = EventGate(), LandingGate()
-        self.engine = TestedEngine(role=role, max_num_batched_tokens=STEP_TOKENS)
+        self.engine = TestedEngine(layout=layout, role=role, max_num_batched_tokens=STEP_TOKENS)
         settings = WorkerSettings(
             worker_id=self.name,
             router=links.router[role].endpoint,
             insecure=True,
             planes=("shm",) if plane == "inproc" else (plane,),
         )
-        made = EngineParts(role, settings, IDENTITY, LAYOUT, self.engine.cache, self.engine, {})
+        made = EngineParts(role, settings, IDENTITY, layout, self.engine.cache, self.engine, {})
         self.parts = WorkerParts(made, KEYS, lambda ready: None)
         self.parts.shell = self  # type: ignore[attr-defined]
         self.parts.landing = LandingThread(
-            self.parts.regions, [group.dtype for group in LAYOUT.groups], after_copy=self.landing
+            self.parts.regions, [group.dtype for group in layout.groups], after_copy=self.landing
         )
         self.events.put = self.parts.take_events
 
@@ -297,18 +238,35 @@ class ShellWorker:
         side = self.sending if self.role == "prefill" else self.receiving
         return bool(side._transfers.is_buried(key))
 
+    @property
+    def plane(self) -> Any:
+        """The data plane to the only source, without what reshapes between unequal blocks."""
+        ((link, _),) = self.receiving._links.values()
+        return getattr(link.plane, "_inner", link.plane)
+
     def compare(self, key: AttemptKey) -> None:
-        """Bytes in the reserved slots against those of the sender's blocks when they became final."""
+        """Bytes in the reserved slots against those of the sender's blocks when they became final, token by token."""
         source = next(source for source in self.sources if source.engine.of(key, UnitsFinalEvent))
         (reserved,) = self.engine.of(key, ReservedEvent)
-        units = {
-            (unit.group, unit.ordinal): unit for event in source.engine.of(key, UnitsFinalEvent) for unit in event.units
+        sent = {
+            (unit.group, unit.ordinal): source.tokens(unit.group, source.engine.bytes_when_final[unit])
+            for event in source.engine.of(key, UnitsFinalEvent)
+            for unit in event.units
         }
+        size, source_size = (worker.parts.layout.block_size for worker in (self, source))
         for group, pairs in enumerate(reserved.slots):
             for ordinal, slot in pairs:
-                sent = source.engine.bytes_when_final[units[group, ordinal]]
-                if self.engine.cache.group_view(group)[slot].numpy().tobytes() != sent:
-                    self.wrong.append(f"{key}: group {group}, block {ordinal} was verified and is not what was sent")
+                here = self.tokens(group, self.engine.cache.group_view(group)[slot].numpy().tobytes())
+                for token in range(ordinal * size, (ordinal + 1) * size):
+                    block, place = divmod(token, source_size)
+                    if (group, block) in sent and not np.array_equal(here[token % size], sent[group, block][place]):
+                        self.wrong.append(f"{key}: group {group}, token {token} was verified and is not what was sent")
+
+    def tokens(self, group: int, slot: bytes) -> np.ndarray:
+        """`[token, ...]`: a slot's bytes by the tokens they belong to."""
+        cut = self.parts.layout.groups[group]
+        shape = (len(cut.layers), 2, cut.num_kv_heads, self.parts.layout.block_size, -1)
+        return np.moveaxis(np.frombuffer(slot, dtype=np.uint8).reshape(shape), 3, 0)
 
     def leftovers(self) -> dict[str, Any]:
         """Everything that must be empty when no request is live."""
@@ -324,7 +282,10 @@ class ShellWorker:
         if attempts.receiving is not None:
             left["reservations"] = attempts.receiving.held
             for link, _ in attempts.receiving._links.values():
-                left["payloads"] = getattr(link.plane, "_num_held", 0) or len(getattr(link.plane, "_landable", ()))
+                plane = getattr(link.plane, "_inner", link.plane)
+                left["payloads"] = getattr(plane, "_num_held", 0) or len(getattr(plane, "_landable", ()))
+                if (staging := getattr(link.plane, "_staging", None)) is not None:
+                    left["rows"] = sum(map(len, (r.slots for r in staging.regions))) - sum(map(len, staging._free))
         if attempts.sending is not None:
             left["early"] = tuple(attempts.sending._early)
             left["planes of attempts"] = tuple(attempts.sending._plane_of)
@@ -387,8 +348,11 @@ class ShellTrio:
             proxy.cut(down=True)
         await self._router_stack.aclose()
 
+    layouts: Mapping[str, CacheLayout] = {}
+    """By role, where it is not `LAYOUT`."""
+
     def start_worker(self, role: str) -> None:
-        worker = ShellWorker(role, self.links, self.plane)
+        worker = ShellWorker(role, self.links, self.plane, layout=self.layouts.get(role, LAYOUT))
         setattr(self, role, worker)
         if hasattr(self, "decode"):
             self.decode.sources = tuple(w for w in self.workers if w.role == "prefill")

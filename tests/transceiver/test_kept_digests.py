@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -70,3 +71,58 @@ async def test_a_recheck_tells_what_is_as_it_was_what_changed_and_what_was_never
     assert await kept.recheck(units, memory) == (True, False, True)  # known from then on; what changed stays wrong
     (reused,) = await kept.digest_units([replace(units[0], generation=3)], memory)
     assert reused.generation == 3
+
+
+class Held(Hasher):
+    """Answers when it is told to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.may_go = asyncio.Event()
+
+    async def __call__(self, units: Sequence[SourceUnit]) -> tuple[Unit, ...]:
+        found = await super().__call__(units)
+        await self.may_go.wait()
+        return found
+
+
+@in_event_loop
+async def test_who_waits_for_a_hash_keeps_what_it_knew_when_a_slot_is_given_away_meanwhile() -> None:
+    kept, hasher, held = KeptDigests((10,)), Hasher(), Held()
+    known, unknown = SourceUnit(0, 1, 0, 1, 1), SourceUnit(0, 2, 0, 2, 1)
+    (before,) = await kept.digest_units([known], hasher)
+    waiting = asyncio.create_task(kept.digest_units([known, unknown], held))
+    await asyncio.sleep(0)
+    await kept.digest_units([replace(known, generation=3)], hasher)
+    held.may_go.set()
+    assert (await waiting)[0] == before
+
+
+@in_event_loop
+async def test_a_recheck_compares_with_what_another_one_kept_while_it_hashed() -> None:
+    kept, held, unit = KeptDigests((10,)), Held(), SourceUnit(0, 1, 0, 1, 1)
+    waiting = asyncio.create_task(kept.recheck([unit], held))
+    await asyncio.sleep(0)
+    await kept.digest_units([unit], Hasher())
+    held.may_go.set()
+    assert await waiting == (True,)
+
+
+@in_event_loop
+async def test_a_slot_cut_into_units_is_hashed_once_and_has_a_digest_for_each() -> None:
+    asked: list[SourceUnit] = []
+
+    async def by_halves(slots: Sequence[SourceUnit]) -> tuple[Unit, ...]:
+        asked.extend(slots)
+        return tuple(
+            Unit(s.group, 2 * s.ordinal + half, s.slot, s.generation, 10 * s.slot + half)
+            for s in slots
+            for half in (0, 1)
+        )
+
+    kept, first, other = KeptDigests((10,), 2), SourceUnit(0, 3, 0, 4, 1), SourceUnit(0, 4, 0, 5, 1)
+    alone = await kept.digest_units([first], by_halves)
+    both = await kept.digest_units([other, first], by_halves)
+    assert asked == [first, other]
+    assert both[2:] == alone
+    assert [(unit.ordinal, unit.slot, unit.digest) for unit in both] == [(8, 5, 50), (9, 5, 51), (6, 4, 40), (7, 4, 41)]

@@ -20,6 +20,7 @@ from support.plane_pair import PLANES, SHAPES, PlanePair, Receiver, plane_pair
 from disagg.cache.pool import NULL_SLOT, TRASH_SLOT
 from disagg.transceiver.errors import PeerLost, PlaneRefused, SourceChanged
 from disagg.transceiver.planes import copying, probe, tcp_stream
+from disagg.transceiver.planes.runs import adjacent, ints
 
 pytestmark = pytest.mark.parametrize("kind", PLANES)
 
@@ -303,7 +304,7 @@ async def test_first_contact_is_measured_with_reserved_slots_and_touches_no_othe
 def test_runs_cover_the_units_in_order_and_are_as_long_as_adjacency_allows(kind: str, pools: list[int], data) -> None:
     del kind
     columns = [data.draw(st.lists(st.integers(0, 6), min_size=len(pools), max_size=len(pools))) for _ in range(2)]
-    runs = list(copying.adjacent(copying.ints(pools), *map(copying.ints, columns)))
+    runs = list(adjacent(ints(pools), *map(ints, columns)))
     assert [unit for start, stop in runs for unit in range(start, stop)] == list(range(len(pools)))
 
     def joins(left: int) -> bool:

@@ -136,8 +136,8 @@ class World:
         packer = Packer(area(self.senders[share.sender], sender, self.group, share, self.unit), receiver.dtype)
         unpacker = Unpacker(area(self.receivers[share.receiver], receiver, self.group, share, self.unit), sender.dtype)
         moved, c = 0, self.copies
-        for first, rows in packer.chunks(c.source_slots, c.source_tokens, staging_nbytes=3 * packer.unit_nbytes):
-            part = slice(first, first + len(rows))
+        for part in (slice(first, first + 3) for first in range(0, len(c), 3)):
+            rows = packer.gather(c.source_slots[part], c.source_tokens[part])
             unpacker.scatter(rows, c.slots[part], c.tokens[part])
             moved += rows.nbytes
             if unpacker.is_lossless:

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import threading
 from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from support.event_loop import in_event_loop, within
 from support.plane_pair import PLANES, PlanePair, plane_pair
 from support.pools import close_pools, make_pools
 
+from disagg.transceiver import packed
 from disagg.transceiver.errors import LocalProtocolError, RemoteProtocolError, SourceChanged
 from disagg.transceiver.events import Unit
 from disagg.transceiver.identity import geometry_difference
@@ -22,6 +27,7 @@ from disagg.transceiver.messages.values import Geometry, GroupSemantics, UnitNam
 from disagg.transceiver.planes import probe, reshaping
 from disagg.transceiver.planes.base import Destination, LandingJob, PoolRegion, SourceUnit
 from disagg.transceiver.planes.reshaping import ReshapingPlane
+from disagg.transceiver.sending import _Peer
 from disagg.transceiver.units import SlotUnits, by_group, geometry_by_units, peer_unit
 
 GROUPS = (
@@ -244,6 +250,32 @@ async def test_staging_is_bounded_and_slices_wait_for_it(kind: str, monkeypatch:
             await within(e.plane.fetch(e.job(units, {0: list(range(6))}, 9)))
 
 
+@pytest.mark.parametrize("kind", ["tcp", "ucx", "zmq"])
+@in_event_loop
+async def test_slices_announced_late_find_room_that_later_ones_have_asked_for(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Room for four slices; of eight on their way the last four are asked for first, as when announcements are lost."""
+    monkeypatch.setattr(reshaping, "SLICE_NBYTES", 1)
+    async with ends(kind, 32, 8) as e:
+        units = [u for u in e.cut.split(e.units(SOURCE_SLOTS)) if u.group == 0][:8]
+        jobs = [e.job([unit], {0: list(range(8))}, number) for number, unit in enumerate(units)]
+
+        async def receive(job: LandingJob) -> None:
+            await e.plane.fetch(job)
+            await e.landing.submit(job, e.plane)
+
+        async with asyncio.TaskGroup() as tasks:
+            for job, unit in zip(jobs, units, strict=True):
+                tasks.create_task(within(e.send(job, [unit])))
+            late = [tasks.create_task(within(receive(job))) for job in jobs[4:]]
+            await asyncio.sleep(0.05)
+            assert not any(task.done() for task in late) or kind == "zmq"
+            for job in jobs[:4]:
+                tasks.create_task(within(receive(job)))
+        assert sorted(e.plane._staging._free[0]) == [0, 1, 2, 3]
+
+
 @in_event_loop
 async def test_a_cancelled_wait_for_staging_leaves_no_row_behind(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reshaping, "SLICE_NBYTES", 1)
@@ -272,6 +304,54 @@ async def test_the_loss_of_the_source_is_passed_on() -> None:
         e.plane.on_lost = lost.set
         await e.pair.source.drop("me")
         await within(lost.wait())
+
+
+@in_event_loop
+async def test_numbers_beyond_the_receivers_format_are_counted_with_the_job_that_stored_them() -> None:
+    sizes = tuple(nbytes // 2 for nbytes in geometry(8).slot_nbytes)
+    theirs, ours = (replace(geometry(8), kv_dtype=dtype, slot_nbytes=sizes) for dtype in ("bfloat16", "float16"))
+    sources, destinations = (make_pools([(NUM_SLOTS, nbytes) for nbytes in sizes]) for _ in range(2))
+    for pool in sources:
+        pool.slots[:] = 0
+    torch.from_numpy(sources[0].slots[3]).view(torch.bfloat16)[5] = 1e6
+    async with plane_pair("inproc") as pair:
+        await pair.source.start(sources)
+        plane = ReshapingPlane(pair.make_landing(), theirs, ours, destinations)
+        await plane.connect("me", pair.source.offer("me"), plane.probe_pools)
+        landing = LandingThread(destinations, ["float16"] * 3, num_threads=2)
+        jobs = [
+            LandingJob("source", "t", 1, slot, (Destination(0, slot, 0, slot, slot, 100 + slot),)) for slot in (3, 4, 5)
+        ]
+        landed = await within(asyncio.gather(*(landing.submit(job, plane) for job in jobs)))
+        assert [one.num_saturated for one in landed] == [1, 0, 0]
+        assert plane.cut.num_saturated == 1
+        assert torch.from_numpy(destinations[0].slots[3]).view(torch.float16)[5] == torch.finfo(torch.float16).max
+        await landing.close()
+        await plane.close()
+    close_pools([*sources, *destinations])
+
+
+def test_two_threads_that_convert_at_once_count_each_number_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    both = threading.Barrier(2, timeout=10)
+    really_narrow = packed.narrow
+
+    def narrow(*args: Any) -> Any:
+        both.wait()  # neither has counted yet
+        found = really_narrow(*args)
+        both.wait()
+        return found
+
+    monkeypatch.setattr(packed, "narrow", narrow)
+    sizes = tuple(nbytes // 2 for nbytes in geometry(8).slot_nbytes)
+    theirs, ours = (replace(geometry(8), kv_dtype=dtype, slot_nbytes=sizes) for dtype in ("bfloat16", "float16"))
+    pools = make_pools([(NUM_SLOTS, nbytes) for nbytes in sizes])
+    cut = SlotUnits(ours, pools, 8, theirs, is_sender=False)
+    rows = torch.full((1, cut.unit_nbytes[0] // 2), 1e6, dtype=torch.bfloat16).view(torch.uint8).numpy()
+    with ThreadPoolExecutor(2) as threads:
+        counts = threads.map(lambda slot: cut.scatter(0, np.array([0]), np.array([slot]), rows), (3, 4))
+        assert list(counts) == [rows.shape[1] // 2] * 2
+    assert cut.num_saturated == rows.shape[1]
+    close_pools(pools)
 
 
 # --- names and geometries -----------------------------------------------------------------------------------------
@@ -356,3 +436,44 @@ def test_what_the_cores_plan_by() -> None:
     assert (peer_unit(geometry(16), 0), peer_unit(geometry(16), 8), peer_unit(geometry(8), 32)) == (16, 8, 8)
     with pytest.raises(RemoteProtocolError, match="16 and 24"):
         peer_unit(geometry(16), 24)
+
+
+# --- sending ------------------------------------------------------------------------------------------------------
+
+
+class Steps:
+    """A cut and a plane that say what they do, and a plane whose sends end when they are told to."""
+
+    def __init__(self) -> None:
+        self.said: list[str] = []
+        self.may_leave = asyncio.Semaphore(0)
+
+    def pack(self, units: Any) -> Any:
+        self.said.append(f"pack {units[0]}")
+        return SimpleNamespace(units=units, regions=())
+
+    async def send(self, peer: str, transfer_id: str, epoch: int, number: int, units: Any, regions: Any) -> None:
+        self.said.append(f"send {number}")
+        await self.may_leave.acquire()
+
+
+@in_event_loop
+async def test_one_slice_is_packed_while_another_leaves_and_no_more_than_one() -> None:
+    steps: Any = Steps()
+    peer = _Peer(None, b"", 0.0)  # type: ignore[arg-type]
+
+    async def settled(said: list[str]) -> None:
+        while steps.said != said:  # noqa: ASYNC110
+            await asyncio.sleep(0.001)
+        await asyncio.sleep(0.02)
+        assert steps.said == said
+
+    async with asyncio.TaskGroup() as tasks:
+        for number in range(4):
+            tasks.create_task(peer.send_packed(steps, steps, ("me", "t", 1, number), [number]))  # type: ignore[list-item]
+        await within(settled(["pack 0", "send 0", "pack 1"]))
+        steps.may_leave.release()
+        await within(settled(["pack 0", "send 0", "pack 1", "send 1", "pack 2"]))
+        for _ in range(3):
+            steps.may_leave.release()
+    assert [step for step in steps.said if step.startswith("send")] == ["send 0", "send 1", "send 2", "send 3"]

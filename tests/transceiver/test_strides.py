@@ -11,7 +11,7 @@ import torch
 from disagg.cache.layout import LayerSpec, derive_layout
 from disagg.transceiver.messages.values import GroupSemantics
 from disagg.transceiver.packed import Area, flat
-from disagg.transceiver.strides import GroupStrides, Half, Layout, foreign_layout, own_layout
+from disagg.transceiver.strides import GroupStrides, Half, Layout, foreign_layout, slot_strides
 
 SLOTS, HEADS, TOKENS, DIM = 5, 3, 4, 2
 EXTENT = {"s": SLOTS, "h": HEADS, "t": TOKENS, "d": DIM, "k": 2, "D": 2 * DIM}
@@ -80,14 +80,14 @@ def test_a_view_into_a_larger_tensor_keeps_its_offset() -> None:
 def test_our_slots() -> None:
     specs = [LayerSpec(i, 8 if i % 2 else None, 0, 2, 4, "bfloat16", i) for i in range(5)]
     cache = derive_layout(specs, block_size=4, max_model_len=64)
-    layout = own_layout(cache.groups, cache.pool_of_group, [6] * cache.num_pools, 4)
     for number, group in enumerate(cache.groups):
         pool = cache.pool_of_group[number]
+        strides = slot_strides(group, pool, 6, 4)
         tensor = numbered(6, len(group.layers), 2, 2, 4, 4)
         assert tensor.numel() * 2 == 6 * cache.slot_nbytes[pool]
         for i in range(len(group.layers)):
             for k in (0, 1):
-                half = layout.groups[number].halves[i][k]
+                half = strides.halves[i][k]
                 assert half.buffer == pool
                 buffers = [torch.empty(0)] * pool + [flat(tensor)]
                 assert element(buffers, half, 3, 1, 2, 3) == tensor[3, i, k, 1, 2, 3]
@@ -98,7 +98,7 @@ def test_our_slots_are_read_in_one_operation_and_foreign_layers_in_one_each() ->
     specs = [LayerSpec(i, None, 0, 2, 4, "float32", i) for i in range(3)]
     cache = derive_layout(specs, block_size=4, max_model_len=64)
     memory = torch.zeros(6 * cache.slot_nbytes[0], dtype=torch.uint8)
-    own = own_layout(cache.groups, cache.pool_of_group, [6], 4)
+    own = Layout(4, (slot_strides(cache.groups[0], 0, 6, 4),))
     assert Area(own, [memory], 0, group, (0, 3, 0, 2), 2).num_operations == 1
     tensors = {i: torch.zeros(6, 2, 2, 4, 4) for i in range(3)}
     foreign = foreign_layout(dict(tensors), "skhtd", dtype="float32")

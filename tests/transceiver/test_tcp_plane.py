@@ -24,7 +24,7 @@ from disagg.transceiver.errors import (
     SourceChanged,
 )
 from disagg.transceiver.keys import ClusterKeys
-from disagg.transceiver.planes import greeting, tcp, tcp_landing
+from disagg.transceiver.planes import door, greeting, tcp_landing
 from disagg.transceiver.planes.base import Destination, LandingJob, SourceUnit
 from disagg.transceiver.planes.greeting import parse_greeting
 from disagg.transceiver.planes.tcp import TcpSourcePlane
@@ -200,7 +200,7 @@ async def test_a_receiver_that_hangs_up_is_lost_at_once_even_while_its_sender_wa
 
 @in_event_loop
 async def test_strangers_get_nothing_and_disturb_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tcp, "HANDSHAKE_S", 0.1)
+    monkeypatch.setattr(door, "HANDSHAKE_S", 0.1)
     async with plane_pair("tcp") as pair:
         receiver = await pair.receiver()
         host, port = split_address(pair.source.offer("x").address)

@@ -35,7 +35,7 @@ from disagg.transceiver.errors import (
 from disagg.transceiver.hashing import Hasher
 from disagg.transceiver.keys import ClusterKeys
 from disagg.transceiver.messages.values import PlaneOffer
-from disagg.transceiver.planes import greeting, ucx_door, ucx_library, ucx_receiving
+from disagg.transceiver.planes import door, greeting, ucx_library, ucx_receiving
 from disagg.transceiver.planes.base import Destination, LandingJob, SourceUnit
 from disagg.transceiver.planes.tcp_wire import split_address
 from disagg.transceiver.planes.ucx import UcxSourcePlane
@@ -88,7 +88,7 @@ async def test_units_of_several_pools_are_copied_and_hashed_in_one_pass() -> Non
         sending = asyncio.create_task(pair.source.send(receiver.incarnation, "t", 1, 0, pair.units(PAIRS)))
         await within(receiver.plane.fetch(job))
         await within(sending)
-        hasher = Hasher(job.destinations, ["bfloat16", "bfloat16"])
+        hasher = Hasher(job, receiver.pools, ["bfloat16", "bfloat16"])
         plane: Any = receiver.plane
         assert await asyncio.to_thread(plane.land, job, hasher.copy) == NBYTES
         for landed, (pool, source, to) in zip(hasher.landed(), PAIRS, strict=True):
@@ -177,7 +177,7 @@ async def test_a_slot_given_away_before_its_turn_sends_nothing() -> None:
 
 @in_event_loop
 async def test_strangers_get_nothing_and_disturb_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ucx_door, "HANDSHAKE_S", 0.1)
+    monkeypatch.setattr(door, "HANDSHAKE_S", 0.1)
     async with plane_pair("ucx") as pair:
         receiver = await pair.receiver()
         host, port = split_address(pair.source.offer("x").address)

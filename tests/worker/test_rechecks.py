@@ -53,7 +53,7 @@ class Worker:
         self.counts: Counter[tuple[str, str]] = Counter()
         self.commands: list[Command] = []
         self.parts: Any = SimpleNamespace(
-            kept=KeptDigests([pool.num_slots for pool in pools]),
+            cuts=SimpleNamespace(kept=KeptDigests([pool.num_slots for pool in pools])),
             landing=LandingThread(regions, [group.dtype for group in LAYOUT.groups]),
             metrics=SimpleNamespace(count_rehashed=lambda why, result, n: self.counts.update({(why, result): n})),
             model=SimpleNamespace(submit=self.commands.append),
@@ -72,7 +72,7 @@ class Worker:
             event = self.engine.events[self.num_seen]
             self.num_seen += 1
             if isinstance(event, UnitsFinalEvent):
-                await self.parts.kept.digest_units(self.sources(event.units), self.parts.landing.digest_units)
+                await self.parts.cuts.kept.digest_units(self.sources(event.units), self.parts.landing.digest_units)
             elif isinstance(event, PrefixHitEvent):
                 self.num_hits += 1
                 await self.rechecks.check_hit(event)

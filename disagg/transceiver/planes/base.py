@@ -10,11 +10,16 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
 from disagg.transceiver.messages.values import PlaneOffer
+from disagg.transceiver.planes.runs import adjacent, ints
+
+if TYPE_CHECKING:
+    from disagg.transceiver.hashing import Hasher  # which works on what is defined here
 
 Bytes = npt.NDArray[np.uint8]
 
@@ -138,6 +143,14 @@ class LandingPlane(ABC):
         """Whether `fetch` has nothing to wait for, now or ever, and need not be called. Raises `PeerLost`."""
         return False
 
+    async def arrive(self, job: LandingJob) -> None:
+        """Wait until `fetch` of the same job waits for nothing but these bytes: for no other slice of this plane.
+
+        Who has room for a few slices only gives it to those that have arrived. `job` need not name its slots yet.
+        Raises as `fetch`. Cancellable at any point.
+        """
+        await self.fetch(job)
+
     @abstractmethod
     async def fetch(self, job: LandingJob) -> None:
         """Wait until the bytes of `job` can be copied here (at once on shm). Cancellable at any point."""
@@ -148,6 +161,23 @@ class LandingPlane(ABC):
 
         Raises `SourceChanged` when a generation differs before or after the copy; destinations are then garbage.
         """
+
+    def land_and_hash(self, job: LandingJob, hasher: Hasher) -> int:
+        """`land`, and show `hasher` every unit where it now lies. Runs on the landing thread; raises as `land`.
+
+        Returns how many numbers became the largest of our format, where landing converts.
+        """
+        self.land(job)
+        hasher.look()
+        return 0
+
+    def num_copies(self, job: LandingJob) -> int:
+        """How many `land` makes of this job: one per run of adjacent slots."""
+        units = job.destinations
+        columns = [ints([u.slot for u in units])]
+        if self.reads_sources:
+            columns.append(ints([u.source_slot for u in units]))
+        return sum(1 for _ in adjacent(ints([u.pool for u in units]), *columns))
 
     @abstractmethod
     def discard(self, transfer_id: str, epoch: int) -> None:

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import itertools
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
-import numpy.typing as npt
 
 from disagg.kernels import native
 from disagg.transceiver.errors import RemoteProtocolError, SourceChanged
 from disagg.transceiver.planes.base import Bytes, LandingJob, LandingPlane, PoolRegion
+from disagg.transceiver.planes.runs import Ints, adjacent
 
-Ints = npt.NDArray[np.int64]
+if TYPE_CHECKING:
+    from disagg.transceiver.hashing import Hasher  # which copies with what is defined here
 
 Copy = Callable[[Sequence[PoolRegion], Sequence[PoolRegion], Ints, Ints, Ints], None]
 """Destination and source pools, then per unit its pool, its slot and its source slot: `copy_slots`, or with a look."""
@@ -26,24 +27,11 @@ class CopyingLandingPlane(LandingPlane):
     def land(self, job: LandingJob, copy: Copy | None = None) -> int:
         """As `LandingPlane.land`, by `copy` where it is given."""
 
-
-def ints(values: Sequence[int]) -> Ints:
-    """int64 `[len(values)]`. Raises `RemoteProtocolError` for a number no slot or generation has."""
-    try:
-        return np.array(values, dtype=np.int64)
-    except OverflowError as exc:
-        raise RemoteProtocolError("a slot or generation is out of range") from exc
-
-
-def adjacent(pools: Ints, *slots: Ints) -> Iterator[tuple[int, int]]:
-    """Cut units 0..n into (start, stop) runs in which the pool stays and each column of `slots` counts up by one."""
-    if len(pools) == 0:
-        return
-    breaks = np.diff(pools) != 0
-    for column in slots:
-        breaks |= np.diff(column) != 1
-    cuts = [0, *(np.flatnonzero(breaks) + 1).tolist(), len(pools)]
-    yield from itertools.pairwise(cuts)
+    def land_and_hash(self, job: LandingJob, hasher: Hasher) -> int:
+        """Units are hashed as they are copied, unless somebody is to see them in between."""
+        self.land(job, hasher.copy)
+        hasher.look()
+        return 0
 
 
 def copy_rows(destination: Bytes, source: Bytes) -> None:

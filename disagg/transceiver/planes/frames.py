@@ -22,9 +22,6 @@ WINDOW: Final = 8
 """Slices on their way or waiting to be landed, per receiver. With 8 MiB slices this bounds what a receiver holds to
 64 MiB per source; with 32 KiB slices it still covers 250 KiB per round trip, 1 GB/s at the 0.2 ms of one switch."""
 
-SLICE_NBYTES: Final = 8 << 20
-"""The protocol's bound on a slice of more than one unit."""
-
 WELCOME: Final = b"W"
 REFUSED: Final = b"R"
 _PROBE: Final = b"P"

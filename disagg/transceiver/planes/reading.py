@@ -6,15 +6,8 @@ from collections.abc import Sequence
 
 from disagg.transceiver.errors import PeerLost, PlaneRefused
 from disagg.transceiver.planes.base import LandingJob, PoolRegion
-from disagg.transceiver.planes.copying import (
-    Copy,
-    CopyingLandingPlane,
-    adjacent,
-    check_generations,
-    check_slots,
-    copy_slots,
-    ints,
-)
+from disagg.transceiver.planes.copying import Copy, CopyingLandingPlane, check_generations, check_slots, copy_slots
+from disagg.transceiver.planes.runs import adjacent, ints
 
 
 class ReadingLandingPlane(CopyingLandingPlane):

@@ -10,22 +10,24 @@ Units are hashed as they lie in their places; where storing them rounds, what wa
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import heapq
-import threading
 from collections import deque
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Final
 
 import numpy as np
 
 from disagg.transceiver.errors import LocalProtocolError, RemoteProtocolError
+from disagg.transceiver.hashing import Hasher
 from disagg.transceiver.messages.values import Geometry, PlaneOffer
 from disagg.transceiver.outbox import SLICE_NBYTES
 from disagg.transceiver.planes.base import Bytes, Destination, LandingJob, LandingPlane, PoolRegion
-from disagg.transceiver.planes.copying import check_generations, check_slots, ints
+from disagg.transceiver.planes.copying import check_generations, check_slots
 from disagg.transceiver.planes.probe import PROBE_ID
 from disagg.transceiver.planes.reading import ReadingLandingPlane
+from disagg.transceiver.planes.runs import ints
 from disagg.transceiver.units import SlotUnits, by_group, peer_unit
 
 STAGED_SLICES: Final = 4
@@ -35,10 +37,23 @@ Memory is touched only as it is used: 32 MiB per group and peer at the most, or 
 _PROBED_ROWS: Final = 2  # the probe lands in a trash slot, which is number 1
 
 
+RowsOf = Callable[[int, int], Bytes]
+"""The canonical bytes, contiguous and of their own, of units start..stop of a job, which are of one group."""
+
+
 @dataclass(frozen=True, slots=True)
 class _Staged:
     job: LandingJob
     rows: tuple[tuple[int, int], ...]  # (group, row)
+
+
+@dataclass(slots=True)
+class _Stored:
+    """What one job stored. `rows`: per group, where storing rounds, what was stored."""
+
+    nbytes: int = 0
+    num_saturated: int = 0
+    rows: list[Bytes] = field(default_factory=list)
 
 
 class ReshapingPlane(LandingPlane):
@@ -49,12 +64,11 @@ class ReshapingPlane(LandingPlane):
         self._inner, self._theirs, self._geometry = inner, theirs, ours
         self.cut = SlotUnits(ours, pools, unit, theirs, is_sender=False)
         self.name, self.reads_sources, self.is_private = inner.name, inner.reads_sources, inner.is_private
-        self.probe_pools = tuple(_region(_PROBED_ROWS, nbytes) for nbytes in theirs.slot_nbytes)
+        self.probe_pools = probe_pools(theirs)
         """What `connect` and the probe take for pools: as large as the sender's slots."""
         self._sources: SlotUnits | None = None
         self._staging = _Staging(self.cut.unit_nbytes)
         self._staged: dict[tuple[str, int, int], _Staged] = {}
-        self._stored = _Stored()
         inner.on_lost = self._lost
 
     async def connect(self, me: str, offer: PlaneOffer, pools: Sequence[PoolRegion]) -> None:
@@ -74,17 +88,18 @@ class ReshapingPlane(LandingPlane):
         return self.reads_sources and self._inner.is_here(job)
 
     async def fetch(self, job: LandingJob) -> None:
-        """Wait for room in staging, then for the bytes."""
+        """Wait until the slice arrives, then for room in staging, then for the bytes.
+
+        In this order: rows held by slices whose turn has not come would be missed by the one that is before them.
+        """
         if self.reads_sources or job.transfer_id == PROBE_ID:
             await self._inner.fetch(job)
             return
-        rows = await self._staging.take([unit.group for unit in job.destinations])
-        first = len(self.probe_pools)
-        staged = [
-            Destination(unit.group, unit.ordinal, first + unit.group, row)
-            for unit, (_, row) in zip(job.destinations, rows, strict=True)
-        ]
-        staged_job = replace(job, destinations=tuple(staged))
+        groups = [unit.group for unit in job.destinations]
+        self._staging.check(groups)
+        await self._inner.arrive(self._staged_job(job, [-1] * len(groups)))
+        rows = await self._staging.take(groups)
+        staged_job = self._staged_job(job, [row for _, row in rows])
         try:
             await self._inner.fetch(staged_job)
         except BaseException:
@@ -92,30 +107,31 @@ class ReshapingPlane(LandingPlane):
             raise
         self._staged[_key(job)] = _Staged(staged_job, rows)
 
+    def _staged_job(self, job: LandingJob, rows: Sequence[int]) -> LandingJob:
+        """`job` as the inner plane lands it: each unit whole, in a row of its group's staging."""
+        first = len(self.probe_pools)
+        staged = [
+            Destination(unit.group, unit.ordinal, first + unit.group, row)
+            for unit, row in zip(job.destinations, rows, strict=True)
+        ]
+        return replace(job, destinations=tuple(staged))
+
     def land(self, job: LandingJob) -> int:
-        if job.transfer_id == PROBE_ID:
-            return self._inner.land(job)
-        self._stored.rows = []
-        return self._read(job) if self._sources is not None else self._unpack(job)
+        return self._inner.land(job) if job.transfer_id == PROBE_ID else self._store_all(job).nbytes
 
-    @property
-    def wire_dtype(self) -> str:
-        """The format of the bytes that `landed` gives."""
-        return self.cut.wire_dtype
-
-    def landed(self, job: LandingJob) -> Iterator[tuple[int, int, Bytes]]:
-        """(start, stop, rows): the canonical bytes of units start..stop of the job this thread landed last.
-
-        Read from where they now lie, or where the conversion rounded, those that were converted.
-        """
-        kept = iter(self._stored.rows)
+    def land_and_hash(self, job: LandingJob, hasher: Hasher) -> int:
+        """Units are hashed by the canonical bytes that can be read from where they now lie, or where the conversion
+        rounded, by those that were converted."""
+        stored = self._store_all(job)
+        hasher.copied()
         for start, stop in by_group(job.destinations):
-            units = job.destinations[start:stop]
-            if not self.cut.can_reread:
-                yield start, stop, next(kept)
-                continue
-            rows = self.cut.reread(units[0].group, ints([u.ordinal for u in units]), ints([u.slot for u in units]))
-            yield start, stop, rows
+            rows = self._reread(job.destinations[start:stop]) if self.cut.can_reread else stored.rows.pop(0)
+            hasher.take(start, rows, self.cut.wire_dtype)
+        return stored.num_saturated
+
+    def num_copies(self, job: LandingJob) -> int:
+        """One scatter per group."""
+        return sum(1 for _ in by_group(job.destinations))
 
     def discard(self, transfer_id: str, epoch: int) -> None:
         self._inner.discard(transfer_id, epoch)
@@ -133,50 +149,48 @@ class ReshapingPlane(LandingPlane):
 
     # --- on the landing thread --------------------------------------------------------------------------------
 
-    def _read(self, job: LandingJob) -> int:
+    def _store_all(self, job: LandingJob) -> _Stored:
+        stored = _Stored()
+        with self._arrived(job) if self._sources is None else self._readable(job) as rows_of:
+            for start, stop in by_group(job.destinations):
+                units, rows = job.destinations[start:stop], rows_of(start, stop)
+                places = units[0].group, ints([u.ordinal for u in units]), ints([u.slot for u in units])
+                stored.num_saturated += self.cut.scatter(*places, rows)
+                stored.nbytes += rows.nbytes
+                if not self.cut.can_reread:
+                    stored.rows.append(rows)
+        self.num_operations += self.num_copies(job)
+        return stored
+
+    @contextlib.contextmanager
+    def _readable(self, job: LandingJob) -> Iterator[RowsOf]:
         """Rectangles straight out of the sender's slots, between two checks of their generations."""
         assert isinstance(self._inner, ReadingLandingPlane)
         assert self._sources is not None
-        regions, units = self._inner.sources, job.destinations
-        pools = ints([self._sources.pool_of_group[unit.group] for unit in units])
+        sources, regions, units = self._sources, self._inner.sources, job.destinations
+        pools = ints([sources.pool_of_group[unit.group] for unit in units])
         slots, planned = ints([u.source_slot for u in units]), ints([u.source_generation for u in units])
+        ordinals = ints([unit.ordinal for unit in units])
         check_slots(regions, pools, slots)
         check_generations(regions, pools, slots, planned)
-        ordinals = ints([unit.ordinal for unit in units])
-        nbytes = 0
-        for start, stop in by_group(units):
-            rows = self._sources.gather(units[start].group, ordinals[start:stop], slots[start:stop])
-            nbytes += self._store(units[start:stop], rows)
+        yield lambda start, stop: sources.gather(units[start].group, ordinals[start:stop], slots[start:stop])
         check_generations(regions, pools, slots, planned)
-        return nbytes
 
-    def _unpack(self, job: LandingJob) -> int:
+    @contextlib.contextmanager
+    def _arrived(self, job: LandingJob) -> Iterator[RowsOf]:
+        """What the inner plane lands in staging, whose rows are free afterwards, whatever the outcome."""
         staged = self._staged.pop(_key(job), None)
         if staged is None:
             raise LocalProtocolError("this slice was not fetched, or was discarded")
+        rows, regions = ints([row for _, row in staged.rows]), self._staging.regions
         try:
-            nbytes = self._inner.land(staged.job)
-            for start, stop in by_group(job.destinations):
-                units, rows = job.destinations[start:stop], ints([row for _, row in staged.rows[start:stop]])
-                self._store(units, self._staging.regions[units[0].group].slots[rows])
+            self._inner.land(staged.job)
+            yield lambda start, stop: regions[job.destinations[start].group].slots[rows[start:stop]]
         finally:
             self._loop.call_soon_threadsafe(self._staging.give, staged.rows)
-        return nbytes
 
-    def _store(self, units: Sequence[Destination], rows: Bytes) -> int:
-        """Scatter units of one group into their slots; their bytes."""
-        if not self.cut.can_reread:
-            self._stored.rows.append(rows)
-        self.cut.scatter(units[0].group, ints([u.ordinal for u in units]), ints([u.slot for u in units]), rows)
-        self.num_operations += 1
-        return rows.nbytes
-
-
-class _Stored(threading.local):
-    """What a thread stored last, at most a slice: it is hashed on the same thread right after."""
-
-    def __init__(self) -> None:
-        self.rows: list[Bytes] = []
+    def _reread(self, units: Sequence[Destination]) -> Bytes:
+        return self.cut.reread(units[0].group, ints([u.ordinal for u in units]), ints([u.slot for u in units]))
 
 
 class _Staging:
@@ -189,10 +203,13 @@ class _Staging:
         self._free = [list(range(count)) for count in counts]
         self._waiting: deque[tuple[list[int], asyncio.Future[tuple[tuple[int, int], ...]]]] = deque()
 
-    async def take(self, groups: Sequence[int]) -> tuple[tuple[int, int], ...]:
-        """(group, row) for each; waits behind whoever waits already. `RemoteProtocolError` for more than a slice."""
+    def check(self, groups: Sequence[int]) -> None:
+        """Raises `RemoteProtocolError` for more than a slice: `take` would wait in vain."""
         if any(groups.count(group) > len(self.regions[group].slots) for group in set(groups)):
             raise RemoteProtocolError(f"a slice of {len(groups)} units does not fit in staging")
+
+    async def take(self, groups: Sequence[int]) -> tuple[tuple[int, int], ...]:
+        """(group, row) for each; waits behind whoever waits already."""
         rows: asyncio.Future[tuple[tuple[int, int], ...]] = asyncio.get_running_loop().create_future()
         self._waiting.append((list(groups), rows))
         self._serve()
@@ -219,6 +236,11 @@ class _Staging:
             self._waiting.popleft()
             # The lowest rows first: neighbours in a slice are neighbours in staging, and land in one copy.
             taker.set_result(tuple((group, heapq.heappop(self._free[group])) for group in groups))
+
+
+def probe_pools(sender: Geometry) -> tuple[PoolRegion, ...]:
+    """What the probe moves between where there are no pools to move it between."""
+    return tuple(_region(_PROBED_ROWS, nbytes) for nbytes in sender.slot_nbytes)
 
 
 def _region(num_rows: int, nbytes: int) -> PoolRegion:

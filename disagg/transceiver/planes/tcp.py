@@ -14,28 +14,22 @@ import asyncio
 import logging
 import socket
 from collections.abc import Coroutine, Sequence
-from typing import Any, Final
+from typing import Any
 
-from disagg.transceiver.errors import EndpointRefused, PeerLost
+from disagg.transceiver.errors import PeerLost
 from disagg.transceiver.keys import ClusterKeys
 from disagg.transceiver.messages.values import PlaneOffer
 from disagg.transceiver.planes.base import PoolRegion, SourcePlane, SourceUnit
-from disagg.transceiver.planes.copying import check_generations, ints
-from disagg.transceiver.planes.greeting import HANDSHAKE_S, parse_greeting
+from disagg.transceiver.planes.copying import check_generations
+from disagg.transceiver.planes.door import Door
 from disagg.transceiver.planes.probe import send_probe
+from disagg.transceiver.planes.runs import ints
 from disagg.transceiver.planes.tcp_stream import Stream
-from disagg.transceiver.planes.tcp_wire import WELCOME, SliceHeader, run_views, wire_name
+from disagg.transceiver.planes.tcp_wire import SliceHeader, run_views, wire_name
 from disagg.transceiver.planes.tokens import Tokens
 from disagg.transceiver.sockets import bracketed, check_endpoint
 
 log = logging.getLogger(__name__)
-
-BACKLOG: Final = 128
-"""Connections that wait to be accepted: every decode worker of a large cluster at once after a restart."""
-
-MAX_GREETINGS: Final = 128
-"""Connections that have not shown a token yet, or are being measured. Beyond it new ones are closed: strangers cannot
-exhaust descriptors."""
 
 
 class TcpSourcePlane(SourcePlane):
@@ -48,24 +42,19 @@ class TcpSourcePlane(SourcePlane):
         self._host, self._port, self._advertised_host = host, port, advertised_host or host
         self._keys = keys
         self._tokens = Tokens()
+        self._door = Door(self.name, self._tokens, self._admit)
         self._pools: tuple[PoolRegion, ...] = ()
         self._streams: dict[str, Stream] = {}
-        self._greetings: set[asyncio.Task[None]] = set()
-        self._listener: socket.socket | None = None
+        self._probes: set[asyncio.Task[None]] = set()
+        self._closings: set[asyncio.Task[None]] = set()
         self._address = ""
 
     async def start(self, pools: Sequence[PoolRegion]) -> None:
         """Listen. Raises `EndpointRefused`."""
         self._pools = tuple(pools)
         check_endpoint(f"tcp://{bracketed(self._host)}:{self._port}", self._keys)
-        family = socket.AF_INET6 if ":" in self._host else socket.AF_INET
-        try:
-            self._listener = socket.create_server((self._host, self._port), family=family, backlog=BACKLOG)
-        except OSError as exc:
-            raise EndpointRefused(f"tcp: cannot listen at {self._host}: {exc.strerror or exc}") from exc
-        self._listener.setblocking(False)
-        self._address = f"tcp://{bracketed(self._advertised_host)}:{self._listener.getsockname()[1]}"
-        self._accepting = asyncio.create_task(self._accept(self._listener), name="tcp plane")
+        port = self._door.open(self._host, self._port)
+        self._address = f"tcp://{bracketed(self._advertised_host)}:{port}"
         log.info("data plane tcp listens at %s: KV that leaves there is not encrypted", self._address)
 
     def offer(self, peer: str) -> PlaneOffer:
@@ -105,54 +94,25 @@ class TcpSourcePlane(SourcePlane):
             await stream.close()
 
     async def close(self) -> None:
-        if self._listener is None:
-            return
-        tasks = {self._accepting, *self._greetings}
-        for task in tasks:
-            task.cancel()
-        await asyncio.wait(tasks)
-        self._listener.close()
-        self._listener = None
+        await self._door.close()
+        for probe in tuple(self._probes):
+            probe.cancel()
         for peer in tuple(self._streams):
             await self.drop(peer)
+        await asyncio.gather(*self._probes, *self._closings, return_exceptions=True)
 
     # --- receivers --------------------------------------------------------------------------------------------
 
-    async def _accept(self, listener: socket.socket) -> None:
-        loop = asyncio.get_running_loop()
-        while True:
-            sock, _ = await loop.sock_accept(listener)
-            if len(self._greetings) >= MAX_GREETINGS:
-                sock.close()
-                continue
-            self._spawn(self._greet(sock))
-
-    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
-        task = asyncio.create_task(work, name="tcp greeting")
-        self._greetings.add(task)
-        task.add_done_callback(self._greetings.discard)
-
-    async def _greet(self, sock: socket.socket) -> None:
-        """Serve who shows its token in time; hang up on everybody else without a word."""
-        try:
-            async with asyncio.timeout(HANDSHAKE_S):
-                peer, token = await _read_greeting(sock)
-            if not self._tokens.redeem(peer, token):
-                raise ValueError("not the token offered to this peer")
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            await asyncio.get_running_loop().sock_sendall(sock, WELCOME)
-        except (ValueError, OSError):  # a stranger, or a reader that left; TimeoutError is an OSError
-            sock.close()
-            return
-        except BaseException:
-            sock.close()
-            raise
+    def _admit(self, sock: socket.socket, peer: str, token: bytes) -> None:
+        """`peer` has shown its token."""
         previous = self._streams.pop(peer, None)
-        self._streams[peer] = Stream(
-            sock, lambda stream: self._lose(peer, stream), lambda: self._spawn(send_probe(self, peer, self._pools))
-        )
         if previous is not None:
-            await previous.close()
+            _spawn(previous.close(), self._closings)
+        self._streams[peer] = Stream(
+            sock,
+            lambda stream: self._lose(peer, stream),
+            lambda: _spawn(send_probe(self, peer, self._pools), self._probes),
+        )
 
     def _lose(self, peer: str, stream: Stream) -> None:
         """The receiver hung up. It is dropped by whoever hears of it."""
@@ -160,14 +120,7 @@ class TcpSourcePlane(SourcePlane):
             self.on_peer_lost(peer)
 
 
-async def _read_greeting(sock: socket.socket) -> tuple[str, bytes]:
-    """(incarnation, token). Raises `ValueError`."""
-    data = b""
-    while True:
-        part = await asyncio.get_running_loop().sock_recv(sock, 512)
-        if not part:
-            raise ValueError("hung up")
-        data += part
-        greeting = parse_greeting(data)
-        if greeting is not None:
-            return greeting
+def _spawn(work: Coroutine[Any, Any, None], tasks: set[asyncio.Task[None]]) -> None:
+    task = asyncio.create_task(work, name="tcp plane")
+    tasks.add(task)
+    task.add_done_callback(tasks.discard)

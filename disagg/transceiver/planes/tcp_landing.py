@@ -17,34 +17,27 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Final, TypeVar
 
-from disagg.transceiver.errors import LocalProtocolError, PeerLost, PlaneRefused, RemoteProtocolError
+from disagg.transceiver.errors import LocalProtocolError, PeerLost, RemoteProtocolError
 from disagg.transceiver.messages.values import PlaneOffer
+from disagg.transceiver.outbox import SLICE_NBYTES
 from disagg.transceiver.planes.base import LandingJob, LandingPlane, PoolRegion
-from disagg.transceiver.planes.copying import ints
-from disagg.transceiver.planes.frames import SLICE_NBYTES
-from disagg.transceiver.planes.greeting import HANDSHAKE_S, greeting
+from disagg.transceiver.planes.door import knock
+from disagg.transceiver.planes.runs import ints
 from disagg.transceiver.planes.tcp_wire import (
     HEADER,
     MAX_VECTORS,
     PROBE,
-    WELCOME,
     SliceHeader,
     advance,
     check_size,
     run_views,
-    split_address,
     wire_name,
 )
+from disagg.transceiver.planes.unasked import KEEP_S, EndedEpochs
+from disagg.transceiver.planes.waits import end_wait
 from disagg.transceiver.timing import HEARTBEAT_S, LOST_S
 
 T = TypeVar("T")
-
-KEEP_S: Final = 10.0
-"""A slice's announcement and its bytes leave together; one that nobody asks for as long as a lease lasts belongs to no
-live transfer and is thrown away, so that it cannot stand in the way of others."""
-
-MAX_DISCARDED: Final = 1024
-"""Ended epochs to remember so that their slices are thrown away on arrival: far more than can be live."""
 
 DRAIN_NBYTES: Final = 256 << 10
 """Thrown-away bytes are read into one buffer of this size: it stays in the cache."""
@@ -73,11 +66,14 @@ class TcpLandingPlane(LandingPlane):
         self._pools: tuple[PoolRegion, ...] = ()
         self._socket: socket.socket | None = None
         self._expected: dict[tuple[Name, int], _Expected] = {}
+        self._awaited: dict[tuple[Name, int], asyncio.Future[None]] = {}
+        """Slices that `arrive` waits for."""
         self._landable: dict[tuple[Name, int], _Expected] = {}
-        self._discarded: dict[Name, None] = {}
+        self._discarded: EndedEpochs[Name] = EndedEpochs()
         self._is_lost = True
         self._is_listening, self._heard_at = False, 0.0  # written by the thread, for `_check_silence`
         self._is_awaiting = False  # written by the thread: whether it waits for a `fetch`
+        self._next: tuple[Name, int] | None = None  # written by the thread: what it waits for
         # Held by the thread for one read that does not block, so that who holds it knows that no slot is written.
         self._turn = threading.Condition()
         self.num_discarded = 0
@@ -87,46 +83,34 @@ class TcpLandingPlane(LandingPlane):
         self._loop = asyncio.get_running_loop()
         self._pools = tuple(pools)
         self._limit = max(SLICE_NBYTES, *(region.slots.shape[1] for region in pools), 0)
-        try:
-            async with asyncio.timeout(HANDSHAKE_S):
-                self._socket = await self._open(me, offer)
-        except TimeoutError as exc:
-            raise PeerLost(f"tcp: {offer.address} did not answer within {HANDSHAKE_S:g} s") from exc
-        except (OSError, ValueError) as exc:
-            raise PlaneRefused(f"tcp: cannot connect to {offer.address}: {exc}") from exc
+        self._socket = await knock(me, offer)
         self._is_lost = False
         self._thread = threading.Thread(target=self._run, args=(self._socket,), name="tcp-land", daemon=True)
         self._thread.start()
-
-    async def _open(self, me: str, offer: PlaneOffer) -> socket.socket:
-        host, port = split_address(offer.address)
-        loop = asyncio.get_running_loop()
-        family, kind, _, _, address = (await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM))[0]
-        sock = socket.socket(family, kind)
-        try:
-            sock.setblocking(False)
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            await loop.sock_connect(sock, address)
-            await loop.sock_sendall(sock, greeting(me, offer.token))
-            if await loop.sock_recv(sock, len(WELCOME)) != WELCOME:
-                raise PlaneRefused("tcp: the token is not the one offered to this peer, or was used before")
-        except BaseException:
-            sock.close()
-            raise
-        return sock
 
     async def ask_probe(self) -> None:
         assert self._socket is not None, "connect comes first"
         with contextlib.suppress(OSError):  # the source left: `fetch` hears of it too
             self._socket.send(PROBE)
 
+    async def arrive(self, job: LandingJob) -> None:
+        """Wait until the slice's header has come: all before it in the stream has been read. Raises `PeerLost`."""
+        self._check_open(job)
+        key, asked_at = self._key(job), time.monotonic()
+        here = self._awaited[key] = self._loop.create_future()
+        if self._next == key:  # after the entry: the thread looks for one after it said what comes next
+            here.set_result(None)
+        try:
+            await self._until(here, asked_at)
+        finally:
+            del self._awaited[key]
+
     async def fetch(self, job: LandingJob) -> None:
         """Wait until the slice lies in its slots. Raises `PeerLost`, or `RemoteProtocolError` for one of another size.
 
         When this was cancelled nothing writes the job's slots any more.
         """
-        if self._is_lost:
-            raise PeerLost(f"the source {job.source} of this tcp plane is gone")
+        self._check_open(job)
         key, expected = self._key(job), self._expect(job)
         asked_at = time.monotonic()
         self._expected[key] = expected
@@ -134,9 +118,7 @@ class TcpLandingPlane(LandingPlane):
             with self._turn:
                 self._turn.notify()
         try:
-            while not (await asyncio.wait({expected.here}, timeout=HEARTBEAT_S))[0]:
-                self._check_silence(asked_at)
-            expected.here.result()
+            await self._until(expected.here, asked_at)
         except BaseException:
             expected.here.cancel()  # nobody waits any more
             with self._turn:
@@ -146,8 +128,18 @@ class TcpLandingPlane(LandingPlane):
             self._expected.pop(key, None)
         self._landable[key] = expected
 
+    def _check_open(self, job: LandingJob) -> None:
+        if self._is_lost:
+            raise PeerLost(f"the source {job.source} of this tcp plane is gone")
+
+    async def _until(self, here: asyncio.Future[None], since: float) -> None:
+        """Wait for a future that the thread ends. A slice leaves its sender when it is announced: nothing at all for
+        `LOST_S` means that the link is dead."""
+        while not (await asyncio.wait({here}, timeout=HEARTBEAT_S))[0]:
+            self._check_silence(since)
+        here.result()
+
     def _check_silence(self, since: float) -> None:
-        """A slice leaves its sender when it is announced: nothing at all for `LOST_S` means that the link is dead."""
         if self._is_listening and time.monotonic() - max(since, self._heard_at) > LOST_S:
             self._lose()
 
@@ -168,9 +160,7 @@ class TcpLandingPlane(LandingPlane):
         """Also throws away what is still under way to this epoch, when it arrives."""
         name = wire_name(transfer_id, epoch)
         with self._turn:
-            self._discarded[name] = None
-            if len(self._discarded) > MAX_DISCARDED:
-                del self._discarded[next(iter(self._discarded))]
+            self._discarded.add(name)
             self._turn.notify()
         for key in [key for key in self._landable if key[0] == name]:
             del self._landable[key]
@@ -200,9 +190,8 @@ class TcpLandingPlane(LandingPlane):
                 self.on_lost()
 
     def _fail_waiting(self) -> None:
-        for expected in self._expected.values():
-            if not expected.here.done():
-                expected.here.set_exception(PeerLost("the source of this tcp plane is gone"))
+        for here in (*self._awaited.values(), *(expected.here for expected in self._expected.values())):
+            end_wait(here, PeerLost("the source of this tcp plane is gone"))
 
     # --- on the thread ----------------------------------------------------------------------------------------
 
@@ -225,7 +214,7 @@ class TcpLandingPlane(LandingPlane):
             reader.drain(header.nbytes)
             self.num_discarded += 1
             if expected is not None:
-                self._answer(expected, RemoteProtocolError(_mismatch(header, expected)))
+                self._answer(expected.here, RemoteProtocolError(_mismatch(header, expected)))
             return
         left = header.nbytes
         while left:
@@ -235,7 +224,7 @@ class TcpLandingPlane(LandingPlane):
                     break
                 left -= reader.fill(expected.views)
         reader.drain(left)
-        self._answer(expected, None)
+        self._answer(expected.here, None)
 
     def _listen(self, read: Callable[[], T]) -> T:
         """`read`, while it is the link's fault if nothing comes."""
@@ -250,7 +239,9 @@ class TcpLandingPlane(LandingPlane):
         key = header.name, header.number
         until = time.monotonic() + KEEP_S
         with self._turn:
-            self._is_awaiting = True  # before the look: what `fetch` adds after it is notified
+            self._is_awaiting, self._next = True, key  # before the look: what `fetch` adds after it is notified
+            if (awaited := self._awaited.get(key)) is not None:
+                self._answer(awaited, None)
             try:
                 while (expected := self._expected.get(key)) is None:
                     left = until - time.monotonic()
@@ -260,12 +251,12 @@ class TcpLandingPlane(LandingPlane):
                         raise OSError("closed")
                     self._turn.wait(left)
             finally:
-                self._is_awaiting = False
+                self._is_awaiting, self._next = False, None
             return expected
 
-    def _answer(self, expected: _Expected, error: Exception | None) -> None:
+    def _answer(self, here: asyncio.Future[None], error: Exception | None) -> None:
         with contextlib.suppress(RuntimeError):  # the loop ended first
-            self._loop.call_soon_threadsafe(_resolve, expected.here, error)
+            self._loop.call_soon_threadsafe(end_wait, here, error)
 
 
 class _Reader:
@@ -319,12 +310,3 @@ class _Reader:
 
 def _mismatch(header: SliceHeader, expected: _Expected) -> str:
     return f"slice {header.number} has {header.nbytes} bytes, its units {expected.nbytes}"
-
-
-def _resolve(here: asyncio.Future[None], error: Exception | None) -> None:
-    if here.done():  # cancelled, or failed with the connection
-        return
-    if error is None:
-        here.set_result(None)
-    else:
-        here.set_exception(error)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from disagg.transceiver.errors import PeerLost, TransceiverError
 from disagg.transceiver.planes.tcp_wire import MAX_VECTORS, PROBE, advance
+from disagg.transceiver.planes.waits import end_wait
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,9 +114,4 @@ def write(sock: socket.socket, views: list[memoryview]) -> None:
 
 def _resolve(sent: list[_Sent]) -> None:
     for future, error in sent:
-        if future.done():  # whoever sent was cancelled
-            continue
-        if error is None:
-            future.set_result(None)
-        else:
-            future.set_exception(error)
+        end_wait(future, error)

@@ -19,7 +19,7 @@ from urllib.parse import urlsplit
 
 from disagg.transceiver.errors import RemoteProtocolError
 from disagg.transceiver.planes.base import PoolRegion
-from disagg.transceiver.planes.copying import Ints, adjacent
+from disagg.transceiver.planes.runs import Ints, adjacent
 
 WELCOME: Final = b"W"
 PROBE: Final = b"P"

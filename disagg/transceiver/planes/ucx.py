@@ -22,11 +22,12 @@ from disagg.transceiver.errors import PeerLost
 from disagg.transceiver.keys import ClusterKeys
 from disagg.transceiver.messages.values import PlaneOffer
 from disagg.transceiver.planes.base import PoolRegion, SourcePlane, SourceUnit
-from disagg.transceiver.planes.copying import check_generations, ints
+from disagg.transceiver.planes.copying import check_generations
+from disagg.transceiver.planes.door import Door
 from disagg.transceiver.planes.probe import send_probe
+from disagg.transceiver.planes.runs import ints
 from disagg.transceiver.planes.tcp_wire import SliceHeader, run_views, wire_name
 from disagg.transceiver.planes.tokens import Tokens
-from disagg.transceiver.planes.ucx_door import Door
 from disagg.transceiver.planes.ucx_library import library
 from disagg.transceiver.planes.ucx_sending import UcxSender
 from disagg.transceiver.planes.ucx_thread import UcxThread
@@ -45,7 +46,7 @@ class UcxSourcePlane(SourcePlane):
         self._host, self._port, self._advertised_host = host, port, advertised_host or host
         self._keys = keys
         self._tokens = Tokens()
-        self._door = Door(self._tokens, self._admit)
+        self._door = Door(self.name, self._tokens, self._admit)
         self._pools: tuple[PoolRegion, ...] = ()
         self._senders: dict[str, UcxSender] = {}
         self._probes: set[asyncio.Task[None]] = set()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import socket
 import time
 from collections.abc import Sequence
 
@@ -11,11 +10,12 @@ import numpy as np
 
 from disagg.transceiver.errors import EndpointRefused, LocalProtocolError, PeerLost, PlaneRefused, RemoteProtocolError
 from disagg.transceiver.messages.values import PlaneOffer
+from disagg.transceiver.outbox import SLICE_NBYTES
 from disagg.transceiver.planes.base import Bytes, LandingJob, PoolRegion
-from disagg.transceiver.planes.copying import Copy, CopyingLandingPlane, adjacent, copy_slots, ints
-from disagg.transceiver.planes.frames import SLICE_NBYTES
-from disagg.transceiver.planes.greeting import HANDSHAKE_S, greeting
-from disagg.transceiver.planes.tcp_wire import WELCOME, split_address, wire_name
+from disagg.transceiver.planes.copying import Copy, CopyingLandingPlane, copy_slots
+from disagg.transceiver.planes.door import knock
+from disagg.transceiver.planes.runs import adjacent, ints
+from disagg.transceiver.planes.tcp_wire import wire_name
 from disagg.transceiver.planes.ucx_library import library
 from disagg.transceiver.planes.ucx_receiving import Key, UcxReceiver
 from disagg.transceiver.planes.ucx_thread import UcxThread
@@ -37,14 +37,9 @@ class UcxLandingPlane(CopyingLandingPlane):
         limit = max(SLICE_NBYTES, *(region.slots.shape[1] for region in pools), 0)
         try:
             await asyncio.to_thread(library)
-            async with asyncio.timeout(HANDSHAKE_S):
-                sock = await _open(me, offer)
-        except TimeoutError as exc:
-            raise PeerLost(f"ucx: {offer.address} did not answer within {HANDSHAKE_S:g} s") from exc
         except EndpointRefused as exc:
             raise PlaneRefused(str(exc)) from exc
-        except (OSError, ValueError) as exc:
-            raise PlaneRefused(f"ucx: cannot connect to {offer.address}: {exc}") from exc
+        sock = await knock(me, offer)
         self._is_lost = False
         self._receiver = UcxReceiver(sock, offer.token, self._lose, limit)
         try:
@@ -142,25 +137,6 @@ def _windows(payload: Bytes, region: PoolRegion) -> PoolRegion:
     count = max(0, len(payload) - nbytes + 1)
     windows = np.lib.stride_tricks.as_strided(payload, (count, nbytes), (1, 1), writeable=False)
     return PoolRegion(windows, region.generations, -1, 0)
-
-
-async def _open(me: str, offer: PlaneOffer) -> socket.socket:
-    """A socket on which the source has taken the token."""
-    host, port = split_address(offer.address)
-    loop = asyncio.get_running_loop()
-    family, kind, _, _, address = (await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM))[0]
-    sock = socket.socket(family, kind)
-    try:
-        sock.setblocking(False)
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        await loop.sock_connect(sock, address)
-        await loop.sock_sendall(sock, greeting(me, offer.token))
-        if await loop.sock_recv(sock, len(WELCOME)) != WELCOME:
-            raise PlaneRefused("ucx: the token is not the one offered to this peer, or was used before")
-    except BaseException:
-        sock.close()
-        raise
-    return sock
 
 
 def _key(job: LandingJob) -> Key:

@@ -35,19 +35,14 @@ from disagg.transceiver.planes.ucx_wire import (
     chunks,
     transfer_bits,
 )
+from disagg.transceiver.planes.unasked import KEEP_S, EndedEpochs
+from disagg.transceiver.planes.waits import end_wait
 
 MAX_ROWS: Final = 4
 MAX_STAGING_NBYTES: Final = 64 << 20
 """Slices per source that have arrived, or are arriving, and were not landed: one being landed, one arriving, two so
 that neither waits for the other. Rows are reused last in, first out, and memory is touched only as it is used. More
 rows let UCX run ahead of the landing and out of the cache: with 8, a transfer of 128 MiB took a tenth longer."""
-
-KEEP_S: Final = 10.0
-"""A slice's announcement and its bytes leave together; one that nobody asks for as long as a lease lasts belongs to no
-live transfer and is dropped, so that it cannot stand in the way of others."""
-
-MAX_DISCARDED: Final = 1024
-"""Ended epochs to remember so that their slices are dropped on arrival: far more than can be live."""
 
 Name = tuple[bytes, int]
 Key = tuple[Name, int]
@@ -78,7 +73,7 @@ class UcxReceiver(UcxThread):
         self._free = list(range(num_rows))
         self._here: dict[Key, Arrival] = {}
         self._wanted: dict[Key, asyncio.Future[None]] = {}
-        self._discarded: dict[Name, None] = {}
+        self._discarded: EndedEpochs[Name] = EndedEpochs()
         self._is_starved = False
         self.heard_at = 0.0
         self.num_discarded = 0
@@ -136,9 +131,7 @@ class UcxReceiver(UcxThread):
     def discard(self, name: Name) -> None:
         """Drop what is here of this epoch, and what is still to come."""
         with self._lock:
-            self._discarded[name] = None
-            if len(self._discarded) > MAX_DISCARDED:
-                del self._discarded[next(iter(self._discarded))]
+            self._discarded.add(name)
             keys = [key for key in self._here if key[0] == name]
         self.drop(keys)
 
@@ -171,12 +164,9 @@ class UcxReceiver(UcxThread):
         with self._lock:
             waiting, self._wanted = list(self._wanted.values()), {}
         for here in waiting:
-            _resolve(here, PeerLost(f"the source of this ucx plane is gone: {reason}"))
+            end_wait(here, PeerLost(f"the source of this ucx plane is gone: {reason}"))
 
     # --- on the thread ----------------------------------------------------------------------------------------
-
-    def _greet(self) -> None:
-        """The greeting and its answer have passed."""
 
     def _settle(self, port: Port) -> None:
         until = time.monotonic() + HANDSHAKE_S
@@ -248,19 +238,10 @@ class UcxReceiver(UcxThread):
                 self.num_discarded += 1
         self._say(CREDIT)
         if here is not None and is_wanted:
-            self._call(_resolve, here, None)
+            self._call(end_wait, here, None)
 
     def _forget_old(self) -> None:
         old = time.monotonic() - KEEP_S
         with self._lock:
             keys = [key for key, arrival in self._here.items() if arrival.here_at < old]
         self.drop(keys)
-
-
-def _resolve(here: asyncio.Future[None], error: PeerLost | None) -> None:
-    if here.done():  # cancelled, or failed with the connection
-        return
-    if error is None:
-        here.set_result(None)
-    else:
-        here.set_exception(error)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import functools
 import queue
 import socket
@@ -16,7 +15,7 @@ import numpy as np
 from disagg.transceiver.errors import PeerLost, RemoteProtocolError, SourceChanged
 from disagg.transceiver.planes.base import Bytes
 from disagg.transceiver.planes.copying import copy_rows
-from disagg.transceiver.planes.tcp_wire import WELCOME, SliceHeader
+from disagg.transceiver.planes.tcp_wire import SliceHeader
 from disagg.transceiver.planes.ucx_port import Port
 from disagg.transceiver.planes.ucx_thread import UcxThread
 from disagg.transceiver.planes.ucx_wire import (
@@ -29,6 +28,7 @@ from disagg.transceiver.planes.ucx_wire import (
     chunks,
     transfer_bits,
 )
+from disagg.transceiver.planes.waits import end_wait
 
 DEPTH: Final = 4
 """Chunks gathered and not yet taken: one being filled, one being read, two so that neither end waits for the other.
@@ -79,16 +79,13 @@ class UcxSender(UcxThread):
     def _ended(self, error: PeerLost) -> None:
         self._is_lost = True
         for sent in tuple(self._waiting):
-            _resolve(sent, error)
+            end_wait(sent, error)
 
     # --- on the thread ----------------------------------------------------------------------------------------
 
-    def _greet(self) -> None:
-        self._sock.sendall(WELCOME)
-
     def _settle(self, port: Port) -> None:
         # Ready before the receiver, so that nobody is lost here of whom nobody hears.
-        self._call(_resolve, self.opened, None)
+        self._call(end_wait, self.opened, None)
         self._say(READY)
 
     def _hear(self, data: bytes) -> None:
@@ -113,7 +110,7 @@ class UcxSender(UcxThread):
                 self._send(port, job)
             except SourceChanged as exc:
                 error = exc
-            self._call(_resolve, job.sent, error)
+            self._call(end_wait, job.sent, error)
 
     def _send(self, port: Port, job: _Job) -> None:
         while not self._window:
@@ -152,11 +149,3 @@ class _Source:
             copy_rows(data[done : done + nbytes], self._view[:nbytes])
             self._view = self._view[nbytes:]
             done += nbytes
-
-
-def _resolve(sent: asyncio.Future[None], error: Exception | None) -> None:
-    with contextlib.suppress(asyncio.InvalidStateError):  # whoever sent was cancelled, or the connection ended first
-        if error is None:
-            sent.set_result(None)
-        else:
-            sent.set_exception(error)

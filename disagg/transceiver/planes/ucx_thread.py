@@ -20,6 +20,7 @@ from disagg.transceiver.errors import EndpointRefused, PeerLost, RemoteProtocolE
 from disagg.transceiver.planes.greeting import HANDSHAKE_S
 from disagg.transceiver.planes.ucx_port import Port
 from disagg.transceiver.planes.ucx_wire import address_nbytes, chunk_tag, pack_address, transfer_bits
+from disagg.transceiver.planes.waits import end_wait
 
 log = logging.getLogger(__name__)
 
@@ -35,7 +36,8 @@ class UcxThread(ABC):
     """
 
     def __init__(self, name: str, sock: socket.socket, token: bytes, on_end: Callable[[UcxThread], None]) -> None:
-        """Takes `sock` over. `on_end` is called on the loop when the thread ends, whatever the reason."""
+        """Takes `sock` over, on which greeting and welcome have passed. `on_end` is called on the loop when the thread
+        ends, whatever the reason."""
         self._loop = asyncio.get_running_loop()
         self._sock, self._token, self._on_end = sock, token, on_end
         self._is_loopback = ipaddress.ip_address(sock.getsockname()[0]).is_loopback
@@ -70,10 +72,6 @@ class UcxThread(ABC):
     # --- on the thread ----------------------------------------------------------------------------------------
 
     @abstractmethod
-    def _greet(self) -> None:
-        """Say what the socket's protocol says first."""
-
-    @abstractmethod
     def _settle(self, port: Port) -> None:
         """UCX connects the two: the sender, which is ready first, says so on the socket."""
 
@@ -90,11 +88,10 @@ class UcxThread(ABC):
         try:
             self._sock.settimeout(HANDSHAKE_S)
             port = Port(is_loopback=self._is_loopback, watched=(self._sock.fileno(), self._event))
-            self._greet()
             self._exchange(port)
             self.lanes = port.lanes
             self._settle(port)
-            self._call(_open, self.opened)
+            self._call(end_wait, self.opened, None)
             self._serve(port)
         except (OSError, PeerLost, RemoteProtocolError, EndpointRefused) as exc:
             error = PeerLost(str(exc))
@@ -166,8 +163,3 @@ class UcxThread(ABC):
     @abstractmethod
     def _ended(self, error: PeerLost) -> None:
         """Fail what waits for this thread."""
-
-
-def _open(opened: asyncio.Future[None]) -> None:
-    if not opened.done():
-        opened.set_result(None)

@@ -20,9 +20,10 @@ from disagg.transceiver.errors import PeerLost, RemoteProtocolError
 from disagg.transceiver.keys import ClusterKeys
 from disagg.transceiver.messages.values import PlaneOffer
 from disagg.transceiver.planes.base import Bytes, PoolRegion, SourcePlane, SourceUnit
-from disagg.transceiver.planes.copying import adjacent, check_generations, copy_rows, ints
+from disagg.transceiver.planes.copying import check_generations, copy_rows
 from disagg.transceiver.planes.frames import REFUSED, WELCOME, WINDOW, Credit, Hello, Probe, SliceHead, pack, parse
 from disagg.transceiver.planes.probe import send_probe
+from disagg.transceiver.planes.runs import adjacent, ints
 from disagg.transceiver.planes.tokens import Tokens
 from disagg.transceiver.sockets import Sockets, bracketed, reason
 

@@ -16,11 +16,11 @@ from disagg.transceiver.connection import Connection
 from disagg.transceiver.errors import EndpointRefused, LocalProtocolError, PeerLost, PlaneRefused, RemoteProtocolError
 from disagg.transceiver.keys import ClusterKeys
 from disagg.transceiver.messages.values import PlaneOffer
+from disagg.transceiver.outbox import SLICE_NBYTES
 from disagg.transceiver.planes.base import Bytes, LandingJob, LandingPlane, PoolRegion
-from disagg.transceiver.planes.copying import adjacent, copy_rows, ints
+from disagg.transceiver.planes.copying import copy_rows
 from disagg.transceiver.planes.frames import (
     REFUSED,
-    SLICE_NBYTES,
     WELCOME,
     WINDOW,
     Credit,
@@ -30,17 +30,12 @@ from disagg.transceiver.planes.frames import (
     pack,
     parse,
 )
+from disagg.transceiver.planes.runs import adjacent, ints
+from disagg.transceiver.planes.unasked import KEEP_S, EndedEpochs
 from disagg.transceiver.sockets import Sockets
 
 OPEN_S: Final = 5.0
 """Connect, CURVE and hello: three round trips. Longer than `lost`, so a peer that stalls once is not given up here."""
-
-KEEP_S: Final = 10.0
-"""An arrived slice is landed within milliseconds of its announcement; one that nobody asks for as long as a lease lasts
-belongs to no live transfer. It then gives its credit back, so forgotten slices cannot close the window for others."""
-
-MAX_DISCARDED: Final = 1024
-"""Ended epochs to remember so that slices still under way to them are dropped on arrival: far more than can be live."""
 
 Key = tuple[str, int, int]
 
@@ -61,7 +56,7 @@ class ZmqLandingPlane(LandingPlane):
         self._keys = keys
         self._pools: tuple[PoolRegion, ...] = ()
         self._arrivals: dict[Key, _Arrival] = {}
-        self._discarded: dict[tuple[str, int], None] = {}
+        self._discarded: EndedEpochs[tuple[str, int]] = EndedEpochs()
         self._sockets: Sockets | None = None
         self._reading: asyncio.Task[None] | None = None
         self._is_lost = True
@@ -152,9 +147,7 @@ class ZmqLandingPlane(LandingPlane):
 
     def discard(self, transfer_id: str, epoch: int) -> None:
         """Also drops what is still under way to this epoch, when it arrives."""
-        self._discarded[transfer_id, epoch] = None
-        if len(self._discarded) > MAX_DISCARDED:
-            del self._discarded[next(iter(self._discarded))]
+        self._discarded.add((transfer_id, epoch))
         for key in [key for key in self._arrivals if key[:2] == (transfer_id, epoch)]:
             self._drop(key)
 

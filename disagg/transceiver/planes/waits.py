@@ -1,0 +1,15 @@
+"""How a thread of a plane ends the wait of somebody on the loop."""
+
+from __future__ import annotations
+
+import asyncio
+
+
+def end_wait(here: asyncio.Future[None], error: Exception | None) -> None:
+    """On the loop. Whoever waits may be gone by now, or have heard of the connection's end."""
+    if here.done():
+        return
+    if error is None:
+        here.set_result(None)
+    else:
+        here.set_exception(error)

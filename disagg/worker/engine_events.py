@@ -1,0 +1,74 @@
+"""What the engine says, on its way to the attempts: in order within an attempt, while blocks of others are hashed.
+
+Final units are hashed before their transfer hears of them, and blocks that somebody doubts before the engine goes on.
+That takes its turn on the landing thread, so what an attempt says meanwhile waits in a lane of its own; whoever has
+nothing to be hashed waits for nobody.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+from collections import deque
+
+from disagg.engine.commands import AttemptKey, EngineEvent, PrefixHitEvent, SuspectEvent, UnitsFinalEvent
+from disagg.transceiver.errors import SourceChanged
+from disagg.transceiver.events import UnitsFinal
+from disagg.transceiver.outbox import units_per_slice
+from disagg.worker.attempts import Attempts
+from disagg.worker.parts import WorkerParts
+from disagg.worker.rechecks import Rechecks
+
+
+class EngineEvents:
+    """Hands the engine's events to one registration's attempts. Event loop only."""
+
+    def __init__(self, parts: WorkerParts, attempts: Attempts) -> None:
+        self._parts, self._attempts = parts, attempts
+        self._rechecks = Rechecks(parts)
+        self._lanes: dict[AttemptKey, deque[EngineEvent]] = {}
+        """Of attempts of which something is being hashed: what they said since, in order."""
+
+    async def run(self) -> None:
+        """Serve until cancelled; what waits in a lane then is lost."""
+        async with asyncio.TaskGroup() as tasks:
+            while True:
+                event = await self._parts.events.get()
+                if (lane := self._lanes.get(event.key)) is not None:
+                    lane.append(event)
+                elif isinstance(event, UnitsFinalEvent | PrefixHitEvent | SuspectEvent):
+                    self._lanes[event.key] = deque([event])
+                    tasks.create_task(self._run_lane(event.key))
+                else:
+                    self._attempts.take_event(event)
+
+    async def _run_lane(self, key: AttemptKey) -> None:
+        lane = self._lanes[key]
+        while lane:
+            await self._take(lane.popleft())
+        del self._lanes[key]
+
+    async def _take(self, event: EngineEvent) -> None:
+        match event:
+            case UnitsFinalEvent():
+                await self._hash_units(event)
+            case PrefixHitEvent():
+                await self._rechecks.check_hit(event)
+            case SuspectEvent():
+                await self._rechecks.look_at_suspects(event)
+                self._attempts.suspects_seen(event.key)
+            case _:
+                self._attempts.take_event(event)
+
+    async def _hash_units(self, event: UnitsFinalEvent) -> None:
+        if self._attempts.sending is None or event.key not in self._attempts:
+            return
+        with contextlib.suppress(SourceChanged):  # dropped meanwhile: the engine says so next, and computes them anew
+            cut, kept = self._parts.cuts.of_peer(self._attempts.peer_geometry(event.key))
+            hash_units = functools.partial(self._parts.landing.digest_units, cut=cut)
+            sources = self._parts.sources(event.units)
+            count = units_per_slice(self._parts.layout.slot_nbytes)
+            for few in (sources[first : first + count] for first in range(0, len(sources), count)):
+                units = await kept.digest_units(few, hash_units)
+                self._attempts.sending.feed(event.key, UnitsFinal(event.compute_id, units))
