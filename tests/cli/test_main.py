@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 
 from disagg import __version__
+from disagg.bench.cases import CASES
+from disagg.bench.contenders import ALL
 from disagg.cli.main import main
 
 
@@ -96,6 +98,16 @@ def test_help_shows_no_internal_and_no_unbuilt_option(command: str, capsys: pyte
     main([command, "--help"])
     shown = capsys.readouterr().out
     assert not any(flag in shown for flag in ("-fd", "tensor-parallel", "DISAGG_SECRET"))
+
+
+def test_help_of_the_benchmark_names_all_that_it_can_run(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "transfer", "--help"]) == 0
+    shown = "".join(capsys.readouterr().out.split())  # names are broken at their hyphens
+    assert [name for name in (*ALL, *(f"{case}{case_nbytes(case)}" for case in CASES)) if name not in shown] == []
+
+
+def case_nbytes(name: str) -> str:
+    return f"{CASES[name].nbytes / (1 << 20):.3g}MiB"
 
 
 def test_help_loads_nothing_heavy() -> None:
