@@ -70,7 +70,7 @@ class ModelSettings(BaseModel):
 class PlanSettings(ModelSettings):
     """`disagg plan`."""
 
-    dtype: Dtype = Field("auto", description="Compute type")
+    dtype: Dtype = Field("auto", description="Type that the model computes in; auto as its config.json says")
     kv_cache_dtype: KvDtype = Field("auto", description=KV_DTYPE_HELP)
     prompt_len: Count | None = Field(None, description="Tokens of the prompt [default: as many as a sequence may have]")
     block_size: BlockSize = Field(16, description="Tokens per KV block; a power of two")
@@ -130,7 +130,9 @@ class HttpSettings(Settings):
 class RouterSettings(HttpSettings, SecretSettings):
     """`disagg router`."""
 
-    admin_port: Port = Field(8001, description="Loopback port of the admin listener; 0 takes a free one")
+    admin_port: Port = Field(
+        8001, description="Loopback port of the admin listener: records of requests; 0 takes a free one"
+    )
     control_host: str = Field("127.0.0.1", description="Address where workers register", min_length=1)
     control_port: Port = Field(CONTROL_PORT, description="Port where workers register; 0 takes a free one")
 
@@ -143,7 +145,7 @@ class RouterSettings(HttpSettings, SecretSettings):
 class EngineSettings(Settings):
     """What a worker computes with. `up` hands them to all of its workers."""
 
-    dtype: Dtype = Field("auto", description="Compute type")
+    dtype: Dtype = Field("auto", description="Type that the model computes in; auto as its config.json says")
     kv_cache_dtype: KvDtype = Field("auto", description=KV_DTYPE_HELP)
     kv_scales: Path | None = Field(
         None, description="JSON file with fp8 scales per layer [default: the checkpoint's, else 1.0]"
@@ -244,7 +246,9 @@ class WorkerSettings(EngineSettings, SecretSettings):
 class UpSettings(HttpSettings, EngineSettings):
     """`disagg up`: router and workers on this machine, connected over loopback."""
 
-    admin_port: Port = Field(0, description="Loopback port of the admin listener; 0 takes a free one")
+    admin_port: Port = Field(
+        0, description="Loopback port of the admin listener: records of requests; 0 takes a free one"
+    )
     control_port: Port = Field(0, description="Loopback port where workers register; 0 takes a free one")
     prefill: int = Field(1, ge=0, description="Prefill workers")
     decode: int = Field(1, ge=0, description="Decode workers")
