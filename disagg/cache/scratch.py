@@ -45,6 +45,17 @@ def scratch_range(
     return range(first, max(first, min(stale.stop, -(-capacity // block_size))))
 
 
+def scratch_until(mode: str, prompt_len: int, end: int, block_size: int) -> int:
+    """Blocks of a prefill step up to `end` that are stale here may be scratch: `stale_at` above; 0 when `off`.
+
+    `on`: all that the step outdates. `reuse`: only those that are stale too where the same prompt, asked again, would
+    begin to compute: at floor((P-1)/T)*T.
+    """
+    if mode == "off":
+        return 0
+    return end if mode == "on" else min(end, (prompt_len - 1) // block_size * block_size)
+
+
 def num_scratch_slots(num_blocks: int, pages_per_slot: int) -> int:
     """ceil(n / L)."""
     return -(-num_blocks // pages_per_slot)

@@ -16,11 +16,25 @@ DIGESTS = ("on", "off", "both")
 @app.command("transfer", help="Time KV transfers between two processes, beside memcpy, NIXL and Mooncake.")
 def transfer(
     planes: Annotated[
-        str, typer.Option(help="Which to run, by name with commas [default: all that are installed]", metavar="TEXT")
+        str,
+        typer.Option(
+            help="Names with commas, of shm, tcp, ucx, zmq (ours), memcpy, memcpy-slots, nixl, nixl-slots, nixl-tcp, "
+            "mooncake [default: all that are installed]",
+            metavar="TEXT",
+        ),
     ] = "",
-    cases: Annotated[str, typer.Option(help="Cases a, b, c, d: what is moved", metavar="TEXT")] = "a,b,c,d",
-    rounds: Annotated[int, typer.Option(help="Repetitions of each, in turns", min=1)] = 9,
-    digests: Annotated[str, typer.Option(help="Integrity digests of our planes: on, off or both")] = "both",
+    cases: Annotated[
+        str,
+        typer.Option(
+            help="What is moved, names with commas: a 128 MiB of an 8B model, b 208 MiB of a small model in many "
+            "pieces, c 3.25 MiB of a short prompt, d 128 MiB in 64 pieces",
+            metavar="TEXT",
+        ),
+    ] = "a,b,c,d",
+    rounds: Annotated[int, typer.Option(help="Times that each is run, in turns with the others", min=1)] = 9,
+    digests: Annotated[
+        str, typer.Option(help="Whether our planes hash what they move, as workers do: on, off or both in turn")
+    ] = "both",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table")] = False,
 ) -> None:
     from disagg.bench.cases import CASES

@@ -30,7 +30,7 @@ INHERITED = ("announce_fd", "secret_fd")
 HELP_OF_ROLE = {
     "prefill": "Start one worker that computes prompts and sends their KV.",
     "decode": "Start one worker that receives KV and generates.",
-    "both": "Start one worker that computes prompts and generates: no transfer.",
+    "both": "Start one worker that does both, without a transfer.",
 }
 
 
@@ -60,7 +60,7 @@ app.command("up", help="Start router and workers on this machine.")(command(UpSe
 app.command("demo", help="Serve the bundled model for one request and show what it moved.")(
     command(DemoSettings, _demo)
 )
-app.command("plan", help="Show what a prompt holds and moves per layer group, from config.json alone.")(
+app.command("plan", help="Show what a prompt holds and moves, from config.json alone.")(
     command(PlanSettings, _plan, switches={"json": "Print JSON"})
 )
 app.command("router", help="Start the router: HTTP API, registration, dispatch.")(

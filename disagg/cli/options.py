@@ -14,7 +14,7 @@ import typer
 from pydantic.fields import FieldInfo
 
 from disagg.config.load import flag_of, load, unknown_variables
-from disagg.config.settings import ModelSettings
+from disagg.config.settings import ModelSettings, Nbytes
 
 NO_SWITCHES: Final[Mapping[str, str]] = MappingProxyType({})
 
@@ -58,7 +58,8 @@ def _option(field: str, info: FieldInfo) -> Any:
     """Text is validated by the settings class, whose sentences are the same for flag, variable and file."""
     flag, text = flag_of(field), info.description or ""
     if info.annotation is bool:
-        return Annotated[bool | None, typer.Option(f"{flag}/--no-{flag[2:]}", help=text, show_default=False)]
+        help_text = _help(text, "on" if info.default else "off")
+        return Annotated[bool | None, typer.Option(f"{flag}/--no-{flag[2:]}", help=help_text, show_default=False)]
     hidden = info.json_schema_extra == {"hidden": True}
     help_text, metavar = _help(text, info.default), _metavar(info.annotation)
     option = typer.Option(flag, help=help_text, metavar=metavar, hidden=hidden)
@@ -82,9 +83,11 @@ def _help(text: str, default: object) -> str:
 
 
 def _metavar(annotation: Any) -> str:
-    """What to write after the flag: INT, SECONDS or the choices."""
+    """What to write after the flag: INT, SIZE or the choices."""
     if get_origin(annotation) in {Union, UnionType}:
         annotation = get_args(annotation)[0]
+    if annotation == Nbytes:
+        return "SIZE"
     if get_origin(annotation) is Annotated:
         annotation = get_args(annotation)[0]
     if get_origin(annotation) is Literal:

@@ -14,31 +14,41 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
-from disagg.cache.budget import num_seated, num_seated_by_length
+from disagg.cache.budget import largest_model_len, num_seated, num_seated_by_length, split_budget
+from disagg.cache.errors import BudgetTooSmall
 from disagg.cache.layout import CacheLayout, derive_layout
 from disagg.config.errors import ConfigError
 from disagg.config.quantities import format_nbytes
-from disagg.config.settings import PlanSettings
+from disagg.config.settings import EngineSettings, PlanSettings
 from disagg.engine.checkpoint import ModelRefused, resolve_model
 from disagg.engine.footprint import Footprint, GroupFootprint, footprint
 from disagg.engine.kv_dtype import resolve_kv_dtype
-from disagg.engine.model import Skeleton, read_skeleton, resolve_dtype
+from disagg.engine.model import Skeleton, check_model_len, read_skeleton, resolve_dtype
 from disagg.transceiver.plan import runs_of
 
 COLUMNS: Final = (
     *("group", "window", "sinks", "layers", "heads x dim", "slot"),
     *("blocks to move", "moved", "full copy", "live + scratch"),
 )
+DEFAULT_STEP: Final[int] = EngineSettings.model_fields["max_num_batched_tokens"].default
 TABLE_WIDTH: Final = 132  # the columns with long names in them: a pipe is no reason to cut figures off
 
 
 @dataclass(frozen=True, slots=True)
 class Seats:
-    """How many sequences of `max_model_len` so many bytes of KV hold: by our split, and with every layer at length."""
+    """How many sequences of `max_model_len` so many bytes of KV hold at once.
+
+    `sequences`: by our split, with room for a step of `max_num_batched_tokens` prompt tokens; 0 leaves that room out.
+    `default_sequences`: with the room that a worker keeps by default, for steps of `default_max_num_batched_tokens`.
+    `sequences_by_length`: with every layer at full length and no such room.
+    """
 
     budget: int
     max_model_len: int
+    max_num_batched_tokens: int
     sequences: int
+    default_max_num_batched_tokens: int
+    default_sequences: int
     sequences_by_length: int
 
 
@@ -55,10 +65,13 @@ def plan(settings: PlanSettings, *, json: bool | None) -> int:
             settings.prompt_len or max_model_len,
             cached_tokens=settings.cached_tokens,
             max_num_batched_tokens=settings.max_num_batched_tokens,
+            swa_scratch=settings.swa_scratch,
         )
+        seats = [seats_of(layout, nbytes, max_model_len, settings.max_num_batched_tokens) for nbytes in settings.budget]
+    except BudgetTooSmall as refusal:  # the sentence of a worker that is given so little
+        raise ConfigError(str(refusal).replace("--kv-cache-memory", "--budget")) from refusal
     except (ModelRefused, ValueError) as refusal:
         raise ConfigError(str(refusal)) from refusal
-    seats = [seats_of(layout, nbytes, max_model_len, settings) for nbytes in settings.budget]
     _print_json(found, seats) if json else _print_tables(found, seats)
     return 0
 
@@ -69,8 +82,7 @@ def model_layout(settings: PlanSettings) -> tuple[CacheLayout, int]:
     skeleton = read_skeleton(folder)
     limit = skeleton.max_position_embeddings
     max_model_len = settings.max_model_len or limit
-    if max_model_len > limit:
-        raise ModelRefused(f"`--max-model-len`: {max_model_len}, but the model was made for at most {limit} tokens")
+    check_model_len(max_model_len, limit)
     layers = skeleton.layers(_kv_dtype(folder, skeleton, settings))
     uses_scratch = settings.swa_scratch != "off"
     layout = derive_layout(
@@ -94,10 +106,27 @@ def _dtype(folder: Path, skeleton: Skeleton, dtype: str) -> str:
         raise ModelRefused(f"`{folder / 'config.json'}` names no dtype: give one with `--dtype`") from refusal
 
 
-def seats_of(layout: CacheLayout, nbytes: int, max_model_len: int, settings: PlanSettings) -> Seats:
-    step = settings.max_num_batched_tokens or 0
-    ours = num_seated(layout, nbytes, max_model_len=max_model_len, max_num_batched_tokens=step)
-    return Seats(nbytes, max_model_len, ours, num_seated_by_length(layout, nbytes, max_model_len=max_model_len))
+def seats_of(layout: CacheLayout, nbytes: int, max_model_len: int, max_num_batched_tokens: int | None) -> Seats:
+    """Raises BudgetTooSmall where a worker that is told this length would."""
+    step = max_num_batched_tokens or DEFAULT_STEP
+    split_budget(layout, nbytes=nbytes, max_model_len=max_model_len, max_num_seqs=1, max_num_batched_tokens=step)
+    return Seats(
+        budget=nbytes,
+        max_model_len=max_model_len,
+        max_num_batched_tokens=max_num_batched_tokens or 0,
+        sequences=_num_seated(layout, nbytes, max_model_len, max_num_batched_tokens or 0),
+        default_max_num_batched_tokens=DEFAULT_STEP,
+        default_sequences=_num_seated(layout, nbytes, max_model_len, DEFAULT_STEP),
+        sequences_by_length=num_seated_by_length(layout, nbytes, max_model_len=max_model_len),
+    )
+
+
+def _num_seated(layout: CacheLayout, nbytes: int, max_model_len: int, step: int) -> int:
+    """`num_seated` allows for several that prefill at once: memory for just one seats that one all the same."""
+    count = num_seated(layout, nbytes, max_model_len=max_model_len, max_num_batched_tokens=step)
+    return count or int(
+        largest_model_len(layout, nbytes, max_model_len=max_model_len, max_num_batched_tokens=step) == max_model_len
+    )
 
 
 def _print_json(found: Footprint, seats: Sequence[Seats]) -> None:
@@ -122,11 +151,17 @@ def _print_tables(found: Footprint, seats: Sequence[Seats]) -> None:
         soft_wrap=True,
     )
     for one in seats:
-        console.print(
-            f"{format_nbytes(one.budget)} seats {one.sequences} sequences of {one.max_model_len} tokens; "
-            f"with every layer at full length {one.sequences_by_length}",
-            soft_wrap=True,
-        )
+        console.print(_seats_line(one), soft_wrap=True)
+
+
+def _seats_line(seats: Seats) -> str:
+    step = seats.max_num_batched_tokens
+    counted = f"with room for steps of {step} prompt tokens" if step else "without room for a prefill step"
+    return (
+        f"{format_nbytes(seats.budget)} seats {seats.sequences} sequences of {seats.max_model_len} tokens {counted}, "
+        f"{seats.default_sequences} with a worker's default steps of {seats.default_max_num_batched_tokens}; "
+        f"with every layer at full length {seats.sequences_by_length}"
+    )
 
 
 def _row(group: GroupFootprint) -> tuple[str, ...]:

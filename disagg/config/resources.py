@@ -7,8 +7,9 @@ import os
 from pathlib import Path
 from typing import Final
 
+from disagg.cache.host_memory import available_nbytes
+
 CGROUP: Final = Path("/sys/fs/cgroup")
-MEMINFO: Final = Path("/proc/meminfo")
 
 CPU_MEMORY_FRACTION: Final = 0.25
 """Of the memory available at start, for KV on a CPU: pools are really allocated, and weights, activations, tokenizers
@@ -27,19 +28,9 @@ def num_cores(cgroup: Path = CGROUP) -> int:
     return affinity
 
 
-def available_memory_nbytes(cgroup: Path = CGROUP, meminfo: Path = MEMINFO) -> int:
-    """Memory that can be taken without swapping, or what a cgroup v2 limit leaves if that is less."""
-    fields = dict(line.split(":", 1) for line in _read(meminfo).splitlines() if ":" in line)
-    available = int(fields["MemAvailable"].split()[0]) * 1024
-    limit, current = _read(cgroup / "memory.max").strip(), _read(cgroup / "memory.current").strip()
-    if limit.isdigit() and current.isdigit():
-        return max(0, min(available, int(limit) - int(current)))
-    return available
-
-
 def default_kv_cache_nbytes(memory_share: float = 1.0) -> int:
     """The most a CPU worker takes when `--kv-cache-memory` is not given; `memory_share` is its part among siblings."""
-    return int(CPU_MEMORY_FRACTION * memory_share * available_memory_nbytes())
+    return int(CPU_MEMORY_FRACTION * memory_share * available_nbytes())
 
 
 def threads_per_worker(num_workers: int, cores: int) -> int:

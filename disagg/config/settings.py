@@ -70,17 +70,23 @@ class ModelSettings(BaseModel):
 class PlanSettings(ModelSettings):
     """`disagg plan`."""
 
-    dtype: Dtype = Field("auto", description="Compute type")
+    dtype: Dtype = Field("auto", description="Type that the model computes in; auto as its config.json says")
     kv_cache_dtype: KvDtype = Field("auto", description=KV_DTYPE_HELP)
     prompt_len: Count | None = Field(None, description="Tokens of the prompt [default: as many as a sequence may have]")
     block_size: BlockSize = Field(16, description="Tokens per KV block; a power of two")
     max_model_len: Count | None = Field(None, description="Prompt plus answer limit [default: what the model allows]")
     max_num_batched_tokens: Count | None = Field(
-        None, description="Tokens computed in one step [default: a prompt is one step, `--budget` counts no step]"
+        None,
+        description="Prompt tokens computed in one step, for which `--budget` leaves room [default: the whole prompt, "
+        "and `--budget` leaves none]",
     )
-    cached: GroupTokens = Field((), description="GROUP=TOKENS,...: what the receiver holds already, such as full=512")
-    swa_scratch: Scratch = Field("off", description="Plan prefill with scratch slots for windowed blocks")
-    budget: Sizes = Field((), description="Count the sequences that so much KV memory seats, such as 8GiB,70GiB")
+    cached: GroupTokens = Field(
+        (), description="GROUP=TOKENS,...: what the decode worker holds of the prompt already, such as full=512"
+    )
+    swa_scratch: Scratch = Field("off", description="As of a prefill worker: windowed blocks in scratch slots")
+    budget: Sizes = Field(
+        (), description="Count the sequences that so much KV memory of one worker seats, such as 8GiB,70GiB"
+    )
 
     @property
     def cached_tokens(self) -> dict[str, int]:
@@ -124,7 +130,9 @@ class HttpSettings(Settings):
 class RouterSettings(HttpSettings, SecretSettings):
     """`disagg router`."""
 
-    admin_port: Port = Field(8001, description="Loopback port of the admin listener; 0 takes a free one")
+    admin_port: Port = Field(
+        8001, description="Loopback port of the admin listener: records of requests; 0 takes a free one"
+    )
     control_host: str = Field("127.0.0.1", description="Address where workers register", min_length=1)
     control_port: Port = Field(CONTROL_PORT, description="Port where workers register; 0 takes a free one")
 
@@ -137,7 +145,7 @@ class RouterSettings(HttpSettings, SecretSettings):
 class EngineSettings(Settings):
     """What a worker computes with. `up` hands them to all of its workers."""
 
-    dtype: Dtype = Field("auto", description="Compute type")
+    dtype: Dtype = Field("auto", description="Type that the model computes in; auto as its config.json says")
     kv_cache_dtype: KvDtype = Field("auto", description=KV_DTYPE_HELP)
     kv_scales: Path | None = Field(
         None, description="JSON file with fp8 scales per layer [default: the checkpoint's, else 1.0]"
@@ -146,10 +154,12 @@ class EngineSettings(Settings):
     max_model_len: Count | None = Field(
         None, description="Prompt plus answer limit [default: what model and memory allow]"
     )
-    max_num_seqs: Count = Field(64, description="Sequences computed in one step")
+    max_num_seqs: Count = Field(64, description="Sequences computed in one step; the KV cache is made for so many")
     max_num_batched_tokens: Count = Field(512, description="Tokens computed in one step; longer prompts go in chunks")
     kv_cache_memory: Nbytes | None = Field(
-        None, description="KV cache bytes, such as 512MiB; `up` divides them [default: a share of what is free]"
+        None,
+        description="KV cache bytes, such as 512MiB; `up` divides them among its workers. More than --max-num-seqs "
+        "sequences can fill is left unused, for cached prefixes too [default: a share of what is free]",
     )
     enable_prefix_caching: bool = Field(True, description="Keep blocks of finished requests and reuse equal prefixes")
     enforce_eager: bool = Field(False, description="Capture no CUDA graphs: every step runs the model's Python")
@@ -157,9 +167,13 @@ class EngineSettings(Settings):
         False, description="On CUDA, capture steps with prompt tokens too, in pieces between attentions"
     )
     tensor_parallel_size: Count = Field(1, description="Ranks per worker", json_schema_extra={"hidden": True})
-    planes: Names = Field(DEFAULT_PLANES, description="Data planes in order of preference, of shm, tcp, ucx and zmq")
+    planes: Names = Field(
+        DEFAULT_PLANES, description="Ways to move KV, preferred first: shm (one host), tcp, ucx and zmq (encrypted)"
+    )
     swa_scratch: Scratch = Field(
-        "off", description="Keep windowed blocks that a prefill step outdates in scratch slots (prefill workers)"
+        "off",
+        description="Prefill workers: windowed blocks that a step outdates share scratch slots, so more prompts fit; "
+        "`reuse` keeps those that the same prompt, asked again, begins with; without a value: on",
     )
     fetch_wait_s: Seconds = Field(
         30.0, description="Seconds that computed KV waits for the decode worker to ask for it"
@@ -232,7 +246,9 @@ class WorkerSettings(EngineSettings, SecretSettings):
 class UpSettings(HttpSettings, EngineSettings):
     """`disagg up`: router and workers on this machine, connected over loopback."""
 
-    admin_port: Port = Field(0, description="Loopback port of the admin listener; 0 takes a free one")
+    admin_port: Port = Field(
+        0, description="Loopback port of the admin listener: records of requests; 0 takes a free one"
+    )
     control_port: Port = Field(0, description="Loopback port where workers register; 0 takes a free one")
     prefill: int = Field(1, ge=0, description="Prefill workers")
     decode: int = Field(1, ge=0, description="Decode workers")

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from disagg.cache.layout import CacheLayout
-from disagg.cache.scratch import num_scratch_slots, scratch_range
+from disagg.cache.scratch import num_scratch_slots, scratch_range, scratch_until
 from disagg.cache.window import num_live
 from disagg.transceiver.messages.values import GroupRuns
 from disagg.transceiver.plan import full_copy_nbytes, moved_nbytes, required_units
@@ -59,9 +59,16 @@ class Footprint:
 
 
 def footprint(
-    layout: CacheLayout, prompt_len: int, *, cached_tokens: Mapping[str, int], max_num_batched_tokens: int | None = None
+    layout: CacheLayout,
+    prompt_len: int,
+    *,
+    cached_tokens: Mapping[str, int],
+    max_num_batched_tokens: int | None = None,
+    swa_scratch: str = "off",
 ) -> Footprint:
     """`cached_tokens`: by group name, prompt tokens that the receiver holds. A prompt is one step unless told less.
+
+    `swa_scratch` as the engine's; scratch slots are counted where the layout has pages for them.
 
     Raises ValueError, one sentence, for a group that does not exist or more cached tokens than the prompt has.
     """
@@ -69,9 +76,9 @@ def footprint(
     size = layout.block_size
     blocks = [cached_tokens.get(group.name, 0) // size for group in layout.groups]
     required = required_units(layout.groups, prompt_len, size, [range(count) for count in blocks])
-    step = min(prompt_len, max_num_batched_tokens or prompt_len)
+    steps = _steps(prompt_len, min(prompt_len, max_num_batched_tokens or prompt_len), swa_scratch, size)
     groups = tuple(
-        _group(layout, number, prompt_len, units, count * size, step)
+        _group(layout, number, prompt_len, units, count * size, _most_scratch_slots(layout, number, steps))
         for number, (units, count) in enumerate(zip(required, blocks, strict=True))
     )
     return Footprint(size, prompt_len, groups)
@@ -87,7 +94,7 @@ def _check_cached(layout: CacheLayout, prompt_len: int, cached_tokens: Mapping[s
 
 
 def _group(
-    layout: CacheLayout, number: int, prompt_len: int, units: GroupRuns, cached_tokens: int, step: int
+    layout: CacheLayout, number: int, prompt_len: int, units: GroupRuns, cached_tokens: int, scratch_slots: int
 ) -> GroupFootprint:
     group, size = layout.groups[number], layout.block_size
     slot_nbytes = group.slot_nbytes(size)
@@ -105,18 +112,22 @@ def _group(
         bytes=moved_nbytes([units], {number: slot_nbytes}),
         full_copy_bytes=full_copy_nbytes(prompt_len, size, [slot_nbytes]),
         live_slots=num_live(prompt_len, prompt_len, group.window, group.num_sink_tokens, size),
-        scratch_slots=_most_scratch_slots(layout, number, prompt_len, step),
+        scratch_slots=scratch_slots,
     )
 
 
-def _most_scratch_slots(layout: CacheLayout, number: int, prompt_len: int, step: int) -> int:
-    """Over the steps of a prefill in chunks of `step`."""
+def _steps(prompt_len: int, step: int, swa_scratch: str, block_size: int) -> list[tuple[int, int, int]]:
+    """(history, capacity, stale_at) of each step of a prefill in chunks of `step`, as `scratch_range` takes them."""
+    ends = [min(start + step, prompt_len) for start in range(0, prompt_len, step)]
+    return [
+        (number * step, end, scratch_until(swa_scratch, prompt_len, end, block_size)) for number, end in enumerate(ends)
+    ]
+
+
+def _most_scratch_slots(layout: CacheLayout, number: int, steps: Sequence[tuple[int, int, int]]) -> int:
+    """In the step that takes most."""
     group, pages = layout.groups[number], layout.scratch_pages(number)
     if pages == 0:
         return 0
-    most = 0
-    for start in range(0, prompt_len, step):
-        end = min(start + step, prompt_len)
-        blocks = scratch_range(start, end, end, group.window, group.num_sink_tokens, layout.block_size)
-        most = max(most, num_scratch_slots(len(blocks), pages))
-    return most
+    ranges = (scratch_range(*step, group.window, group.num_sink_tokens, layout.block_size) for step in steps)
+    return max(num_scratch_slots(len(blocks), pages) for blocks in ranges)

@@ -119,8 +119,21 @@ def read_skeleton(folder: Path) -> Skeleton:
     return Skeleton(architecture, config, calls, num_parameters, is_quantised)
 
 
+def check_model_len(asked: int, limit: int) -> None:
+    """Raises ModelRefused for a `--max-model-len` beyond `limit`, the positions that the model was made for."""
+    if asked > limit:
+        raise ModelRefused(
+            f"`--max-model-len`: {asked}, but the model was made for at most {limit} tokens; give {limit} or less"
+        )
+
+
 def _check_calls(calls: tuple[AttentionCall, ...]) -> None:
     for call in calls:
+        if call.window is not None and call.window < 1:
+            raise ModelRefused(
+                f"layer {call.layer}: window {call.window}, expected at least 1, the query itself; give the window the "
+                "model was trained with as `sliding_window` in config.json, or null for full attention"
+            )
         if call.value_dim != call.head_dim:
             raise ModelRefused(f"layer {call.layer}: keys of {call.head_dim} and values of {call.value_dim} dimensions")
         if call.num_heads % call.num_kv_heads:

@@ -26,6 +26,7 @@ import numpy as np
 from disagg.cache.admission import Peaks, Promises, peak_slots
 from disagg.cache.budget import MAX_PREFILLS_PER_STEP
 from disagg.cache.cache import KVCache
+from disagg.cache.scratch import scratch_until
 from disagg.cache.window import needed_ordinals
 from disagg.engine.announce import newly_final_units
 from disagg.engine.batch import Work, share_tokens
@@ -358,17 +359,9 @@ class Scheduler:
     def _chunk(self, prompt: PromptSequence, count: int) -> Work:
         start = prompt.num_computed
         end = start + count
-        self._size(prompt, capacity=end, history=start, scratch_until=self._scratch_until(prompt, end))
+        until = scratch_until(self._swa_scratch, len(prompt.token_ids), end, self._cache.layout.block_size)
+        self._size(prompt, capacity=end, history=start, scratch_until=until)
         return Work(prompt, prompt.token_ids[start:end], start)
-
-    def _scratch_until(self, prompt: PromptSequence, end: int) -> int:
-        """Blocks stale here may be scratch. `reuse` keeps what the same prompt, asked again, would begin with."""
-        if self._swa_scratch == "off":
-            return 0
-        if self._swa_scratch == "on":
-            return end
-        size = self._cache.layout.block_size
-        return min(end, (len(prompt.token_ids) - 1) // size * size)
 
     def _size(self, sequence: LiveSequence, *, capacity: int, history: int, scratch_until: int = 0) -> None:
         assert sequence.cached is not None

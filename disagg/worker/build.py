@@ -13,13 +13,13 @@ from disagg.cache.budget import largest_model_len, split_budget
 from disagg.cache.cache import KVCache
 from disagg.cache.identity import BlockHasher
 from disagg.cache.layout import CacheLayout, derive_layout
-from disagg.config.resources import CPU_MEMORY_FRACTION, CUDA_MEMORY_FRACTION, available_memory_nbytes, num_cores
+from disagg.config.resources import CUDA_MEMORY_FRACTION, default_kv_cache_nbytes, num_cores
 from disagg.config.settings import Role, WorkerSettings
-from disagg.engine.checkpoint import ModelRefused, fingerprint, resolve_model
+from disagg.engine.checkpoint import fingerprint, resolve_model
 from disagg.engine.engine import Engine, EngineConfig, StepRunner
 from disagg.engine.graphs import DecodeGraphs, GraphMaker, GraphRunner
 from disagg.engine.graphs_cuda import CudaGraphs
-from disagg.engine.model import LoadedModel, load_model
+from disagg.engine.model import LoadedModel, check_model_len, load_model
 from disagg.engine.packed import pack_linears
 from disagg.engine.runner import Runner
 from disagg.engine.stats import GraphUse
@@ -156,8 +156,7 @@ def _choose_model_len(settings: WorkerSettings, model: LoadedModel, budget: int)
     """What was asked, checked against the model; or the most that model and budget allow."""
     limit, asked = model.max_position_embeddings, settings.max_model_len
     if asked is not None:
-        if asked > limit:
-            raise ModelRefused(f"`--max-model-len`: {asked}, but the model was made for at most {limit} tokens")
+        check_model_len(asked, limit)
         return asked
     layout = derive_layout(model.layers, block_size=settings.block_size, max_model_len=limit)
     fits = largest_model_len(
@@ -168,11 +167,10 @@ def _choose_model_len(settings: WorkerSettings, model: LoadedModel, budget: int)
 
 def _default_budget(settings: WorkerSettings) -> int:
     """This worker's share of what is free now."""
-    if torch.device(settings.device).type == "cuda":
-        free, total = torch.cuda.mem_get_info(settings.device)
-        available = max(0, free - int(total * (1 - CUDA_MEMORY_FRACTION)))
-    else:
-        available = int(available_memory_nbytes() * CPU_MEMORY_FRACTION)
+    if torch.device(settings.device).type == "cpu":
+        return max(1, default_kv_cache_nbytes(settings.memory_share))
+    free, total = torch.cuda.mem_get_info(settings.device)
+    available = max(0, free - int(total * (1 - CUDA_MEMORY_FRACTION)))
     return max(1, int(available * settings.memory_share))
 
 

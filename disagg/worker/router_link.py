@@ -6,8 +6,8 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import AsyncIterator, Callable
-from typing import Any
+from collections.abc import AsyncIterator, Callable, Mapping
+from typing import Any, Final
 
 from disagg.transceiver.errors import LocalProtocolError, PeerLost, ProtocolDiffers, TransceiverError, clipped
 from disagg.transceiver.links import PROTOCOL_FIELD, ControlClient
@@ -33,13 +33,25 @@ REGISTER_REPEAT_S = 0.5
 """REGISTER is repeated until answered. Two a second is as often as leases: a router that starts late is found at once
 by a person's measure, and a thousand workers waiting for one cost it 2,000 small messages a second."""
 
+NEXT_STEPS: Final[Mapping[str, str]] = {
+    PROTOCOL_FIELD: "install the same version of disagg everywhere",
+    "protocol_major": "install the same version of disagg everywhere",
+    "model_fingerprint": "give router and workers the same checkpoint, and `--verify-weights` to all or to none",
+    "attention": "give all workers the same config.json and the same version of transformers",
+    "compute_dtype": "give all workers the same `--dtype`",
+    "max_model_len": "give all workers the same `--max-model-len`",
+    "hash_key_id": "give router and workers the same secret",
+    "role": "start it with `disagg prefill`, `disagg decode` or `disagg both`",
+}
+"""What to do about a refusal, by the field that differs."""
+
 
 class RouterLost(PeerLost):
     """No sign of the router for `LOST_S`, or its socket closed: its requests end and the worker registers anew."""
 
 
 class RegistrationRefused(TransceiverError):
-    """The router will not have this worker; the message names the field and both values. Final: the process exits 2."""
+    """The router will not have this worker: the field, both values, what to do. Final: the process exits 2."""
 
 
 class RouterLink:
@@ -194,4 +206,5 @@ def _plain(text: str) -> str:
 
 def _refusal(field: str, ours: str, theirs: str) -> RegistrationRefused:
     """`ours` is the router's value."""
-    return RegistrationRefused(f"the router refuses this worker: {field}: it has {ours}, this worker {theirs}")
+    step = NEXT_STEPS.get(field, "start it as the workers that are registered were")
+    return RegistrationRefused(f"the router refuses this worker: {field}: it has {ours}, this worker {theirs}; {step}")

@@ -18,6 +18,7 @@ from support.openai_client import Api, Reply, served
 from support.tokenizers import DEMO_FOLDER, byte_level, write_folder
 
 from disagg.api.app import create_admin_app, create_app
+from disagg.api.sampling import prefix_salt
 from disagg.api.server import serve
 from disagg.api.settings import ApiSettings
 from disagg.engine.checkpoint import GenerationDefaults
@@ -105,6 +106,18 @@ async def test_the_key_opens_all_but_the_probes() -> None:
         assert [(await api.get(path)).status for path in ("/workers", "/v1/models", "/nothing")] == [401] * 3
         assert [(await api.get(path)).status for path in ("/health", "/ready", "/version", "/metrics")] == [200] * 4
         assert (await api.get("/workers", headers={"Authorization": "Bearer sésame"})).status == 200
+
+
+@BOTH
+async def test_the_key_and_the_salt_of_a_request_reach_the_workers_as_one_salt(path: str) -> None:
+    headers = {"Authorization": "Bearer key"}
+    async with served(replace(SETTINGS, api_key="key")) as api:
+        for extra in ({}, {"cache_salt": "mine"}, {"n": 2}):
+            assert (await api.post(path, {**BODY[path], **extra}, headers=headers)).status == 200
+        salts = [request.sampling.cache_salt for request in api.backend.requests]
+    tenant, mine = prefix_salt("key", None), prefix_salt("key", "mine")
+    assert salts == [tenant, mine, tenant, tenant]
+    assert len({"", tenant, mine, prefix_salt(None, "mine"), prefix_salt("other", None)}) == 5
 
 
 async def test_request_ids_are_taken_drawn_and_returned(api: Api) -> None:

@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 
 from disagg import __version__
+from disagg.bench.cases import CASES
+from disagg.bench.contenders import ALL
 from disagg.cli.main import main
 
 
@@ -96,6 +98,30 @@ def test_help_shows_no_internal_and_no_unbuilt_option(command: str, capsys: pyte
     main([command, "--help"])
     shown = capsys.readouterr().out
     assert not any(flag in shown for flag in ("-fd", "tensor-parallel", "DISAGG_SECRET"))
+
+
+def test_help_says_what_a_flag_takes_and_what_it_is_without(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["up", "--help"]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "--kv-cache-memory SIZE" in shown
+    assert "--enable-prefix-caching / --no-enable-prefix-caching Keep blocks of finished requests" in shown
+    assert "reuse equal prefixes [default: on]" in shown
+    assert "every step runs the model's Python [default: off]" in shown
+
+
+def test_a_line_of_the_command_list_is_whole(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--help"]) == 0
+    assert "..." not in capsys.readouterr().out.replace("[ARGS]...", "")
+
+
+def test_help_of_the_benchmark_names_all_that_it_can_run(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "transfer", "--help"]) == 0
+    shown = "".join(capsys.readouterr().out.split())  # names are broken at their hyphens
+    assert [name for name in (*ALL, *(f"{case}{case_nbytes(case)}" for case in CASES)) if name not in shown] == []
+
+
+def case_nbytes(name: str) -> str:
+    return f"{CASES[name].nbytes / (1 << 20):.3g}MiB"
 
 
 def test_help_loads_nothing_heavy() -> None:

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.families import BASE, FAMILIES, MAX_POSITIONS, build_family
-from support.plan_oracle import attended, needed
+from support.token_walk import attends, needed_blocks
 
 from disagg.cache.layout import LayerSpec, derive_layout
 from disagg.cli.main import main, spell_out
@@ -67,9 +67,9 @@ def walk(window: int | None, prompt_len: int, block_size: int, cached: int) -> t
     for ordinal in range(num_blocks):
         tokens = range(ordinal * block_size, (ordinal + 1) * block_size)
         queries = range(prompt_len, prompt_len + block_size + (window or 1))
-        if any(attended(max(query, token), token, window, 0) for token in tokens for query in queries):
+        if any(attends(max(query, token), token, window) for token in tokens for query in queries):
             live.add(ordinal)
-    return needed(prompt_len, window, 0, block_size) - complete, live, set(range(num_blocks)) - live
+    return needed_blocks(prompt_len, window, block_size) - complete, live, set(range(num_blocks)) - live
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -92,6 +92,7 @@ def test_the_json_equals_a_walk_over_tokens(name: str, folder: Path, data: st.Da
         num_blocks = (prompt_len - 1) // block_size + 1
         is_legal = not set(producers.values()) & set(found["layers"][:-1])
         assert found["slot_bytes"] == slot_bytes
+        assert (found["dtype"], found["sink_tokens"]) == ("float32", 0)  # no supported class has sink tokens
         assert found["required_blocks"] == sorted(required)
         assert found["cached_tokens"] == cached[found["name"]] // block_size * block_size
         assert found["bytes"] == len(required) * slot_bytes
@@ -118,6 +119,43 @@ def run(folder: Path, *flags: str) -> Any:
     return json.loads(out.getvalue())
 
 
+KEYS = {"block_size", "prompt_len", "groups", "bytes", "full_copy_bytes"}
+GROUP_KEYS = {
+    *("name", "window", "sink_tokens", "layers", "kv_heads", "head_dim", "dtype", "slot_bytes"),
+    *("required_blocks", "cached_tokens", "bytes", "full_copy_bytes", "live_slots", "scratch_slots"),
+}
+BUDGET_KEYS = {
+    *("budget", "max_model_len", "max_num_batched_tokens", "sequences"),
+    *("default_max_num_batched_tokens", "default_sequences", "sequences_by_length"),
+}
+
+
+def test_the_json_has_these_keys_and_no_others(folder: Path) -> None:
+    path = save_config("gemma3", folder)
+    body = run(path, "--prompt-len", "100")
+    assert set(body) == KEYS
+    assert [set(group) for group in body["groups"]] == [GROUP_KEYS, GROUP_KEYS]
+    with_budget = run(path, "--prompt-len", "100", "--budget", "8MiB")
+    assert set(with_budget) == KEYS | {"budgets"}
+    assert [set(one) for one in with_budget["budgets"]] == [BUDGET_KEYS]
+    assert {key: with_budget[key] for key in KEYS} == body
+
+
+@pytest.mark.parametrize("given", ["bfloat16", "fp8_e4m3"])
+def test_the_dtype_is_that_of_the_cache(given: str, folder: Path) -> None:
+    body = run(save_config("gemma3", folder), "--kv-cache-dtype", given)
+    assert {group["dtype"] for group in body["groups"]} == {"bfloat16" if given == "bfloat16" else "float8_e4m3fn"}
+
+
+def test_sink_tokens_and_the_blocks_that_they_keep_are_shown() -> None:
+    layers = [LayerSpec(i, 128, 32, 2, 16, "float32", i) for i in range(32)]
+    layout = derive_layout(layers, block_size=32, max_model_len=4096, uses_scratch=True)
+    (group,) = footprint(layout, 1024, cached_tokens={}, swa_scratch="on").as_json()["groups"]
+    assert group["sink_tokens"] == 32
+    assert group["required_blocks"] == (0, 28, 29, 30, 31)
+    assert (group["live_slots"], group["scratch_slots"]) == (5, 1)
+
+
 def test_the_walk_can_fail() -> None:
     """Negative control: a window off by one moves another block at a boundary."""
     assert walk(24, 32, 8, 0) != walk(25, 33, 8, 0)
@@ -125,10 +163,17 @@ def test_the_walk_can_fail() -> None:
 
 def test_a_prompt_of_1024_over_32_windowed_layers_takes_five_slots_with_scratch() -> None:
     layers = [LayerSpec(i, 128, 0, 2, 16, "float32", i) for i in range(32)]
-    found = footprint(
-        derive_layout(layers, block_size=32, max_model_len=4096, uses_scratch=True), 1024, cached_tokens={}
-    )
+    layout = derive_layout(layers, block_size=32, max_model_len=4096, uses_scratch=True)
+    found = footprint(layout, 1024, cached_tokens={}, swa_scratch="on")
     assert (found.groups[0].live_slots, found.groups[0].scratch_slots) == (4, 1)
+
+
+def test_reuse_keeps_what_on_puts_into_scratch_slots(folder: Path) -> None:
+    """Of 32 tokens block 0 is stale at the end, but not at 24, where the same prompt would begin to compute."""
+    path = save_config("gemma3", folder)
+    flags = ("--prompt-len", "32", "--block-size", "8")
+    found = {mode: run(path, *flags, f"--swa-scratch={mode}")["groups"] for mode in ("off", "on", "reuse")}
+    assert {mode: groups[0]["scratch_slots"] for mode, groups in found.items()} == {"off": 0, "on": 1, "reuse": 0}
 
 
 FLAGS = ("--dtype", "float32", "--prompt-len", "100", "--block-size", "8", "--cached", "full=40")
@@ -172,6 +217,42 @@ def test_a_budget_seats_what_the_published_example_seats(tmp_path: Path) -> None
         tmp_path, "--block-size", "32", "--dtype", "bfloat16", "--budget", "70GiB", "--max-num-batched-tokens", "2048"
     )
     assert stepped["budgets"][0]["sequences"] == 168
+    steps = [(one["max_num_batched_tokens"], one["default_max_num_batched_tokens"]) for one in half["budgets"]]
+    assert steps == [(0, 512), (0, 512)]
+    assert stepped["budgets"][0]["max_num_batched_tokens"] == 2048
+    assert [one["default_sequences"] for one in (half["budgets"][0], stepped["budgets"][0])] == [169, 169]
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ((), "169 sequences of 8192 tokens without room for a prefill step, 169 with a worker's default steps of 512;"),
+        (
+            ("--max-num-batched-tokens", "2048"),
+            "168 sequences of 8192 tokens with room for steps of 2048 prompt tokens, 169 with a worker's default",
+        ),
+    ],
+)
+def test_the_line_says_which_step_was_counted(
+    flags: tuple[str, ...], words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = save_budget_model(tmp_path)
+    own = ("--block-size", "32", "--dtype", "bfloat16", "--budget", "70GiB")
+    assert main(["plan", "--model", str(path), *own, *flags]) == 0
+    assert f"70 GiB seats {words}" in capsys.readouterr().out
+
+
+def test_the_least_memory_that_a_worker_starts_with_seats_one(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = save_config("gemma3", folder)
+    own = ("--block-size", "8", "--max-model-len", "256")
+    assert main(["plan", "--model", str(path), "--dtype", "float32", *own, "--budget", "1KiB"]) == 2
+    least = int(capsys.readouterr().err.partition("needs ")[2].partition(";")[0])
+    counts = []
+    for budget, step in ((least, "512"), (least - 1, "8")):
+        flags = ("--budget", str(budget), "--max-num-batched-tokens", step)
+        (one,) = run(path, *own, *flags)["budgets"]
+        counts.append((one["sequences"] > 0, one["default_sequences"]))
+    assert counts == [(True, 1), (True, 0)]
 
 
 @pytest.mark.parametrize(

@@ -5,14 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from disagg.cache.host_memory import available_nbytes
 from disagg.config.quantities import endpoint_host, format_nbytes, is_loopback, parse_nbytes
-from disagg.config.resources import (
-    CPU_MEMORY_FRACTION,
-    available_memory_nbytes,
-    default_kv_cache_nbytes,
-    num_cores,
-    threads_per_worker,
-)
+from disagg.config.resources import CPU_MEMORY_FRACTION, default_kv_cache_nbytes, num_cores, threads_per_worker
 
 
 def test_cores_are_limited_by_a_quota(tmp_path: Path) -> None:
@@ -23,20 +18,9 @@ def test_cores_are_limited_by_a_quota(tmp_path: Path) -> None:
     assert num_cores(tmp_path / "none") == len(os.sched_getaffinity(0))
 
 
-def test_memory_is_limited_by_a_cgroup(tmp_path: Path) -> None:
-    meminfo = tmp_path / "meminfo"
-    meminfo.write_text("MemTotal: 200 kB\nMemAvailable:     100 kB\n")
-    assert available_memory_nbytes(tmp_path, meminfo) == 102400
-    (tmp_path / "memory.max").write_text("5000\n")
-    (tmp_path / "memory.current").write_text("1000\n")
-    assert available_memory_nbytes(tmp_path, meminfo) == 4000
-    (tmp_path / "memory.max").write_text("max\n")
-    assert available_memory_nbytes(tmp_path, meminfo) == 102400
-
-
 def test_this_machine_has_cores_and_memory() -> None:
     assert num_cores() >= 1
-    assert 0 < default_kv_cache_nbytes(0.5) < CPU_MEMORY_FRACTION * available_memory_nbytes()
+    assert 0 < default_kv_cache_nbytes(0.5) < CPU_MEMORY_FRACTION * available_nbytes()
 
 
 @pytest.mark.parametrize(("workers", "cores", "threads"), [(2, 8, 4), (3, 8, 2), (4, 2, 1), (1, 1, 1)])

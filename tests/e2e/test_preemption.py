@@ -1,4 +1,4 @@
-"""Pools for eight sequences, sixty-four mixed requests at once: all end, with the tokens of an unloaded run."""
+"""Pools for few sequences, eight times as many mixed requests at once: all end, with the tokens of an unloaded run."""
 
 from __future__ import annotations
 
@@ -15,14 +15,10 @@ from support.system import System, running
 from disagg.cache.admission import peak_slots
 from disagg.cache.layout import LayerSpec, derive_layout
 
-pytestmark = [pytest.mark.processes, pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.processes, pytest.mark.timeout(300)]
 
-NUM_REQUESTS = 64
-NUM_DRAWN = 110  # some answers hold a near-tie, which the order of additions may decide either way
 MIN_GAP = 1e-3  # batch shapes spread float32 logits by less here; the families' fixtures ask 5e-3 of shorter answers
-NUM_AT_ONCE = 4  # unloaded: half of what the pools seat to the end
 MAX_MODEL_LEN, BLOCK_SIZE, BATCHED = 128, 8, 64
-POOLS_SEAT = 8
 ROLES = {
     "decode": ("--prefill", "1", "--decode", "1", "--swa-scratch"),
     "both": ("--prefill", "0", "--decode", "0", "--both", "1"),
@@ -36,6 +32,28 @@ class Asked:
     sampling: dict[str, Any]
 
 
+@dataclass(frozen=True)
+class Scale:
+    """`num_drawn`: more than are asked, as some answers hold a near-tie, which the order of additions may decide.
+
+    `num_copies`: how often each is asked, every time under a salt of its own. `num_at_once`: in the unloaded run.
+    """
+
+    pools_seat: int
+    num_requests: int
+    num_copies: int
+    num_drawn: int
+    num_at_once: int
+
+    @property
+    def num_distinct(self) -> int:
+        return self.num_requests // self.num_copies
+
+
+SMALL = Scale(pools_seat=3, num_requests=24, num_copies=2, num_drawn=22, num_at_once=2)
+FULL = Scale(pools_seat=8, num_requests=64, num_copies=1, num_drawn=110, num_at_once=4)
+
+
 def draw(number: int) -> Asked:
     dice = random.Random(number)
     # Answers are long beside the two blocks that they are let in with: whoever is let in must grow.
@@ -44,8 +62,8 @@ def draw(number: int) -> Asked:
     return Asked(prompt, dice.choice([36, 44, 52, 56]), sampling)
 
 
-def pools_nbytes() -> int:
-    """Bytes of pools that hold eight sequences of the longest, as a prompt of one step each, and no more."""
+def pools_nbytes(num_seqs: int) -> int:
+    """Bytes of pools that hold so many sequences of the longest, as a prompt of one step each, and no more."""
     config = build_family("gemma3").config
     layers = [
         LayerSpec(i, config.sliding_window if kind == "sliding_attention" else None, 0, 2, 16, "float32", i)
@@ -53,11 +71,10 @@ def pools_nbytes() -> int:
     ]
     layout = derive_layout(layers, block_size=BLOCK_SIZE, max_model_len=MAX_MODEL_LEN)
     peaks = peak_slots(layout, total_tokens=MAX_MODEL_LEN, history=0, step_tokens=BATCHED)
-    return sum((POOLS_SEAT * peak + 2) * size for peak, size in zip(peaks, layout.slot_nbytes, strict=True))
+    return sum((num_seqs * peak + 2) * size for peak, size in zip(peaks, layout.slot_nbytes, strict=True))
 
 
-def ask(system: System, asked: Asked, logprobs: int | None = None) -> Any:
-    extra = {} if logprobs is None else {"logprobs": logprobs}
+def ask(system: System, asked: Asked, **extra: Any) -> Any:
     body = {"max_tokens": asked.max_tokens, "ignore_eos": True, **asked.sampling, **extra}
     status, answer = system.complete(asked.prompt, **body)
     assert status == 200, answer
@@ -70,32 +87,48 @@ def is_safe(choice: Any) -> bool:
     return all(top[0] - top[1] >= MIN_GAP for top in tops if len(top) > 1)
 
 
-@pytest.mark.parametrize("role", list(ROLES))
-def test_sixty_four_requests_over_pools_for_eight_end_as_unloaded(role: str, tmp_path: Path) -> None:
-    folder = save_family("gemma3", tmp_path / "model")
+def unloaded(system: System, scale: Scale) -> dict[int, list[int]]:
+    """Answers by number, with few requests at a time: nobody is preempted."""
+    with ThreadPoolExecutor(scale.num_at_once) as pool:
+        drawn = list(pool.map(lambda number: ask(system, draw(number), logprobs=2), range(scale.num_drawn)))
+    safe = [(number, choice["token_ids"]) for number, choice in enumerate(drawn) if is_safe(choice)]
+    answers = dict(safe[: scale.num_distinct])
+    assert len(answers) == scale.num_distinct, f"only {len(answers)} answers without a near-tie"
+    assert len({tuple(ids) for ids in answers.values()}) > scale.num_distinct // 2, "the answers say nothing"
+    system.settle()
+    assert system.total("disagg_preemptions_total") == 0
+    return answers
+
+
+def check_overload(role: str, scale: Scale, folder: Path) -> None:
+    save_family("gemma3", folder)
     num_workers = 2 if role == "decode" else 1
     flags = (
         *("--model", str(folder), "--dtype", "float32", "--block-size", str(BLOCK_SIZE)),
         *("--max-model-len", str(MAX_MODEL_LEN), "--max-num-seqs", "64", "--max-num-batched-tokens", str(BATCHED)),
         # One thread: two of them wait for each other where other processes want the cores.
-        *("--kv-cache-memory", str(num_workers * pools_nbytes()), "--threads", "1"),
+        *("--kv-cache-memory", str(num_workers * pools_nbytes(scale.pools_seat)), "--threads", "1"),
     )
     with running(*flags, *ROLES[role]) as system:
-        with ThreadPoolExecutor(NUM_AT_ONCE) as pool:
-            drawn = list(pool.map(lambda number: ask(system, draw(number), logprobs=2), range(NUM_DRAWN)))
-        safe = [(number, choice["token_ids"]) for number, choice in enumerate(drawn) if is_safe(choice)]
-        unloaded = dict(safe[:NUM_REQUESTS])
-        assert len(unloaded) == NUM_REQUESTS, f"only {len(unloaded)} answers without a near-tie"
-        assert len({tuple(ids) for ids in unloaded.values()}) > NUM_REQUESTS // 2, "the answers say nothing"
-        system.settle()
-        assert system.total("disagg_preemptions_total") == 0
-        with ThreadPoolExecutor(NUM_REQUESTS) as pool:
-            answers = list(pool.map(lambda number: ask(system, draw(number)), unloaded))
-        for (number, expected), choice in zip(unloaded.items(), answers, strict=True):
-            assert choice["token_ids"] == expected, f"request {number}"
+        expected = unloaded(system, scale)
+        asked = [(number, copy) for copy in range(scale.num_copies) for number in expected]
+        with ThreadPoolExecutor(scale.num_requests) as pool:
+            answers = list(pool.map(lambda one: ask(system, draw(one[0]), cache_salt=f"copy {one[1]}"), asked))
+        for (number, copy), choice in zip(asked, answers, strict=True):
+            assert choice["token_ids"] == expected[number], f"request {number}, copy {copy}"
             assert choice["finish_reason"] == "length"
         system.settle()
         system.wait_until_idle()
         assert system.total("disagg_preemptions_total", worker=f"{role}-0") > 0
         for name in ("total", "used", "free", "peak", "scratch", "cached"):
             assert system.samples(f"disagg_kv_blocks_{name}", worker=f"{role}-0"), name
+
+
+def test_twenty_four_requests_over_pools_for_three_end_as_unloaded(tmp_path: Path) -> None:
+    check_overload("decode", SMALL, tmp_path / "model")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("role", list(ROLES))
+def test_sixty_four_requests_over_pools_for_eight_end_as_unloaded(role: str, tmp_path: Path) -> None:
+    check_overload(role, FULL, tmp_path / "model")

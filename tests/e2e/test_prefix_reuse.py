@@ -92,6 +92,18 @@ def test_a_prompt_that_is_held_whole_moves_nothing(chat: Chat) -> None:
     assert (sum(moved(transfer).values()), transfer["num_blocks"], cached) == (0, 0, 56)
 
 
+def test_the_same_prompt_under_another_salt_finds_nothing(chat: Chat) -> None:
+    prompt = words(5, 64)
+    answer, *_ = chat.ask(prompt, cache_salt="one")
+    for salt in ({"cache_salt": "other"}, {}):
+        again, transfer, cached = chat.ask(prompt, **salt)
+        assert again == answer
+        assert (moved(transfer), cached) == (minimum_nbytes(chat.layers, 64, T), 0), salt
+    again, transfer, cached = chat.ask(prompt, cache_salt="one")  # the control: under its own it finds all there is
+    assert again == answer
+    assert (sum(moved(transfer).values()), cached) == (0, 56)
+
+
 def test_a_windowed_miss_with_a_full_hit_moves_only_the_windowed_blocks(chat: Chat) -> None:
     prompt = words(3, 96)
     answer, *_ = chat.ask(prompt)

@@ -59,25 +59,28 @@ def registered(cluster: Cluster) -> set[str]:
     return {worker["id"] for worker in cluster.trio.api.workers()}
 
 
-def assert_refused(worker: Part, field: str, *values: str) -> None:
-    """It ends with exit code 2 and one sentence that names the field and both values."""
+def assert_refused(worker: Part, field: str, *values: str, next_step: str) -> None:
+    """It ends with exit code 2 and one sentence that names the field, both values and what to do."""
     assert worker.wait_for_end() == 2, worker.text
     assert len(worker.sentences) == 1, worker.text
     assert f"the router refuses this worker: {field}" in worker.sentences[0]
     missing = [value for value in values if value not in worker.sentences[0]]
     assert not missing, f"{missing} not in: {worker.sentences[0]}"
+    assert worker.sentences[0].endswith(f"; {next_step}")
     assert "Traceback" not in worker.text
 
 
 def test_a_worker_with_other_weights_is_refused(cluster: Cluster) -> None:
     (ours,) = {worker["identity"]["model_fingerprint"] for worker in cluster.trio.api.workers()}
-    assert_refused(cluster.other_weights, "model_fingerprint", ours)
+    step = "give router and workers the same checkpoint, and `--verify-weights` to all or to none"
+    assert_refused(cluster.other_weights, "model_fingerprint", ours, next_step=step)
     assert "other-weights" not in registered(cluster)
     assert any("refused worker `other-weights`: model_fingerprint" in line for line in cluster.trio.router.log)
 
 
 def test_a_worker_with_another_length_is_refused(cluster: Cluster) -> None:
-    assert_refused(cluster.other_length, "max_model_len", "128", "96")
+    step = "give all workers the same `--max-model-len`"
+    assert_refused(cluster.other_length, "max_model_len", "128", "96", next_step=step)
     assert "other-length" not in registered(cluster)
 
 

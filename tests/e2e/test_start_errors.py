@@ -118,6 +118,15 @@ def test_memory_in_which_no_sequence_fits(tmp_path: Path) -> None:
     assert_one_sentence(refusal, "`--kv-cache-memory`: 131072 bytes", f"{(256 + 2 * 16) * 1024}", "`--max-model-len`")
 
 
+def test_a_window_in_which_not_even_the_query_fits(tmp_path: Path) -> None:
+    """Once, not once per restart: the worker says that this is the user's."""
+    folder = save_family("mistral", tmp_path / "mistral")
+    edit_json(folder / "config.json", sliding_window=0)
+    refusal = refused("--port", "0", "--model", str(folder), *ONE_WORKER)
+    assert_one_sentence(refusal, "layer 0: window 0, expected at least 1", "`sliding_window` in config.json")
+    assert "restarting" not in refusal.stderr
+
+
 def test_a_model_larger_than_the_memory(tmp_path: Path) -> None:
     folder = save_family("llama", tmp_path / "llama")
     edit_json(folder / "config.json", intermediate_size=2**36)  # 4 layers x 3 x 64 x 2**36 weights: 192 TiB

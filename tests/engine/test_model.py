@@ -227,6 +227,16 @@ def test_what_a_config_asks_for_in_vain_is_one_sentence(
     assert "\n" not in str(refused.value)
 
 
+@pytest.mark.parametrize("window", [0, -3])
+@pytest.mark.parametrize("name", ["mistral", "qwen3-win", "gemma2", "gemma3", "gemma3n", "gemma4", "gpt_oss"])
+def test_a_window_that_holds_no_query_is_refused_by_layer_and_number(name: str, window: int, tmp_path: Path) -> None:
+    save_family(name, tmp_path)
+    edit_json(tmp_path / "config.json", sliding_window=window)
+    layer = 2 if name == "qwen3-win" else 0
+    with pytest.raises(ModelRefused, match=f"layer {layer}: window {window}, expected at least 1, the query itself; "):
+        load_model(tmp_path)
+
+
 def test_layer_types_other_than_sliding_and_full_are_refused(tmp_path: Path) -> None:
     save_family("qwen3", tmp_path)
     edit_json(tmp_path / "config.json", layer_types=["full_attention"] * 3 + ["chunked_attention"])

@@ -2,16 +2,9 @@
 
 from __future__ import annotations
 
+from support.token_walk import attends
+
 from disagg.cache.layout import CacheLayout, LayerGroup, LayerSpec, derive_layout
-
-
-def attends(query: int, key: int, window: int | None, num_sink_tokens: int) -> bool:
-    """Whether a query at one position reads the key at another."""
-    if key > query:
-        return False
-    if window is None or key < num_sink_tokens:
-        return True
-    return query - key < window
 
 
 def readable_later(key: int, first_query: int, window: int | None, num_sink_tokens: int) -> bool:

@@ -1,4 +1,4 @@
-"""What must move, by walking token positions. Knows transformers' modules and nothing of disagg."""
+"""What must move, by walking token positions. Knows transformers' modules and nothing of disagg. Slow on purpose."""
 
 from __future__ import annotations
 
@@ -31,16 +31,22 @@ def stored_layers(model: Any, *, itemsize: int) -> list[StoredLayer]:
     return layers
 
 
-def attended(position: int, query: int, window: int | None) -> bool:
-    return position <= query and (window is None or position > query - window)
+def attends(query: int, key: int, window: int | None, num_sink_tokens: int = 0) -> bool:
+    """Whether a query at one position reads the key at another."""
+    if key > query:
+        return False
+    if window is None or key < num_sink_tokens:
+        return True
+    return query - key < window
 
 
-def needed_blocks(prompt_len: int, window: int | None, block_size: int, horizon: int = 4) -> set[int]:
-    """Blocks that hold a prompt token which one of the next `horizon` queries attends; later ones attend no other."""
+def needed_blocks(prompt_len: int, window: int | None, block_size: int, num_sink_tokens: int = 0) -> set[int]:
+    """Blocks that hold a token t < P which some later query, at P, P+1, ..., reads: beyond P + W none reads others."""
+    queries = range(prompt_len, prompt_len + (window or 0) + 1)
     return {
-        token // block_size
-        for token in range(prompt_len)
-        if any(attended(token, query, window) for query in range(prompt_len, prompt_len + horizon))
+        key // block_size
+        for key in range(prompt_len)
+        if any(attends(query, key, window, num_sink_tokens) for query in queries)
     }
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from support import plan_oracle
+from support.token_walk import needed_blocks
 
 from disagg.transceiver.compact import (
     HOLE,
@@ -255,7 +255,7 @@ def test_the_logical_mask_is_what_token_walking_finds(
     prompt_len: int, window: int | None, num_sink_tokens: int, block_size: int
 ) -> None:
     mask = logical_mask(prompt_len, window, num_sink_tokens, block_size)
-    assert set(np.flatnonzero(mask)) == plan_oracle.needed(prompt_len, window, num_sink_tokens, block_size)
+    assert set(np.flatnonzero(mask)) == needed_blocks(prompt_len, window, block_size, num_sink_tokens)
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from support import plan_oracle
+from support.token_walk import needed_blocks
 
 from disagg.transceiver.errors import RemoteProtocolError
 from disagg.transceiver.messages.values import GroupRuns
@@ -37,7 +37,7 @@ def test_required_units_are_what_token_walking_finds_less_what_is_held(
     held = [data.draw(st.sets(st.integers(0, 80))) for _ in groups]
     required = required_units(groups, prompt_len, block_size, held)
     for number, (group, entry) in enumerate(zip(groups, required, strict=True)):
-        need = plan_oracle.needed(prompt_len, group.window, group.num_sink_tokens, block_size)
+        need = needed_blocks(prompt_len, group.window, block_size, group.num_sink_tokens)
         assert entry.group == number
         assert entry.ordinals == tuple(sorted(need - held[number]))
         assert all(a + b < c for (a, b), (c, _) in zip(entry.runs, entry.runs[1:], strict=False))

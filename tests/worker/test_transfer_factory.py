@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from support.plan_oracle import attended
+from support.token_walk import attends
 
 from disagg.cache.layout import LayerSpec, derive_layout
 from disagg.transceiver.keys import ClusterKeys
@@ -39,7 +39,7 @@ def dispatch(prompt_len: int, peer_block_size: int) -> Dispatch:
 
 def needed_tokens(prompt_len: int, window: int | None, sinks: int) -> set[int]:
     queries = range(prompt_len, prompt_len + (window or 0) + 1)
-    return {key for key in range(prompt_len) if any(attended(query, key, window, sinks) for query in queries)}
+    return {key for key in range(prompt_len) if any(attends(query, key, window, sinks) for query in queries)}
 
 
 @given(
