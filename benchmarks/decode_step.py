@@ -10,19 +10,17 @@ from __future__ import annotations
 
 import argparse
 import os
-import platform
-import shlex
 import statistics
-import subprocess
-import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 
 import torch
 
+from disagg.bench.circumstances import circumstances
 from disagg.cache.cache import KVCache
 from disagg.cache.layout import derive_layout
 from disagg.engine.engine import StepRunner
@@ -32,7 +30,7 @@ from disagg.engine.graphs_cuda import CudaGraphs
 from disagg.engine.model import LoadedModel, load_model
 from disagg.engine.probe import probe
 from disagg.engine.runner import Chunk, Runner
-from disagg.kernels.dispatch import CALLS, FUSED_VARIABLE
+from disagg.kernels.dispatch import CALLS, FUSED_VARIABLE, backend
 
 MAX_MODEL_LEN = 1024
 HISTORY = 300
@@ -49,6 +47,8 @@ class Contender:
     runner: StepRunner
     cache: KVCache
     device: torch.device
+    claim: str
+    """What the dispatcher counts, in a batch of decode rows, when this way was really taken."""
 
     def chunks(self, batch: int, count: int, start: int) -> list[Chunk]:
         made = []
@@ -72,21 +72,38 @@ class Contender:
 
 def contenders(device: str) -> list[Contender]:
     plain, fused = (_load(device, is_fused=is_fused) for is_fused in (False, True))
-    found = [_contender("transformers' forward", plain), _contender("fused QKV", fused)]
+    kernels = backend(fused.device).NAME
+    found = [
+        _contender("transformers' forward", plain, f"{kernels}:write_kv"),
+        _contender("fused QKV", fused, f"{kernels}:preprocess_qkv"),
+    ]
     if fused.device.type == "cuda":
-        found.append(_contender("fused QKV, graphs", fused, graphs=True))
+        found.append(_contender("fused QKV, graphs", fused, "graph:decode", graphs=True))
     return found
 
 
-def _load(device: str, *, is_fused: bool) -> LoadedModel:
+@contextmanager
+def _unfused() -> Iterator[None]:
+    """Inside, models are loaded with transformers' own forward, whatever serves the device."""
+    before = os.environ.get(FUSED_VARIABLE)
     os.environ[FUSED_VARIABLE] = "off"
-    model = load_model(Path(str(files("disagg") / "demo_model")), dtype="float32", device=device)
+    try:
+        yield
+    finally:
+        os.environ.pop(FUSED_VARIABLE)
+        if before is not None:
+            os.environ[FUSED_VARIABLE] = before
+
+
+def _load(device: str, *, is_fused: bool) -> LoadedModel:
+    with _unfused():
+        model = load_model(Path(str(files("disagg") / "demo_model")), dtype="float32", device=device)
     if is_fused:
         fuse(model.module, probe(model.module, device))
     return model
 
 
-def _contender(name: str, model: LoadedModel, *, graphs: bool = False) -> Contender:
+def _contender(name: str, model: LoadedModel, claim: str, *, graphs: bool = False) -> Contender:
     layout = derive_layout(model.layers, block_size=16, max_model_len=MAX_MODEL_LEN)
     cache = KVCache(layout, [1200] * layout.num_pools, str(model.device))
     runner: StepRunner = Runner(model, cache)
@@ -95,7 +112,7 @@ def _contender(name: str, model: LoadedModel, *, graphs: bool = False) -> Conten
         captured = DecodeGraphs(model, cache, maker, max_num_seqs=32, max_model_len=MAX_MODEL_LEN)
         captured.capture()
         runner = GraphRunner(runner, captured)
-    return Contender(name, runner, cache, model.device)
+    return Contender(name, runner, cache, model.device, claim)
 
 
 def measure(ways: Sequence[Contender], batch: int, count: int, start: int, repeats: int) -> list[str]:
@@ -108,6 +125,7 @@ def measure(ways: Sequence[Contender], batch: int, count: int, start: int, repea
             CALLS.clear()
             seconds[number].append(ways[number].seconds(chunks[number]))
             counted[number] = ", ".join(name for name in COUNTED if CALLS[name])
+            check(ways[number], count)
     medians = [statistics.median(values[repeats // 10 :]) for values in seconds]  # the first ones warm up
     what = f"{batch} x {count} at {start}"
     return [
@@ -116,16 +134,19 @@ def measure(ways: Sequence[Contender], batch: int, count: int, start: int, repea
     ]
 
 
+def check(way: Contender, count: int) -> None:
+    """SystemExit where what was just measured is not the way that the row names. Prompts have no graphs here."""
+    if (count == 1 or way.claim != "graph:decode") and not CALLS[way.claim]:
+        raise SystemExit(f"error: {way.name}: `{way.claim}` was not counted, but {dict(CALLS)}")
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--repeats", type=int, default=100)
     options = parser.parse_args(argv)
     torch.set_num_threads(1)
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()  # noqa: S607
-    machine = torch.cuda.get_device_name() if options.device.startswith("cuda") else platform.processor()
-    load = ", ".join(f"{value:.1f}" for value in os.getloadavg())
-    print(f"`{shlex.join(['python', *sys.argv])}`, commit {commit}, {machine}, {os.cpu_count()} cores, load {load}")
+    print(circumstances("1 thread", device=options.device))
     if not options.device.startswith("cuda"):
         print("Decode graphs are not measured: they need a CUDA device, this is a run on a CPU.")
     print("\n| sequences x tokens | path | ms | of the first | counted |\n|---|---|---|---|---|")

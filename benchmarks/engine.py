@@ -31,11 +31,7 @@ import argparse
 import copy
 import logging
 import os
-import platform
-import shlex
 import statistics
-import subprocess
-import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -48,6 +44,7 @@ from typing import Any
 import torch
 from torch.nn import functional
 
+from disagg.bench.circumstances import circumstances
 from disagg.cache.cache import KVCache
 from disagg.cache.layout import LayerSpec, derive_layout
 from disagg.engine import hf
@@ -58,11 +55,18 @@ from disagg.engine.packed import pack_linears
 from disagg.engine.probe import probe
 from disagg.engine.runner import Chunk, Runner
 from disagg.kernels import native_attention
+from disagg.kernels.dispatch import CALLS
 from disagg.transceiver.messages.values import Sampling
 
 BLOCK_SIZE = 16
 LONGEST = 512
 HEAD_START = 40  # more steps than the engine needs to take up all prompts: it begins 8 at once
+# What a worker here decodes with: its name, and what the dispatcher counts.
+OUR_PATH = (
+    ("compiled", (native_attention.ATTENTION, native_attention.WRITE, "packed_linear"))
+    if native_attention.is_loaded()
+    else ("torch", ("torch:paged_attention", "packed_linear"))
+)
 Seconds = list[float]
 _hf: Any = hf.transformers  # type: ignore[attr-defined]  # through the one module that imports it
 
@@ -181,6 +185,14 @@ class Ours:
         self._engine = Engine(runner, self._cache, config)
 
     def run(self, load: Load) -> Seconds:
+        """Seconds of each step. SystemExit where they did not take the path that the table claims."""
+        CALLS.clear()
+        times = self._run(load)
+        if missing := [name for name in OUR_PATH[1] if not CALLS[name]]:
+            raise SystemExit(f"error: {self.name}: `{missing[0]}` was not counted, but {dict(CALLS)}")
+        return times
+
+    def _run(self, load: Load) -> Seconds:
         module: Any = self._model.module
         module.set_attn_implementation(hf.ATTENTION_NAME)
         # The first answers begin some steps before the last prompt is taken up.
@@ -383,16 +395,6 @@ HEADER = (
 )
 
 
-def circumstances() -> str:
-    git = ["git", "describe", "--always", "--dirty"]
-    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or "unknown"  # noqa: S603
-    command, load = shlex.join(["python", *sys.argv]), ", ".join(f"{value:.1f}" for value in os.getloadavg())
-    versions = f"torch {torch.__version__}, transformers {_hf.__version__}"
-    attention = "compiled" if native_attention.is_loaded() else "torch"
-    machine = f"{os.cpu_count()} cores of {platform.machine()}"
-    return f"`{command}`, commit {commit}, {machine}, {versions}, {attention} decode attention, load {load}"
-
-
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--full", action="store_true", help="also one thread, longer turns, continuous batching of all")
@@ -412,7 +414,7 @@ def main() -> None:
     cores = os.cpu_count() or 1
     threads = options.threads or sorted({1, cores} if options.full else {cores})
     steps = {"demo": 32 if options.full else 16, "100m": 16 if options.full else 4}
-    print(circumstances())
+    print(circumstances(f"transformers {_hf.__version__}", f"{OUR_PATH[0]} decode attention"))
     print("\n" + HEADER)
     for name in options.models:
         batching = (options.full or name == "demo") and not options.cpu_time

@@ -9,17 +9,13 @@ are the least of `--repeat` runs: what the code takes, not what a neighbour on t
 from __future__ import annotations
 
 import argparse
-import os
-import platform
-import shlex
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
+from disagg.bench.circumstances import circumstances
 from disagg.cache.admission import peak_slots
 from disagg.cache.cache import KVCache
 from disagg.cache.layout import CacheLayout, LayerSpec, derive_layout
@@ -111,13 +107,6 @@ def prefill(cache: KVCache, prompt_len: int) -> float:
 
 def least_us(run: Callable[[], float], repeat: int) -> float:
     return min(run() for _ in range(repeat)) * 1e6
-
-
-def circumstances() -> str:
-    git = ["git", "describe", "--always", "--dirty"]
-    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or "unknown"  # noqa: S603
-    command = shlex.join(["python", *sys.argv])
-    return f"`{command}`, commit {commit}, {os.cpu_count()} cores, Python {platform.python_version()}"
 
 
 def main() -> None:

@@ -11,14 +11,11 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import os
-import platform
 import random
 import shlex
 import signal
 import socket
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator, Sequence
@@ -27,6 +24,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import aiohttp
+
+from disagg.bench.circumstances import circumstances
 
 SYSTEMS = {
     "1 prefill + 1 decode": ["--prefill", "1", "--decode", "1"],
@@ -151,20 +150,6 @@ async def measure(url: str, work: Sequence[list[int]], in_flight: int) -> Round:
         async with asyncio.TaskGroup() as group:
             tasks = [group.create_task(one(session, prompt)) for prompt in work]
         return Round([task.result() for task in tasks], time.perf_counter() - started)
-
-
-def circumstances() -> str:
-    """What a reader needs to repeat the numbers."""
-    git = ["git", "describe", "--always", "--dirty"]
-    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or "unknown"  # noqa: S603
-    cpu = next((line.split(": ")[1] for line in cpuinfo() if line.startswith("model name")), platform.machine())
-    command = shlex.join(["python", *sys.argv])
-    return f"`{command}`, commit {commit}, {os.cpu_count()} cores ({cpu}), Python {platform.python_version()}"
-
-
-def cpuinfo() -> list[str]:
-    path = Path("/proc/cpuinfo")
-    return path.read_text().splitlines() if path.exists() else []
 
 
 async def run(options: argparse.Namespace) -> None:

@@ -14,6 +14,7 @@ from typing import Any, Final
 import numpy as np
 
 from disagg.bench.cases import CASES, Case
+from disagg.bench.circumstances import cpu_name
 from disagg.bench.contenders import OURS, missing_package
 from disagg.bench.pair import BenchError, Pair, Sample
 
@@ -121,17 +122,11 @@ def bench_transfer(planes: Sequence[str], cases: Sequence[str], rounds: int, dig
 
 def _about(load_before: tuple[float, float, float]) -> dict[str, Any]:
     return {
-        "machine": f"{_cpu_name()}, {os.cpu_count()} CPUs, {platform.system()} {platform.release()}",
+        "machine": f"{cpu_name()}, {os.cpu_count()} CPUs, {platform.system()} {platform.release()}",
         "python": platform.python_version(),
         "load_before": round(load_before[0], 2),
         "load_after": round(os.getloadavg()[0], 2),
     }
-
-
-def _cpu_name() -> str:
-    with open("/proc/cpuinfo") as lines:
-        names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
 
 
 def _table(about: dict[str, Any], results: Sequence[Result]) -> str:

@@ -11,7 +11,8 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
-DTYPE_NBYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float8_e4m3fn": 1}
+DTYPE_NBYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float8_e4m3fn": 1, "int8": 1}
+SCALED = ("float8_e4m3fn", "int8")
 """Bytes per element of the KV dtypes a cache can hold, by torch's names (this file imports no torch)."""
 
 LayerScales = tuple[tuple[float, ...], tuple[float, ...]]
@@ -24,7 +25,7 @@ class LayerSpec:
 
     `window` counts the query itself (None = full attention); `num_sink_tokens` are always attended.
     `producer` is the layer whose KV this one reads: itself, or an earlier one (Gemma 3n and 4 share KV).
-    `scales` belong to fp8 KV; None = 1.0 everywhere.
+    `scales` belong to KV of eight bits; None = 1.0 everywhere.
     """
 
     index: int
@@ -45,8 +46,8 @@ class LayerSpec:
             raise ValueError(f"layer {self.index}: {self.num_kv_heads} KV heads of dimension {self.head_dim}")
         if self.dtype not in DTYPE_NBYTES:
             raise ValueError(f"layer {self.index}: KV dtype `{self.dtype}`, expected one of {sorted(DTYPE_NBYTES)}")
-        if self.scales is not None and self.dtype != "float8_e4m3fn":
-            raise ValueError(f"layer {self.index}: scales belong to fp8 KV, not to {self.dtype}")
+        if self.scales is not None and self.dtype not in SCALED:
+            raise ValueError(f"layer {self.index}: scales belong to fp8 and int8 KV, not to {self.dtype}")
         if self.scales is not None and any(len(half) != self.num_kv_heads for half in self.scales):
             raise ValueError(f"layer {self.index}: expected {self.num_kv_heads} scales for K and for V")
 

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from disagg.cache.errors import PoolMemoryShort
 from disagg.cache.host_memory import available_nbytes
+from disagg.cache.staging import Staging
 
 _F_SEAL_FUTURE_WRITE = 0x10  # linux/fcntl.h; python's fcntl names it from 3.13 on
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | _F_SEAL_FUTURE_WRITE | fcntl.F_SEAL_SEAL
@@ -46,6 +47,7 @@ class SlotMemory:
         except PoolMemoryShort:
             self.close()
             raise
+        self._staging = Staging(self.slots) if self.is_staged else None
 
     def zero(self, slots: Slots) -> None:
         """On both sides. On the host by numpy: torch would wake its threads for a slot or two."""
@@ -62,13 +64,14 @@ class SlotMemory:
 
         A slot that several sequences share is written again with the same bytes, which no reader can tell.
         """
-        if self.is_staged and len(slots):
-            self._host_bytes[slots] = self.slots[self._index(slots)].cpu().numpy()
+        if self._staging is not None:
+            for some, rows in self._staging.read(slots):
+                self._host_bytes[some] = rows
 
     def take_in(self, slots: Slots) -> None:
         """Copy landed slots from the host side, in order with the kernels that will read them."""
-        if self.is_staged and len(slots):
-            self.slots[self._index(slots)] = self.host[torch.from_numpy(slots)].to(self.slots.device)
+        if self._staging is not None:
+            self._staging.write(slots, self._host_bytes)
 
     def close(self) -> None:
         """Close the memfd. The mapping itself goes when the last view of it does: a tensor must never dangle."""

@@ -21,7 +21,7 @@ from disagg.cli.supervisor import ClusterError, Ready, Supervisor
 from disagg.config.errors import ConfigError
 from disagg.config.load import COMMANDS, OTHER_VARIABLES, to_flags, variable_of
 from disagg.config.quantities import format_nbytes
-from disagg.config.resources import default_kv_cache_nbytes, num_cores, threads_per_worker
+from disagg.config.resources import default_kv_cache_nbytes, num_cores, threads_by_role
 from disagg.config.secret import INSECURE_SECRET, draw_secret
 from disagg.config.settings import (
     EngineSettings,
@@ -58,7 +58,7 @@ class LocalCluster:
     def __init__(self, settings: UpSettings, model: str) -> None:
         self._settings = settings
         self._shared = {field: getattr(settings, field) for field in Settings.model_fields} | {"model": model}
-        self._threads = settings.threads or threads_per_worker(settings.num_workers, num_cores())
+        self._threads = _threads(settings)
         # Measured once: workers that measured for themselves, or after a restart, would find different amounts free,
         # derive different lengths from them and be refused as different workers.
         self._cpu_kv_nbytes = default_kv_cache_nbytes()
@@ -93,14 +93,23 @@ class LocalCluster:
         told = {field: getattr(self._settings, field) for field in EngineSettings.model_fields} | self._shared
         if role != "prefill":
             told["swa_scratch"] = "off"
-        told |= {"router": control, "worker_id": name, "device": device, "threads": self._threads}
+        threads = self._threads[role]
+        told |= {"router": control, "worker_id": name, "device": device, "threads": threads}
         told |= {"memory_share": round(1 / num_sharing, 4)}
         if self._settings.kv_cache_memory is not None:
             told |= {"kv_cache_memory": self._settings.kv_cache_memory // self._settings.num_workers}
         elif device == "cpu":
             told |= {"kv_cache_memory": max(1, self._cpu_kv_nbytes // num_sharing)}
-        env = child_environment(os.environ) | {"OMP_NUM_THREADS": str(self._threads)}
+        env = child_environment(os.environ) | {"OMP_NUM_THREADS": str(threads)}
         return _spec(name, role, to_flags(WorkerSettings(**told)), env)
+
+
+def _threads(settings: UpSettings) -> dict[Role, int]:
+    """CPU threads of a worker of each role: as told, else a share of the cores."""
+    counts: dict[Role, int] = {"prefill": settings.prefill, "decode": settings.decode, "both": settings.both}
+    shares = threads_by_role(counts, num_cores())
+    told = {"prefill": settings.prefill_threads, "decode": settings.decode_threads}
+    return {role: told.get(role) or settings.threads or shares[role] for role in counts}
 
 
 def up(settings: UpSettings) -> int:

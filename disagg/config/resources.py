@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Final
+from typing import Final, TypeVar
 
 from disagg.cache.host_memory import available_nbytes
+
+RoleT = TypeVar("RoleT", bound=str)
 
 CGROUP: Final = Path("/sys/fs/cgroup")
 
@@ -33,9 +36,17 @@ def default_kv_cache_nbytes(memory_share: float = 1.0) -> int:
     return int(CPU_MEMORY_FRACTION * memory_share * available_nbytes())
 
 
-def threads_per_worker(num_workers: int, cores: int) -> int:
-    """Torch threads of each worker that shares `cores`: more threads than cores only wait for each other."""
-    return max(1, cores // num_workers)
+def threads_by_role(counts: Mapping[RoleT, int], cores: int) -> dict[RoleT, int]:
+    """Torch threads of each worker, by role, where `counts` of them share `cores`.
+
+    More threads than cores only wait for each other. What does not divide evenly goes to prefill workers: they compute,
+    while a decode step reads weights and KV, and the memory is as fast for few cores as for many.
+    """
+    total = sum(counts.values())
+    share = max(1, cores // total)
+    prefill = sum(count for role, count in counts.items() if role == "prefill")
+    more = max(0, cores - share * total) // prefill if prefill else 0
+    return {role: share + more if role == "prefill" else share for role in counts}
 
 
 def _read(path: Path) -> str:

@@ -43,10 +43,10 @@ GroupTokens = Annotated[tuple[str, ...], AfterValidator(group_tokens), BeforeVal
 Scratch = Annotated[Literal["off", "on", "reuse"], BeforeValidator(yaml_switch)]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 KvDtype = Annotated[
-    Literal["auto", "float32", "bfloat16", "float16", "fp8_e4m3"],
+    Literal["auto", "float32", "bfloat16", "float16", "fp8_e4m3", "int8"],
     BeforeValidator(lambda value: "fp8_e4m3" if value == "fp8" else value),
 ]
-KV_DTYPE_HELP: Final = "KV cache type; `fp8` is fp8_e4m3, auto the compute type"
+KV_DTYPE_HELP: Final = "KV cache type; `fp8` is fp8_e4m3, `int8` needs --kv-scales, auto is the compute type"
 
 
 class ModelSettings(BaseModel):
@@ -148,7 +148,7 @@ class EngineSettings(Settings):
     dtype: Dtype = Field("auto", description="Type that the model computes in; auto as its config.json says")
     kv_cache_dtype: KvDtype = Field("auto", description=KV_DTYPE_HELP)
     kv_scales: Path | None = Field(
-        None, description="JSON file with fp8 scales per layer [default: the checkpoint's, else 1.0]"
+        None, description="JSON file with fp8 or int8 scales per layer [default: the checkpoint's, else 1.0]"
     )
     block_size: BlockSize = Field(16, description="Tokens per KV block; a power of two")
     max_model_len: Count | None = Field(
@@ -165,6 +165,9 @@ class EngineSettings(Settings):
     enforce_eager: bool = Field(False, description="Capture no CUDA graphs: every step runs the model's Python")
     piecewise_graphs: bool = Field(
         False, description="On CUDA, capture steps with prompt tokens too, in pieces between attentions"
+    )
+    torch_compile: bool = Field(
+        False, description="Compile the model with torch.compile at start: a minute, a C++ compiler on CPUs"
     )
     tensor_parallel_size: Count = Field(1, description="Ranks per worker", json_schema_extra={"hidden": True})
     planes: Names = Field(
@@ -191,6 +194,12 @@ class EngineSettings(Settings):
                 f"max_num_batched_tokens: {self.max_num_batched_tokens}, expected at least max_num_seqs "
                 f"({self.max_num_seqs}): a step gives every answer its next token"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _is_traced_once(self) -> Self:
+        if self.torch_compile and self.piecewise_graphs:
+            raise ValueError("torch_compile: expected without piecewise_graphs: either traces the model for itself")
         return self
 
     @field_validator("tensor_parallel_size")
@@ -255,7 +264,11 @@ class UpSettings(HttpSettings, EngineSettings):
     both: int = Field(0, ge=0, description="Workers that do both, without a transfer")
     prefill_devices: Devices = Field(("cpu",), description="Devices of prefill workers in turn, such as cuda:0,cuda:1")
     decode_devices: Devices = Field(("cpu",), description="Devices of decode (and `both`) workers in turn")
-    threads: Count | None = Field(None, description="CPU threads of each worker [default: cores / workers]")
+    threads: Count | None = Field(
+        None, description="CPU threads of each worker [default: cores / workers, what is left goes to prefill]"
+    )
+    prefill_threads: Count | None = Field(None, description="CPU threads of each prefill worker [default: --threads]")
+    decode_threads: Count | None = Field(None, description="CPU threads of each decode worker [default: --threads]")
 
     @model_validator(mode="after")
     def _can_serve(self) -> Self:

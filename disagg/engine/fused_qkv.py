@@ -28,7 +28,8 @@ from disagg.kernels.workspace import Workspace
 log = logging.getLogger(__name__)
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj")
-PARTS = frozenset({*PROJECTIONS, "o_proj", "q_norm", "k_norm"})
+NORMS = ("q_norm", "k_norm", "v_norm")
+PARTS = frozenset({*PROJECTIONS, "o_proj", *NORMS})
 # Positions of the check: the first, where RoPE turns nothing, a neighbour, and some that turn every pair of dimensions.
 CHECKED_POSITIONS = (0, 1, 7, 100)
 # Largest difference, as a share of the largest number: roundings of the dtype, of which transformers makes several and
@@ -135,6 +136,8 @@ def fuse(model: nn.Module, calls: Sequence[AttentionCall]) -> dict[int, str]:
     for layer, call in by_layer.items():
         module = modules.get(layer)
         reason = "no module of its own" if module is None else _reason(module, call, seen)
+        if any(other.producer == layer != other.layer for other in calls):
+            reason = "others read its KV"  # which its own forward hands on
         if module is None or reason:
             refused[layer] = reason
             continue
@@ -186,9 +189,11 @@ def _reason(module: nn.Module, call: AttentionCall, seen: _Seen) -> str:
         return "projects Q, K and V otherwise"
     if len({cast(nn.Linear, parts[name]).bias is None for name in PROJECTIONS}) > 1:
         return "has a bias on some projections"
-    norms = [parts[name] for name in ("q_norm", "k_norm") if name in parts]
-    if any(cast(Any, norm).weight.shape != (call.head_dim,) for norm in norms):
+    norms = [parts[name] for name in NORMS if name in parts]
+    if any(weight.shape != (call.head_dim,) for norm in norms for weight in norm.parameters()):
         return "norms over other than a head"
+    if len({_epsilon(norm) for norm in norms}) > 1:
+        return "norms by different epsilons"
     embeddings = seen.given[call.layer][1]
     if not isinstance(embeddings, tuple) or embeddings[0].shape[:2] != (1, len(CHECKED_POSITIONS)):
         return "has no RoPE"
@@ -218,18 +223,21 @@ def _packed(module: nn.Module, name: str) -> torch.Tensor:
 
 
 def _norms(module: nn.Module, call: AttentionCall) -> HeadNorms | None:
-    norms = [cast(Any, getattr(module, name, None)) for name in ("q_norm", "k_norm")]
-    if norms == [None, None]:
+    norms = [cast("nn.Module | None", getattr(module, name, None)) for name in NORMS]
+    given = [norm for norm in norms if norm is not None]
+    if not given:
         return None
-    any_norm = norms[0] if norms[0] is not None else norms[1]
-    epsilon = float(getattr(any_norm, "variance_epsilon", getattr(any_norm, "eps", 0.0)))
-    query, key = (None if norm is None else _gain(norm, call.head_dim, epsilon) for norm in norms)
-    return head_norms(query, key, None, epsilon=epsilon)
+    epsilon, ones = _epsilon(given[0]), torch.ones(call.head_dim, device=cast(nn.Linear, module.q_proj).weight.device)
+    query, key, value = (None if norm is None else _gain(norm, ones, epsilon) for norm in norms)
+    return head_norms(query, key, value, epsilon=epsilon)
 
 
-def _gain(norm: nn.Module, head_dim: int, epsilon: float) -> torch.Tensor:
-    """What the norm multiplies by, as it does it: some families store their gain minus one."""
-    ones = torch.ones(head_dim, dtype=torch.float32, device=next(norm.parameters()).device)
+def _epsilon(norm: nn.Module) -> float:
+    return float(cast(Any, getattr(norm, "variance_epsilon", getattr(norm, "eps", 0.0))))
+
+
+def _gain(norm: nn.Module, ones: torch.Tensor, epsilon: float) -> torch.Tensor:
+    """What the norm multiplies by, as it does it: some families store their gain minus one, some norms have none."""
     gain: torch.Tensor = norm(ones).float() * (1.0 + epsilon) ** 0.5
     return gain
 

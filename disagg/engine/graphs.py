@@ -18,6 +18,7 @@ from disagg.cache.cache import KVCache
 from disagg.engine.attention import CURRENT_STEP
 from disagg.engine.engine import StepRunner
 from disagg.engine.graphs_inputs import DecodeInputs
+from disagg.engine.hf import capturable_experts
 from disagg.engine.model import LoadedModel
 from disagg.engine.runner import Chunk
 from disagg.engine.stats import GraphUse
@@ -81,7 +82,7 @@ class DecodeGraphs:
         """`use` counts other graphs of the same maker too."""
         self.buckets = batch_buckets(max_num_seqs)
         self.use = use or GraphUse()
-        self._maker = maker
+        self._model, self._maker = model, maker
         self._inputs = DecodeInputs(model, cache, max_rows=self.buckets[-1], max_model_len=max_model_len)
         self._captured: dict[int, _Captured] = {}
 
@@ -94,12 +95,13 @@ class DecodeGraphs:
         """
         started = time.monotonic()
         self._inputs.fill((), self.buckets[-1])
-        for count in reversed(self.buckets):
-            self._forward(count)
-        self._inputs.workspace.freeze()
-        for number, count in enumerate(reversed(self.buckets)):
-            self._capture(count)
-            log.info("captured decode graph %d of %d: batch of %d", number + 1, len(self.buckets), count)
+        with capturable_experts(self._model.module, self._model.device, getattr(torch, self._model.dtype)):
+            for count in reversed(self.buckets):
+                self._forward(count)
+            self._inputs.workspace.freeze()
+            for number, count in enumerate(reversed(self.buckets)):
+                self._capture(count)
+                log.info("captured decode graph %d of %d: batch of %d", number + 1, len(self.buckets), count)
         self.use.add(len(self._captured), self._maker.nbytes)
         seconds = time.monotonic() - started
         log.info("%d decode graphs take %.0f MiB, %.1f s", len(self.buckets), self.use.nbytes / MIB, seconds)

@@ -28,15 +28,20 @@ import transformers  # noqa: E402
 from transformers.utils import logging as hf_logging  # noqa: E402
 
 from disagg.engine.attention import paged_attention  # noqa: E402
-from disagg.engine.piecewise_attention import traced_attention  # noqa: E402
+from disagg.engine.piecewise_attention import (  # noqa: E402
+    COMPILED_ATTENTION_NAME,
+    TRACED_ATTENTION_NAME,
+    compiled_attention,
+    traced_attention,
+)
 
 log = logging.getLogger(__name__)
 
 # Registered for attention but not for masks, so that transformers builds none: ours follow from positions.
 ATTENTION_NAME = "disagg_paged"
 transformers.AttentionInterface.register(ATTENTION_NAME, paged_attention)
-TRACED_ATTENTION_NAME = "disagg_traced"
 transformers.AttentionInterface.register(TRACED_ATTENTION_NAME, traced_attention)
+transformers.AttentionInterface.register(COMPILED_ATTENTION_NAME, compiled_attention)
 
 _hf: Any = transformers  # its lazy module shows type checkers only some of its names
 PROGRESS_INTERVAL_S = 5.0  # a line now and then: a log, not an animation
@@ -80,6 +85,33 @@ def _with_our_attention(module: Any) -> torch.nn.Module:
     module.set_attn_implementation(ATTENTION_NAME)
     evaluated: torch.nn.Module = module.eval()
     return evaluated
+
+
+def _has_grouped_kernel(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether torch multiplies all experts' groups in one kernel, which reads their sizes where they are.
+
+    On CUDA that is so for bfloat16 on Hopper and datacentre Blackwell (torch 2.9 to 2.13). For anything else it brings
+    the sizes to the host and multiplies group by group, which no graph can hold.
+    """
+    return dtype == torch.bfloat16 and (device.type != "cuda" or torch.cuda.get_device_capability(device)[0] in (9, 10))
+
+
+@contextmanager
+def capturable_experts(module: Any, device: torch.device, dtype: torch.dtype) -> Iterator[None]:
+    """Inside, mixture-of-experts layers run in operations that a CUDA graph can hold.
+
+    Where grouped products cannot be, each token's experts are copied and multiplied as a batch. That takes memory by
+    the token, so it serves captures alone: eager steps, with their long prompts, keep what transformers chose.
+    """
+    before = getattr(module.config, "_experts_implementation", None)
+    if before != "grouped_mm" or _has_grouped_kernel(device, dtype):
+        yield
+        return
+    module.set_experts_implementation("batched_mm")
+    try:
+        yield
+    finally:
+        module.set_experts_implementation(before)
 
 
 @contextmanager

@@ -1,7 +1,8 @@
 """What the paged cache stores: the KV dtype, and what a stored number of eight bits is worth.
 
-fp8 (e4m3) has static scales per (layer, K or V, KV head): stored = round(x / scale), read as stored * scale. They come
-from a file of the operator, else from the checkpoint, else they are 1.0.
+fp8 (e4m3) and int8 have static scales per (layer, K or V, KV head): stored = round(x / scale), read as stored * scale.
+They come from a file of the operator, else from the checkpoint, else they are 1.0; int8, whose steps are all alike,
+says nothing without them and asks for them.
 """
 
 from __future__ import annotations
@@ -18,10 +19,16 @@ import torch
 
 from disagg.cache.layout import LayerScales, LayerSpec
 from disagg.engine.weights import ModelRefused, TensorEntry, read_tensors
-from disagg.kernels.scales import KVScales
+from disagg.kernels.dispatch import backend
+from disagg.kernels.scales import KVScales, largest
 
 FP8: Final = "float8_e4m3fn"
+INT8: Final = "int8"
+SCALED: Final = (FP8, INT8)
 TORCH_NAMES: Final[Mapping[str, str]] = MappingProxyType({"fp8_e4m3": FP8})
+
+FP8_CAPABILITY: Final = (8, 9)
+"""Ada: Triton compiles conversions to e4m3 from here on."""
 
 Scales = Mapping[int, LayerScales]
 """By layer index; a layer without an entry has 1.0 everywhere."""
@@ -40,13 +47,49 @@ def resolve_kv_dtype(kv_cache_dtype: str, compute_dtype: str) -> str:
     return compute_dtype if kv_cache_dtype == "auto" else TORCH_NAMES.get(kv_cache_dtype, kv_cache_dtype)
 
 
+def check_kv_dtype(kv_dtype: str, device: torch.device) -> None:
+    """Raise ModelRefused where kernels cannot be compiled for numbers that the device does not have."""
+    if kv_dtype != FP8 or device.type != "cuda" or backend(device).NAME != "triton":
+        return
+    major, minor = torch.cuda.get_device_capability(device)
+    if (major, minor) < FP8_CAPABILITY:
+        raise ModelRefused(
+            f"`--kv-cache-dtype fp8`: {device} is of compute capability {major}.{minor}, which has no fp8 numbers "
+            f"(8.9 and later have); use `int8` with `--kv-scales`, or `auto`"
+        )
+
+
 def read_scales(folder: Path, kv_dtype: str, file: Path | None, num_kv_heads: Mapping[int, int]) -> Scales:
     """Scales of a model's layers, `num_kv_heads` by index: from `file`, else the checkpoint. Raises ModelRefused."""
-    if kv_dtype != FP8 and file is not None:
-        raise ModelRefused(f"`--kv-scales`: only fp8 KV has scales and this cache's is {kv_dtype}; drop one of the two")
-    if kv_dtype != FP8:
+    if kv_dtype not in SCALED and file is not None:
+        told = f"only fp8 and int8 KV have scales and this cache's is {kv_dtype}"
+        raise ModelRefused(f"`--kv-scales`: {told}; drop one of the two")
+    if kv_dtype not in SCALED:
         return NO_SCALES
-    return _from_file(file, num_kv_heads) if file is not None else _from_checkpoint(folder, num_kv_heads)
+    if file is not None:
+        return _from_file(file, num_kv_heads)
+    scales = _from_checkpoint(folder, num_kv_heads)
+    return scales if kv_dtype == FP8 else _for_int8(scales)
+
+
+def check_scales(kv_dtype: str, scales: Scales, owners: Iterable[int]) -> None:
+    """Raise ModelRefused for an int8 cache that lacks scales of a layer, of those that own KV (`owners`)."""
+    missing = [layer for layer in owners if layer not in scales]
+    if kv_dtype == INT8 and missing:
+        raise ModelRefused(
+            f"`--kv-cache-dtype int8`: neither `--kv-scales` nor the checkpoint has scales of layer {missing[0]}; "
+            f"give a file with one for each layer (the largest number of K, and of V, over 127)"
+        )
+
+
+def _for_int8(scales: Scales) -> Scales:
+    """A checkpoint's scales are fp8's: the same range in 127 steps."""
+    factor = largest(torch.float8_e4m3fn) / largest(torch.int8)
+    return {layer: (_times(key, factor), _times(value, factor)) for layer, (key, value) in scales.items()}
+
+
+def _times(heads: tuple[float, ...], factor: float) -> tuple[float, ...]:
+    return _heads([scale * factor for scale in heads], len(heads))
 
 
 def is_scale_name(name: str) -> bool:
@@ -55,7 +98,7 @@ def is_scale_name(name: str) -> bool:
 
 
 def kernel_scales(layers: Iterable[LayerSpec], saturated: torch.Tensor) -> dict[int, KVScales]:
-    """What attention of each layer of an fp8 cache reads and writes by; a layer that shares KV has its producer's.
+    """What attention of each layer of an eight-bit cache reads and writes by; who shares KV has its producer's.
 
     `saturated`, on the model's device, counts for all of them.
     """
@@ -63,7 +106,7 @@ def kernel_scales(layers: Iterable[LayerSpec], saturated: torch.Tensor) -> dict[
     found = {}
     for layer in specs.values():
         owner = specs[layer.producer]
-        if owner.dtype == FP8:
+        if owner.dtype in SCALED:
             scales = owner.scales or ((1.0,) * owner.num_kv_heads,) * 2
             key, value = (torch.tensor(half, dtype=torch.float32, device=saturated.device) for half in scales)
             found[layer.index] = KVScales(key, value, saturated)

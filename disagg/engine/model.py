@@ -24,7 +24,15 @@ from disagg.engine.architecture import (
     rope_by_layer_type,
 )
 from disagg.engine.fused_qkv import fuse
-from disagg.engine.kv_dtype import NO_SCALES, Scales, is_scale_name, read_scales, resolve_kv_dtype
+from disagg.engine.kv_dtype import (
+    NO_SCALES,
+    Scales,
+    check_kv_dtype,
+    check_scales,
+    is_scale_name,
+    read_scales,
+    resolve_kv_dtype,
+)
 from disagg.engine.probe import AttentionCall, probe
 from disagg.engine.weights import ModelRefused, read_config, read_tensors
 from disagg.kernels.dispatch import fuses_qkv
@@ -85,7 +93,7 @@ class Skeleton:
 class LoadedModel:
     """A model ready to run. `dtype`: torch's name of the compute dtype; `attention`: see `Skeleton.attention`.
 
-    `saturated`: int64 scalar on the device, counts numbers that were stored as the largest of an fp8 cache.
+    `saturated`: int64 scalar on the device, counts numbers that were stored as the largest of a cache of eight bits.
     """
 
     module: torch.nn.Module
@@ -187,7 +195,9 @@ def load_model(
     dtype_name = resolve_dtype(folder, skeleton, dtype)
     torch_dtype: torch.dtype = getattr(torch, dtype_name)
     kv_dtype = resolve_kv_dtype(kv_cache_dtype, dtype_name)
+    check_kv_dtype(kv_dtype, torch.device(device))
     scales = read_scales(folder, kv_dtype, kv_scales, {call.layer: call.num_kv_heads for call in skeleton.calls})
+    check_scales(kv_dtype, scales, [call.layer for call in skeleton.calls if call.producer == call.layer])
     nbytes = skeleton.num_parameters * torch_dtype.itemsize
     _check_memory(folder, nbytes, dtype_name, torch.device(device), skeleton.is_quantised)
     started = time.monotonic()

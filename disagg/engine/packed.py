@@ -38,20 +38,26 @@ class PackedLinear(torch.nn.Module):
         return out
 
 
-def can_pack() -> bool:
-    """Whether this torch has oneDNN and the two operators, which are those that its own compiler uses."""
-    return bool(torch.backends.mkldnn.is_available()) and all(  # type: ignore[no-untyped-call]
-        hasattr(torch.ops.mkldnn, name) for name in ("_reorder_linear_weight", "_linear_pointwise")
-    )
+# Whether oneDNN computes in a dtype depends on the CPU; where it does not, its operators raise. AVX2 alone has neither.
+SUPPORT = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}
+
+
+def can_pack(dtype: torch.dtype) -> bool:
+    """Whether this torch has oneDNN and the two operators, which its own compiler uses too, and they take `dtype`."""
+    mkldnn = torch.ops.mkldnn
+    if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+        return False
+    if not all(hasattr(mkldnn, name) for name in ("_reorder_linear_weight", "_linear_pointwise")):
+        return False
+    supported = getattr(mkldnn, SUPPORT.get(dtype, ""), None)
+    return dtype == torch.float32 or (supported is not None and bool(supported()))
 
 
 def pack_linears(model: torch.nn.Module) -> int:
-    """Replace every plain `Linear` of a model on the CPU by a packed one; how many. 0 where this torch cannot.
+    """Replace every plain `Linear` of a model on the CPU by a packed one, where torch and CPU can; how many.
 
     Each original is freed as its copy is made. Subclasses of `Linear` stay: they may do more than multiply.
     """
-    if not can_pack():
-        return 0
     owners: dict[int, int] = {}
     for module in model.modules():
         for parameter in module.parameters(recurse=False):
@@ -60,7 +66,9 @@ def pack_linears(model: torch.nn.Module) -> int:
     count = 0
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
-            if type(child) is torch.nn.Linear and (owners[id(child.weight)] == 1 or child.weight.nbytes <= spare):
+            if type(child) is not torch.nn.Linear or not can_pack(child.weight.dtype):
+                continue
+            if owners[id(child.weight)] == 1 or child.weight.nbytes <= spare:
                 setattr(parent, name, PackedLinear(child))
                 count += 1
     return count

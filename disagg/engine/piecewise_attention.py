@@ -6,6 +6,8 @@ reads of the step in progress (lengths, block tables, plans) is no part of what 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from contextvars import ContextVar
 from types import SimpleNamespace
 from typing import Any
@@ -16,6 +18,31 @@ from disagg.engine.attention import paged_attention
 
 NUM_TOKENS: ContextVar[int] = ContextVar("num_tokens")
 """How many tokens of the bucket are real in the step in progress; 0 while pieces are captured."""
+TRACED_ATTENTION_NAME = "disagg_traced"
+COMPILED_ATTENTION_NAME = "disagg_compiled"
+"""What transformers calls `traced_attention` and `compiled_attention`."""
+
+
+@contextmanager
+def tokens(count: int) -> Iterator[None]:
+    """Inside, `count` tokens are real."""
+    current = NUM_TOKENS.set(count)
+    try:
+        yield
+    finally:
+        NUM_TOKENS.reset(current)
+
+
+@contextmanager
+def calling(name: str, model: torch.nn.Module) -> Iterator[None]:
+    """Inside, `model` calls the attention of this name; outside of it eager steps call the plain one."""
+    config: Any = model.config
+    before = config._attn_implementation
+    config._attn_implementation = name
+    try:
+        yield
+    finally:
+        config._attn_implementation = before
 
 
 @torch.library.custom_op("disagg::attend", mutates_args=("pool", "out"))
@@ -77,3 +104,48 @@ def traced_attention(
     pool, layer = module.kv_pool, module.layer_idx
     attend(query, key, value, s_aux, pool, out, layer, scale, sliding_window or 0, softcap or 0.0)
     return out, None
+
+
+@torch.library.custom_op("disagg::attend_now", mutates_args=())
+def attend_now(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    sinks: torch.Tensor | None,
+    layer: int,
+    scale: float,
+    window: int,
+    softcap: float,
+) -> torch.Tensor:
+    """As `attend`, for a compiler: what it makes is new, and the pool is no argument.
+
+    All layers' pools are one memory, of which a compiler that is shown them makes copies. It need not know: what one
+    layer stores no other operation reads but attention, and each of these waits for the one before it through the
+    model's hidden state.
+    """
+    out = query.new_empty(1, query.shape[2], query.shape[1], value.shape[3])
+    torch.ops.disagg.attend(query, key, value, sinks, out.new_empty(0), out, layer, scale, window, softcap)
+    return out
+
+
+@attend_now.register_fake
+def _(query: torch.Tensor, _key: torch.Tensor, value: torch.Tensor, *_: Any) -> torch.Tensor:
+    return query.new_empty(1, query.shape[2], query.shape[1], value.shape[3])
+
+
+def compiled_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
+    **_: Any,
+) -> tuple[torch.Tensor, None]:
+    """transformers' attention interface in a model that is compiled."""
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    layer: Any = module.layer_idx
+    return attend_now(query, key, value, s_aux, layer, scale, sliding_window or 0, softcap or 0.0), None

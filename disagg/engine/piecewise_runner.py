@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
-
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from disagg.cache.cache import KVCache
 from disagg.engine.graphs import GraphMaker
-from disagg.engine.hf import TRACED_ATTENTION_NAME
+from disagg.engine.hf import capturable_experts
 from disagg.engine.model import LoadedModel
 from disagg.engine.piecewise import PiecewiseGraphs, capture_all, token_buckets
-from disagg.engine.piecewise_attention import NUM_TOKENS
+from disagg.engine.piecewise_attention import TRACED_ATTENTION_NAME, calling, tokens
 from disagg.engine.runner import Runner
 from disagg.engine.stats import GraphUse
 
@@ -48,15 +44,21 @@ class PiecewiseRunner(Runner):
         self._logits = torch.zeros(max_rows, model.vocab_size, dtype=torch.float32, device=device)
         for module in model.module.modules():
             if hasattr(module, "layer_idx") and hasattr(module, "o_proj"):
-                module.kv_pool = cache.layer_view(int(module.layer_idx))  # type: ignore[arg-type]
+                module.kv_pool = self._pools[int(module.layer_idx)]  # type: ignore[arg-type]
         # A part of the model that cannot be traced is an error, not a slow path.
         self._compiled = torch.compile(self._model_step, backend=self.graphs, fullgraph=True)
 
     @torch.inference_mode()
     def capture(self) -> None:
         """Trace the model and capture every bucket, on padding alone. Progress and memory go to the log."""
-        with _tokens(0), self._traced():
-            capture_all(self.graphs, self._buckets, self._call)
+        experts = capturable_experts(self.model.module, self.model.device, self._dtype)
+        # Replays do not go through Dynamo. It forgets what it learnt, else it would take numbers that differ between
+        # this model and a later one for sizes to leave open.
+        try:
+            with tokens(0), calling(TRACED_ATTENTION_NAME, self.model.module), experts:
+                capture_all(self.graphs, self._buckets, self._call)
+        finally:
+            torch._dynamo.reset()
         self.use.add(len(self.graphs.pieces) * len(self.graphs.buckets), self.graphs.maker.nbytes)
 
     @torch.inference_mode()
@@ -67,7 +69,7 @@ class PiecewiseRunner(Runner):
         for static, values in ((self._token_ids, token_ids), (self._positions, positions), (self._last, last)):
             static[: len(values)].copy_(torch.from_numpy(values))
             static[len(values) :].zero_()
-        with _tokens(len(token_ids)):
+        with tokens(len(token_ids)):
             self.graphs.replay(bucket)
         self.use.num_replays += 1
         return self._logits[: len(last)].clone()
@@ -87,28 +89,3 @@ class PiecewiseRunner(Runner):
             input_ids=token_ids[None], position_ids=positions[None], use_cache=False, logits_to_keep=last
         )
         logits.copy_(output.logits[0])
-
-    @contextmanager
-    def _traced(self) -> Iterator[None]:
-        """Inside, the model calls the attention that can be traced; eager steps call the plain one.
-
-        Replays do not go through Dynamo. It forgets what it learnt, else it would take numbers that differ between this
-        model and a later one for sizes to leave open.
-        """
-        config: Any = self.model.module.config
-        before = config._attn_implementation
-        config._attn_implementation = TRACED_ATTENTION_NAME
-        try:
-            yield
-        finally:
-            config._attn_implementation = before
-            torch._dynamo.reset()
-
-
-@contextmanager
-def _tokens(count: int) -> Iterator[None]:
-    current = NUM_TOKENS.set(count)
-    try:
-        yield
-    finally:
-        NUM_TOKENS.reset(current)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate, chain
@@ -18,6 +19,8 @@ from disagg.engine.model import LoadedModel
 from disagg.kernels import ops
 from disagg.kernels.batch import PagedBatch, QueryRun
 from disagg.kernels.workspace import Workspace
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +52,8 @@ class Runner:
         self._pools = {layer.index: cache.layer_view(layer.index) for layer in model.layers}
         self._scales = kernel_scales(model.layers, model.saturated)
         self._workspace = Workspace()
+        if self._pools:
+            log.info("%s", ops.describe(next(iter(self._pools.values())), self._dtype))
         self._places = {layer.index: cache.layout.place(layer.index) for layer in model.layers}
         self._pages = [cache.page_view(number) for number in range(cache.layout.num_groups)]
 

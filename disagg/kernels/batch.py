@@ -15,6 +15,23 @@ TRASH_SLOT = 1
 Int64 = npt.NDArray[np.int64]
 
 
+def first_seen(starts: Int64, window: int | None) -> Int64:
+    """The first position in the window of queries at `starts`."""
+    return np.zeros_like(starts) if window is None else np.maximum(starts - window + 1, 0)
+
+
+def first_blocks(starts: Int64, block_size: int, window: int | None, num_sink_tokens: int) -> tuple[Int64, Int64]:
+    """Of runs that start at `starts`: the window's first block, and how many sink blocks lie before it."""
+    firsts = first_seen(starts, window) // block_size
+    return firsts, np.minimum(-(-num_sink_tokens // block_size), firsts)
+
+
+def num_seen(starts: Int64, window: int | None, num_sink_tokens: int) -> Int64:
+    """Keys that queries at `starts` attend to: their windows', and the sink tokens before them."""
+    firsts = first_seen(starts, window)
+    return starts + 1 - firsts + np.minimum(firsts, num_sink_tokens)
+
+
 @dataclass(frozen=True, slots=True)
 class QueryRun:
     """Consecutive queries of one sequence at positions `start` ... `start + num_queries - 1`.
@@ -61,11 +78,8 @@ class PagedBatch:
         return np.concatenate([np.arange(sinks[0]), np.arange(firsts[0], end)])
 
     def first_ordinals(self, starts: Int64) -> tuple[Int64, Int64]:
-        """Of runs that start at `starts`: the window's first block, and how many sink blocks lie before it."""
-        if self.window is None:
-            return np.zeros_like(starts), np.zeros_like(starts)
-        firsts = np.maximum(starts - self.window + 1, 0) // self.block_size
-        return firsts, np.minimum(-(-self.num_sink_tokens // self.block_size), firsts)
+        """As the function `first_blocks`."""
+        return first_blocks(starts, self.block_size, self.window, self.num_sink_tokens)
 
     def slots(self, run: QueryRun, ordinals: Int64) -> Int64:
         slots = run.table[ordinals].astype(np.int64)

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from disagg.kernels.batch import NULL_SLOT, TRASH_SLOT
+from disagg.kernels.batch import NULL_SLOT, TRASH_SLOT, first_blocks
 from disagg.kernels.device_plan import DevicePlan
 from disagg.kernels.workspace import Workspace
 
@@ -50,6 +50,7 @@ class DecodePlan:
         )
         self._device_pieces = _pieces(self._there, padded, width)
         self._head = 6 * padded
+        self._lengths = np.zeros(max_rows, np.int64)  # of the rows of `_table` that are not NULL
         self._tiles = torch.tensor([[row, 0] for row in range(max_rows)], dtype=torch.int32, device=device)
 
     def rows(self, count: int) -> DevicePlan:
@@ -74,17 +75,17 @@ class DecodePlan:
         num_rows, size = len(tables), self._block_size
         assert num_rows <= count <= len(self._tiles)
         end = positions // size + 1
-        first = np.zeros_like(end) if self._window is None else np.maximum(0, positions - self._window + 1) // size
-        sinks = np.minimum(self._num_sink_blocks, first)
+        first, sinks = first_blocks(positions, size, self._window, self._num_sink_tokens)
         lengths = sinks + end - first
+        self._clear(num_rows, count, lengths)
         table = self._table[:count]
-        table[:] = NULL_SLOT
         bounds = zip(sinks.tolist(), first.tolist(), end.tolist(), strict=True)
         for row, (own, (sink, low, high)) in enumerate(zip(tables, bounds, strict=True)):
             table[row, :sink] = own[:sink]
             table[row, sink : sink + high - low] = own[low:high]
-        listed = np.arange(table.shape[1]) < lengths[:, None]
-        assert (table[:num_rows][listed] > NULL_SLOT).all(), "a query needs a block that has no slot"
+        written = table[:num_rows, : lengths.max(initial=0)]
+        is_listed = np.arange(written.shape[1]) < lengths[:, None]
+        assert ((written > NULL_SLOT) == is_listed).all(), "a query needs a block that has no slot"
         self._slots[:num_rows] = table[np.arange(num_rows), lengths - 1]
         self._offsets[:num_rows] = positions % size
         self._slots[num_rows:count], self._offsets[num_rows:count] = TRASH_SLOT, 0
@@ -93,6 +94,13 @@ class DecodePlan:
         runs[:num_rows, 2], runs[:num_rows, 3] = positions, (end - lengths) * size
         used = self._head + table.size
         self._there[:used].copy_(self._staging[:used], non_blocking=True)
+
+    def _clear(self, num_rows: int, count: int, lengths: npt.NDArray[np.int64]) -> None:
+        """NULL where rows were longer than they are to be: a table of all ordinals of a model is seldom used whole."""
+        before = self._lengths[:count].copy()
+        self._lengths[:num_rows], self._lengths[num_rows:count] = lengths, 0
+        for row in np.flatnonzero(before > self._lengths[:count]).tolist():
+            self._table[row, self._lengths[row] : before[row]] = NULL_SLOT
 
     def _width(self, max_tokens: int) -> int:
         """The most blocks that a query attends to: the sinks', and a window that begins at a block's last token."""

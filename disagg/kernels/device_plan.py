@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from disagg.kernels.batch import NULL_SLOT, PagedBatch, QueryRun
+from disagg.kernels.batch import NULL_SLOT, PagedBatch, num_seen
 from disagg.kernels.workspace import Workspace
 
 Int32 = npt.NDArray[np.int32]
@@ -66,7 +66,8 @@ def device_plan(batch: PagedBatch, pool: torch.Tensor, workspace: Workspace) -> 
         shift = (int(ordinals[-1]) + 1 - len(ordinals)) * batch.block_size if len(ordinals) else 0
         runs[number] = flat[number], run.num_queries, run.start, shift
     decode = [(number, 0) for number, run in enumerate(batch.runs) if run.num_queries == 1]
-    longest = max([_num_keys(batch, batch.runs[number]) for number, _ in decode], default=0)
+    starts = np.array([batch.runs[number].start for number, _ in decode], np.int64)
+    longest = int(num_seen(starts, batch.window, batch.num_sink_tokens).max(initial=0))
     pieces = [table, runs, *_writes(batch), np.array(decode, np.int32).reshape(-1, 2)]
     table_, runs_, write_slots, write_offsets, decode_tiles = _on_device(pieces, pool.device)
     return DevicePlan(
@@ -91,10 +92,6 @@ def _writes(batch: PagedBatch) -> tuple[Int32, Int32]:
         slots.append(batch.slots(run, positions // batch.block_size))
         offsets.append(positions % batch.block_size)
     return np.concatenate(slots).astype(np.int32), np.concatenate(offsets).astype(np.int32)
-
-
-def _num_keys(batch: PagedBatch, run: QueryRun) -> int:
-    return run.end if batch.window is None else min(run.end, batch.window + batch.num_sink_tokens)
 
 
 def _on_device(pieces: list[Int32], device: torch.device) -> list[torch.Tensor]:

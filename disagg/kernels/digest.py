@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 import xxhash
 
 
@@ -14,8 +13,3 @@ def digest(data: bytes | bytearray | memoryview) -> int:
 def new_digest() -> xxhash.xxh3_64:
     """`digest` of bytes that come in parts: `update` with each, then `intdigest`."""
     return xxhash.xxh3_64()
-
-
-def digest_slot(memory: torch.Tensor, slot: int) -> int:
-    """`digest` of one row of `memory` `[num_slots, slot_nbytes]` uint8, without a copy on the CPU."""
-    return digest(memory[slot].cpu().numpy().data)

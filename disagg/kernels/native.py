@@ -18,7 +18,7 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-from disagg.kernels.finite import LARGEST_FINITE
+from disagg.kernels.finite import LARGEST_FINITE, is_finite
 
 log = logging.getLogger(__name__)
 
@@ -102,7 +102,11 @@ def land(
     digests, finite = np.empty(len(to), dtype=np.uint64), np.empty(len(to), dtype=np.bool_)
     from_address = None if source is None else source.ctypes.data
     ends = len(to), to.ctypes.data, from_address
-    _library.disagg_land(*ends, nbytes, *_masks(dtype), digests.ctypes.data, finite.ctypes.data)
+    masks = (0, 0) if dtype == "int8" else _masks(dtype)  # its NaN is no largest exponent: nothing is found in C
+    _library.disagg_land(*ends, nbytes, *masks, digests.ctypes.data, finite.ctypes.data)
+    if dtype == "int8":
+        units = ((ctypes.c_uint8 * nbytes).from_address(address) for address in to.tolist())
+        finite[:] = [is_finite(np.ctypeslib.as_array(unit), dtype) for unit in units]
     return digests, finite
 
 

@@ -36,6 +36,8 @@ typedef struct {
     float scale, softcap; /* softcap 0: none */
 } Layout;
 
+const int64_t disagg_layout_nbytes = sizeof(Layout); /* for a test that compares it with native_attention.py's */
+
 /* One query, at `position`: it attends to positions [0, num_sinks) and [first, position]. */
 typedef struct {
     int64_t flat, table_at, first, position, num_sinks;

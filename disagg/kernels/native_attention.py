@@ -19,7 +19,7 @@ import numpy.typing as npt
 import torch
 
 from disagg.kernels import native
-from disagg.kernels.batch import PagedBatch
+from disagg.kernels.batch import PagedBatch, first_seen
 from disagg.kernels.dispatch import CALLS
 
 Int64 = npt.NDArray[np.int64]
@@ -101,9 +101,8 @@ def decode_rows(
     """Queries at flat indexes `at` and positions `starts`, whose tables begin at `offsets` of `tables`."""
     rows = np.zeros((len(at), 5), np.int64)
     rows[:, 0], rows[:, 1], rows[:, 3] = at, offsets, starts
-    if batch.window is not None:
-        rows[:, 2] = np.maximum(starts - batch.window + 1, 0)
-        rows[:, 4] = np.minimum(rows[:, 2], batch.num_sink_tokens)
+    rows[:, 2] = first_seen(starts, batch.window)
+    rows[:, 4] = np.minimum(rows[:, 2], batch.num_sink_tokens)
     return DecodeRows(rows, tables, _cuts(starts + 1 - rows[:, 2] + rows[:, 4], pool))
 
 
@@ -187,10 +186,15 @@ def can_write(pool: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> boo
 
 
 def write(pool: torch.Tensor, at: Int64, key: torch.Tensor, value: torch.Tensor) -> None:
-    """Store `key` and `value`, `[n, num_kv_heads, head_dim]`; `at[i]`: the element of `pool` where K of head 0 goes."""
+    """Store `key` and `value`, `[n, num_kv_heads, head_dim]`; `at[i]`: the element of `pool` where K of head 0 goes.
+
+    IndexError where one lies outside the pool, as torch answers: C would write there.
+    """
     assert _library is not None
     assert can_write(pool, key, value)
     assert len(at) == len(key) == len(value)
+    if len(at) and at.view(np.uint64).max() >= pool.shape[0] * pool.stride(0):  # one pass: a negative one is huge
+        raise IndexError(f"K and V to slots {np.unique(at // pool.stride(0))} of a pool of {pool.shape[0]}")
     assert key.shape[1:] == value.shape[1:] == (pool.shape[2], pool.shape[4])
     CALLS[WRITE] += 1
     size = pool.element_size()

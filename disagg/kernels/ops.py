@@ -11,7 +11,7 @@ from typing import cast
 
 import torch
 
-from disagg.kernels import reference
+from disagg.kernels import native_attention, reference
 from disagg.kernels.batch import PagedBatch
 from disagg.kernels.device_plan import DevicePlan
 from disagg.kernels.dispatch import CALLS, backend
@@ -27,6 +27,17 @@ def _served(operation: str, device: torch.device) -> ModuleType:
     module = backend(device)
     CALLS[f"{module.NAME}:{operation}"] += 1
     return module
+
+
+def describe(pool: torch.Tensor, dtype: torch.dtype) -> str:
+    """Who attends with queries of `dtype` over `pool` and who stores their K and V, in words for a log."""
+    if backend(pool.device).NAME == "triton":
+        return "decode attention and KV writes: Triton"
+    if not native_attention.is_loaded():
+        return "decode attention and KV writes: torch operations; the compiled helper is not built or left out"
+    attention = "the compiled helper" if native_attention.serves(pool, dtype) else "torch operations"
+    writes = "the compiled helper" if pool.device.type == "cpu" and pool.dtype == dtype else "torch operations"
+    return f"decode attention: {attention}; KV writes: {writes}"
 
 
 def plan(batch: PagedBatch, pool: torch.Tensor, dtype: torch.dtype, workspace: Workspace) -> Plan:

@@ -25,7 +25,7 @@ from torch.nn import functional
 from disagg.kernels import native_attention
 from disagg.kernels.batch import NULL_SLOT, PagedBatch, QueryRun
 from disagg.kernels.qkv import HeadNorms, Rotary
-from disagg.kernels.scales import KVScales, quantise, raw
+from disagg.kernels.scales import KVScales, dequantise, quantise, raw
 from disagg.kernels.workspace import Workspace
 
 NAME = "torch"
@@ -101,7 +101,7 @@ def plan(batch: PagedBatch, pool: torch.Tensor, dtype: torch.dtype, workspace: W
 
 
 def retarget(plan: Plan, batch: PagedBatch, pool: torch.Tensor) -> Plan:
-    return _Planner(batch, pool, torch.float32).retarget(plan)
+    return _Planner(batch, pool, pool.dtype).retarget(plan)  # the masks, which are of the queries' dtype, stay
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,7 +160,7 @@ class _Planner:
         _, _, self.num_kv_heads, self.block_size, head_dim = pool.shape
         assert self.block_size == batch.block_size
         self.rows_per_slot = pool.stride(0) // (self.block_size * head_dim)
-        self.block_nbytes = 2 * self.num_kv_heads * self.block_size * head_dim * dtype.itemsize
+        self.block_nbytes = 2 * self.num_kv_heads * self.block_size * head_dim * pool.element_size()
         flat = np.cumsum([0, *(run.num_queries for run in batch.runs)])
         placed = [(int(at), run) for at, run in zip(flat, batch.runs, strict=False)]
         decode = [pair for pair in placed if pair[1].num_queries == 1]
@@ -385,7 +385,7 @@ def _gather(
     """K and V of a bucket or run as `shape`; good until the next gather."""
     both = workspace.rows("kv", len(wanted), rows)
     torch.index_select(rows, 0, wanted, out=both)
-    key, value = both.view(2, *shape).to(dtype).unbind()
+    key, value = dequantise(both.view(2, *shape), dtype).unbind()
     return key, value
 
 
@@ -432,6 +432,6 @@ def copy_units(
     # [n, unit, layers, 2, heads, dim]: indexes that slices stand between come first
     values = raw(source)[source_at[:, :1], :, :, :, source_at[:, 1:] + steps].view(source.dtype)
     if source_scales is not None:
-        values = values.float() * source_scales[..., None]
+        values = dequantise(values, torch.float32, source_scales[..., None])
     values = quantise(values, target.dtype, None if target_scales is None else target_scales[..., None])
     raw(target)[target_at[:, :1], :, :, :, target_at[:, 1:] + steps] = raw(values)

@@ -12,6 +12,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from disagg.kernels.triton_copies import worth
+
 
 # Numbers that differ from step to step: compiling anew where one is 1 or a multiple of 16 gains nothing.
 @triton.jit(do_not_specialize=["window", "num_sink_tokens", "num_splits", "table_stride"])
@@ -50,6 +52,7 @@ def attention_kernel(
     HAS_SOFTCAP: tl.constexpr,
     HAS_SINK_LOGITS: tl.constexpr,
     HAS_SCALES: tl.constexpr,
+    INTEGERS: tl.constexpr,  # the pool is int8
     SPLIT: tl.constexpr,
     WIDE: tl.constexpr,  # multiply in float32: the interpreter's bfloat16 product is that of the bit patterns
 ):
@@ -116,7 +119,10 @@ def attention_kernel(
         key_position = count + tl.where(in_sinks, 0, shift)
         slot = tl.load(table + run * table_stride + count // T, mask=key_ok, other=0).to(tl.int64)
         at = slot * pool_stride_slot + head * pool_stride_head + (count % T) * pool_stride_token
-        k = tl.load(pool + at[None, :] + d[:, None], mask=d_ok[:, None] & key_ok[None, :], other=0.0).to(q.dtype)
+        k = tl.load(pool + at[None, :] + d[:, None], mask=d_ok[:, None] & key_ok[None, :], other=0.0)
+        if INTEGERS:
+            k = worth(k, True)
+        k = k.to(q.dtype)
         score = tl.dot(q, k, input_precision="ieee") * (scale * key_scale)
         if HAS_SOFTCAP:
             score = softcap * (2.0 * tl.sigmoid(2.0 * score / softcap) - 1.0)  # tanh(x) = 2 sigmoid(2x) - 1
@@ -131,7 +137,10 @@ def attention_kernel(
         fade = tl.exp2(highest - above)
         weight = tl.where(seen, tl.exp2(score - above[:, None]), 0.0)
         v_at = at[:, None] + pool_stride_kv + d[None, :]
-        v = tl.load(pool + v_at, mask=key_ok[:, None] & d_ok[None, :], other=0.0).to(q.dtype)
+        v = tl.load(pool + v_at, mask=key_ok[:, None] & d_ok[None, :], other=0.0)
+        if INTEGERS:
+            v = worth(v, True)
+        v = v.to(q.dtype)
         total = total * fade + tl.sum(weight, 1)
         weighted = weighted * fade[:, None] + tl.dot(weight.to(q.dtype), v, input_precision="ieee")
         highest = above

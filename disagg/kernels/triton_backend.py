@@ -15,7 +15,7 @@ from disagg.kernels.batch import PagedBatch
 from disagg.kernels.device_plan import DevicePlan, device_plan
 from disagg.kernels.dispatch import CALLS
 from disagg.kernels.qkv import HeadNorms, Rotary
-from disagg.kernels.scales import EIGHT_BIT_FLOATS, KVScales, quantise, raw
+from disagg.kernels.scales import EIGHT_BIT_FLOATS, EIGHT_BITS, KVScales, largest, quantise, raw
 from disagg.kernels.triton_attention import attention_kernel, merge_kernel
 from disagg.kernels.triton_copies import rows_kernel, units_kernel, write_kernel
 from disagg.kernels.triton_launch import Cut, SplitSpace, cut, num_processors, num_splits, power_of_two
@@ -27,8 +27,7 @@ INTERPRETED: Final = bool(triton.knobs.runtime.interpret)
 """Whether kernels run in the interpreter: decided when they were decorated, by `TRITON_INTERPRET`."""
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
-Outs = tuple[torch.Tensor | None, ...]  # out, maxima, sums; without splits only the first
-STORED = (*FLOATS, *EIGHT_BIT_FLOATS)
+STORED = (*FLOATS, *EIGHT_BITS)
 QUERIES_PER_PROGRAM: Final = 8  # a head of 128 then makes 1024 elements, 8 per thread
 COPY_BLOCK: Final = 2048  # elements that a program copies: 16 of 2 bytes per thread, two vector loads; 16 KiB as int64
 
@@ -77,10 +76,12 @@ def write_kv(
     check_device(pool, plan.write_slots, key, value)
     if INTERPRETED and pool.dtype in EIGHT_BIT_FLOATS:
         # The interpreter halves what rounding carries into the next exponent: torch converts, the kernel moves bytes.
+        if scales is not None:
+            scales.count_saturated(torch.stack([key, value]).transpose(1, 2), pool.dtype)
         key = quantise(key, pool.dtype, None if scales is None else scales.key[:, None]).view(torch.uint8)
         value = quantise(value, pool.dtype, None if scales is None else scales.value[:, None]).view(torch.uint8)
         pool, scales = pool.view(torch.uint8), None
-    key_scales, value_scales = _tensors(scales)
+    counter = _counter(pool, scales)
     launch(
         "write_kv",
         write_kernel,
@@ -90,9 +91,9 @@ def write_kv(
         pool,
         plan.write_slots,
         plan.write_offsets,
-        key_scales,
-        value_scales,
-        torch.finfo(pool.dtype).max if pool.dtype.is_floating_point else 0.0,
+        *_tensors(scales),
+        counter,
+        0.0 if pool.dtype == torch.uint8 else largest(pool.dtype),
         *key.stride()[:2],
         *value.stride()[:2],
         *pool.stride()[:4],
@@ -100,7 +101,9 @@ def write_kv(
         D=head_dim,
         BLOCK=power_of_two(num_kv_heads * head_dim),
         HAS_SCALES=scales is not None,
-        SATURATE=pool.dtype in EIGHT_BIT_FLOATS,
+        SATURATE=pool.dtype in EIGHT_BITS,
+        INTEGERS=pool.dtype == torch.int8,
+        COUNT=counter is not None,
     )
 
 
@@ -117,21 +120,20 @@ def preprocess_qkv(
     num_queries, num_kv_heads, head_dim = len(plan.write_slots), pool.shape[2], pool.shape[4]
     check_rows("pool", pool, (pool.shape[0], 2, num_kv_heads, plan.block_size, head_dim), STORED)
     check_rows("qkv", qkv, (num_queries, (num_heads + 2 * num_kv_heads) * head_dim), FLOATS)
-    saturates = pool.dtype in EIGHT_BIT_FLOATS
-    if INTERPRETED and saturates:
+    if INTERPRETED and pool.dtype in EIGHT_BIT_FLOATS:
         raise RuntimeError(f"Triton's interpreter converts to {pool.dtype} wrongly: convert in torch")
     gains, normed = (None, (False,) * 3) if norms is None else (norms.gains, norms.normed)
     cos, sin = (None, None) if angles is None else (angles.cos, angles.sin)
     check_device(pool, plan.write_slots, qkv, bias, gains, cos, *_tensors(scales))
-    half = 0 if cos is None else cos.shape[1]
+    half, counter = 0 if cos is None else cos.shape[1], _counter(pool, scales)
     query = torch.empty(num_queries, num_heads, head_dim, dtype=qkv.dtype, device=qkv.device)
     launch(
         "preprocess_qkv",
         qkv_kernel,
         (-(-num_queries // QUERIES_PER_PROGRAM), num_heads + 2 * num_kv_heads),
         *(qkv, None if bias is None else bias.contiguous(), gains, cos, sin),
-        *(pool, plan.write_slots, plan.write_offsets, *_tensors(scales), query, num_queries),
-        *(0.0 if norms is None else norms.epsilon, torch.finfo(pool.dtype).max),
+        *(pool, plan.write_slots, plan.write_offsets, *_tensors(scales), counter, query, num_queries),
+        *(0.0 if norms is None else norms.epsilon, largest(pool.dtype)),
         *(qkv.stride(0), *pool.stride()[:4]),
         HQ=num_heads,
         H=num_kv_heads,
@@ -143,7 +145,9 @@ def preprocess_qkv(
         HAS_BIAS=bias is not None,
         NORMED=sum(1 << kind for kind in range(3) if normed[kind]),
         HAS_SCALES=scales is not None,
-        SATURATE=saturates,
+        SATURATE=pool.dtype in EIGHT_BITS,
+        INTEGERS=pool.dtype == torch.int8,
+        COUNT=counter is not None,
     )
     return query
 
@@ -173,6 +177,11 @@ def paged_attention(
 
 def _tensors(scales: KVScales | None) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     return (None, None) if scales is None else (scales.key, scales.value)
+
+
+def _counter(pool: torch.Tensor, scales: KVScales | None) -> torch.Tensor | None:
+    """Where numbers are counted that the pool's eight bits do not hold."""
+    return None if scales is None or pool.dtype not in EIGHT_BITS else scales.saturated
 
 
 class _Attention:
@@ -248,6 +257,7 @@ class _Attention:
             HAS_SOFTCAP=self.softcap is not None,
             HAS_SINK_LOGITS=self.sink_logits is not None,
             HAS_SCALES=self.scales is not None,
+            INTEGERS=self.pool.dtype == torch.int8,
             SPLIT=splits > 1,
             WIDE=INTERPRETED,
             num_warps=cut.num_warps,
@@ -318,20 +328,18 @@ def copy_units(
         assert rows.is_contiguous()
     for scales in (source_scales, target_scales):
         assert scales is None or (scales.shape == (layers, 2, heads) and scales.dtype == torch.float32)
-    largest, saturates = 0.0, False
     if source.dtype == target.dtype and source_scales is None and target_scales is None:
         source, target = raw(source), raw(target)
-    else:
-        largest, saturates = torch.finfo(target.dtype).max, target.dtype in EIGHT_BIT_FLOATS
-        if INTERPRETED and saturates:
-            raise RuntimeError(f"Triton's interpreter converts to {target.dtype} wrongly: convert in torch")
+    elif INTERPRETED and target.dtype in EIGHT_BIT_FLOATS:
+        raise RuntimeError(f"Triton's interpreter converts to {target.dtype} wrongly: convert in torch")
+    saturates = target.dtype in EIGHT_BITS
     launch(
         "copy_units",
         units_kernel,
         (len(source_at), 2 * layers, -(-heads * unit * dim // COPY_BLOCK)),
         *(source, source_at, target, target_at),
         *(None if scales is None else scales.contiguous() for scales in (source_scales, target_scales)),
-        largest,
+        largest(target.dtype) if saturates else 0.0,
         *(*source.stride(), *target.stride()),
         H=heads,
         U=unit,
@@ -340,4 +348,6 @@ def copy_units(
         HAS_SOURCE_SCALES=source_scales is not None,
         HAS_TARGET_SCALES=target_scales is not None,
         SATURATE=saturates,
+        SOURCE_INTEGERS=source.dtype == torch.int8,
+        TARGET_INTEGERS=target.dtype == torch.int8,
     )

@@ -8,13 +8,38 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+INT8_NAN: tl.constexpr = tl.constexpr(-128)  # of disagg.kernels.scales
+
 
 @triton.jit
-def saturated(x, largest):
-    """float32 within [-largest, largest]; what is not finite becomes NaN, so that a check still finds it."""
+def saturated(x, largest, INTEGERS: tl.constexpr):
+    """float32 within [-largest, largest], with INTEGERS rounded to the nearest even one as torch does.
+
+    What is not finite becomes NaN, so that a check still finds it; among integers the code that stands for it.
+    """
     x = x.to(tl.float32)
     clipped = tl.minimum(tl.maximum(x, -largest), largest)
+    if INTEGERS:
+        clipped = (clipped + 12582912.0) - 12582912.0  # 1.5 * 2^23: no digit behind the point fits beside it
+        return tl.where(tl.abs(x) < float("inf"), clipped, INT8_NAN + 0.0)
     return tl.where(tl.abs(x) < float("inf"), clipped, float("nan"))
+
+
+@triton.jit
+def count_beyond(x, largest, counter):
+    """Add to the int64 at `counter` how many of the float32 `x` are finite and beyond [-largest, largest]."""
+    size = tl.abs(x)
+    number = tl.sum(((size > largest) & (size < float("inf"))).to(tl.int32))
+    if number > 0:
+        tl.atomic_add(counter, number.to(tl.int64), sem="relaxed")
+
+
+@triton.jit
+def worth(x, INTEGERS: tl.constexpr):
+    """Stored numbers before their scale, as float32."""
+    if INTEGERS:
+        return tl.where(x == INT8_NAN, float("nan"), x.to(tl.float32))
+    return x.to(tl.float32)
 
 
 @triton.jit
@@ -26,6 +51,7 @@ def write_kernel(
     offsets,  # int32 [num_queries]: and at which token of the block
     key_scales,
     value_scales,
+    counter,  # int64, with COUNT: numbers beyond what the pool's dtype holds
     largest,  # the pool dtype's largest finite value, with SATURATE
     key_stride_token,
     key_stride_head,
@@ -40,6 +66,8 @@ def write_kernel(
     BLOCK: tl.constexpr,  # H * D rounded up to a power of two
     HAS_SCALES: tl.constexpr,
     SATURATE: tl.constexpr,
+    INTEGERS: tl.constexpr,  # the pool is int8
+    COUNT: tl.constexpr,
 ):
     """Program (query): pool[slot, 0, h, offset] = key[query, h] / key_scale[h]; V likewise."""
     token = tl.program_id(0).to(tl.int64)
@@ -54,9 +82,12 @@ def write_kernel(
     if HAS_SCALES:
         k = k.to(tl.float32) / tl.load(key_scales + head, mask=ok, other=1.0)
         v = v.to(tl.float32) / tl.load(value_scales + head, mask=ok, other=1.0)
+    if COUNT:
+        count_beyond(k, largest, counter)
+        count_beyond(v, largest, counter)
     if SATURATE:
-        k = saturated(k, largest)
-        v = saturated(v, largest)
+        k = saturated(k, largest, INTEGERS)
+        v = saturated(v, largest, INTEGERS)
     at = slot * pool_stride_slot + head * pool_stride_head + offset * pool_stride_token + d
     tl.store(pool + at, k.to(pool.dtype.element_ty), mask=ok)
     tl.store(pool + at + pool_stride_kv, v.to(pool.dtype.element_ty), mask=ok)
@@ -117,6 +148,8 @@ def units_kernel(
     HAS_SOURCE_SCALES: tl.constexpr,
     HAS_TARGET_SCALES: tl.constexpr,
     SATURATE: tl.constexpr,
+    SOURCE_INTEGERS: tl.constexpr,  # int8 that stands for numbers, not for bits that are copied
+    TARGET_INTEGERS: tl.constexpr,
 ):
     """Program (unit, layer and half, chunk): value = source * source_scale; target = round(value / target_scale)."""
     unit = tl.program_id(0).to(tl.int64)
@@ -134,13 +167,15 @@ def units_kernel(
     source_base = source_slot * source_stride_slot + layer * source_stride_layer + half * source_stride_half
     from_ = source_base + head * source_stride_head + source_token * source_stride_token + d * source_stride_dim
     x = tl.load(source + from_, mask=ok)
+    if SOURCE_INTEGERS:
+        x = worth(x, True)
     scale = tl.program_id(1) * H + head
     if HAS_SOURCE_SCALES:
         x = x.to(tl.float32) * tl.load(source_scales + scale, mask=ok, other=1.0)
     if HAS_TARGET_SCALES:
         x = x.to(tl.float32) / tl.load(target_scales + scale, mask=ok, other=1.0)
     if SATURATE:
-        x = saturated(x, largest)
+        x = saturated(x, largest, TARGET_INTEGERS)
     target_base = target_slot * target_stride_slot + layer * target_stride_layer + half * target_stride_half
     to = target_base + head * target_stride_head + target_token * target_stride_token + d * target_stride_dim
     tl.store(target + to, x.to(target.dtype.element_ty), mask=ok)

@@ -63,19 +63,28 @@ def num_splits(*, num_programs: int, num_keys: int, chunk_keys: int, num_process
 
 @dataclass(frozen=True, slots=True)
 class SplitSpace:
-    """float32 partial results of `[num_tiles, num_heads, num_splits]`, laid out in one buffer: outs, maxima, sums."""
+    """float32 partial results of `[num_tiles, num_heads, num_splits]`, laid out in one buffer: outs, maxima, sums.
+
+    Each begins at 16 bytes: kernels are compiled for aligned pointers, and once more for others.
+    """
 
     num_parts: int
     head_dim: int
 
     @property
+    def sizes(self) -> tuple[int, int, int]:
+        """Elements of outs, maxima and sums, with what aligns the next: what is counted is what is cut."""
+        outs, column = (-(-count // 4) * 4 for count in (self.num_parts * self.head_dim, self.num_parts))
+        return outs, column, column
+
+    @property
     def num_elements(self) -> int:
-        return self.num_parts * (self.head_dim + 2)
+        return sum(self.sizes)
 
     def cut(self, buffer: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """`buffer` `[num_elements]` as partial outs, maxima and sums. The same sizes that `num_elements` adds up."""
-        outs, maxima, sums = torch.split(buffer, [self.num_parts * self.head_dim, self.num_parts, self.num_parts])
-        return outs, maxima, sums
+        """`buffer` `[num_elements]` as partial outs, maxima and sums."""
+        outs, maxima, sums = torch.split(buffer, list(self.sizes))
+        return outs[: self.num_parts * self.head_dim], maxima[: self.num_parts], sums[: self.num_parts]
 
 
 @functools.cache

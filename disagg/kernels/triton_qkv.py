@@ -8,10 +8,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from disagg.kernels.triton_copies import saturated
+from disagg.kernels.triton_copies import count_beyond, saturated
 
 
-@triton.jit
+# It differs from step to step: compiling anew where it is 1 or a multiple of 16 gains nothing.
+@triton.jit(do_not_specialize=["num_queries"])
 def qkv_kernel(
     qkv,  # [num_queries, (HQ + 2 H) * D]: query heads, key heads, value heads
     bias,  # [(HQ + 2 H) * D], with HAS_BIAS
@@ -23,6 +24,7 @@ def qkv_kernel(
     offsets,
     key_scales,
     value_scales,
+    counter,  # int64, with COUNT: numbers beyond what the pool's dtype holds
     query,  # [num_queries, HQ, D] contiguous
     num_queries,
     epsilon,
@@ -43,6 +45,8 @@ def qkv_kernel(
     NORMED: tl.constexpr,  # bit 0: Q, 1: K, 2: V
     HAS_SCALES: tl.constexpr,
     SATURATE: tl.constexpr,
+    INTEGERS: tl.constexpr,  # the pool is int8
+    COUNT: tl.constexpr,
 ):
     """Program (BLOCK_T queries, head of Q, K or V).
 
@@ -98,10 +102,14 @@ def qkv_kernel(
             a = a / scale
             b = b / scale
             c = c / scale
+        if COUNT:
+            count_beyond(tl.where(pair_ok, a, 0.0), largest, counter)
+            count_beyond(tl.where(pair_ok, b, 0.0), largest, counter)
+            count_beyond(tl.where(rest_ok, c, 0.0), largest, counter)
         if SATURATE:
-            a = saturated(a, largest)
-            b = saturated(b, largest)
-            c = saturated(c, largest)
+            a = saturated(a, largest, INTEGERS)
+            b = saturated(b, largest, INTEGERS)
+            c = saturated(c, largest, INTEGERS)
         at = slot * pool_stride_slot + (kind - 1) * pool_stride_kv + head * pool_stride_head
         into = pool + (at + offset * pool_stride_token)[:, None]
         tl.store(into + pair[None, :], a.to(pool.dtype.element_ty), mask=pair_ok)

@@ -9,11 +9,11 @@ from dataclasses import fields, is_dataclass, replace
 from math import inf
 from typing import Any, Final
 
-from disagg.transceiver.convert import FP8
 from disagg.transceiver.errors import MAX_TOLD_CHARS, clipped
 from disagg.transceiver.messages.values import Geometry, Identity
 from disagg.transceiver.ranks import MAX_RANKS, is_contiguous, natural_slot_nbytes, side_of
 from disagg.transceiver.reshape import inconvertible_field
+from disagg.transceiver.strides import SCALED
 
 Difference = tuple[str, str, str]
 """(field, ours, theirs); nested fields are named by their path, as in `groups[1].window`."""
@@ -70,7 +70,7 @@ def _inconvertible(ours: Geometry, theirs: Geometry) -> str | None:
 
 def _impossible(geometry: Geometry) -> str | None:
     """A field that contradicts the others of its record."""
-    if geometry.kv_scales and (geometry.kv_dtype != FP8 or not _are_scales(geometry)):
+    if geometry.kv_scales and (geometry.kv_dtype not in SCALED or not _are_scales(geometry)):
         return "kv_scales"
     is_natural = natural_slot_nbytes(geometry) == geometry.slot_nbytes
     return None if is_natural and all(n <= MAX_SLOT_NBYTES for n in geometry.slot_nbytes) else "slot_nbytes"

@@ -17,10 +17,10 @@ import numpy.typing as npt
 import torch
 
 from disagg.kernels.digest import digest
-from disagg.transceiver.convert import FP8, is_lossless, narrow, widen, wire_dtype
+from disagg.transceiver.convert import is_lossless, narrow, widen, wire_dtype
 from disagg.transceiver.messages.values import GroupSemantics
 from disagg.transceiver.reshape import Ints, Rectangle
-from disagg.transceiver.strides import ELEMENT_NBYTES, GroupStrides, Half, Layout
+from disagg.transceiver.strides import ELEMENT_NBYTES, SCALED, GroupStrides, Half, Layout
 
 _RAW: Final = {4: torch.int32, 2: torch.int16, 1: torch.uint8}
 
@@ -189,7 +189,7 @@ class Packer:
     """The sender's end of one rectangle for one receiver: units to canonical bytes."""
 
     def __init__(self, source: Area, receiver_dtype: str, receiver_scales: torch.Tensor | None = None) -> None:
-        """`receiver_scales` as in `Area.scales`, used when the receiver is fp8 and the sender is not."""
+        """`receiver_scales` as in `Area.scales`, used when the receiver is of eight bits and the sender is not."""
         self._source = source
         self.wire_dtype = wire_dtype(source.dtype, receiver_dtype)
         self._scales = receiver_scales if self.wire_dtype != source.dtype else None
@@ -217,13 +217,13 @@ class Unpacker:
     """The receiver's end of one rectangle from one sender: canonical bytes to units."""
 
     def __init__(self, destination: Area, sender_dtype: str, sender_scales: torch.Tensor | None = None) -> None:
-        """`sender_scales` as in `Area.scales`, used when the sender is fp8 and its scales are not the receiver's."""
+        """`sender_scales` as in `Area.scales`, used when the sender is of eight bits and has other scales than we."""
         self._destination = destination
         self.wire_dtype = wire_dtype(sender_dtype, destination.dtype)
         same_scales = _are_equal(sender_scales, destination.scales)
         self.is_lossless = is_lossless(sender_dtype, destination.dtype, same_scales=same_scales)
         self._is_converted = self.wire_dtype != destination.dtype or (
-            self.wire_dtype == sender_dtype == FP8 and not same_scales
+            self.wire_dtype == sender_dtype and sender_dtype in SCALED and not same_scales
         )
         self._scales = sender_scales
         self._saturated = Tally()

@@ -14,8 +14,13 @@ import torch
 
 from disagg.transceiver.messages.values import LayerScales
 
-ELEMENT_NBYTES: Final = {"float32": 4, "float16": 2, "bfloat16": 2, "float8_e4m3fn": 1}
+ELEMENT_NBYTES: Final = {"float32": 4, "float16": 2, "bfloat16": 2, "float8_e4m3fn": 1, "int8": 1}
 """Bytes per element of the KV dtypes that convert into each other, by torch's names."""
+
+FP8: Final = "float8_e4m3fn"
+INT8: Final = "int8"
+SCALED: Final = (FP8, INT8)
+"""Those whose numbers are worth what they say times a scale."""
 
 _K_AND_V = "k"
 _PACKED = "D"
@@ -38,7 +43,8 @@ class GroupStrides:
     """One layer group as one rank holds it: heads [first_head, first_head + num_heads) of these layers.
 
     `layers` are model layer indexes, ascending; `halves[i]` is (K, V) of `layers[i]`. `scales[i]` are its float32
-    scales, K's then V's, one per held head; empty means 1.0 everywhere, the only legal value unless dtype is fp8.
+    scales, K's then V's, one per held head; empty means 1.0 everywhere, the only legal value unless dtype is one
+    of `SCALED`.
     """
 
     layers: tuple[int, ...]
@@ -55,8 +61,8 @@ class GroupStrides:
             raise ValueError(f"KV dtype {self.dtype!r}, expected one of {sorted(ELEMENT_NBYTES)}")
         if len(self.halves) != len(self.layers) or list(self.layers) != sorted(set(self.layers)):
             raise ValueError(f"layers {self.layers} with {len(self.halves)} pairs: expected ascending, one pair each")
-        if self.scales and self.dtype != "float8_e4m3fn":
-            raise ValueError(f"scales belong to fp8 alone, not to {self.dtype}")
+        if self.scales and self.dtype not in SCALED:
+            raise ValueError(f"scales belong to fp8 and int8, not to {self.dtype}")
         if self.scales and any(len(half) != self.num_heads for pair in self.scales for half in pair):
             raise ValueError(f"scales: expected {self.num_heads} for K and for V of each layer")
         if self.scales and len(self.scales) != len(self.layers):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,7 +24,8 @@ from disagg.engine.model import LoadedModel, check_model_len, load_model
 from disagg.engine.packed import pack_linears
 from disagg.engine.runner import Runner
 from disagg.engine.stats import GraphUse
-from disagg.kernels.dispatch import has_triton
+from disagg.engine.warmup import warm_up
+from disagg.kernels.dispatch import backend, has_triton
 from disagg.transceiver.codec import PROTOCOL
 from disagg.transceiver.keys import ClusterKeys
 from disagg.transceiver.messages.values import Identity
@@ -39,15 +41,7 @@ def make_engine(
     torch.set_num_threads(settings.threads or num_cores())
     folder = resolve_model(settings.model)
     progress("loading model")
-    model = load_model(
-        folder,
-        dtype=settings.dtype,
-        device=settings.device,
-        kv_cache_dtype=settings.kv_cache_dtype,
-        kv_scales=settings.kv_scales,
-    )
-    if model.device.type == "cpu":
-        log.info("packed the weights of %d linear layers", pack_linears(model.module))
+    model = _load(settings, folder)
     progress("allocating KV cache")
     budget = settings.kv_cache_memory or _default_budget(settings)
     max_model_len = _choose_model_len(settings, model, budget)
@@ -90,8 +84,24 @@ def make_engine(
     )
     ready = _ready(settings, role, layout, num_slots, max_model_len)
     runner, graphs = make_runner(settings, role, model, cache, max_model_len, progress)
+    if settings.torch_compile or backend(model.device).NAME == "triton":
+        progress("compiling")
+        warm_up(runner, cache, max_model_len)
     engine = Engine(runner, cache, config, graphs)
     return EngineParts(role, settings, identity, layout, cache, engine, ready, lambda: int(model.saturated))
+
+
+def _load(settings: WorkerSettings, folder: Path) -> LoadedModel:
+    model = load_model(
+        folder,
+        dtype=settings.dtype,
+        device=settings.device,
+        kv_cache_dtype=settings.kv_cache_dtype,
+        kv_scales=settings.kv_scales,
+    )
+    if model.device.type == "cpu" and not settings.torch_compile:  # a compiler has its own order of weights
+        log.info("packed the weights of %d linear layers", pack_linears(model.module))
+    return model
 
 
 def make_runner(
@@ -110,7 +120,7 @@ def make_runner(
     if settings.enforce_eager or model.device.type != "cuda" or not has_triton():
         if settings.piecewise_graphs:
             log.warning("`--piecewise-graphs`: this worker captures no graphs, steps run eager")
-        return Runner(model, cache), use
+        return _eager(settings, model, cache), use
     maker = CudaGraphs(model.device)
     try:
         eager = _piecewise(settings, model, cache, maker, use, progress)
@@ -123,8 +133,16 @@ def make_runner(
         graphs.capture()
     except RuntimeError as exc:  # torch's report of what this model does that a graph cannot hold; Dynamo's are too
         log.warning("steps run without CUDA graphs: capture failed: %s", (str(exc).strip() or "?").splitlines()[0])
-        return Runner(model, cache), GraphUse()
+        return _eager(settings, model, cache), GraphUse()
     return GraphRunner(eager, graphs), use
+
+
+def _eager(settings: WorkerSettings, model: LoadedModel, cache: KVCache) -> Runner:
+    if not settings.torch_compile:
+        return Runner(model, cache)
+    from disagg.engine.compiled import CompiledRunner  # loads torch's tracer, which takes seconds
+
+    return CompiledRunner(model, cache)
 
 
 def _piecewise(
@@ -136,7 +154,7 @@ def _piecewise(
     progress: Callable[[str], None],
 ) -> Runner:
     if not settings.piecewise_graphs:
-        return Runner(model, cache)
+        return _eager(settings, model, cache)
     from disagg.engine.piecewise_runner import PiecewiseRunner  # loads torch's tracer, which takes seconds
 
     progress("tracing the model and capturing its pieces")

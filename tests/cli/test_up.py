@@ -11,7 +11,7 @@ from disagg.cli import up as up_module
 from disagg.cli.child import ChildSpec
 from disagg.cli.supervisor import ClusterError
 from disagg.cli.up import LocalCluster, Pair, child_environment, curl, pairs_of, summary
-from disagg.config.resources import num_cores
+from disagg.config.resources import num_cores, threads_by_role
 from disagg.config.settings import UpSettings
 
 ROUTER = {"url": "http://127.0.0.1:8000", "admin": "http://127.0.0.1:41000", "control": "tcp://127.0.0.1:42000"}
@@ -68,8 +68,19 @@ def test_workers_share_memory_and_cores() -> None:
     workers = cluster(kv_cache_memory="90MiB", prefill=2, decode=1).workers(ROUTER)
     assert {flag(spec, "--kv-cache-memory") for spec in workers} == {str(30 << 20)}
     assert {flag(spec, "--memory-share") for spec in workers} == {"0.3333"}
-    assert {flag(spec, "--threads") for spec in workers} == {str(max(1, num_cores() // 3))}
-    assert {spec.env["OMP_NUM_THREADS"] for spec in workers} == {str(max(1, num_cores() // 3))}
+    shares = threads_by_role({"prefill": 2, "decode": 1, "both": 0}, num_cores())
+    expected = [str(shares[role]) for role in ("prefill", "prefill", "decode")]
+    assert [flag(spec, "--threads") for spec in workers] == expected
+    assert [spec.env["OMP_NUM_THREADS"] for spec in workers] == expected
+
+
+def test_threads_may_be_told_by_role() -> None:
+    def threads(**told: int) -> list[str]:
+        return [flag(spec, "--threads") for spec in cluster(prefill=1, decode=1, both=1, **told).workers(ROUTER)]
+
+    assert threads(threads=5) == ["5", "5", "5"]
+    assert threads(threads=5, prefill_threads=7) == ["7", "5", "5"]
+    assert threads(threads=5, decode_threads=2) == ["5", "2", "5"]
 
 
 def test_workers_are_told_one_share_of_memory_measured_once(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,7 @@ import pytest
 
 from disagg.cache.host_memory import available_nbytes
 from disagg.config.quantities import endpoint_host, format_nbytes, is_loopback, parse_nbytes
-from disagg.config.resources import CPU_MEMORY_FRACTION, default_kv_cache_nbytes, num_cores, threads_per_worker
+from disagg.config.resources import CPU_MEMORY_FRACTION, default_kv_cache_nbytes, num_cores, threads_by_role
 
 
 def test_cores_are_limited_by_a_quota(tmp_path: Path) -> None:
@@ -23,9 +23,27 @@ def test_this_machine_has_cores_and_memory() -> None:
     assert 0 < default_kv_cache_nbytes(0.5) < CPU_MEMORY_FRACTION * available_nbytes()
 
 
-@pytest.mark.parametrize(("workers", "cores", "threads"), [(2, 8, 4), (3, 8, 2), (4, 2, 1), (1, 1, 1)])
-def test_workers_share_the_cores(workers: int, cores: int, threads: int) -> None:
-    assert threads_per_worker(workers, cores) == threads
+@pytest.mark.parametrize(
+    ("prefill", "decode", "both", "cores", "threads"),
+    [
+        (1, 1, 0, 8, (4, 4)),
+        (1, 1, 0, 2, (1, 1)),
+        (1, 1, 0, 3, (2, 1)),
+        (2, 1, 0, 8, (3, 2)),
+        (1, 2, 0, 8, (4, 2)),
+        (2, 2, 0, 2, (1, 1)),
+        (1, 0, 0, 1, (1, 1)),
+        (0, 0, 2, 5, (2, 2)),
+    ],
+)
+def test_workers_share_the_cores_and_prefill_takes_what_is_left(
+    prefill: int, decode: int, both: int, cores: int, threads: tuple[int, int]
+) -> None:
+    found = threads_by_role({"prefill": prefill, "decode": decode, "both": both}, cores)
+    assert (found["prefill"], found["decode"]) == threads
+    assert found["both"] == found["decode"]
+    used = prefill * found["prefill"] + decode * found["decode"] + both * found["both"]
+    assert used <= max(cores, prefill + decode + both)
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import pytest
 import torch
 from support.tools import load_script
 
+from disagg.kernels import native_attention
 from disagg.kernels.dispatch import CALLS
 
 
@@ -46,6 +47,15 @@ def test_ours_decodes_all_sequences_in_each_step_with_packed_weights(benchmark: 
     assert batches == [3, 3]
     assert CALLS["torch:plan"] == 2 * 2, "a plan per step and layer group"
     assert CALLS["packed_linear"] == 2 * (4 * 7 + 1)
+    if native_attention.is_loaded():
+        assert CALLS[native_attention.ATTENTION] == CALLS[native_attention.WRITE] == 2 * 4
+
+
+def test_another_path_than_the_one_that_is_claimed_is_an_error(benchmark: ModuleType, contest: Any) -> None:
+    if not native_attention.is_loaded():
+        pytest.skip("the compiled helper is not built: torch operations are what is claimed")
+    with native_attention.left_out(), pytest.raises(SystemExit, match="`native:decode_rows` was not counted"):
+        contest.ours.run(benchmark.Load("mixed", (5, 70, 41), 2))
 
 
 def test_a_row_has_a_cell_for_each_column(benchmark: ModuleType, contest: Any, monkeypatch: pytest.MonkeyPatch) -> None:

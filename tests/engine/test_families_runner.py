@@ -12,7 +12,7 @@ import torch
 from support.continuous import Live, greedy, largest_error, make_cache
 from support.families import FAMILIES, WINDOW, Reference, safe_prompts, save_family
 
-from disagg.engine import attention
+from disagg.engine import attention, packed
 from disagg.engine.model import LoadedModel, load_model
 from disagg.engine.packed import pack_linears
 from disagg.engine.runner import Runner
@@ -78,15 +78,50 @@ def test_torch_operations_alone_answer_as_transformers_does(name: str, folder: P
 @pytest.mark.parametrize("name", FAMILIES)
 def test_packed_linear_layers_answer_as_transformers_does(name: str, folder: Path) -> None:
     model, references = load_case(name, folder)
-    packed = replace(model, module=deepcopy(model.module))
-    count = pack_linears(packed.module)
+    fast = replace(model, module=deepcopy(model.module))
+    count = pack_linears(fast.module)
     assert count >= 4 * len(model.layers), "nothing was packed"
     CALLS.clear()
-    lives = answers(packed, references[2:])
+    lives = answers(fast, references[2:])
     assert CALLS["packed_linear"] > count, "the packed layers did not run"
     for live, reference in zip(lives, references[2:], strict=True):
         assert live.answer == reference.token_ids, f"prompt of {len(reference.prompt)} tokens"
         assert largest_error(live, reference) < LOGPROB_TOLERANCE
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("is_supported", [True, False])
+def test_a_model_of_sixteen_bits_answers_whether_or_not_its_layers_can_be_packed(
+    dtype: str, is_supported: bool, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An AVX2 machine has neither bfloat16 nor float16 in oneDNN, one with AVX-512 often the first alone."""
+    _, references = load_case("gemma3", folder)
+    if not is_supported:
+        for question in packed.SUPPORT.values():
+            monkeypatch.setattr(torch.ops.mkldnn, question, lambda: False)
+    model = load_model(folder / "gemma3", dtype=dtype)
+    count = pack_linears(model.module)
+    assert (count > 0) == packed.can_pack(getattr(torch, dtype))
+    assert is_supported or count == 0
+    CALLS.clear()
+    lives = answers(model, references[2:4])
+    assert (CALLS["packed_linear"] > 0) == (count > 0)
+    for live, reference in zip(lives, references[2:4], strict=True):
+        first = Live(live.sequence, [], 0, rows=live.rows[:1])
+        assert largest_error(first, replace(reference, top_logprobs=reference.top_logprobs[:1])) < 0.2
+
+
+def test_a_runner_says_who_attends_and_who_writes(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "disagg.engine.runner")
+    model, _ = load_case("gemma3", folder)
+    made = make_cache(model, block_size=8, num_slots=20)
+    Runner(model, made)
+    with native_attention.left_out():
+        Runner(model, made)
+    told = [record.getMessage() for record in caplog.records]
+    if native_attention.is_loaded():
+        assert told[0] == "decode attention: the compiled helper; KV writes: the compiled helper"
+    assert told[1].startswith("decode attention and KV writes: torch operations; the compiled helper is not built")
 
 
 @pytest.mark.parametrize(("block_size", "chunk"), [(1, 64), (5, 7), (16, 512)])

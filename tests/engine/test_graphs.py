@@ -20,6 +20,7 @@ from support.interpreter import missing_interpreter
 from disagg.cache.pool import TRASH_SLOT
 from disagg.cache.scratch import Scratch
 from disagg.engine import graphs as graphs_module
+from disagg.engine import hf
 from disagg.engine.graphs import batch_buckets
 from disagg.engine.graphs_inputs import DecodeInputs
 from disagg.engine.model import load_model
@@ -86,6 +87,37 @@ def test_fp8_kv_is_read_and_written_by_its_scales_in_graphs(folder: Path) -> Non
     assert [live.answer for live in graphed.answers(references, NUM_TOKENS)] == expected
     assert CALLS["graph:decode"] > 9
     assert expected != [reference.token_ids for reference in references]
+
+
+def test_experts_are_chosen_for_the_capture_alone(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Grouped products read sizes on the host; eager steps, where that is allowed, keep them."""
+    model, references = load_case("gpt_oss", folder, NUM_TOKENS)
+    config: Any = model.module.config
+    assert config._experts_implementation == "grouped_mm"
+    runner = GraphedRunner(model)
+    assert config._experts_implementation == "grouped_mm"
+    assert num_equal(runner.answers(references[:1], NUM_TOKENS), references[:1]) == 1
+    monkeypatch.setattr("disagg.engine.hf._has_grouped_kernel", lambda *_: True)
+    with pytest.raises(CaptureFailed, match=r"grouped_mm.* waits for the device"):
+        GraphedRunner(model)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "capability", "expected"),
+    [
+        (torch.bfloat16, (9, 0), True),
+        (torch.bfloat16, (10, 0), True),
+        (torch.bfloat16, (8, 0), False),
+        (torch.bfloat16, (12, 0), False),
+        (torch.float16, (9, 0), False),
+        (torch.float32, (9, 0), False),
+    ],
+)
+def test_which_devices_multiply_groups_in_one_kernel(
+    dtype: torch.dtype, capability: tuple[int, int], expected: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    assert hf._has_grouped_kernel(torch.device("cuda"), dtype) == expected
 
 
 def test_a_batch_above_the_largest_bucket_runs_eager(folder: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,16 +14,18 @@ import torch
 from safetensors.torch import load_file, save_file
 from support.continuous import Live, greedy, make_cache
 from support.families import Reference, safe_prompts, save_family
+from support.interpreter import missing_interpreter
 
 from disagg.cache.layout import LayerSpec, derive_layout
+from disagg.engine.kv_dtype import check_kv_dtype
 from disagg.engine.model import LoadedModel, load_model
 from disagg.engine.runner import Chunk, Runner
 from disagg.engine.weights import ModelRefused
-from disagg.kernels.dispatch import FUSED_VARIABLE
+from disagg.kernels.dispatch import FUSED_VARIABLE, forced
 
 BLOCK_SIZE = 8
 # Largest error of the five likeliest tokens' logprobs, three times what was measured on this random model.
-TOLERANCE = {"float32": 2e-3, "float16": 5e-3, "bfloat16": 0.03, "fp8_e4m3": 0.3}
+TOLERANCE = {"float32": 2e-3, "float16": 5e-3, "bfloat16": 0.03, "fp8_e4m3": 0.3, "int8": 0.15}
 NUM_HEADS = 2
 
 
@@ -61,7 +64,7 @@ def stored(model: LoadedModel, prompt: tuple[int, ...]) -> tuple[torch.Tensor, R
     return blocks.permute(1, 2, 0, 3, 4).flatten(2, 3)[:, :, : len(prompt)], runner
 
 
-@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("dtype", [dtype for dtype in TOLERANCE if dtype != "int8"])
 def test_answers_stay_within_what_the_dtype_can_hold(dtype: str, folder: Path, references: list[Reference]) -> None:
     model = load_model(folder, dtype="float32", kv_cache_dtype=dtype)
     assert {layer.dtype for layer in model.layers} == {dtype.replace("fp8_e4m3", "float8_e4m3fn")}
@@ -121,6 +124,71 @@ def test_a_block_of_fp8_takes_a_quarter_of_the_memory() -> None:
     assert sizes == [(2 * 2 * 16 * 16 * nbytes,) for nbytes in (4, 2, 1)]
 
 
+# --- int8 -----------------------------------------------------------------------------------------------------
+
+
+def int8_scales(folder: Path, references: list[Reference], file: Path) -> Path:
+    """Scales as an operator measures them: the largest number of K and of V in each layer, over 127."""
+    model = load_model(folder)
+    runner = Runner(model, make_cache(model, block_size=BLOCK_SIZE, num_slots=100))
+    sequence = runner.cache.open("a")
+    prompt = references[-1].prompt
+    assert runner.cache.resize(sequence, capacity=len(prompt), history=0)
+    runner.execute([Chunk(sequence.tables, prompt, 0, True)])
+    found = {}
+    for layer in model.layers:
+        group, _ = runner.cache.layout.place(layer.index)
+        slots = sequence.tables[group]
+        held = runner.cache.layer_view(layer.index)[torch.from_numpy(slots[slots > 0].astype(np.int64))]
+        key, value = held.nan_to_num(0).abs().amax((0, 3, 4)) * 1.1 / 127
+        found[str(layer.index)] = {"k": key.tolist(), "v": value.tolist()}
+    file.write_text(json.dumps(found))
+    return file
+
+
+@pytest.mark.parametrize("fused", ["off", "on"])
+def test_answers_over_int8_stay_within_its_bound_and_scales_wrong_by_two_do_not(
+    fused: str, folder: Path, references: list[Reference], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(FUSED_VARIABLE, fused)
+    file = int8_scales(folder, references, tmp_path / "scales.json")
+    model = load_model(folder, dtype="float32", kv_cache_dtype="int8", kv_scales=file)
+    assert {layer.dtype for layer in model.layers} == {"int8"}
+    error, _ = error_of(model, references)
+    assert TOLERANCE["float16"] / 10 < error < TOLERANCE["int8"]
+    exact, _ = stored(load_model(folder), references[-1].prompt)
+    raw, _ = stored(model, references[-1].prompt)
+    assert model.layers[0].scales is not None
+    scale = torch.tensor(model.layers[0].scales)[..., None, None]
+    assert ((raw.float() * scale - exact).abs() <= scale * 0.501).all()
+    assert not ((raw.float() * 2 * scale - exact).abs() <= scale * 0.501).all()
+    halved = tuple(replace(layer, scales=halves(layer.scales)) for layer in model.layers)
+    wrong = replace(model, layers=halved)
+    assert error_of(wrong, references)[0] > error
+    assert int(wrong.saturated) > 0
+
+
+def halves(scales: Any) -> Any:
+    return tuple(tuple(scale / 2 for scale in half) for half in scales)
+
+
+def test_int8_asks_for_scales(tmp_path: Path) -> None:
+    save_family("gemma3", tmp_path)
+    with pytest.raises(ModelRefused, match="neither `--kv-scales` nor the checkpoint has scales of layer 0"):
+        load_model(tmp_path, kv_cache_dtype="int8")
+    tensors = load_file(tmp_path / "model.safetensors")
+    for layer in range(4):
+        tensors[f"model.layers.{layer}.self_attn.k_scale"] = torch.tensor(0.5)
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    layers = load_model(tmp_path, kv_cache_dtype="int8").layers
+    assert layers[0].scales is not None
+    assert layers[0].scales[0] == pytest.approx((0.5 * 448 / 127,) * 2), "the same range in other steps"
+    file = tmp_path / "scales.json"
+    file.write_text(json.dumps({"1": {"k": 0.5, "v": 1}}))
+    with pytest.raises(ModelRefused, match="scales of layer 0"):
+        load_model(tmp_path, kv_cache_dtype="int8", kv_scales=file)
+
+
 # --- where scales come from -----------------------------------------------------------------------------------
 
 
@@ -168,5 +236,26 @@ def test_a_file_of_scales_that_fits_no_model_is_refused_in_a_sentence(
 
 
 def test_scales_without_fp8_are_refused(folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(ModelRefused, match="only fp8 KV has scales"):
+    with pytest.raises(ModelRefused, match="only fp8 and int8 KV have scales"):
         load_model(folder, kv_cache_dtype="float16", kv_scales=tmp_path / "scales.json")
+
+
+# --- what a device has ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("capability", "is_refused"), [((8, 0), True), ((8, 6), True), ((8, 9), False), ((9, 0), False)]
+)
+def test_fp8_is_refused_in_a_sentence_where_the_gpu_has_no_such_numbers(
+    capability: tuple[int, int], is_refused: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if missing := missing_interpreter():
+        pytest.skip(missing)
+    cuda = torch.device("cuda")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    check_kv_dtype("bfloat16", cuda)
+    check_kv_dtype("float8_e4m3fn", torch.device("cpu"))
+    with forced("torch"):
+        check_kv_dtype("float8_e4m3fn", cuda)
+    with pytest.raises(ModelRefused, match=r"capability 8\.\d, which has no fp8") if is_refused else nullcontext():
+        check_kv_dtype("float8_e4m3fn", cuda)

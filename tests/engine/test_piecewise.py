@@ -18,11 +18,12 @@ from support.interpreter import missing_interpreter
 from disagg.engine import piecewise_attention
 from disagg.engine.attention import CURRENT_STEP, LayerCall
 from disagg.engine.fused_qkv import fuse
-from disagg.engine.model import LoadedModel
+from disagg.engine.model import LoadedModel, load_model
 from disagg.engine.piecewise import Phase, PiecewiseGraphs, cut, is_attention, token_buckets
 from disagg.engine.piecewise_attention import NUM_TOKENS, attend
 from disagg.engine.piecewise_runner import PiecewiseRunner
 from disagg.engine.probe import probe
+from disagg.engine.runner import Runner
 from disagg.kernels import ops
 from disagg.kernels.batch import PagedBatch, QueryRun
 from disagg.kernels.dispatch import CALLS, forced
@@ -76,6 +77,25 @@ def test_prefill_and_mixed_steps_in_pieces_answer_as_transformers_does(quick: An
     assert CALLS["graph:piecewise"] == runner.use.num_replays > NUM_TOKENS_OUT
     assert CALLS["graph:piece"] == CALLS["graph:piecewise"] * (len(model.layers) + 1)
     assert CALLS["torch:paged_attention"] >= CALLS["graph:piecewise"] * len(model.layers)
+
+
+def test_pieces_in_bfloat16_are_as_near_to_float32_as_eager_steps(folder: Path) -> None:
+    exact_model, references = load_case("llama", folder, NUM_TOKENS_OUT)
+    model = load_model(folder / "llama", dtype="bfloat16")
+    runner = make_runner(model)
+
+    def first_rows(one: Runner) -> torch.Tensor:
+        lives = greedy(one, [reference.prompt for reference in references], 1, chunk=37)
+        return torch.stack([live.rows[0] for live in lives])
+
+    def eager(of: LoadedModel) -> Runner:
+        return Runner(of, make_cache(of, block_size=8, num_slots=120))
+
+    exact = first_rows(eager(exact_model))
+    expected = (first_rows(eager(model)) - exact).abs().mean()
+    CALLS.clear()
+    assert (first_rows(runner) - exact).abs().mean() < 1.5 * expected
+    assert CALLS["graph:piecewise"] > 0
 
 
 @pytest.mark.slow

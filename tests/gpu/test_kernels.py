@@ -14,7 +14,7 @@ from disagg.kernels import ops
 from disagg.kernels.batch import PagedBatch, QueryRun
 from disagg.kernels.dispatch import CALLS, forced
 from disagg.kernels.qkv import Rotary, head_norms
-from disagg.kernels.scales import quantise
+from disagg.kernels.scales import KVScales, quantise
 from disagg.kernels.workspace import Workspace
 
 pytestmark = pytest.mark.gpu
@@ -56,6 +56,10 @@ def test_eight_bit_kv(stored: torch.dtype, scaled: bool) -> None:
     assert_agrees(Case(MIXED, window=11, dtype=torch.bfloat16, stored=stored, scaled=scaled), 3e-2)
 
 
+def test_int8_kv() -> None:
+    assert_agrees(Case(MIXED, window=11, dtype=torch.bfloat16, stored=torch.int8, scaled=True), 3e-2)
+
+
 def test_splits_and_their_merge() -> None:
     assert_agrees(Case(((3000, 1), (5, 1)), 16, head_dim=64, num_kv_heads=1, sink_logits=True), 1e-5)
     assert CALLS["kernel:decode_attention_split"] == CALLS["kernel:merge_splits"] == 1
@@ -65,7 +69,7 @@ def memory(dtype: torch.dtype) -> torch.Tensor:
     return (torch.randn(9, 2, 2, 4, 16, 24, generator=torch.Generator().manual_seed(1)) * 3).to(CUDA, dtype)
 
 
-@pytest.mark.parametrize("to", [torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.float8_e5m2])
+@pytest.mark.parametrize("to", [torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.float8_e5m2, torch.int8])
 def test_conversions_are_torchs_bit_for_bit(to: torch.dtype) -> None:
     source, target = memory(torch.float32), torch.zeros(12, 2, 2, 4, 8, 24, device=CUDA).to(to)
     source[3, 0, 0, 0, 0, :3] = torch.tensor([1e9, -1e9, 0.031])
@@ -85,8 +89,11 @@ def test_slots_move_whole_and_bit_for_bit() -> None:
     assert torch.equal(other[chosen], slots[chosen])
 
 
-@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float8_e4m3fn])
-def test_the_fused_step_is_that_of_torch(stored: torch.dtype) -> None:
+@pytest.mark.parametrize(
+    ("stored", "scaled"),
+    [(torch.bfloat16, False), (torch.float8_e4m3fn, False), (torch.float8_e4m3fn, True), (torch.int8, True)],
+)
+def test_the_fused_step_is_that_of_torch(stored: torch.dtype, scaled: bool) -> None:
     torch.manual_seed(3)
     tables = [np.array([3, 5, 9], np.int32), np.array([4, 8], np.int32)]
     batch = PagedBatch((QueryRun(tables[0], 33, 3), QueryRun(tables[1], 16, 1)), 16, None, 0)
@@ -94,14 +101,20 @@ def test_the_fused_step_is_that_of_torch(stored: torch.dtype) -> None:
     angles = torch.rand(4, 20, device=CUDA) * 6
     norms = head_norms(torch.rand(80, device=CUDA), torch.rand(80, device=CUDA), None, epsilon=1e-6)
     qkv, bias = (torch.randn(size, device=CUDA).bfloat16() for size in ((4, 8 * 80), (8 * 80,)))
+    counters = [torch.zeros((), dtype=torch.int64, device=CUDA) for _ in range(2)]
+    halves = [torch.tensor(half, device=CUDA) for half in ([0.002, 0.05], [0.04, 0.008])]  # some saturate
     outs = []
-    for name, pool in zip(("triton", "torch"), pools, strict=True):
+    for name, pool, counter in zip(("triton", "torch"), pools, counters, strict=True):
+        scales = KVScales(*halves, counter) if scaled else None
         with forced(name):
             plan = ops.plan(batch, pool, torch.bfloat16, Workspace())
             rotary = Rotary(angles.cos(), angles.sin())
-            out = ops.preprocess_qkv(qkv, pool, plan, num_heads=4, bias=bias, norms=norms, angles=rotary)
+            out = ops.preprocess_qkv(qkv, pool, plan, num_heads=4, bias=bias, norms=norms, angles=rotary, scales=scales)
         outs.append(out.float())
     for name in [name for name in CALLS if name.startswith("torch:")]:
         del CALLS[name]
     torch.testing.assert_close(outs[0], outs[1], rtol=2e-2, atol=2e-2)
-    torch.testing.assert_close(pools[0].float(), pools[1].float(), rtol=0.13, atol=2e-2)
+    step = 1.01 if stored == torch.int8 else 2e-2  # what two roundings may differ by
+    torch.testing.assert_close(pools[0].float(), pools[1].float(), rtol=0.13, atol=step)
+    assert abs(int(counters[0]) - int(counters[1])) <= 1
+    assert int(counters[0] > 0) == scaled

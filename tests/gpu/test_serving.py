@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 
 import pytest
@@ -22,13 +23,15 @@ PLACES = {
 }
 
 
-@pytest.mark.parametrize("plane", ["shm", "tcp", "zmq"])
+@pytest.mark.parametrize("plane", ["shm", "tcp", "zmq", "ucx"])
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("family", ["gemma3", "gpt_oss"])
 def test_tokens_equal_a_cpus_and_bytes_the_minimum(family: str, place: str, plane: str, tmp_path: Path) -> None:
     devices = PLACES[place]
     if (missing := len(set(devices) - {"cpu"}) - torch.cuda.device_count()) > 0:
         pytest.skip(f"needs {missing} CUDA device(s) more than the {torch.cuda.device_count()} here")
+    if plane == "ucx" and importlib.util.find_spec("ucxx") is None:
+        pytest.skip("ucxx is not installed")
     model = build_family(family)
     references = safe_prompts(model, LENGTHS, NUM_TOKENS)
     layers = stored_layers(model, itemsize=4)
@@ -45,4 +48,5 @@ def test_tokens_equal_a_cpus_and_bytes_the_minimum(family: str, place: str, plan
             transfer = system.record(f"p{length}")["transfer"]
             assert transfer["nbytes"] == sum(minimum_nbytes(layers, length, BLOCK_SIZE).values())
         system.settle()
+        assert (system.total("disagg_graph_replays_total") > 0) == (devices[1] != "cpu"), "decode steps ran eager"
         system.wait_until_idle()

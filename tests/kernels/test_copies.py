@@ -11,7 +11,7 @@ from support.interpreter import missing_interpreter
 
 from disagg.kernels import ops
 from disagg.kernels.dispatch import CALLS, forced
-from disagg.kernels.scales import quantise
+from disagg.kernels.scales import INT8_NAN, quantise
 
 
 @pytest.fixture(params=["torch", "triton"], autouse=True)
@@ -149,6 +149,25 @@ def test_to_eight_bits_finite_numbers_saturate_and_others_become_nan(served: str
     assert torch.isnan(quantise(torch.tensor(torch.nan), torch.float8_e4m3fn, None).float())
 
 
+@pytest.mark.parametrize(("from_", "to"), [(torch.float32, torch.int8), (torch.int8, torch.bfloat16)])
+def test_int8_is_converted_by_its_scales(from_: torch.dtype, to: torch.dtype) -> None:
+    source = (memory(3, 2, 2, 4, 16, torch.float32) * 30).to(from_)
+    target = torch.zeros(3, 2, 2, 2, 4, 16, dtype=to)
+    scales, at = 0.1 + torch.rand(2, 2, 2, generator=torch.Generator().manual_seed(2)), places([(1, 0)])
+    if to == torch.int8:
+        source[1, 0, 0, 0, 0, :3] = torch.tensor([1e9, -1e9, torch.nan])
+        ops.copy_units(source, at, target, at, 4, target_scales=scales)
+        assert torch.equal(target[1], quantise(source[1], to, scales[..., None, None]))
+        assert target[1, 0, 0, 0, 0, :3].tolist() == [127, -127, INT8_NAN]
+        return
+    source[1, 0, 0, 0, 0, 0] = INT8_NAN
+    ops.copy_units(source, at, target, at, 4, source_scales=scales)
+    exact = source[1].float() * scales[..., None, None]
+    assert target[1, 0, 0, 0, 0, 0].isnan()
+    target[1, 0, 0, 0, 0, 0] = exact[0, 0, 0, 0, 0]
+    torch.testing.assert_close(target[1].float(), exact, rtol=2**-7, atol=0)  # as above, of the interpreter
+
+
 def test_copying_no_unit_changes_nothing() -> None:
     target = torch.zeros(2, 1, 2, 1, 4, 3)
     ops.copy_units(memory(2, 1, 1, 4, 3, torch.float32), places([]), target, places([]), 4)
@@ -189,3 +208,34 @@ def test_part_of_a_larger_staging_buffer_may_receive() -> None:
     ops.gather_slots(slots, torch.tensor([4, 1]), staging[1:3])
     assert torch.equal(staging[1:3], slots[[4, 1]])
     assert staging[[0, 3]].sum() == 0
+
+
+# --- negative controls: the comparisons above see what they are for ---------------------------------------------
+
+
+@pytest.mark.parametrize("wrong", ["a token on", "the next unit", "the next slot", "another target"])
+def test_a_shifted_unit_is_noticed(wrong: str) -> None:
+    source, target = memory(9, 2, 3, 16, 5, torch.float32), memory(11, 2, 3, 8, 5, torch.float32)
+    at, to = places([(1, 0), (7, 0)]), places([(4, 0), (10, 0)])
+    expected = walked(source, at, target, to, 8)
+    at += places([{"a token on": (0, 1), "the next unit": (0, 8), "the next slot": (1, 0)}.get(wrong, (0, 0))])
+    to = to.flip(0).contiguous() if wrong == "another target" else to
+    ops.copy_units(source, at, target, to, 8)
+    assert not same_bits(target, expected)
+
+
+def test_a_wrong_range_of_heads_is_noticed() -> None:
+    source, target = memory(5, 3, 4, 8, 16, torch.bfloat16), memory(6, 3, 2, 8, 16, torch.bfloat16)
+    at = places([(1, 0)])
+    ops.copy_units(source[:, :, :, 1:3], at, target, at, 8)
+    assert not same_bits(target[1], source[1][:, :, 2:4])
+
+
+def test_slots_gathered_or_scattered_in_another_order_are_noticed() -> None:
+    slots = torch.randint(0, 256, (11, 24), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    chosen = torch.tensor([7, 2, 10])
+    staging = ops.gather_slots(slots, chosen.flip(0), torch.empty(3, 24, dtype=torch.uint8))
+    assert not torch.equal(staging, slots[chosen])
+    other = torch.zeros_like(slots)
+    ops.scatter_slots(other, chosen, staging)
+    assert not torch.equal(other[chosen], slots[chosen])

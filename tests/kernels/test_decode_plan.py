@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -71,3 +72,28 @@ def test_a_filled_plan_is_the_batchs(
     assert (rows.write_slots[n:] == TRASH_SLOT).all()
     assert rows.runs[n:].tolist() == [[row, 1, 0, 0] for row in range(n, n + padding)]
     assert addresses == [x.data_ptr() for x in (rows.table, rows.runs, rows.write_slots, rows.write_offsets)]
+
+
+def test_a_block_without_a_slot_is_noticed() -> None:
+    plan = DecodePlan(
+        block_size=4, window=None, num_sink_tokens=0, max_rows=2, max_tokens=40, device=CPU, workspace=Workspace()
+    )
+    holed = table_of(11, 4, 2)
+    holed[1] = -1
+    with pytest.raises(AssertionError, match="has no slot"):
+        plan.fill([holed], np.array([11]), 2)
+
+
+def test_only_what_a_row_no_longer_uses_is_cleared(monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = DecodePlan(
+        block_size=1, window=None, num_sink_tokens=0, max_rows=3, max_tokens=9, device=CPU, workspace=Workspace()
+    )
+    rows = plan.rows(3)
+    for lengths in ((9, 5, 2), (3,), (4, 8), (9, 9, 9), ()):
+        plan.fill([table_of(n - 1, 1, 2 + 10 * i) for i, n in enumerate(lengths)], np.array(lengths, np.int64) - 1, 3)
+        used = (rows.table != NULL_SLOT).sum(1).tolist()
+        assert used == [*lengths, *[0] * (3 - len(lengths))]
+    monkeypatch.setattr(DecodePlan, "_clear", lambda *_: None)
+    plan.fill([table_of(8, 1, 2)], np.array([8]), 3)
+    with pytest.raises(AssertionError, match="has no slot"):  # what an earlier step left is taken for a block
+        plan.fill([table_of(2, 1, 2), table_of(5, 1, 20)], np.array([2, 5]), 3)

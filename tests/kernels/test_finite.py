@@ -28,6 +28,11 @@ def test_every_8_bit_pattern_is_judged_as_torch_does(dtype: str) -> None:
     assert finite_rows(rows, dtype).tolist() == is_finite(torch.from_numpy(rows), dtype)
 
 
+def test_one_code_of_int8_is_not_finite() -> None:
+    rows = np.arange(1 << 8, dtype=np.uint8)[:, None]
+    assert [int(code) for code in np.flatnonzero(~finite_rows(rows, "int8"))] == [0x80]
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_one_bad_number_anywhere_makes_its_row_not_finite(dtype: str) -> None:
     kind = getattr(torch, dtype)
@@ -46,7 +51,7 @@ def test_finite_values_whose_sum_overflows_are_finite() -> None:
     assert finite_rows(rows.view(np.uint8), "float32").tolist() == [True, True]
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", [*DTYPES, "int8"])
 def test_one_piece_is_judged_as_a_row_is(dtype: str) -> None:
     rng = np.random.default_rng(5)
     for _ in range(200):

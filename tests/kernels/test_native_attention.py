@@ -250,6 +250,13 @@ def test_the_helper_is_left_out_where_the_environment_says_so(monkeypatch: pytes
         native._find()
 
 
+@needs_helper
+def test_the_layout_is_of_the_size_it_has_in_c() -> None:
+    library = native.library()
+    assert library is not None
+    assert ctypes.sizeof(native_attention._Layout) == ctypes.c_int64.in_dll(library, "disagg_layout_nbytes").value
+
+
 def test_the_layouts_fields_are_those_of_c() -> None:
     source = (Path(native_attention.__file__).with_suffix(".c")).read_text()
     body = source[source.index("typedef struct {\n    int64_t num_kv_heads") : source.index("} Layout;")]
@@ -260,13 +267,19 @@ def test_the_layouts_fields_are_those_of_c() -> None:
 @needs_helper
 def test_retargeted_rows_read_other_blocks() -> None:
     world = World(Case(((40, 1), (9, 1)), window=11))
-    plan = ops.plan(world.batch, world.pool, torch.float32, Workspace())
-    moved = torch.cat([world.pool[:2], world.pool[2:].roll(1, 0)])
-    slots = torch.arange(2, len(moved)).roll(-1).numpy()
-    tables = [np.where(run.table < 0, -1, slots[run.table - 2]).astype(np.int32) for run in world.batch.runs]
-    runs = tuple(replace(run, table=table) for run, table in zip(world.batch.runs, tables, strict=True))
-    plan = ops.retarget(plan, replace(world.batch, runs=runs), moved)
-    ops.write_kv(moved, plan, *world.new())
-    query = torch.from_numpy(world.queries).float()
-    made = ops.paged_attention(query, moved, plan, scale=world.case.head_dim**-0.5)
-    np.testing.assert_allclose(made.double(), world.expected(), atol=3e-6, rtol=0)
+    CALLS.clear()
+    np.testing.assert_allclose(world.actual_of_moved(), world.expected(), atol=3e-6, rtol=0)
+    assert CALLS[ATTENTION] == CALLS[WRITE] == 1
+
+
+@needs_helper
+@pytest.mark.parametrize("slot", [-1, 12])
+def test_nothing_is_written_outside_the_pool(slot: int) -> None:
+    memory = torch.zeros(14, 3, 2, 2, 8, 4)
+    pool, new = memory[1:13, 1], torch.ones(2, 2, 4)  # twelve slots, with others' memory before and behind them
+    at = np.array([3, slot], np.int64) * pool.stride(0) + 4
+    with pytest.raises(IndexError, match="of a pool of 12"):
+        native_attention.write(pool, at, new, new)
+    assert memory.count_nonzero() == 0
+    native_attention.write(pool, np.array([3, 11]) * pool.stride(0) + 4, new, new)
+    assert memory.count_nonzero() == pool.count_nonzero() == 2 * new.numel()  # K and V

@@ -74,6 +74,25 @@ def test_buckets_cut_by_size_do_not_change_the_result(window: int | None, monkey
     np.testing.assert_allclose(world.actual(), world.expected(), atol=3e-6, rtol=0)
 
 
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 3e-6), (torch.float16, 2e-3)])
+def test_a_retargeted_plan_reads_other_blocks(
+    dtype: torch.dtype, tolerance: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In several buckets, whose cut by size must be the one that the plan was made with."""
+    world = World(Case(((100, 1), (7, 1), (98, 1), (0, 5), (99, 1), (101, 1)), window=30, dtype=dtype))
+    row_nbytes = 2 * world.case.num_kv_heads * world.case.head_dim * dtype.itemsize * 40
+    monkeypatch.setattr(reference, "MAX_BUCKET_NBYTES", 3 * row_nbytes)
+    plan = reference.plan(world.batch, world.pool, dtype, Workspace())
+    assert [bucket.num_queries for bucket in plan.buckets] == [3, 2]
+    np.testing.assert_allclose(world.actual_of_moved(), world.expected(), atol=tolerance, rtol=0)
+
+
+def test_a_plan_that_was_not_retargeted_is_noticed(served: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ops, "retarget", lambda plan, *_: plan)
+    world = World(CASES["window"])
+    assert not np.abs(world.actual_of_moved() - world.expected()).max() < 1e-2  # or NaN, of a dead slot
+
+
 def test_a_bucket_over_the_wrong_queries_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     world = World(Case(((100, 1), (7, 1), (98, 1), (99, 1)), window=30))
     exact = reference._Planner._bucket
@@ -100,10 +119,36 @@ def test_any_batch_agrees_with_dense_attention(
     np.testing.assert_allclose(world.actual(), world.expected(), atol=3e-6, rtol=0)
 
 
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 3e-6), (torch.bfloat16, 2e-2)])
+def test_int8_kv_agrees_with_dense_attention(dtype: torch.dtype, tolerance: float, served: str) -> None:
+    world = World(Case(MIXED, window=11, dtype=dtype, stored=torch.int8, scaled=True))
+    np.testing.assert_allclose(world.actual(), world.expected(), atol=tolerance, rtol=0)
+
+
 def test_a_window_off_by_one_is_noticed(served: str) -> None:
     world = World(Case(MIXED, window=11))
     world.batch = PagedBatch(world.batch.runs, 8, 10, 0)
     assert np.abs(world.actual() - world.expected()).max() > 1e-2
+
+
+def test_ignored_sink_tokens_are_noticed(served: str) -> None:
+    world = World(CASES["window and sink tokens"])
+    world.batch = replace(world.batch, num_sink_tokens=0)
+    assert np.abs(world.actual() - world.expected()).max() > 1e-2
+
+
+def test_an_ignored_front_offset_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keys counted from the first block that is listed, as if none before it had been evicted."""
+    exact = reference._padded
+
+    def ignoring(*args: object) -> reference._Padded:
+        made = exact(*args)  # type: ignore[arg-type]
+        return replace(made, ordinals=np.broadcast_to(np.arange(made.ordinals.shape[1]), made.ordinals.shape))
+
+    world = World(Case(((60, 1), (61, 1)), window=9, num_sink_tokens=11))
+    np.testing.assert_allclose(world.actual(), world.expected(), atol=3e-6, rtol=0)
+    monkeypatch.setattr(reference, "_padded", ignoring)
+    assert not np.abs(World(world.case).actual() - world.expected()).max() < 1e-2
 
 
 def test_a_workspace_may_serve_plan_after_plan(served: str) -> None:

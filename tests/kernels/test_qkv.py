@@ -16,7 +16,7 @@ from disagg.kernels import ops
 from disagg.kernels.batch import PagedBatch, QueryRun
 from disagg.kernels.dispatch import CALLS, forced
 from disagg.kernels.qkv import HeadNorms, Rotary, head_norms, rotary
-from disagg.kernels.scales import KVScales
+from disagg.kernels.scales import KVScales, quantise
 from disagg.kernels.workspace import Workspace
 
 BLOCK_SIZE = 4
@@ -277,6 +277,22 @@ def test_eight_bit_kv_in_torch_and_refused_by_the_interpreter(served: str) -> No
         return
     ops.preprocess_qkv(qkv, paged.pool, paged.plan, num_heads=2)
     assert torch.equal(paged.stored()[0], qkv.view(9, 4, 8)[:, 2:3].to(torch.float8_e4m3fn).float())
+
+
+def test_int8_kv_is_rounded_clamped_and_counted(served: str) -> None:
+    qkv, *_ = inputs(Shape())
+    qkv[0, 16], qkv[4, 24] = 300.0, -1e4  # K of the first query, V of the fifth
+    counter = torch.zeros((), dtype=torch.int64)
+    scales = KVScales(torch.tensor([0.02]), torch.tensor([0.03]), counter)
+    paged = Paged(1, 8, torch.int8)
+    ops.preprocess_qkv(qkv, paged.pool, paged.plan, num_heads=2, scales=scales)
+    expected = [
+        quantise(qkv.view(9, 4, 8)[:, at : at + 1], torch.int8, torch.tensor(s)) for at, s in ((2, 0.02), (3, 0.03))
+    ]
+    beyond = sum(int((qkv.view(9, 4, 8)[:, at].abs() > 127 * s).sum()) for at, s in ((2, 0.02), (3, 0.03)))
+    for stored, mine in zip(paged.stored(), expected, strict=True):
+        assert torch.equal(stored, mine.float())
+    assert int(counter) == beyond >= 2
 
 
 @pytest.mark.parametrize("wrong", ["no norm", "no bias", "angles of the next position", "half of the pairs"])

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 
 from disagg.kernels import ops
 from disagg.kernels.batch import NULL_SLOT, PagedBatch, QueryRun
-from disagg.kernels.scales import KVScales, quantise
+from disagg.kernels.scales import INT8_NAN, KVScales, dequantise, quantise, raw
 from disagg.kernels.workspace import Workspace
 
 
@@ -77,7 +77,7 @@ class World:
         if self.case.stored is None:
             return x
         scale = self._scale(which) if self.scales else None
-        held = quantise(torch.from_numpy(x), self.stored, scale).double()
+        held = dequantise(quantise(torch.from_numpy(x), self.stored, scale), torch.float64)
         return (held if scale is None else held * scale).numpy()
 
     def _lay_out(self) -> tuple[torch.Tensor, list[np.ndarray]]:
@@ -86,7 +86,8 @@ class World:
         num_slots = 2 + sum(len({key // size for key in seen}) for seen in needed) + 3
         slots = iter(self.rng.permutation(np.arange(2, num_slots)))
         shape = (num_slots, case.num_layers, 2, case.num_kv_heads, size, case.head_dim)
-        memory = torch.full(shape, float("nan"), dtype=self.stored)
+        nan = INT8_NAN if self.stored == torch.int8 else math.nan
+        memory = torch.full(shape, nan, dtype=self.stored)
         memory[NULL_SLOT] = 0
         tables = []
         for seen, (start, n), keys, values in zip(needed, case.runs, self.keys, self.values, strict=True):
@@ -141,6 +142,25 @@ class World:
             for xs in (self.keys, self.values)
         )
         return key.to(self.device, self.case.dtype), value.to(self.device, self.case.dtype)
+
+    def moved(self) -> tuple[PagedBatch, torch.Tensor]:
+        """The same batch over a pool of its own, in which every block lies in another slot."""
+        pool = torch.empty_strided(self.pool.shape, self.pool.stride(), dtype=self.stored, device=self.device)
+        raw(pool).copy_(torch.cat([raw(self.pool)[:2], raw(self.pool)[2:].roll(1, 0)]))
+        slots = np.roll(np.arange(2, len(pool), dtype=np.int32), -1)
+        tables = [np.where(run.table < 0, -1, slots[run.table - 2]).astype(np.int32) for run in self.batch.runs]
+        runs = tuple(replace(run, table=table) for run, table in zip(self.batch.runs, tables, strict=True))
+        return replace(self.batch, runs=runs), pool
+
+    def actual_of_moved(self) -> np.ndarray:
+        """What a plan of this batch answers once it was retargeted to where the blocks were moved."""
+        plan = ops.plan(self.batch, self.pool, self.case.dtype, Workspace())
+        batch, pool = self.moved()
+        plan = ops.retarget(plan, batch, pool)
+        ops.write_kv(pool, plan, *self.new(), scales=self.scales)
+        query = torch.from_numpy(self.queries).to(self.device, self.case.dtype)
+        out = ops.paged_attention(query, pool, plan, scale=self.case.head_dim**-0.5, scales=self.scales)
+        return out.double().cpu().numpy()
 
     def actual(self, workspace: Workspace | None = None, *, transposed: bool = False) -> np.ndarray:
         """What `ops` answer. `transposed`: the query as models hand it over, heads outermost in memory."""

@@ -36,6 +36,7 @@ POINTERS = {
     "target_rows": "i64",
     "source_at": "i64",
     "target_at": "i64",
+    "counter": "i64",
 }
 FLOAT_POINTERS = (
     "sink_logits key_scales value_scales split_out split_max split_sum source_scales target_scales gains cos sin"
@@ -93,6 +94,7 @@ def attention(
         "BLOCK_N": how.keys,
         "WIDE": False,
     }
+    constants["INTEGERS"] = pool == "i8"
     for name in ("HAS_WINDOW", "HAS_SOFTCAP", "HAS_SINK_LOGITS", "HAS_SCALES", "SPLIT"):
         constants[name] = features.get(name.removeprefix("HAS_").lower(), False)
     absent = {"HAS_SINK_LOGITS": "sink_logits", "HAS_SCALES": "key_scales value_scales", "SPLIT": "split_max split_sum"}
@@ -103,9 +105,12 @@ def attention(
 
 def copies() -> dict[str, tuple[Any, dict[str, object], dict[str, str], int]]:
     heads: dict[str, object] = {"H": 8, "D": 128, "HAS_SCALES": False, "SATURATE": False}
-    scaled = heads | {"HAS_SCALES": True, "SATURATE": True}
-    without: dict[str, object] = {"key_scales": None, "value_scales": None}
+    heads |= {"INTEGERS": False, "COUNT": False}
+    scaled = heads | {"HAS_SCALES": True, "SATURATE": True, "COUNT": True}
+    integers = scaled | {"INTEGERS": True}
+    without: dict[str, object] = {"key_scales": None, "value_scales": None, "counter": None}
     units: dict[str, object] = {"H": 8, "U": 16, "D": 128, "BLOCK": COPY_BLOCK, "SATURATE": False}
+    units |= {"SOURCE_INTEGERS": False, "TARGET_INTEGERS": False}
     units |= {"HAS_SOURCE_SCALES": False, "HAS_TARGET_SCALES": False, "source_scales": None, "target_scales": None}
     rows: dict[str, object] = {
         "BLOCK": COPY_BLOCK,
@@ -116,15 +121,17 @@ def copies() -> dict[str, tuple[Any, dict[str, object], dict[str, str], int]]:
     qkv: dict[str, object] = {"HQ": 32, "HALF": 64, "HP": 64, "RP": 1, "BLOCK_T": QUERIES_PER_PROGRAM, "NORMED": 3}
     qkv |= {"HAS_BIAS": True}
     bf16 = {"key": "bf16", "value": "bf16", "qkv": "bf16", "query": "bf16", "bias": "bf16", "pool": "bf16"}
-    fp8 = bf16 | {"pool": "fp8e4nv"}
+    fp8, int8 = bf16 | {"pool": "fp8e4nv"}, bf16 | {"pool": "i8"}
     halves = {"source": "i16", "target": "i16"}
     return {
         "write_kv": (write_kernel, heads | without | {"BLOCK": 1024}, bf16, 4),
         "write_kv fp8": (write_kernel, scaled | {"BLOCK": 1024}, fp8, 4),
+        "write_kv int8": (write_kernel, integers | {"BLOCK": 1024}, int8, 4),
         "gather_slots": (rows_kernel, rows, {"source": "i64", "target": "i64"}, 4),
         "copy_units": (units_kernel, units | {"source_stride_dim": 1, "target_stride_dim": 1}, halves, 4),
         "preprocess_qkv": (qkv_kernel, heads | without | qkv, bf16, 4),
         "preprocess_qkv fp8": (qkv_kernel, scaled | qkv, fp8, 4),
+        "preprocess_qkv int8": (qkv_kernel, integers | qkv, int8, 4),
     }
 
 
@@ -135,6 +142,7 @@ def variants() -> dict[str, tuple[Any, dict[str, object], dict[str, str], int]]:
         "decode split": attention("bf16", decode=True, split=True),
         "decode sinks softcap": attention("fp16", decode=True, window=True, sink_logits=True, softcap=True),
         "decode fp8": attention("bf16", decode=True, pool="fp8e4nv", scales=True, split=True),
+        "decode int8": attention("bf16", decode=True, pool="i8", scales=True, split=True),
         "decode 256": attention("bf16", decode=True, head_dim=256, heads_per_kv=2, window=True),
         "decode 512": attention("bf16", decode=True, head_dim=512, heads_per_kv=8),
         "decode fp32": attention("fp32", decode=True, head_dim=64),
@@ -144,6 +152,7 @@ def variants() -> dict[str, tuple[Any, dict[str, object], dict[str, str], int]]:
         "prefill 256": attention("bf16", decode=False, head_dim=256, heads_per_kv=2, window=True, softcap=True),
         "prefill 512": attention("bf16", decode=False, head_dim=512, heads_per_kv=8),
         "prefill fp8": attention("bf16", decode=False, pool="fp8e4nv", scales=True),
+        "prefill int8": attention("bf16", decode=False, pool="i8", scales=True),
         "prefill fp32": attention("fp32", decode=False, head_dim=64, window=True),
         "merge_splits": (merge_kernel, merge, {"out": "bf16"}, 4),
         **copies(),

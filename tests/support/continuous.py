@@ -43,7 +43,7 @@ def make_cache(model: LoadedModel, *, block_size: int, num_slots: int, uses_scra
 def poison_free_slots(cache: KVCache) -> None:
     for pool in cache.pools:
         free = [slot for slot in range(pool.num_slots) if slot != NULL_SLOT and (slot == 1 or pool.is_free(slot))]
-        pool.memory[free] = 0xFF  # NaN in every float format
+        pool.memory[free] = _nan_byte(cache)
 
 
 def poison_scratch_slots(cache: KVCache, sequences: Sequence[CachedSequence]) -> None:
@@ -51,7 +51,12 @@ def poison_scratch_slots(cache: KVCache, sequences: Sequence[CachedSequence]) ->
     for sequence in sequences:
         for scratch, pool in zip(sequence.scratch, cache.layout.pool_of_group, strict=False):
             if scratch is not None:
-                cache.pools[pool].memory[list(scratch.slots)] = 0xFF
+                cache.pools[pool].memory[list(scratch.slots)] = _nan_byte(cache)
+
+
+def _nan_byte(cache: KVCache) -> int:
+    """What, repeated, is NaN in every float format; int8's is another."""
+    return 0x80 if any(group.dtype == "int8" for group in cache.layout.groups) else 0xFF
 
 
 def greedy(

@@ -23,6 +23,8 @@ aten = torch.ops.aten
 SYNCS = frozenset(
     {"_local_scalar_dense", "item", "nonzero", "unique2", "_unique2", "masked_select", "is_nonzero", "lift_fresh"}
 )
+# Reads the groups' sizes on the host, save for bfloat16 on devices that have a kernel for it.
+GROUPED = frozenset({"_grouped_mm", "transformers::grouped_mm_fallback"})
 EMPTY = frozenset({"empty", "empty_like", "empty_strided", "new_empty"})
 
 
@@ -88,6 +90,8 @@ class Recorder(TorchDispatchMode):
         if name in SYNCS:
             raise CaptureFailed(f"{name} waits for the device")
         given = tensors(args, kwargs)
+        if name in GROUPED and given[0].dtype != torch.bfloat16:
+            raise CaptureFailed(f"{name} in {given[0].dtype} waits for the device")
         if name.startswith("index") and any(x.dtype == torch.bool for x in given[1:]):
             raise CaptureFailed(f"{name} by a mask waits for the device")
         result = func(*args, **kwargs)

@@ -6,10 +6,18 @@ import numpy as np
 import pytest
 import torch
 
-from disagg.transceiver.convert import FP8, FP8_ABSOLUTE, FP8_RELATIVE, is_lossless, narrow, widen, wire_dtype
+from disagg.transceiver.convert import (
+    FP8_ABSOLUTE,
+    FP8_RELATIVE,
+    INT8_ABSOLUTE,
+    is_lossless,
+    narrow,
+    widen,
+    wire_dtype,
+)
 from disagg.transceiver.messages.values import GroupSemantics
 from disagg.transceiver.packed import Area, Packer, Unpacker, digests, flat
-from disagg.transceiver.strides import foreign_layout
+from disagg.transceiver.strides import FP8, INT8, foreign_layout
 
 LAYERS, SLOTS, HEADS, TOKENS, DIM = 2, 6, 3, 4, 8
 GROUP = GroupSemantics(None, 0, HEADS, DIM, tuple(range(LAYERS)))
@@ -30,7 +38,7 @@ def make(dtype: str, *, seed: int | None = None, scales: object = ()) -> tuple[l
     values = [
         torch.randn(shape, generator=generator) if seed is not None else torch.zeros(shape) for _ in range(LAYERS)
     ]
-    tensors = [value.to(getattr(torch, dtype)) for value in values]
+    tensors = [(value * 40 if dtype == INT8 else value).to(getattr(torch, dtype)) for value in values]
     layout = foreign_layout(dict(enumerate(tensors)), "skhtd", dtype=dtype, scales=scales)  # type: ignore[arg-type]
     return tensors, Area(layout, [flat(tensor) for tensor in tensors], 0, GROUP, WHOLE, 2)
 
@@ -47,7 +55,7 @@ def values(area: Area) -> torch.Tensor:
     return widen(area.read(*UNITS), "float32", area.scales)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", FP8])
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", FP8, INT8])
 def test_equal_formats_cross_bit_for_bit(dtype: str) -> None:
     """Every bit pattern, NaN payloads included: the bytes are never read as numbers."""
     tensors, source = make(dtype)
@@ -128,6 +136,37 @@ def test_fp8_leaves_with_its_own_scales(receiver: str) -> None:
     assert not within_bound(values(source), values(again), scales)
 
 
+def within_half_a_step(old: torch.Tensor, new: torch.Tensor, scales: torch.Tensor) -> bool:
+    limit = old.clamp(-127 * scales, 127 * scales)  # numbers beyond the range become its ends
+    return bool(((new - limit).abs() <= ROUNDING * INT8_ABSOLUTE * scales).all())
+
+
+@pytest.mark.parametrize("sender", ["float32", "bfloat16", FP8, INT8])
+def test_int8_stays_within_half_a_step_and_a_scale_wrong_by_two_does_not(sender: str) -> None:
+    """From what is wider it is made here, from other eight bits it is made there, by the sender's scales first."""
+    _, source = make(sender, seed=3, scales=scales_of(6) if sender in (FP8, INT8) else ())
+    _, destination = make(INT8, scales=scales_of(4))
+    packer, unpacker = cross(source, destination)
+    assert packer.wire_dtype == (sender if sender == FP8 else INT8)
+    assert not unpacker.is_lossless
+    assert destination.scales is not None
+    assert within_half_a_step(values(source), values(destination), destination.scales)
+    for wrong in (2.0, 0.5):
+        misread = widen(destination.read(*UNITS), "float32", wrong * destination.scales)
+        assert not within_half_a_step(values(source), misread, destination.scales)
+
+
+@pytest.mark.parametrize("receiver", ["float32", "bfloat16", FP8])
+def test_int8_leaves_with_its_own_scales(receiver: str) -> None:
+    _, source = make(INT8, seed=5, scales=scales_of(6))
+    _, destination = make(receiver, scales=scales_of(7) if receiver == FP8 else ())
+    packer, _ = cross(source, destination)
+    assert packer.wire_dtype == INT8
+    scales = torch.tensor(0.0) if destination.scales is None else destination.scales
+    limit = values(source) if destination.scales is None else values(source).clamp(-448 * scales, 448 * scales)
+    assert within_bound(limit, values(destination), scales)
+
+
 def test_fp8_with_equal_scales_is_not_touched() -> None:
     _, source = make(FP8, seed=8, scales=scales_of(9))
     _, destination = make(FP8, scales=scales_of(9))
@@ -155,7 +194,7 @@ def test_the_fp8_bound_over_many_magnitudes() -> None:
         assert within_bound(old * scale, widen(stored, "float32", scales), scales)
 
 
-@pytest.mark.parametrize(("dtype", "largest"), [(FP8, 448.0), ("float16", 65504.0)])
+@pytest.mark.parametrize(("dtype", "largest"), [(FP8, 448.0), (INT8, 127.0), ("float16", 65504.0)])
 def test_what_is_out_of_range_saturates_and_is_counted(dtype: str, largest: float) -> None:
     old = torch.tensor([largest, 2 * largest, -3 * largest, 1.0])
     stored, num_saturated = narrow(old, dtype)
@@ -172,7 +211,7 @@ def test_saturation_is_counted_on_either_end() -> None:
     assert cross(source, half)[1].num_saturated == 1
 
 
-@pytest.mark.parametrize("dtype", [FP8, "float16", "bfloat16"])
+@pytest.mark.parametrize("dtype", [FP8, INT8, "float16", "bfloat16"])
 def test_what_is_not_finite_stays_not_finite(dtype: str) -> None:
     """A clamp would hide an overflow of the model from the receiver's check."""
     stored, num_saturated = narrow(torch.tensor([torch.inf, -torch.inf, torch.nan, 1.0]), dtype)
@@ -187,7 +226,8 @@ def test_the_narrower_format_travels() -> None:
 
 
 def test_lossless_pairs() -> None:
-    formats = ("float32", "float16", "bfloat16", FP8)
+    formats = ("float32", "float16", "bfloat16", FP8, INT8)
     found = {(a, b) for a in formats for b in formats if is_lossless(a, b)}
     assert found == {(a, a) for a in formats} | {("float16", "float32"), ("bfloat16", "float32")}
     assert not is_lossless(FP8, FP8, same_scales=False)
+    assert not is_lossless(INT8, INT8, same_scales=False)

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.element_walk import HOLE, Cut, ModelGroup, Rank, expected, make_ranks, needed_tokens, store
 
-from disagg.transceiver.convert import FP8, FP8_ABSOLUTE, FP8_RELATIVE
+from disagg.transceiver.convert import FP8_ABSOLUTE, FP8_RELATIVE
 from disagg.transceiver.messages.values import Geometry, GroupSemantics
 from disagg.transceiver.packed import Area, Packer, Unpacker, digests, flat
 from disagg.transceiver.ranks import rank_geometry, rank_layout, rectangles
@@ -30,7 +30,7 @@ from disagg.transceiver.reshape import (
     unit_nbytes,
     unit_size,
 )
-from disagg.transceiver.strides import Layout, foreign_layout
+from disagg.transceiver.strides import FP8, Layout, foreign_layout
 
 BLANK = -16.0  # no value of the truth below
 AXES = ("skhtd", "skthd", "kshtd", "kthsd", "shtD", "sthD", "shtdk")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,6 +21,8 @@ from disagg.engine.graphs import GraphRunner
 from disagg.engine.model import LoadedModel, load_model
 from disagg.engine.runner import Runner
 from disagg.engine.stats import GraphUse
+from disagg.kernels.dispatch import forced
+from disagg.transceiver.keys import ClusterKeys
 from disagg.worker import build
 
 pytestmark = pytest.mark.skipif(bool(missing_interpreter()), reason=str(missing_interpreter()))
@@ -119,3 +122,20 @@ def test_a_model_that_cannot_be_captured_runs_eager_and_says_so(
     assert use == GraphUse()
     warnings = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
     assert warnings == ["steps run without CUDA graphs: capture failed: item waits for the device"]
+
+
+def test_the_backend_that_compiles_is_warmed_up_before_a_worker_is_ready(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    warmed: list[tuple[Any, ...]] = []
+    monkeypatch.setattr(build, "warm_up", lambda *args: warmed.append(args))
+    settings = WorkerSettings(
+        model=str(save_family("llama", tmp_path)), kv_cache_memory=1 << 20, max_model_len=64, max_num_seqs=2, threads=1
+    )
+    told: list[str] = []
+    for serves, expected in (("torch", 0), ("triton", 1)):
+        with forced(serves):
+            parts = build.make_engine(settings, "prefill", ClusterKeys.published(), told.append)
+        assert len(warmed) == told.count("compiling") == expected
+        assert not warmed or warmed[0][1:] == (parts.cache, 64)
+        parts.cache.close()

@@ -1,0 +1,66 @@
+"""A runner whose model went through torch's compiler, around our attention, which stays as it is."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from disagg.cache.cache import KVCache
+from disagg.engine.model import LoadedModel
+from disagg.engine.packed import pack_linears
+from disagg.engine.piecewise_attention import COMPILED_ATTENTION_NAME, calling, tokens
+from disagg.engine.runner import Runner
+from disagg.kernels.dispatch import CALLS
+
+log = logging.getLogger(__name__)
+
+Int64 = npt.NDArray[np.int64]
+Forward = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+
+# A compiler takes a size of 0 or 1 for a constant and compiles anew for others: with 2 at least, once serves all.
+LEAST = 2
+
+
+class CompiledRunner(Runner):
+    """`Runner` with other insides of `_forward`. What cannot be compiled runs as it is, from the first step on."""
+
+    def __init__(self, model: LoadedModel, cache: KVCache) -> None:
+        super().__init__(model, cache)
+        self._compiled: Forward | None = torch.compile(self._logits, fullgraph=True)
+
+    @torch.inference_mode()
+    def _forward(self, token_ids: Int64, positions: Int64, last: Int64) -> torch.Tensor:
+        if self._compiled is None:
+            return super()._forward(token_ids, positions, last)
+        given = [self._padded(values) for values in (token_ids, positions, last)]
+        try:
+            with tokens(len(token_ids)), calling(COMPILED_ATTENTION_NAME, self.model.module):
+                logits = self._compiled(*given)
+        except RuntimeError as exc:  # the tracer's and the compiler's reports all are
+            told = str(getattr(exc, "inner_exception", exc)).strip() or "?"
+            log.warning("`--torch-compile`: the model runs uncompiled: %s", told.splitlines()[0])
+            self._compiled = None
+            if self.model.device.type == "cpu":
+                pack_linears(self.model.module)
+            return super()._forward(token_ids, positions, last)
+        CALLS["compiled:forward"] += 1
+        return logits[: len(last)]
+
+    def _padded(self, values: Int64) -> torch.Tensor:
+        """On the model's device, `LEAST` long at least; its length is left open."""
+        padded = np.zeros(max(LEAST, len(values)), np.int64)
+        padded[: len(values)] = values
+        tensor = torch.from_numpy(padded).to(self.model.device)
+        torch._dynamo.mark_dynamic(tensor, 0)
+        return tensor
+
+    def _logits(self, token_ids: torch.Tensor, positions: torch.Tensor, last: torch.Tensor) -> torch.Tensor:
+        output = self.model.module(
+            input_ids=token_ids[None], position_ids=positions[None], use_cache=False, logits_to_keep=last
+        )
+        logits: torch.Tensor = output.logits[0].float()
+        return logits
