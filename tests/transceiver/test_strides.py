@@ -149,7 +149,7 @@ ONES = ((1.0, 1.0), (1.0, 1.0))
         ({"dtype": "float64"}, "KV dtype 'float64'"),
         ({"layers": (1, 0)}, "ascending"),
         ({"layers": (0,)}, "one pair each"),
-        ({"dtype": "float16", "scales": (ONES, ONES)}, "fp8 alone"),
+        ({"dtype": "float16", "scales": (ONES, ONES)}, "fp8 and int8"),
         ({"scales": (ONES,)}, "scales of 1 layers"),
         ({"scales": (ONES, ((1.0,), (1.0, 1.0)))}, "expected 2 for K and for V"),
     ],
