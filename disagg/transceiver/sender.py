@@ -44,7 +44,7 @@ from disagg.transceiver.messages.peer import (
     Slice,
 )
 from disagg.transceiver.messages.values import FirstToken, Geometry, ManifestEntry, UnitName, UnitRun
-from disagg.transceiver.outbox import BYTE_WINDOW, Outbox
+from disagg.transceiver.outbox import Outbox
 from disagg.transceiver.plan import check_required
 from disagg.transceiver.ranks import Part
 from disagg.transceiver.repeat import Repeat
@@ -85,7 +85,7 @@ class Sender(Side):
         self._pinned: int | None = None
         self._first_token: FirstToken | None = None
         self._fetch: Fetch | None = None
-        self._outbox = Outbox((), offer.unit_nbytes, None)
+        self._outbox = Outbox((), offer.unit_nbytes, pushes_bytes=False)
         self._slice_repeat = Repeat()
         self._lease_end: float | None = None
         self._is_released = False
@@ -172,7 +172,7 @@ class Sender(Side):
         self._fetch = fetch
         self._lease_end = self._now + LEASE_S
         keys = [(entry.group, ordinal) for entry in fetch.required for ordinal in entry.ordinals]
-        self._outbox = Outbox(keys, self._offer.unit_nbytes, BYTE_WINDOW if self._pushes_bytes else None)
+        self._outbox = Outbox(keys, self._offer.unit_nbytes, pushes_bytes=self._pushes_bytes)
         self._do(AskPin())
         self._send(Accepted(self._header(), 0))
 

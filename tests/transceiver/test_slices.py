@@ -11,7 +11,13 @@ from disagg.transceiver.events import LandedUnit, Unit
 from disagg.transceiver.inbox import BadSliceError, Inbox
 from disagg.transceiver.messages.peer import Slice
 from disagg.transceiver.messages.values import ManifestEntry, UnitName, UnitRun
-from disagg.transceiver.outbox import BYTE_WINDOW, REPEAT_BURST, SLICE_NBYTES, Outbox
+from disagg.transceiver.outbox import (
+    BYTE_WINDOW,
+    READ_SLICE_NBYTES,
+    REPEAT_BURST,
+    SLICE_NBYTES,
+    Outbox,
+)
 from disagg.transceiver.sender import unit_runs
 
 
@@ -24,16 +30,17 @@ def keys(count: int, group: int = 0) -> list[tuple[int, int]]:
 
 
 @given(
-    st.lists(st.integers(1, 3 * SLICE_NBYTES // 2), min_size=2, max_size=2), st.lists(st.integers(1, 12), max_size=6)
+    st.lists(st.integers(1, 3 * READ_SLICE_NBYTES // 2), min_size=2, max_size=2),
+    st.lists(st.integers(1, 12), max_size=6),
 )
 def test_slices_hold_every_unit_once_in_order_within_the_cap(sizes: list[int], batches: list[int]) -> None:
     total = sum(batches)
-    outbox, sent, given_units = Outbox(keys(total), sizes, None), [], iter(range(total))
+    outbox, sent, given_units = Outbox(keys(total), sizes, pushes_bytes=False), [], iter(range(total))
     for batch in batches:
         outbox.add([unit(next(given_units)) for _ in range(batch)])
         for number in outbox.cut():
             units = outbox.slice_units(number)
-            assert len(units) == 1 or sizes[0] * len(units) <= SLICE_NBYTES
+            assert len(units) == 1 or sizes[0] * len(units) <= READ_SLICE_NBYTES
             sent += units
     assert sent == [unit(o) for o in range(total)] == list(outbox.announced)
     assert outbox.is_all_announced
@@ -41,20 +48,23 @@ def test_slices_hold_every_unit_once_in_order_within_the_cap(sizes: list[int], b
 
 def test_the_cap_is_exact() -> None:
     half = SLICE_NBYTES // 2
-    fits, too_much = Outbox(keys(2), [half], None), Outbox([(0, 0), (1, 0)], [half, half + 1], None)
+    fits, too_much = (
+        Outbox(keys(2), [half], pushes_bytes=True),
+        Outbox([(0, 0), (1, 0)], [half, half + 1], pushes_bytes=True),
+    )
     fits.add([unit(0), unit(1)])
     too_much.add([unit(0), unit(0, group=1)])
     assert (fits.cut(), too_much.cut()) == ([0], [0, 1])
 
 
 def test_a_unit_larger_than_the_cap_goes_alone() -> None:
-    outbox = Outbox(keys(2), [SLICE_NBYTES + 1], None)
+    outbox = Outbox(keys(2), [SLICE_NBYTES + 1], pushes_bytes=True)
     outbox.add([unit(0), unit(1)])
     assert outbox.cut() == [0, 1]
 
 
 def test_units_nobody_asked_for_and_repeats_are_not_sent() -> None:
-    outbox = Outbox(keys(1), [1, 1], None)
+    outbox = Outbox(keys(1), [1, 1], pushes_bytes=True)
     outbox.add([unit(0), unit(0), unit(5), unit(0, group=1)])
     outbox.add([unit(0)])
     assert outbox.cut() == [0]
@@ -62,7 +72,7 @@ def test_units_nobody_asked_for_and_repeats_are_not_sent() -> None:
 
 
 def test_the_window_holds_slices_back_until_others_have_landed() -> None:
-    outbox = Outbox(keys(BYTE_WINDOW + 5), [SLICE_NBYTES], BYTE_WINDOW)
+    outbox = Outbox(keys(BYTE_WINDOW + 5), [SLICE_NBYTES], pushes_bytes=True)
     outbox.add([unit(o) for o in range(BYTE_WINDOW + 5)])
     assert outbox.cut() == list(range(BYTE_WINDOW))
     assert outbox.cut() == []
@@ -72,8 +82,16 @@ def test_the_window_holds_slices_back_until_others_have_landed() -> None:
     assert outbox.cut() == [BYTE_WINDOW, BYTE_WINDOW + 1]
 
 
+def test_slices_that_are_read_are_larger_and_none_waits_for_a_receipt() -> None:
+    num_units, num_slices = READ_SLICE_NBYTES // SLICE_NBYTES, BYTE_WINDOW + 2
+    outbox = Outbox(keys(num_units * num_slices), [SLICE_NBYTES], pushes_bytes=False)
+    outbox.add([unit(o) for o in range(num_units * num_slices)])
+    assert outbox.cut() == list(range(num_slices))
+    assert [len(outbox.slice_units(number)) for number in range(num_slices)] == [num_units] * num_slices
+
+
 def test_old_receipts_are_no_news() -> None:
-    outbox = Outbox(keys(3), [SLICE_NBYTES], None)
+    outbox = Outbox(keys(3), [SLICE_NBYTES], pushes_bytes=True)
     outbox.add([unit(o) for o in range(3)])
     outbox.cut()
     assert [outbox.acknowledge(number) for number in (-1, 1, 0, 1, 2)] == [False, True, False, False, True]
@@ -81,7 +99,7 @@ def test_old_receipts_are_no_news() -> None:
 
 
 def test_a_repeat_is_bounded() -> None:
-    outbox = Outbox(keys(40), [SLICE_NBYTES], None)
+    outbox = Outbox(keys(40), [READ_SLICE_NBYTES], pushes_bytes=False)
     outbox.add([unit(o) for o in range(40)])
     outbox.cut()
     assert outbox.unanswered == range(REPEAT_BURST)

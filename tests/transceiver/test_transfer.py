@@ -95,7 +95,8 @@ def test_units_are_announced_as_they_become_final_and_not_before_the_pin() -> No
     assert not [a for a in pair.of("sender", Send) if isinstance(a.message, p.Slice)]
     pair.pin()
     assert pair.sender.state is State.SENDING
-    assert len([a for a in pair.of("sender", Send) if isinstance(a.message, p.Slice)]) == 2
+    (said,) = [a.message for a in pair.of("sender", Send) if isinstance(a.message, p.Slice)]
+    assert sum(run.count for run in said.units) == 3
     pair.compute(units[3:])
     pair.finish_prompt()
     pair.settle()
@@ -112,7 +113,7 @@ def test_only_planes_that_read_sources_learn_slots(plane: str, has_slots: bool) 
 
 
 def test_a_pushing_plane_sends_each_payload_once_and_stays_within_its_window(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("disagg.transceiver.sender.BYTE_WINDOW", 4)  # one less than the slices of this prompt
+    monkeypatch.setattr("disagg.transceiver.outbox.BYTE_WINDOW", 4)  # one less than the slices of this prompt
     pair = TransferPair(plane="zmq")
     pair.reserve()
     pair.settle()

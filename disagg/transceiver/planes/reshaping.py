@@ -124,14 +124,21 @@ class ReshapingPlane(LandingPlane):
         rounded, by those that were converted."""
         stored = self._store_all(job)
         hasher.copied()
-        for start, stop in by_group(job.destinations):
+        for start, stop in self._parts(job):
             rows = self._reread(job.destinations[start:stop]) if self.cut.can_reread else stored.rows.pop(0)
             hasher.take(start, rows, self.cut.wire_dtype)
         return stored.num_saturated
 
     def num_copies(self, job: LandingJob) -> int:
-        """One scatter per group."""
-        return sum(1 for _ in by_group(job.destinations))
+        """One scatter per part."""
+        return sum(1 for _ in self._parts(job))
+
+    def _parts(self, job: LandingJob) -> Iterator[tuple[int, int]]:
+        """Half-open ranges of units of one group, 8 MiB at most: what is gathered is scattered out of the cache."""
+        for start, stop in by_group(job.destinations):
+            count = max(1, SLICE_NBYTES // self.cut.unit_nbytes[job.destinations[start].group])
+            for first in range(start, stop, count):
+                yield first, min(first + count, stop)
 
     def discard(self, transfer_id: str, epoch: int) -> None:
         self._inner.discard(transfer_id, epoch)
@@ -152,7 +159,7 @@ class ReshapingPlane(LandingPlane):
     def _store_all(self, job: LandingJob) -> _Stored:
         stored = _Stored()
         with self._arrived(job) if self._sources is None else self._readable(job) as rows_of:
-            for start, stop in by_group(job.destinations):
+            for start, stop in self._parts(job):
                 units, rows = job.destinations[start:stop], rows_of(start, stop)
                 places = units[0].group, ints([u.ordinal for u in units]), ints([u.slot for u in units])
                 stored.num_saturated += self.cut.scatter(*places, rows)
