@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from support.families import VOCAB_SIZE, build_family, save_family
 from support.system import System, running
+from support.wrong import same
 
 from disagg.cache.admission import peak_slots
 from disagg.cache.layout import LayerSpec, derive_layout
@@ -92,7 +93,7 @@ def test_sixty_four_requests_over_pools_for_eight_end_as_unloaded(role: str, tmp
         with ThreadPoolExecutor(NUM_REQUESTS) as pool:
             answers = list(pool.map(lambda number: ask(system, draw(number)), unloaded))
         for (number, expected), choice in zip(unloaded.items(), answers, strict=True):
-            assert choice["token_ids"] == expected, f"request {number}"
+            same(choice["token_ids"], expected, f"request {number}")
             assert choice["finish_reason"] == "length"
         system.settle()
         system.wait_until_idle()
