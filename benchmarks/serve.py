@@ -1,9 +1,12 @@
 """Time to first token and throughput of the bundled model: prefill and decode apart, against workers that do both.
 
-    .venv/bin/python benchmarks/serve.py [--requests 32] [--in-flight 8] [--rounds 2]
+    .venv/bin/python benchmarks/serve.py [--requests 32] [--in-flight 8] [--rounds 2] [--overlap]
 
 The two systems have the same number of processes, cores and bytes, get the same prompts, and take turns, so that a
-neighbour on the machine disturbs both. Prints a Markdown table and what it takes to repeat it.
+neighbour on the machine disturbs both. Prints a Markdown table and what it takes to repeat it. *Exposed* is what a
+request waits for its transfer after its prompt is computed, by the timeline of `/requests/{id}`. With `--overlap` the
+systems are prefill and decode apart both times: prompts in many steps, so that blocks leave while later ones are
+computed, and in one step, after which everything moves at once: the same transfer with nothing to hide behind.
 """
 
 from __future__ import annotations
@@ -18,7 +21,8 @@ import socket
 import statistics
 import sys
 import time
-from collections.abc import AsyncIterator, Sequence
+import uuid
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +35,11 @@ SYSTEMS = {
     "1 prefill + 1 decode": ["--prefill", "1", "--decode", "1"],
     "2 both (colocated)": ["--prefill", "0", "--decode", "0", "--both", "2"],
 }
+OVERLAP = {
+    "apart, steps of 64 tokens": [*SYSTEMS["1 prefill + 1 decode"], "--max-num-batched-tokens", "64"],
+    "apart, a prompt in one step": [*SYSTEMS["1 prefill + 1 decode"], "--max-num-batched-tokens", "512"],
+}
+EXPOSED_STAGES = ("transfer_wait", "wire", "verify")
 PROMPT_LENGTHS = (48, 400)  # tokens: below the window of 64, and several windows
 NUM_NEW_TOKENS = 48
 NUM_PLAIN_IDS = (259, 2048)  # ids of ordinary words in the bundled vocabulary: no special tokens, no single bytes
@@ -39,11 +48,18 @@ START_TIMEOUT_S = 120
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One request: seconds from sending to the first token and to the end."""
+    """One request: seconds from sending to the first token and to the end, and of them waiting for a transfer."""
 
     ttft_s: float
     total_s: float
     num_tokens: int
+    exposed_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Urls:
+    api: str
+    admin: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +88,13 @@ def row(name: str, rounds: Sequence[Round]) -> str:
     ]
     speed = statistics.median(one.tokens_per_s for one in rounds)
     middle, tail = statistics.median(ttft), quantile(ttft, 0.9)
-    return f"| {name} | {middle:.0f} | {tail:.0f} | {statistics.median(gaps):.1f} | {speed:.0f} |"
+    exposed = statistics.median(sample.exposed_s * 1e3 for one in rounds for sample in one.samples)
+    return f"| {name} | {middle:.0f} | {tail:.0f} | {exposed:.1f} | {statistics.median(gaps):.1f} | {speed:.0f} |"
+
+
+def exposed_s(timeline: Mapping[str, float]) -> float:
+    """Of a request's timeline: from the end of prefill to ready to decode."""
+    return sum(timeline.get(stage, 0.0) for stage in EXPOSED_STAGES)
 
 
 def prompts(num: int, seed: int) -> list[list[int]]:
@@ -87,10 +109,11 @@ def free_port() -> int:
 
 
 @asynccontextmanager
-async def system(flags: Sequence[str]) -> AsyncIterator[str]:
-    """The URL of a running `disagg up`; its log goes to stderr."""
-    port = free_port()
-    command = [str(Path(sys.executable).with_name("disagg")), "up", "--port", str(port), "--log-level", "error", *flags]
+async def system(flags: Sequence[str]) -> AsyncIterator[Urls]:
+    """A running `disagg up`; its log goes to stderr."""
+    port, admin_port = free_port(), free_port()
+    command = [str(Path(sys.executable).with_name("disagg")), "up", "--port", str(port)]
+    command += ["--admin-port", str(admin_port), "--log-level", "error", *flags]
     process = await asyncio.create_subprocess_exec(*command, stdout=asyncio.subprocess.DEVNULL)
     url = f"http://127.0.0.1:{port}"
     try:
@@ -99,7 +122,7 @@ async def system(flags: Sequence[str]) -> AsyncIterator[str]:
                 await asyncio.sleep(0.2)
         if process.returncode is not None:
             raise SystemExit(f"error: `{shlex.join(command)}` ended with exit code {process.returncode}")
-        yield url
+        yield Urls(url, f"http://127.0.0.1:{admin_port}")
     finally:
         if process.returncode is None:
             process.send_signal(signal.SIGTERM)
@@ -114,7 +137,7 @@ async def is_ready(session: aiohttp.ClientSession, url: str) -> bool:
         return False
 
 
-async def request(session: aiohttp.ClientSession, url: str, prompt: list[int]) -> Sample:
+async def request(session: aiohttp.ClientSession, urls: Urls, prompt: list[int]) -> Sample:
     body = {
         "model": "demo",
         "prompt": prompt,
@@ -124,8 +147,9 @@ async def request(session: aiohttp.ClientSession, url: str, prompt: list[int]) -
         "stream": True,
         "return_token_ids": True,
     }
+    request_id = uuid.uuid4().hex
     sent, first, num_tokens = time.perf_counter(), 0.0, 0
-    async with session.post(f"{url}/v1/completions", json=body) as answer:
+    async with session.post(f"{urls.api}/v1/completions", json=body, headers={"X-Request-Id": request_id}) as answer:
         answer.raise_for_status()
         async for line in answer.content:
             if line.startswith(b"data: {"):
@@ -134,18 +158,21 @@ async def request(session: aiohttp.ClientSession, url: str, prompt: list[int]) -
                 num_tokens += len(ids)
     if num_tokens != NUM_NEW_TOKENS:
         raise SystemExit(f"error: a request returned {num_tokens} tokens instead of {NUM_NEW_TOKENS}")
-    return Sample(first - sent, time.perf_counter() - sent, num_tokens)
+    total_s = time.perf_counter() - sent
+    async with session.get(f"{urls.admin}/requests/{request_id}") as answer:
+        record = await answer.json()
+    return Sample(first - sent, total_s, num_tokens, exposed_s(record["timeline"]))
 
 
-async def measure(url: str, work: Sequence[list[int]], in_flight: int) -> Round:
+async def measure(urls: Urls, work: Sequence[list[int]], in_flight: int) -> Round:
     gate = asyncio.Semaphore(in_flight)
 
     async def one(session: aiohttp.ClientSession, prompt: list[int]) -> Sample:
         async with gate:
-            return await request(session, url, prompt)
+            return await request(session, urls, prompt)
 
     async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=600)) as session:
-        await request(session, url, work[0])  # the first request builds links and warms allocators
+        await request(session, urls, work[0])  # the first request builds links and warms allocators
         started = time.perf_counter()
         async with asyncio.TaskGroup() as group:
             tasks = [group.create_task(one(session, prompt)) for prompt in work]
@@ -153,17 +180,18 @@ async def measure(url: str, work: Sequence[list[int]], in_flight: int) -> Round:
 
 
 async def run(options: argparse.Namespace) -> None:
-    found: dict[str, list[Round]] = {name: [] for name in SYSTEMS}
+    systems = OVERLAP if options.overlap else SYSTEMS
+    found: dict[str, list[Round]] = {name: [] for name in systems}
     for number in range(options.rounds):
         work = prompts(options.requests, seed=number)
-        for name, flags in SYSTEMS.items():
+        for name, flags in systems.items():
             print(f"round {number + 1} of {options.rounds}: {name}", file=sys.stderr, flush=True)
-            async with system(flags) as url:
-                found[name].append(await measure(url, work, options.in_flight))
+            async with system(flags) as urls:
+                found[name].append(await measure(urls, work, options.in_flight))
     print(circumstances())
     print(f"\n{options.requests} requests, {options.in_flight} in flight, prompts of {PROMPT_LENGTHS} tokens in turn,")
     print(f"{NUM_NEW_TOKENS} new tokens each, {options.rounds} rounds\n")
-    print("| system | TTFT median ms | TTFT p90 ms | per token ms | tokens/s |\n|---|---|---|---|---|")
+    print("| system | TTFT median ms | TTFT p90 ms | exposed ms | per token ms | tokens/s |\n|---|---|---|---|---|---|")
     for name, rounds in found.items():
         print(row(name, rounds))
 
@@ -173,6 +201,7 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=32)
     parser.add_argument("--in-flight", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--overlap", action="store_true")
     asyncio.run(run(parser.parse_args()))
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, settings
+from support.wrong import Wrong, wrong_in
 
 faulthandler.enable()
 
@@ -53,16 +54,27 @@ def logging_as_it_was() -> Iterator[None]:
 @pytest.hookimpl(tryfirst=True)  # before `-m` looks at the marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests in real time get a second try, which the report shows: on a shared machine a process that is not run for
-    three seconds *is* lost, and says so. What is wrong twice is wrong; every other test has one try."""
+    three seconds *is* lost, and says so. What is `Wrong` is so at once; every other test has one try."""
     for item in items:
         if "faults" in item.path.parts:
             item.add_marker(pytest.mark.processes)
         if "processes" in item.keywords:
-            item.add_marker(pytest.mark.flaky(reruns=1))
+            item.add_marker(pytest.mark.flaky(reruns=1, rerun_except=f"^{Wrong.__name__}: "))
     gpu_items = [item for item in items if "gpu" in item.keywords]
     if gpu_items and (missing := missing_gpu()):
         for item in gpu_items:
             item.add_marker(pytest.mark.skip(reason=missing))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call() -> Iterator[None]:
+    """What decides on a second try reads an error's name: `Wrong` must not hide in a group or behind another."""
+    try:
+        yield
+    except (Exception, BaseExceptionGroup) as error:
+        if isinstance(error, Wrong) or (wrong := wrong_in(error)) is None:
+            raise
+        raise Wrong(str(wrong)) from error
 
 
 def missing_gpu() -> str | None:

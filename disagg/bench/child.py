@@ -51,7 +51,9 @@ async def _answer(side: Side, request: dict[str, Any]) -> Any:
             gc.freeze()  # as workers do, see worker/main.py
             return None
         case "prepare":
-            if not side.is_source:
+            if side.is_source:
+                side.refresh(blocks, request["number"])
+            else:
                 side.scribble(blocks)
             await side.prepare(request["number"], blocks, np.array(request["theirs"], dtype=np.int64))
             return {"digest_s": getattr(side, "digest_s", 0.0)}

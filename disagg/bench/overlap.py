@@ -16,6 +16,9 @@ ALLOWANCE: Final = 1.3
 SLACK_S: Final = 0.005
 """Exposed time may be `ALLOWANCE` times what the last chunk's bytes take, and a few messages."""
 
+FULL_SHARE: Final = 0.25
+"""What a model of full attention, in eight equal chunks, may expose of the same transfer after prefill."""
+
 WARMUP: Final = 2
 
 
@@ -42,6 +45,10 @@ class Overlap:
     @property
     def share(self) -> float:
         return self.exposed_s / self.exposed_after_prefill_s
+
+    @property
+    def is_held(self) -> bool:
+        return self.exposed_s <= self.bound_s and (self.model != "full" or self.share <= FULL_SHARE)
 
 
 def measure_overlap(case: Case, plane: str, model: str, *, chunk_s: float, rounds: int, seed: int) -> Overlap:

@@ -99,7 +99,7 @@ class Pair:
             raise
 
     def repeat(self, number: int, rng: np.random.Generator) -> Sample:
-        """Move once, over blocks drawn anew, and compare every byte. Raises `BenchError`."""
+        """Move once, over blocks drawn anew whose data is new too, and compare every byte. Raises `BenchError`."""
         blocks = [self.case.draw_blocks(rng).tolist() for _ in self._sides]
         both = [{"mine": mine, "theirs": theirs} for mine, theirs in (blocks, blocks[::-1])]
         prepared = self._both([{"do": "prepare", "number": number, **ids} for ids in both])

@@ -15,6 +15,7 @@ from disagg.kernels.digest import digest
 
 Bytes = npt.NDArray[np.uint8]
 FINITE_BITS = np.uint8(0x3F)  # no float of any width whose bytes are all below 0x40 is Inf or NaN
+PAGE_WORDS = 512  # of 8 bytes: one line in 64 is touched, so that refreshing warms no cache for the transfer
 
 
 class Side(ABC):
@@ -62,8 +63,16 @@ class Side(ABC):
         count = self.case.pool_blocks * (self.case.num_layers if self.by_layer else 1)
         return self.memory[: count * nbytes].reshape(count, nbytes), numbers
 
+    def refresh(self, blocks: npt.NDArray[np.int64], number: int) -> None:
+        """Change 8 bytes in each 4 KiB, and the last: what an earlier round left somewhere passes for nothing now."""
+        rows, numbers = self.rows(blocks)
+        words = rows.view(np.uint64)
+        changed = np.append(np.arange(0, words.shape[1], PAGE_WORDS), words.shape[1] - 1)
+        key = np.random.default_rng(number).integers(1, FINITE_BITS, 8, dtype=np.uint8, endpoint=True)
+        words[np.ix_(numbers, changed)] ^= key.view(np.uint64)[0]
+
     def scribble(self, blocks: npt.NDArray[np.int64]) -> None:
-        """So that nothing of an earlier round passes for this one's."""
+        """So that a piece that nothing was copied to shows at once."""
         rows, numbers = self.rows(blocks)
         rows[numbers, :8] = 0xFF
         rows[numbers, -8:] = 0xFF

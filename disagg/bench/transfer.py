@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import statistics
 import sys
 from collections.abc import Sequence
@@ -14,7 +13,7 @@ from typing import Any, Final
 import numpy as np
 
 from disagg.bench.cases import CASES, Case
-from disagg.bench.circumstances import cpu_name
+from disagg.bench.circumstances import about
 from disagg.bench.contenders import OURS, missing_package
 from disagg.bench.pair import BenchError, Pair, Sample
 
@@ -115,22 +114,14 @@ def bench_transfer(planes: Sequence[str], cases: Sequence[str], rounds: int, dig
         except BenchError as exc:
             print(f"disagg: case {name} failed: {exc}", file=sys.stderr)  # noqa: T201
             return 1
-    about = _about(load_before)
-    print(json.dumps({**about, "results": [asdict(r) for r in results]}) if as_json else _table(about, results))  # noqa: T201
+    run = about(load_before)
+    print(json.dumps({**run, "results": [asdict(r) for r in results]}) if as_json else _table(run, results))  # noqa: T201
     return 0
 
 
-def _about(load_before: tuple[float, float, float]) -> dict[str, Any]:
-    return {
-        "machine": f"{cpu_name()}, {os.cpu_count()} CPUs, {platform.system()} {platform.release()}",
-        "python": platform.python_version(),
-        "load_before": round(load_before[0], 2),
-        "load_after": round(os.getloadavg()[0], 2),
-    }
-
-
-def _table(about: dict[str, Any], results: Sequence[Result]) -> str:
-    head = f"{about['machine']}; load {about['load_before']} before, {about['load_after']} after"
+def _table(run: dict[str, Any], results: Sequence[Result]) -> str:
+    head = f"`{run['command']}`, commit {run['commit']}\n"
+    head += f"{run['machine']}; load {run['load_before']} before, {run['load_after']} after"
     columns = COLUMNS.split(", ")
     lines = [head, "", f"| {' | '.join(columns)} |", f"|{'---|' * len(columns)}"]
     speed = {(r.case, r.plane): r.gbps for r in results}

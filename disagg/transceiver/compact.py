@@ -2,8 +2,8 @@
 
 An engine that keeps per-sequence lists instead of tables gives, per layer group, the resident suffix of [0, end) and
 a count c_g of cached whole blocks. A *table* is the form everything is decided in: index = ordinal, entry = slot or -1,
-length ceil(P/T). Two tables are paired ordinal by ordinal where both hold a slot, under the mask of the *logical*
-window: what is resident is not what is needed, since a sender may not have evicted yet.
+length ceil(P/T). `copies.transfer_plan` pairs two of them by token position where both hold a slot, for what the
+*logical* window needs: what is resident is not what is needed, since a sender may not have evicted yet.
 
 The offset of a list is inferred from its length, which is right only when what it lacks is exactly a prefix. Sinks
 break that (the hole lies behind them): a list without an anchor is legal only when S = 0, a group with sinks gives
@@ -16,8 +16,6 @@ from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
-
-from disagg.cache.window import needed_ordinals
 
 Table = NDArray[np.int64]
 HOLE = -1
@@ -69,42 +67,14 @@ def cached_prefix(held: NDArray[np.int64], needed: NDArray[np.int64]) -> int | N
     return int(needed[count - 1]) + 1 if count else 0
 
 
-def without_prefix(table: Table, num_cached_blocks: int) -> Table:
-    """The table less a cached prefix. A prefix inside the stale range trims nothing that the mask would keep."""
-    trimmed = table.copy()
-    trimmed[:num_cached_blocks] = HOLE
-    return trimmed
-
-
-def logical_mask(prompt_len: int, window: int | None, num_sink_tokens: int, block_size: int) -> NDArray[np.bool_]:
-    """Which ordinals of the prompt decode will read: inside the window after P, or a sink."""
-    mask = np.zeros(num_blocks(prompt_len, block_size), dtype=np.bool_)
-    mask[needed_ordinals(prompt_len, window, num_sink_tokens, block_size)] = True
-    return mask
-
-
-def pair(source: Table, destination: Table, mask: NDArray[np.bool_] | None = None) -> NDArray[np.int64]:
-    """Rows (ordinal, source slot, destination slot) where both hold one. Tables must be equally long (`ValueError`)."""
-    if len(source) != len(destination):
-        raise ValueError(f"tables of {len(source)} and {len(destination)} blocks: both must cover the same prompt")
-    both = (source != HOLE) & (destination != HOLE)
-    ordinals = np.flatnonzero(both if mask is None else both & mask)
-    return np.stack([ordinals, source[ordinals], destination[ordinals]], axis=1)
-
-
 def final_span(start: int, end: int, prompt_len: int, num_reused: int, block_size: int) -> range:
     """Ordinals that become final when the prompt's tokens [start, end) have been computed; every block exactly once.
 
     The reused prefix rides in the first computed chunk (`start == num_reused`); a partial block waits for the chunk
-    that fills it or ends the prompt.
+    that fills it or ends the prompt. Raises `ValueError` for a chunk that ends before it starts; it may be empty.
     """
+    if start > end:
+        raise ValueError(f"a chunk of tokens [{start}, {end}) ends before it starts")
     first = 0 if start == num_reused else start // block_size
     last = num_blocks(end, block_size) if end >= prompt_len else end // block_size
     return range(first, max(first, last))
-
-
-def resident_part(slots: Sequence[int], num_resident_blocks: int, span: range) -> tuple[int, ...]:
-    """The part of a whole-prompt suffix list, the resident blocks [R - len, R), that lies in `span`."""
-    first = num_resident_blocks - len(slots)
-    start, stop = max(span.start, first), min(span.stop, num_resident_blocks)
-    return tuple(slots[start - first : stop - first]) if start < stop else ()

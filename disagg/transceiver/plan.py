@@ -11,26 +11,16 @@ apart by at least one ordinal, so that one set has one form and can be compared 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from disagg.cache.window import needed_ordinals
 from disagg.transceiver.errors import RemoteProtocolError
 from disagg.transceiver.messages.values import GroupRuns, Run
+from disagg.transceiver.reshape import Attends, required_ordinals
 
 Held = Sequence[Collection[int]]
 """Per group, the ordinals that the receiver holds; empty when it holds nothing."""
-
-
-class Attends(Protocol):
-    """What the plan reads of a layer group: `cache.LayerGroup` and `messages.GroupSemantics` both have it."""
-
-    @property
-    def window(self) -> int | None: ...
-    @property
-    def num_sink_tokens(self) -> int: ...
 
 
 def needed_units(groups: Sequence[Attends], prompt_len: int, block_size: int) -> tuple[GroupRuns, ...]:
@@ -40,12 +30,10 @@ def needed_units(groups: Sequence[Attends], prompt_len: int, block_size: int) ->
 
 def required_units(groups: Sequence[Attends], prompt_len: int, block_size: int, held: Held) -> tuple[GroupRuns, ...]:
     """`required_g`: entry g is group g's, with no runs when nothing of it must move. Any subset may be held."""
-    units = []
-    for number, group in enumerate(groups):
-        need = needed_ordinals(prompt_len, group.window, group.num_sink_tokens, block_size)
-        have = np.fromiter(held[number], dtype=np.int64) if held else np.empty(0, dtype=np.int64)
-        units.append(GroupRuns(number, runs_of(np.setdiff1d(need, have))))
-    return tuple(units)
+    return tuple(
+        GroupRuns(number, runs_of(required_ordinals(group, prompt_len, block_size, held[number] if held else ())))
+        for number, group in enumerate(groups)
+    )
 
 
 def runs_of(ordinals: NDArray[np.int64]) -> tuple[Run, ...]:

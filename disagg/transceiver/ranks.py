@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from disagg.transceiver.manifest import whole_group
 from disagg.transceiver.messages.values import Geometry, GroupRuns, GroupSemantics, LayerScales
 from disagg.transceiver.plan import needed_units
-from disagg.transceiver.reshape import Rectangle, Side
+from disagg.transceiver.reshape import Rectangle, Side, rectangle
 from disagg.transceiver.strides import ELEMENT_NBYTES, Layout, slot_strides
 
 MAX_RANKS = 4096
@@ -132,27 +132,13 @@ def rank_layout(geometry: Geometry, num_slots: Sequence[int]) -> Layout:
 
 def rectangles(sender: Geometry, receiver: Geometry) -> tuple[Rectangle | None, ...]:
     """Per group, what moves from this sending to this receiving rank; None where nothing does."""
-    return tuple(_rectangle(group, sender, receiver) for group in receiver.groups)
+    ours, theirs = side_of(sender), side_of(receiver)
+    return tuple(rectangle(group, ours, sender.rank, theirs, receiver.rank) for group in receiver.groups)
 
 
 def senders_of(receiver: Geometry, senders: Sequence[Geometry]) -> tuple[int, ...]:
     """Which ranks of a prefill worker a decode rank fetches from: those that own something, and the leader, rank 0."""
     return tuple(number for number, one in enumerate(senders) if one.rank == 0 or any(rectangles(one, receiver)))
-
-
-def _rectangle(group: GroupSemantics, sender: Geometry, receiver: Geometry) -> Rectangle | None:
-    (from_stage, from_rank), (to_stage, to_rank) = (
-        divmod(one.rank, one.tensor_parallel_size) for one in (sender, receiver)
-    )
-    ours, theirs = side_of(sender), side_of(receiver)
-    both = set(ours.stages[from_stage]) & set(theirs.stages[to_stage])
-    places = [place for place, layer in enumerate(group.layers) if layer in both]
-    copies = max(1, sender.tensor_parallel_size // group.num_kv_heads)  # ranks that hold the same heads
-    held, wanted = ours.heads(from_rank, group.num_kv_heads), theirs.heads(to_rank, group.num_kv_heads)
-    first, last = max(held.start, wanted.start), min(held.stop, wanted.stop)
-    if not places or first >= last or (from_rank - to_rank) % copies:
-        return None
-    return places[0], len(places), first, last - first
 
 
 def is_contiguous(geometry: Geometry) -> bool:

@@ -12,9 +12,9 @@ Pure; slots come in as tables (index = ordinal of that side, entry = slot or -1)
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,6 +27,15 @@ from disagg.transceiver.strides import ELEMENT_NBYTES
 Ints = NDArray[np.int64]
 Rectangle = tuple[int, int, int, int]
 """(first layer, layers, first head, heads) as positions in the model-wide group: what a manifest entry names."""
+
+
+class Attends(Protocol):
+    """What the plan reads of a layer group: `cache.LayerGroup` and `messages.GroupSemantics` both have it."""
+
+    @property
+    def window(self) -> int | None: ...
+    @property
+    def num_sink_tokens(self) -> int: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,16 +63,6 @@ class Side:
             return range(first, first + 1)
         share = num_kv_heads // size
         return range(tensor_rank * share, (tensor_rank + 1) * share)
-
-
-@dataclass(frozen=True, slots=True, order=True)
-class Share:
-    """What one receiving rank takes of one group from one sending rank."""
-
-    receiver: int
-    group: int
-    rectangle: Rectangle
-    sender: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,52 +110,23 @@ def _is_uneven(a: int, b: int) -> bool:
 # --- layers and heads ---------------------------------------------------------------------------------------------
 
 
-def shares(groups: Sequence[GroupSemantics], sender: Side, receiver: Side) -> tuple[Share, ...]:
-    """Every (sender rank, receiver rank, group, rectangle): each receiver's layers and heads exactly once.
+def rectangle(group: GroupSemantics, sender: Side, source_rank: int, receiver: Side, rank: int) -> Rectangle | None:
+    """What one rank sends to another of a group: over all pairs of ranks, each receiver's part of it exactly once.
 
-    Raises `ValueError` where `inconvertible_field` names one.
+    Stages are runs of layers, so that two of them share one run at most. Both ranks are flat.
     """
-    if field := inconvertible_field(groups, sender, receiver):
-        raise ValueError(f"{field}: no plan converts {sender} into {receiver}")
-    found = [
-        Share(stage * receiver.tensor_parallel_size + rank, number, (*layers, *heads), source)
-        for number, group in enumerate(groups)
-        for stage, wanted in enumerate(receiver.stages)
-        for layers, source_stage in _layer_runs(group, wanted, sender.stages)
-        for rank in range(receiver.tensor_parallel_size)
-        for heads, source in _head_runs(group.num_kv_heads, rank, receiver, sender, source_stage)
-    ]
-    return tuple(sorted(found))
-
-
-def _layer_runs(
-    group: GroupSemantics, wanted: Sequence[int], stages: Sequence[Sequence[int]]
-) -> Iterator[tuple[tuple[int, int], int]]:
-    """((first position, count), sending stage) for what a receiving stage wants: runs, adjacent in both."""
-    for number, stage in enumerate(stages):
-        held = np.isin(group.layers, np.intersect1d(wanted, stage))
-        for first, last in _runs(np.flatnonzero(held)):
-            yield (first, last - first), number
-
-
-def _head_runs(
-    num_kv_heads: int, rank: int, receiver: Side, sender: Side, stage: int
-) -> Iterator[tuple[tuple[int, int], int]]:
-    """((first head, count), sending rank) of what one tensor rank of the receiver wants."""
-    wanted = receiver.heads(rank, num_kv_heads)
-    copies = max(1, sender.tensor_parallel_size // num_kv_heads)
-    for tensor_rank in range(rank % copies, sender.tensor_parallel_size, copies):
-        held = sender.heads(tensor_rank, num_kv_heads)
-        first, last = max(wanted.start, held.start), min(wanted.stop, held.stop)
-        if first < last:
-            yield (first, last - first), stage * sender.tensor_parallel_size + tensor_rank
-
-
-def _runs(positions: Ints) -> Iterator[tuple[int, int]]:
-    """Half-open runs of ascending, distinct positions."""
-    if len(positions):
-        for run in np.split(positions, np.flatnonzero(np.diff(positions) != 1) + 1):
-            yield int(run[0]), int(run[-1]) + 1
+    (from_stage, from_rank), (to_stage, to_rank) = (
+        divmod(source_rank, sender.tensor_parallel_size),
+        divmod(rank, receiver.tensor_parallel_size),
+    )
+    both = set(sender.stages[from_stage]) & set(receiver.stages[to_stage])
+    places = [place for place, layer in enumerate(group.layers) if layer in both]
+    copies = max(1, sender.tensor_parallel_size // group.num_kv_heads)  # ranks that hold the same heads
+    held, wanted = sender.heads(from_rank, group.num_kv_heads), receiver.heads(to_rank, group.num_kv_heads)
+    first, last = max(held.start, wanted.start), min(held.stop, wanted.stop)
+    if not places or first >= last or (from_rank - to_rank) % copies:
+        return None
+    return places[0], len(places), first, last - first
 
 
 # --- tokens -------------------------------------------------------------------------------------------------------
@@ -169,13 +139,13 @@ def finer(ordinals: Ints, block_size: int, unit: int) -> Ints:
 
 
 def required_ordinals(
-    group: GroupSemantics, prompt_len: int, unit: int, held: Collection[int] = (), held_block_size: int = 0
+    group: Attends, prompt_len: int, unit: int, held: Collection[int] = (), held_block_size: int = 0
 ) -> Ints:
     """Units of `required_g`, ascending: needed at the finer size, less what the receiver holds in blocks of its own."""
     need = needed_ordinals(prompt_len, group.window, group.num_sink_tokens, unit)
     if not held:
         return need
-    have = finer(np.array(sorted(held), dtype=np.int64), held_block_size or unit, unit)
+    have = finer(np.fromiter(held, dtype=np.int64), held_block_size or unit, unit)
     return np.setdiff1d(need, have)
 
 
@@ -195,24 +165,6 @@ def _places(ordinals: Ints, unit: int, table: Table, block_size: int) -> tuple[I
     blocks, tokens = np.divmod(ordinals * unit, block_size)
     padded = np.append(table, HOLE)  # an ordinal beyond the table is a hole
     return padded[np.minimum(blocks, len(table))].astype(np.int64), tokens
-
-
-def coalesced(copies: Copies, unit: int, source_block_size: int, block_size: int) -> list[tuple[int, int]]:
-    """Half-open index ranges of `copies` in which tokens follow each other in slot order on both sides.
-
-    With a rectangle each is one copy of layers x heads x tokens: the least number of operations for these tables.
-    """
-    if not len(copies):
-        return []
-    breaks = np.zeros(len(copies) - 1, dtype=np.bool_)
-    for slots, tokens, size in (
-        (copies.source_slots, copies.source_tokens, source_block_size),
-        (copies.slots, copies.tokens, block_size),
-        (copies.ordinals, np.int64(0), unit),
-    ):
-        breaks |= np.diff(slots * size + tokens) != unit
-    cuts = [0, *(np.flatnonzero(breaks) + 1).tolist(), len(copies)]
-    return list(itertools.pairwise(cuts))
 
 
 # --- bytes --------------------------------------------------------------------------------------------------------

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import json
+import subprocess
+from pathlib import Path
 
 import numpy as np
 import pytest
+from support.tools import ROOT
 
+import disagg
 from disagg.bench import transfer
-from disagg.bench.cases import CASES
+from disagg.bench.cases import CASES, Case
+from disagg.bench.circumstances import commit
 from disagg.bench.contenders import missing_package
 from disagg.bench.overlap import Overlap, measure_overlap
 from disagg.bench.pair import BenchError, Pair, Sample
+from disagg.bench.side import Side
 from disagg.bench.transfer import contenders_of, summarise
 from disagg.cli.main import main
 
@@ -62,7 +68,9 @@ def test_one_run_of_the_command_moves_and_compares_every_byte(capsys: pytest.Cap
     command = ["bench", "transfer", "--planes", ",".join(planes), "--cases", "c", "--rounds", "1"]
     command += ["--digests", "on", "--json"]
     assert main(command) == 0
-    results = json.loads(capsys.readouterr().out)["results"]
+    printed = json.loads(capsys.readouterr().out)
+    assert {"command", "commit", "machine", "python", "load_before", "load_after"} <= printed.keys()
+    results = printed["results"]
     assert {(r["plane"], r["digests"]) for r in results} == {
         ("memcpy", None),
         ("shm", True),
@@ -72,6 +80,48 @@ def test_one_run_of_the_command_moves_and_compares_every_byte(capsys: pytest.Cap
     assert all(required <= set(r) and r["gbps"] > 0 and r["operations"] > 0 for r in results)
     assert {r["operations"] for r in results if r["plane"] == "memcpy"} == {26 * 8}
     assert all(r["operations"] <= 8 for r in results if r["plane"] in ("shm", "tcp"))
+
+
+class Memory(Side):
+    """Anonymous memory, cut into slots."""
+
+    by_layer = False
+
+    def __init__(self, case: Case) -> None:
+        super().__init__(True, "memory")
+        self.case, self.memory = case, np.zeros(case.pool_nbytes, dtype=np.uint8)
+
+    async def open(self, case: Case, secret: bytes) -> dict: ...
+    async def prepare(self, number: int, mine: np.ndarray, theirs: np.ndarray) -> None: ...
+    async def move(self) -> int: ...
+
+
+def test_what_landed_in_an_earlier_round_does_not_pass_in_a_later_one() -> None:
+    """Of every 4 KiB of every block: one that is not copied again is seen."""
+    case = Case("small", 2, 3, 8 << 10)
+    side, blocks = Memory(case), np.array([5, 2, 9])
+    side.fill(seed=1)
+    others, landed = side.hashes(np.array([3, 4])), side.rows(blocks)[0][blocks].copy()
+    for number in range(3):
+        side.refresh(blocks, number)
+        pages = side.rows(blocks)[0][blocks].reshape(-1, 4096)
+        assert (pages != landed.reshape(-1, 4096)).any(axis=1).all()
+        assert (pages <= 0x3F).all(), "a number that is not finite"
+        assert side.hashes(np.array([3, 4])) == others
+        landed = side.rows(blocks)[0][blocks].copy()
+
+
+def test_a_measurement_names_its_commit_or_its_version(tmp_path: Path) -> None:
+    assert commit(ROOT / "disagg").split("-")[0] in commits_of(ROOT)
+    assert commit(tmp_path / "site-packages" / "disagg") == f"version {disagg.__version__}"
+    (tmp_path / ".git").touch()  # no checkout that git knows
+    assert commit(tmp_path / "disagg") == f"version {disagg.__version__}"
+
+
+def commits_of(folder: Path) -> str:
+    git = ["git", "-C", str(folder), "rev-parse", "HEAD"]
+    whole = subprocess.run(git, capture_output=True, text=True).stdout
+    return whole or f"version {disagg.__version__}"  # the sources alone, without their history
 
 
 @pytest.mark.processes

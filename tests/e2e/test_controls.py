@@ -11,6 +11,7 @@ from support.families import Reference, build_family, safe_prompts, save_family
 from support.faults import WIDE
 from support.hand_started import Cluster, cluster
 from support.token_walk import StoredLayer, minimum_nbytes, stored_layers
+from support.wrong import same
 
 pytestmark = pytest.mark.processes
 
@@ -61,7 +62,7 @@ def ask(case: Case, request_id: str) -> Any:
 
 
 def test_one_surplus_block_changes_no_token_and_shows_in_the_bytes(case: Case) -> None:
-    assert ask(case, "surplus") == case.reference.token_ids
+    same(ask(case, "surplus"), case.reference.token_ids)
     moved = case.cluster.system.record("surplus")["transfer"]["nbytes"]
     least = minimum_nbytes(case.layers, PROMPT_LEN, BLOCK_SIZE)
     one_block = sum(layer.token_nbytes for layer in case.layers if layer.window) * BLOCK_SIZE
@@ -75,7 +76,7 @@ def test_a_window_that_is_off_by_one_changes_the_tokens(case: Case) -> None:
     assert case.cluster.faults.num_fired("narrow_window") == 1
     assert tokens != case.reference.token_ids
     case.cluster.faults.set()
-    assert ask(case, "right") == case.reference.token_ids
+    same(ask(case, "right"), case.reference.token_ids)
 
 
 def test_a_decode_worker_that_computes_the_prompt_itself_shows_in_the_counters(case: Case) -> None:
@@ -83,7 +84,7 @@ def test_a_decode_worker_that_computes_the_prompt_itself_shows_in_the_counters(c
     system.settle()
     computed = system.total("disagg_prompt_tokens_computed_total", worker="decode-0")
     case.cluster.faults.set(recompute={})
-    assert ask(case, "recomputed") == case.reference.token_ids
+    same(ask(case, "recomputed"), case.reference.token_ids)
     assert case.cluster.faults.num_fired("recompute") == 1
     case.cluster.faults.set()
     system.settle()

@@ -18,6 +18,7 @@ import pytest
 from support.families import FAMILIES, VOCAB_SIZE, WINDOW, Reference, build_family, safe_prompts, save_family
 from support.system import System, running
 from support.token_walk import StoredLayer, minimum_nbytes, stored_layers
+from support.wrong import same
 
 from disagg.cli.main import main
 
@@ -111,7 +112,7 @@ def test_tokens_equal_transformers_and_bytes_equal_the_minimum(case: Case) -> No
     total = 0
     for reference, choice in zip(case.references, choices, strict=True):
         prompt_len = len(reference.prompt)
-        assert tuple(choice["token_ids"]) == reference.token_ids, f"prompt of {prompt_len}"
+        same(tuple(choice["token_ids"]), reference.token_ids, f"prompt of {prompt_len}")
         for step, top in zip(choice["logprobs"]["top_logprobs"], reference.top_logprobs, strict=True):
             values = {int(name.removeprefix("token_id:")): value for name, value in step.items()}
             likeliest = top[:-1]  # fifth and sixth may be a near-tie; every value is compared, not who comes last

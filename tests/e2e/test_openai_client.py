@@ -10,6 +10,7 @@ import openai
 import pytest
 from support.system import System, running
 from support.tokenizers import DEMO_FOLDER
+from support.wrong import same
 
 pytestmark = pytest.mark.processes
 
@@ -98,8 +99,9 @@ def test_joined_completion_deltas_equal_the_whole_and_what_its_tokens_spell(
 ) -> None:
     whole = completion(client, max_tokens=48, **fields)
     events = completion_events(client, max_tokens=48, **fields)
-    assert "".join(event.text for event in events) == whole.text == spelled(spelling, whole.token_ids)
-    assert joined_ids(events) == whole.token_ids
+    same("".join(event.text for event in events), spelled(spelling, whole.token_ids))
+    same(whole.text, spelled(spelling, whole.token_ids))
+    same(joined_ids(events), whole.token_ids)
     assert len(whole.token_ids) == 48 or whole.finish_reason == "stop"
     assert [event.finish_reason for event in events if event.finish_reason] == [whole.finish_reason]
     assert sum(bool(event.text) for event in events) > 10  # it did come in pieces
@@ -112,8 +114,10 @@ def test_joined_chat_deltas_equal_the_whole(
     whole = chat(client, max_tokens=40, **fields).choices[0]
     events = [event.choices[0] for event in chat_events(client, max_tokens=40, **fields)]
     text = "".join(event.delta.content or "" for event in events)
-    assert text == whole.message.content == spelled(spelling, whole.token_ids) != ""
-    assert joined_ids(events) == whole.token_ids
+    same(text, spelled(spelling, whole.token_ids))
+    same(whole.message.content, spelled(spelling, whole.token_ids))
+    assert whole.message.content
+    same(joined_ids(events), whole.token_ids)
     assert events[0].delta.role == whole.message.role == "assistant"
     assert events[-1].finish_reason == whole.finish_reason
 
@@ -126,7 +130,7 @@ def test_characters_of_several_bytes_come_whole(
     fields = {"logit_bias": bias_to(spelling, characters), "temperature": 2.5, "max_tokens": 32}
     for seed in (1, 2):
         whole = completion(client, seed=seed, **fields)
-        assert whole.text == spelled(spelling, whole.token_ids)
+        same(whole.text, spelled(spelling, whole.token_ids))
         deltas = [event.text for event in completion_events(client, seed=seed, **fields)]
         assert "".join(deltas) == whole.text
         assert set(b"".join(spelling[token_id] for token_id in whole.token_ids)) <= set(characters.encode())

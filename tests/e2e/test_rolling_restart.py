@@ -15,6 +15,7 @@ import pytest
 from support.calls import Call, until
 from support.families import Reference, build_family, safe_prompts, save_family
 from support.trio import Part, Trio, running_trio
+from support.wrong import same
 
 pytestmark = [pytest.mark.processes, pytest.mark.slow, pytest.mark.timeout(300)]
 
@@ -111,7 +112,7 @@ def ask_unloaded(cluster: Cluster) -> None:
         options: dict[str, Any] = {"max_tokens": NUM_TOKENS, "temperature": 0, "ignore_eos": True}
         status, body = cluster.trio.api.complete(list(reference.prompt), **options)
         assert status == 200, body
-        assert tuple(body["choices"][0]["token_ids"]) == reference.token_ids
+        same(tuple(body["choices"][0]["token_ids"]), reference.token_ids)
 
 
 def assert_nothing_is_held(cluster: Cluster) -> None:
@@ -132,7 +133,7 @@ def test_workers_restarted_one_by_one_under_load_lose_no_request(cluster: Cluste
     load = asyncio.run(cluster.restart_each(end_in_order))
     for call, reference in load.calls:
         assert call.is_whole, call
-        assert tuple(call.token_ids) == reference.token_ids, call
+        same(tuple(call.token_ids), reference.token_ids, call)
     assert_nothing_is_held(cluster)
     waited_for = {name: int(DRAINING.search(part.text)["open"]) for name, part in first.items()}  # type: ignore[index]
     assert any(waited_for[name] for name in ("decode-0", "decode-1")), waited_for  # else nothing was tested
@@ -144,9 +145,9 @@ def test_workers_killed_one_by_one_under_load_end_answers_with_a_true_status_or_
     outcomes: Counter[str] = Counter()
     for call, reference in load.calls:
         answer = list(reference.token_ids)
-        assert call.token_ids == answer[: len(call.token_ids)], call
+        same(call.token_ids, answer[: len(call.token_ids)], call)
         if call.is_whole:
-            assert call.token_ids == answer, call
+            same(call.token_ids, answer, call)
             outcomes["answered"] += 1
         else:
             # It had begun on the decode worker; what had not is tried elsewhere while attempts are left.

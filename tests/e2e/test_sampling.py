@@ -16,6 +16,7 @@ import pytest
 from support.families import VOCAB_SIZE, build_family, save_family
 from support.sampling_reference import check_answer, to_sampling
 from support.system import System, running
+from support.wrong import same
 
 pytestmark = pytest.mark.processes
 
@@ -115,7 +116,7 @@ def test_both_ways_of_serving_choose_what_the_reference_chooses(pair: Pair) -> N
         token_ids = alone["token_ids"]
         sampling = to_sampling(fields(length, **PARAMETERS[name]), eos=EOS)
         num_safe = check_answer(pair.model, prompt_of(length), token_ids, sampling)
-        assert apart["token_ids"][:num_safe] == token_ids[:num_safe], (name, length)
+        same(apart["token_ids"][:num_safe], token_ids[:num_safe], (name, length))
         if num_safe == len(token_ids):
             assert apart == alone, (name, length)
         record = pair.apart.record(f"{name}-{length}")
@@ -160,7 +161,7 @@ def test_an_answer_that_its_first_token_ends_completes_no_transfer(pair: Pair) -
     for name, ending in endings.items():
         alone, apart = (ask(system, 33, request_id=f"first-{name}", **ending) for system in (pair.alone, pair.apart))
         assert apart == alone
-        assert apart["token_ids"] == [EOS if name == "eos" else first]
+        same(apart["token_ids"], [EOS if name == "eos" else first])
         assert apart["finish_reason"] == ("length" if name == "length" else "stop")
         record = pair.apart.record(f"first-{name}")
         assert record["transfer"] is None

@@ -11,6 +11,7 @@ from support.families import Reference, build_family, safe_prompts, save_family
 from support.faults import STAGED, Faults
 from support.hand_started import Cluster, cluster
 from support.token_walk import minimum_nbytes, stored_layers
+from support.wrong import same
 
 pytestmark = pytest.mark.processes
 
@@ -54,14 +55,14 @@ def ask(case: Case, reference: Reference, request_id: str, salt: str) -> tuple[i
 def test_tokens_are_right_and_only_what_is_needed_moves(case: Case) -> None:
     for reference in case.references:
         length = len(reference.prompt)
-        assert ask(case, reference, f"p{length}", "first") == reference.token_ids
+        same(ask(case, reference, f"p{length}", "first"), reference.token_ids)
         assert case.cluster.system.record(f"p{length}")["transfer"]["nbytes"] == case.nbytes[length]
 
 
 def test_blocks_that_are_held_on_both_sides_are_reused(case: Case) -> None:
     reference = case.references[-1]
-    assert ask(case, reference, "turn1", "turns") == reference.token_ids
-    assert ask(case, reference, "turn2", "turns") == reference.token_ids
+    same(ask(case, reference, "turn1", "turns"), reference.token_ids)
+    same(ask(case, reference, "turn2", "turns"), reference.token_ids)
     assert case.cluster.system.record("turn2")["transfer"]["nbytes"] < case.nbytes[len(reference.prompt)] / 2
 
 

@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 from support.families import Reference, build_family, safe_prompts, save_family
-from support.storm import Outcome, Shot, storm
+from support.storm import Outcome, Shot, phases_left_in, storm
 from support.system import System, running
+from support.wrong import same
 
 pytestmark = [pytest.mark.processes, pytest.mark.timeout(240)]  # up to three storms, on cores that may be shared
 
@@ -86,18 +87,6 @@ class Gauge:
         return {(dict(labels)["worker"], dict(labels)["pool"]): used for labels, used in samples.items()}
 
 
-def phases_left_in(system: System) -> dict[str, float]:
-    """How many attempts were cancelled in which phase, as the workers counted them."""
-    released = "disagg_requests_released_total"
-    return {
-        "queued": system.total(released, state="waiting"),
-        "prefilling": system.total(released, state="prefilling", worker="prefill-0"),
-        "transferring": system.total("disagg_transfers_total", outcome="cancelled"),
-        "bytes landed for nothing": system.total("disagg_transfer_bytes_total", outcome="cancelled"),
-        "decoding": system.total(released, state="decoding", worker="decode-0"),
-    }
-
-
 def check_outcomes(outcomes: list[Outcome], references: list[Reference]) -> None:
     """Whoever stayed has a whole and right answer; whoever left saw nothing wrong until then."""
     answers = {reference.prompt: list(reference.token_ids) for reference in references}
@@ -106,7 +95,7 @@ def check_outcomes(outcomes: list[Outcome], references: list[Reference]) -> None
         assert outcome.left or (outcome.status, outcome.done) == (200, True), outcome
         assert outcome.left or len(outcome.token_ids) == outcome.shot.max_tokens, outcome
         known = min(len(outcome.token_ids), NUM_TOKENS)
-        assert outcome.token_ids[:known] == answers[outcome.shot.prompt][:known], outcome
+        same(outcome.token_ids[:known], answers[outcome.shot.prompt][:known], outcome)
 
 
 def test_a_storm_with_clients_leaving_in_every_phase_leaves_nothing_behind(case: Case) -> None:
@@ -137,4 +126,4 @@ def test_requests_after_the_storm_are_served(case: Case) -> None:
             list(reference.prompt), max_tokens=NUM_TOKENS, temperature=0, ignore_eos=True
         )
         assert status == 200, body
-        assert tuple(body["choices"][0]["token_ids"]) == reference.token_ids
+        same(tuple(body["choices"][0]["token_ids"]), reference.token_ids)

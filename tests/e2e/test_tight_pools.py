@@ -15,6 +15,7 @@ import pytest
 from support.families import Reference, build_family, safe_prompts, save_family
 from support.storm import Shot, storm
 from support.system import System, running
+from support.wrong import same
 
 from disagg.cache.admission import peak_slots
 from disagg.cache.layout import derive_layout
@@ -108,7 +109,7 @@ def test_every_request_of_an_adversarial_order_finishes_with_the_right_tokens(ca
     answers = {reference.prompt: list(reference.token_ids) for reference in case.references}
     for outcome in outcomes:
         assert (outcome.status, outcome.done) == (200, True), outcome
-        assert outcome.token_ids == answers[outcome.shot.prompt][: outcome.shot.max_tokens], outcome
+        same(outcome.token_ids, answers[outcome.shot.prompt][: outcome.shot.max_tokens], outcome)
     system = case.system
     system.settle()
     system.wait_until_idle()
@@ -142,10 +143,10 @@ def test_workers_killed_in_the_middle_of_a_burst_cost_only_answers_that_had_begu
         assert outcome.status == 200, outcome
         wanted = answers[outcome.shot.prompt][: outcome.shot.max_tokens]
         if outcome.done:
-            assert outcome.token_ids == wanted, outcome
+            same(outcome.token_ids, wanted, outcome)
         else:
             assert outcome.error, outcome
-            assert outcome.token_ids == wanted[: len(outcome.token_ids)], outcome
+            same(outcome.token_ids, wanted[: len(outcome.token_ids)], outcome)
             assert outcome.token_ids, outcome  # it had begun, else it would have been tried anew
         num_attempts.append(len(system.record(outcome.shot.request_id)["attempts"]))
     print(f"attempts per request: {Counter(num_attempts)}; cut: {sum(not outcome.done for outcome in outcomes)}")

@@ -12,6 +12,7 @@ import pytest
 from support.families import Reference, build_family, safe_prompts, save_family
 from support.system import System, running
 from support.token_walk import StoredLayer, minimum_nbytes, stored_layers
+from support.wrong import same
 
 pytestmark = pytest.mark.processes
 
@@ -62,7 +63,7 @@ def test_requests_at_once_over_every_pair_give_the_references_and_move_the_minim
     system = case.system
     with ThreadPoolExecutor(len(LENGTHS)) as clients:
         answers = list(clients.map(lambda reference: ask(system, reference), case.references))
-    assert [tuple(answer) for answer in answers] == [reference.token_ids for reference in case.references]
+    same([tuple(answer) for answer in answers], [reference.token_ids for reference in case.references])
     pairs: Counter[tuple[str, str]] = Counter()
     landed: Counter[str] = Counter()
     computed: Counter[str] = Counter()

@@ -12,6 +12,7 @@ from support.families import MIN_GAP, Reference, build_family, reference_generat
 from support.mixed_cluster import START_TIMEOUT_S, mixed_cluster
 from support.system import System
 from support.token_walk import StoredLayer, minimum_nbytes, stored_layers
+from support.wrong import same
 
 pytestmark = [pytest.mark.processes, pytest.mark.timeout(START_TIMEOUT_S + 60)]
 
@@ -80,7 +81,7 @@ def test_every_pair_of_block_sizes_answers_alike_and_moves_the_finer_minimum(cas
             expected = minimum_nbytes(case.layers, prompt_len, unit)
             assert record["transfer"]["nbytes"] == sum(expected.values()), f"{pair}: prompt of {prompt_len}"
             assert record["transfer"]["plane"] == WORKERS[pair[1]][2]
-            assert tuple(choice["token_ids"]) == reference.token_ids, f"{pair}: prompt of {prompt_len}"
+            same(tuple(choice["token_ids"]), reference.token_ids, f"{pair}: prompt of {prompt_len}")
         assert set(answers) == pairs
         equal = answers["prefill-8", "decode-8"]["logprobs"]["token_logprobs"]
         for pair, choice in answers.items():
@@ -105,7 +106,7 @@ def test_reuse_never_finds_a_block_of_which_only_a_part_was_received(case: Case)
     for number, reference in enumerate(case.prefixes):
         choice = ask(system, reference, f"prefix-{number}", cache_salt=salt)
         name = f"prefix of {len(reference.prompt)}: {system.record(f'prefix-{number}')['attempts']}"
-        assert tuple(choice["token_ids"]) == reference.token_ids, name
+        same(tuple(choice["token_ids"]), reference.token_ids, name)
         for value, top in zip(choice["logprobs"]["token_logprobs"], reference.top_logprobs, strict=True):
             assert value == pytest.approx(top[0][1], abs=2e-3), name
         num_moved.append(system.record(f"prefix-{number}")["transfer"]["nbytes"])

@@ -11,6 +11,7 @@ import pytest
 from support.families import Reference, build_family, safe_prompts, save_family
 from support.hand_started import Cluster, cluster
 from support.token_walk import StoredLayer, minimum_nbytes, stored_layers
+from support.wrong import same
 
 pytestmark = pytest.mark.processes
 
@@ -66,7 +67,7 @@ def ask(case: Case, reference: Reference, request_id: str) -> tuple[int, Any]:
 def check_right(reference: Reference, answer: tuple[int, Any]) -> None:
     status, body = answer
     assert status == 200, body
-    assert tuple(body["choices"][0]["token_ids"]) == reference.token_ids
+    same(tuple(body["choices"][0]["token_ids"]), reference.token_ids)
 
 
 def counted_nbytes(case: Case) -> int:

@@ -10,9 +10,11 @@ from typing import Any
 import pytest
 from support.fault_table import FAULTS, ROWS, Fault, Row, render
 from support.shell_pair import ShellTrio, trio_context
+from support.wrong import Wrong, wrong_in
 
 PAUSE_S = 0.1
 """An event loop that has work and is not run for so long shares its core with somebody."""
+MAX_TRIES = 4
 
 RESULTS: dict[tuple[str, float], dict[tuple[Row, Fault], tuple[str, float]]] = {}
 """(plane, scale) -> cell -> (outcome, seconds to the reply)."""
@@ -40,7 +42,7 @@ class Arena:
 
     def run(self, story: Callable[[ShellTrio], Coroutine[Any, Any, Any]]) -> Any:
         """What `story` returns. Told anew when it fails and the machine stood still meanwhile: with constants of time
-        this short, a pause is a fault of its own that nobody asked for."""
+        this short, a pause is a fault of its own that nobody asked for. Never when anything was `Wrong`."""
         num_tries = 0
         while True:
             num_tries += 1
@@ -49,9 +51,13 @@ class Arena:
                 return self._runner.run(self._watch(story(trio)))
             except BaseException as failure:
                 self.end_trio()
-                is_told_anew = isinstance(failure, Exception) and self._longest_pause_s > PAUSE_S and num_tries < 4
-                if not is_told_anew:
+                if trio.wrong and wrong_in(failure) is None:  # the story failed before it looked
+                    raise Wrong("; ".join(trio.wrong)) from failure
+                if not self._may_be_late(failure) or num_tries == MAX_TRIES:
                     raise
+
+    def _may_be_late(self, failure: BaseException) -> bool:
+        return isinstance(failure, Exception) and wrong_in(failure) is None and self._longest_pause_s > PAUSE_S
 
     async def _watch(self, story: Coroutine[Any, Any, Any]) -> Any:
         watching = asyncio.create_task(self._measure_pauses())

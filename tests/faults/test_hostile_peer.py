@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from support.fault_cells import Cell, outcome_of
 from support.impostor import Impostor
 from support.shell_pair import IDENTITY, ShellTrio, until
+from support.wrong import never_late
 
 from disagg.engine.commands import ReservedEvent
 from disagg.transceiver.codec import MAX_MESSAGE_NBYTES
@@ -416,6 +417,7 @@ def hear_out(arena: Any, lie: Lie) -> None:
         (reserved,) = trio.decode.engine.of(cell.key, ReservedEvent)
         allowed = {(group, *pair) for group, pairs in enumerate(reserved.slots) for pair in pairs}
         written = {(u.group, u.ordinal, u.slot) for job in landed for u in job.destinations}
-        assert written <= allowed
+        with never_late():
+            assert written <= allowed
 
     arena.run(story)

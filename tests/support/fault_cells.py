@@ -11,7 +11,8 @@ from typing import Any
 
 import support.fault_table as table
 from support.fault_table import Fault, Row
-from support.shell_pair import REPLY_S, Reply, ShellTrio, until
+from support.shell_pair import REPLY_S, Reply, ShellTrio, let_go, until
+from support.wrong import Wrong
 
 from disagg.engine.commands import (
     AttemptKey,
@@ -23,6 +24,7 @@ from disagg.engine.commands import (
     TokensEvent,
     UnitsFinalEvent,
 )
+from disagg.transceiver import reasons
 from disagg.transceiver.events import ComputeFailed
 from disagg.transceiver.messages import peer as p
 from disagg.transceiver.planes.base import LandingJob
@@ -34,6 +36,14 @@ DEADLINE_S = 0.7
 
 LEFT_EARLY = (table.GENERATION, table.SOURCE_FLIP, table.DATA_CUT)
 """Faults that come too late for bytes that have left. On tcp the kernel carries them when it likes: nobody can see."""
+
+NOTICED_AS: dict[Fault, tuple[str, ...]] = {
+    # Before it is hashed, a block that was given away is never announced; after, whoever copies it sees the generation.
+    table.GENERATION: (reasons.INCOMPLETE, "given to another sequence"),
+    table.SOURCE_FLIP: (reasons.DIGEST,),
+    table.LANDED_FLIP: (reasons.DIGEST,),
+}
+"""What the first attempt fails of, in these words, when a block is not what its digest was made of."""
 
 
 def after_the_first(kind: type, *others: type) -> Callable[[Any], bool]:
@@ -67,11 +77,16 @@ class Cell:
     key: AttemptKey = field(init=False)
     client: asyncio.Task[Reply] = field(init=False)
     fault_at: float = field(init=False)
+    _failures: list[str] = field(init=False)
+    _num_failures: int = field(init=False)
+    _num_cancels: int = field(init=False)
 
     async def run(self) -> tuple[str, float]:
         """(outcome, seconds from the fault to the client's reply)."""
         trio = self.trio
         trio.links.control.history.clear()
+        self._failures, self._num_failures = trio.decode.failures, len(trio.decode.failures)
+        self._num_cancels = len(trio.prefill.cancels)
         timeout_s = DEADLINE_S if self.fault is table.DEADLINE else 60.0
         begun_at = time.monotonic()
         self.client = trio.begin(timeout_s=timeout_s)
@@ -87,9 +102,29 @@ class Cell:
         seconds = max(0.0, reply.at - self.fault_at)
         await until(has_fired, f"{self.fault.name} has fired", REPLY_S)
         await self.recover()
+        self._check_noticed(outcome)
         assert outcome in self._allowed(), (outcome, reply)
         assert seconds < REPLY_S, reply
         return outcome, seconds
+
+    def _check_noticed(self, outcome: str) -> None:
+        """A changed block ends the attempt for that very reason, unless nobody reads it any more.
+
+        In the rows left out the transfer has failed already or has nothing more to lose. Where `a1` is allowed too, the
+        block had left: then no attempt failed, and the answer and the landed bytes were compared with what was sent.
+        """
+        if self.fault not in NOTICED_AS or self.row in table.FAILING | table.VERIFIED:
+            return
+        failures = self._failures[self._num_failures :]
+        if outcome == "a1":
+            if "a1" not in self._allowed():
+                raise Wrong(f"decoded from a changed block: {self.fault.name}, {failures}")
+            assert not failures, failures
+        else:
+            (reason,) = failures
+            # A sender that finds its source changed after DONE ends the transfer: the receiver then hears of none.
+            said = [reason, *self.trio.prefill.cancels[self._num_cancels :]]
+            assert any(words in text for words in NOTICED_AS[self.fault] for text in said), said
 
     def _allowed(self) -> frozenset[str]:
         plane = self.trio.plane
@@ -236,12 +271,15 @@ class Cell:
                 return self._cut_data()
             case table.GENERATION:
                 unit = self._final_unit(-1)
-                self._pool(unit.group).generations[unit.slot] += 2
-                return lambda: True
+                pool = self._pool(unit.group)
+                pool.generations[unit.slot] += 2
+                is_given_away = int(pool.generations[unit.slot]) != unit.generation
+                return lambda: is_given_away  # whether anybody noticed, `_check_noticed` asks
             case table.SOURCE_FLIP:
                 unit = self._hashed_unit()
                 self._pool(unit.group).memory[unit.slot, 0] ^= 1
-                return lambda: True
+                is_bent = self._is_bent(unit)
+                return lambda: is_bent  # whether anybody noticed, `_check_noticed` asks
             case table.LANDED_FLIP:
                 landing = trio.decode.landing
                 num_flipped = landing.num_flipped
@@ -297,6 +335,12 @@ class Cell:
         cache = self.trio.prefill.engine.cache
         return cache.pools[cache.layout.pool_of_group[group]]
 
+    def _is_bent(self, unit: Any) -> bool:
+        """Does the slot of a unit hold other bytes than when the unit became final?"""
+        engine = self.trio.prefill.engine
+        final = FinalUnit(unit.group, unit.ordinal, unit.slot, unit.generation)
+        return bool(engine.bytes_of(final) != engine.bytes_when_final[final])
+
     def _final_unit(self, index: int) -> FinalUnit:
         """A unit of the attempt in the order in which they became final."""
         events = self.trio.prefill.engine.of(self.key, UnitsFinalEvent)
@@ -341,7 +385,7 @@ class Cell:
 
     async def _settle_survivor(self) -> None:
         survivor = self.trio.worker("prefill" if self.row[0] is Role.SENDER else "decode")
-        await until(lambda: not survivor.leftovers(), f"left behind: {survivor.leftovers()}", REPLY_S)
+        await let_go(survivor.leftovers)
 
     def _check_ends(self) -> None:
         """Exactly one release and one verdict, where that side lived to give it."""

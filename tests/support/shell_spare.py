@@ -27,6 +27,7 @@ class SpareTrio(ShellTrio):
         await super().start()
         self._spare_links.router["prefill"].target = self.router.endpoint
         self.spare = ShellWorker("prefill", self._spare_links, self.plane, SPARE)
+        self.spare.wrong = self.wrong
         self.decode.sources = (self.prefill, self.spare)
         self.spare.start()
         await until(lambda: len(self.router.cluster.registry) == 3, "the spare worker is registered")

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import aiohttp
+from support.system import System
 
 REQUEST_TIMEOUT_S = 90.0
 
@@ -99,3 +100,15 @@ async def _read(session: aiohttp.ClientSession, url: str, shot: Shot, outcome: O
             if shot.leave_after_tokens is not None and len(outcome.token_ids) >= shot.leave_after_tokens:
                 outcome.left = True
                 return
+
+
+def phases_left_in(system: System) -> dict[str, float]:
+    """How many attempts were cancelled in which phase, as the workers counted them."""
+    released = "disagg_requests_released_total"
+    return {
+        "queued": system.total(released, state="waiting"),
+        "prefilling": system.total(released, state="prefilling", worker="prefill-0"),
+        "transferring": system.total("disagg_transfers_total", outcome="cancelled"),
+        "bytes landed for nothing": system.total("disagg_transfer_bytes_total", outcome="cancelled"),
+        "decoding": system.total(released, state="decoding", worker="decode-0"),
+    }

@@ -18,9 +18,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
+from support.wrong import Wrong
+
 START_TIMEOUT_S = 90.0  # three processes that import torch on two busy cores
 STOP_TIMEOUT_S = 20.0
 LEASE_INTERVAL_S = 0.5
+LEAKED_S = 30.0  # three times a lease, which is the last thing that could still end what is held
 
 SERVING = re.compile(r"serving `(?P<name>.*)` at (?P<url>\S+) \(admin: (?P<admin>\S+)\)")
 
@@ -100,11 +103,14 @@ class System:
         time.sleep(2 * LEASE_INTERVAL_S)
 
     def wait_until_idle(self, timeout_s: float = 10.0) -> None:
-        """Until every worker reports zero used blocks; fails with what is left."""
-        deadline = time.monotonic() + timeout_s
+        """Until every worker reports zero used blocks. Later than `timeout_s` is late, kept for good is `Wrong`."""
+        began_at = time.monotonic()
         while used := {k: v for k, v in self.samples("disagg_kv_blocks_used").items() if v}:
-            assert time.monotonic() < deadline, f"blocks still used: {used}"
+            if time.monotonic() - began_at > LEAKED_S:
+                raise Wrong(f"blocks still used: {used}")
             time.sleep(0.1)
+        passed_s = time.monotonic() - began_at
+        assert passed_s < timeout_s, f"blocks were used for {passed_s:.1f} s"
 
     def wait_until_ready(self, timeout_s: float = 60.0) -> None:
         deadline = time.monotonic() + timeout_s

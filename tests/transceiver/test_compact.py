@@ -2,32 +2,59 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import pairwise
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from support.token_walk import needed_blocks
 
 from disagg.transceiver.compact import (
-    HOLE,
     cached_blocks,
     cached_prefix,
     final_span,
-    logical_mask,
     num_blocks,
-    pair,
-    resident_part,
-    table_of_segments,
     table_of_suffix,
     token_offset,
-    without_prefix,
 )
+from disagg.transceiver.copies import Anchored, BlockList, End, Have, Suffix, transfer_plan
+from disagg.transceiver.messages.values import Geometry, GroupSemantics
+from disagg.transceiver.plan import needed_units, num_units
 
 
-def rows(pairs: np.ndarray) -> list[tuple[int, int]]:
-    return [(source, destination) for _, source, destination in pairs.tolist()]
+def geometry(block_size: int, windows: Sequence[int | None], num_sink_tokens: int) -> Geometry:
+    groups = tuple(GroupSemantics(window, num_sink_tokens, 1, 1, (layer,)) for layer, window in enumerate(windows))
+    return Geometry(block_size, "float32", groups, ())
+
+
+def pairs(
+    source: BlockList,
+    destination: BlockList,
+    prompt_len: int,
+    block_size: int,
+    window: int | None = None,
+    *,
+    num_sink_tokens: int = 0,
+    cached: int = 0,
+    tokens: range | None = None,
+    num_reused: int = 0,
+) -> list[tuple[int, int]]:
+    """(source slot, destination slot) of every block that is copied, of one group."""
+    layout = geometry(block_size, [window], num_sink_tokens)
+    ends = End(layout, [source]), End(layout, [destination])
+    plan = transfer_plan(*ends, prompt_len, have=Have([cached]), tokens=tokens, num_reused=num_reused)
+    assert all(copy.source_token == copy.token == copy.num_tokens % block_size == 0 for copy in plan)
+    return [(c.source_slot + i, c.slot + i) for c in plan for i in range(c.num_tokens // block_size)]
+
+
+def everything(prompt_len: int, block_size: int) -> Suffix:
+    """A receiver that has room for every block: its slots are ordinals."""
+    return Suffix(range(num_blocks(prompt_len, block_size)), prompt_len)
+
+
+def table(*slots: int) -> Anchored:
+    return Anchored([(0, slots)])
 
 
 @pytest.mark.parametrize(
@@ -48,10 +75,8 @@ def test_anchored_lists_pair_by_ordinal(
     destination_start: int,
     expected: list[tuple[int, int]],
 ) -> None:
-    end = source_start + 64 * len(source)
-    a = table_of_segments([(source_start // 64, source)], end, 64)
-    b = table_of_segments([(destination_start // 64, destination)], end, 64)
-    assert rows(pair(a, b)) == expected
+    ends = Anchored([(source_start // 64, source)]), Anchored([(destination_start // 64, destination)])
+    assert pairs(*ends, source_start + 64 * len(source), 64) == expected
 
 
 @pytest.mark.parametrize(
@@ -69,10 +94,10 @@ def test_one_cached_count_serves_every_group_without_clamping(
 ) -> None:
     count = cached_blocks(num_cached_tokens, 8)
     assert count == num_cached_tokens // 8
-    slots = np.arange(num_blocks(prompt_len, 8))
-    for window, expected in zip(windows, moved, strict=True):
-        kept = logical_mask(prompt_len, window, 0, 8) & (without_prefix(slots, count) != HOLE)
-        assert kept.sum() == expected
+    end = End(geometry(8, windows, 0), [everything(prompt_len, 8)] * len(windows))
+    plan = transfer_plan(end, end, prompt_len, have=Have([num_cached_tokens] * len(windows)))
+    sums = [sum(copy.num_tokens // 8 for copy in plan if copy.group == group) for group in range(len(windows))]
+    assert tuple(sums) == moved
 
 
 def test_a_partly_cached_block_is_sent_again() -> None:
@@ -82,9 +107,11 @@ def test_a_partly_cached_block_is_sent_again() -> None:
 def kept_slots(
     slots: list[int], window: int | None, num_cached_tokens: int, *, prompt_len: int = 32, tpb: int = 8, spec: int = 0
 ) -> list[int]:
-    table = table_of_suffix(slots, prompt_len=prompt_len, block_size=tpb, end=prompt_len + spec)
-    table = without_prefix(table, cached_blocks(num_cached_tokens, tpb))
-    return [slot for slot in table[logical_mask(prompt_len, window, 0, tpb)].tolist() if slot != HOLE]
+    """The slots of a receiver's list that something is copied to, when the sender still has every block."""
+    destination = Suffix(slots, prompt_len + spec)
+    found = pairs(everything(prompt_len, tpb), destination, prompt_len, tpb, window, cached=num_cached_tokens)
+    assert [source for source, _ in found] == list(range(num_blocks(prompt_len, tpb)))[-len(found) :] or not found
+    return [slot for _, slot in found]
 
 
 @pytest.mark.parametrize(
@@ -118,6 +145,13 @@ def test_a_suffix_list_is_trimmed_by_window_and_cached_prefix(
     assert kept_slots(slots, window, cached) == expected
 
 
+def test_a_sender_trims_its_list_by_the_window_and_never_by_what_is_cached_elsewhere() -> None:
+    """What is cached at the receiver is the receiver's to say: the sender's list is whole and pairs with all of it."""
+    for slots in ([20, 21], [18, 19, 20, 21]):  # evicted, and not evicted yet
+        assert pairs(Suffix(slots, 32), Suffix([70, 71], 32), 32, 8, 16) == [(20, 70), (21, 71)]
+        assert pairs(Suffix(slots, 32), Suffix([70, 71], 32), 32, 8, 16, cached=24) == [(21, 71)]
+
+
 @pytest.mark.parametrize("slots", [[100, 101, 102, 103, 104], [102, 103, 104]])
 def test_a_speculative_tail_does_not_shift_the_blocks_before_it(slots: list[int]) -> None:
     assert kept_slots(slots, 16, 16, spec=8) == [102, 103]
@@ -130,7 +164,8 @@ def test_extra_speculative_tokens_add_no_block(prompt_len: int, num_listed: int,
 
 @pytest.mark.parametrize("prompt_len", [1150, 1151])
 def test_a_compacted_window_with_a_speculative_block_keeps_all_but_the_last(prompt_len: int) -> None:
-    valid = logical_mask(prompt_len, 133, 0, 128).sum()
+    (entry,) = geometry(128, [133], 0).groups
+    valid = num_units(needed_units([entry], prompt_len, 128))
     slots = list(range(500, 500 + valid + 1))
     assert kept_slots(slots, 133, 0, prompt_len=prompt_len, tpb=128, spec=5) == slots[:-1]
 
@@ -155,9 +190,19 @@ def test_a_lists_offset_follows_from_its_length(
 
 
 def test_unequal_suffixes_pair_where_they_overlap() -> None:
-    source = table_of_suffix([10, 11], prompt_len=32, block_size=8)
-    destination = table_of_suffix([20, 21, 22], prompt_len=32, block_size=8)
-    assert rows(pair(source, destination, logical_mask(32, 24, 0, 8))) == [(10, 21), (11, 22)]
+    assert pairs(Suffix([10, 11], 32), Suffix([20, 21, 22], 32), 32, 8, 24) == [(10, 21), (11, 22)]
+    assert pairs(Suffix([10, 11], 32), Suffix([20, 21, 22, 23], 32), 32, 8) == [(10, 22), (11, 23)]
+    assert pairs(Suffix([10, 11, 12, 13], 32), Suffix([20, 21], 32), 32, 8) == [(12, 20), (13, 21)]
+
+
+def test_of_a_chunk_that_is_wholly_stale_nothing_is_sent() -> None:
+    assert pairs(Suffix([], 16), Suffix([], 16), 32, 8, 16, tokens=range(16)) == []
+    assert pairs(everything(32, 8), everything(32, 8), 32, 8, 16, tokens=range(16)) == []
+
+
+def test_the_last_block_is_copied_whole_however_few_tokens_it_has() -> None:
+    assert pairs(Suffix([4, 5, 6], 17), Suffix([7, 8, 9], 17), 17, 8) == [(4, 7), (5, 8), (6, 9)]
+    assert pairs(Suffix([4, 5, 6], 17), Suffix([7, 8, 9], 17), 17, 8, cached=15) == [(5, 8), (6, 9)]
 
 
 def test_a_list_longer_than_its_range_has_no_offset() -> None:
@@ -194,18 +239,30 @@ def test_chunk_spans_tile_the_prompt(prompt_len: int, block_size: int, data: st.
 
 
 @pytest.mark.parametrize(
-    ("slots", "num_resident", "span", "expected"),
+    ("slots", "tokens", "expected"),
     [
-        ((104, 105, 106, 107), 8, range(4), ()),
-        ((104, 105, 106, 107), 8, range(4, 8), (104, 105, 106, 107)),
-        ((1, 2, 3), 3, range(4, 8), ()),
-        ((104, 105, 106, 107), 8, range(5, 7), (105, 106)),
+        ((104, 105, 106, 107), range(16), ()),
+        ((104, 105, 106, 107), range(16, 32), (104, 105, 106, 107)),
+        ((104, 105, 106, 107), range(20, 28), (105, 106)),
+        ((104, 105, 106, 107), range(32, 32), ()),
     ],
 )
 def test_a_whole_prompt_list_is_projected_on_a_chunk(
-    slots: tuple[int, ...], num_resident: int, span: range, expected: tuple[int, ...]
+    slots: tuple[int, ...], tokens: range, expected: tuple[int, ...]
 ) -> None:
-    assert resident_part(slots, num_resident, span) == expected
+    """8 blocks of 4 tokens, of which the sender still has the last four."""
+    found = pairs(everything(32, 4), Suffix(slots, 32), 32, 4, tokens=tokens)
+    assert tuple(slot for _, slot in found) == expected
+
+
+def test_a_list_of_an_earlier_part_of_the_prompt_has_nothing_in_a_later_chunk() -> None:
+    assert pairs(everything(32, 4), Anchored([(0, (1, 2, 3))]), 32, 4, tokens=range(16, 32)) == []
+
+
+def test_a_chunk_may_be_empty_and_not_less() -> None:
+    assert not final_span(12, 12, 32, 0, 4)
+    with pytest.raises(ValueError, match=r"\[12, 11\) ends before it starts"):
+        final_span(12, 11, 32, 0, 4)
 
 
 @pytest.mark.parametrize(
@@ -221,41 +278,29 @@ def test_a_whole_prompt_list_is_projected_on_a_chunk(
 def test_tables_pair_where_both_hold_a_slot(
     source: list[int], destination: list[int], expected: list[tuple[int, int]]
 ) -> None:
-    assert rows(pair(np.array(source), np.array(destination))) == expected
-
-
-def test_tables_of_different_prompts_do_not_pair() -> None:
-    with pytest.raises(ValueError, match="tables of 2 and 3 blocks"):
-        pair(np.array([1, 2]), np.array([1, 2, 3]))
+    assert pairs(table(*source), table(*destination), 8 * len(source), 8) == expected
 
 
 def test_a_sender_that_has_not_evicted_sends_only_the_logical_window() -> None:
-    slots = np.arange(2048)
-    assert len(pair(slots, slots, logical_mask(128 * 1024, 4096, 0, 64))) in (64, 65)
+    prompt_len = 128 * 1024
+    assert len(pairs(everything(prompt_len, 64), everything(prompt_len, 64), prompt_len, 64, 4096)) in (64, 65)
 
 
 def test_a_receivers_speculative_block_does_not_shift_a_windowed_list() -> None:
     """P 139, W 3, 8 tokens per block: by length alone source ordinal 17 went to destination ordinal 18."""
-    source = table_of_suffix([117], prompt_len=139, block_size=8)
-    destination = table_of_suffix([217, 218], prompt_len=139, block_size=8, end=139 + 8)
-    assert pair(source, destination, logical_mask(139, 3, 0, 8)).tolist() == [[17, 117, 217]]
+    assert pairs(Suffix([117], 139), Suffix([217, 218], 139 + 8), 139, 8, 3) == [(117, 217)]
 
 
 def test_sinks_need_an_anchor_and_survive_with_one() -> None:
     """P 1024, W 128, S 32: five blocks are resident, which no length can tell from `the last four`."""
     with pytest.raises(ValueError, match="32 sink tokens needs an anchor"):
         table_of_suffix([1, 2, 3, 4, 5], prompt_len=1024, block_size=32, num_sink_tokens=32)
-    table = table_of_segments([(0, [50]), (28, [51, 52, 53, 54])], 1024, 32)
-    mask = logical_mask(1024, 128, 32, 32)
-    assert pair(table, table, mask)[:, 0].tolist() == [0, 28, 29, 30, 31]
-
-
-@given(st.integers(1, 60), st.none() | st.integers(1, 40), st.integers(0, 20), st.integers(1, 9))
-def test_the_logical_mask_is_what_token_walking_finds(
-    prompt_len: int, window: int | None, num_sink_tokens: int, block_size: int
-) -> None:
-    mask = logical_mask(prompt_len, window, num_sink_tokens, block_size)
-    assert set(np.flatnonzero(mask)) == needed_blocks(prompt_len, window, block_size, num_sink_tokens)
+    with pytest.raises(ValueError, match="32 sink tokens needs an anchor"):
+        pairs(Suffix([1, 2, 3, 4, 5], 1024), everything(1024, 32), 1024, 32, 128, num_sink_tokens=32)
+    held = Anchored([(0, [50]), (28, [51, 52, 53, 54])])
+    whole = table(*range(32))
+    found = [(50, 0), (51, 28), (52, 29), (53, 30), (54, 31)]
+    assert pairs(held, whole, 1024, 32, 128, num_sink_tokens=32) == found
 
 
 @pytest.mark.parametrize(
