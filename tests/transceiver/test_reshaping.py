@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import threading
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
@@ -28,7 +29,7 @@ from disagg.transceiver.planes import probe, reshaping
 from disagg.transceiver.planes.base import Destination, LandingJob, PoolRegion, SourceUnit
 from disagg.transceiver.planes.reshaping import ReshapingPlane
 from disagg.transceiver.sending import _Peer
-from disagg.transceiver.units import SlotUnits, by_group, geometry_by_units, peer_unit
+from disagg.transceiver.units import PeerCuts, SlotUnits, by_group, geometry_by_units, peer_unit
 
 GROUPS = (
     GroupSemantics(None, 0, 2, 4, (0, 3)),
@@ -392,6 +393,31 @@ def test_units_of_every_format_keep_every_bit(dtype: str) -> None:
         d.scatter(group, ordinals, slots, c.gather(group, ordinals, ordinals + 3))
         assert np.array_equal(back[pool].slots[[5, 2]], sources[pool].slots[[5, 2]])
     close_pools([*sources, *middle, *back])
+
+
+@in_event_loop
+async def test_each_geometry_of_peers_has_one_cut_whose_digests_and_counts_outlive_them() -> None:
+    pools = make(16, 1)
+    cuts = PeerCuts(geometry(16), pools)
+    assert cuts.of_peer(geometry(16)) == (None, cuts.kept)
+    cut, kept = cuts.of_peer(geometry(8))
+    assert cuts.of_peer(geometry(8)) == (cut, kept) != cuts.of_peer(geometry(4))
+    assert cut is not None
+    landing = LandingThread(pools, ["float32"] * 3)
+    slots = [SourceUnit(0, 0, 0, 5, int(pools[0].generations[5]))]
+    hash_units = functools.partial(landing.digest_units, cut=cut)
+    first = await kept.digest_units(slots, hash_units)
+    assert [unit.ordinal for unit in first] == [0, 1]
+    slot_array(pools, 0, 16)[5] += 1  # as memory that has changed by itself: what was hashed is what is sent along
+    assert await kept.digest_units(slots, hash_units) == first
+    halves = tuple(nbytes // 2 for nbytes in geometry(16).slot_nbytes)
+    half, _ = cuts.of_peer(replace(geometry(16), kv_dtype="float16", slot_nbytes=halves))
+    slot_array(pools, 0, 16)[5, 0, 0, 0, 0, 0] = 1e6
+    assert half is not None
+    half.pack(slots)
+    assert cuts.num_saturated == 1
+    await landing.close()
+    close_pools(pools)
 
 
 ONES = (1.0, 1.0)
