@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from support.plan_oracle import attended
+from support.token_walk import attends
 
 Place = tuple[int, int]
 """(slot, token within it)"""
@@ -50,7 +50,7 @@ class ListedPrompt:
 
 def is_read_later(prompt: ListedPrompt, group: ListedGroup, token: int) -> bool:
     queries = range(prompt.prompt_len, prompt.prompt_len + (group.window or 0) + 1)
-    return any(attended(query, token, group.window, group.num_sink_tokens) for query in queries)
+    return any(attends(query, token, group.window, group.num_sink_tokens) for query in queries)
 
 
 def is_had(prompt: ListedPrompt, group: ListedGroup, token: int) -> bool:

@@ -20,7 +20,7 @@ from disagg.transceiver.compact import (
 )
 from disagg.transceiver.copies import Anchored, BlockList, End, Have, Suffix, transfer_plan
 from disagg.transceiver.messages.values import Geometry, GroupSemantics
-from disagg.transceiver.plan import needed_units, num_units
+from disagg.transceiver.plan import needed_units
 
 
 def geometry(block_size: int, windows: Sequence[int | None], num_sink_tokens: int) -> Geometry:
@@ -165,7 +165,8 @@ def test_extra_speculative_tokens_add_no_block(prompt_len: int, num_listed: int,
 @pytest.mark.parametrize("prompt_len", [1150, 1151])
 def test_a_compacted_window_with_a_speculative_block_keeps_all_but_the_last(prompt_len: int) -> None:
     (entry,) = geometry(128, [133], 0).groups
-    valid = num_units(needed_units([entry], prompt_len, 128))
+    (group,) = needed_units([entry], prompt_len, 128)
+    valid = sum(count for _, count in group.runs)
     slots = list(range(500, 500 + valid + 1))
     assert kept_slots(slots, 133, 0, prompt_len=prompt_len, tpb=128, spec=5) == slots[:-1]
 
