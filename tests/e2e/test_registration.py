@@ -85,7 +85,10 @@ def test_a_worker_with_another_length_is_refused(cluster: Cluster) -> None:
 
 
 def test_a_worker_of_another_protocol_major_is_refused(cluster: Cluster) -> None:
-    assert_refused(cluster.other_major, "protocol", f"{PROTOCOL[0]}.{PROTOCOL[1]}", f"{PROTOCOL[0] + 1}.0")
+    versions = f"{PROTOCOL[0]}.{PROTOCOL[1]}", f"{PROTOCOL[0] + 1}.0"
+    assert_refused(
+        cluster.other_major, "protocol", *versions, next_step="install the same version of disagg everywhere"
+    )
     assert "other-major" not in registered(cluster)
     assert any(f"peer speaks protocol {PROTOCOL[0] + 1}.0" in line for line in cluster.trio.router.log)
 
