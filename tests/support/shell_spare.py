@@ -42,7 +42,7 @@ class SpareTrio(ShellTrio):
 
 
 class RetargetCell(Cell):
-    """The first attempt goes to the prefill worker that the fault concerns; from the fault on the spare one is free."""
+    """The first attempt goes to the prefill worker that the fault concerns; once it is placed the spare one is free."""
 
     trio: SpareTrio
 
@@ -51,9 +51,12 @@ class RetargetCell(Cell):
         assert self.trio.router.drain(SPARE)
         return await super().run()
 
+    async def _steer(self, num_landed: int) -> None:
+        assert self.trio.router.drain(SPARE, False)  # before a failure that is part of the way is reported
+        await super()._steer(num_landed)
+
     async def halt(self) -> None:
         await super().halt()
-        assert self.trio.router.drain(SPARE, False)
         self.request_id = self.trio.router._streams[self.key.transfer_id].attempts.request.request_id
 
     def _knows_links(self) -> bool:
