@@ -99,6 +99,15 @@ ENDINGS = (
 )
 """(fault, who notices and when, what follows)"""
 
+PROCESSES = """## kill -9
+
+Above, a trio of real workers and a router share one process, so that a test can hold each of their messages. The same
+states are reached between real processes too (`tests/faults/test_real_kills.py`): in every one of them the prefill
+worker, the decode worker and the router each get SIGKILL, and no process but the killed one starts anew. With a prefill
+worker the request loses an attempt at most, with the decode worker it ends with 503, with the router its connection
+ends; the process that takes the dead one's place serves the next request.
+"""
+
 TABLE_HEAD = """## Every state, every fault
 
 What a client gets with one prefill and one decode worker over shared memory. **a1** is the answer by the first attempt,
@@ -110,7 +119,7 @@ below.
 
 def render() -> str:
     """The whole markdown file."""
-    parts = [HEAD.replace("{endings}", _endings()), _faults(), _states(), TABLE_HEAD, _table(), _reasons()]
+    parts = [HEAD.replace("{endings}", _endings()), _faults(), _states(), TABLE_HEAD, _table(), _reasons(), PROCESSES]
     return "\n".join(parts)
 
 

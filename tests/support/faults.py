@@ -32,6 +32,10 @@ class Faults:
             old.unlink()
         self._replace(self._now, json.dumps(faults))
 
+    def add(self, **faults: dict[str, Any]) -> None:
+        """These too, beside those that are on; no count begins anew."""
+        self._replace(self._now, json.dumps(json.loads(self._now.read_text()) | faults))
+
     def num_fired(self, name: str) -> int:
         return len(list(self.folder.glob(f"{name}.*.fired")))
 
@@ -40,6 +44,11 @@ class Faults:
         while not self.num_fired(name):
             assert time.monotonic() < deadline, f"`{name}` did not fire"
             time.sleep(0.005)
+
+    def forget(self, prefix: str) -> None:
+        """What workers said so far under names that start so."""
+        for path in self.folder.glob(f"{prefix}*.told"):
+            path.unlink()
 
     def told(self, prefix: str) -> list[str]:
         """What workers said under names that start so."""
@@ -68,14 +77,22 @@ class Faults:
         """Whether one of these is on, fired or not."""
         return any(self._fault(name) is not None for name in names)
 
+    def words(self, name: str, key: str = "kinds") -> list[str]:
+        """A list that this fault needs; empty while it is off."""
+        return list((self._fault(name) or {}).get(key, ()))
+
     def fires(self, name: str) -> bool:
         fault = self._fault(name)
         return fault is not None and self._claim(name, fault)
 
     def pause(self, name: str) -> None:
+        """Sleep `seconds`; without them until the fault is off."""
         fault = self._fault(name)
-        if fault is not None and self._claim(name, fault):
-            time.sleep(fault["seconds"])
+        if fault is None or not self._claim(name, fault):
+            return
+        time.sleep(fault.get("seconds", 0.0))
+        while "seconds" not in fault and self._fault(name) is not None:
+            time.sleep(0.01)
 
     def tell(self, name: str, text: str) -> None:
         self._replace(self.folder / f"{name}.told", text)

@@ -17,6 +17,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from support import halting
 from support.faults import Faults
 from support.zmtp_proxy import Frame, ZmtpProxy
 
@@ -216,7 +217,10 @@ def tap_the_wire(faults: Faults) -> None:
     planes.ZmqLandingPlane = TappedLandingPlane
 
 
-PATCHES = (flip_source, flip_copy, use_landing_hook, change_steps, widen_layout, stage, recompute, tap_the_wire)
+PATCHES = (
+    *(flip_source, flip_copy, use_landing_hook, change_steps, widen_layout, stage, recompute, tap_the_wire),
+    *halting.PATCHES,
+)
 
 
 def main(argv: Sequence[str]) -> int:
