@@ -57,8 +57,9 @@ FULL = Scale(pools_seat=8, num_requests=64, num_copies=1, num_drawn=110, num_at_
 
 def draw(number: int) -> Asked:
     dice = random.Random(number)
-    # Answers are long beside the two blocks that they are let in with: whoever is let in must grow.
-    prompt = [dice.randrange(3, VOCAB_SIZE) for _ in range(dice.choice([3, 17, 40, 70]))]
+    # Answers are long beside the two blocks that they are let in with, and most prompts short: whoever is let in must
+    # grow, from one windowed block to five.
+    prompt = [dice.randrange(3, VOCAB_SIZE) for _ in range(dice.choice([3, 3, 3, 3, 17, 40, 70]))]
     sampling = {"temperature": 0} if number % 2 else {"temperature": 0.8, "seed": number}
     return Asked(prompt, dice.choice([36, 44, 52, 56]), sampling)
 
