@@ -319,6 +319,7 @@ def test_what_does_not_convert_is_named(field: str, other: Side) -> None:
 
 def test_block_sizes_must_divide() -> None:
     assert unit_size(ONE, replace(ONE, block_size=48)) == 16
+    assert inconvertible_field([FULL], ONE, replace(ONE, block_size=48)) is None
     with pytest.raises(ValueError, match="block sizes 16 and 24"):
         unit_size(16, 24)
 
