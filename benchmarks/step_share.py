@@ -2,8 +2,9 @@
 
     .venv/bin/python benchmarks/step_share.py [--steps 200] [--threads 1]
 
-One engine with the bundled model in float32, prompts of 300 tokens. `blocks` is scheduling with its block tables,
-promises and prefix registration; `other` what is left: the runner's and sampler's inputs, events, ends.
+One engine with the bundled model in float32, prompts of 300 tokens, prefixes cached as by default. `blocks` is
+scheduling with its block tables, promises and prefix registration; `other` what is left: the runner's and sampler's
+inputs, events, ends.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ import torch
 
 from disagg.cache.budget import split_budget
 from disagg.cache.cache import KVCache
+from disagg.cache.identity import BlockHasher
 from disagg.cache.layout import derive_layout
 from disagg.engine import engine as engine_module
 from disagg.engine.commands import AttemptKey, Serve
@@ -70,7 +72,7 @@ def make_engine(forward: Stopwatch) -> Engine:
         max_num_seqs=config.max_num_seqs,
         max_num_batched_tokens=config.max_num_batched_tokens,
     )
-    cache = KVCache(layout, num_slots)
+    cache = KVCache(layout, num_slots, hasher=BlockHasher(b"k" * 32, "demo"))
     runner = Runner(model, cache)
     runner.execute = forward.wrap(runner.execute)  # type: ignore[method-assign]
     return Engine(runner, cache, config)
