@@ -2,19 +2,15 @@
 
     .venv/bin/python benchmarks/step_share.py [--steps 200] [--threads 1]
 
-One engine with the bundled model in float32, prompts of 300 tokens. `blocks` is scheduling with its block tables,
-promises and prefix registration; `other` what is left: the runner's and sampler's inputs, events, ends.
+One engine with the bundled model in float32, prompts of 300 tokens, prefixes cached as by default. `blocks` is
+scheduling with its block tables, promises and prefix registration; `other` what is left: the runner's and sampler's
+inputs, events, ends.
 """
 
 from __future__ import annotations
 
 import argparse
-import os
-import platform
-import shlex
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from importlib.resources import files
@@ -23,8 +19,10 @@ from typing import Any
 
 import torch
 
+from disagg.bench.circumstances import circumstances
 from disagg.cache.budget import split_budget
 from disagg.cache.cache import KVCache
+from disagg.cache.identity import BlockHasher
 from disagg.cache.layout import derive_layout
 from disagg.engine import engine as engine_module
 from disagg.engine.commands import AttemptKey, Serve
@@ -70,7 +68,7 @@ def make_engine(forward: Stopwatch) -> Engine:
         max_num_seqs=config.max_num_seqs,
         max_num_batched_tokens=config.max_num_batched_tokens,
     )
-    cache = KVCache(layout, num_slots)
+    cache = KVCache(layout, num_slots, hasher=BlockHasher(b"k" * 32, "demo"))
     runner = Runner(model, cache)
     runner.execute = forward.wrap(runner.execute)  # type: ignore[method-assign]
     return Engine(runner, cache, config)
@@ -128,9 +126,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    git = ["git", "describe", "--always", "--dirty"]
-    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or "unknown"  # noqa: S603
-    print(f"`{shlex.join(['python', *sys.argv])}`, commit {commit}, {os.cpu_count()} cores, {platform.processor()}")
+    print(circumstances())
     print("\n| batch | step ms | model ms | sampling ms | blocks ms | other ms | blocks | blocks and other |")
     print("|---|---|---|---|---|---|---|---|")
     for batch in BATCHES:

@@ -42,13 +42,16 @@ def group_peak_slots(layout: CacheLayout, number: int, total_tokens: int, histor
 def _scratch_bound(window: int, num_sink_tokens: int, block_size: int, step_tokens: int, pages: int) -> int:
     """Most slots during a step with scratch: live blocks of its start, those of its end, and the scratch slots.
 
-    At either end of a step at most floor((W+T-3)/T) + 1 blocks below it are live; of n tokens floor((n+1-W)/T) blocks
-    can both begin and go stale in the step.
+    Blocks below the start are live for the W-1 tokens before it: at most floor((W+T-3)/T) + 1. At the end `reuse` keeps
+    what is read from the block boundary before it on: floor((W+T-2)/T) + 1, which is one more than the end itself needs
+    where W = 2 (mod T), and then promised to a step that keeps nothing too. Of n tokens floor((n+1-W)/T) blocks can
+    both begin and go stale in the step.
     """
-    either_end = (window + block_size - 3) // block_size + 1
+    at_start = (window + block_size - 3) // block_size + 1
+    at_end = (window + block_size - 2) // block_size + 1
     num_scratch = max(0, (step_tokens + 1 - window) // block_size)
     sinks = sink_blocks(num_sink_tokens, block_size)
-    return 2 * either_end + sinks + num_scratch_slots(num_scratch, pages)
+    return at_start + at_end + sinks + num_scratch_slots(num_scratch, pages)
 
 
 class Promises:

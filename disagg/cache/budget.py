@@ -4,7 +4,8 @@ A full group holds every block of a sequence, a windowed one only its window. N 
     full:      N * ceil(L/T)
     windowed:  N * (floor((W+T-2)/T) + 1 + sinks) + ceil(B/T) + A      (capped by N * ceil(L/T))
 slots, where B tokens are computed per step by at most A sequences that prefill (each may straddle one block more).
-With scratch slots of L blocks the step takes at most  A * (floor((W+T-3)/T) + 1) + ceil(B/T/L) + A  of them instead.
+With scratch slots of L blocks the step takes at most  A * (floor((W+T-3)/T) + 1) + ceil(B/T/L) + A  of them instead:
+blocks that were live when it began. Those live at its end, also of `reuse`, are no more than a sequence has in decode.
 """
 
 from __future__ import annotations
@@ -25,28 +26,18 @@ def split_budget(
     """Slots per pool, the two reserved included, that together take at most `nbytes`.
 
     At least one sequence of `max_model_len` is seated, else BudgetTooSmall; at most `max_num_seqs` are: memory beyond
-    that is left alone. In between, every pool gets the same share of the way.
+    that is left alone. What is left when as many are seated as fit brings every pool the same share of the way there.
     """
     limits = (max_model_len, max_num_batched_tokens)
     least, most = _seat_one(layout, *limits), _seat(layout, max_num_seqs, *limits)
-    most = tuple(max(pair) for pair in zip(least, most, strict=True))
-    floor, ceiling = _nbytes(layout, least), _nbytes(layout, most)
-    if nbytes < floor:
+    if nbytes < (floor := _nbytes(layout, least)):
         raise BudgetTooSmall(_too_small(layout, nbytes, floor, *limits))
-    spare, range_ = min(nbytes, ceiling) - floor, max(1, ceiling - floor)
-    slots = [low + (high - low) * spare // range_ for low, high in zip(least, most, strict=True)]
-    return tuple(count + NUM_RESERVED_SLOTS for count in slots)
-
-
-def seats(layout: CacheLayout, num_slots: Peaks, *, max_model_len: int, max_num_batched_tokens: int) -> int:
-    """Sequences of `max_model_len` that pools of `num_slots` (reserved included) hold at once; 0 without KV."""
-    count = 0
-    while layout.num_pools and all(
-        need <= have - NUM_RESERVED_SLOTS
-        for need, have in zip(_seat(layout, count + 1, max_model_len, max_num_batched_tokens), num_slots, strict=True)
-    ):
-        count += 1
-    return count
+    count = num_seated(layout, nbytes, max_model_len=max_model_len, max_num_batched_tokens=max_num_batched_tokens)
+    base = _seat(layout, min(count, max_num_seqs), *limits) if count else least
+    start, end = _nbytes(layout, base), _nbytes(layout, most)
+    spare, range_ = min(nbytes, end) - start, max(1, end - start)
+    slots = [low + (high - low) * spare // range_ for low, high in zip(base, most, strict=True)]
+    return tuple(slot + NUM_RESERVED_SLOTS for slot in slots)
 
 
 def num_seated(layout: CacheLayout, nbytes: int, *, max_model_len: int, max_num_batched_tokens: int) -> int:
@@ -107,8 +98,8 @@ def _step_peak(layout: CacheLayout, number: int, num_prefills: int, max_num_batc
     plain = layout.num_blocks(max_num_batched_tokens) + num_prefills
     if group.window is None or not (pages := layout.scratch_pages(number)):
         return plain
-    at_end = num_prefills * ((group.window + size - 3) // size + 1)
-    return min(plain, at_end + num_scratch_slots(layout.num_blocks(max_num_batched_tokens), pages) + num_prefills)
+    at_start = num_prefills * ((group.window + size - 3) // size + 1)
+    return min(plain, at_start + num_scratch_slots(layout.num_blocks(max_num_batched_tokens), pages) + num_prefills)
 
 
 def _nbytes(layout: CacheLayout, peaks: Peaks) -> int:

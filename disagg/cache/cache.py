@@ -8,7 +8,7 @@ sequences may refer to the slots of these, and they stay behind, cached, when th
 from __future__ import annotations
 
 import sys
-from collections.abc import Collection, Hashable, Sequence
+from collections.abc import Collection, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,10 +18,10 @@ from numpy.typing import NDArray
 from disagg.cache.identity import BlockHasher
 from disagg.cache.layout import CacheLayout, LayerGroup
 from disagg.cache.pool import NUM_RESERVED_SLOTS, SlotPool
-from disagg.cache.prefix_cache import Chain, PrefixCache, ReuseCount, blocks_of
+from disagg.cache.prefix_cache import Chain, Match, PrefixCache, ReuseCount, blocks_of
 from disagg.cache.reuse import held_ordinals, longest_common
 from disagg.cache.scratch import Scratch, num_scratch_slots, scratch_range
-from disagg.cache.table import HOLE, Table, TableChange, change_table
+from disagg.cache.table import HOLE, Table, TableChange, change_table, grow_table
 from disagg.cache.window import stale_range
 
 Held = tuple[NDArray[np.int64], ...]
@@ -61,6 +61,11 @@ class CachedSequence:
     """Its way through the prefix tree; None where prefixes are not reused."""
     scratch: tuple[Scratch | None, ...] = ()
     """Per group, where the blocks lie that end with the step in progress; their table entries are -1."""
+    partial: frozenset[tuple[int, int]] = frozenset()
+    """(group, ordinal) of received blocks that lack some of their tokens: they are not registered."""
+    room: int = 0
+    """Tokens that fit its blocks: the capacity, rounded up."""
+    is_open: bool = True
     steady_until: int = 0
     """Up to this history no group has more stale blocks than now."""
 
@@ -71,7 +76,7 @@ class CachedSequence:
 
     @property
     def num_blocks(self) -> int:
-        """Ordinals the capacity spans, holes included (0 for a model without KV)."""
+        """Ordinals that its tables span, holes included (0 for a model without KV)."""
         return len(self.tables[0]) if self.tables else 0
 
 
@@ -124,35 +129,47 @@ class KVCache:
         Blocks of a prefill step that are stale at `scratch_until` go to scratch slots where the layout allows that,
         and are gone with the resize that declares the step history.
         """
-        assert self._sequences.get(sequence.key) is sequence, f"sequence {sequence.key} is closed"
+        assert sequence.is_open, f"sequence {sequence.key} is closed"
         assert sequence.history <= history <= capacity
-        scratch = self._scratch_ranges(capacity, history, scratch_until)
-        if scratch or sequence.scratch or not self._is_steady(sequence, capacity, history):
+        if scratch_until or sequence.scratch or not _is_steady(sequence, capacity, history):
+            scratch = self._scratch_ranges(capacity, history, scratch_until)
             changes = self._changes(sequence, capacity, history, scratch)
             if not self._fits(sequence, changes, scratch):
                 return False
             self._free_scratch(sequence)
             self._apply(sequence, changes)
             self._allocate_scratch(sequence, scratch)
+            sequence.room = self.layout.num_blocks(capacity) * self.layout.block_size
             sequence.steady_until = self._steady_until(history)
         sequence.capacity, sequence.history = capacity, history
         return True
 
+    def close_sequence(self, sequence: CachedSequence, *, wipe: bool = False) -> None:
+        """Free all it holds; registered blocks stay cached. `wipe`: its KV may not be finite, so none of it stays."""
+        assert self._sequences.pop(sequence.key, None) is sequence, f"sequence {sequence.key} is not open"
+        if wipe:
+            self.unregister(sequence, 0)
+        self._let_go(sequence, wipe=wipe)
+        sequence.is_open = False
+        sequence.capacity = sequence.history = sequence.committed = sequence.room = 0
+
     # --- prefix reuse ---------------------------------------------------------------------------------------
 
-    def reuse_prefix(self, sequence: CachedSequence, tokens: Sequence[int]) -> int:
+    def reuse_prefix(self, sequence: CachedSequence, tokens: Sequence[int], *, counts: bool = True) -> int:
         """Give a new sequence the longest prefix of `tokens` that all groups can go on from; its length in tokens.
 
-        It counts as history and as committed. The last token is never part of it: its logits are wanted.
+        It becomes history and committed. The last token is never part of it: its logits are wanted. `counts`: whether
+        this is a request's first look, which the hit rates tell of.
         """
         assert sequence.capacity == 0, f"sequence {sequence.key} has begun"
         if self._prefixes is None or sequence.chain is None or not self.layout.groups:
             return 0
         size = self.layout.block_size
-        match = self._prefixes.match(sequence.chain, tokens[: (len(tokens) - 1) // size * size])
+        limit = (len(tokens) - 1) // size * size
+        match = self._prefixes.match(sequence.chain, tokens[:limit])
+        if counts:
+            self._count(self._held(match, limit), limit)
         count = longest_common(match.resident, self.layout, len(tokens))
-        for group in range(self.layout.num_groups):
-            self._prefixes.count(group, (len(tokens) - 1) // size, count)
         length = count * size
         self._take(
             sequence,
@@ -162,7 +179,7 @@ class KVCache:
             ],
         )
         self._prefixes.follow(sequence.chain, match.path[:count])
-        sequence.capacity = sequence.history = sequence.committed = length
+        sequence.capacity = sequence.history = sequence.committed = sequence.room = length
         return length
 
     def reserve(self, sequence: CachedSequence, prompt: Sequence[int], *, capacity: int) -> Held | None:
@@ -175,39 +192,33 @@ class KVCache:
         held: Held = tuple(np.empty(0, dtype=np.int64) for _ in self.layout.groups)
         if self._prefixes is not None and sequence.chain is not None:
             match = self._prefixes.match(sequence.chain, prompt)
-            held = tuple(
-                held_ordinals(resident, group, self.layout.block_size, len(prompt))
-                for group, resident in zip(self.layout.groups, match.resident, strict=True)
-            )
+            held = self._held(match, len(prompt))
             self._take(sequence, [_only(slots, kept) for slots, kept in zip(match.slots, held, strict=True)])
             self._prefixes.follow(sequence.chain, match.path)
         if not self.resize(sequence, capacity=capacity, history=len(prompt)):
             self._let_go(sequence)
             return None
-        self._count_held(held, len(prompt))
+        self._count(held, len(prompt))
         return held
 
-    def commit(
-        self, sequence: CachedSequence, tokens: Sequence[int], partial: Collection[tuple[int, int]] = frozenset()
-    ) -> None:
+    def mark_partial(self, sequence: CachedSequence, blocks: Collection[tuple[int, int]]) -> None:
+        """These (group, ordinal) were received without some of their tokens: they are not registered when whole."""
+        sequence.partial |= frozenset(blocks)
+
+    def commit(self, sequence: CachedSequence, tokens: Sequence[int]) -> None:
         """The KV of these tokens, which follow the committed ones, is stored and right: register their whole blocks.
 
-        `partial`: (group, ordinal) of blocks that lack some of their tokens, which are not registered.
         To be called before the history passes them, else windows have let go of what could have been kept.
         """
         assert sequence.committed + len(tokens) <= sequence.capacity, f"{sequence.key}: more tokens than blocks"
-        if self._prefixes is None or not sequence.is_committing:
+        if self._prefixes is None or sequence.chain is None or not sequence.is_committing:
             return
-        assert sequence.chain is not None
-        for block in blocks_of(tokens, self.layout.block_size):
-            ordinal = sequence.committed // self.layout.block_size
-            slots = [
-                HOLE if (group, ordinal) in partial else int(table[ordinal])
-                for group, table in enumerate(sequence.tables)
-            ]
-            if not self._prefixes.register(sequence.chain, ordinal, block, slots):
-                return
-            sequence.committed += self.layout.block_size
+        first, blocks = sequence.committed // self.layout.block_size, list(blocks_of(tokens, self.layout.block_size))
+        slots = [table[first : first + len(blocks)].copy() for table in sequence.tables]
+        for group, ordinal in sequence.partial:
+            if first <= ordinal < first + len(blocks):
+                slots[group][ordinal - first] = HOLE
+        sequence.committed += self._prefixes.register(sequence.chain, first, blocks, slots) * self.layout.block_size
 
     def unregister(self, sequence: CachedSequence, ordinal: int) -> int:
         """What lies in this block, in some group, is wrong: nobody may reuse it or what extends it. Slots concerned."""
@@ -215,14 +226,6 @@ class KVCache:
         if self._prefixes is None or chain is None or ordinal >= len(chain.path):
             return 0
         return self._prefixes.unregister(chain.path[ordinal])
-
-    def publish(self, group: int, slots: Sequence[int]) -> None:
-        """These slots of a group are final: make them visible to peers. Call before anybody is told of them."""
-        self.pools[self.layout.pool_of_group[group]].sides.publish(np.asarray(slots, dtype=np.int64))
-
-    def take_in(self, group: int, slots: Sequence[int]) -> None:
-        """What a peer sent for these slots of a group was verified: make it visible to kernels."""
-        self.pools[self.layout.pool_of_group[group]].sides.take_in(np.asarray(slots, dtype=np.int64))
 
     def unregister_slot(self, group: int, slot: int, generation: int) -> int:
         """`unregister` for the block that a slot has held since `generation`, whoever holds it. Slots concerned."""
@@ -237,13 +240,15 @@ class KVCache:
         counts = self._prefixes.counts if self._prefixes is not None else ()
         return tuple(ReuseCount(count.num_queried, count.num_hit) for count in counts)
 
-    def close_sequence(self, sequence: CachedSequence, *, wipe: bool = False) -> None:
-        """Free all it holds; registered blocks stay cached. `wipe`: its KV may not be finite, so none of it stays."""
-        assert self._sequences.pop(sequence.key, None) is sequence, f"sequence {sequence.key} is not open"
-        if wipe:
-            self.unregister(sequence, 0)
-        self._let_go(sequence, wipe=wipe)
-        sequence.capacity = sequence.history = sequence.committed = 0
+    # --- memory ---------------------------------------------------------------------------------------------
+
+    def publish(self, group: int, slots: Sequence[int]) -> None:
+        """These slots of a group are final: make them visible to peers. Call before anybody is told of them."""
+        self.pools[self.layout.pool_of_group[group]].sides.publish(np.asarray(slots, dtype=np.int64))
+
+    def take_in(self, group: int, slots: Sequence[int]) -> None:
+        """What a peer sent for these slots of a group was verified: make it visible to kernels."""
+        self.pools[self.layout.pool_of_group[group]].sides.take_in(np.asarray(slots, dtype=np.int64))
 
     def layer_view(self, layer_index: int) -> torch.Tensor:
         """KV that a layer reads and writes: [num_slots, 2 (K, V), kv_heads, block_size, head_dim], strided, no copy."""
@@ -258,15 +263,30 @@ class KVCache:
         """A group as pages, page = slot * layers + place: [num_slots * layers, 2, kv_heads, block_size, head_dim]."""
         return self._group_views[group].flatten(0, 1)
 
+    def close(self) -> None:
+        """Close the pools' memfds; views that are still held stay valid."""
+        for pool in self.pools:
+            pool.close()
+
+    # --- figures and checks ---------------------------------------------------------------------------------
+
     @property
     def num_scratch(self) -> tuple[int, ...]:
         """Per pool, the used slots that are scratch: none between steps."""
         counts = [0] * len(self.pools)
-        if not self.layout.uses_scratch:
-            return tuple(counts)
-        for sequence in self._sequences.values():
-            for scratch, pool in zip(sequence.scratch, self.layout.pool_of_group, strict=False):
-                counts[pool] += len(scratch.slots) if scratch else 0
+        if self.layout.uses_scratch:
+            for sequence in self._sequences.values():
+                for pool, scratch in self._scratch_of(sequence):
+                    counts[pool] += len(scratch.slots)
+        return tuple(counts)
+
+    def num_held(self, sequence: CachedSequence) -> tuple[int, ...]:
+        """Per pool, the slots that the sequence refers to, scratch included."""
+        counts = [0] * len(self.pools)
+        for table, pool in zip(sequence.tables, self.layout.pool_of_group, strict=True):
+            counts[pool] += int((table != HOLE).sum())
+        for pool, scratch in self._scratch_of(sequence):
+            counts[pool] += len(scratch.slots)
         return tuple(counts)
 
     def usage(self) -> tuple[PoolUsage, ...]:
@@ -275,20 +295,15 @@ class KVCache:
             for p in self.pools
         )
 
-    def close(self) -> None:
-        """Close the pools' memfds; views that are still held stay valid."""
-        for pool in self.pools:
-            pool.close()
-
     def check_invariants(self) -> None:
         """Every reference is one table entry; tables hold exactly what cursors say; what is shared is not written."""
         refs = [np.zeros(pool.num_slots, dtype=np.int64) for pool in self.pools]
         for sequence in self._sequences.values():
             self._check_sequence(sequence)
-            for table, pool in zip(sequence.tables, self.layout.pool_of_group, strict=True):
-                np.add.at(refs[pool], table[table != HOLE], 1)
-            for scratch, pool in zip(sequence.scratch, self.layout.pool_of_group, strict=False):
-                np.add.at(refs[pool], list(scratch.slots) if scratch else [], 1)
+            for table, number in zip(sequence.tables, self.layout.pool_of_group, strict=True):
+                np.add.at(refs[number], table[table != HOLE], 1)
+            for number, scratch in self._scratch_of(sequence):
+                np.add.at(refs[number], list(scratch.slots), 1)
         for counted, owner in zip(refs, self.pools, strict=True):
             owner.check_invariants()
             every = np.arange(owner.num_slots)
@@ -298,7 +313,7 @@ class KVCache:
             self._prefixes.check_invariants()
 
     def _check_sequence(self, sequence: CachedSequence) -> None:
-        assert 0 <= sequence.committed <= sequence.history <= sequence.capacity
+        assert 0 <= sequence.committed <= sequence.history <= sequence.capacity <= sequence.room
         first_written = sequence.history // self.layout.block_size
         for number, (group, table) in enumerate(zip(self.layout.groups, sequence.tables, strict=True)):
             pool = self.layout.pool_of_group[number]
@@ -309,13 +324,15 @@ class KVCache:
             assert (self.pools[pool].num_refs(written) == 1).all(), f"{sequence.key}: writes a shared slot"
             assert not any(self.pools[pool].is_registered(slot) for slot in written), "a registered slot is written"
 
+    # --- how it is done -------------------------------------------------------------------------------------
+
     def _no_tables(self) -> tuple[Table, ...]:
         return tuple(np.empty(0, dtype=np.int32) for _ in self.layout.groups)
 
     def _take(self, sequence: CachedSequence, tables: Sequence[Table]) -> None:
         """Refer to registered slots: the first that a new sequence holds."""
         for table, pool in zip(tables, self.layout.pool_of_group, strict=True):
-            self.pools[pool].retain(table[table != HOLE].tolist())
+            self.pools[pool].retain(table[table != HOLE])
         sequence.tables = tuple(tables)
 
     def _let_go(self, sequence: CachedSequence, *, wipe: bool = False) -> None:
@@ -330,33 +347,34 @@ class KVCache:
         if self._prefixes is not None and sequence.chain is not None:
             self._prefixes.leave(sequence.chain)
 
-    def _count_held(self, held: Held, prompt_len: int) -> None:
-        """What was asked for: needed blocks that are whole."""
+    def _held(self, match: Match, length: int) -> Held:
+        """What is there of the blocks that go on being read after `length` tokens."""
+        return tuple(
+            held_ordinals(resident, group, self.layout.block_size, length)
+            for group, resident in zip(self.layout.groups, match.resident, strict=True)
+        )
+
+    def _count(self, held: Held, length: int) -> None:
+        """Asked for: the blocks that go on being read after `length` tokens, as far as they are whole."""
         if self._prefixes is None:
             return
-        every = np.ones(prompt_len // self.layout.block_size, dtype=np.bool_)
+        every = np.ones(length // self.layout.block_size, dtype=np.bool_)
         for number, (group, ordinals) in enumerate(zip(self.layout.groups, held, strict=True)):
-            queried = held_ordinals(every, group, self.layout.block_size, prompt_len)
+            queried = held_ordinals(every, group, self.layout.block_size, length)
             self._prefixes.count(number, len(queried), len(ordinals))
-
-    def _is_steady(self, sequence: CachedSequence, capacity: int, history: int) -> bool:
-        """Whether the sequence holds what it should already: most decode steps stay inside one block."""
-        return history <= sequence.steady_until and self.layout.num_blocks(capacity) == sequence.num_blocks
 
     def _steady_until(self, history: int) -> int:
         """The last history at which every group's stale range ends where it does now: at (e+1) T + W - 2 for end e."""
         size = self.layout.block_size
         ends = (
-            (stale_range(history, g.window, g.num_sink_tokens, size).stop + 1) * size + g.window - 2
-            for g in self.layout.groups
-            if g.window is not None
+            (self._stale(g, history).stop + 1) * size + g.window - 2 for g in self.layout.groups if g.window is not None
         )
         return min(ends, default=sys.maxsize)
 
     def _wanted(self, group: LayerGroup, capacity: int, history: int) -> NDArray[np.bool_]:
         """Which ordinals of [0, ceil(capacity/T)) must have a slot: those that are not stale at `history`."""
         wanted = np.ones(self.layout.num_blocks(capacity), dtype=np.bool_)
-        stale = stale_range(history, group.window, group.num_sink_tokens, self.layout.block_size)
+        stale = self._stale(group, history)
         wanted[stale.start : stale.stop] = False
         return wanted
 
@@ -364,13 +382,20 @@ class KVCache:
         self, sequence: CachedSequence, capacity: int, history: int, scratch: Sequence[range]
     ) -> list[TableChange]:
         """Per group, what becomes of its table: stale blocks go, and scratch blocks have no slot of their own."""
-        size, num_blocks = self.layout.block_size, self.layout.num_blocks(capacity)
+        num_blocks = self.layout.num_blocks(capacity)
+        holds_all = sequence.room == sequence.num_blocks * self.layout.block_size and not sequence.scratch
+        only_grows = holds_all and not scratch and num_blocks >= sequence.num_blocks
         changes = []
         for number, (group, table) in enumerate(zip(self.layout.groups, sequence.tables, strict=True)):
-            stale = stale_range(history, group.window, group.num_sink_tokens, size)
-            holes = (stale, scratch[number]) if scratch else (stale,)
-            changes.append(change_table(table, num_blocks, holes))
+            stale = self._stale(group, history)
+            if only_grows:
+                changes.append(grow_table(table, num_blocks, self._stale(group, sequence.history), stale))
+            else:
+                changes.append(change_table(table, num_blocks, (stale, scratch[number]) if scratch else (stale,)))
         return changes
+
+    def _stale(self, group: LayerGroup, history: int) -> range:
+        return stale_range(history, group.window, group.num_sink_tokens, self.layout.block_size)
 
     def _apply(self, sequence: CachedSequence, changes: Sequence[TableChange]) -> None:
         """Free in every group before any group allocates: groups that share a pool live off each other's blocks."""
@@ -394,10 +419,15 @@ class KVCache:
         )
         return ranges if any(ranges) else ()
 
-    def _free_scratch(self, sequence: CachedSequence, *, wipe: bool = False) -> None:
-        for scratch, pool in zip(sequence.scratch, self.layout.pool_of_group, strict=False):
+    def _scratch_of(self, sequence: CachedSequence) -> Iterator[tuple[int, Scratch]]:
+        """(pool, scratch) of each group that has some."""
+        for group, scratch in enumerate(sequence.scratch):
             if scratch is not None:
-                self.pools[pool].free(scratch.slots, wipe=wipe)
+                yield self.layout.pool_of_group[group], scratch
+
+    def _free_scratch(self, sequence: CachedSequence, *, wipe: bool = False) -> None:
+        for pool, scratch in self._scratch_of(sequence):
+            self.pools[pool].free(scratch.slots, wipe=wipe)
         sequence.scratch = ()
 
     def _allocate_scratch(self, sequence: CachedSequence, ranges: Sequence[range]) -> None:
@@ -411,13 +441,22 @@ class KVCache:
     def _fits(self, sequence: CachedSequence, changes: Sequence[TableChange], scratch: Sequence[range]) -> bool:
         """Whether each pool can give the difference; groups that share a pool add up."""
         short = [-pool.num_free for pool in self.pools]
-        for group, held in enumerate(sequence.scratch):
-            short[self.layout.pool_of_group[group]] -= len(held.slots) if held else 0
         for group, blocks in enumerate(scratch):
             short[self.layout.pool_of_group[group]] += num_scratch_slots(len(blocks), self._scratch_pages[group] or 1)
         for change, pool in zip(changes, self.layout.pool_of_group, strict=True):
-            short[pool] += len(change.missing) - self.pools[pool].num_sole(change.dropped)
-        return all(missing <= 0 for missing in short)
+            short[pool] += len(change.missing)
+        if max(short, default=0) <= 0:
+            return True  # whatever is given back first
+        for pool, held in self._scratch_of(sequence):
+            short[pool] -= len(held.slots)
+        for change, pool in zip(changes, self.layout.pool_of_group, strict=True):
+            short[pool] -= self.pools[pool].num_sole(change.dropped)
+        return max(short) <= 0
+
+
+def _is_steady(sequence: CachedSequence, capacity: int, history: int) -> bool:
+    """Whether the sequence holds what it should already: most decode steps stay inside one block."""
+    return history <= sequence.steady_until and sequence.capacity <= capacity <= sequence.room
 
 
 def _leave_out(wanted: NDArray[np.bool_], scratch: Scratch | None) -> None:

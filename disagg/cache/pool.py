@@ -15,7 +15,7 @@ writes, and never read. Every other slot is zeroed when it is allocated, so no k
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from disagg.cache.errors import PoolExhausted
 from disagg.cache.layout import LayerGroup
 from disagg.cache.slot_memory import SlotMemory
+from disagg.cache.table import Table
 
 NULL_SLOT = 0
 TRASH_SLOT = 1
@@ -34,7 +35,7 @@ class SlotPool:
     """`num_slots` slots of `slot_nbytes` bytes, the two reserved ones included. Single threaded.
 
     `device`, `is_staged`: see `SlotMemory`. Raises PoolMemoryShort when there is no room.
-    `on_evict(slot)` is told of each cached slot that is about to be emptied for somebody else.
+    `on_evict(slots)` is told of cached slots that are about to be emptied for somebody else.
     """
 
     def __init__(self, slot_nbytes: int, num_slots: int, device: str = "cpu", *, is_staged: bool = False) -> None:
@@ -50,7 +51,7 @@ class SlotPool:
         self._is_tainted: NDArray[np.bool_] = np.zeros(num_slots, dtype=np.bool_)
         self._cached: OrderedDict[int, None] = OrderedDict()
         self._num_empty = num_slots - NUM_RESERVED_SLOTS
-        self.on_evict: Callable[[int], None] = _forget_nothing
+        self.on_evict: Callable[[Sequence[int]], None] = _forget_nothing
         self.num_evicted = 0
         self.peak_used = 0
 
@@ -78,23 +79,29 @@ class SlotPool:
         """Take `count` slots, zeroed, as one run where one is empty, else the lowest. PoolExhausted changes nothing."""
         if count > self.num_free:
             raise PoolExhausted(f"{count} slots of {self.slot_nbytes} bytes asked, {self.num_free} free")
-        while self._num_empty < count:
-            self._evict_oldest()
+        if not count:
+            return []
+        if self._num_empty < count:
+            self._evict_oldest(count - self._num_empty)
         slots = self._choose(count)
-        self._is_empty[slots] = False
-        self._num_refs[slots] = 1
+        is_run = slots[-1] - slots[0] == count - 1
+        index = slice(slots[0], slots[-1] + 1) if is_run else slots  # numpy follows a slice many times faster
+        self._is_empty[index] = False
+        self._num_refs[index] = 1
         self._num_empty -= count
         self.peak_used = max(self.peak_used, self.num_used)
-        self.generations[slots] += np.uint64(1)
+        self.generations[index] += np.uint64(1)
         self.sides.zero(slots)
-        return [int(slot) for slot in slots]
+        taken: list[int] = slots.tolist()
+        return taken
 
-    def retain(self, slots: Iterable[int]) -> None:
-        """One more reference to each of these registered slots; cached ones are used from here."""
-        for slot in slots:
-            assert self._is_registered[slot], "a slot is shared that is not registered"
-            self._num_refs[slot] += 1
-            self._cached.pop(slot, None)
+    def retain(self, slots: Table) -> None:
+        """One more reference to each of these registered slots, no two alike; cached ones are used from here."""
+        assert self._is_registered[slots].all(), "a slot is shared that is not registered"
+        cached = slots[self._num_refs[slots] == 0]
+        self._num_refs[slots] += 1
+        for slot in cached.tolist():
+            del self._cached[slot]
         self.peak_used = max(self.peak_used, self.num_used)
 
     def free(self, slots: Sequence[int], *, wipe: bool = False) -> None:
@@ -115,11 +122,12 @@ class SlotPool:
         self._cached.update(dict.fromkeys(index[kept].tolist()))
         self._empty(index[~kept])
 
-    def register(self, slot: int) -> None:
-        """A used slot holds a whole block that others may use: it stays when the last reference goes."""
-        assert self._num_refs[slot] > 0, "a slot is registered that nobody wrote"
-        assert not self._is_tainted[slot], "a slot is registered that may not be finite"
-        self._is_registered[slot] = True
+    def register(self, slots: Sequence[int]) -> None:
+        """Used slots hold whole blocks that others may use: they stay when the last reference goes."""
+        index = np.asarray(slots, dtype=np.int64)
+        assert (self._num_refs[index] > 0).all(), "a slot is registered that nobody wrote"
+        assert not self._is_tainted[index].any(), "a slot is registered that may not be finite"
+        self._is_registered[index] = True
 
     def unregister(self, slots: Sequence[int]) -> None:
         """Nobody may find these slots any more, nor register them again; they are zeroed as soon as they are empty."""
@@ -131,10 +139,6 @@ class SlotPool:
             del self._cached[slot]
         self._empty(cached)
 
-    def is_free(self, slot: int) -> bool:
-        """Whether nobody refers to it."""
-        return slot >= NUM_RESERVED_SLOTS and self._num_refs[slot] == 0
-
     def is_registered(self, slot: int) -> bool:
         return bool(self._is_registered[slot])
 
@@ -142,9 +146,9 @@ class SlotPool:
     def num_registered(self) -> int:
         return int(self._is_registered.sum())
 
-    def is_tainted(self, slot: int) -> bool:
-        """Whether its content was found wrong, or may not be finite, while somebody still refers to it."""
-        return bool(self._is_tainted[slot])
+    def is_tainted(self, slots: Table) -> NDArray[np.bool_]:
+        """Whether the content of each was found wrong, or may not be finite, while somebody still refers to it."""
+        return self._is_tainted[slots]
 
     def num_refs(self, slots: NDArray[np.int64]) -> NDArray[np.int32]:
         """References to each slot."""
@@ -180,15 +184,18 @@ class SlotPool:
         assert not (self._is_tainted & (self._is_registered | self._is_empty)).any(), "a tainted slot is offered"
         assert not self.memory[NULL_SLOT].any(), "the NULL slot was written"
 
-    def _evict_oldest(self) -> None:
-        slot, _ = self._cached.popitem(last=False)
-        self.on_evict(slot)
-        self._is_registered[slot] = False
-        self.num_evicted += 1
-        self._empty(np.array([slot]))
+    def _evict_oldest(self, count: int) -> None:
+        slots = [self._cached.popitem(last=False)[0] for _ in range(count)]
+        self.on_evict(slots)
+        index = np.array(slots)
+        self._is_registered[index] = False
+        self.num_evicted += count
+        self._empty(index)
 
     def _empty(self, slots: NDArray[np.int64]) -> None:
         """The slots hold nothing any more."""
+        if not len(slots):
+            return
         self.generations[slots] += np.uint64(1)
         if (tainted := self._is_tainted[slots]).any():
             self.sides.zero(np.sort(slots[tainted]))
@@ -206,5 +213,5 @@ class SlotPool:
         return free[first : first + count]
 
 
-def _forget_nothing(slot: int) -> None:
+def _forget_nothing(slots: Sequence[int]) -> None:
     """Nobody registers slots, so none is evicted."""

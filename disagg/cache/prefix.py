@@ -7,9 +7,9 @@ alone, and what extends a bad block is found by walking down from it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 
-from disagg.cache.identity import BlockHasher, root_bytes, token_bytes
+from disagg.cache.identity import BlockHasher, root_bytes
 
 NO_SLOT = -1
 
@@ -29,17 +29,15 @@ class Node:
 
     @property
     def is_needed(self) -> bool:
-        return bool(self.children) or self.num_pins > 0 or any(slot != NO_SLOT for slot in self.slots)
+        return bool(self.children) or self.num_pins > 0 or max(self.slots, default=NO_SLOT) != NO_SLOT
 
 
 class PrefixTree:
     """Nodes by name. Knows no pools: `KVCache` keeps slots and nodes in step."""
 
-    def __init__(self, hasher: BlockHasher, block_size: int, num_groups: int) -> None:
-        self._hasher, self._block_size, self._num_groups = hasher, block_size, num_groups
+    def __init__(self, hasher: BlockHasher, num_groups: int) -> None:
+        self._hasher, self._num_groups = hasher, num_groups
         self._nodes: dict[bytes, Node] = {}
-        self.num_collisions = 0
-        """Two different blocks had one name; the second was left out."""
 
     def __len__(self) -> int:
         return len(self._nodes)
@@ -47,28 +45,35 @@ class PrefixTree:
     def __iter__(self) -> Iterator[Node]:
         return iter(self._nodes.values())
 
-    def match(self, salt: str, tokens: Sequence[int], precision: str = "") -> list[Node]:
-        """The nodes of the longest known prefix of the whole blocks of `tokens`."""
+    def match(self, salt: str, blocks: Iterable[bytes], precision: str = "") -> list[Node]:
+        """The nodes of the longest known prefix of these blocks (`token_bytes` of each)."""
         path: list[Node] = []
         node = self._find(self._hasher.root(salt, precision), None, root_bytes(salt, precision))
-        blocks = token_bytes(tokens)
-        step = 8 * self._block_size
-        for start in range(0, len(blocks) - step + 1, step):
+        if node is None:
+            return path
+        for block in blocks:
+            node = self._only_child(node, block) or self._find(self._hasher.child(node.identity, block), node, block)
             if node is None:
                 return path
-            block = blocks[start : start + step]
-            node = self._find(self._hasher.child(node.identity, block), node, block)
-            if node is not None:
-                path.append(node)
+            path.append(node)
         return path
 
     def root(self, salt: str, precision: str = "") -> Node | None:
         """The node before the first block, made if need be; None when its name is taken."""
         return self._find_or_add(self._hasher.root(salt, precision), None, root_bytes(salt, precision))
 
-    def child(self, parent: Node, block: bytes) -> Node | None:
-        """The node of the block with these tokens (`token_bytes`) after `parent`, made if need be; None: name taken."""
-        return self._find_or_add(self._hasher.child(parent.identity, block), parent, block)
+    def extend(self, node: Node, blocks: Iterable[bytes]) -> list[Node]:
+        """The nodes of these blocks after `node`, made if need be; fewer where the name of one is taken."""
+        path: list[Node] = []
+        for block in blocks:
+            child = self._only_child(node, block)
+            if child is None:
+                child = self._find_or_add(self._hasher.child(node.identity, block), node, block)
+                if child is None:
+                    return path
+            path.append(child)
+            node = child
+        return path
 
     def pin(self, node: Node) -> None:
         node.num_pins += 1
@@ -114,15 +119,17 @@ class PrefixTree:
                 assert self._nodes.get(node.parent.identity) is node.parent, "a node outlived the one before it"
                 assert node in node.parent.children
 
+    def _only_child(self, node: Node, block: bytes) -> Node | None:
+        """The node of this block, if it is all that follows `node`: the tokens decide, so no name need be computed."""
+        if len(node.children) != 1:
+            return None
+        (child,) = node.children
+        return child if child.tokens == block else None
+
     def _find(self, identity: bytes, parent: Node | None, tokens: bytes) -> Node | None:
         """The node of this name if it is truly this block: equal names alone prove nothing."""
         node = self._nodes.get(identity)
-        if node is None:
-            return None
-        if node.parent is not parent or node.tokens != tokens:
-            self.num_collisions += 1
-            return None
-        return node
+        return node if node is not None and node.parent is parent and node.tokens == tokens else None
 
     def _find_or_add(self, identity: bytes, parent: Node | None, tokens: bytes) -> Node | None:
         if identity in self._nodes:

@@ -6,8 +6,9 @@ registered block is never written again. Whoever loses trust in a block takes ev
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import chain as chained
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +18,7 @@ from disagg.cache.layout import CacheLayout
 from disagg.cache.pool import SlotPool
 from disagg.cache.prefix import NO_SLOT, Node, PrefixTree
 from disagg.cache.reuse import Resident
+from disagg.cache.table import Table
 
 
 @dataclass(slots=True, eq=False)
@@ -56,16 +58,17 @@ class PrefixCache:
 
     def __init__(self, layout: CacheLayout, pools: Sequence[SlotPool], hasher: BlockHasher) -> None:
         self._layout, self._pools = layout, pools
-        self.tree = PrefixTree(hasher, layout.block_size, layout.num_groups)
+        self.tree = PrefixTree(hasher, layout.num_groups)
         self._owner: list[dict[int, tuple[Node, int]]] = [{} for _ in pools]
         for number, pool in enumerate(pools):
-            pool.on_evict = lambda slot, number=number: self._forget(number, slot)  # type: ignore[misc]
+            pool.on_evict = lambda slots, number=number: self._forget(number, slots)  # type: ignore[misc]
         self.counts = tuple(ReuseCount() for _ in layout.groups)
 
     def match(self, chain: Chain, tokens: Sequence[int]) -> Match:
         """What a sequence may use of the whole blocks of `tokens`. Changes nothing, references nothing."""
-        path = self.tree.match(chain.salt, tokens, chain.precision)
-        slots = np.array([node.slots for node in path], dtype=np.int32).reshape(len(path), self._layout.num_groups)
+        path = self.tree.match(chain.salt, blocks_of(tokens, self._layout.block_size), chain.precision)
+        flat = np.fromiter(chained.from_iterable(node.slots for node in path), dtype=np.int32)
+        slots = flat.reshape(len(path), self._layout.num_groups)
         return Match(path, tuple(np.ascontiguousarray(column) for column in slots.T))
 
     def follow(self, chain: Chain, path: list[Node]) -> None:
@@ -80,22 +83,23 @@ class PrefixCache:
             self.tree.unpin(chain.path[-1])
         chain.path = []
 
-    def register(self, chain: Chain, ordinal: int, block: bytes, slots: Sequence[int]) -> bool:
-        """Offer the block after those registered before; `slots[g]` or -1. False, and no more, if it cannot be trusted.
+    def register(self, chain: Chain, ordinal: int, blocks: Sequence[bytes], slots: Sequence[Table]) -> int:
+        """Offer the blocks from `ordinal` on, which follow those registered before; `slots[g]`: int32 [n], or -1.
 
-        A block that another sequence registered first keeps its slot; this one's stays its own.
+        How many were taken: if not all, one cannot be trusted, and nothing of this chain is taken any more. A block
+        that another sequence registered first keeps its slot; this one's stays its own.
         """
-        node = self._step(chain, ordinal, block)
-        pools = [self._pools[pool] for pool in self._layout.pool_of_group]
-        if node is None or any(slot >= 0 and pool.is_tainted(slot) for slot, pool in zip(slots, pools, strict=True)):
-            chain.is_stopped = True
-            return False
-        for group, (slot, pool) in enumerate(zip(slots, pools, strict=True)):
-            if slot >= 0 and node.slots[group] == NO_SLOT:
-                pool.register(slot)
+        nodes = self._walk(chain, ordinal, blocks[: self._num_trusted(slots, len(blocks))])
+        chain.is_stopped = len(nodes) < len(blocks)
+        for group, (column, number) in enumerate(zip(slots, self._layout.pool_of_group, strict=True)):
+            pairs = zip(column[: len(nodes)].tolist(), nodes, strict=True)
+            offered = [(slot, node) for slot, node in pairs if slot != NO_SLOT and node.slots[group] == NO_SLOT]
+            self._pools[number].register([slot for slot, _ in offered])
+            owner = self._owner[number]
+            for slot, node in offered:
                 node.slots[group] = slot
-                self._owner[self._layout.pool_of_group[group]][slot] = (node, group)
-        return True
+                owner[slot] = (node, group)
+        return len(nodes)
 
     def node_at(self, pool: int, slot: int) -> Node | None:
         """The block that is registered in this slot."""
@@ -133,32 +137,49 @@ class PrefixCache:
         registered = sum(pool.num_registered for pool in self._pools)
         assert owned == sum(map(len, self._owner)) == registered, "a registered slot is nobody's"
 
-    def _step(self, chain: Chain, ordinal: int, block: bytes) -> Node | None:
-        """The living node of this ordinal, which the chain then stands on at least."""
+    def _num_trusted(self, slots: Sequence[Table], num_blocks: int) -> int:
+        """How many blocks come before the first whose content was found wrong, or may not be finite, in some group."""
+        for column, number in zip(slots, self._layout.pool_of_group, strict=True):
+            is_tainted = self._pools[number].is_tainted(column)
+            if is_tainted.any() and (is_tainted := is_tainted & (column != NO_SLOT)).any():
+                num_blocks = min(num_blocks, int(is_tainted.argmax()))
+        return num_blocks
+
+    def _walk(self, chain: Chain, ordinal: int, blocks: Sequence[bytes]) -> list[Node]:
+        """The living nodes of these blocks, fewer if one is not to be had; the chain stands on the last, or beyond."""
         if chain.path and chain.path[-1].is_dead:  # the death of any node of a path is that of its last
-            return None
-        if ordinal < len(chain.path):
-            return chain.path[ordinal]
-        assert ordinal == len(chain.path)
+            return []
+        known = chain.path[ordinal : ordinal + len(blocks)]
+        if len(known) == len(blocks):
+            return known
+        assert ordinal + len(known) == len(chain.path)
         before = chain.path[-1] if chain.path else self.tree.root(chain.salt, chain.precision)
-        node = None if before is None else self.tree.child(before, block)
-        if node is not None:
-            self.tree.pin(node)
-            chain.path.append(node)
-        if len(chain.path) > 1 and node is not None:
-            self.tree.unpin(chain.path[-2])
-        elif node is None and not chain.path:
+        added = self.tree.extend(before, blocks[len(known) :]) if before is not None else []
+        if added:
+            self.tree.pin(added[-1])
+            if chain.path:
+                self.tree.unpin(chain.path[-1])
+            chain.path += added
+        elif not chain.path:
             self.tree.prune(before)
-        return node
+        return known + added
 
-    def _forget(self, number: int, slot: int) -> None:
-        """A pool evicts this slot."""
-        node, group = self._owner[number].pop(slot)
-        node.slots[group] = NO_SLOT
-        self.tree.prune(node)
+    def _forget(self, number: int, slots: Sequence[int]) -> None:
+        """A pool evicts these slots."""
+        owner = self._owner[number]
+        for slot in slots:
+            node, group = owner.pop(slot)
+            node.slots[group] = NO_SLOT
+            self.tree.prune(node)
 
 
-def blocks_of(tokens: Sequence[int], block_size: int) -> list[bytes]:
+PIECE = 1024
+"""Tokens whose bytes are made at once: whoever looks for a prefix stops at the first block that is not known."""
+
+
+def blocks_of(tokens: Sequence[int], block_size: int) -> Iterator[bytes]:
     """`token_bytes` of each whole block."""
-    data, step = token_bytes(tokens), 8 * block_size
-    return [data[start : start + step] for start in range(0, len(data) - step + 1, step)]
+    step, piece = 8 * block_size, max(1, PIECE // block_size) * block_size
+    for first in range(0, len(tokens), piece):
+        data = token_bytes(tokens[first : first + piece])
+        yield from (data[start : start + step] for start in range(0, len(data) - step + 1, step))

@@ -35,3 +35,17 @@ def change_table(table: Table, num_blocks: int, holes: Iterable[range]) -> Table
         is_missing[hole.start : hole.stop] = False
     gone = np.concatenate([*dropped, table[num_blocks:]])[::-1]
     return TableChange(changed, gone[gone != HOLE], np.flatnonzero(is_missing))
+
+
+def grow_table(table: Table, num_blocks: int, stale_before: range, stale: range) -> TableChange:
+    """`change_table` of a table that holds all but `stale_before` and does not get shorter: most have little to do."""
+    dropped = table[stale_before.stop : stale.stop]
+    new = np.arange(len(table), num_blocks)
+    missing = new if stale.stop <= len(table) else new[(new < stale.start) | (new >= stale.stop)]
+    if not len(dropped) and not len(new):
+        return TableChange(table, dropped, missing)
+    changed = np.empty(num_blocks, dtype=np.int32)  # written once: a table is as long as the prompt
+    changed[: len(table)] = table
+    changed[len(table) :] = HOLE
+    changed[stale_before.stop : stale.stop] = HOLE
+    return TableChange(changed, dropped[::-1], missing)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import repeat
 
 from disagg.cache.cache import CachedSequence, KVCache
 from disagg.cache.table import HOLE
@@ -27,9 +28,7 @@ def newly_final_units(cache: KVCache, prompt: PromptSequence) -> tuple[FinalUnit
         ordinals = _newly_final(cache, prompt, group)
         slots = table[ordinals].tolist()
         cache.publish(group, slots)
-        units += [
-            FinalUnit(group, o, slot, int(pool.generations[slot])) for o, slot in zip(ordinals, slots, strict=True)
-        ]
+        units += map(FinalUnit, repeat(group), ordinals, slots, pool.generations[slots].tolist())
     return tuple(units)
 
 

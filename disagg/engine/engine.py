@@ -121,7 +121,9 @@ class Engine:
         """Compute the next tokens of every sequence that holds blocks. Without work nothing happens."""
         events: list[EngineEvent] = []
         work = self._scheduler.schedule(events)
-        self._counters.scratch = self._cache.num_scratch
+        self._counters.scratch = tuple(map(max, self._counters.scratch, self._cache.num_scratch))
+        if self._config.check_invariants:
+            self._scheduler.check_invariants()  # now everybody holds most: new blocks, old ones, and scratch
         if not work:
             return events
         logits = self._runner.execute([_chunk(piece) for piece in work])
@@ -138,21 +140,21 @@ class Engine:
         return events
 
     def stats(self) -> EngineStats:
-        live = self._scheduler.live
-        prompts = [s for s in live.values() if isinstance(s, PromptSequence)]
+        scheduler = self._scheduler
+        prompts = [s for s in scheduler.promised if isinstance(s, PromptSequence)]
         return EngineStats(
             pools=self._cache.usage(),
-            num_running=len(self._scheduler.prompts) + len(self._scheduler.answers),
-            num_waiting=self._scheduler.num_waiting,
-            num_soft=len(self._scheduler.soft),
+            num_running=len(scheduler.answers) + sum(prompt.is_computing for prompt in prompts),
+            num_waiting=scheduler.num_waiting,
+            num_soft=len(scheduler.soft),
             num_held=sum(prompt.computed is not None for prompt in prompts),
-            num_reserved=sum(isinstance(s, Reservation) and s.cached is not None for s in live.values()),
+            num_reserved=sum(isinstance(s, Reservation) and s.cached is not None for s in scheduler.promised),
             prompt_tokens_computed=self._counters.prompt_tokens_computed,
             tokens_generated=self._counters.tokens_generated,
             steps=self._counters.steps,
-            num_preemptions=self._scheduler.num_preemptions,
+            num_preemptions=scheduler.num_preemptions,
             scratch=self._counters.scratch,
-            live_keys=tuple(live),
+            live_keys=tuple(scheduler.live),
             released=tuple(sorted(self._counters.released.items())),
             reuse=self._cache.reuse_counts(),
             graphs=replace(self._graphs),
@@ -218,8 +220,8 @@ class Engine:
         answer = DecodingSequence(reservation.request, reservation.cached, command.verified)
         for group, pairs in enumerate(reservation.awaited):
             self._cache.take_in(group, [slot for _, slot in pairs])
-        partial = frozenset((unit.group, unit.ordinal) for unit in command.partial_blocks)
-        self._cache.commit(reservation.cached, reservation.request.prompt, partial)  # verified, and not a moment before
+        self._cache.mark_partial(reservation.cached, [(unit.group, unit.ordinal) for unit in command.partial_blocks])
+        self._scheduler.register_some(answer, answer.num_stored)  # verified, and not a moment before
         return self._begin(answer)
 
     def _drop_soft(self, command: DropSoft) -> list[EngineEvent]:
@@ -348,7 +350,7 @@ def request_refusal(request: Request, max_model_len: int, vocab_size: int | None
             f"{request.prompt_len} prompt tokens and max_tokens {request.sampling.max_tokens} make "
             f"{request.total_tokens}, `--max-model-len` is {max_model_len}; shorten the prompt or lower max_tokens"
         )
-    if vocab_size is not None and not all(0 <= token < vocab_size for token in request.prompt):
+    if vocab_size is not None and not 0 <= min(request.prompt) <= max(request.prompt) < vocab_size:
         wrong = next(token for token in request.prompt if not 0 <= token < vocab_size)
         return f"prompt token id {wrong} is not in the vocabulary of {vocab_size}"
     return None

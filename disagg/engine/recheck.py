@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from itertools import repeat
 
 import numpy as np
 
@@ -30,16 +31,18 @@ class PrefixRecheck:
         if self._interval_s is None:
             return
         now = self._clock()
-        for unit in units:
-            pool = self._cache.layout.pool_of_group[unit.group]
-            self._generations[pool][unit.slot] = unit.generation
-            self._seen_at[pool][unit.slot] = now
+        for number, (generations, seen_at) in enumerate(zip(self._generations, self._seen_at, strict=True)):
+            mine = [unit for unit in units if self._cache.layout.pool_of_group[unit.group] == number]
+            slots = np.array([unit.slot for unit in mine], dtype=np.int64)
+            generations[slots] = np.array([unit.generation for unit in mine], dtype=np.uint64)
+            seen_at[slots] = now
 
     def due(self, sequence: CachedSequence) -> tuple[FinalUnit, ...]:
         """The blocks that a new sequence holds by reuse and that were not looked at for an interval."""
         if self._interval_s is None or not sequence.history:
             return ()
-        oldest, found = self._clock() - self._interval_s, []
+        oldest = self._clock() - self._interval_s
+        found: list[FinalUnit] = []
         for group, table in enumerate(sequence.tables):
             number = self._cache.layout.pool_of_group[group]
             ordinals = np.flatnonzero(table != HOLE)
@@ -47,5 +50,5 @@ class PrefixRecheck:
             generations = self._cache.pools[number].generations[slots]
             is_due = (generations != self._generations[number][slots]) | (self._seen_at[number][slots] < oldest)
             columns = (ordinals[is_due].tolist(), slots[is_due].tolist(), generations[is_due].tolist())
-            found += [FinalUnit(group, *values) for values in zip(*columns, strict=True)]
+            found += map(FinalUnit, repeat(group), *columns)
         return tuple(found)

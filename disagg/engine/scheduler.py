@@ -19,6 +19,8 @@ still advances in every step.
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -46,6 +48,10 @@ HEADROOM_BLOCKS = 2
 """An answer is let in with room for so many more blocks: one that must give way in its first steps was let in for
 nothing, and the work of its prompt is lost."""
 
+REGISTERED_AT_ONCE = 2048
+"""Blocks that one step registers of a received prompt, at some 2 microseconds each: those of 128k tokens at once would
+hold up everybody's next token for longer than many a step takes."""
+
 Promised = PromptSequence | Reservation
 """What stands in the line of admission."""
 
@@ -63,10 +69,12 @@ class Scheduler:
         recheck: PrefixRecheck | None = None,
     ) -> None:
         self._cache, self._swa_scratch = cache, swa_scratch
+        self._layout = replace(cache.layout, uses_scratch=cache.layout.uses_scratch and swa_scratch != "off")
         self._recheck = recheck or PrefixRecheck(cache, None)
         self._max_num_seqs, self._max_num_batched_tokens = max_num_seqs, max_num_batched_tokens
         self._promises = Promises([pool.num_slots for pool in cache.pools])
         self._live: dict[AttemptKey, LiveSequence] = {}
+        self._by_kind: tuple[list[DecodingSequence], list[Promised]] | None = None  # None: somebody came or went
         self._urgent: deque[Promised] = deque()
         self._line: deque[Promised] = deque()
         self._soft_line: deque[PromptSequence] = deque()
@@ -83,19 +91,25 @@ class Scheduler:
         return self._live.get(key)
 
     @property
-    def prompts(self) -> list[PromptSequence]:
-        """Prompts being computed: promised ones first, each kind in order of arrival."""
-        prompts = [s for s in self._live.values() if isinstance(s, PromptSequence) and s.is_computing]
-        return sorted(prompts, key=lambda prompt: prompt.is_soft)
+    def answers(self) -> Sequence[DecodingSequence]:
+        """In order of arrival, as `promised`. Both are made once for all steps until somebody comes or goes."""
+        return self._kinds()[0]
 
     @property
-    def answers(self) -> list[DecodingSequence]:
-        return [s for s in self._live.values() if isinstance(s, DecodingSequence)]
+    def promised(self) -> Sequence[Promised]:
+        """Prompts and reservations, waiting ones included."""
+        return self._kinds()[1]
+
+    @property
+    def prompts(self) -> list[PromptSequence]:
+        """Prompts being computed: promised ones first, each kind in order of arrival."""
+        prompts = [s for s in self.promised if isinstance(s, PromptSequence) and s.is_computing]
+        return sorted(prompts, key=lambda prompt: prompt.is_soft)
 
     @property
     def soft(self) -> list[PromptSequence]:
         """Soft prompts that hold blocks, in order of arrival."""
-        return [s for s in self._live.values() if isinstance(s, PromptSequence) and s.is_soft and s.cached]
+        return [s for s in self.promised if isinstance(s, PromptSequence) and s.is_soft and s.cached]
 
     @property
     def num_waiting(self) -> int:
@@ -104,14 +118,26 @@ class Scheduler:
     @property
     def has_work(self) -> bool:
         """Whether a step would compute something. Waiting sequences start only when somebody gives blocks back."""
-        return any(isinstance(s, DecodingSequence) or _is_computing(s) for s in self._live.values())
+        return bool(self.answers) or any(isinstance(s, PromptSequence) and s.is_computing for s in self.promised)
+
+    def _kinds(self) -> tuple[list[DecodingSequence], list[Promised]]:
+        if self._by_kind is None:
+            live = self._live.values()
+            answers = [sequence for sequence in live if isinstance(sequence, DecodingSequence)]
+            self._by_kind = answers, [sequence for sequence in live if not isinstance(sequence, DecodingSequence)]
+        return self._by_kind
+
+    def _put(self, sequence: LiveSequence) -> None:
+        """Under its key, in the place of what stood there."""
+        self._live[sequence.key] = sequence
+        self._by_kind = None
 
     # --- commands -------------------------------------------------------------------------------------------
 
     def peaks(self, request: Request, *, total_tokens: int, history: int = 0) -> Peaks:
         """The most the request will hold per pool from `history` on; prompt chunks are as long as the budget allows."""
         step = 1 if history else min(self._max_num_batched_tokens, total_tokens)
-        return peak_slots(self._cache.layout, total_tokens=total_tokens, history=history, step_tokens=step)
+        return peak_slots(self._layout, total_tokens=total_tokens, history=history, step_tokens=step)
 
     def needs_more_than_exists(self, sequence: Promised) -> tuple[int, int] | None:
         """(slots needed, slots there are) of the pool that could not hold the sequence even if it were empty."""
@@ -121,7 +147,7 @@ class Scheduler:
     def add(self, sequence: Promised, *, urgent: bool = False) -> None:
         """Queue a new sequence; `admit` starts it."""
         assert sequence.key not in self._live
-        self._live[sequence.key] = sequence
+        self._put(sequence)
         if isinstance(sequence, PromptSequence) and sequence.is_soft:
             self._soft_line.append(sequence)
         else:
@@ -145,15 +171,18 @@ class Scheduler:
     def release(self, sequence: LiveSequence, *, wipe: bool = False) -> None:
         """Forget the sequence and free all it holds. `wipe`: its KV may not be finite."""
         del self._live[sequence.key]
+        self._by_kind = None
         if not isinstance(sequence, DecodingSequence):
             self._leave_lines(sequence)
+        elif not wipe:
+            self._register(sequence, sequence.cached.history)
         if sequence.cached is not None:
             self._cache.close_sequence(sequence.cached, wipe=wipe)
         self._promises.release(sequence.key)
 
     def replace(self, sequence: DecodingSequence) -> None:
         """The prompt or reservation of this key became an answer; its blocks and promise go on."""
-        self._live[sequence.key] = sequence
+        self._put(sequence)
 
     def keep_only(self, prompt: PromptSequence) -> None:
         """The prompt is computed: promise from now on what it will hold as an answer, or until its transfer ends."""
@@ -196,7 +225,7 @@ class Scheduler:
         """Tokens that an answer at `num_tokens` is promised room for: all, if it could not be computed anew."""
         if not self._can_recompute(request):
             return request.total_tokens
-        return min(request.total_tokens, num_tokens + HEADROOM_BLOCKS * self._cache.layout.block_size)
+        return min(request.total_tokens, num_tokens + HEADROOM_BLOCKS * self._layout.block_size)
 
     def _can_recompute(self, request: Request) -> bool:
         """Whether an empty cache holds all of the request in prompt chunks."""
@@ -204,8 +233,8 @@ class Scheduler:
 
     def _has_seat(self, *, with_soft: bool = False) -> bool:
         """Whether one more may be computed at once. Held prompts take no seat; soft ones none from the promised."""
-        seated = [s for s in self._live.values() if _takes_seat(s) and (with_soft or not _is_soft(s))]
-        return len(seated) < self._max_num_seqs
+        others = sum(_takes_seat(s) and (with_soft or not _is_soft(s)) for s in self.promised)
+        return len(self.answers) + others < self._max_num_seqs
 
     def _make_room(self, sequence: Promised, events: list[EngineEvent]) -> bool:
         """Promise the sequence its peak; drop soft prompts for it, newest first, but only if that suffices."""
@@ -239,7 +268,8 @@ class Scheduler:
     def _reuse(self, prompt: PromptSequence) -> list[EngineEvent]:
         """Begin with what is cached of the prompt, or wait until those of its blocks that are due were checked."""
         assert prompt.cached is not None
-        self._cache.reuse_prefix(prompt.cached, prompt.token_ids)
+        self._cache.reuse_prefix(prompt.cached, prompt.token_ids, counts=not prompt.has_looked)
+        prompt.has_looked = True
         if due := self._recheck.due(prompt.cached):
             prompt.is_checking = True
             prompt.check_id += 1
@@ -260,7 +290,7 @@ class Scheduler:
     def _go_on(self, prompt: PromptSequence) -> list[EngineEvent]:
         if prompt.num_cached_tokens is None:
             prompt.num_cached_tokens = prompt.num_computed
-        prompt.num_announced = [0] * self._cache.layout.num_groups
+        prompt.num_announced = [0] * self._layout.num_groups
         if not prompt.serves and (units := newly_final_units(self._cache, prompt)):
             return [UnitsFinalEvent(prompt.key, prompt.compute_id, units)]  # what is reused is final
         return []
@@ -272,11 +302,11 @@ class Scheduler:
         held = self._cache.reserve(reservation.cached, reservation.request.prompt, capacity=prompt_len + 1)
         assert held is not None, f"{reservation.key}: a promised slot was not there"
         slots = []
-        for group, table, have in zip(self._cache.layout.groups, reservation.cached.tables, held, strict=True):
-            size = self._cache.layout.block_size
+        for group, table, have in zip(self._layout.groups, reservation.cached.tables, held, strict=True):
+            size = self._layout.block_size
             needed = needed_ordinals(prompt_len, group.window, group.num_sink_tokens, size)
-            missing = np.setdiff1d(needed, have).tolist()
-            slots.append(tuple((ordinal, int(table[ordinal])) for ordinal in missing))
+            missing = np.setdiff1d(needed, have)
+            slots.append(tuple(zip(missing.tolist(), table[missing].tolist(), strict=True)))
         reservation.awaited = tuple(slots)
         return ReservedEvent(reservation.key, reservation.awaited)
 
@@ -293,7 +323,11 @@ class Scheduler:
 
         Appends to `events` what was dropped for their growth.
         """
-        work = [self._decode(answer) for answer in self.answers if self._grow(answer, events)]
+        size = self._layout.block_size
+        for answer in self.answers:
+            if answer.num_stored % size == 0:  # else the token goes into a block that was promised with its first one
+                self._grow(answer, events)
+        work = [self._decode(answer) for answer in self.answers]
         prompts = self.prompts
         budget = self._max_num_batched_tokens - len(work)
         max_chunks = min(MAX_PREFILLS_PER_STEP, self._max_num_seqs - len(work))
@@ -306,21 +340,36 @@ class Scheduler:
 
         A token of an answer that fills no block leaves both to the next step.
         """
-        sequence, cached = work.sequence, work.sequence.cached
-        if isinstance(sequence, DecodingSequence) and work.end % self._cache.layout.block_size:
-            return
-        assert cached is not None
-        if cached.is_committing:
-            self._cache.commit(cached, sequence.tokens(cached.committed, work.end))
-        self._size(work.sequence, capacity=work.end, history=work.end)
+        sequence, end, size = work.sequence, work.end, self._layout.block_size
+        if isinstance(sequence, DecodingSequence):
+            if end - sequence.cached.committed >= size:
+                self.register_some(sequence, end)
+            if end % size:
+                return
+        else:
+            self._register(sequence, end)
+        self._size(sequence, capacity=end, history=end)
 
-    def _grow(self, answer: DecodingSequence, events: list[EngineEvent]) -> bool:
-        """Promise the answer room for its next token. False when it was preempted itself, by now or just now."""
+    def register_some(self, answer: DecodingSequence, end: int) -> None:
+        """`REGISTERED_AT_ONCE` more of the blocks before token `end`; steps and the answer's end register the rest.
+
+        Where that takes several steps, a window may let go of a block before its turn comes.
+        """
+        at_once = REGISTERED_AT_ONCE * self._layout.block_size
+        self._register(answer, min(end, answer.cached.committed + at_once))
+
+    def _register(self, sequence: PromptSequence | DecodingSequence, end: int) -> None:
+        """Later sequences may find the whole blocks before token `end`, whose KV is stored and right."""
+        cached = sequence.cached
+        assert cached is not None
+        if end - cached.committed >= self._layout.block_size and cached.is_committing:
+            self._cache.commit(cached, sequence.tokens(cached.committed, end))
+
+    def _grow(self, answer: DecodingSequence, events: list[EngineEvent]) -> None:
+        """Promise the answer room for its next block, or preempt it; nothing if it was preempted for an older one."""
         if self._live.get(answer.key) is not answer:
-            return False
+            return
         stored, soft = answer.num_stored, None
-        if stored % self._cache.layout.block_size:
-            return True  # the token goes into a block that was promised with its first token
         peaks = self.peaks(answer.request, total_tokens=stored + 1, history=stored)
         while not self._promises.try_grow(answer.key, peaks):
             soft = self.soft if soft is None else soft
@@ -330,8 +379,7 @@ class Scheduler:
             victim = next(s for s in reversed(self._live.values()) if self._is_preemptible(s))
             self._preempt(victim)
             if victim is answer:
-                return False
-        return True
+                return
 
     def _is_preemptible(self, sequence: LiveSequence) -> bool:
         """Running here and for nobody else, and possible to compute anew."""
@@ -342,14 +390,16 @@ class Scheduler:
         """Take its blocks; it goes on from the head of the line, where the oldest of several ends up first."""
         assert sequence.cached is not None
         self.num_preemptions += 1
+        prompt = sequence
+        if isinstance(sequence, DecodingSequence):
+            self._register(sequence, sequence.cached.history)
+            prompt = PromptSequence(sequence.request, serves=True, answer=sequence, has_looked=True)
+            self._put(prompt)
+        assert isinstance(prompt, PromptSequence)
         self._cache.close_sequence(sequence.cached)
         self._promises.release(sequence.key)
-        if isinstance(sequence, DecodingSequence):
-            sequence = PromptSequence(sequence.request, serves=True, answer=sequence)
-            self._live[sequence.key] = sequence
-        assert isinstance(sequence, PromptSequence)
-        sequence.cached, sequence.is_checking = None, False
-        self._urgent.appendleft(sequence)
+        prompt.cached, prompt.is_checking = None, False
+        self._urgent.appendleft(prompt)
 
     def _decode(self, answer: DecodingSequence) -> Work:
         stored = answer.num_stored
@@ -371,8 +421,10 @@ class Scheduler:
     # --- invariants -----------------------------------------------------------------------------------------
 
     def check_invariants(self) -> None:
-        """Promises fit the pools; nobody holds more than was promised; who waits holds nothing."""
+        """Promises fit the pools; nobody holds more than was promised; who waits holds nothing. Also within a step."""
         self._promises.check_invariants()
+        kinds, self._by_kind = self._by_kind, None
+        assert kinds is None or kinds == self._kinds(), "somebody came or went unseen"
         waiting = {sequence.key for line in (self._urgent, self._line, self._soft_line) for sequence in line}
         for key, sequence in self._live.items():
             assert sequence.key == key
@@ -388,9 +440,7 @@ class Scheduler:
         promised = self._promises.of(sequence.key)
         assert promised is not None, f"{sequence.key} holds blocks without a promise"
         assert sequence.cached is not None
-        held = [0] * len(promised)
-        for table, pool in zip(sequence.cached.tables, self._cache.layout.pool_of_group, strict=True):
-            held[pool] += int((table >= 0).sum())
+        held = self._cache.num_held(sequence.cached)
         assert all(h <= p for h, p in zip(held, promised, strict=True)), f"{sequence.key}: {held} > {promised}"
 
 
@@ -398,12 +448,8 @@ def _is_soft(sequence: LiveSequence) -> bool:
     return isinstance(sequence, PromptSequence) and sequence.is_soft
 
 
-def _is_computing(sequence: LiveSequence) -> bool:
-    return isinstance(sequence, PromptSequence) and sequence.is_computing
-
-
-def _takes_seat(sequence: LiveSequence) -> bool:
-    """Answers, prompts being computed, and reservations, which will be answers."""
+def _takes_seat(sequence: Promised) -> bool:
+    """Prompts being computed, and reservations, which will be answers. Every answer has a seat."""
     if isinstance(sequence, Reservation):
         return sequence.cached is not None
-    return isinstance(sequence, DecodingSequence) or sequence.is_computing or sequence.is_checking
+    return sequence.is_computing or sequence.is_checking

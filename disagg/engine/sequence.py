@@ -69,6 +69,8 @@ class PromptSequence:
     """Raised when computed blocks are dropped: what was said about them is stale."""
     num_cached_tokens: int | None = None
     """Tokens of the prompt that its first computation found in the cache; None before it began."""
+    has_looked: bool = False
+    """Its request has looked for a cached prefix: hit rates count the first look only."""
     is_checking: bool = False
     """The blocks it was given for reuse are being hashed again: nothing is computed from them before they are known."""
     check_id: int = 0

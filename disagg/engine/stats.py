@@ -26,7 +26,7 @@ class GraphUse:
 
 @dataclass(slots=True)
 class EngineCounters:
-    """Counters since start, and what the last step was; only the engine's own thread writes them."""
+    """Counters since start, and the most scratch slots of a step; only the engine's own thread writes them."""
 
     scratch: tuple[int, ...]
     steps: int = 0
@@ -47,7 +47,7 @@ class EngineStats:
     `released`: attempts that a command ended, by the state it found them in (see `state_of`); for a `held` prompt that
     is the usual end, for all others a cancel or a failure.
     `num_preemptions`: sequences whose blocks were taken for older ones, since start.
-    `scratch`: per pool, the slots that were scratch during the last step; none is between steps.
+    `scratch`: per pool, the most slots that were scratch during one step, since start; none is between steps.
     `graphs`: captured graphs; all 0 where steps run eager.
     `reuse`: per layer group, blocks that requests asked the prefix cache for and found; empty without one.
     """

@@ -108,14 +108,18 @@ class TransferFactory:
         return tuple(found)
 
     def partial_blocks(self, dispatch: Dispatch, slots: Slots) -> tuple[UnitName, ...]:
-        """Reserved blocks of which only some units will come: they serve this request and must not be reused."""
-        per_slot = self._layout.block_size // self.unit(dispatch)
+        """Reserved blocks of which only some units will come: they serve this request and must not be reused.
+
+        The last block lacks nothing that the prompt has not: it is whole once it is filled here.
+        """
+        unit = self.unit(dispatch)
+        per_slot, num_units = self._layout.block_size // unit, -(-len(dispatch.prompt) // unit)
         counts = [Counter(n // per_slot for n, _ in pairs) for pairs in self.destinations(dispatch, slots)]
         return tuple(
             UnitName(group, block)
             for group, count in enumerate(counts)
-            for block, num_units in count.items()
-            if num_units < per_slot
+            for block, num_coming in count.items()
+            if num_coming < min(per_slot, num_units - block * per_slot)
         )
 
     def reserved(self, dispatch: Dispatch, slots: Slots) -> Reserved:

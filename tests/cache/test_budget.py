@@ -1,12 +1,12 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from support.cache_oracle import tiny_layout
+from support.cache_oracle import num_seats, tiny_layout
 
 from disagg.cache.admission import peak_slots
-from disagg.cache.budget import largest_model_len, seats, split_budget
+from disagg.cache.budget import largest_model_len, num_seated, split_budget
 from disagg.cache.errors import BudgetTooSmall
 from disagg.cache.layout import LayerSpec, derive_layout
 
@@ -63,9 +63,28 @@ def test_windows_seat_the_sequences_that_the_published_example_seats():
     assert layout.slot_nbytes == (32 * 100 * 1024, 32 * 40 * 1024)
     limits = {"max_model_len": 8192, "max_num_batched_tokens": 2048}
     slots = split_budget(layout, nbytes=70 * GIB, max_num_seqs=168, **limits)
-    assert seats(layout, slots, **limits) == 168
+    assert num_seats(layout, slots, **limits) == 168
     assert nbytes_of(layout, slots) <= 70 * GIB
-    assert seats(layout, split_budget(layout, nbytes=70 * GIB, max_num_seqs=200, **limits), **limits) >= 166
+    assert num_seats(layout, split_budget(layout, nbytes=70 * GIB, max_num_seqs=200, **limits), **limits) == 168
+
+
+@settings(deadline=None, max_examples=80)
+@given(
+    window=st.integers(1, 200),
+    block_size=st.integers(1, 16),
+    budget=st.integers(1, 4_000_000),
+    batch=st.integers(1, 300),
+)
+@example(window=16, block_size=4, budget=100_000, batch=64)
+def test_a_worker_seats_as_many_as_the_plan_says(window, block_size, budget, batch):
+    """`num_seated` of a budget, whatever `max_num_seqs` beyond it asks for: the rest of it is less than a seat."""
+    layout = tiny_layout(window, window, None, block_size=block_size, max_model_len=256)
+    limits = {"max_model_len": 256, "max_num_batched_tokens": batch}
+    planned = num_seated(layout, budget, **limits)
+    for most in (planned, planned + 1, 3 * planned) if planned else ():
+        slots = split_budget(layout, nbytes=budget, max_num_seqs=most, **limits)
+        assert num_seats(layout, slots, **limits) == planned
+        assert nbytes_of(layout, slots) <= budget
 
 
 def test_a_model_without_kv_needs_no_budget():

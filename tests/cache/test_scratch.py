@@ -2,13 +2,13 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
-from support.cache_oracle import readable_later, resident_blocks
+from support.cache_oracle import outdated_blocks, resident_blocks
 
 from disagg.cache.admission import peak_slots
-from disagg.cache.budget import seats, split_budget
+from disagg.cache.budget import split_budget
 from disagg.cache.cache import KVCache
 from disagg.cache.layout import CacheLayout, LayerSpec, derive_layout
 from disagg.cache.scratch import Scratch, num_scratch_slots, page_table, scratch_range
@@ -18,17 +18,6 @@ from disagg.cache.table import HOLE
 def uniform(num_layers: int, window: int, block_size: int, sinks: int = 0, *, uses_scratch: bool = True) -> CacheLayout:
     layers = [LayerSpec(i, window, sinks, 1, 2, "float32", i) for i in range(num_layers)]
     return derive_layout(layers, block_size=block_size, max_model_len=1 << 20, uses_scratch=uses_scratch)
-
-
-def outdated(history: int, capacity: int, until: int, window: int, sinks: int, block_size: int) -> list[int]:
-    """Blocks, none of whose tokens was there before the step, that no query from `until` on reads; token by token."""
-    found = []
-    for ordinal in range(-(-capacity // block_size)):
-        tokens = range(ordinal * block_size, (ordinal + 1) * block_size)
-        is_new = all(token >= history for token in tokens)
-        if is_new and not any(readable_later(token, until, window, sinks) for token in tokens):
-            found.append(ordinal)
-    return found
 
 
 # --- the published vectors ------------------------------------------------------------------------------------
@@ -86,7 +75,8 @@ def test_a_range_is_what_a_token_walk_finds(
     capacity = history + step
     until = max(0, capacity - earlier)
     found = scratch_range(history, capacity, until, window, sinks, block_size)
-    expected = outdated(history, capacity, until, window, sinks, block_size)
+    (group,) = uniform(1, window, block_size, sinks).groups
+    expected = outdated_blocks(history, capacity, until, group, block_size)
     if window == 1:  # allowed: one block more is kept, never less
         assert set(found) <= set(expected)
     else:
@@ -216,9 +206,9 @@ class ScratchMachine(RuleBasedStateMachine):
         history = data.draw(st.sampled_from([sequence.history, sequence.capacity]))
         capacity = history + count
         until = max(0, capacity - back)
-        before = self.snapshot()
+        before, others = self.snapshot(), self.snapshot(without=sequence)
         done = self.cache.resize(sequence, capacity=capacity, history=history, scratch_until=until)
-        cursors = [(s.capacity, s.history, 0 if s is sequence else None) for s in self.sequences]
+        assert self.snapshot(without=sequence)[0] == others[0]
         if not done:
             assert self.snapshot() == before
             assert (
@@ -227,7 +217,7 @@ class ScratchMachine(RuleBasedStateMachine):
                 > self.cache.pools[0].num_slots - 2
             )
         else:
-            assert len(cursors) == len(self.sequences)
+            assert (sequence.capacity, sequence.history) == (capacity, history)
             assert self.held_by(sequence) == sum(self.expected(capacity, history, until))
 
     @precondition(lambda self: self.sequences)
@@ -251,7 +241,7 @@ class ScratchMachine(RuleBasedStateMachine):
             live = resident_blocks(capacity, history, group, 4)
             scratch = set()
             if group.window is not None and until:
-                scratch = set(outdated(history, capacity, until, group.window, group.num_sink_tokens, 4))
+                scratch = set(outdated_blocks(history, capacity, until, group, 4))
             counts.append(len(live - scratch) - (-len(scratch & live) // len(group.layers)))
         return counts
 
@@ -259,8 +249,9 @@ class ScratchMachine(RuleBasedStateMachine):
         tables = sum(int((table != HOLE).sum()) for table in sequence.tables)  # type: ignore[attr-defined]
         return tables + sum(len(s.slots) for s in sequence.scratch if s)  # type: ignore[attr-defined]
 
-    def snapshot(self) -> object:
-        tables = [([t.tolist() for t in s.tables], s.scratch, s.capacity, s.history) for s in self.sequences]
+    def snapshot(self, *, without: object = None) -> tuple[object, ...]:
+        held = [s for s in self.sequences if s is not without]
+        tables = [([t.tolist() for t in s.tables], s.scratch, s.capacity, s.history) for s in held]
         return tables, self.cache.usage(), self.cache.pools[0].generations.tolist()
 
     @invariant()
@@ -305,15 +296,20 @@ def test_check_invariants_notices(fault: str) -> None:
     sinks=st.integers(0, 7),
     block_size=st.integers(1, 6),
     num_layers=st.integers(1, 5),
+    keeps_match=st.booleans(),
 )
+@example(chunks=[1, 6], window=2, sinks=0, block_size=2, num_layers=5, keeps_match=True)
 def test_no_chunked_prefill_holds_more_than_the_promised_peak(
-    chunks: list[int], window: int, sinks: int, block_size: int, num_layers: int
+    chunks: list[int], window: int, sinks: int, block_size: int, num_layers: int, keeps_match: bool
 ) -> None:
+    """`keeps_match`: the last chunk leaves what the same prompt, asked again, would begin with out of scratch."""
     layout = uniform(num_layers, window, block_size, sinks)
     cache = KVCache(layout, (2 + 800,))
     sequence, history = cache.open("a"), 0
+    matched = (sum(chunks) - 1) // block_size * block_size
     for count in chunks:
-        assert cache.resize(sequence, capacity=history + count, history=history, scratch_until=history + count)
+        until = min(history + count, matched) if keeps_match else history + count
+        assert cache.resize(sequence, capacity=history + count, history=history, scratch_until=until)
         history += count
     (promised,) = peak_slots(layout, total_tokens=sum(chunks), history=0, step_tokens=max(chunks))
     assert cache.usage()[0].peak_used <= promised
@@ -330,5 +326,5 @@ def test_a_budget_needs_less_for_the_step_when_it_has_scratch() -> None:
     )
     assert (few, many) == (13, 70)
     layout = uniform(32, 128, 32)
-    slots = split_budget(layout, nbytes=40 * layout.slot_nbytes[0], max_num_seqs=64, **limits)
-    assert seats(layout, slots, **limits) >= 1
+    (slots,) = split_budget(layout, nbytes=40 * layout.slot_nbytes[0], max_num_seqs=64, **limits)
+    assert slots - 2 >= peak_slots(layout, total_tokens=8192, history=0, step_tokens=2048)[0]

@@ -1,47 +1,95 @@
-"""What a budget is said to seat really runs at once: the published example, a sixteenth of its lengths."""
+"""What a budget is said to seat really runs at once, on a real model: the published example at a test's size."""
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
 
+import pytest
 import torch
-from support.engine_pair import greedy, key
+from support.cache_oracle import num_seats
+from support.engine_pair import greedy, key, prompt_of
+from support.families import MIN_GAP, VOCAB_SIZE, save_family
 
-from disagg.cache.budget import num_seated, num_seated_by_length, seats, split_budget
+from disagg.cache.budget import num_seated, num_seated_by_length, split_budget
 from disagg.cache.cache import KVCache
-from disagg.cache.layout import LayerSpec, derive_layout
-from disagg.engine.commands import FinishedEvent, Serve
+from disagg.cache.layout import CacheLayout, derive_layout
+from disagg.engine.commands import FinishedEvent, Serve, TokensEvent
 from disagg.engine.engine import Engine, EngineConfig
-from disagg.engine.runner import Chunk
+from disagg.engine.model import LoadedModel, load_model
+from disagg.engine.runner import Runner
+from disagg.transceiver.messages.values import TokenLogprobs
 
-VOCAB_SIZE = 8
-LIMITS = {"max_model_len": 512, "max_num_batched_tokens": 256}
-NBYTES = 20 << 20
-
-
-class IndifferentRunner:
-    """Computes nothing: what is tested is who holds which block, and when."""
-
-    def execute(self, chunks: Sequence[Chunk]) -> torch.Tensor:
-        return torch.zeros(sum(chunk.wants_logits for chunk in chunks), VOCAB_SIZE)
+LIMITS = {"max_model_len": 256, "max_num_batched_tokens": 64}
+NBYTES = 3 << 19  # 6 sequences of 256 tokens when every layer keeps all of them
+PROMPT_LEN = 16
 
 
-def test_an_engine_runs_as_many_of_the_longest_as_the_budget_seats_without_preemption() -> None:
-    """Ten windowed layers (W 64) to four full ones, 512 tokens, blocks of 4: 2.5 times the max-length split."""
-    layers = [LayerSpec(i, 64 if i < 10 else None, 0, 1, 16, "float32", i) for i in range(14)]
-    layout = derive_layout(layers, block_size=4, max_model_len=512)
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
+    """Three windowed layers (W 24) to a full one."""
+    torch.set_num_threads(1)
+    return load_model(save_family("gemma3", tmp_path_factory.mktemp("model")))
+
+
+@pytest.fixture
+def layout(model: LoadedModel) -> CacheLayout:
+    return derive_layout(model.layers, block_size=4, max_model_len=LIMITS["max_model_len"])
+
+
+class Crowd:
+    """Answers of the greatest length, all asked for at once. `most`: how many were being decoded in one step."""
+
+    def __init__(
+        self, model: LoadedModel, layout: CacheLayout, num_slots: Sequence[int], numbers: Sequence[int]
+    ) -> None:
+        cache = KVCache(layout, num_slots)
+        config = EngineConfig("both", len(numbers), vocab_size=VOCAB_SIZE, **LIMITS)
+        engine = Engine(Runner(model, cache), cache, config)
+        sampling = greedy(LIMITS["max_model_len"] - PROMPT_LEN, ignore_eos=True, num_logprobs=2)
+        for number in numbers:
+            engine.handle(Serve(key(number), prompt_of(PROMPT_LEN, number), sampling))
+        self.most, self.num_finished = 0, 0
+        self.tokens: defaultdict[int, list[tuple[int, TokenLogprobs]]] = defaultdict(list)
+        while engine.has_work:
+            self.most = max(self.most, len(engine._scheduler.answers))
+            for event in engine.step():
+                self.num_finished += isinstance(event, FinishedEvent)
+                if isinstance(event, TokensEvent):
+                    self.tokens[int(event.key.transfer_id, 16)] += zip(event.token_ids, event.logprobs, strict=True)
+        self.num_preemptions, self.num_used = engine.stats().num_preemptions, engine.stats().num_used_slots
+        cache.close()
+
+
+def certain(tokens: Sequence[tuple[int, TokenLogprobs]]) -> list[int]:
+    """Ids before the first near-tie, which the shape of a batch may decide."""
+    ids = []
+    for token_id, logprobs in tokens:
+        (_, first), (_, second) = logprobs.top
+        if first - second < MIN_GAP:
+            break
+        ids.append(token_id)
+    return ids
+
+
+def test_a_model_runs_as_many_of_the_longest_as_the_budget_seats(model: LoadedModel, layout: CacheLayout) -> None:
+    """At least 2.5 times the max-length split, none preempted, each answering as if alone."""
     count = num_seated(layout, NBYTES, **LIMITS)
-    assert count >= 2.5 * num_seated_by_length(layout, NBYTES, max_model_len=512)
+    assert count >= 2.5 * num_seated_by_length(layout, NBYTES, max_model_len=LIMITS["max_model_len"])
     slots = split_budget(layout, nbytes=NBYTES, max_num_seqs=count, **LIMITS)
-    assert seats(layout, slots, **LIMITS) >= count
-    cache = KVCache(layout, slots)
-    engine = Engine(IndifferentRunner(), cache, EngineConfig("both", count, 256, 512, False, VOCAB_SIZE))
-    for number in range(count):
-        engine.handle(Serve(key(number), (1,) * 32, greedy(480, ignore_eos=True)))
-    most, finished = 0, 0
-    while engine.has_work:
-        most = max(most, len(engine._scheduler.answers))
-        finished += sum(isinstance(event, FinishedEvent) for event in engine.step())
-    assert (most, finished, engine.stats().num_preemptions) == (count, count, 0)
-    assert engine.stats().num_used_slots == 0
-    cache.close()
+    assert num_seats(layout, slots, **LIMITS) == count
+    crowd = Crowd(model, layout, slots, range(count))
+    assert (crowd.most, crowd.num_finished, crowd.num_preemptions, crowd.num_used) == (count, count, 0, 0)
+    for number in (0, count // 2, count - 1):
+        alone = certain(Crowd(model, layout, slots, [number]).tokens[number])
+        assert len(set(alone)) > 10, "the answer says nothing"
+        assert [token_id for token_id, _ in crowd.tokens[number]][: len(alone)] == alone
+
+
+def test_one_more_than_the_budget_seats_has_to_wait_or_give_way(model: LoadedModel, layout: CacheLayout) -> None:
+    """Negative control."""
+    count = num_seated(layout, NBYTES, **LIMITS)
+    slots = split_budget(layout, nbytes=NBYTES, max_num_seqs=count, **LIMITS)
+    crowd = Crowd(model, layout, slots, range(count + 1))
+    assert crowd.num_finished == count + 1
+    assert crowd.num_preemptions > 0 or crowd.most <= count

@@ -10,6 +10,8 @@ from support.cache_oracle import needed_blocks
 from support.engine_pair import HASHER, LAYOUT, TestedEngine, greedy, key, prompt_of, transfer
 from support.fake_runner import reference_tokens
 
+from disagg.cache.prefix_cache import blocks_of
+from disagg.engine import scheduler
 from disagg.engine.commands import (
     Decode,
     DropSoft,
@@ -127,8 +129,8 @@ def test_a_block_reused_under_a_wrong_name_shows_in_the_tokens():
     tested = engine()
     tested.serve_all([Serve(key(1), prompt_of(24, 1), greedy(5))])
     tree = tested.cache._prefixes.tree
-    wrong = tree.match("", prompt_of(24, 1))
-    tree.match = lambda salt, tokens, precision: wrong[: len(tokens) // T]
+    wrong = tree.match("", blocks_of(prompt_of(24, 1), T))
+    tree.match = lambda salt, blocks, precision: wrong[: len(list(blocks))]
     tested.serve_all([Serve(key(2), prompt_of(24, 2), greedy(5))])
     assert tested.tokens(key(2)) != reference_tokens(LAYOUT, prompt_of(24, 2), greedy(5))
 
@@ -177,6 +179,41 @@ def test_a_prompt_that_is_held_whole_receives_nothing():
     source, target = pair()
     hand_over(source, target, 1, prompt_of(24), greedy(4))
     assert hand_over(source, target, 2, prompt_of(24), greedy(4)) == [[], [], []]
+
+
+def begin_received(monkeypatch, *, at_once, max_tokens):
+    """A decode worker that registers so many blocks at once, at the first token of a received prompt of 40 tokens."""
+    monkeypatch.setattr(scheduler, "REGISTERED_AT_ONCE", at_once)
+    source, target = pair(max_num_batched_tokens=64)
+    target.handle(Reserve(key(1), prompt_of(40), greedy(max_tokens)))
+    source.handle(Prefill(key(1), prompt_of(40), greedy(max_tokens)))
+    source.run()
+    target.handle(Decode(key(1), transfer(source, target, key(1), 40)))
+    return target
+
+
+def test_a_long_received_prompt_is_registered_over_several_steps(monkeypatch):
+    target = begin_received(monkeypatch, at_once=3, max_tokens=9)
+    cached = target.cache._sequences[key(1)]
+    committed = [cached.committed // T]
+    while committed[-1] < 10:
+        target.step()
+        committed.append(cached.committed // T)
+    assert committed == [3, 6, 9, 10]
+    target.run()
+    answer = target.tokens(key(1))
+    assert answer == reference_tokens(LAYOUT, prompt_of(40), greedy(9))
+    assert computed_tokens(target, Serve(key(2), (*prompt_of(40), *answer, 1, 2), greedy(2))) == 51 - 48
+
+
+@pytest.mark.parametrize("is_cancelled", [False, True])
+def test_an_answer_that_ends_before_registers_the_rest_of_its_prompt(monkeypatch, is_cancelled):
+    target = begin_received(monkeypatch, at_once=3, max_tokens=9 if is_cancelled else 2)
+    target.step()
+    if is_cancelled:
+        target.handle(Release(key(1)))
+    assert not target.stats().live_keys
+    assert computed_tokens(target, Serve(key(2), prompt_of(40) + prompt_of(9, 3), greedy(2))) == 9
 
 
 def test_a_windowed_miss_with_a_full_hit_receives_only_the_windowed_blocks():
@@ -228,11 +265,32 @@ def test_blocks_that_failed_verification_are_computed_again():
     assert computed_tokens(source, Prefill(key(2), prompt_of(30), greedy(4))) == 30 - 2 * T
 
 
+def counts(tested):
+    return [(count.num_queried, count.num_hit) for count in tested.stats().reuse]
+
+
 def test_reuse_is_counted_per_group():
     source, target = pair()
     for number in (1, 2):
         hand_over(source, target, number, prompt_of(24), greedy(4))
-    assert [(c.num_queried, c.num_hit) for c in source.stats().reuse] == [(10, 5)] * 3
-    assert [(c.num_queried, c.num_hit) for c in target.stats().reuse] == [
-        (2 * len(group), len(group)) for group in missing(24, 0)
-    ]
+    assert counts(source) == [(2 * len(group), len(group)) for group in missing(20, 0)]  # where the last block begins
+    assert counts(target) == [(2 * len(group), len(group)) for group in missing(24, 0)]
+
+
+def test_the_group_that_misses_shows_in_its_own_hit_rate():
+    tested = engine()
+    tested.serve_all([Serve(key(1), prompt_of(24), greedy(2))])
+    lone = tested.cache.pools[tested.cache.layout.pool_of_group[0]]
+    lone.free(lone.allocate(lone.num_free))
+    assert computed_tokens(tested, Serve(key(2), prompt_of(24), greedy(2))) == 24
+    assert counts(tested) == [(2 * len(group), hit) for group, hit in zip(missing(20, 0), [0, 5, 4], strict=True)]
+
+
+def test_a_request_is_counted_once_however_often_it_begins():
+    source = engine(role="prefill", num_slots=(60, 120))
+    source.serve_all([Prefill(key(1), prompt_of(24), greedy(2))])
+    first = counts(source)
+    for command in (DropSoft(key(1)), Pin(key(1))):
+        source.serve_all([command])
+    assert source.computed(key(1)) is not None
+    assert counts(source) == first == [(len(group), 0) for group in missing(20, 0)]

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from support.cache_oracle import needed_blocks
 from support.engine_pair import LAYOUT, TestedEngine, greedy, key, prompt_of, transfer
 from support.fake_runner import reference_tokens
 
+from disagg.cache.admission import peak_slots
 from disagg.cache.cache import KVCache
 from disagg.cache.identity import BlockHasher
 from disagg.cache.layout import CacheLayout, LayerSpec, derive_layout
@@ -87,6 +89,36 @@ def test_a_prompt_in_one_step_takes_few_slots() -> None:
         peaks[mode] = engine.stats().pools[0].peak_used
     # 20 blocks; live at the end: 2 + 1 + 20 + 3, of windows 9, 6, full and 12; scratch: 18 / 4, 19 / 2 and 17 / 1
     assert peaks == {"off": 80, "on": 2 + 1 + 20 + 3 + 5 + 10 + 17}
+
+
+@pytest.mark.parametrize("mode", ["on", "reuse"])
+@settings(deadline=None, max_examples=40)
+@given(length=st.integers(1, 60), batched_tokens=st.integers(1, 60), name=st.sampled_from(list(LAYOUTS)))
+@example(length=30, batched_tokens=15, name="sinks and two pools")
+def test_a_pool_of_just_what_is_promised_computes_the_prompt(
+    mode: str, length: int, batched_tokens: int, name: str
+) -> None:
+    layout = replace(LAYOUTS[name][0], uses_scratch=True)
+    peaks = peak_slots(layout, total_tokens=length, history=0, step_tokens=min(length, batched_tokens))
+    engine = TestedEngine(
+        role="prefill",
+        layout=layout,
+        num_slots=[peak + 2 for peak in peaks],
+        max_num_seqs=1,
+        max_num_batched_tokens=batched_tokens,
+        swa_scratch=mode,
+    )
+    engine.serve_all([Prefill(key(1), prompt_of(length), greedy(2))])
+    assert engine.computed(key(1)) is not None
+
+
+def test_a_step_that_holds_more_than_was_promised_is_noticed() -> None:
+    """Negative control: the 58 slots of the test above, 32 of them scratch, which nobody holds between steps."""
+    engine = TestedEngine(role="prefill", layout=WIDE, num_slots=(200,), max_num_batched_tokens=80, swa_scratch="on")
+    engine.handle(Prefill(key(1), prompt_of(80), greedy(2)))
+    engine._scheduler._promises.shrink(key(1), (57,))
+    with pytest.raises(AssertionError, match=r"58,.*> .*57,"):
+        engine.step()
 
 
 @pytest.mark.parametrize("seed", range(6))

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 from support.token_walk import attends
 
 from disagg.cache.layout import CacheLayout, LayerGroup, LayerSpec, derive_layout
@@ -25,6 +28,37 @@ def resident_blocks(capacity: int, history: int, group: LayerGroup, block_size: 
         if readable_later(token, history, group.window, group.num_sink_tokens):
             blocks.add(token // block_size)
     return blocks
+
+
+def outdated_blocks(history: int, capacity: int, until: int, group: LayerGroup, block_size: int) -> list[int]:
+    """Blocks, none of whose tokens was there before the step, that no query from `until` on reads; token by token."""
+    found = []
+    for ordinal in range(-(-capacity // block_size)):
+        tokens = range(ordinal * block_size, (ordinal + 1) * block_size)
+        is_new = all(token >= history for token in tokens)
+        if is_new and not any(readable_later(token, until, group.window, group.num_sink_tokens) for token in tokens):
+            found.append(ordinal)
+    return found
+
+
+def num_seats(layout: CacheLayout, num_slots: Sequence[int], max_model_len: int, max_num_batched_tokens: int) -> int:
+    """Sequences of the longest that pools of so many slots, two reserved, hold at once without scratch: as published.
+
+    windowed slots >= N*(floor((W+T-2)/T)+1+sink_blocks) + ceil(B/T) + min(N, 8), a full group all blocks of all.
+    """
+    size, count = layout.block_size, 0
+    whole, step = math.ceil(max_model_len / size), math.ceil(max_num_batched_tokens / size)
+    while True:
+        count += 1
+        demand = [2] * layout.num_pools
+        for group, pool in zip(layout.groups, layout.pool_of_group, strict=True):
+            most = count * whole
+            if group.window is not None:
+                live = (group.window + size - 2) // size + 1 + math.ceil(group.num_sink_tokens / size)
+                most = min(most, count * live + step + min(count, 8))
+            demand[pool] += most
+        if any(need > have for need, have in zip(demand, num_slots, strict=True)):
+            return count - 1
 
 
 def tiny_layout(

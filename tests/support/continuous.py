@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from support.families import Reference
 
 from disagg.cache.cache import CachedSequence, KVCache
 from disagg.cache.layout import derive_layout
-from disagg.cache.pool import NULL_SLOT
+from disagg.cache.pool import NULL_SLOT, TRASH_SLOT
 from disagg.engine.model import LoadedModel
 from disagg.engine.runner import Chunk, Runner
 
@@ -42,16 +43,17 @@ def make_cache(model: LoadedModel, *, block_size: int, num_slots: int, uses_scra
 
 def poison_free_slots(cache: KVCache) -> None:
     for pool in cache.pools:
-        free = [slot for slot in range(pool.num_slots) if slot != NULL_SLOT and (slot == 1 or pool.is_free(slot))]
-        pool.memory[free] = _nan_byte(cache)
+        is_free = pool.num_refs(np.arange(pool.num_slots)) == 0
+        is_free[NULL_SLOT], is_free[TRASH_SLOT] = False, True
+        pool.memory[np.flatnonzero(is_free)] = _nan_byte(cache)
 
 
 def poison_scratch_slots(cache: KVCache, sequences: Sequence[CachedSequence]) -> None:
     """Every page of them is written before it is read, by every layer anew."""
     for sequence in sequences:
-        for scratch, pool in zip(sequence.scratch, cache.layout.pool_of_group, strict=False):
+        for group, scratch in enumerate(sequence.scratch):
             if scratch is not None:
-                cache.pools[pool].memory[list(scratch.slots)] = _nan_byte(cache)
+                cache.pools[cache.layout.pool_of_group[group]].memory[list(scratch.slots)] = _nan_byte(cache)
 
 
 def _nan_byte(cache: KVCache) -> int:

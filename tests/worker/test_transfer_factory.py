@@ -65,7 +65,8 @@ def test_units_asked_for_are_those_that_hold_a_needed_token_in_a_reserved_block(
         units = {token // unit for token in tokens if token // block_size not in held[group]}
         assert destinations[group] == [(n, 10 + n * unit // block_size) for n in sorted(units)]
         for block, _ in reserved[group]:
-            parts = range(block * block_size // unit, (block + 1) * block_size // unit)
+            stored = range(block * block_size, min((block + 1) * block_size, prompt_len))
+            parts = {token // unit for token in stored}
             assert ((group, block) in partial) == (not units.issuperset(parts))
     asked = factory.reserved(ask, destinations)
     assert [list(entry.ordinals) for entry in asked.required] == [[n for n, _ in pairs] for pairs in destinations]
