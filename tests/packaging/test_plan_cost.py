@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 from support.tools import load_script
 
+pytestmark = pytest.mark.processes  # in true time: beside another test it would measure that one too
+
 REPEAT = 20
 SHORT, LONG = 1 << 10, 128 << 10
 
