@@ -6,7 +6,6 @@ A difference is refused by the name of the field and both values, so that an ope
 from __future__ import annotations
 
 from dataclasses import fields, is_dataclass, replace
-from math import inf
 from typing import Any, Final
 
 from disagg.transceiver.errors import MAX_TOLD_CHARS, clipped
@@ -21,6 +20,9 @@ Difference = tuple[str, str, str]
 MAX_SLOT_NBYTES: Final = 1 << 30
 """Of a peer whose geometry differs: the probe needs room for two of its slots, whatever block size it claims. 1 GiB is
 a block of 3276 tokens of Llama 3 70B in bfloat16, all layers together."""
+
+_SMALLEST, _LARGEST = 2.0**-126, (2 - 2.0**-23) * 2.0**127
+"""float32's range of full precision, in which scales are multiplied: beyond it one would become 0 or infinite."""
 
 _RANK_FIELDS: Final = ("tensor_parallel_size", "pipeline_parallel_size", "stages", "rank")
 
@@ -77,12 +79,16 @@ def _impossible(geometry: Geometry) -> str | None:
 
 
 def _are_scales(geometry: Geometry) -> bool:
-    """Positive numbers, of each group for every layer and head of the model, or none."""
+    """Positive numbers that float32 holds, of each group for every layer and head of the model, or none."""
     if len(geometry.kv_scales) != len(geometry.groups):
         return False
     return all(
         len(scales) in (0, len(group.layers))
-        and all(len(half) == group.num_kv_heads and all(0 < x < inf for x in half) for pair in scales for half in pair)
+        and all(
+            len(half) == group.num_kv_heads and all(_SMALLEST <= x <= _LARGEST for x in half)
+            for pair in scales
+            for half in pair
+        )
         for group, scales in zip(geometry.groups, geometry.kv_scales, strict=True)
     )
 

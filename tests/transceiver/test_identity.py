@@ -71,3 +71,13 @@ def test_slots_that_no_memory_holds_pair_with_nobody(block_size: int, field: str
     ours, theirs = (Geometry(size, "float32", (group,), (2048 * size,)) for size in (16, block_size))
     found = geometry_difference(ours, theirs)
     assert (found and found[0]) == field
+
+
+@pytest.mark.parametrize("scale", [0.0, -1.0, 1e-40, 1e300, float("inf"), float("nan"), 0.5])
+def test_scales_are_positive_numbers_that_float32_holds(scale: float) -> None:
+    group = GroupSemantics(None, 0, 1, 4, (0,))
+    ours = Geometry(8, "float32", (group,), (256,))
+    theirs = Geometry(8, "int8", (group,), (64,), kv_scales=((((scale,), (scale,)),),))
+    found = geometry_difference(ours, theirs)
+    assert (found is None) == (scale == 0.5)
+    assert found is None or found[0] == "kv_scales"
