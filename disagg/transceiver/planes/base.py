@@ -10,16 +10,13 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from disagg.transceiver.messages.values import PlaneOffer
-from disagg.transceiver.planes.runs import adjacent, ints
-
-if TYPE_CHECKING:
-    from disagg.transceiver.hashing import Hasher  # which works on what is defined here
+from disagg.transceiver.planes.runs import Ints, adjacent, ints
 
 Bytes = npt.NDArray[np.uint8]
 
@@ -116,6 +113,29 @@ class SourcePlane(ABC):
         """Release sockets and mappings. Safe to repeat."""
 
 
+class UnitHasher(Protocol):
+    """Whom a plane shows what landed: `disagg.transceiver.hashing.Hasher`. On the landing thread."""
+
+    def copy(
+        self,
+        to: Sequence[PoolRegion],
+        source: Sequence[PoolRegion],
+        pools: Ints,
+        slots: Ints,
+        source_slots: Ints,
+    ) -> None:
+        """Copy each unit, and hash it where it now lies unless somebody is to see it in between."""
+
+    def look(self) -> None:
+        """Hash the units in their slots, unless `copy` has."""
+
+    def copied(self) -> None:
+        """All of the job lies in its slots; `take` follows."""
+
+    def take(self, start: int, rows: Bytes, dtype: str) -> None:
+        """Hash units from number `start` on by their bytes, contiguous `[n, nbytes]` of `dtype`."""
+
+
 class LandingPlane(ABC):
     """Receiver side of a plane, one per source incarnation."""
 
@@ -162,7 +182,7 @@ class LandingPlane(ABC):
         Raises `SourceChanged` when a generation differs before or after the copy; destinations are then garbage.
         """
 
-    def land_and_hash(self, job: LandingJob, hasher: Hasher) -> int:
+    def land_and_hash(self, job: LandingJob, hasher: UnitHasher) -> int:
         """`land`, and show `hasher` every unit where it now lies. Runs on the landing thread; raises as `land`.
 
         Returns how many numbers became the largest of our format, where landing converts.

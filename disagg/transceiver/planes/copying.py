@@ -4,17 +4,13 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from disagg.kernels import native
 from disagg.transceiver.errors import RemoteProtocolError, SourceChanged
-from disagg.transceiver.planes.base import Bytes, LandingJob, LandingPlane, PoolRegion
+from disagg.transceiver.planes.base import Bytes, LandingJob, LandingPlane, PoolRegion, UnitHasher
 from disagg.transceiver.planes.runs import Ints, adjacent
-
-if TYPE_CHECKING:
-    from disagg.transceiver.hashing import Hasher  # which copies with what is defined here
 
 Copy = Callable[[Sequence[PoolRegion], Sequence[PoolRegion], Ints, Ints, Ints], None]
 """Destination and source pools, then per unit its pool, its slot and its source slot: `copy_slots`, or with a look."""
@@ -27,7 +23,7 @@ class CopyingLandingPlane(LandingPlane):
     def land(self, job: LandingJob, copy: Copy | None = None) -> int:
         """As `LandingPlane.land`, by `copy` where it is given."""
 
-    def land_and_hash(self, job: LandingJob, hasher: Hasher) -> int:
+    def land_and_hash(self, job: LandingJob, hasher: UnitHasher) -> int:
         """Units are hashed as they are copied, unless somebody is to see them in between."""
         self.land(job, hasher.copy)
         hasher.look()

@@ -20,10 +20,9 @@ from typing import Final
 import numpy as np
 
 from disagg.transceiver.errors import LocalProtocolError, RemoteProtocolError
-from disagg.transceiver.hashing import Hasher
 from disagg.transceiver.messages.values import Geometry, PlaneOffer
 from disagg.transceiver.outbox import SLICE_NBYTES
-from disagg.transceiver.planes.base import Bytes, Destination, LandingJob, LandingPlane, PoolRegion
+from disagg.transceiver.planes.base import Bytes, Destination, LandingJob, LandingPlane, PoolRegion, UnitHasher
 from disagg.transceiver.planes.copying import check_generations, check_slots
 from disagg.transceiver.planes.probe import PROBE_ID
 from disagg.transceiver.planes.reading import ReadingLandingPlane
@@ -119,7 +118,7 @@ class ReshapingPlane(LandingPlane):
     def land(self, job: LandingJob) -> int:
         return self._inner.land(job) if job.transfer_id == PROBE_ID else self._store_all(job).nbytes
 
-    def land_and_hash(self, job: LandingJob, hasher: Hasher) -> int:
+    def land_and_hash(self, job: LandingJob, hasher: UnitHasher) -> int:
         """Units are hashed by the canonical bytes that can be read from where they now lie, or where the conversion
         rounded, by those that were converted."""
         stored = self._store_all(job)
