@@ -74,6 +74,10 @@ class CachedSequence:
         """Whether blocks that become whole are still registered."""
         return self.chain is not None and not self.chain.is_stopped
 
+    def takes(self, position: int) -> bool:
+        """Whether the next token, at `position`, needs no `resize`: no block begins with it, and none goes stale."""
+        return position < self.room and position <= self.steady_until
+
     @property
     def num_blocks(self) -> int:
         """Ordinals that its tables span, holes included (0 for a model without KV)."""
@@ -210,7 +214,7 @@ class KVCache:
 
         To be called before the history passes them, else windows have let go of what could have been kept.
         """
-        assert sequence.committed + len(tokens) <= sequence.capacity, f"{sequence.key}: more tokens than blocks"
+        assert sequence.committed + len(tokens) <= sequence.room, f"{sequence.key}: more tokens than blocks"
         if self._prefixes is None or sequence.chain is None or not sequence.is_committing:
             return
         first, blocks = sequence.committed // self.layout.block_size, list(blocks_of(tokens, self.layout.block_size))

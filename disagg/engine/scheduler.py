@@ -322,11 +322,10 @@ class Scheduler:
 
         Appends to `events` what was dropped for their growth.
         """
-        size = self._layout.block_size
         for answer in self.answers:
-            if answer.num_stored % size == 0:  # else the token goes into a block that was promised with its first one
-                self._grow(answer, events)
-        work = [self._decode(answer) for answer in self.answers]
+            if not answer.cached.takes(answer.num_stored):
+                self._make_ready(answer, events)
+        work = [Work(answer, (answer.output[-1],), answer.num_stored) for answer in self.answers]
         prompts = self.prompts
         budget = self._max_num_batched_tokens - len(work)
         max_chunks = min(MAX_PREFILLS_PER_STEP, self._max_num_seqs - len(work))
@@ -337,7 +336,7 @@ class Scheduler:
     def advance(self, work: Work) -> None:
         """The piece is computed: register the blocks it filled, and let go of what no later query reads.
 
-        A token of an answer that fills no block leaves both to the next step.
+        A token of an answer that fills no block leaves both to a later step.
         """
         sequence, end, size = work.sequence, work.end, self._layout.block_size
         if isinstance(sequence, DecodingSequence):
@@ -364,10 +363,18 @@ class Scheduler:
         if end - cached.committed >= self._layout.block_size and cached.is_committing:
             self._cache.commit(cached, sequence.tokens(cached.committed, end))
 
-    def _grow(self, answer: DecodingSequence, events: list[EngineEvent]) -> None:
-        """Promise the answer room for its next block, or preempt it; nothing if it was preempted for an older one."""
+    def _make_ready(self, answer: DecodingSequence, events: list[EngineEvent]) -> None:
+        """Size the answer's blocks for its next token, if it was not preempted for an older one, nor must be now."""
+        stored = answer.num_stored
         if self._live.get(answer.key) is not answer:
             return
+        # A token that begins no block goes into one that was promised with its first.
+        if stored % self._layout.block_size == 0 and not self._grow(answer, events):
+            return
+        self._size(answer, capacity=stored + 1, history=stored)
+
+    def _grow(self, answer: DecodingSequence, events: list[EngineEvent]) -> bool:
+        """Promise the answer room for its next block. False when it was itself preempted for that."""
         stored, soft = answer.num_stored, None
         peaks = self.peaks(answer.request, total_tokens=stored + 1, history=stored)
         while not self._promises.try_grow(answer.key, peaks):
@@ -378,7 +385,8 @@ class Scheduler:
             victim = next(s for s in reversed(self._live.values()) if self._is_preemptible(s))
             self._preempt(victim)
             if victim is answer:
-                return
+                return False
+        return True
 
     def _is_preemptible(self, sequence: LiveSequence) -> bool:
         """Running here and for nobody else, and possible to compute anew."""
@@ -399,11 +407,6 @@ class Scheduler:
         self._promises.release(sequence.key)
         prompt.cached, prompt.is_checking = None, False
         self._urgent.appendleft(prompt)
-
-    def _decode(self, answer: DecodingSequence) -> Work:
-        stored = answer.num_stored
-        self._size(answer, capacity=stored + 1, history=stored)
-        return Work(answer, (answer.output[-1],), stored)
 
     def _chunk(self, prompt: PromptSequence, count: int) -> Work:
         start = prompt.num_computed
