@@ -323,8 +323,8 @@ class Scheduler:
         Appends to `events` what was dropped for their growth.
         """
         for answer in self.answers:
-            if not answer.cached.takes(answer.num_stored):
-                self._make_ready(answer, events)
+            if answer.num_stored >= answer.cached.room:  # else its token goes into a block that it has
+                self._begin_block(answer, events)
         work = [Work(answer, (answer.output[-1],), answer.num_stored) for answer in self.answers]
         prompts = self.prompts
         budget = self._max_num_batched_tokens - len(work)
@@ -336,17 +336,14 @@ class Scheduler:
     def advance(self, work: Work) -> None:
         """The piece is computed: register the blocks it filled, and let go of what no later query reads.
 
-        A token of an answer that fills no block leaves both to a later step.
+        An answer lets go of it with its next block.
         """
-        sequence, end, size = work.sequence, work.end, self._layout.block_size
-        if isinstance(sequence, DecodingSequence):
-            if end - sequence.cached.committed >= size:
-                self.register_some(sequence, end)
-            if end % size:
-                return
-        else:
+        sequence, end = work.sequence, work.end
+        if isinstance(sequence, PromptSequence):
             self._register(sequence, end)
-        self._size(sequence, capacity=end, history=end)
+            self._size(sequence, capacity=end, history=end)
+        elif end - sequence.cached.committed >= self._layout.block_size:
+            self.register_some(sequence, end)
 
     def register_some(self, answer: DecodingSequence, end: int) -> None:
         """`REGISTERED_AT_ONCE` more of the blocks before token `end`; steps and the answer's end register the rest.
@@ -363,15 +360,13 @@ class Scheduler:
         if end - cached.committed >= self._layout.block_size and cached.is_committing:
             self._cache.commit(cached, sequence.tokens(cached.committed, end))
 
-    def _make_ready(self, answer: DecodingSequence, events: list[EngineEvent]) -> None:
-        """Size the answer's blocks for its next token, if it was not preempted for an older one, nor must be now."""
-        stored = answer.num_stored
-        if self._live.get(answer.key) is not answer:
-            return
-        # A token that begins no block goes into one that was promised with its first.
-        if stored % self._layout.block_size == 0 and not self._grow(answer, events):
-            return
-        self._size(answer, capacity=stored + 1, history=stored)
+    def _begin_block(self, answer: DecodingSequence, events: list[EngineEvent]) -> None:
+        """Give the answer its next block, and let go of those that went stale since its last: it never holds more so.
+
+        Nothing if it was preempted for an older one, or must be now.
+        """
+        if self._live.get(answer.key) is answer and self._grow(answer, events):
+            self._size(answer, capacity=answer.num_stored + 1, history=answer.num_stored)
 
     def _grow(self, answer: DecodingSequence, events: list[EngineEvent]) -> bool:
         """Promise the answer room for its next block. False when it was itself preempted for that."""
