@@ -428,8 +428,10 @@ class Scheduler:
     def check_invariants(self) -> None:
         """Promises fit the pools; nobody holds more than was promised; who waits holds nothing. Also within a step."""
         self._promises.check_invariants()
-        kinds, self._by_kind = self._by_kind, None
-        assert kinds is None or kinds == self._kinds(), "somebody came or went unseen"
+        if (kept := self._by_kind) is not None:
+            self._by_kind = None
+            assert self._kinds() == kept, "somebody came or went unseen"
+            self._by_kind = kept
         waiting = {sequence.key for line in (self._urgent, self._line, self._soft_line) for sequence in line}
         for key, sequence in self._live.items():
             assert sequence.key == key
