@@ -153,9 +153,10 @@ def decode(cache: KVCache, prompt: Tokens) -> float:
     cache.commit(sequence, prompt)
     started = time.perf_counter()
     for stored in range(len(prompt), len(tokens)):
-        assert cache.resize(sequence, capacity=stored + 1, history=stored)
+        if stored >= sequence.room:
+            assert cache.resize(sequence, capacity=stored + 1, history=stored)
         if (stored + 1) % BLOCK_SIZE == 0:
-            advance(cache, sequence, tokens, stored + 1)
+            cache.commit(sequence, tokens[sequence.committed : stored + 1])
     took = time.perf_counter() - started
     cache.close_sequence(sequence)
     return took
@@ -167,15 +168,11 @@ def prefill(cache: KVCache, prompt: Tokens) -> float:
     for start in range(cache.reuse_prefix(sequence, prompt), len(prompt), CHUNK):
         end = min(start + CHUNK, len(prompt))
         assert cache.resize(sequence, capacity=end, history=start)
-        advance(cache, sequence, prompt, end)
+        cache.commit(sequence, prompt[sequence.committed : end])
+        assert cache.resize(sequence, capacity=end, history=end)
     took = time.perf_counter() - started
     cache.close_sequence(sequence)
     return took
-
-
-def advance(cache: KVCache, sequence: CachedSequence, tokens: Tokens, end: int) -> None:
-    cache.commit(sequence, tokens[sequence.committed : end])
-    assert cache.resize(sequence, capacity=end, history=end)
 
 
 class IndifferentRunner:

@@ -82,7 +82,7 @@ def begin(engine: Engine, batch: int) -> None:
     for key in keys:
         prompt = torch.randint(3, 2048, (PROMPT_LEN,), generator=generator).tolist()
         engine.handle(Serve(key, tuple(prompt), sampling))
-    while engine.stats().prompt_tokens_computed % (batch * PROMPT_LEN):
+    while engine.stats().prompt_tokens_computed < batch * PROMPT_LEN:
         engine.step()
 
 

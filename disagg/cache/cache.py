@@ -1,13 +1,12 @@
 """Who holds which block: per sequence and group a table (index = ordinal, value = slot or -1), over several pools.
 
-A sequence has three cursors, committed <= history <= capacity, and one atomic `resize`. Stale blocks go as history
-advances, in prefill chunks and in decode alike. `committed` counts tokens in registered, immutable blocks: several
-sequences may refer to the slots of these, and they stay behind, cached, when the last one lets go.
+A sequence has three cursors, committed <= history <= capacity, and one atomic `resize`. Stale blocks go with it: after
+each prefill chunk, and in decode when the next block is needed. `committed` counts tokens in registered, immutable
+blocks: several sequences may refer to the slots of these, and they stay behind, cached, when the last one lets go.
 """
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Collection, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -66,8 +65,8 @@ class CachedSequence:
     room: int = 0
     """Tokens that fit its blocks: the capacity, rounded up."""
     is_open: bool = True
-    steady_until: int = 0
-    """Up to this history no group has more stale blocks than now."""
+    trimmed: int = 0
+    """The history of the last `resize`: the tables hold what is not stale there."""
 
     @property
     def is_committing(self) -> bool:
@@ -131,17 +130,15 @@ class KVCache:
         """
         assert sequence.is_open, f"sequence {sequence.key} is closed"
         assert sequence.history <= history <= capacity
-        if scratch_until or sequence.scratch or not _is_steady(sequence, capacity, history):
-            scratch = self._scratch_ranges(capacity, history, scratch_until)
-            changes = self._changes(sequence, capacity, history, scratch)
-            if not self._fits(sequence, changes, scratch):
-                return False
-            self._free_scratch(sequence)
-            self._apply(sequence, changes)
-            self._allocate_scratch(sequence, scratch)
-            sequence.room = self.layout.num_blocks(capacity) * self.layout.block_size
-            sequence.steady_until = self._steady_until(history)
-        sequence.capacity, sequence.history = capacity, history
+        scratch = self._scratch_ranges(capacity, history, scratch_until)
+        changes = self._changes(sequence, capacity, history, scratch)
+        if not self._fits(sequence, changes, scratch):
+            return False
+        self._free_scratch(sequence)
+        self._apply(sequence, changes)
+        self._allocate_scratch(sequence, scratch)
+        sequence.room = self.layout.num_blocks(capacity) * self.layout.block_size
+        sequence.capacity, sequence.history, sequence.trimmed = capacity, history, history
         return True
 
     def close_sequence(self, sequence: CachedSequence, *, wipe: bool = False) -> None:
@@ -179,7 +176,8 @@ class KVCache:
             ],
         )
         self._prefixes.follow(sequence.chain, match.path[:count])
-        sequence.capacity = sequence.history = sequence.committed = sequence.room = length
+        sequence.capacity = sequence.history = sequence.committed = length
+        sequence.room = sequence.trimmed = length
         return length
 
     def reserve(self, sequence: CachedSequence, prompt: Sequence[int], *, capacity: int) -> Held | None:
@@ -208,9 +206,10 @@ class KVCache:
     def commit(self, sequence: CachedSequence, tokens: Sequence[int]) -> None:
         """The KV of these tokens, which follow the committed ones, is stored and right: register their whole blocks.
 
-        To be called before the history passes them, else windows have let go of what could have been kept.
+        They count as history from here. To be called before `resize` is told so, else windows have let go of what could
+        have been kept.
         """
-        assert sequence.committed + len(tokens) <= sequence.capacity, f"{sequence.key}: more tokens than blocks"
+        assert sequence.committed + len(tokens) <= sequence.room, f"{sequence.key}: more tokens than blocks"
         if self._prefixes is None or sequence.chain is None or not sequence.is_committing:
             return
         first, blocks = sequence.committed // self.layout.block_size, list(blocks_of(tokens, self.layout.block_size))
@@ -219,6 +218,8 @@ class KVCache:
             if first <= ordinal < first + len(blocks):
                 slots[group][ordinal - first] = HOLE
         sequence.committed += self._prefixes.register(sequence.chain, first, blocks, slots) * self.layout.block_size
+        sequence.history = max(sequence.history, sequence.committed)
+        sequence.capacity = max(sequence.capacity, sequence.history)
 
     def unregister(self, sequence: CachedSequence, ordinal: int) -> int:
         """What lies in this block, in some group, is wrong: nobody may reuse it or what extends it. Slots concerned."""
@@ -314,10 +315,11 @@ class KVCache:
 
     def _check_sequence(self, sequence: CachedSequence) -> None:
         assert 0 <= sequence.committed <= sequence.history <= sequence.capacity <= sequence.room
+        assert sequence.trimmed <= sequence.history
         first_written = sequence.history // self.layout.block_size
         for number, (group, table) in enumerate(zip(self.layout.groups, sequence.tables, strict=True)):
             pool = self.layout.pool_of_group[number]
-            wanted = self._wanted(group, sequence.capacity, sequence.history)
+            wanted = self._wanted(group, sequence.capacity, sequence.trimmed)
             _leave_out(wanted, sequence.scratch[number] if sequence.scratch else None)
             assert ((table != HOLE) == wanted).all(), f"{sequence.key}: group {group.name} holds other than it needs"
             written = table[first_written:][wanted[first_written:]].astype(np.int64)
@@ -363,14 +365,6 @@ class KVCache:
             queried = held_ordinals(every, group, self.layout.block_size, length)
             self._prefixes.count(number, len(queried), len(ordinals))
 
-    def _steady_until(self, history: int) -> int:
-        """The last history at which every group's stale range ends where it does now: at (e+1) T + W - 2 for end e."""
-        size = self.layout.block_size
-        ends = (
-            (self._stale(g, history).stop + 1) * size + g.window - 2 for g in self.layout.groups if g.window is not None
-        )
-        return min(ends, default=sys.maxsize)
-
     def _wanted(self, group: LayerGroup, capacity: int, history: int) -> NDArray[np.bool_]:
         """Which ordinals of [0, ceil(capacity/T)) must have a slot: those that are not stale at `history`."""
         wanted = np.ones(self.layout.num_blocks(capacity), dtype=np.bool_)
@@ -389,7 +383,7 @@ class KVCache:
         for number, (group, table) in enumerate(zip(self.layout.groups, sequence.tables, strict=True)):
             stale = self._stale(group, history)
             if only_grows:
-                changes.append(grow_table(table, num_blocks, self._stale(group, sequence.history), stale))
+                changes.append(grow_table(table, num_blocks, self._stale(group, sequence.trimmed), stale))
             else:
                 changes.append(change_table(table, num_blocks, (stale, scratch[number]) if scratch else (stale,)))
         return changes
@@ -452,11 +446,6 @@ class KVCache:
         for change, pool in zip(changes, self.layout.pool_of_group, strict=True):
             short[pool] -= self.pools[pool].num_sole(change.dropped)
         return max(short) <= 0
-
-
-def _is_steady(sequence: CachedSequence, capacity: int, history: int) -> bool:
-    """Whether the sequence holds what it should already: most decode steps stay inside one block."""
-    return history <= sequence.steady_until and sequence.capacity <= capacity <= sequence.room
 
 
 def _leave_out(wanted: NDArray[np.bool_], scratch: Scratch | None) -> None:

@@ -30,6 +30,8 @@ NULL_SLOT = 0
 TRASH_SLOT = 1
 NUM_RESERVED_SLOTS = 2
 
+_ONE = np.uint64(1)
+
 
 class SlotPool:
     """`num_slots` slots of `slot_nbytes` bytes, the two reserved ones included. Single threaded.
@@ -48,7 +50,8 @@ class SlotPool:
         self._is_empty[:NUM_RESERVED_SLOTS] = False
         self._num_refs: NDArray[np.int32] = np.zeros(num_slots, dtype=np.int32)
         self._is_registered: NDArray[np.bool_] = np.zeros(num_slots, dtype=np.bool_)
-        self._is_tainted: NDArray[np.bool_] = np.zeros(num_slots, dtype=np.bool_)
+        self.tainted: set[int] = set()
+        """Slots whose content was found wrong, or may not be finite, while somebody still refers to them."""
         self._cached: OrderedDict[int, None] = OrderedDict()
         self._num_empty = num_slots - NUM_RESERVED_SLOTS
         self.on_evict: Callable[[Sequence[int]], None] = _forget_nothing
@@ -84,15 +87,15 @@ class SlotPool:
         if self._num_empty < count:
             self._evict_oldest(count - self._num_empty)
         slots = self._choose(count)
-        is_run = slots[-1] - slots[0] == count - 1
-        index = slice(slots[0], slots[-1] + 1) if is_run else slots  # numpy follows a slice many times faster
+        taken: list[int] = slots.tolist()
+        is_run = taken[-1] - taken[0] == count - 1
+        index = slice(taken[0], taken[-1] + 1) if is_run else slots  # numpy follows a slice many times faster
         self._is_empty[index] = False
         self._num_refs[index] = 1
         self._num_empty -= count
         self.peak_used = max(self.peak_used, self.num_used)
-        self.generations[index] += np.uint64(1)
+        self.generations[index] += _ONE
         self.sides.zero(slots)
-        taken: list[int] = slots.tolist()
         return taken
 
     def retain(self, slots: Table) -> None:
@@ -115,7 +118,7 @@ class SlotPool:
         assert refs.all(), "a free slot was freed"
         assert len(set(slots)) == len(slots), "a slot was freed twice in one call"
         if wipe:
-            self._is_tainted[index] = True
+            self.tainted.update(slots)
         self._num_refs[index] = refs - 1
         index = index[refs == 1]
         kept = self._is_registered[index]
@@ -126,14 +129,14 @@ class SlotPool:
         """Used slots hold whole blocks that others may use: they stay when the last reference goes."""
         index = np.asarray(slots, dtype=np.int64)
         assert (self._num_refs[index] > 0).all(), "a slot is registered that nobody wrote"
-        assert not self._is_tainted[index].any(), "a slot is registered that may not be finite"
+        assert self.tainted.isdisjoint(slots), "a slot is registered that may not be finite"
         self._is_registered[index] = True
 
     def unregister(self, slots: Sequence[int]) -> None:
         """Nobody may find these slots any more, nor register them again; they are zeroed as soon as they are empty."""
         index = np.asarray(slots, dtype=np.int64)
         self._is_registered[index] = False
-        self._is_tainted[index] = True
+        self.tainted.update(slots)
         cached = index[self._num_refs[index] == 0]
         for slot in cached.tolist():
             del self._cached[slot]
@@ -145,10 +148,6 @@ class SlotPool:
     @property
     def num_registered(self) -> int:
         return int(self._is_registered.sum())
-
-    def is_tainted(self, slots: Table) -> NDArray[np.bool_]:
-        """Whether the content of each was found wrong, or may not be finite, while somebody still refers to it."""
-        return self._is_tainted[slots]
 
     def num_refs(self, slots: NDArray[np.int64]) -> NDArray[np.int32]:
         """References to each slot."""
@@ -181,7 +180,7 @@ class SlotPool:
         assert (refs >= 0).all()
         assert (self._is_empty[own].astype(int) + cached[own] + (refs[own] > 0) == 1).all(), "a slot is two things"
         assert (cached == (self._is_registered & (refs == 0))).all(), "a registered slot is neither used nor cached"
-        assert not (self._is_tainted & (self._is_registered | self._is_empty)).any(), "a tainted slot is offered"
+        assert not (self._is_registered | self._is_empty)[list(self.tainted)].any(), "a tainted slot is offered"
         assert not self.memory[NULL_SLOT].any(), "the NULL slot was written"
 
     def _evict_oldest(self, count: int) -> None:
@@ -196,10 +195,10 @@ class SlotPool:
         """The slots hold nothing any more."""
         if not len(slots):
             return
-        self.generations[slots] += np.uint64(1)
-        if (tainted := self._is_tainted[slots]).any():
-            self.sides.zero(np.sort(slots[tainted]))
-            self._is_tainted[slots] = False
+        self.generations[slots] += _ONE
+        if self.tainted and (tainted := self.tainted.intersection(slots.tolist())):
+            self.sides.zero(np.array(sorted(tainted)))
+            self.tainted -= tainted
         self._is_empty[slots] = True
         self._num_empty += len(slots)
 

@@ -140,9 +140,8 @@ class PrefixCache:
     def _num_trusted(self, slots: Sequence[Table], num_blocks: int) -> int:
         """How many blocks come before the first whose content was found wrong, or may not be finite, in some group."""
         for column, number in zip(slots, self._layout.pool_of_group, strict=True):
-            is_tainted = self._pools[number].is_tainted(column)
-            if is_tainted.any() and (is_tainted := is_tainted & (column != NO_SLOT)).any():
-                num_blocks = min(num_blocks, int(is_tainted.argmax()))
+            if tainted := self._pools[number].tainted:
+                num_blocks = next((n for n, slot in enumerate(column[:num_blocks]) if slot in tainted), num_blocks)
         return num_blocks
 
     def _walk(self, chain: Chain, ordinal: int, blocks: Sequence[bytes]) -> list[Node]:

@@ -323,11 +323,10 @@ class Scheduler:
 
         Appends to `events` what was dropped for their growth.
         """
-        size = self._layout.block_size
         for answer in self.answers:
-            if answer.num_stored % size == 0:  # else the token goes into a block that was promised with its first one
-                self._grow(answer, events)
-        work = [self._decode(answer) for answer in self.answers]
+            if answer.num_stored >= answer.cached.room:  # else its token goes into a block that it has
+                self._begin_block(answer, events)
+        work = [Work(answer, (answer.output[-1],), answer.num_stored) for answer in self.answers]
         prompts = self.prompts
         budget = self._max_num_batched_tokens - len(work)
         max_chunks = min(MAX_PREFILLS_PER_STEP, self._max_num_seqs - len(work))
@@ -338,17 +337,14 @@ class Scheduler:
     def advance(self, work: Work) -> None:
         """The piece is computed: register the blocks it filled, and let go of what no later query reads.
 
-        A token of an answer that fills no block leaves both to the next step.
+        An answer lets go of it with its next block.
         """
-        sequence, end, size = work.sequence, work.end, self._layout.block_size
-        if isinstance(sequence, DecodingSequence):
-            if end - sequence.cached.committed >= size:
-                self.register_some(sequence, end)
-            if end % size:
-                return
-        else:
+        sequence, end = work.sequence, work.end
+        if isinstance(sequence, PromptSequence):
             self._register(sequence, end)
-        self._size(sequence, capacity=end, history=end)
+            self._size(sequence, capacity=end, history=end)
+        elif end - sequence.cached.committed >= self._layout.block_size:
+            self.register_some(sequence, end)
 
     def register_some(self, answer: DecodingSequence, end: int) -> None:
         """`REGISTERED_AT_ONCE` more of the blocks before token `end`; steps and the answer's end register the rest.
@@ -365,10 +361,16 @@ class Scheduler:
         if end - cached.committed >= self._layout.block_size and cached.is_committing:
             self._cache.commit(cached, sequence.tokens(cached.committed, end))
 
-    def _grow(self, answer: DecodingSequence, events: list[EngineEvent]) -> None:
-        """Promise the answer room for its next block, or preempt it; nothing if it was preempted for an older one."""
-        if self._live.get(answer.key) is not answer:
-            return
+    def _begin_block(self, answer: DecodingSequence, events: list[EngineEvent]) -> None:
+        """Give the answer its next block, and let go of those that went stale since its last: it never holds more so.
+
+        Nothing if it was preempted for an older one, or must be now.
+        """
+        if self._live.get(answer.key) is answer and self._grow(answer, events):
+            self._size(answer, capacity=answer.num_stored + 1, history=answer.num_stored)
+
+    def _grow(self, answer: DecodingSequence, events: list[EngineEvent]) -> bool:
+        """Promise the answer room for its next block. False when it was itself preempted for that."""
         stored, soft = answer.num_stored, None
         peaks = self.peaks(answer.request, total_tokens=stored + 1, history=stored)
         while not self._promises.try_grow(answer.key, peaks):
@@ -379,7 +381,8 @@ class Scheduler:
             victim = next(s for s in reversed(self._live.values()) if self._is_preemptible(s))
             self._preempt(victim)
             if victim is answer:
-                return
+                return False
+        return True
 
     def _is_preemptible(self, sequence: LiveSequence) -> bool:
         """Running here and for nobody else, and possible to compute anew."""
@@ -401,11 +404,6 @@ class Scheduler:
         prompt.cached, prompt.is_checking = None, False
         self._urgent.appendleft(prompt)
 
-    def _decode(self, answer: DecodingSequence) -> Work:
-        stored = answer.num_stored
-        self._size(answer, capacity=stored + 1, history=stored)
-        return Work(answer, (answer.output[-1],), stored)
-
     def _chunk(self, prompt: PromptSequence, count: int) -> Work:
         start = prompt.num_computed
         end = start + count
@@ -423,8 +421,10 @@ class Scheduler:
     def check_invariants(self) -> None:
         """Promises fit the pools; nobody holds more than was promised; who waits holds nothing. Also within a step."""
         self._promises.check_invariants()
-        kinds, self._by_kind = self._by_kind, None
-        assert kinds is None or kinds == self._kinds(), "somebody came or went unseen"
+        if (kept := self._by_kind) is not None:
+            self._by_kind = None
+            assert self._kinds() == kept, "somebody came or went unseen"
+            self._by_kind = kept
         waiting = {sequence.key for line in (self._urgent, self._line, self._soft_line) for sequence in line}
         for key, sequence in self._live.items():
             assert sequence.key == key

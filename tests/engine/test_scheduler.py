@@ -137,3 +137,23 @@ def test_promises_are_never_exceeded_and_everything_ends(requests):
     stats = engine.stats()
     assert (stats.live_keys, stats.num_used_slots) == ((), 0)
     assert all(pool.peak_used <= pool.num_slots - 2 for pool in stats.pools)
+
+
+# --- the cost of a step ---------------------------------------------------------------------------------------
+
+
+def test_an_answers_tables_change_once_a_block_and_the_lists_of_the_living_stay(monkeypatch):
+    engine = TestedEngine(max_num_batched_tokens=64)
+    sized = []
+    resize = engine.cache.resize
+    monkeypatch.setattr(
+        engine.cache, "resize", lambda sequence, **cursors: sized.append(cursors) or resize(sequence, **cursors)
+    )
+    engine.handle(serve(1, 8, 42))
+    engine.step()
+    assert len(sized) == 2  # the prompt's one chunk, before and after
+    answers = engine._scheduler.answers
+    for _ in range(40):
+        engine.step()
+        assert engine._scheduler.answers is answers
+    assert [cursors["history"] for cursors in sized[2:]] == list(range(8, 48, 4))
