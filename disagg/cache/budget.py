@@ -10,6 +10,8 @@ blocks that were live when it began. Those live at its end, also of `reuse`, are
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from disagg.cache.admission import Peaks, group_peak_slots, peak_slots
 from disagg.cache.errors import BudgetTooSmall
 from disagg.cache.layout import CacheLayout
@@ -26,7 +28,8 @@ def split_budget(
     """Slots per pool, the two reserved included, that together take at most `nbytes`.
 
     At least one sequence of `max_model_len` is seated, else BudgetTooSmall; at most `max_num_seqs` are: memory beyond
-    that is left alone. What is left when as many are seated as fit brings every pool the same share of the way there.
+    that is left alone. What is left when as many are seated as fit brings every pool the same share of the way there,
+    and what is too little for that goes to the pools of the smallest slots.
     """
     limits = (max_model_len, max_num_batched_tokens)
     least, most = _seat_one(layout, *limits), _seat(layout, max_num_seqs, *limits)
@@ -37,6 +40,11 @@ def split_budget(
     start, end = _nbytes(layout, base), _nbytes(layout, most)
     spare, range_ = min(nbytes, end) - start, max(1, end - start)
     slots = [low + (high - low) * spare // range_ for low, high in zip(base, most, strict=True)]
+    left = start + spare - _nbytes(layout, slots)
+    for pool in sorted(range(layout.num_pools), key=layout.slot_nbytes.__getitem__):
+        extra = min(left // layout.slot_nbytes[pool], most[pool] - slots[pool])
+        slots[pool] += extra
+        left -= extra * layout.slot_nbytes[pool]
     return tuple(slot + NUM_RESERVED_SLOTS for slot in slots)
 
 
@@ -102,7 +110,7 @@ def _step_peak(layout: CacheLayout, number: int, num_prefills: int, max_num_batc
     return min(plain, at_start + num_scratch_slots(layout.num_blocks(max_num_batched_tokens), pages) + num_prefills)
 
 
-def _nbytes(layout: CacheLayout, peaks: Peaks) -> int:
+def _nbytes(layout: CacheLayout, peaks: Sequence[int]) -> int:
     """Bytes of pools that hold `peaks` and the reserved slots."""
     return sum((n + NUM_RESERVED_SLOTS) * size for n, size in zip(peaks, layout.slot_nbytes, strict=True))
 

@@ -87,5 +87,15 @@ def test_a_worker_seats_as_many_as_the_plan_says(window, block_size, budget, bat
         assert nbytes_of(layout, slots) <= budget
 
 
+def test_what_is_left_beyond_whole_seats_is_used_to_the_last_slot():
+    layout = tiny_layout(24, 24, 24, None, block_size=8, max_model_len=128)
+    limits = {"max_model_len": 128, "max_num_batched_tokens": 37}
+    one, two = (split_budget(layout, nbytes=GIB, max_num_seqs=count, **limits) for count in (1, 2))
+    for budget in range(nbytes_of(layout, one), nbytes_of(layout, two)):
+        slots = split_budget(layout, nbytes=budget, max_num_seqs=4, **limits)
+        assert 0 <= budget - nbytes_of(layout, slots) < min(layout.slot_nbytes)
+        assert num_seats(layout, slots, **limits) == 1
+
+
 def test_a_model_without_kv_needs_no_budget():
     assert split_budget(tiny_layout(), nbytes=0, max_model_len=8, max_num_seqs=1, max_num_batched_tokens=8) == ()
