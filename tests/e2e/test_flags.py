@@ -163,6 +163,7 @@ def impatient(tmp_path_factory: pytest.TempPathFactory) -> Iterator[System]:
     model = save_family("llama", tmp_path_factory.mktemp("llama"))
     others = ("--insecure", "--verify-weights", "--log-level", "debug", "--max-num-seqs", "1")
     with running("--model", str(model), "--max-model-len", "512", *PATIENCE, *others) as system:
+        assert system.complete([5] * 9, max_tokens=4)[0] == 200  # a process's first step takes longer than any other
         yield system
 
 
@@ -186,10 +187,14 @@ def standing_still(pid: int) -> Iterator[None]:
 
 def test_blocks_wait_for_their_fetch_and_a_request_for_its_answer_only_so_long(impatient: System) -> None:
     """The decode worker stands still: no FETCH comes for what was computed, and no answer."""
+    impatient.wait_until_ready()
+    impatient.settle()
+    before = impatient.total("disagg_prompt_tokens_computed_total", worker="prefill-0")
+    prompt = [5 + int(before) % 100] * 100  # another one at a second try: what is cached is not computed
     with ThreadPoolExecutor(1) as client, standing_still(impatient.pid_of("decode-0")):
         started = time.monotonic()
-        asked = client.submit(impatient.complete, [5] * 100, max_tokens=4, request_id="stuck")
-        wait_until(lambda: impatient.total("disagg_prompt_tokens_computed_total", worker="prefill-0") == 100)
+        asked = client.submit(impatient.complete, prompt, max_tokens=4, request_id="stuck")
+        wait_until(lambda: impatient.total("disagg_prompt_tokens_computed_total", worker="prefill-0") == before + 100)
         wait_until(lambda: impatient.total("disagg_kv_blocks_used", worker="prefill-0") == 0)
         assert impatient.total("disagg_kv_blocks_peak", worker="prefill-0") > 0
         assert impatient.record("stuck")["state"] == "running"  # so nobody else told it to free them
@@ -203,6 +208,7 @@ def test_blocks_wait_for_their_fetch_and_a_request_for_its_answer_only_so_long(i
 
 
 def test_no_more_requests_wait_than_allowed(impatient: System) -> None:
+    impatient.wait_until_ready()
     with ThreadPoolExecutor(12) as clients:
         answers = list(
             clients.map(lambda i: impatient.complete([5 + i] * 9, max_tokens=60, ignore_eos=True), range(12))
