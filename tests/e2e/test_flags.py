@@ -154,7 +154,8 @@ def engine_steps(keyed: Keyed, worker: str) -> float:
 
 # --- patience -------------------------------------------------------------------------------------------------
 
-REQUEST_TIMEOUT_S = 2.5  # below the 3 s after which a silent worker is lost and its requests move on
+# With a heartbeat of 0.5 s before it, below the 3 s after which a silent worker is lost and its requests move on.
+REQUEST_TIMEOUT_S = 2.0
 PATIENCE = ("--request-timeout-s", str(REQUEST_TIMEOUT_S), "--fetch-wait-s", "0.3", "--max-queued", "2")
 
 
