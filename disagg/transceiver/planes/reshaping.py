@@ -21,7 +21,7 @@ import numpy as np
 
 from disagg.transceiver.errors import LocalProtocolError, RemoteProtocolError
 from disagg.transceiver.messages.values import Geometry, PlaneOffer
-from disagg.transceiver.outbox import SLICE_NBYTES
+from disagg.transceiver.outbox import SLICE_NBYTES, units_per_slice
 from disagg.transceiver.planes.base import Bytes, Destination, LandingJob, LandingPlane, PoolRegion, UnitHasher
 from disagg.transceiver.planes.copying import check_generations, check_slots
 from disagg.transceiver.planes.probe import PROBE_ID
@@ -135,7 +135,7 @@ class ReshapingPlane(LandingPlane):
     def _parts(self, job: LandingJob) -> Iterator[tuple[int, int]]:
         """Half-open ranges of units of one group, 8 MiB at most: what is gathered is scattered out of the cache."""
         for start, stop in by_group(job.destinations):
-            count = max(1, SLICE_NBYTES // self.cut.unit_nbytes[job.destinations[start].group])
+            count = units_per_slice((self.cut.unit_nbytes[job.destinations[start].group],))
             for first in range(start, stop, count):
                 yield first, min(first + count, stop)
 
