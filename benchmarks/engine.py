@@ -56,7 +56,7 @@ from disagg.engine.probe import probe
 from disagg.engine.runner import Chunk, Runner
 from disagg.kernels import native_attention
 from disagg.kernels.dispatch import CALLS
-from disagg.transceiver.messages.values import Sampling
+from disagg.transceiver.wire.messages.values import Sampling
 
 BLOCK_SIZE = 16
 LONGEST = 512

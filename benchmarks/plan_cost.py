@@ -27,9 +27,9 @@ from disagg.engine.commands import AttemptKey, Command, Decode, Reserve, Reserve
 from disagg.engine.engine import Engine, EngineConfig
 from disagg.engine.runner import Chunk
 from disagg.engine.scheduler import REGISTERED_AT_ONCE
-from disagg.transceiver.actions import Verified
-from disagg.transceiver.messages.values import FirstToken, Sampling, SamplingState
-from disagg.transceiver.plan import moved_nbytes, required_units
+from disagg.transceiver.layout.required import moved_nbytes, required_units
+from disagg.transceiver.protocol.actions import Verified
+from disagg.transceiver.wire.messages.values import FirstToken, Sampling, SamplingState
 
 PROMPT_LENGTHS = (1 << 10, 8 << 10, 32 << 10, 128 << 10)
 BLOCK_SIZE, WINDOW, NUM_LAYERS = 16, 1024, 48

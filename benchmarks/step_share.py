@@ -29,7 +29,7 @@ from disagg.engine.commands import AttemptKey, Serve
 from disagg.engine.engine import Engine, EngineConfig
 from disagg.engine.model import load_model
 from disagg.engine.runner import Runner
-from disagg.transceiver.messages.values import Sampling
+from disagg.transceiver.wire.messages.values import Sampling
 
 BATCHES = (1, 8, 32)
 PROMPT_LEN = 300

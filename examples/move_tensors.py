@@ -15,10 +15,10 @@ from multiprocessing.connection import Connection
 
 import torch
 
-from disagg.transceiver.foreign_pools import ForeignPools
-from disagg.transceiver.keys import ClusterKeys
-from disagg.transceiver.messages.values import AttemptKey, GroupSemantics
-from disagg.transceiver.tensor_ends import Model, TensorDestination, TensorSource
+from disagg.transceiver.library.tensor_ends import Model, TensorDestination, TensorSource
+from disagg.transceiver.memory.foreign_pools import ForeignPools
+from disagg.transceiver.wire.keys import ClusterKeys
+from disagg.transceiver.wire.messages.values import AttemptKey, GroupSemantics
 
 KEYS = ClusterKeys.from_secret(b"a secret that both processes know")
 GROUP = GroupSemantics(window=None, num_sink_tokens=0, num_kv_heads=4, head_dim=32, layers=(0, 1))

@@ -15,16 +15,26 @@ from typing import Any, Final, TypeVar, cast
 
 import numpy as np
 
-from disagg.transceiver import events as e
-from disagg.transceiver import ticket
-from disagg.transceiver.actions import Land, StopLanding, Verified
-from disagg.transceiver.codec import decode, encode
-from disagg.transceiver.errors import LocalProtocolError, RemoteProtocolError
-from disagg.transceiver.keys import ClusterKeys
-from disagg.transceiver.links import ControlServer
-from disagg.transceiver.messages import peer as p
-from disagg.transceiver.messages.router import PeerTarget
-from disagg.transceiver.messages.values import (
+from disagg.transceiver.layout.ranks import natural_slot_nbytes, pool_of_group
+from disagg.transceiver.memory.regions import PoolRegion
+from disagg.transceiver.peers.link import PeerLink, PeerRefused
+from disagg.transceiver.peers.prefill_side import SendingSide, SourceHost
+from disagg.transceiver.planes import greeting
+from disagg.transceiver.planes import slice_stream as tcp_wire
+from disagg.transceiver.planes.inproc import InprocHub, InprocLandingPlane
+from disagg.transceiver.planes.zmq import frames
+from disagg.transceiver.protocol import events as e
+from disagg.transceiver.protocol.actions import Land, StopLanding, Verified
+from disagg.transceiver.protocol.state import State
+from disagg.transceiver.protocol.transfer import Transfer
+from disagg.transceiver.wire import ticket
+from disagg.transceiver.wire.codec import decode, encode
+from disagg.transceiver.wire.errors import LocalProtocolError, RemoteProtocolError
+from disagg.transceiver.wire.keys import ClusterKeys
+from disagg.transceiver.wire.links import ControlServer
+from disagg.transceiver.wire.messages import peer as p
+from disagg.transceiver.wire.messages.router import PeerTarget
+from disagg.transceiver.wire.messages.values import (
     FirstToken,
     Geometry,
     GroupRuns,
@@ -35,16 +45,8 @@ from disagg.transceiver.messages.values import (
     UnitName,
     UnitRun,
 )
-from disagg.transceiver.node import Node
-from disagg.transceiver.peer_link import PeerLink, PeerRefused
-from disagg.transceiver.planes import frames, greeting, tcp_wire
-from disagg.transceiver.planes.base import PoolRegion
-from disagg.transceiver.planes.inproc import InprocHub, InprocLandingPlane
-from disagg.transceiver.ranks import natural_slot_nbytes, pool_of_group
-from disagg.transceiver.sending import SendingSide, SourceHost
-from disagg.transceiver.sockets import Sockets
-from disagg.transceiver.state import State
-from disagg.transceiver.transfer import Transfer
+from disagg.transceiver.wire.node import Node
+from disagg.transceiver.wire.sockets import Sockets
 
 T = TypeVar("T")
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from disagg.api.detokenizer import Detokenizer
 from disagg.api.stops import StopMatcher
 from disagg.router.generation import GenerationEnd, TokenChunk
-from disagg.transceiver.messages.values import Sampling, TokenLogprobs
+from disagg.transceiver.wire.messages.values import Sampling, TokenLogprobs
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,7 +25,7 @@ from disagg.api.stops import StopMatcher
 from disagg.api.tokenizer import ModelTokenizer
 from disagg.api.wire import error_response, read_json
 from disagg.router.generation import Backend, GenerationError, GenerationRequest
-from disagg.transceiver.messages.values import Sampling
+from disagg.transceiver.wire.messages.values import Sampling
 
 log: Final = logging.getLogger(__name__)
 

@@ -7,7 +7,7 @@ from typing import Any, Final
 
 from disagg.api.answer import AnswerToken
 from disagg.api.tokenizer import ModelTokenizer
-from disagg.transceiver.messages.values import TokenLogprobs
+from disagg.transceiver.wire.messages.values import TokenLogprobs
 
 LOWEST: Final = -9999.0  # JSON has no minus infinity; vLLM's stand-in
 

@@ -17,8 +17,8 @@ from disagg.config.errors import ConfigError
 from disagg.config.settings import RouterSettings
 from disagg.engine.checkpoint import ModelRefused, fingerprint, generation_defaults, resolve_model
 from disagg.router.router import Router, RouterOptions
-from disagg.transceiver.errors import EndpointRefused
-from disagg.transceiver.keys import ClusterKeys
+from disagg.transceiver.wire.errors import EndpointRefused
+from disagg.transceiver.wire.keys import ClusterKeys
 
 Announce = Callable[[dict[str, Any]], None]
 

@@ -12,7 +12,7 @@ from disagg.api.fields import CHAT, COMPLETIONS
 from disagg.api.params import RequestParams
 from disagg.engine.checkpoint import GenerationDefaults
 from disagg.engine.weights import ModelRefused
-from disagg.transceiver.messages.values import Sampling
+from disagg.transceiver.wire.messages.values import Sampling
 
 COMPLETIONS_MAX_TOKENS: Final = 16  # OpenAI's default
 SEED_MASK: Final = 2**63 - 1  # seeds are non-negative 63-bit numbers below: any integer type holds them

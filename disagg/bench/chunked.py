@@ -15,9 +15,9 @@ import numpy.typing as npt
 
 from disagg.bench.side import Side
 from disagg.bench.workers import BLOCK_SIZE, FIRST_TOKEN, WorkerDestination, WorkerSide, WorkerSource
-from disagg.transceiver.events import PromptComputed, UnitsFinal
-from disagg.transceiver.outbox import units_per_slice
-from disagg.transceiver.planes.base import SourceUnit
+from disagg.transceiver.layout.slice_size import units_per_slice
+from disagg.transceiver.memory.regions import SourceUnit
+from disagg.transceiver.protocol.events import PromptComputed, UnitsFinal
 
 PREFIX: Final = "chunked:"
 NUM_CHUNKS: Final = 8

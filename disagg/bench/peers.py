@@ -19,8 +19,8 @@ import numpy.typing as npt
 
 from disagg.bench.cases import Case
 from disagg.bench.side import Side
-from disagg.transceiver.planes.mapping import PoolMapping
-from disagg.transceiver.planes.shm_handshake import PoolShape
+from disagg.transceiver.planes.shm.handshake import PoolShape
+from disagg.transceiver.planes.shm.mapping import PoolMapping
 
 Numbers = npt.NDArray[np.int64]
 

@@ -12,14 +12,18 @@ import numpy.typing as npt
 from disagg.bench.cases import Case
 from disagg.bench.side import Side
 from disagg.cache.pool import SlotPool
-from disagg.transceiver import ticket
-from disagg.transceiver.actions import ReportFailed, Verified
-from disagg.transceiver.events import Pinned, PromptComputed, Reserved, Unit, UnitsFinal
-from disagg.transceiver.keys import ClusterKeys
-from disagg.transceiver.landing import LANDING_THREADS, LandingThread
-from disagg.transceiver.links import ControlServer
-from disagg.transceiver.messages.router import PeerTarget
-from disagg.transceiver.messages.values import (
+from disagg.transceiver.memory.regions import PoolRegion, SourceUnit
+from disagg.transceiver.peers.decode_side import ReceivingSide, TransferRecord
+from disagg.transceiver.peers.landing_threads import LANDING_THREADS, LandingThread
+from disagg.transceiver.peers.prefill_side import SendingSide
+from disagg.transceiver.protocol.actions import ReportFailed, Verified
+from disagg.transceiver.protocol.events import Pinned, PromptComputed, Reserved, Unit, UnitsFinal
+from disagg.transceiver.protocol.transfer import Transfer
+from disagg.transceiver.wire import ticket
+from disagg.transceiver.wire.keys import ClusterKeys
+from disagg.transceiver.wire.links import ControlServer
+from disagg.transceiver.wire.messages.router import PeerTarget
+from disagg.transceiver.wire.messages.values import (
     AttemptKey,
     FirstToken,
     Geometry,
@@ -29,12 +33,8 @@ from disagg.transceiver.messages.values import (
     SamplingState,
     UnitName,
 )
-from disagg.transceiver.node import Node, draw_id
-from disagg.transceiver.planes.base import PoolRegion, SourceUnit
-from disagg.transceiver.receiving import ReceivingSide, TransferRecord
-from disagg.transceiver.sending import SendingSide
-from disagg.transceiver.sockets import Sockets
-from disagg.transceiver.transfer import Transfer
+from disagg.transceiver.wire.node import Node, draw_id
+from disagg.transceiver.wire.sockets import Sockets
 from disagg.worker.planes import landing_planes, source_planes
 
 BLOCK_SIZE = 16

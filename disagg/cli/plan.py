@@ -24,7 +24,7 @@ from disagg.engine.checkpoint import ModelRefused, resolve_model
 from disagg.engine.footprint import Footprint, GroupFootprint, footprint
 from disagg.engine.kv_dtype import resolve_kv_dtype
 from disagg.engine.model import Skeleton, check_model_len, read_skeleton, resolve_dtype
-from disagg.transceiver.plan import runs_of
+from disagg.transceiver.layout.required import runs_of
 
 COLUMNS: Final = (
     *("group", "window", "sinks", "layers", "heads x dim", "slot"),

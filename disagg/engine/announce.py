@@ -10,7 +10,7 @@ from disagg.cache.table import HOLE
 from disagg.cache.window import needed_ordinals
 from disagg.engine.commands import FinalUnit
 from disagg.engine.sequence import PromptSequence
-from disagg.transceiver.messages.values import UnitName
+from disagg.transceiver.wire.messages.values import UnitName
 
 
 def newly_final_units(cache: KVCache, prompt: PromptSequence) -> tuple[FinalUnit, ...]:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from disagg.transceiver.actions import Verified
-from disagg.transceiver.messages.values import AttemptKey as AttemptKey
-from disagg.transceiver.messages.values import FirstToken, Sampling, TokenLogprobs, UnitName
+from disagg.transceiver.protocol.actions import Verified
+from disagg.transceiver.wire.messages.values import AttemptKey as AttemptKey
+from disagg.transceiver.wire.messages.values import FirstToken, Sampling, TokenLogprobs, UnitName
 
 # --- commands -----------------------------------------------------------------------------------------------
 

@@ -49,7 +49,7 @@ from disagg.engine.sequence import (
     state_of,
 )
 from disagg.engine.stats import EngineCounters, EngineStats, GraphUse
-from disagg.transceiver.messages.values import TokenLogprobs
+from disagg.transceiver.wire.messages.values import TokenLogprobs
 
 ROLES = ("prefill", "decode", "both")
 

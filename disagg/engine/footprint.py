@@ -9,8 +9,8 @@ from typing import Any
 from disagg.cache.layout import CacheLayout
 from disagg.cache.scratch import num_scratch_slots, scratch_range, scratch_until
 from disagg.cache.window import num_live
-from disagg.transceiver.messages.values import GroupRuns
-from disagg.transceiver.plan import full_copy_nbytes, moved_nbytes, required_units
+from disagg.transceiver.layout.required import full_copy_nbytes, moved_nbytes, required_units
+from disagg.transceiver.wire.messages.values import GroupRuns
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,7 @@ import numpy.typing as npt
 import torch
 
 from disagg.engine.philox import as_int64, gumbel
-from disagg.transceiver.messages.values import Sampling, TokenLogprobs
+from disagg.transceiver.wire.messages.values import Sampling, TokenLogprobs
 
 Row = npt.NDArray[np.float32]
 

@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 
 from disagg.cache.cache import CachedSequence
 from disagg.engine.commands import AttemptKey
-from disagg.transceiver.actions import Verified
-from disagg.transceiver.messages.values import FirstToken, Sampling, SamplingState, TokenLogprobs
+from disagg.transceiver.protocol.actions import Verified
+from disagg.transceiver.wire.messages.values import FirstToken, Sampling, SamplingState, TokenLogprobs
 
 
 @dataclass(frozen=True, slots=True)

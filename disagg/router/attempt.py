@@ -37,7 +37,7 @@ from disagg.router.attempt_events import (
 from disagg.router.choose import RETRY_BUSY_S, Placement, Unplaceable
 from disagg.router.generation import GenerationEnd, GenerationRequest, TokenChunk
 from disagg.router.record import AttemptRecord, RequestRecord
-from disagg.transceiver.messages.router import (
+from disagg.transceiver.wire.messages.router import (
     CancelRequest,
     Dispatch,
     Finished,

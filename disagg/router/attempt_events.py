@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from disagg.router.generation import GenerationEnd, TokenChunk
-from disagg.transceiver.messages.router import (
+from disagg.transceiver.wire.messages.router import (
     CancelRequest,
     Dispatch,
     Finished,

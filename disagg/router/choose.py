@@ -12,7 +12,7 @@ from itertools import product
 
 from disagg.router.pairing import pair_difference
 from disagg.router.registry import Worker, WorkerState
-from disagg.transceiver.messages.router import PeerTarget
+from disagg.transceiver.wire.messages.router import PeerTarget
 
 RETRY_WORKER_S = 2.0
 """Retry-After when a worker is missing: a supervised one is back after its first backoff and a model load."""

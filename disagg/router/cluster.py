@@ -11,11 +11,11 @@ from typing import Final, Protocol
 from disagg.router.attempt_events import AnswerMessage, OrderMessage
 from disagg.router.pairing import pair_difference
 from disagg.router.registry import Registry, Worker
-from disagg.transceiver.codec import Message
-from disagg.transceiver.errors import LocalProtocolError, PeerLost
-from disagg.transceiver.links import ControlServer
-from disagg.transceiver.messages.peer import Refused
-from disagg.transceiver.messages.router import (
+from disagg.transceiver.wire.codec import Message
+from disagg.transceiver.wire.errors import LocalProtocolError, PeerLost
+from disagg.transceiver.wire.links import ControlServer
+from disagg.transceiver.wire.messages.peer import Refused
+from disagg.transceiver.wire.messages.router import (
     LEAVING,
     CancelRequest,
     Lease,
@@ -24,8 +24,8 @@ from disagg.transceiver.messages.router import (
     Registered,
     RequestFailed,
 )
-from disagg.transceiver.node import draw_id
-from disagg.transceiver.timing import HEARTBEAT_S, LOST_S, SUSPECT_S
+from disagg.transceiver.wire.node import draw_id
+from disagg.transceiver.wire.timing import HEARTBEAT_S, LOST_S, SUSPECT_S
 
 log = logging.getLogger(__name__)
 

@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from disagg.transceiver.messages.values import Sampling, TokenLogprobs
+from disagg.transceiver.wire.messages.values import Sampling, TokenLogprobs
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,7 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
 from disagg.router.registry import Worker
-from disagg.transceiver.messages.values import MetricSample
+from disagg.transceiver.wire.messages.values import MetricSample
 
 _TTFT_BUCKETS: Final = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
 """From one hop on a fast machine to the default request timeout, two to three per decade."""

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from disagg.transceiver.identity import differing_field, geometry_difference
-from disagg.transceiver.messages.router import Register
-from disagg.transceiver.messages.values import Identity
+from disagg.transceiver.layout.pairing import differing_field, geometry_difference
+from disagg.transceiver.wire.messages.router import Register
+from disagg.transceiver.wire.messages.values import Identity
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ from typing import Any, Final
 
 from disagg.router.choose import Placement
 from disagg.router.generation import GenerationRequest
-from disagg.transceiver.messages.router import TransferReport
+from disagg.transceiver.wire.messages.router import TransferReport
 
 MAX_RECORDS: Final = 1024
 """Requests remembered: as many as may wait, so that a full queue's records outlive it. About 2 KB each."""

@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from disagg.router.pairing import Difference, record_difference
-from disagg.transceiver.messages.peer import Refused
-from disagg.transceiver.messages.router import DRAINING, Lease, PeerTarget, Register
-from disagg.transceiver.timing import LOST_S, SUSPECT_S
+from disagg.transceiver.wire.messages.peer import Refused
+from disagg.transceiver.wire.messages.router import DRAINING, Lease, PeerTarget, Register
+from disagg.transceiver.wire.timing import LOST_S, SUSPECT_S
 
 ROLES = ("prefill", "decode", "both")
 

@@ -36,11 +36,11 @@ from disagg.router.generation import GenerationEnd, GenerationError, GenerationR
 from disagg.router.metrics import RouterMetrics
 from disagg.router.record import RecordStore
 from disagg.router.status import describe_worker
-from disagg.transceiver.keys import ClusterKeys
-from disagg.transceiver.links import ControlServer
-from disagg.transceiver.messages.router import TransferReport
-from disagg.transceiver.node import draw_id
-from disagg.transceiver.ticket import mint
+from disagg.transceiver.wire.keys import ClusterKeys
+from disagg.transceiver.wire.links import ControlServer
+from disagg.transceiver.wire.messages.router import TransferReport
+from disagg.transceiver.wire.node import draw_id
+from disagg.transceiver.wire.ticket import mint
 
 log = logging.getLogger(__name__)
 

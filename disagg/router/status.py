@@ -9,7 +9,7 @@ from typing import Any
 
 from disagg.router.pairing import pair_difference
 from disagg.router.registry import Worker
-from disagg.transceiver.messages.router import PeerLink
+from disagg.transceiver.wire.messages.router import PeerLink
 
 
 def describe_worker(worker: Worker, fleet: Sequence[Worker], load: Mapping[str, int], now: float) -> dict[str, Any]:

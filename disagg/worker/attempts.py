@@ -34,8 +34,10 @@ from disagg.engine.commands import (
     TokensEvent,
     Unregister,
 )
-from disagg.transceiver.actions import ReportFailed, Verified
-from disagg.transceiver.events import (
+from disagg.transceiver.peers.decode_side import ReceivingSide, TransferRecord
+from disagg.transceiver.peers.prefill_side import SendingSide
+from disagg.transceiver.protocol.actions import ReportFailed, Verified
+from disagg.transceiver.protocol.events import (
     CancelAsked,
     ComputeFailed,
     FinishedEarly,
@@ -43,7 +45,7 @@ from disagg.transceiver.events import (
     PromptComputed,
     SoftDropped,
 )
-from disagg.transceiver.messages.router import (
+from disagg.transceiver.wire.messages.router import (
     CancelRequest,
     Dispatch,
     Finished,
@@ -56,9 +58,7 @@ from disagg.transceiver.messages.router import (
     TransferFailed,
     TransferReport,
 )
-from disagg.transceiver.messages.values import Geometry, StageTimes, UnitName
-from disagg.transceiver.receiving import ReceivingSide, TransferRecord
-from disagg.transceiver.sending import SendingSide
+from disagg.transceiver.wire.messages.values import Geometry, StageTimes, UnitName
 from disagg.worker.metrics import WorkerMetrics
 from disagg.worker.request_state import RequestState
 from disagg.worker.transfer_factory import TransferFactory

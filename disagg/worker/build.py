@@ -26,9 +26,9 @@ from disagg.engine.runner import Runner
 from disagg.engine.stats import GraphUse
 from disagg.engine.warmup import warm_up
 from disagg.kernels.dispatch import backend, has_triton
-from disagg.transceiver.codec import PROTOCOL
-from disagg.transceiver.keys import ClusterKeys
-from disagg.transceiver.messages.values import Identity
+from disagg.transceiver.wire.codec import PROTOCOL
+from disagg.transceiver.wire.keys import ClusterKeys
+from disagg.transceiver.wire.messages.values import Identity
 from disagg.worker.parts import EngineParts
 
 log = logging.getLogger(__name__)

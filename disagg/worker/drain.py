@@ -15,7 +15,7 @@ import logging
 from collections.abc import Awaitable, Callable, Iterator
 from typing import Final
 
-from disagg.transceiver.timing import HEARTBEAT_S
+from disagg.transceiver.wire.timing import HEARTBEAT_S
 
 log = logging.getLogger(__name__)
 

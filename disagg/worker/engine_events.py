@@ -13,9 +13,9 @@ import functools
 from collections import deque
 
 from disagg.engine.commands import AttemptKey, EngineEvent, PrefixHitEvent, SuspectEvent, UnitsFinalEvent
-from disagg.transceiver.errors import SourceChanged
-from disagg.transceiver.events import UnitsFinal
-from disagg.transceiver.outbox import units_per_slice
+from disagg.transceiver.layout.slice_size import units_per_slice
+from disagg.transceiver.protocol.events import UnitsFinal
+from disagg.transceiver.wire.errors import SourceChanged
 from disagg.worker.attempts import Attempts
 from disagg.worker.parts import WorkerParts
 from disagg.worker.rechecks import Rechecks

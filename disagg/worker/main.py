@@ -14,9 +14,9 @@ from disagg.cache.errors import CacheError
 from disagg.config.errors import ConfigError
 from disagg.config.settings import Role, WorkerSettings
 from disagg.engine.checkpoint import ModelRefused
-from disagg.transceiver.errors import EndpointRefused, first_cause
-from disagg.transceiver.keys import ClusterKeys
-from disagg.transceiver.node import Node, draw_id
+from disagg.transceiver.wire.errors import EndpointRefused, first_cause
+from disagg.transceiver.wire.keys import ClusterKeys
+from disagg.transceiver.wire.node import Node, draw_id
 from disagg.worker.build import make_engine
 from disagg.worker.drain import Drain
 from disagg.worker.model_thread import ModelThread

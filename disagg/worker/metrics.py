@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 from disagg.cache.pool import NUM_RESERVED_SLOTS
 from disagg.engine.stats import EngineStats
-from disagg.transceiver.messages.values import MetricSample
-from disagg.transceiver.peer_link import LinkSpeed
+from disagg.transceiver.peers.link import LinkSpeed
+from disagg.transceiver.wire.messages.values import MetricSample
 
 Labels = tuple[tuple[str, str], ...]
 

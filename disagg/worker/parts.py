@@ -12,12 +12,12 @@ from disagg.cache.layout import CacheLayout
 from disagg.config.settings import Role, WorkerSettings
 from disagg.engine.commands import EngineEvent, FinalUnit
 from disagg.engine.engine import Engine
-from disagg.transceiver.keys import ClusterKeys
-from disagg.transceiver.landing import LANDING_THREADS, LandingThread
-from disagg.transceiver.messages.values import Geometry, GroupSemantics, Identity
-from disagg.transceiver.planes.base import PoolRegion, SourceUnit
-from disagg.transceiver.sockets import Sockets
-from disagg.transceiver.units import PeerCuts
+from disagg.transceiver.memory.peer_cuts import PeerCuts
+from disagg.transceiver.memory.regions import PoolRegion, SourceUnit
+from disagg.transceiver.peers.landing_threads import LANDING_THREADS, LandingThread
+from disagg.transceiver.wire.keys import ClusterKeys
+from disagg.transceiver.wire.messages.values import Geometry, GroupSemantics, Identity
+from disagg.transceiver.wire.sockets import Sockets
 from disagg.worker.drain import Drain
 from disagg.worker.metrics import WorkerMetrics
 from disagg.worker.model_thread import ModelThread

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from disagg.transceiver.keys import ClusterKeys
 from disagg.transceiver.planes.base import LandingPlane, SourcePlane
-from disagg.transceiver.planes.shm import ShmLandingPlane, ShmSourcePlane
-from disagg.transceiver.planes.tcp import TcpSourcePlane
-from disagg.transceiver.planes.tcp_landing import TcpLandingPlane
-from disagg.transceiver.planes.ucx import UcxSourcePlane
-from disagg.transceiver.planes.ucx_landing import UcxLandingPlane
-from disagg.transceiver.planes.ucx_library import check_installed
-from disagg.transceiver.planes.zmq import ZmqSourcePlane
-from disagg.transceiver.planes.zmq_landing import ZmqLandingPlane
+from disagg.transceiver.planes.shm.plane import ShmLandingPlane, ShmSourcePlane
+from disagg.transceiver.planes.tcp.landing import TcpLandingPlane
+from disagg.transceiver.planes.tcp.source import TcpSourcePlane
+from disagg.transceiver.planes.ucx.landing import UcxLandingPlane
+from disagg.transceiver.planes.ucx.library import check_installed
+from disagg.transceiver.planes.ucx.source import UcxSourcePlane
+from disagg.transceiver.planes.zmq.landing import ZmqLandingPlane
+from disagg.transceiver.planes.zmq.source import ZmqSourcePlane
+from disagg.transceiver.wire.keys import ClusterKeys
 
 
 def source_planes(

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from disagg.engine.commands import FinalUnit, PrefixChecked, PrefixHitEvent, SuspectEvent
-from disagg.transceiver.errors import SourceChanged
+from disagg.transceiver.wire.errors import SourceChanged
 from disagg.worker.parts import WorkerParts
 
 log = logging.getLogger(__name__)

@@ -13,13 +13,13 @@ import os
 import socket
 
 from disagg.engine.commands import Release
-from disagg.transceiver.links import ControlServer
-from disagg.transceiver.messages.router import DRAINING, READY, Lease, Register
-from disagg.transceiver.node import Node
+from disagg.transceiver.peers.decode_side import ReceivingSide
+from disagg.transceiver.peers.prefill_side import SendingSide
 from disagg.transceiver.planes.base import SourcePlane
-from disagg.transceiver.receiving import ReceivingSide
-from disagg.transceiver.sending import SendingSide
-from disagg.transceiver.timing import HEARTBEAT_S
+from disagg.transceiver.wire.links import ControlServer
+from disagg.transceiver.wire.messages.router import DRAINING, READY, Lease, Register
+from disagg.transceiver.wire.node import Node
+from disagg.transceiver.wire.timing import HEARTBEAT_S
 from disagg.worker.attempts import Attempts
 from disagg.worker.engine_events import EngineEvents
 from disagg.worker.parts import WorkerParts

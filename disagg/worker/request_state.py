@@ -5,8 +5,8 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, field
 
-from disagg.transceiver.messages.router import Dispatch
-from disagg.transceiver.messages.values import AttemptKey, StageTimes, UnitName
+from disagg.transceiver.wire.messages.router import Dispatch
+from disagg.transceiver.wire.messages.values import AttemptKey, StageTimes, UnitName
 
 
 @dataclass(slots=True)

@@ -9,10 +9,10 @@ import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from typing import Any, Final
 
-from disagg.transceiver.errors import LocalProtocolError, PeerLost, ProtocolDiffers, TransceiverError, clipped
-from disagg.transceiver.links import PROTOCOL_FIELD, ControlClient
-from disagg.transceiver.messages.peer import Refused
-from disagg.transceiver.messages.router import (
+from disagg.transceiver.wire.errors import LocalProtocolError, PeerLost, ProtocolDiffers, TransceiverError, clipped
+from disagg.transceiver.wire.links import PROTOCOL_FIELD, ControlClient
+from disagg.transceiver.wire.messages.peer import Refused
+from disagg.transceiver.wire.messages.router import (
     LEAVING,
     Finished,
     Lease,
@@ -23,9 +23,9 @@ from disagg.transceiver.messages.router import (
     Tokens,
     TransferFailed,
 )
-from disagg.transceiver.node import Node
-from disagg.transceiver.sockets import Sockets
-from disagg.transceiver.timing import HEARTBEAT_S, LOST_S
+from disagg.transceiver.wire.node import Node
+from disagg.transceiver.wire.sockets import Sockets
+from disagg.transceiver.wire.timing import HEARTBEAT_S, LOST_S
 
 log = logging.getLogger(__name__)
 

@@ -11,16 +11,16 @@ import numpy as np
 
 from disagg.cache.layout import CacheLayout
 from disagg.cache.window import needed_ordinals
-from disagg.transceiver.errors import RemoteProtocolError
-from disagg.transceiver.events import Reserved
-from disagg.transceiver.messages.router import Dispatch
-from disagg.transceiver.messages.values import Geometry, GroupBytes, GroupRuns, UnitName
-from disagg.transceiver.node import Node
-from disagg.transceiver.plan import full_copy_blocks, runs_of
-from disagg.transceiver.receiving import TransferRecord
-from disagg.transceiver.strides import ELEMENT_NBYTES
-from disagg.transceiver.transfer import Transfer
-from disagg.transceiver.units import geometry_by_units, peer_unit
+from disagg.transceiver.layout.required import full_copy_blocks, runs_of
+from disagg.transceiver.layout.strides import ELEMENT_NBYTES
+from disagg.transceiver.layout.units import geometry_by_units, peer_unit
+from disagg.transceiver.peers.decode_side import TransferRecord
+from disagg.transceiver.protocol.events import Reserved
+from disagg.transceiver.protocol.transfer import Transfer
+from disagg.transceiver.wire.errors import RemoteProtocolError
+from disagg.transceiver.wire.messages.router import Dispatch
+from disagg.transceiver.wire.messages.values import Geometry, GroupBytes, GroupRuns, UnitName
+from disagg.transceiver.wire.node import Node
 
 Slots = Sequence[Sequence[tuple[int, int]]]
 """Per group, (ordinal, slot) pairs."""

@@ -12,7 +12,7 @@ from disagg.api.answer import Answer, Finish
 from disagg.api.stops import StopMatcher
 from disagg.api.tokenizer import ModelTokenizer
 from disagg.router.generation import GenerationEnd, TokenChunk
-from disagg.transceiver.messages.values import Sampling
+from disagg.transceiver.wire.messages.values import Sampling
 
 EOS = 1
 

@@ -351,7 +351,7 @@ async def test_echo_begins_with_the_prompt_and_only_once(api: Api) -> None:
 
 
 async def test_minus_infinity_and_lone_surrogates_are_still_json(api: Api) -> None:
-    from disagg.transceiver.messages.values import TokenLogprobs
+    from disagg.transceiver.wire.messages.values import TokenLogprobs
 
     chunk = TokenChunk(0, (40,), (TokenLogprobs(float("-inf"), ((41, float("-inf")),)),))
     api.backend.script = lambda request: [chunk, GenerationEnd("length")]

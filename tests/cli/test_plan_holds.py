@@ -22,7 +22,7 @@ from disagg.engine.commands import AttemptKey, Pin, Prefill, Reserve, ReservedEv
 from disagg.engine.engine import Engine, EngineConfig
 from disagg.engine.model import LoadedModel, load_model
 from disagg.engine.runner import Runner
-from disagg.transceiver.messages.values import Sampling
+from disagg.transceiver.wire.messages.values import Sampling
 
 torch.set_num_threads(1)
 MAX_MODEL_LEN = 256

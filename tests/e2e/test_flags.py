@@ -23,8 +23,8 @@ from disagg.config.secret import INSECURE_SECRET
 from disagg.config.settings import WorkerSettings
 from disagg.engine.checkpoint import fingerprint
 from disagg.engine.commands import Serve
-from disagg.transceiver.keys import ClusterKeys
-from disagg.transceiver.messages.values import AttemptKey, Sampling
+from disagg.transceiver.wire.keys import ClusterKeys
+from disagg.transceiver.wire.messages.values import AttemptKey, Sampling
 from disagg.worker.build import make_engine
 
 pytestmark = pytest.mark.processes

@@ -22,7 +22,7 @@ from support.hand_started import FAULTY
 from support.system import System, children_of, start, stop, wait_for_start
 from support.wrong import never_late, same
 
-from disagg.transceiver.timing import LOST_S
+from disagg.transceiver.wire.timing import LOST_S
 
 pytestmark = [pytest.mark.processes, pytest.mark.timeout(240)]  # processes start anew, on cores that may be shared
 

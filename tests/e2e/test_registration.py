@@ -13,7 +13,7 @@ import pytest
 from support.families import save_family
 from support.trio import SECRET, SERVES, Part, Trio, running_trio
 
-from disagg.transceiver.codec import PROTOCOL
+from disagg.transceiver.wire.codec import PROTOCOL
 
 pytestmark = pytest.mark.processes
 

@@ -18,7 +18,7 @@ from disagg.engine.commands import FinishedEvent, Serve, TokensEvent
 from disagg.engine.engine import Engine, EngineConfig
 from disagg.engine.model import LoadedModel, load_model
 from disagg.engine.runner import Runner
-from disagg.transceiver.messages.values import TokenLogprobs
+from disagg.transceiver.wire.messages.values import TokenLogprobs
 
 LIMITS = {"max_model_len": 256, "max_num_batched_tokens": 64}
 NBYTES = 3 << 19  # 6 sequences of 256 tokens when every layer keeps all of them

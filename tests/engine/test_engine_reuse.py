@@ -26,7 +26,7 @@ from disagg.engine.commands import (
     UnitsFinalEvent,
     Unregister,
 )
-from disagg.transceiver.messages.values import Sampling, UnitName
+from disagg.transceiver.wire.messages.values import Sampling, UnitName
 
 torch.set_num_threads(1)
 T = LAYOUT.block_size

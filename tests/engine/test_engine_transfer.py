@@ -26,8 +26,8 @@ from disagg.engine.commands import (
     TokensEvent,
     UnitsFinalEvent,
 )
-from disagg.transceiver.actions import Verified
-from disagg.transceiver.messages.values import FirstToken, Sampling, SamplingState
+from disagg.transceiver.protocol.actions import Verified
+from disagg.transceiver.wire.messages.values import FirstToken, Sampling, SamplingState
 
 torch.set_num_threads(1)
 

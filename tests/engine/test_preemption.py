@@ -14,7 +14,7 @@ from support.fake_runner import reference_tokens
 from disagg.cache.admission import Promises, peak_slots
 from disagg.cache.identity import BlockHasher
 from disagg.engine.commands import Decode, FinishedEvent, Pin, Prefill, Release, Reserve, Serve, TokensEvent
-from disagg.transceiver.messages.values import Sampling
+from disagg.transceiver.wire.messages.values import Sampling
 
 torch.set_num_threads(1)
 

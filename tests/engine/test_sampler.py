@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from disagg.engine.sampler import Sampled, SampleInput, sample
-from disagg.transceiver.messages.values import Sampling
+from disagg.transceiver.wire.messages.values import Sampling
 
 VOCAB = 50
 

@@ -11,10 +11,10 @@ from support.lossy_link import LossyLink
 from support.shell_pair import ShellTrio
 from support.transfer_pair import COMPUTE_ID, DEADLINE_S, TransferPair, needed_of
 
-from disagg.transceiver.actions import Verified
-from disagg.transceiver.events import CancelAsked, ComputeFailed, FinishedEarly, PeerGone, SoftDropped
-from disagg.transceiver.state import State
-from disagg.transceiver.timing import LEASE_S
+from disagg.transceiver.protocol.actions import Verified
+from disagg.transceiver.protocol.events import CancelAsked, ComputeFailed, FinishedEarly, PeerGone, SoftDropped
+from disagg.transceiver.protocol.state import State
+from disagg.transceiver.wire.timing import LEASE_S
 
 END_S = DEADLINE_S + 3 * LEASE_S
 BATCH = 500

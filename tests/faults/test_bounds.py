@@ -14,11 +14,11 @@ from support.fault_cells import Cell, outcome_of
 from support.impostor import Impostor
 from support.shell_pair import IDENTITY, ShellTrio
 
-from disagg.transceiver.errors import LocalProtocolError
-from disagg.transceiver.messages import peer as p
-from disagg.transceiver.messages.values import Geometry
-from disagg.transceiver.ranks import natural_slot_nbytes
-from disagg.transceiver.state import Role, State
+from disagg.transceiver.layout.ranks import natural_slot_nbytes
+from disagg.transceiver.protocol.state import Role, State
+from disagg.transceiver.wire.errors import LocalProtocolError
+from disagg.transceiver.wire.messages import peer as p
+from disagg.transceiver.wire.messages.values import Geometry
 
 SHM = pytest.param("shm", 0.2)
 
@@ -36,7 +36,7 @@ def test_more_units_than_a_manifest_holds_are_computed_where_they_are_needed(
     async def story(trio: ShellTrio) -> None:
         request = trio.request()
         with monkeypatch.context() as patch:
-            patch.setattr("disagg.transceiver.sender.MAX_MANIFEST_ENTRIES", 1)
+            patch.setattr("disagg.transceiver.protocol.sender.MAX_MANIFEST_ENTRIES", 1)
             assert outcome_of(await trio.ask(request)) == "a2"
         record = trio.router.record(request.request_id)
         assert record is not None

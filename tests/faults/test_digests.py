@@ -16,12 +16,12 @@ from support.fault_cells import Cell, outcome_of
 from support.shell_pair import KEYS, ShellTrio
 from support.wrong import Wrong
 
-from disagg.transceiver import reasons
-from disagg.transceiver.manifest import seal
-from disagg.transceiver.messages import peer as p
-from disagg.transceiver.messages.values import UnitRun
-from disagg.transceiver.planes.base import LandingJob
-from disagg.transceiver.state import Role, State
+from disagg.transceiver.memory.regions import LandingJob
+from disagg.transceiver.protocol.manifest import seal
+from disagg.transceiver.protocol.state import Role, State
+from disagg.transceiver.wire import reasons
+from disagg.transceiver.wire.messages import peer as p
+from disagg.transceiver.wire.messages.values import UnitRun
 
 POSITIONS = {"first of K": 0.0, "last of K": 0.5, "first of V": 0.5, "last of V": 1.0}
 """Where a byte lies in the last layer of its slot, [K, V][head][token][dim], as a part of that layer."""

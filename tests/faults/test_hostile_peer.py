@@ -23,13 +23,13 @@ from support.shell_pair import IDENTITY, ShellTrio, until
 from support.wrong import never_late
 
 from disagg.engine.commands import ReservedEvent
-from disagg.transceiver.codec import MAX_MESSAGE_NBYTES
-from disagg.transceiver.errors import LocalProtocolError
-from disagg.transceiver.messages import peer as p
-from disagg.transceiver.messages.values import AttemptKey, GroupRuns, UnitName, UnitRun
-from disagg.transceiver.node import draw_id
-from disagg.transceiver.planes import frames
-from disagg.transceiver.state import Role, State
+from disagg.transceiver.planes.zmq import frames
+from disagg.transceiver.protocol.state import Role, State
+from disagg.transceiver.wire.codec import MAX_MESSAGE_NBYTES
+from disagg.transceiver.wire.errors import LocalProtocolError
+from disagg.transceiver.wire.messages import peer as p
+from disagg.transceiver.wire.messages.values import AttemptKey, GroupRuns, UnitName, UnitRun
+from disagg.transceiver.wire.node import draw_id
 
 SHM, ZMQ = pytest.param("shm", 0.2), pytest.param("zmq", 0.2)
 SHARED_ARENA = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])

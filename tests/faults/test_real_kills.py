@@ -25,7 +25,7 @@ from support.hand_started import FAULTY
 from support.system import System, running
 from support.wrong import same
 
-from disagg.transceiver.state import Role, State
+from disagg.transceiver.protocol.state import Role, State
 
 pytestmark = pytest.mark.timeout(240)  # processes start anew, on cores that may be shared
 

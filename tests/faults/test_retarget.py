@@ -13,7 +13,7 @@ from support.fault_table import ROWS, VERIFIED, Row
 from support.shell_pair import ShellTrio
 from support.shell_spare import SPARE, RetargetCell, SpareTrio
 
-from disagg.transceiver.state import Role
+from disagg.transceiver.protocol.state import Role
 
 BEFORE = [row for row in ROWS if row not in VERIFIED]
 

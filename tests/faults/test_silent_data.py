@@ -10,7 +10,7 @@ from support.fault_cells import Cell, outcome_of
 from support.fault_table import Row
 from support.shell_pair import REPLY_S, ShellTrio
 
-from disagg.transceiver.state import Role, State
+from disagg.transceiver.protocol.state import Role, State
 
 ROWS = [
     (Role.SENDER, State.WAITING),

@@ -13,7 +13,7 @@ import pytest
 from support.fault_cells import Cell
 from support.fault_table import FAULTS, IMPOSSIBLE, QUICK_FAULTS, ROWS, Fault, Row, allowed, cells
 
-from disagg.transceiver.state import TRANSITIONS
+from disagg.transceiver.protocol.state import TRANSITIONS
 
 CI, TRUE = 0.2, 1.0
 """What constants of time are multiplied by. At a fifth a peer is lost after 0.6 s: a loaded machine keeps that too."""

@@ -11,7 +11,7 @@ from support.fault_table import Fault, Row
 from support.shell_pair import REPLY_S, ShellTrio
 from support.shell_unequal import UnequalTrio, patched_slices
 
-from disagg.transceiver.state import Role, State
+from disagg.transceiver.protocol.state import Role, State
 
 ROWS = [(Role.SENDER, State.PINNING), (Role.SENDER, State.SENDING)]
 """Where slices are still to come: there are more than the window holds, so no later row can be brought about."""

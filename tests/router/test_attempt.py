@@ -18,7 +18,7 @@ from disagg.router.attempt_events import (
     WorkerLost,
 )
 from disagg.router.generation import GenerationEnd, TokenChunk
-from disagg.transceiver.messages.router import (
+from disagg.transceiver.wire.messages.router import (
     CancelRequest,
     Dispatch,
     Finished,
@@ -28,7 +28,7 @@ from disagg.transceiver.messages.router import (
     Tokens,
     TransferFailed,
 )
-from disagg.transceiver.messages.values import TokenLogprobs
+from disagg.transceiver.wire.messages.values import TokenLogprobs
 
 ID = "t" * 32
 

@@ -23,7 +23,7 @@ from disagg.router.attempt_events import (
     WorkerLost,
 )
 from disagg.router.generation import GenerationEnd, TokenChunk
-from disagg.transceiver.messages.router import (
+from disagg.transceiver.wire.messages.router import (
     CancelRequest,
     Dispatch,
     Finished,

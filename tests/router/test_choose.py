@@ -10,8 +10,8 @@ from support.router_harness import GEOMETRY, make_lease, make_link, make_registe
 
 from disagg.router.choose import RETRY_BUSY_S, RETRY_WORKER_S, Fleet, Placement, Unplaceable
 from disagg.router.registry import Registry, Worker
-from disagg.transceiver.messages.router import Lease, Register
-from disagg.transceiver.timing import SUSPECT_S
+from disagg.transceiver.wire.messages.router import Lease, Register
+from disagg.transceiver.wire.timing import SUSPECT_S
 
 
 def worker(register: Register, lease: Lease | None = None) -> Worker:

@@ -9,8 +9,8 @@ from support.router_harness import make_lease, make_register
 
 from disagg.router.metrics import RouterMetrics
 from disagg.router.registry import Worker
-from disagg.transceiver.messages.router import Lease
-from disagg.transceiver.messages.values import MetricSample
+from disagg.transceiver.wire.messages.router import Lease
+from disagg.transceiver.wire.messages.values import MetricSample
 
 
 def worker(worker_id: str, *samples: MetricSample) -> Worker:

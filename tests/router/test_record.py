@@ -12,8 +12,8 @@ from support.router_harness import make_request, target
 
 from disagg.router.choose import Placement
 from disagg.router.record import MAX_REPORTS, AttemptRecord, RecordStore, RequestRecord
-from disagg.transceiver.messages.router import TransferReport
-from disagg.transceiver.messages.values import StageTimes
+from disagg.transceiver.wire.messages.router import TransferReport
+from disagg.transceiver.wire.messages.values import StageTimes
 
 
 def make_record(number: int = 0, request_id: str = "req") -> RequestRecord:

@@ -10,8 +10,8 @@ from support.router_harness import GEOMETRY, IDENTITY, make_lease, make_register
 
 from disagg.router.pairing import pair_difference
 from disagg.router.registry import Admitted, Registry, WorkerState
-from disagg.transceiver.messages.peer import Refused
-from disagg.transceiver.timing import LOST_S, SUSPECT_S
+from disagg.transceiver.wire.messages.peer import Refused
+from disagg.transceiver.wire.timing import LOST_S, SUSPECT_S
 
 
 def test_a_silent_worker_is_suspect_then_lost() -> None:

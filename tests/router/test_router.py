@@ -15,8 +15,8 @@ from support.router_harness import GEOMETRY, IDENTITY, make_request
 
 from disagg.router.generation import GenerationEnd, GenerationError, GenerationRequest, TokenChunk
 from disagg.router.router import Router, RouterOptions
-from disagg.transceiver.keys import ClusterKeys
-from disagg.transceiver.messages.router import (
+from disagg.transceiver.wire.keys import ClusterKeys
+from disagg.transceiver.wire.messages.router import (
     CancelRequest,
     Dispatch,
     PrefillLocally,
@@ -26,8 +26,8 @@ from disagg.transceiver.messages.router import (
     TransferFailed,
     TransferReport,
 )
-from disagg.transceiver.messages.values import GroupBytes, MetricSample, StageTimes
-from disagg.transceiver.ticket import check
+from disagg.transceiver.wire.messages.values import GroupBytes, MetricSample, StageTimes
+from disagg.transceiver.wire.ticket import check
 
 KEYS = ClusterKeys.from_secret(b"a secret of the tests, long enough")
 LIMIT_S = 10.0

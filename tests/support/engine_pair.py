@@ -26,8 +26,8 @@ from disagg.engine.commands import (
     UnitsFinalEvent,
 )
 from disagg.engine.engine import Engine, EngineConfig
-from disagg.transceiver.actions import Verified
-from disagg.transceiver.messages.values import Sampling
+from disagg.transceiver.protocol.actions import Verified
+from disagg.transceiver.wire.messages.values import Sampling
 
 LAYOUT = tiny_layout(6, 6, None, 11, block_size=4, num_sink_tokens=3, max_model_len=200)
 """Two windowed groups with sinks and a full one; the first has two layers and so a pool of its own."""

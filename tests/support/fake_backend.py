@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from disagg.router.generation import GenerationEnd, GenerationRequest, TokenChunk
-from disagg.transceiver.messages.values import TokenLogprobs
+from disagg.transceiver.wire.messages.values import TokenLogprobs
 
 Step = TokenChunk | GenerationEnd | Exception | asyncio.Event
 """What to yield, what to raise, or what to wait for."""

@@ -19,7 +19,7 @@ from disagg.cache.layout import CacheLayout
 from disagg.cache.scratch import page_table
 from disagg.engine.runner import Chunk
 from disagg.engine.sampler import SampleInput, sample
-from disagg.transceiver.messages.values import Sampling
+from disagg.transceiver.wire.messages.values import Sampling
 
 VOCAB_SIZE = 40
 Reading = list[tuple[int, int, int]]

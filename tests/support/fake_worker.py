@@ -9,10 +9,10 @@ from typing import Any, TypeVar
 
 from support.router_harness import make_link, make_register
 
-from disagg.transceiver.keys import ClusterKeys
-from disagg.transceiver.links import ControlClient
-from disagg.transceiver.messages.peer import Refused
-from disagg.transceiver.messages.router import (
+from disagg.transceiver.wire.keys import ClusterKeys
+from disagg.transceiver.wire.links import ControlClient
+from disagg.transceiver.wire.messages.peer import Refused
+from disagg.transceiver.wire.messages.router import (
     CancelRequest,
     Dispatch,
     Finished,
@@ -22,8 +22,8 @@ from disagg.transceiver.messages.router import (
     Registered,
     Tokens,
 )
-from disagg.transceiver.messages.values import MetricSample
-from disagg.transceiver.timing import HEARTBEAT_S
+from disagg.transceiver.wire.messages.values import MetricSample
+from disagg.transceiver.wire.timing import HEARTBEAT_S
 
 M = TypeVar("M")
 WAIT_S = 10.0  # far above any exchange on loopback, also on a machine whose cores are busy

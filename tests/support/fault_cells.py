@@ -24,11 +24,11 @@ from disagg.engine.commands import (
     TokensEvent,
     UnitsFinalEvent,
 )
-from disagg.transceiver import reasons
-from disagg.transceiver.events import ComputeFailed
-from disagg.transceiver.messages import peer as p
-from disagg.transceiver.planes.base import LandingJob
-from disagg.transceiver.state import Role, State
+from disagg.transceiver.memory.regions import LandingJob
+from disagg.transceiver.protocol.events import ComputeFailed
+from disagg.transceiver.protocol.state import Role, State
+from disagg.transceiver.wire import reasons
+from disagg.transceiver.wire.messages import peer as p
 
 DEADLINE_S = 0.7
 """Far longer than it takes to bring a transfer to any state; how long a cell of the column `deadline` takes."""

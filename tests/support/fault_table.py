@@ -1,6 +1,6 @@
 """The table of states and faults: what may follow from each fault in each state, in data.
 
-A row is one (role, state) of `disagg.transceiver.state`, a column one fault, a cell what the client may get:
+A row is one (role, state) of `disagg.transceiver.protocol.state`, a column one fault, a cell what the client may get:
 
     a1      the answer, by the first attempt          503, 504   an error with that status
     a2, a3  the answer, by a later attempt            gone       nothing: the client itself went away
@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Final
 
-from disagg.transceiver.state import Role, State
+from disagg.transceiver.protocol.state import Role, State
 
 Row = tuple[Role, State]
 

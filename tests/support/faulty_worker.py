@@ -39,7 +39,7 @@ def start_workers_by_this_script(faults: Faults) -> None:
 
 def flip_source(faults: Faults) -> None:
     """At the sender, after its digest."""
-    from disagg.transceiver import landing
+    from disagg.transceiver.peers import landing_threads as landing
 
     plain = landing.LandingThread._digest_unit
 
@@ -59,7 +59,7 @@ def flip_copy(faults: Faults) -> None:
     The compiled helper copies and hashes in one call that nothing can interrupt: this worker does without.
     """
     from disagg.kernels import native
-    from disagg.transceiver import hashing
+    from disagg.transceiver.memory import hashing
     from disagg.transceiver.planes import reading
     from disagg.transceiver.planes.probe import PROBE_ID
 

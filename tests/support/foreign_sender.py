@@ -10,13 +10,14 @@ import numpy as np
 import torch
 from support.element_walk import element
 
-from disagg.transceiver.keys import ClusterKeys
-from disagg.transceiver.messages.values import GroupSemantics
-from disagg.transceiver.packed import Area, Packer, digests, flat
-from disagg.transceiver.planes.base import PoolRegion, SourceUnit
-from disagg.transceiver.planes.tcp import TcpSourcePlane
-from disagg.transceiver.reshape import pair_units, required_ordinals
-from disagg.transceiver.strides import ForeignLayer, Layout, foreign_layout
+from disagg.transceiver.layout.cut import pair_units, required_ordinals
+from disagg.transceiver.layout.strides import Layout
+from disagg.transceiver.memory.foreign_layout import ForeignLayer, foreign_layout
+from disagg.transceiver.memory.gather import Area, Packer, digests, flat
+from disagg.transceiver.memory.regions import PoolRegion, SourceUnit
+from disagg.transceiver.planes.tcp.source import TcpSourcePlane
+from disagg.transceiver.wire.keys import ClusterKeys
+from disagg.transceiver.wire.messages.values import GroupSemantics
 
 KEYS = ClusterKeys.from_secret(b"a secret that both processes know")
 GROUP = GroupSemantics(window=None, num_sink_tokens=0, num_kv_heads=2, head_dim=4, layers=(0, 1))

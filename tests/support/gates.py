@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from disagg.transceiver.planes.base import LandingJob, PoolRegion
+from disagg.transceiver.memory.regions import LandingJob, PoolRegion
 
 PATIENCE_S = 10.0
 """Far above anything that should happen here, also on a machine whose cores are busy."""

@@ -18,7 +18,7 @@ LOOK_S = 0.02
 
 def mute(faults: Faults) -> None:
     """Messages of the kinds that `mute` names never leave this process."""
-    from disagg.transceiver import links
+    from disagg.transceiver.wire import links
 
     def unless_muted(plain: Any) -> Any:
         async def send(self: Any, *arguments: Any) -> None:
@@ -70,7 +70,7 @@ def hold_events(faults: Faults) -> None:
 
 def tell_states(faults: Faults) -> None:
     """`state-ROLE` says where the newest attempt stands: "EPOCH STATE"."""
-    from disagg.transceiver.transfers import Transfers
+    from disagg.transceiver.peers.live import Transfers
 
     plain_feed = Transfers.feed
 
@@ -86,9 +86,9 @@ def tell_states(faults: Faults) -> None:
 
 def fail_computations(faults: Faults) -> None:
     """`fail_compute`: the prompts of all transfers that are being sent cannot be computed to their end."""
-    from disagg.transceiver.events import ComputeFailed
-    from disagg.transceiver.state import Role, State
-    from disagg.transceiver.transfers import Transfers
+    from disagg.transceiver.peers.live import Transfers
+    from disagg.transceiver.protocol.events import ComputeFailed
+    from disagg.transceiver.protocol.state import Role, State
 
     plain = Transfers.tick
 

@@ -10,10 +10,10 @@ from typing import Any
 
 from support.shell_pair import IDENTITY, KEYS, ShellTrio
 
-from disagg.transceiver.links import ControlClient
-from disagg.transceiver.messages import peer as p
-from disagg.transceiver.messages.values import AttemptKey
-from disagg.transceiver.node import draw_id
+from disagg.transceiver.wire.links import ControlClient
+from disagg.transceiver.wire.messages import peer as p
+from disagg.transceiver.wire.messages.values import AttemptKey
+from disagg.transceiver.wire.node import draw_id
 
 
 class Impostor:

@@ -14,7 +14,7 @@ from support.calls import until
 from support.fault_table import VERIFIED, Row
 from support.faults import Faults
 
-from disagg.transceiver.state import Role, State
+from disagg.transceiver.protocol.state import Role, State
 
 S, R = Role.SENDER, Role.RECEIVER
 Settings = Mapping[str, dict[str, Any]]

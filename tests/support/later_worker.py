@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from disagg.transceiver import codec
+from disagg.transceiver.wire import codec
 
 if __name__ == "__main__":
     codec.PROTOCOL = (codec.PROTOCOL[0] + 1, 0)  # type: ignore[misc]

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
 
-from disagg.transceiver.codec import decode, encode
-from disagg.transceiver.errors import RemoteProtocolError
+from disagg.transceiver.wire.codec import decode, encode
+from disagg.transceiver.wire.errors import RemoteProtocolError
 
 GREETING_NBYTES = 64
 MORE, LONG, COMMAND = 1, 2, 4

@@ -12,16 +12,17 @@ from dataclasses import dataclass, field
 import pytest
 from support.pools import close_pools, make_pools
 
-from disagg.transceiver.keys import ClusterKeys
-from disagg.transceiver.planes.base import Destination, LandingJob, LandingPlane, PoolRegion, SourcePlane, SourceUnit
+from disagg.transceiver.memory.regions import Destination, LandingJob, PoolRegion, SourceUnit
+from disagg.transceiver.planes.base import LandingPlane, SourcePlane
 from disagg.transceiver.planes.inproc import InprocHub, InprocLandingPlane, InprocSourcePlane
-from disagg.transceiver.planes.shm import ShmLandingPlane, ShmSourcePlane
-from disagg.transceiver.planes.tcp import TcpSourcePlane
-from disagg.transceiver.planes.tcp_landing import TcpLandingPlane
-from disagg.transceiver.planes.ucx import UcxSourcePlane
-from disagg.transceiver.planes.ucx_landing import UcxLandingPlane
-from disagg.transceiver.planes.zmq import ZmqSourcePlane
-from disagg.transceiver.planes.zmq_landing import ZmqLandingPlane
+from disagg.transceiver.planes.shm.plane import ShmLandingPlane, ShmSourcePlane
+from disagg.transceiver.planes.tcp.landing import TcpLandingPlane
+from disagg.transceiver.planes.tcp.source import TcpSourcePlane
+from disagg.transceiver.planes.ucx.landing import UcxLandingPlane
+from disagg.transceiver.planes.ucx.source import UcxSourcePlane
+from disagg.transceiver.planes.zmq.landing import ZmqLandingPlane
+from disagg.transceiver.planes.zmq.source import ZmqSourcePlane
+from disagg.transceiver.wire.keys import ClusterKeys
 
 PLANES = ("inproc", "shm", "tcp", "ucx", "zmq", "zmq-insecure")
 KEYS = ClusterKeys.from_secret(b"the secret of the planes under test")

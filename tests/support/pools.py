@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from disagg.transceiver.planes.base import PoolRegion
+from disagg.transceiver.memory.regions import PoolRegion
 
 _F_SEAL_FUTURE_WRITE = 0x10
 SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | _F_SEAL_FUTURE_WRITE | fcntl.F_SEAL_SEAL

@@ -26,10 +26,13 @@ from disagg.cache.pool import SlotPool
 from disagg.engine.kv_dtype import resolve_kv_dtype
 from disagg.engine.model import LoadedModel, load_model
 from disagg.engine.runner import Chunk, Runner
-from disagg.transceiver.keys import ClusterKeys
-from disagg.transceiver.links import ControlServer
-from disagg.transceiver.messages.router import PeerTarget
-from disagg.transceiver.messages.values import (
+from disagg.transceiver.layout.ranks import natural_slot_nbytes, rank_geometry
+from disagg.transceiver.library.prefill_ranks import PrefillRank, PrefillRanks
+from disagg.transceiver.memory.regions import PoolRegion, SourceUnit
+from disagg.transceiver.wire.keys import ClusterKeys
+from disagg.transceiver.wire.links import ControlServer
+from disagg.transceiver.wire.messages.router import PeerTarget
+from disagg.transceiver.wire.messages.values import (
     AttemptKey,
     FirstToken,
     Geometry,
@@ -37,11 +40,8 @@ from disagg.transceiver.messages.values import (
     Identity,
     SamplingState,
 )
-from disagg.transceiver.node import Node, draw_id
-from disagg.transceiver.planes.base import PoolRegion, SourceUnit
-from disagg.transceiver.rank_sending import PrefillRank, PrefillRanks
-from disagg.transceiver.ranks import natural_slot_nbytes, rank_geometry
-from disagg.transceiver.sockets import Sockets
+from disagg.transceiver.wire.node import Node, draw_id
+from disagg.transceiver.wire.sockets import Sockets
 from disagg.worker.planes import source_planes
 
 KEYS = ClusterKeys.from_secret(b"the secret of ranks")

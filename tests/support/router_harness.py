@@ -7,8 +7,8 @@ from collections.abc import Collection
 from disagg.router.attempt import Attempts
 from disagg.router.choose import Placement, Unplaceable
 from disagg.router.generation import GenerationRequest
-from disagg.transceiver.messages.router import Lease, PeerLink, PeerTarget, Register
-from disagg.transceiver.messages.values import Geometry, GroupSemantics, Identity, Sampling
+from disagg.transceiver.wire.messages.router import Lease, PeerLink, PeerTarget, Register
+from disagg.transceiver.wire.messages.values import Geometry, GroupSemantics, Identity, Sampling
 
 IDENTITY = Identity(
     protocol_major=1,

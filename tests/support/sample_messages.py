@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from disagg.transceiver.messages import peer as p
-from disagg.transceiver.messages import router as r
-from disagg.transceiver.messages import values as v
+from disagg.transceiver.wire.messages import peer as p
+from disagg.transceiver.wire.messages import router as r
+from disagg.transceiver.wire.messages import values as v
 
 ID = "00112233445566778899aabbccddeeff"
 HEADER = p.Header("prefill", "decode", ID, 2, 41)

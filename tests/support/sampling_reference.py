@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from disagg.engine.sampler import SampleInput, sample
-from disagg.transceiver.messages.values import Sampling
+from disagg.transceiver.wire.messages.values import Sampling
 
 NOISE = 2e-4
 """Ten times what batch shapes were seen to change a log-probability by here (2e-5)."""

@@ -12,17 +12,18 @@ import numpy as np
 from support.event_loop import within
 from support.transfer_pair import COMPUTE_ID, DEADLINE_S, FIRST, GEOMETRY, KEYS, PROMPT, UNIT_NBYTES, needed_of
 
-from disagg.transceiver import ticket
-from disagg.transceiver.events import Pinned, PromptComputed, UnitsFinal
-from disagg.transceiver.links import ControlClient, ControlServer
-from disagg.transceiver.messages import peer as p
-from disagg.transceiver.messages.values import AttemptKey, GroupRuns, Identity
-from disagg.transceiver.node import Node, draw_id
-from disagg.transceiver.planes.base import PoolRegion, SourcePlane
+from disagg.transceiver.memory.regions import PoolRegion
+from disagg.transceiver.peers.prefill_side import SendingSide
+from disagg.transceiver.planes.base import SourcePlane
 from disagg.transceiver.planes.inproc import InprocHub, InprocSourcePlane
-from disagg.transceiver.sending import SendingSide
-from disagg.transceiver.sockets import Sockets
-from disagg.transceiver.transfer import Transfer
+from disagg.transceiver.protocol.events import Pinned, PromptComputed, UnitsFinal
+from disagg.transceiver.protocol.transfer import Transfer
+from disagg.transceiver.wire import ticket
+from disagg.transceiver.wire.links import ControlClient, ControlServer
+from disagg.transceiver.wire.messages import peer as p
+from disagg.transceiver.wire.messages.values import AttemptKey, GroupRuns, Identity
+from disagg.transceiver.wire.node import Node, draw_id
+from disagg.transceiver.wire.sockets import Sockets
 
 IDENTITY = Identity(1, "f" * 32, "attention", "float32", 200, KEYS.hash_key_id)
 REQUIRED = (GroupRuns(0, ((0, 7),)), GroupRuns(1, ((4, 3),)))

@@ -29,15 +29,15 @@ from disagg.config.settings import WorkerSettings
 from disagg.engine.commands import AttemptKey, ReservedEvent, UnitsFinalEvent
 from disagg.router.generation import GenerationEnd, GenerationError, GenerationRequest
 from disagg.router.router import Router, RouterOptions
-from disagg.transceiver.events import CancelAsked
-from disagg.transceiver.keys import ClusterKeys
-from disagg.transceiver.landing import LandingThread
-from disagg.transceiver.links import ControlServer
-from disagg.transceiver.messages.router import Register
-from disagg.transceiver.messages.values import Identity
+from disagg.transceiver.peers.landing_threads import LandingThread
 from disagg.transceiver.planes import probe
 from disagg.transceiver.planes.base import SourcePlane
 from disagg.transceiver.planes.inproc import InprocHub, InprocLandingPlane, InprocSourcePlane
+from disagg.transceiver.protocol.events import CancelAsked
+from disagg.transceiver.wire.keys import ClusterKeys
+from disagg.transceiver.wire.links import ControlServer
+from disagg.transceiver.wire.messages.router import Register
+from disagg.transceiver.wire.messages.values import Identity
 from disagg.worker import main, registration
 from disagg.worker.attempts import Attempts
 from disagg.worker.model_thread import ModelThread

@@ -7,8 +7,8 @@ from support.cache_oracle import tiny_layout
 from support.engine_pair import LAYOUT
 from support.shell_pair import ShellTrio
 
-from disagg.transceiver import outbox
 from disagg.transceiver.planes import reshaping
+from disagg.transceiver.protocol import outbox
 
 
 class UnequalTrio(ShellTrio):

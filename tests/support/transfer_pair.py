@@ -11,8 +11,8 @@ from typing import Any
 
 from support.lossy_link import LossyLink
 
-from disagg.transceiver import ticket
-from disagg.transceiver.actions import (
+from disagg.transceiver.layout.required import needed_units, required_units
+from disagg.transceiver.protocol.actions import (
     Action,
     AskPin,
     Forget,
@@ -26,9 +26,7 @@ from disagg.transceiver.actions import (
     UnregisterUnits,
     Verified,
 )
-from disagg.transceiver.codec import decode, encode
-from disagg.transceiver.errors import RemoteProtocolError
-from disagg.transceiver.events import (
+from disagg.transceiver.protocol.events import (
     Event,
     LandedUnit,
     LandingStopped,
@@ -42,9 +40,13 @@ from disagg.transceiver.events import (
     Unit,
     UnitsFinal,
 )
-from disagg.transceiver.keys import ClusterKeys
-from disagg.transceiver.messages.peer import Slice
-from disagg.transceiver.messages.values import (
+from disagg.transceiver.protocol.transfer import Transfer
+from disagg.transceiver.wire import ticket
+from disagg.transceiver.wire.codec import decode, encode
+from disagg.transceiver.wire.errors import RemoteProtocolError
+from disagg.transceiver.wire.keys import ClusterKeys
+from disagg.transceiver.wire.messages.peer import Slice
+from disagg.transceiver.wire.messages.values import (
     FirstToken,
     Geometry,
     GroupRuns,
@@ -52,9 +54,7 @@ from disagg.transceiver.messages.values import (
     SamplingState,
     TokenLogprobs,
 )
-from disagg.transceiver.plan import needed_units, required_units
-from disagg.transceiver.timing import HEARTBEAT_S
-from disagg.transceiver.transfer import Transfer
+from disagg.transceiver.wire.timing import HEARTBEAT_S
 
 KEYS = ClusterKeys.published()
 GEOMETRY = Geometry(

@@ -19,11 +19,11 @@ from support.transfer_pair import (
     needed_of,
 )
 
-from disagg.transceiver import events as e
-from disagg.transceiver.actions import Send, StopLanding
-from disagg.transceiver.messages import peer as p
-from disagg.transceiver.state import Kind, Role, State
-from disagg.transceiver.transfer import Transfer
+from disagg.transceiver.protocol import events as e
+from disagg.transceiver.protocol.actions import Send, StopLanding
+from disagg.transceiver.protocol.state import Kind, Role, State
+from disagg.transceiver.protocol.transfer import Transfer
+from disagg.transceiver.wire.messages import peer as p
 
 
 class StuckPair(TransferPair):

@@ -9,13 +9,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.sample_messages import HEADER, SAMPLES, SAMPLING
 
-from disagg.transceiver import codec
-from disagg.transceiver.codec import MAX_MANIFEST_ENTRIES, MAX_MESSAGE_NBYTES, PROTOCOL, TAGS, decode, encode
-from disagg.transceiver.errors import LocalProtocolError, RemoteProtocolError
-from disagg.transceiver.messages.peer import Accepted, Ack, Closed, Done, PeerMessage, Received
-from disagg.transceiver.messages.router import Dispatch, RouterMessage, Tokens
-from disagg.transceiver.messages.values import FirstToken, ManifestEntry, Sampling, SamplingState, TokenLogprobs
-from disagg.transceiver.schema import shape_of
+from disagg.transceiver.wire import codec
+from disagg.transceiver.wire.codec import MAX_MANIFEST_ENTRIES, MAX_MESSAGE_NBYTES, PROTOCOL, TAGS, decode, encode
+from disagg.transceiver.wire.errors import LocalProtocolError, RemoteProtocolError
+from disagg.transceiver.wire.messages.peer import Accepted, Ack, Closed, Done, PeerMessage, Received
+from disagg.transceiver.wire.messages.router import Dispatch, RouterMessage, Tokens
+from disagg.transceiver.wire.messages.values import FirstToken, ManifestEntry, Sampling, SamplingState, TokenLogprobs
+from disagg.transceiver.wire.schema import shape_of
 
 GOLDEN = dict(line.split() for line in (Path(__file__).parent / "golden_messages.txt").read_text().splitlines())
 

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from disagg.transceiver.compact import (
+from disagg.transceiver.layout.block_lists import (
     cached_blocks,
     cached_prefix,
     final_span,
@@ -18,9 +18,9 @@ from disagg.transceiver.compact import (
     table_of_suffix,
     token_offset,
 )
-from disagg.transceiver.copies import Anchored, BlockList, End, Have, Suffix, transfer_plan
-from disagg.transceiver.messages.values import Geometry, GroupSemantics
-from disagg.transceiver.plan import needed_units
+from disagg.transceiver.layout.required import needed_units
+from disagg.transceiver.library.plan_copies import Anchored, BlockList, End, Have, Suffix, transfer_plan
+from disagg.transceiver.wire.messages.values import Geometry, GroupSemantics
 
 
 def geometry(block_size: int, windows: Sequence[int | None], num_sink_tokens: int) -> Geometry:

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from disagg.transceiver.convert import (
+from disagg.transceiver.layout.strides import FP8, INT8
+from disagg.transceiver.memory.convert import (
     FP8_ABSOLUTE,
     FP8_RELATIVE,
     INT8_ABSOLUTE,
@@ -15,9 +16,9 @@ from disagg.transceiver.convert import (
     widen,
     wire_dtype,
 )
-from disagg.transceiver.messages.values import GroupSemantics
-from disagg.transceiver.packed import Area, Packer, Unpacker, digests, flat
-from disagg.transceiver.strides import FP8, INT8, foreign_layout
+from disagg.transceiver.memory.foreign_layout import foreign_layout
+from disagg.transceiver.memory.gather import Area, Packer, Unpacker, digests, flat
+from disagg.transceiver.wire.messages.values import GroupSemantics
 
 LAYERS, SLOTS, HEADS, TOKENS, DIM = 2, 6, 3, 4, 8
 GROUP = GroupSemantics(None, 0, HEADS, DIM, tuple(range(LAYERS)))

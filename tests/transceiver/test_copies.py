@@ -13,9 +13,10 @@ from hypothesis import Phase, find, given, settings
 from hypothesis import strategies as st
 from support.list_oracle import Listed, ListedGroup, ListedPrompt, Place, expected, is_read_later, num_runs
 
-from disagg.transceiver import compact, copies
-from disagg.transceiver.copies import Anchored, BlockList, Copy, End, Have, Suffix, transfer_plan
-from disagg.transceiver.messages.values import Geometry, GroupSemantics
+from disagg.transceiver.layout import block_lists as compact
+from disagg.transceiver.library import plan_copies as copies
+from disagg.transceiver.library.plan_copies import Anchored, BlockList, Copy, End, Have, Suffix, transfer_plan
+from disagg.transceiver.wire.messages.values import Geometry, GroupSemantics
 
 # --- prompts ------------------------------------------------------------------------------------------------------
 

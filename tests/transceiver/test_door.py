@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 from support.event_loop import in_event_loop, within
 
-from disagg.transceiver.messages.values import PlaneOffer
 from disagg.transceiver.planes import door
 from disagg.transceiver.planes.door import Door, knock
 from disagg.transceiver.planes.tokens import Tokens
+from disagg.transceiver.wire.messages.values import PlaneOffer
 
 PEER = "d" * 32
 

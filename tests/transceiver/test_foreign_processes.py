@@ -11,9 +11,9 @@ import pytest
 import torch
 from support import foreign_sender as foreign
 
-from disagg.transceiver.packed import Unpacker, digests
-from disagg.transceiver.planes.base import Destination, LandingJob, PoolRegion
-from disagg.transceiver.planes.tcp_landing import TcpLandingPlane
+from disagg.transceiver.memory.gather import Unpacker, digests
+from disagg.transceiver.memory.regions import Destination, LandingJob, PoolRegion
+from disagg.transceiver.planes.tcp.landing import TcpLandingPlane
 
 pytestmark = [pytest.mark.slow, pytest.mark.processes, pytest.mark.timeout(90)]
 

@@ -5,9 +5,9 @@ from dataclasses import fields, replace
 import pytest
 from support.sample_messages import GEOMETRY, IDENTITY
 
-from disagg.transceiver.errors import MAX_TOLD_CHARS
-from disagg.transceiver.identity import differing_field, geometry_difference
-from disagg.transceiver.messages.values import Geometry, GroupSemantics
+from disagg.transceiver.layout.pairing import differing_field, geometry_difference
+from disagg.transceiver.wire.errors import MAX_TOLD_CHARS
+from disagg.transceiver.wire.messages.values import Geometry, GroupSemantics
 
 
 def changed(value: object) -> object:

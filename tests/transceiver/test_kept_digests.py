@@ -7,10 +7,10 @@ from dataclasses import replace
 import pytest
 from support.event_loop import in_event_loop
 
-from disagg.transceiver.errors import SourceChanged
-from disagg.transceiver.events import Unit
-from disagg.transceiver.kept_digests import KeptDigests
-from disagg.transceiver.planes.base import SourceUnit
+from disagg.transceiver.memory.kept_digests import KeptDigests
+from disagg.transceiver.memory.regions import SourceUnit
+from disagg.transceiver.protocol.events import Unit
+from disagg.transceiver.wire.errors import SourceChanged
 
 
 class Hasher:

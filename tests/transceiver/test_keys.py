@@ -7,7 +7,7 @@ from dataclasses import astuple
 import pytest
 import zmq
 
-from disagg.transceiver.keys import ClusterKeys
+from disagg.transceiver.wire.keys import ClusterKeys
 
 SECRET = bytes(range(32))
 

@@ -16,12 +16,13 @@ from support.plane_pair import PlanePair, Receiver, plane_pair
 from support.pools import close_pools, make_pools
 
 from disagg.kernels import native
-from disagg.transceiver.errors import SourceChanged
-from disagg.transceiver.events import LandedUnit, Unit
-from disagg.transceiver.hashing import PIECE_NBYTES
-from disagg.transceiver.landing import AfterCopy, LandingThread
-from disagg.transceiver.planes.base import Destination, LandingJob, LandingPlane, PoolRegion, SourceUnit
+from disagg.transceiver.memory.hashing import PIECE_NBYTES
+from disagg.transceiver.memory.regions import Destination, LandingJob, PoolRegion, SourceUnit
+from disagg.transceiver.peers.landing_threads import AfterCopy, LandingThread
+from disagg.transceiver.planes.base import LandingPlane
 from disagg.transceiver.planes.inproc import InprocLandingPlane
+from disagg.transceiver.protocol.events import LandedUnit, Unit
+from disagg.transceiver.wire.errors import SourceChanged
 
 DTYPES = ("float32", "float16")
 PAIRS = [(0, 4, 10), (0, 5, 11), (1, 3, 2), (0, 9, 0)]

@@ -6,10 +6,10 @@ from itertools import permutations
 
 import pytest
 
-from disagg.transceiver.actions import PartVerified, ReportFailed, Verified
-from disagg.transceiver.errors import LocalProtocolError
-from disagg.transceiver.leader import Leader, part_key
-from disagg.transceiver.messages.values import AttemptKey, FirstToken, SamplingState
+from disagg.transceiver.protocol.actions import PartVerified, ReportFailed, Verified
+from disagg.transceiver.protocol.leader import Leader, part_key
+from disagg.transceiver.wire.errors import LocalProtocolError
+from disagg.transceiver.wire.messages.values import AttemptKey, FirstToken, SamplingState
 
 KEY = AttemptKey("a" * 32, 3)
 FIRST = FirstToken(7, None, SamplingState(0))

@@ -14,13 +14,13 @@ import pytest
 import zmq
 from support.event_loop import in_event_loop, within
 
-from disagg.transceiver.codec import PROTOCOL, decode, encode
-from disagg.transceiver.connection import Connection
-from disagg.transceiver.errors import EndpointRefused, LocalProtocolError, PeerLost, ProtocolDiffers
-from disagg.transceiver.keys import ClusterKeys
-from disagg.transceiver.links import ControlClient, ControlServer
-from disagg.transceiver.messages.peer import Heartbeat, Refused
-from disagg.transceiver.sockets import Sockets, check_endpoint
+from disagg.transceiver.wire.codec import PROTOCOL, decode, encode
+from disagg.transceiver.wire.connection import Connection
+from disagg.transceiver.wire.errors import EndpointRefused, LocalProtocolError, PeerLost, ProtocolDiffers
+from disagg.transceiver.wire.keys import ClusterKeys
+from disagg.transceiver.wire.links import ControlClient, ControlServer
+from disagg.transceiver.wire.messages.peer import Heartbeat, Refused
+from disagg.transceiver.wire.sockets import Sockets, check_endpoint
 
 KEYS = ClusterKeys.from_secret(b"the secret of the cluster under test")
 OTHER_KEYS = ClusterKeys.from_secret(b"the secret of quite another cluster")
@@ -199,7 +199,7 @@ async def test_an_answer_of_another_major_version_is_an_error_of_its_own() -> No
 async def test_a_message_above_the_size_limit_ends_only_the_connection_that_sent_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("disagg.transceiver.links.MAX_MESSAGE_NBYTES", 1000)
+    monkeypatch.setattr("disagg.transceiver.wire.links.MAX_MESSAGE_NBYTES", 1000)
     async with a_server() as server, a_client(server.endpoint) as good, a_raw_dealer(server.endpoint) as bad:
         await within(good.ready())
         await within(bad.ready())
@@ -263,7 +263,7 @@ async def test_sending_to_a_client_that_left_raises_peer_lost() -> None:
 async def test_a_client_that_reads_nothing_counts_as_lost_when_its_queue_is_full(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("disagg.transceiver.links.HIGH_WATER_MARK", 8)
+    monkeypatch.setattr("disagg.transceiver.wire.links.HIGH_WATER_MARK", 8)
     async with a_server() as server, a_client(server.endpoint) as client:
         await within(client.ready())
         await client.send(beat(0))

@@ -7,10 +7,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.sample_messages import FIRST, GEOMETRY, HEADER
 
-from disagg.transceiver.codec import decode, encode
-from disagg.transceiver.manifest import is_sealed, seal, whole_group
-from disagg.transceiver.messages.peer import Done
-from disagg.transceiver.messages.values import ManifestEntry, SamplingState, TokenLogprobs
+from disagg.transceiver.layout.cut import whole_group
+from disagg.transceiver.protocol.manifest import is_sealed, seal
+from disagg.transceiver.wire.codec import decode, encode
+from disagg.transceiver.wire.messages.peer import Done
+from disagg.transceiver.wire.messages.values import ManifestEntry, SamplingState, TokenLogprobs
 
 KEY = bytes(range(32))
 ENTRIES = (ManifestEntry(0, 3, (0, 1, 0, 2), 11), ManifestEntry(1, 3, (0, 3, 0, 2), 12))

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from disagg.cache.pool import SlotPool
-from disagg.transceiver.planes import mapping
-from disagg.transceiver.planes.mapping import PoolMapping
-from disagg.transceiver.planes.shm_handshake import PoolShape
+from disagg.transceiver.planes.shm import mapping
+from disagg.transceiver.planes.shm.handshake import PoolShape
+from disagg.transceiver.planes.shm.mapping import PoolMapping
 
 PIECE_NBYTES = 64 << 10
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from support.event_loop import in_event_loop, within
 
-from disagg.transceiver.sending import _Peer
+from disagg.transceiver.peers.prefill_side import _Peer
 
 
 class Steps:

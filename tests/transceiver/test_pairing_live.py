@@ -10,17 +10,17 @@ import numpy as np
 import pytest
 from support.event_loop import in_event_loop
 
-from disagg.transceiver.keys import ClusterKeys
-from disagg.transceiver.links import ControlServer
-from disagg.transceiver.messages.router import PeerTarget
-from disagg.transceiver.messages.values import Geometry, GroupSemantics, Identity
-from disagg.transceiver.node import Node, draw_id
-from disagg.transceiver.peer_link import PeerLink
-from disagg.transceiver.planes.base import PoolRegion
+from disagg.transceiver.layout.ranks import natural_slot_nbytes
+from disagg.transceiver.memory.regions import PoolRegion
+from disagg.transceiver.peers.link import PeerLink
+from disagg.transceiver.peers.prefill_side import SendingSide
 from disagg.transceiver.planes.inproc import InprocHub, InprocLandingPlane, InprocSourcePlane
-from disagg.transceiver.ranks import natural_slot_nbytes
-from disagg.transceiver.sending import SendingSide
-from disagg.transceiver.sockets import Sockets
+from disagg.transceiver.wire.keys import ClusterKeys
+from disagg.transceiver.wire.links import ControlServer
+from disagg.transceiver.wire.messages.router import PeerTarget
+from disagg.transceiver.wire.messages.values import Geometry, GroupSemantics, Identity
+from disagg.transceiver.wire.node import Node, draw_id
+from disagg.transceiver.wire.sockets import Sockets
 
 KEYS = ClusterKeys.published()
 IDENTITY = Identity(1, "f" * 32, "attention", "float32", 200, KEYS.hash_key_id)

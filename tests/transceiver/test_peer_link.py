@@ -15,18 +15,19 @@ from support.sending_side import IDENTITY, Prefill, pools
 from support.shell_pair import patched_timing, until
 from support.transfer_pair import GEOMETRY, KEYS, TRANSFER_ID
 
-from disagg.transceiver import peer_link
-from disagg.transceiver.codec import PROTOCOL, encode
-from disagg.transceiver.errors import PeerLost, PlaneRefused
-from disagg.transceiver.links import ControlServer
-from disagg.transceiver.messages import peer as p
-from disagg.transceiver.messages.router import PeerTarget
-from disagg.transceiver.messages.values import PlaneOffer
-from disagg.transceiver.node import Node, draw_id
-from disagg.transceiver.peer_link import LinkSpeed, PeerLink
-from disagg.transceiver.planes.base import LandingJob, LandingPlane, PoolRegion
+from disagg.transceiver.memory.regions import LandingJob, PoolRegion
+from disagg.transceiver.peers import link as peer_link
+from disagg.transceiver.peers.link import LinkSpeed, PeerLink
+from disagg.transceiver.planes.base import LandingPlane
 from disagg.transceiver.planes.inproc import InprocHub, InprocLandingPlane, InprocSourcePlane
-from disagg.transceiver.sockets import Sockets
+from disagg.transceiver.wire.codec import PROTOCOL, encode
+from disagg.transceiver.wire.errors import PeerLost, PlaneRefused
+from disagg.transceiver.wire.links import ControlServer
+from disagg.transceiver.wire.messages import peer as p
+from disagg.transceiver.wire.messages.router import PeerTarget
+from disagg.transceiver.wire.messages.values import PlaneOffer
+from disagg.transceiver.wire.node import Node, draw_id
+from disagg.transceiver.wire.sockets import Sockets
 
 SCALE = 0.2
 ME = "d" * 32

@@ -8,9 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.token_walk import needed_blocks
 
-from disagg.transceiver.errors import RemoteProtocolError
-from disagg.transceiver.messages.values import GroupRuns
-from disagg.transceiver.plan import (
+from disagg.transceiver.layout.required import (
     check_required,
     full_copy_blocks,
     full_copy_nbytes,
@@ -19,6 +17,8 @@ from disagg.transceiver.plan import (
     required_units,
     runs_of,
 )
+from disagg.transceiver.wire.errors import RemoteProtocolError
+from disagg.transceiver.wire.messages.values import GroupRuns
 
 
 @dataclass(frozen=True)

@@ -18,9 +18,11 @@ from support.event_loop import in_event_loop, within
 from support.plane_pair import PLANES, SHAPES, PlanePair, Receiver, plane_pair
 
 from disagg.cache.pool import NULL_SLOT, TRASH_SLOT
-from disagg.transceiver.errors import PeerLost, PlaneRefused, SourceChanged
-from disagg.transceiver.planes import copying, probe, tcp_stream
-from disagg.transceiver.planes.runs import adjacent, ints
+from disagg.transceiver.layout.runs import adjacent, ints
+from disagg.transceiver.memory import copying
+from disagg.transceiver.planes import probe
+from disagg.transceiver.planes.tcp import stream as tcp_stream
+from disagg.transceiver.wire.errors import PeerLost, PlaneRefused, SourceChanged
 
 pytestmark = pytest.mark.parametrize("kind", PLANES)
 
@@ -124,9 +126,9 @@ async def test_a_slot_given_away_during_the_copy_is_refused(kind: str, monkeypat
             pair.pools[0].generations[6] += 1
 
         monkeypatch.setattr("disagg.transceiver.planes.reading.copy_slots", copy_all_while_the_owner_reuses)
-        monkeypatch.setattr("disagg.transceiver.planes.ucx_sending.copy_rows", copy_while_the_owner_reuses)
-        monkeypatch.setattr("disagg.transceiver.planes.zmq.copy_rows", copy_while_the_owner_reuses)
-        monkeypatch.setattr("disagg.transceiver.planes.tcp_stream.write", write_while_the_owner_reuses)
+        monkeypatch.setattr("disagg.transceiver.planes.ucx.sender.copy_rows", copy_while_the_owner_reuses)
+        monkeypatch.setattr("disagg.transceiver.planes.zmq.source.copy_rows", copy_while_the_owner_reuses)
+        monkeypatch.setattr("disagg.transceiver.planes.tcp.stream.write", write_while_the_owner_reuses)
         with pytest.raises(SourceChanged):
             await within(pair.move(receiver, RUN))
 
@@ -247,7 +249,7 @@ async def test_a_source_that_is_not_there_refuses(kind: str) -> None:
 async def connect_impatiently(landing, offer, pair: PlanePair) -> None:
     """zmq retries until its own deadline, which a test need not sit through."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("disagg.transceiver.planes.zmq_landing.OPEN_S", 0.2)
+        patch.setattr("disagg.transceiver.planes.zmq.landing.OPEN_S", 0.2)
         await landing.connect("a" * 32, offer, pair.pools)
 
 

@@ -30,14 +30,14 @@ from support.rank_sender import (
 from disagg.cache.cache import KVCache
 from disagg.engine.model import LoadedModel
 from disagg.engine.runner import Chunk, Runner
-from disagg.transceiver import ticket
-from disagg.transceiver.actions import Verified
-from disagg.transceiver.leader import Decision, Pair, part_key
-from disagg.transceiver.node import Node, draw_id
-from disagg.transceiver.rank_receiving import DecodeRank, DecodeRanks
-from disagg.transceiver.rank_sending import DecodePeer
-from disagg.transceiver.receiving import TransferRecord
-from disagg.transceiver.sockets import Sockets
+from disagg.transceiver.library.decode_ranks import DecodeRank, DecodeRanks
+from disagg.transceiver.library.prefill_ranks import DecodePeer
+from disagg.transceiver.peers.decode_side import TransferRecord
+from disagg.transceiver.protocol.actions import Verified
+from disagg.transceiver.protocol.leader import Decision, Pair, part_key
+from disagg.transceiver.wire import ticket
+from disagg.transceiver.wire.node import Node, draw_id
+from disagg.transceiver.wire.sockets import Sockets
 from disagg.worker.planes import landing_planes
 
 pytestmark = [pytest.mark.processes, pytest.mark.timeout(150)]

@@ -13,12 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.element_walk import HOLE, Cut, ModelGroup, Rank, expected, make_ranks, needed_tokens, store
 
-from disagg.transceiver.convert import FP8_ABSOLUTE, FP8_RELATIVE
-from disagg.transceiver.copies import Anchored, Copy, End, transfer_plan
-from disagg.transceiver.messages.values import Geometry, GroupSemantics
-from disagg.transceiver.packed import Area, Packer, Unpacker, digests, flat
-from disagg.transceiver.ranks import rank_geometry, rank_layout, rectangles
-from disagg.transceiver.reshape import (
+from disagg.transceiver.layout.cut import (
     Copies,
     Rectangle,
     Side,
@@ -31,7 +26,13 @@ from disagg.transceiver.reshape import (
     unit_nbytes,
     unit_size,
 )
-from disagg.transceiver.strides import FP8, Layout, foreign_layout
+from disagg.transceiver.layout.ranks import rank_geometry, rank_layout, rectangles
+from disagg.transceiver.layout.strides import FP8, Layout
+from disagg.transceiver.library.plan_copies import Anchored, Copy, End, transfer_plan
+from disagg.transceiver.memory.convert import FP8_ABSOLUTE, FP8_RELATIVE
+from disagg.transceiver.memory.foreign_layout import foreign_layout
+from disagg.transceiver.memory.gather import Area, Packer, Unpacker, digests, flat
+from disagg.transceiver.wire.messages.values import Geometry, GroupSemantics
 
 BLANK = -16.0  # no value of the truth below
 AXES = ("skhtd", "skthd", "kshtd", "kthsd", "shtD", "sthD", "shtdk")

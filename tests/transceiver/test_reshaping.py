@@ -18,16 +18,18 @@ from support.event_loop import in_event_loop, within
 from support.plane_pair import PLANES, PlanePair, plane_pair
 from support.pools import close_pools, make_pools
 
-from disagg.transceiver import packed
-from disagg.transceiver.errors import LocalProtocolError, RemoteProtocolError, SourceChanged
-from disagg.transceiver.events import Unit
-from disagg.transceiver.identity import geometry_difference
-from disagg.transceiver.landing import LandingThread
-from disagg.transceiver.messages.values import Geometry, GroupSemantics, UnitName
+from disagg.transceiver.layout.pairing import geometry_difference
+from disagg.transceiver.layout.units import geometry_by_units, peer_unit
+from disagg.transceiver.memory import gather as packed
+from disagg.transceiver.memory.peer_cuts import PeerCuts
+from disagg.transceiver.memory.regions import Destination, LandingJob, PoolRegion, SourceUnit
+from disagg.transceiver.memory.slot_units import SlotUnits, by_group
+from disagg.transceiver.peers.landing_threads import LandingThread
 from disagg.transceiver.planes import probe, reshaping
-from disagg.transceiver.planes.base import Destination, LandingJob, PoolRegion, SourceUnit
 from disagg.transceiver.planes.reshaping import ReshapingPlane
-from disagg.transceiver.units import PeerCuts, SlotUnits, by_group, geometry_by_units, peer_unit
+from disagg.transceiver.protocol.events import Unit
+from disagg.transceiver.wire.errors import LocalProtocolError, RemoteProtocolError, SourceChanged
+from disagg.transceiver.wire.messages.values import Geometry, GroupSemantics, UnitName
 
 GROUPS = (
     GroupSemantics(None, 0, 2, 4, (0, 3)),

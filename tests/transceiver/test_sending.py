@@ -11,12 +11,12 @@ from support.event_loop import in_event_loop, within
 from support.sending_side import IDENTITY, Peer, Prefill, new_key
 from support.transfer_pair import GEOMETRY
 
-from disagg.transceiver.codec import encode
-from disagg.transceiver.events import Pinned
-from disagg.transceiver.messages import peer as p
-from disagg.transceiver.messages.values import AttemptKey
 from disagg.transceiver.planes.inproc import InprocHub, InprocSourcePlane
-from disagg.transceiver.state import State
+from disagg.transceiver.protocol.events import Pinned
+from disagg.transceiver.protocol.state import State
+from disagg.transceiver.wire.codec import encode
+from disagg.transceiver.wire.messages import peer as p
+from disagg.transceiver.wire.messages.values import AttemptKey
 
 
 async def fetched(prefill: Prefill, peer: Peer) -> AttemptKey:
@@ -41,7 +41,7 @@ async def test_a_plane_that_is_named_often_is_offered_once() -> None:
 @in_event_loop
 async def test_a_difference_of_long_values_is_refused_in_a_short_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     async with Prefill.running() as prefill, Peer.connected(prefill) as peer:
-        monkeypatch.setattr("disagg.transceiver.codec.MAX_MESSAGE_NBYTES", 20_000)
+        monkeypatch.setattr("disagg.transceiver.wire.codec.MAX_MESSAGE_NBYTES", 20_000)
         longer = replace(IDENTITY, adapter_ids=("a",) * 5000)  # in a frame 2 bytes each, as text 5
         hello = p.Hello(peer.incarnation, "decode", longer, GEOMETRY, ("inproc",))
         await peer.say(hello)
@@ -58,7 +58,7 @@ async def test_a_message_that_no_frame_can_carry_ends_its_transfer_and_the_next_
     async with Prefill.running() as prefill, Peer.known(prefill) as peer:
         key = await fetched(prefill, peer)
         with monkeypatch.context() as patch:
-            patch.setattr("disagg.transceiver.codec.MAX_MESSAGE_NBYTES", 700)  # slices are smaller, DONE is larger
+            patch.setattr("disagg.transceiver.wire.codec.MAX_MESSAGE_NBYTES", 700)  # slices are smaller, DONE is larger
             prefill.compute(key)
             await peer.next(p.Slice)
             await peer.say(p.Received(peer.header(key), -1))  # as a receiver does that waits for DONE
@@ -144,7 +144,7 @@ async def test_a_strangers_fetch_neither_takes_nor_clears_the_place_of_the_right
 async def test_fetches_beyond_a_bound_are_not_kept_and_are_served_when_said_again(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("disagg.transceiver.sending.MAX_EARLY", 2)
+    monkeypatch.setattr("disagg.transceiver.peers.prefill_side.MAX_EARLY", 2)
     async with Prefill.running() as prefill, Peer.known(prefill) as peer:
         keys = [new_key() for _ in range(3)]
         for key in (*keys, *keys):

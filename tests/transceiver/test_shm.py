@@ -20,11 +20,13 @@ from support.event_loop import in_event_loop, within
 from support.plane_pair import SHAPES, plane_pair
 from support.pools import close_pools, make_pool, make_pools
 
-from disagg.transceiver.errors import PeerLost, PlaneRefused, RemoteProtocolError, SourceChanged
-from disagg.transceiver.messages.values import PlaneOffer
-from disagg.transceiver.planes import mapping, shm, shm_handshake
-from disagg.transceiver.planes.base import Destination, LandingJob, PoolRegion
-from disagg.transceiver.planes.shm import ShmLandingPlane, ShmSourcePlane
+from disagg.transceiver.memory.regions import Destination, LandingJob, PoolRegion
+from disagg.transceiver.planes.shm import handshake as shm_handshake
+from disagg.transceiver.planes.shm import mapping
+from disagg.transceiver.planes.shm import plane as shm
+from disagg.transceiver.planes.shm.plane import ShmLandingPlane, ShmSourcePlane
+from disagg.transceiver.wire.errors import PeerLost, PlaneRefused, RemoteProtocolError, SourceChanged
+from disagg.transceiver.wire.messages.values import PlaneOffer
 
 ME = "a" * 32
 RUN = [(0, 4, 10), (0, 5, 11)]

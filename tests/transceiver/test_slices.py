@@ -7,18 +7,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.sample_messages import HEADER
 
-from disagg.transceiver.events import LandedUnit, Unit
-from disagg.transceiver.inbox import BadSliceError, Inbox
-from disagg.transceiver.messages.peer import Slice
-from disagg.transceiver.messages.values import ManifestEntry, UnitName, UnitRun
-from disagg.transceiver.outbox import (
-    BYTE_WINDOW,
-    READ_SLICE_NBYTES,
-    REPEAT_BURST,
-    SLICE_NBYTES,
-    Outbox,
-)
-from disagg.transceiver.sender import unit_runs
+from disagg.transceiver.layout.slice_size import SLICE_NBYTES
+from disagg.transceiver.protocol.events import LandedUnit, Unit
+from disagg.transceiver.protocol.inbox import BadSliceError, Inbox
+from disagg.transceiver.protocol.outbox import BYTE_WINDOW, READ_SLICE_NBYTES, REPEAT_BURST, Outbox
+from disagg.transceiver.protocol.sender import unit_runs
+from disagg.transceiver.wire.messages.peer import Slice
+from disagg.transceiver.wire.messages.values import ManifestEntry, UnitName, UnitRun
 
 
 def unit(ordinal: int, group: int = 0) -> Unit:

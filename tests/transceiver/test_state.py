@@ -5,11 +5,21 @@ from pathlib import Path
 import pytest
 from support.transfer_states import picture, reach, sample_event
 
-from disagg.transceiver import events
-from disagg.transceiver.diagram import render
-from disagg.transceiver.errors import LocalProtocolError, RemoteProtocolError
-from disagg.transceiver.messages.peer import Heartbeat, Refused, TransferMessage
-from disagg.transceiver.state import DECISIONS, KIND_OF, MESSAGES, TRANSITIONS, Kind, Role, State, kind_of, next_state
+from disagg.transceiver.protocol import events
+from disagg.transceiver.protocol.diagram import render
+from disagg.transceiver.protocol.state import (
+    DECISIONS,
+    KIND_OF,
+    MESSAGES,
+    TRANSITIONS,
+    Kind,
+    Role,
+    State,
+    kind_of,
+    next_state,
+)
+from disagg.transceiver.wire.errors import LocalProtocolError, RemoteProtocolError
+from disagg.transceiver.wire.messages.peer import Heartbeat, Refused, TransferMessage
 
 EXTERNAL = [kind for kind in Kind if kind not in DECISIONS]
 PAIRS = [(role, state, kind) for role in Role for state in TRANSITIONS[role] for kind in EXTERNAL]

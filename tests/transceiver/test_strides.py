@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from disagg.cache.layout import LayerSpec, derive_layout
-from disagg.transceiver.messages.values import GroupSemantics
-from disagg.transceiver.packed import Area, flat
-from disagg.transceiver.strides import GroupStrides, Half, Layout, foreign_layout, slot_strides
+from disagg.transceiver.layout.strides import GroupStrides, Half, Layout, slot_strides
+from disagg.transceiver.memory.foreign_layout import foreign_layout
+from disagg.transceiver.memory.gather import Area, flat
+from disagg.transceiver.wire.messages.values import GroupSemantics
 
 SLOTS, HEADS, TOKENS, DIM = 5, 3, 4, 2
 EXTENT = {"s": SLOTS, "h": HEADS, "t": TOKENS, "d": DIM, "k": 2, "D": 2 * DIM}

@@ -15,7 +15,14 @@ from support.event_loop import in_event_loop, within
 from support.plane_pair import KEYS, PlanePair, Receiver, plane_pair
 from support.pools import close_pools, make_pool
 
-from disagg.transceiver.errors import (
+from disagg.transceiver.memory.regions import Destination, LandingJob, SourceUnit
+from disagg.transceiver.planes import door, greeting
+from disagg.transceiver.planes.greeting import parse_greeting
+from disagg.transceiver.planes.slice_stream import HEADER, WELCOME, SliceHeader, advance, split_address, wire_name
+from disagg.transceiver.planes.tcp import landing as tcp_landing
+from disagg.transceiver.planes.tcp.landing import TcpLandingPlane
+from disagg.transceiver.planes.tcp.source import TcpSourcePlane
+from disagg.transceiver.wire.errors import (
     EndpointRefused,
     LocalProtocolError,
     PeerLost,
@@ -23,13 +30,7 @@ from disagg.transceiver.errors import (
     RemoteProtocolError,
     SourceChanged,
 )
-from disagg.transceiver.keys import ClusterKeys
-from disagg.transceiver.planes import door, greeting, tcp_landing
-from disagg.transceiver.planes.base import Destination, LandingJob, SourceUnit
-from disagg.transceiver.planes.greeting import parse_greeting
-from disagg.transceiver.planes.tcp import TcpSourcePlane
-from disagg.transceiver.planes.tcp_landing import TcpLandingPlane
-from disagg.transceiver.planes.tcp_wire import HEADER, WELCOME, SliceHeader, advance, split_address, wire_name
+from disagg.transceiver.wire.keys import ClusterKeys
 
 PAIRS = [(0, 4, 10), (1, 5, 1), (0, 6, 12)]
 NBYTES = 2 * (1 << 12) + 3000

@@ -14,14 +14,14 @@ from support.element_walk import element
 from support.event_loop import in_event_loop, within
 from support.pools import close_pools, make_pools
 
-from disagg.transceiver.errors import PeerLost, TransferFailed
-from disagg.transceiver.foreign_pools import ForeignPools
-from disagg.transceiver.keys import ClusterKeys
-from disagg.transceiver.messages.values import AttemptKey, GroupSemantics
-from disagg.transceiver.node import draw_id
-from disagg.transceiver.sockets import Sockets
-from disagg.transceiver.strides import ForeignLayer
-from disagg.transceiver.tensor_ends import Model, TensorDestination, TensorSource
+from disagg.transceiver.library.tensor_ends import Model, TensorDestination, TensorSource
+from disagg.transceiver.memory.foreign_layout import ForeignLayer
+from disagg.transceiver.memory.foreign_pools import ForeignPools
+from disagg.transceiver.wire.errors import PeerLost, TransferFailed
+from disagg.transceiver.wire.keys import ClusterKeys
+from disagg.transceiver.wire.messages.values import AttemptKey, GroupSemantics
+from disagg.transceiver.wire.node import draw_id
+from disagg.transceiver.wire.sockets import Sockets
 
 KEYS = ClusterKeys.from_secret(b"a secret that both processes know")
 GROUPS = (

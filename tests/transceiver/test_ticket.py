@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 
-from disagg.transceiver.errors import RemoteProtocolError, TicketRefused
-from disagg.transceiver.ticket import check, mint
+from disagg.transceiver.wire.errors import RemoteProtocolError, TicketRefused
+from disagg.transceiver.wire.ticket import check, mint
 
 KEY = bytes(range(32))
 CLAIMS: dict[str, Any] = {

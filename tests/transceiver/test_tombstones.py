@@ -5,8 +5,9 @@ from dataclasses import replace
 import pytest
 from support.sample_messages import HEADER, SAMPLES
 
-from disagg.transceiver import reasons
-from disagg.transceiver.messages.peer import (
+from disagg.transceiver.protocol.tombstones import EXPIRE_S, Tombstones, answer_unknown
+from disagg.transceiver.wire import reasons
+from disagg.transceiver.wire.messages.peer import (
     Ack,
     Cancel,
     Cancelled,
@@ -19,7 +20,6 @@ from disagg.transceiver.messages.peer import (
     Slice,
     TransferMessage,
 )
-from disagg.transceiver.tombstones import EXPIRE_S, Tombstones, answer_unknown
 
 KEY = (HEADER.transfer_id, HEADER.epoch)
 OF = {type(sample): sample for sample in SAMPLES}

@@ -20,16 +20,8 @@ from support.transfer_pair import (
 )
 from support.transfer_states import arrived, fetch, header, honest_done, landed, picture, reach, slice_message
 
-from disagg.transceiver import reasons
-from disagg.transceiver.actions import (
-    AskPin,
-    Land,
-    ReportFailed,
-    Send,
-    Verified,
-)
-from disagg.transceiver.errors import LocalProtocolError, RemoteProtocolError
-from disagg.transceiver.events import (
+from disagg.transceiver.protocol.actions import AskPin, Land, ReportFailed, Send, Verified
+from disagg.transceiver.protocol.events import (
     LandedUnit,
     LandingFailed,
     LandingStopped,
@@ -37,9 +29,11 @@ from disagg.transceiver.events import (
     SliceLanded,
     SoftDropped,
 )
-from disagg.transceiver.messages import peer as p
-from disagg.transceiver.messages.values import GroupRuns, UnitName
-from disagg.transceiver.state import Role, State
+from disagg.transceiver.protocol.state import Role, State
+from disagg.transceiver.wire import reasons
+from disagg.transceiver.wire.errors import LocalProtocolError, RemoteProtocolError
+from disagg.transceiver.wire.messages import peer as p
+from disagg.transceiver.wire.messages.values import GroupRuns, UnitName
 
 
 def messages(actions: list[object], kind: type) -> list[object]:
@@ -113,7 +107,7 @@ def test_only_planes_that_read_sources_learn_slots(plane: str, has_slots: bool) 
 
 
 def test_a_pushing_plane_sends_each_payload_once_and_stays_within_its_window(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("disagg.transceiver.outbox.BYTE_WINDOW", 4)  # one less than the slices of this prompt
+    monkeypatch.setattr("disagg.transceiver.protocol.outbox.BYTE_WINDOW", 4)  # one less than the slices of this prompt
     pair = TransferPair(plane="zmq")
     pair.reserve()
     pair.settle()
@@ -168,12 +162,12 @@ def test_a_fetch_of_more_units_than_a_manifest_holds_is_refused_before_any_is_mo
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     num_units = sum(len(entry.ordinals) for entry in fetch().required)
-    monkeypatch.setattr("disagg.transceiver.sender.MAX_MANIFEST_ENTRIES", num_units - 1)
+    monkeypatch.setattr("disagg.transceiver.protocol.sender.MAX_MANIFEST_ENTRIES", num_units - 1)
     sender = make_sender()
     (action,) = sender.handle(arrived(fetch()), 0.0)
     refused = p.Refused("required", f"at most {num_units - 1} units", f"{num_units} units", "", TRANSFER_ID)
     assert action.message == refused
-    monkeypatch.setattr("disagg.transceiver.sender.MAX_MANIFEST_ENTRIES", num_units)
+    monkeypatch.setattr("disagg.transceiver.protocol.sender.MAX_MANIFEST_ENTRIES", num_units)
     assert sender.handle(arrived(fetch()), 0.0)[0] == AskPin()
 
 

@@ -14,15 +14,8 @@ from support.transfer_pair import (
 )
 from support.transfer_states import arrived, fetch, header, honest_done, reach, slice_message
 
-from disagg.transceiver import reasons
-from disagg.transceiver.actions import (
-    FreeReservation,
-    ReleaseSource,
-    ReportFailed,
-    Send,
-    StopLanding,
-)
-from disagg.transceiver.events import (
+from disagg.transceiver.protocol.actions import FreeReservation, ReleaseSource, ReportFailed, Send, StopLanding
+from disagg.transceiver.protocol.events import (
     CancelAsked,
     ComputeFailed,
     FinishedEarly,
@@ -32,11 +25,12 @@ from disagg.transceiver.events import (
     Tick,
     UnitsFinal,
 )
-from disagg.transceiver.messages import peer as p
-from disagg.transceiver.messages.values import UnitName
-from disagg.transceiver.state import Role, State
-from disagg.transceiver.timing import LEASE_S
-from disagg.transceiver.transfer import Transfer
+from disagg.transceiver.protocol.state import Role, State
+from disagg.transceiver.protocol.transfer import Transfer
+from disagg.transceiver.wire import reasons
+from disagg.transceiver.wire.messages import peer as p
+from disagg.transceiver.wire.messages.values import UnitName
+from disagg.transceiver.wire.timing import LEASE_S
 
 
 def messages(actions: list[object], kind: type) -> list[object]:

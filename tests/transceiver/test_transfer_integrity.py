@@ -18,15 +18,8 @@ from support.transfer_pair import (
 )
 from support.transfer_states import arrived, fetch, header, honest_done, landed, reach, slice_message
 
-from disagg.transceiver import reasons
-from disagg.transceiver.actions import (
-    ReportFailed,
-    Send,
-    UnregisterUnits,
-    Verified,
-)
-from disagg.transceiver.errors import RemoteProtocolError
-from disagg.transceiver.events import (
+from disagg.transceiver.protocol.actions import ReportFailed, Send, UnregisterUnits, Verified
+from disagg.transceiver.protocol.events import (
     LandingFailed,
     LandingStopped,
     Pinned,
@@ -34,10 +27,12 @@ from disagg.transceiver.events import (
     SliceLanded,
     UnitsFinal,
 )
-from disagg.transceiver.manifest import seal
-from disagg.transceiver.messages import peer as p
-from disagg.transceiver.messages.values import UnitName
-from disagg.transceiver.state import Role, State
+from disagg.transceiver.protocol.manifest import seal
+from disagg.transceiver.protocol.state import Role, State
+from disagg.transceiver.wire import reasons
+from disagg.transceiver.wire.errors import RemoteProtocolError
+from disagg.transceiver.wire.messages import peer as p
+from disagg.transceiver.wire.messages.values import UnitName
 
 
 def messages(actions: list[object], kind: type) -> list[object]:

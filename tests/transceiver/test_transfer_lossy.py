@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from support.lossy_link import LossyLink
 from support.transfer_pair import COMPUTE_ID, DEADLINE_S, FIRST, TRANSFER_ID, TransferPair, needed_of
 
-from disagg.transceiver.actions import FreeReservation, ReportFailed, Verified
-from disagg.transceiver.events import CancelAsked, ComputeFailed, FinishedEarly, PeerGone, SoftDropped
-from disagg.transceiver.state import State
-from disagg.transceiver.timing import LEASE_S
+from disagg.transceiver.protocol.actions import FreeReservation, ReportFailed, Verified
+from disagg.transceiver.protocol.events import CancelAsked, ComputeFailed, FinishedEarly, PeerGone, SoftDropped
+from disagg.transceiver.protocol.state import State
+from disagg.transceiver.wire.timing import LEASE_S
 
 ROUGH = {"drop": 0.3, "duplicate": 0.3, "truncate": 0.05, "jitter_s": 0.5}
 END_S = DEADLINE_S + 3 * LEASE_S

@@ -24,7 +24,16 @@ from support.plane_pair import KEYS, Receiver, plane_pair
 from support.pools import close_pools, make_pool
 from xxhash import xxh3_64_intdigest
 
-from disagg.transceiver.errors import (
+from disagg.transceiver.memory.hashing import Hasher
+from disagg.transceiver.memory.regions import Destination, LandingJob, SourceUnit
+from disagg.transceiver.planes import door, greeting
+from disagg.transceiver.planes.slice_stream import split_address
+from disagg.transceiver.planes.ucx import library as ucx_library
+from disagg.transceiver.planes.ucx import receiver as ucx_receiving
+from disagg.transceiver.planes.ucx.frames import CHUNK_NBYTES, chunk_tag, chunks, transfer_bits
+from disagg.transceiver.planes.ucx.landing import UcxLandingPlane
+from disagg.transceiver.planes.ucx.source import UcxSourcePlane
+from disagg.transceiver.wire.errors import (
     EndpointRefused,
     LocalProtocolError,
     PeerLost,
@@ -32,15 +41,8 @@ from disagg.transceiver.errors import (
     RemoteProtocolError,
     SourceChanged,
 )
-from disagg.transceiver.hashing import Hasher
-from disagg.transceiver.keys import ClusterKeys
-from disagg.transceiver.messages.values import PlaneOffer
-from disagg.transceiver.planes import door, greeting, ucx_library, ucx_receiving
-from disagg.transceiver.planes.base import Destination, LandingJob, SourceUnit
-from disagg.transceiver.planes.tcp_wire import split_address
-from disagg.transceiver.planes.ucx import UcxSourcePlane
-from disagg.transceiver.planes.ucx_landing import UcxLandingPlane
-from disagg.transceiver.planes.ucx_wire import CHUNK_NBYTES, chunk_tag, chunks, transfer_bits
+from disagg.transceiver.wire.keys import ClusterKeys
+from disagg.transceiver.wire.messages.values import PlaneOffer
 from disagg.worker.planes import landing_planes, source_planes
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("ucxx") is None, reason="ucxx is not installed")
@@ -218,10 +220,10 @@ async def test_a_source_that_writes_noise_is_lost(noise: bytes) -> None:
 
 @in_event_loop
 async def test_a_ucx_that_cannot_connect_is_found_before_the_plane_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("disagg.transceiver.planes.ucx_thread.HANDSHAKE_S", 0.3)
+    monkeypatch.setattr("disagg.transceiver.planes.ucx.thread.HANDSHAKE_S", 0.3)
     async with plane_pair("ucx") as pair:
         with monkeypatch.context() as patch:
-            patch.setattr("disagg.transceiver.planes.ucx_port.Port.send", lambda *message: None)
+            patch.setattr("disagg.transceiver.planes.ucx.port.Port.send", lambda *message: None)
             receiver = Receiver(pair.make_landing(), (make_pool(24, 1 << 12, seed=9), make_pool(10, 3000, seed=9)))
             pair.receivers.append(receiver)
             offer = pair.source.offer(receiver.incarnation)

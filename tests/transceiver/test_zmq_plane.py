@@ -18,14 +18,15 @@ from support.plane_pair import KEYS, SHAPES, PlanePair, Receiver, plane_pair
 from support.pools import make_pools
 from support.zmtp_proxy import ZmtpProxy
 
-from disagg.transceiver.connection import Connection
-from disagg.transceiver.errors import LocalProtocolError, PeerLost, PlaneRefused, RemoteProtocolError
-from disagg.transceiver.keys import ClusterKeys
-from disagg.transceiver.planes import frames, zmq_landing
-from disagg.transceiver.planes.frames import WINDOW, Credit, Hello, SliceHead, pack, parse
-from disagg.transceiver.planes.zmq import ZmqSourcePlane
-from disagg.transceiver.planes.zmq_landing import ZmqLandingPlane
-from disagg.transceiver.sockets import Sockets
+from disagg.transceiver.planes.zmq import frames
+from disagg.transceiver.planes.zmq import landing as zmq_landing
+from disagg.transceiver.planes.zmq.frames import WINDOW, Credit, Hello, SliceHead, pack, parse
+from disagg.transceiver.planes.zmq.landing import ZmqLandingPlane
+from disagg.transceiver.planes.zmq.source import ZmqSourcePlane
+from disagg.transceiver.wire.connection import Connection
+from disagg.transceiver.wire.errors import LocalProtocolError, PeerLost, PlaneRefused, RemoteProtocolError
+from disagg.transceiver.wire.keys import ClusterKeys
+from disagg.transceiver.wire.sockets import Sockets
 
 PAIRS = [(0, 4, 10), (1, 5, 1), (0, 6, 12)]
 BLOCKED_S = 0.2  # a send that has credit takes a millisecond

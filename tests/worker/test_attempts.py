@@ -8,8 +8,8 @@ from typing import Any
 from support.engine_pair import key
 
 from disagg.engine.commands import Release, Unregister
-from disagg.transceiver.messages.values import UnitName
-from disagg.transceiver.receiving import TransferRecord
+from disagg.transceiver.peers.decode_side import TransferRecord
+from disagg.transceiver.wire.messages.values import UnitName
 from disagg.worker.attempts import Attempts
 from disagg.worker.metrics import WorkerMetrics
 

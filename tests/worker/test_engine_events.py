@@ -23,10 +23,10 @@ from disagg.engine.commands import (
     TokensEvent,
     UnitsFinalEvent,
 )
-from disagg.transceiver.kept_digests import KeptDigests
-from disagg.transceiver.landing import LandingThread
-from disagg.transceiver.messages.values import FirstToken, SamplingState
-from disagg.transceiver.planes.base import SourceUnit
+from disagg.transceiver.memory.kept_digests import KeptDigests
+from disagg.transceiver.memory.regions import SourceUnit
+from disagg.transceiver.peers.landing_threads import LandingThread
+from disagg.transceiver.wire.messages.values import FirstToken, SamplingState
 from disagg.worker.engine_events import EngineEvents
 
 FIRST = FirstToken(1, None, SamplingState(0, ()))

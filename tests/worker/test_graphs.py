@@ -22,7 +22,7 @@ from disagg.engine.model import LoadedModel, load_model
 from disagg.engine.runner import Runner
 from disagg.engine.stats import GraphUse
 from disagg.kernels.dispatch import forced
-from disagg.transceiver.keys import ClusterKeys
+from disagg.transceiver.wire.keys import ClusterKeys
 from disagg.worker import build
 
 pytestmark = pytest.mark.skipif(bool(missing_interpreter()), reason=str(missing_interpreter()))

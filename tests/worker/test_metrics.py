@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from support.engine_pair import TestedEngine
 
-from disagg.transceiver.messages.values import MetricSample
-from disagg.transceiver.peer_link import LinkSpeed
+from disagg.transceiver.peers.link import LinkSpeed
+from disagg.transceiver.wire.messages.values import MetricSample
 from disagg.worker.metrics import WorkerMetrics
 
 

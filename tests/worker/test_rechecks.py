@@ -29,10 +29,10 @@ from disagg.engine.commands import (
     Unregister,
 )
 from disagg.engine.recheck import PrefixRecheck
-from disagg.transceiver.kept_digests import KeptDigests
-from disagg.transceiver.landing import LandingThread
-from disagg.transceiver.messages.values import UnitName
-from disagg.transceiver.planes.base import PoolRegion, SourceUnit
+from disagg.transceiver.memory.kept_digests import KeptDigests
+from disagg.transceiver.memory.regions import PoolRegion, SourceUnit
+from disagg.transceiver.peers.landing_threads import LandingThread
+from disagg.transceiver.wire.messages.values import UnitName
 from disagg.worker.rechecks import Rechecks
 
 T = LAYOUT.block_size

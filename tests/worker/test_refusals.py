@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from disagg.transceiver.messages.peer import Refused
-from disagg.transceiver.messages.values import Identity
+from disagg.transceiver.wire.messages.peer import Refused
+from disagg.transceiver.wire.messages.values import Identity
 from disagg.worker.router_link import NEXT_STEPS, RegistrationRefused, RouterLink
 
 NO_PART: Any = SimpleNamespace()

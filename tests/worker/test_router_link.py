@@ -13,13 +13,13 @@ import pytest
 from support.event_loop import in_event_loop, within
 from support.router_harness import GEOMETRY, IDENTITY, make_register
 
-from disagg.transceiver.codec import PROTOCOL, encode
-from disagg.transceiver.keys import ClusterKeys
-from disagg.transceiver.links import ControlServer
-from disagg.transceiver.messages import router as r
-from disagg.transceiver.messages.values import TokenLogprobs, UnitName
-from disagg.transceiver.node import Node
-from disagg.transceiver.sockets import Sockets
+from disagg.transceiver.wire.codec import PROTOCOL, encode
+from disagg.transceiver.wire.keys import ClusterKeys
+from disagg.transceiver.wire.links import ControlServer
+from disagg.transceiver.wire.messages import router as r
+from disagg.transceiver.wire.messages.values import TokenLogprobs, UnitName
+from disagg.transceiver.wire.node import Node
+from disagg.transceiver.wire.sockets import Sockets
 from disagg.worker.router_link import RegistrationRefused, RouterLink, RouterLost
 
 KEYS = ClusterKeys.published()

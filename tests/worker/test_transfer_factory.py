@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 from support.token_walk import attends
 
 from disagg.cache.layout import LayerSpec, derive_layout
-from disagg.transceiver.keys import ClusterKeys
-from disagg.transceiver.messages.router import Dispatch, PeerTarget
-from disagg.transceiver.messages.values import Geometry, GroupSemantics, Identity, Sampling
-from disagg.transceiver.node import Node
+from disagg.transceiver.wire.keys import ClusterKeys
+from disagg.transceiver.wire.messages.router import Dispatch, PeerTarget
+from disagg.transceiver.wire.messages.values import Geometry, GroupSemantics, Identity, Sampling
+from disagg.transceiver.wire.node import Node
 from disagg.worker.transfer_factory import TransferFactory
 
 WINDOWS = (None, 5, 11)

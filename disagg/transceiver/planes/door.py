@@ -9,11 +9,11 @@ from collections.abc import Callable
 from functools import partial
 from typing import Final
 
-from disagg.transceiver.errors import EndpointRefused, PeerLost, PlaneRefused
-from disagg.transceiver.messages.values import PlaneOffer
 from disagg.transceiver.planes.greeting import HANDSHAKE_S, greeting, parse_greeting
-from disagg.transceiver.planes.tcp_wire import WELCOME, split_address
+from disagg.transceiver.planes.slice_stream import WELCOME, split_address
 from disagg.transceiver.planes.tokens import Tokens
+from disagg.transceiver.wire.errors import EndpointRefused, PeerLost, PlaneRefused
+from disagg.transceiver.wire.messages.values import PlaneOffer
 
 log = logging.getLogger(__name__)
 

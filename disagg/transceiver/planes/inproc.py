@@ -5,11 +5,12 @@ from __future__ import annotations
 import secrets
 from collections.abc import Sequence
 
-from disagg.transceiver.errors import LocalProtocolError, PlaneRefused
-from disagg.transceiver.messages.values import PlaneOffer
-from disagg.transceiver.planes.base import PoolRegion, SourcePlane, SourceUnit
+from disagg.transceiver.memory.regions import PoolRegion, SourceUnit
+from disagg.transceiver.planes.base import SourcePlane
 from disagg.transceiver.planes.reading import ReadingLandingPlane
 from disagg.transceiver.planes.tokens import Tokens
+from disagg.transceiver.wire.errors import LocalProtocolError, PlaneRefused
+from disagg.transceiver.wire.messages.values import PlaneOffer
 
 
 class InprocHub:

@@ -14,15 +14,9 @@ from collections.abc import Sequence
 from typing import Final
 
 from disagg.cache.pool import NULL_SLOT, TRASH_SLOT
-from disagg.transceiver.errors import PeerLost, SourceChanged
-from disagg.transceiver.planes.base import (
-    Destination,
-    LandingJob,
-    LandingPlane,
-    PoolRegion,
-    SourcePlane,
-    SourceUnit,
-)
+from disagg.transceiver.memory.regions import Destination, LandingJob, PoolRegion, SourceUnit
+from disagg.transceiver.planes.base import LandingPlane, SourcePlane
+from disagg.transceiver.wire.errors import PeerLost, SourceChanged
 
 PROBE_ID: Final = "probe"
 """No transfer has it: theirs are 32 hex digits."""

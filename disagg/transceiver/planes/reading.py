@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from disagg.transceiver.errors import PeerLost, PlaneRefused
-from disagg.transceiver.planes.base import LandingJob, PoolRegion
-from disagg.transceiver.planes.copying import Copy, CopyingLandingPlane, check_generations, check_slots, copy_slots
-from disagg.transceiver.planes.runs import adjacent, ints
+from disagg.transceiver.layout.runs import adjacent, ints
+from disagg.transceiver.memory.copying import check_generations, check_slots, copy_slots
+from disagg.transceiver.memory.regions import LandingJob, PoolRegion
+from disagg.transceiver.planes.copying_plane import Copy, CopyingLandingPlane
+from disagg.transceiver.wire.errors import PeerLost, PlaneRefused
 
 
 class ReadingLandingPlane(CopyingLandingPlane):

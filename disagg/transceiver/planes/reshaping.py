@@ -19,15 +19,17 @@ from typing import Final
 
 import numpy as np
 
-from disagg.transceiver.errors import LocalProtocolError, RemoteProtocolError
-from disagg.transceiver.messages.values import Geometry, PlaneOffer
-from disagg.transceiver.outbox import SLICE_NBYTES, units_per_slice
-from disagg.transceiver.planes.base import Bytes, Destination, LandingJob, LandingPlane, PoolRegion, UnitHasher
-from disagg.transceiver.planes.copying import check_generations, check_slots
+from disagg.transceiver.layout.runs import ints
+from disagg.transceiver.layout.slice_size import SLICE_NBYTES, units_per_slice
+from disagg.transceiver.layout.units import peer_unit
+from disagg.transceiver.memory.copying import check_generations, check_slots
+from disagg.transceiver.memory.regions import Bytes, Destination, LandingJob, PoolRegion
+from disagg.transceiver.memory.slot_units import SlotUnits, by_group
+from disagg.transceiver.planes.base import LandingPlane, UnitHasher
 from disagg.transceiver.planes.probe import PROBE_ID
 from disagg.transceiver.planes.reading import ReadingLandingPlane
-from disagg.transceiver.planes.runs import ints
-from disagg.transceiver.units import SlotUnits, by_group, peer_unit
+from disagg.transceiver.wire.errors import LocalProtocolError, RemoteProtocolError
+from disagg.transceiver.wire.messages.values import Geometry, PlaneOffer
 
 STAGED_SLICES: Final = 4
 """Slices per group that staging holds: one arriving, one being scattered, and two so that neither waits for the other.

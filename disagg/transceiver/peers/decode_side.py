@@ -1,0 +1,371 @@
+"""The decode side's shell: links to prefill workers, landing jobs, and the transfers that need them.
+
+It performs what the cores ask and decides nothing. All methods run on the event loop; `LandingHost` is the worker.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Final, Protocol
+
+from disagg.transceiver.memory.regions import Destination, LandingJob, PoolRegion
+from disagg.transceiver.peers.landing_threads import Landed, LandingThread
+from disagg.transceiver.peers.link import LinkSpeed, PeerLink
+from disagg.transceiver.peers.live import Transfers
+from disagg.transceiver.planes.base import LandingPlane
+from disagg.transceiver.protocol.actions import (
+    Action,
+    FreeReservation,
+    Land,
+    PartVerified,
+    ReportFailed,
+    Send,
+    StopLanding,
+    Verified,
+)
+from disagg.transceiver.protocol.events import Event, LandingFailed, LandingStopped, PeerGone, SliceLanded
+from disagg.transceiver.protocol.outbox import BYTE_WINDOW
+from disagg.transceiver.protocol.transfer import Transfer
+from disagg.transceiver.wire import reasons
+from disagg.transceiver.wire.errors import PeerLost, TransceiverError
+from disagg.transceiver.wire.messages.peer import Received, Refused, Slice, TransferMessage
+from disagg.transceiver.wire.messages.router import PeerLink as LinkReport
+from disagg.transceiver.wire.messages.router import PeerTarget
+from disagg.transceiver.wire.messages.values import AttemptKey
+from disagg.transceiver.wire.node import Node
+from disagg.transceiver.wire.sockets import Sockets
+from disagg.transceiver.wire.timing import REPEAT_FIRST_S
+
+log = logging.getLogger(__name__)
+
+
+RECEIVED_DELAY_S: Final = REPEAT_FIRST_S / 4
+"""A slice is repeated when no RECEIVED came for `REPEAT_FIRST_S`; this late, none is repeated for want of it."""
+
+
+class LandingHost(Protocol):
+    """What the receiving side needs of its worker."""
+
+    def decode(self, key: AttemptKey, verified: Verified, record: TransferRecord) -> None:
+        """The KV is complete and bound to this request: it may decode."""
+
+    def transfer_failed(self, key: AttemptKey, failure: ReportFailed, record: TransferRecord) -> None:
+        """This epoch failed and no job holds its slots: free the reservation and tell the router."""
+
+    def free_reservation(self, key: AttemptKey, reason: str, record: TransferRecord) -> None:
+        """The request ended without decoding here."""
+
+
+@dataclass(slots=True)
+class TransferRecord:
+    """What one transfer cost, measured where the bytes land. Times are seconds on this process's monotonic clock."""
+
+    plane: str = ""
+    first_slice_at: float = 0.0
+    landed_at: float = 0.0
+    done_at: float = 0.0
+    num_operations: int = 0
+    num_saturated: int = 0
+    """Numbers that landed as the largest of our format."""
+    blocks: dict[int, int] = field(default_factory=dict)
+    nbytes: dict[int, int] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class _Incoming:
+    peer: str
+    destinations: dict[tuple[int, int], int]
+    record: TransferRecord
+    received: int = -1
+    """What the last RECEIVED said."""
+    jobs: set[asyncio.Task[None]] = field(default_factory=set)
+
+
+class ReceivingSide:
+    """Fetches KV from prefill workers into this process's pools."""
+
+    def __init__(
+        self,
+        node: Node,
+        planes: Mapping[str, Callable[[], LandingPlane]],
+        pools: Sequence[PoolRegion],
+        pool_of_group: Sequence[int],
+        landing: LandingThread,
+        sockets: Sockets,
+        host: LandingHost,
+        on_part: Callable[[AttemptKey, PartVerified, TransferRecord], None] | None = None,
+    ) -> None:
+        """`on_part` hears, where ranks are joined, of a pair of ranks that is done; its leader decides."""
+        self._on_part = on_part
+        self._node, self._planes, self._pools, self._pool_of_group = node, planes, pools, pool_of_group
+        self._landing, self._sockets, self._host = landing, sockets, host
+        self._transfers = Transfers(node.incarnation, self._perform)
+        self._incoming: dict[AttemptKey, _Incoming] = {}
+        self._received: dict[AttemptKey, Received] = {}
+        self._links: dict[str, tuple[PeerLink, asyncio.Task[None]]] = {}
+        self._to_stop: asyncio.Queue[AttemptKey] = asyncio.Queue()
+        self._tasks: asyncio.TaskGroup | None = None
+        self._is_ending = False
+
+    async def run(self) -> None:
+        """Serve until cancelled. Then `held` names the attempts whose slots a landing job may still write."""
+        async with asyncio.TaskGroup() as self._tasks:
+            self._tasks.create_task(self._stop_landings())
+            try:
+                await self._transfers.tick()
+            finally:
+                self._is_ending = True  # links still deliver what they have received, but the group takes no new task
+                for link, _ in self._links.values():
+                    link.end()
+
+    # --- the worker's side ------------------------------------------------------------------------------------
+
+    def set_peers(self, targets: Iterable[PeerTarget]) -> None:
+        """Connect to exactly these prefill workers, ahead of any request."""
+        assert self._tasks is not None
+        wanted = {target.incarnation: target for target in targets}
+        for incarnation in self._links.keys() - wanted.keys():
+            link, task = self._links.pop(incarnation)
+            link.end()
+            task.cancel()
+        for incarnation in wanted.keys() - self._links.keys():
+            link = self._make_link(wanted[incarnation])
+            self._links[incarnation] = link, self._tasks.create_task(link.run())
+
+    def start(
+        self, key: AttemptKey, transfer: Transfer, peer: str, slots: Sequence[Sequence[tuple[int, int]]], event: Event
+    ) -> None:
+        """Destinations are reserved: `slots[g]` = (ordinal, slot) pairs. `event` (Reserved) begins the transfer."""
+        destinations = {(group, ordinal): slot for group, pairs in enumerate(slots) for ordinal, slot in pairs}
+        record = TransferRecord(plane=self.plane_of(peer))
+        self._incoming[key] = _Incoming(peer, destinations, record)
+        self._transfers.add(key, transfer)
+        if self.is_ready(peer):
+            self.feed(key, event)
+        else:
+            self.feed(key, PeerGone("this worker has no link to it"))
+
+    def feed(self, key: AttemptKey, event: Event) -> None:
+        self._transfers.feed(key, event)
+
+    def __contains__(self, key: AttemptKey) -> bool:
+        """Whether this attempt's transfer still needs its reservation."""
+        return key in self._incoming
+
+    def knows(self, key: AttemptKey) -> bool:
+        """Had this attempt a transfer here, which is live or not forgotten? A key is used once."""
+        return self._transfers.knows(key)
+
+    @property
+    def held(self) -> tuple[AttemptKey, ...]:
+        """Attempts whose reservation is not given back yet, those included that nobody waits for any more."""
+        return tuple(self._incoming)
+
+    def is_ready(self, peer: str) -> bool:
+        return peer in self._links and self._links[peer][0].is_ready
+
+    def plane_of(self, peer: str) -> str:
+        """Name of the plane to `peer`, or "" while there is none."""
+        link = self._links.get(peer)
+        return link[0].plane.name if link and link[0].plane else ""
+
+    def reports(self) -> tuple[LinkReport, ...]:
+        return tuple(link.report() for link, _ in self._links.values())
+
+    def speeds(self) -> tuple[LinkSpeed, ...]:
+        """Of the links whose plane is open."""
+        return tuple(speed for link, _ in self._links.values() if (speed := link.speed) is not None)
+
+    # --- links ------------------------------------------------------------------------------------------------
+
+    def _make_link(self, target: PeerTarget) -> PeerLink:
+        return PeerLink(
+            self._node,
+            target,
+            self._planes,
+            self._pools,
+            self._take_message,
+            self._lose,
+            self._transfers.wanting_lease,
+            self._sockets,
+        )
+
+    def _take_message(self, message: TransferMessage | Refused) -> None:
+        if (answer := self._transfers.take(message)) is not None:
+            self._send(answer.header.destination, answer)
+
+    async def _lose(self, peer: str, reason: str) -> None:
+        """Tell every transfer of this peer; returns when no job reads its plane."""
+        for key in self._transfers.of_peer(peer):
+            self.feed(key, PeerGone(reason))
+        for key in [key for key, incoming in self._incoming.items() if incoming.peer == peer]:
+            await self._join_jobs(key)
+
+    # --- actions ----------------------------------------------------------------------------------------------
+
+    def _perform(self, key: AttemptKey, action: Action) -> None:
+        match action:
+            case Send(Received() as message) if self._may_wait(key, message):
+                self._say_received_later(key, message)
+            case Send(Received() as message):
+                self._received.pop(key, None)
+                self._note_received(key, message)
+                self._send(self._transfers.peer_of(key), message)
+            case Send(message):
+                self._send(self._transfers.peer_of(key), message)
+            case Land(message):
+                self._land(key, message)
+            case StopLanding():
+                self._to_stop.put_nowait(key)
+            case Verified():
+                self._host.decode(key, action, self._end(key))
+            case PartVerified():
+                assert self._on_part is not None, "a part that nobody joins"
+                self._on_part(key, action, self._end(key))
+            case ReportFailed():
+                self._host.transfer_failed(key, action, self._end(key))
+            case FreeReservation(reason):
+                self._host.free_reservation(key, reason, self._end(key))
+            case _:
+                raise AssertionError(f"a receiver asked for {action}")
+
+    def _may_wait(self, key: AttemptKey, message: Received) -> bool:
+        """News that the sender does not need yet: each RECEIVED wakes four threads in two processes, beside a copy of
+        0.5 ms. Where the sender pushes the bytes its window waits for it, so half a window at most stays unsaid; what
+        is no news answers a sender that repeats itself, and is said at once.
+        """
+        incoming = self._incoming.get(key)
+        num_unsaid = message.number - incoming.received if incoming is not None else 0
+        return num_unsaid > 0 and (self._reads_sources(key) or num_unsaid < BYTE_WINDOW // 2)
+
+    def _reads_sources(self, key: AttemptKey) -> bool:
+        link = self._links.get(self._transfers.peer_of(key))
+        return link is not None and link[0].plane is not None and link[0].plane.reads_sources
+
+    def _say_received_later(self, key: AttemptKey, message: Received) -> None:
+        if key not in self._received:
+            asyncio.get_running_loop().call_later(RECEIVED_DELAY_S, self._say_received, key)
+        self._received[key] = message
+
+    def _say_received(self, key: AttemptKey) -> None:
+        message = self._received.pop(key, None)
+        if message is not None and key in self._incoming:  # else more was said meanwhile: a later one, ACK or CANCEL
+            self._note_received(key, message)
+            self._send(self._transfers.peer_of(key), message)
+
+    def _note_received(self, key: AttemptKey, message: Received) -> None:
+        if (incoming := self._incoming.get(key)) is not None:
+            incoming.received = max(incoming.received, message.number)
+
+    def _send(self, peer: str, message: TransferMessage | Refused) -> None:
+        link = self._links.get(peer)
+        if link is not None:
+            link[0].send(message)
+
+    def _end(self, key: AttemptKey) -> TransferRecord:
+        incoming = self._incoming.pop(key)
+        incoming.record.done_at = time.monotonic()
+        return incoming.record
+
+    # --- landing ----------------------------------------------------------------------------------------------
+
+    def _land(self, key: AttemptKey, message: Slice) -> None:
+        incoming = self._incoming[key]
+        incoming.record.first_slice_at = incoming.record.first_slice_at or time.monotonic()
+        link = self._links.get(incoming.peer)
+        if link is None or link[0].plane is None:
+            self.feed(key, LandingFailed(message.number, "no data plane"))
+            return
+        if self._is_ending:
+            self.feed(key, LandingFailed(message.number, "this worker's registration ends"))
+            return
+        job, plane = self._make_job(key, incoming, message), link[0].plane
+        try:
+            if plane.is_here(job):
+                self._landing.begin(job, plane, self._end_job)
+                return
+        except PeerLost as exc:
+            self._fail_job(key, job, exc)
+            return
+        assert self._tasks is not None
+        task = self._tasks.create_task(self._run_job(key, job, plane))
+        incoming.jobs.add(task)
+        task.add_done_callback(incoming.jobs.discard)
+
+    def _make_job(self, key: AttemptKey, incoming: _Incoming, message: Slice) -> LandingJob:
+        destinations = []
+        for run in message.units:
+            for index in range(run.count):
+                unit = (run.group, run.first + index)
+                source = (run.slots[index], run.generations[index]) if run.slots else (-1, -1)
+                pool = self._pool_of_group[run.group]
+                destinations.append(Destination(*unit, pool, incoming.destinations[unit], *source))
+        return LandingJob(incoming.peer, key.transfer_id, key.epoch, message.number, tuple(destinations))
+
+    async def _run_job(self, key: AttemptKey, job: LandingJob, plane: LandingPlane) -> None:
+        try:
+            await plane.fetch(job)
+            landed = await self._landing.submit(job, plane)
+        except Exception as exc:
+            self._fail_job(key, job, exc)
+        else:
+            self._take_landed(key, job, landed)
+
+    def _end_job(self, job: LandingJob, future: Future[Landed]) -> None:
+        key = AttemptKey(job.transfer_id, job.epoch)
+        try:
+            landed = future.result()
+        except Exception as exc:
+            self._fail_job(key, job, exc)
+        else:
+            self._take_landed(key, job, landed)
+
+    def _fail_job(self, key: AttemptKey, job: LandingJob, exc: Exception) -> None:
+        """The peer is gone, or the source changed, or sent what does not fit the slots; anything else is a bug of ours,
+        which costs this attempt and no other."""
+        if not isinstance(exc, TransceiverError):
+            log.error("slice %d of %s was not landed", job.number, job.transfer_id, exc_info=exc)
+        reason = f"{reasons.LOST}: {exc}" if isinstance(exc, PeerLost) else str(exc)
+        self.feed(key, LandingFailed(job.number, reason))
+
+    def _take_landed(self, key: AttemptKey, job: LandingJob, landed: Landed) -> None:
+        if (incoming := self._incoming.get(key)) is not None:
+            self._count(incoming.record, job, landed)
+        self.feed(key, SliceLanded(job.number, landed.units))
+
+    def _count(self, record: TransferRecord, job: LandingJob, landed: Landed) -> None:
+        """Bytes are counted here and nowhere else: where they land."""
+        link = self._links.get(job.source)
+        unit_nbytes = link[0].unit_nbytes if link is not None else ()
+        record.num_operations += landed.num_operations
+        record.num_saturated += landed.num_saturated
+        record.landed_at = time.monotonic()
+        for unit in job.destinations:
+            record.blocks[unit.group] = record.blocks.get(unit.group, 0) + 1
+            nbytes = unit_nbytes[unit.group] if unit_nbytes else self._pools[unit.pool].slots.shape[1]
+            record.nbytes[unit.group] = record.nbytes.get(unit.group, 0) + nbytes
+
+    async def _stop_landings(self) -> None:
+        # One task for all, not one each: a core may ask while the group ends, when no task can be started any more.
+        while True:
+            key = await self._to_stop.get()
+            await self._join_jobs(key)
+            incoming = self._incoming.get(key)
+            link = self._links.get(incoming.peer) if incoming is not None else None
+            if link is not None and link[0].plane is not None:
+                link[0].plane.discard(key.transfer_id, key.epoch)
+            self.feed(key, LandingStopped())
+
+    async def _join_jobs(self, key: AttemptKey) -> None:
+        """Cancel this attempt's jobs that wait, join the one that runs. Safe to repeat."""
+        incoming = self._incoming.get(key)
+        jobs = tuple(incoming.jobs) if incoming is not None else ()
+        for job in jobs:
+            job.cancel()
+        await asyncio.gather(*jobs, return_exceptions=True)
+        await self._landing.stop(key.transfer_id, key.epoch)

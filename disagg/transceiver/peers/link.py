@@ -1,0 +1,337 @@
+"""The decode side's link to one prefill incarnation: HELLO until answered, heartbeats, a plane opened, loss."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+from disagg.transceiver.layout.pairing import differing_field, geometry_difference
+from disagg.transceiver.memory.foreign_pools import moves_slots
+from disagg.transceiver.memory.regions import PoolRegion
+from disagg.transceiver.planes.base import LandingPlane
+from disagg.transceiver.planes.probe import measure
+from disagg.transceiver.planes.reshaping import ReshapingPlane
+from disagg.transceiver.wire.errors import (
+    LocalProtocolError,
+    PeerLost,
+    PlaneRefused,
+    ProtocolDiffers,
+    RemoteProtocolError,
+    SourceChanged,
+    TransceiverError,
+    clipped,
+    first_cause,
+)
+from disagg.transceiver.wire.links import PROTOCOL_FIELD, ControlClient
+from disagg.transceiver.wire.messages.peer import (
+    Header,
+    Heartbeat,
+    Hello,
+    PeerMessage,
+    Refused,
+    TransferMessage,
+    Welcome,
+)
+from disagg.transceiver.wire.messages.router import PeerLink as LinkReport
+from disagg.transceiver.wire.messages.router import PeerTarget
+from disagg.transceiver.wire.messages.values import AttemptKey, Geometry
+from disagg.transceiver.wire.node import Node
+from disagg.transceiver.wire.sockets import Sockets
+from disagg.transceiver.wire.timing import HEARTBEAT_S, LOST_S, SUSPECT_S
+
+log = logging.getLogger(__name__)
+
+HELLO_REPEAT_S = 0.5
+"""A peer that starts late is found within half a second; HELLO is off the request path, no haste is needed."""
+
+MAX_DETAIL_CHARS: Final = 1000
+"""Of why a link is not ready: a sentence about each plane. Every lease carries it, and part of it is the peer's."""
+
+RECONNECT_S = 1.0
+"""Pause before a lost peer is tried again: the router lists it until its lease ends (3 s), so about three tries."""
+
+
+class PeerRefused(TransceiverError):
+    """The pair can never work: `field` names what differs."""
+
+    def __init__(self, field: str, ours: str, theirs: str) -> None:
+        super().__init__(f"{field}: ours {ours}, theirs {theirs}")
+        self.field = field
+
+
+@dataclass(frozen=True, slots=True)
+class LinkSpeed:
+    """What a data plane moved at first contact. `lane`: what it runs over, where its name does not say that."""
+
+    peer: str
+    plane: str
+    lane: str
+    gb_per_s: float
+
+
+class PeerLink:
+    """One prefill worker as this decode worker sees it. `run` connects and reconnects until cancelled."""
+
+    def __init__(
+        self,
+        node: Node,
+        target: PeerTarget,
+        planes: Mapping[str, Callable[[], LandingPlane]],
+        pools: Sequence[PoolRegion],
+        on_message: Callable[[TransferMessage | Refused], None],
+        on_lost: Callable[[str, str], Awaitable[None]],
+        live_transfers: Callable[[str], Iterable[AttemptKey]],
+        sockets: Sockets,
+    ) -> None:
+        """`planes` in order of preference. `on_lost(incarnation, reason)` returns when no job uses the plane."""
+        self._node, self.target = node, target
+        self._planes, self._pools = planes, pools
+        self._on_message, self._on_lost, self._live_transfers = on_message, on_lost, live_transfers
+        self._sockets = sockets
+        self._outbox: asyncio.Queue[PeerMessage] = asyncio.Queue()
+        self._heard_at = 0.0
+        self._state, self._detail = "connecting", ""
+        self._is_ended = False
+        self._plane_lost = asyncio.Event()
+        self.plane: LandingPlane | None = None
+        self.unit_nbytes: tuple[int, ...] = ()
+        """Bytes of a unit per group where the peer's geometry differs; empty where a unit is a slot."""
+        self.gb_per_s = 0.0
+
+    @property
+    def is_ready(self) -> bool:
+        return self._state == "ready"
+
+    def report(self) -> LinkReport:
+        """What the lease says of this link."""
+        state = self._state
+        if state == "ready" and time.monotonic() - self._heard_at > SUSPECT_S:
+            state = "suspect"
+        plane = _named(self.plane) if self.plane else ""
+        return LinkReport(self.target.incarnation, self.target.worker_id, plane, state, self.gb_per_s, self._detail)
+
+    @property
+    def speed(self) -> LinkSpeed | None:
+        """None while no plane is open."""
+        plane = self.plane
+        return LinkSpeed(self.target.worker_id, plane.name, plane.lane, self.gb_per_s) if plane is not None else None
+
+    def send(self, message: PeerMessage) -> None:
+        """Queue `message`, in order; dropped with the connection (the core repeats what matters)."""
+        self._outbox.put_nowait(message)
+
+    def end(self) -> None:
+        """Say that the cancellation which follows is meant for good.
+
+        A task group in which a task fails at the moment of a cancellation raises the failure alone (and until Python
+        3.13 `cancelling()` does not tell the two apart): the link would take it for one more loss and connect anew.
+        """
+        self._is_ended = True
+
+    async def run(self) -> None:
+        """Keep the link until told to `end`, or until the pair is refused for good."""
+        while self._state != "refused" and not self._is_ended:
+            try:
+                await self._connect_once()
+            except* PeerRefused as refusal:
+                self._note("refused", first_cause(refusal))
+            except* (TransceiverError, TimeoutError) as failure:  # whatever this peer is or does, others are served
+                self._note("lost", first_cause(failure))
+            if not self._is_ended:
+                await asyncio.sleep(RECONNECT_S)
+
+    async def _connect_once(self) -> None:
+        client = await ControlClient.connect(self.target.endpoint, self._node.keys, self._sockets)
+        try:
+            await self._until_connected(client)
+            welcome = await self._say_hello(client)
+            self._heard_at = time.monotonic()
+            async with asyncio.TaskGroup() as tasks:
+                tasks.create_task(self._receive(client))
+                tasks.create_task(self._send_queued(client))
+                tasks.create_task(self._beat())
+                tasks.create_task(self._watch(client.lost(), "control connection"))
+                # Under heartbeats: a plane that nobody answers, or a large mapping, may take longer than `LOST_S`, and
+                # after that much silence the peer takes back the tokens of every plane that it offered.
+                await self._open_plane(welcome)
+                tasks.create_task(self._watch(self._plane_lost.wait(), "data plane"))
+                self._state, self._detail = "ready", ""
+        finally:
+            self._state = "lost"
+            await to_the_end(self._close(client))
+
+    async def _until_connected(self, client: ControlClient) -> None:
+        try:
+            async with asyncio.timeout(LOST_S):
+                await client.ready()
+        except TimeoutError:
+            raise PeerLost(f"no connection to {self.target.endpoint} within {LOST_S:g} s") from None
+
+    async def _say_hello(self, client: ControlClient) -> Welcome:
+        node = self._node
+        hello = Hello(node.incarnation, node.worker_id, node.identity, node.geometry, tuple(self._planes))
+        try:
+            async with asyncio.timeout(LOST_S):
+                while True:
+                    await client.send(hello)
+                    with contextlib.suppress(TimeoutError):
+                        async with asyncio.timeout(HELLO_REPEAT_S):
+                            return self._check_welcome(await client.recv())
+        except TimeoutError:
+            raise PeerLost(f"no answer to HELLO within {LOST_S:g} s") from None
+        except ProtocolDiffers as other:
+            raise PeerRefused(PROTOCOL_FIELD, other.ours, other.theirs) from other
+
+    def _check_welcome(self, answer: object) -> Welcome:
+        match answer:
+            case Welcome() if answer.incarnation != self.target.incarnation:
+                raise PeerLost("another process answers at its endpoint")
+            case Welcome():
+                ours, theirs = self._node.geometry, answer.geometry
+                difference = differing_field(self._node.identity, answer.identity) or geometry_difference(
+                    ours, theirs, joins_ranks=self._node.joins_ranks
+                )
+                if difference is not None:
+                    raise PeerRefused(*difference)
+                return answer
+            case Refused(field=field, ours=ours, theirs=theirs):
+                raise PeerRefused(field, theirs, ours)
+            case _:
+                raise RemoteProtocolError(f"expected WELCOME, got {type(answer).__name__}")
+
+    async def _open_plane(self, welcome: Welcome) -> None:
+        offers = {offer.plane: offer for offer in welcome.planes}
+        reasons = []
+        for name, make in self._planes.items():
+            if name not in offers:
+                continue
+            plane, pools = self._suited(make(), welcome.geometry)
+            self._plane_lost = asyncio.Event()
+            plane.on_lost = self._plane_lost.set
+            try:
+                await plane.connect(self._node.incarnation, offers[name], pools)
+                self.gb_per_s = await measure(plane, pools)
+            except (PlaneRefused, PeerLost, RemoteProtocolError, SourceChanged) as exc:
+                await plane.close()
+                reasons.append(f"{name}: {exc}")
+                continue
+            except BaseException:
+                await plane.close()
+                raise
+            self.plane = plane
+            self._say_which(plane, reasons)
+            return
+        raise PlaneRefused(
+            "; ".join(reasons) or f"no common data plane: ours {list(self._planes)}, theirs {list(offers)}"
+        )
+
+    def _suited(self, plane: LandingPlane, theirs: Geometry) -> tuple[LandingPlane, Sequence[PoolRegion]]:
+        """The plane for a sender of this geometry, and what to connect it with."""
+        ours = self._node.geometry
+        self.unit_nbytes = ()
+        if moves_slots(ours, theirs, self._pools):
+            return plane, self._pools
+        reshaping = ReshapingPlane(plane, theirs, ours, self._pools)
+        self.unit_nbytes = reshaping.cut.unit_nbytes
+        return reshaping, reshaping.probe_pools
+
+    def _say_which(self, plane: LandingPlane, refusals: Sequence[str]) -> None:
+        """Name the plane, its speed, what it does not protect, and why none that was preferred is used."""
+        name = self.target.worker_id
+        for refusal in refusals:
+            log.warning("prefill worker %s: cannot use data plane %s", name, refusal)
+        log.info("prefill worker %s: data plane %s, %.2f GB/s at first contact", name, _named(plane), self.gb_per_s)
+        if not plane.is_private:
+            log.info("prefill worker %s: KV travels over %s unencrypted", name, plane.name)
+
+    async def _receive(self, client: ControlClient) -> None:
+        while True:
+            message = await client.recv()
+            match message:
+                case Heartbeat(source=source, destination=destination):
+                    if (source, destination) == (self.target.incarnation, self._node.incarnation):
+                        self._heard_at = time.monotonic()
+                case Refused(field=field) if field in {"stale_peer", "unknown_peer"}:
+                    raise PeerLost(f"it does not know this connection: {field}")
+                case Refused():
+                    self._on_message(message)
+                case Welcome():
+                    pass  # HELLO was repeated before its answer came
+                case _ if (header := getattr(message, "header", None)) is not None:
+                    self._take(header, message)
+                case _:
+                    log.warning("peer sent %s, which no decode worker takes", type(message).__name__)
+
+    def _take(self, header: Header, message: TransferMessage) -> None:
+        """A wrong incarnation changes nothing; who speaks to another one is told so."""
+        me = self._node.incarnation
+        if header.destination != me:
+            self.send(Refused("stale_peer", me, clipped(header.destination), clipped(header.destination)))
+        elif header.source == self.target.incarnation:
+            self._heard_at = time.monotonic()
+            self._on_message(message)
+
+    async def _send_queued(self, client: ControlClient) -> None:
+        while True:
+            message = await self._outbox.get()
+            try:
+                await client.send(message)
+            except LocalProtocolError as fault:
+                self._refuse_unsendable(message, str(fault))
+
+    def _refuse_unsendable(self, message: PeerMessage, fault: str) -> None:
+        """What no frame can carry ends its own transfer, as if the peer had refused it, and nothing else."""
+        log.error("cannot send a %s: %s", type(message).__name__, fault)
+        if (header := getattr(message, "header", None)) is not None:
+            named = {"transfer_id": header.transfer_id, "epoch": header.epoch}
+            self._on_message(Refused("message", "what one frame can carry", fault, **named))
+
+    async def _beat(self) -> None:
+        while True:
+            live = tuple((key.transfer_id, key.epoch) for key in self._live_transfers(self.target.incarnation))
+            self.send(Heartbeat(self._node.incarnation, self.target.incarnation, live))
+            await asyncio.sleep(HEARTBEAT_S)
+            if time.monotonic() - self._heard_at > LOST_S:
+                raise PeerLost(f"silent for {LOST_S:g} s")
+
+    async def _watch(self, closed: Awaitable[object], what: str) -> None:
+        await closed
+        raise PeerLost(f"its {what} closed")
+
+    async def _close(self, client: ControlClient) -> None:
+        """Give up client and plane; landing jobs are joined before their mapping goes."""
+        await self._on_lost(self.target.incarnation, "connection closed")
+        self._outbox = asyncio.Queue()
+        await client.close()
+        if self.plane is not None:
+            await self.plane.close()
+            self.plane = None
+
+    def _note(self, state: str, failure: BaseException) -> None:
+        detail = clipped(str(failure), MAX_DETAIL_CHARS)
+        if (state, detail) != (self._state, self._detail):
+            log.warning("prefill worker %s %s: %s", self.target.worker_id, state, detail)
+        self._state, self._detail = state, detail
+
+
+def _named(plane: LandingPlane) -> str:
+    """For people: the plane, and what it runs over where that is not clear from its name."""
+    return f"{plane.name} ({plane.lane})" if plane.lane else plane.name
+
+
+async def to_the_end(work: Coroutine[Any, Any, None]) -> None:
+    """Await `work` whole, and only then be cancelled: a peer and the router may be lost in the same moment."""
+    task, cancelled = asyncio.create_task(work), None
+    while not task.done():
+        try:
+            await asyncio.wait({task})
+        except asyncio.CancelledError as exc:
+            cancelled = exc
+    task.result()
+    if cancelled is not None:
+        raise cancelled

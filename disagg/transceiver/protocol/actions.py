@@ -1,0 +1,114 @@
+"""What a transfer wants done: outputs of `Transfer.handle`. The shell performs them in order and decides nothing."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from disagg.transceiver.wire.messages.peer import Refused, Slice, TransferMessage
+from disagg.transceiver.wire.messages.values import FirstToken, UnitName
+
+
+@dataclass(frozen=True, slots=True)
+class Send:
+    """Send `message` to the peer on the control link."""
+
+    message: TransferMessage | Refused
+
+
+@dataclass(frozen=True, slots=True)
+class SendPayload:
+    """Sender, byte-sending planes only: send this slice once. `sources` = (group, ordinal, slot, generation)."""
+
+    number: int
+    sources: tuple[tuple[int, int, int, int], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class AskPin:
+    """Sender: a FETCH was accepted; the engine must pin the request's blocks and answer with `Pinned`."""
+
+
+@dataclass(frozen=True, slots=True)
+class ReleaseSource:
+    """Sender, once per epoch: the peer needs nothing any more, the engine frees the request.
+
+    `reason`: `acked`, `finished`, `cancelled`, `lost`, `deadline` or `failed`.
+    """
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Land:
+    """Receiver: land this slice into the reserved destinations; answer `SliceLanded` or `LandingFailed`."""
+
+    message: Slice
+
+
+@dataclass(frozen=True, slots=True)
+class StopLanding:
+    """Receiver: stop and join every landing job of this epoch; answer `LandingStopped`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Verified:
+    """Receiver, once: every MAC holds and verified units cover what was required. The only licence to decode them."""
+
+    transfer_id: str
+    epoch: int
+    first_token: FirstToken
+
+
+@dataclass(frozen=True, slots=True)
+class PartVerified:
+    """Receiver, once, in place of `Verified` where ranks are joined: this pair of ranks is done. No licence.
+
+    `first_token` comes from the prefill worker's rank 0.
+    """
+
+    first_token: FirstToken | None
+
+
+@dataclass(frozen=True, slots=True)
+class ReportFailed:
+    """Receiver, once: this epoch failed, its landing jobs are joined. `reason` is for the router, who owns attempts."""
+
+    reason: str
+    units: tuple[UnitName, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class FreeReservation:
+    """Receiver: the request ended without decoding (cancelled, or finished at prefill): its slots may be freed."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class UnregisterUnits:
+    """Sender: the peer's digests disagree for these units: they, and blocks that extend them, must not be reused."""
+
+    units: tuple[UnitName, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Forget:
+    """The transfer is over; the shell answers repeats from its `Tombstones` until `until` (clock seconds)."""
+
+    until: float
+
+
+Action = (
+    Send
+    | SendPayload
+    | AskPin
+    | ReleaseSource
+    | Land
+    | StopLanding
+    | Verified
+    | PartVerified
+    | ReportFailed
+    | FreeReservation
+    | UnregisterUnits
+    | Forget
+)

@@ -1,0 +1,34 @@
+"""Draws the state diagrams from the table: `python -m disagg.transceiver.diagram > docs/transfer-states.md`."""
+
+from __future__ import annotations
+
+import sys
+
+from disagg.transceiver.protocol.state import TRANSITIONS, Kind, Role, State
+
+_HEAD = """# States of a transfer
+
+Drawn from the table in `disagg/transceiver/state.py` by `python -m disagg.transceiver.diagram`: edit the table.
+Events that leave the state as it is are not drawn.
+"""
+
+
+def render() -> str:
+    """The whole markdown file: one mermaid diagram per role."""
+    return "\n".join([_HEAD, *(_section(role) for role in Role)])
+
+
+def _section(role: Role) -> str:
+    lines = [f"## {role.value.capitalize()}", "", "```mermaid", "stateDiagram-v2", "    [*] --> waiting"]
+    for state, row in TRANSITIONS[role].items():
+        lines += [f"    {state.value} --> {target.value}: {label}" for target, label in _edges(state, row)]
+    return "\n".join([*lines, "    closed --> [*]", "```", ""])
+
+
+def _edges(state: State, row: dict[Kind, State]) -> list[tuple[State, str]]:
+    targets = dict.fromkeys(target for target in row.values() if target is not state)
+    return [(target, ", ".join(kind.value for kind, to in row.items() if to is target)) for target in targets]
+
+
+if __name__ == "__main__":
+    sys.stdout.write(render())

@@ -1,0 +1,64 @@
+"""What DONE proves: the digests of exactly these units belong to exactly this transfer (protocol.md section 6).
+
+mac = blake2b-256, keyed with the cluster's manifest key, over transfer, epoch, both incarnations, rank, num_ranks,
+num_slices, every (group, ordinal, rectangle, digest) and the first token with its logprobs and sampling state. A digest
+alone proves that bytes are what somebody hashed; the MAC proves that they are this request's, of this attempt.
+"""
+
+from __future__ import annotations
+
+import hmac
+from hashlib import blake2b
+from typing import Any
+
+import msgpack
+
+from disagg.transceiver.wire.messages.peer import Done, Header
+from disagg.transceiver.wire.messages.values import FirstToken, ManifestEntry
+
+
+def seal(
+    key: bytes,
+    header: Header,
+    *,
+    rank: int,
+    num_ranks: int,
+    num_slices: int,
+    manifest: tuple[ManifestEntry, ...],
+    first_token: FirstToken | None,
+) -> Done:
+    """DONE with its MAC. `header.source` is the sender's incarnation, `header.destination` the receiver's."""
+    done = Done(header, rank, num_ranks, num_slices, manifest, first_token, b"")
+    return Done(header, rank, num_ranks, num_slices, manifest, first_token, _mac(key, done))
+
+
+def is_sealed(key: bytes, done: Done) -> bool:
+    """Does the MAC hold? Takes the same time either way."""
+    return hmac.compare_digest(_mac(key, done), done.mac)
+
+
+def _mac(key: bytes, done: Done) -> bytes:
+    return blake2b(msgpack.packb(_canonical(done)), key=key, digest_size=32, person=b"disagg-manifest").digest()
+
+
+def _canonical(done: Done) -> list[Any]:
+    """Everything the MAC binds, as arrays by position: msgpack writes each scalar in one way, with its length.
+
+    Not the sequence number of the header: a repeat of DONE is the same DONE.
+    """
+    ids = done.header
+    return [
+        [ids.transfer_id, ids.epoch, ids.source, ids.destination],
+        [done.rank, done.num_ranks, done.num_slices],
+        [[entry.group, entry.ordinal, entry.rectangle, entry.digest] for entry in done.manifest],
+        _canonical_token(done.first_token),
+    ]
+
+
+def _canonical_token(token: FirstToken | None) -> list[Any] | None:
+    if token is None:
+        return None
+    # float(): the codec turns integers in float fields into floats on the way, and 0 packs differently from 0.0.
+    logprobs = token.logprobs and [float(token.logprobs.logprob), [(i, float(x)) for i, x in token.logprobs.top]]
+    state = [token.state.version, token.state.seed, token.state.output_counts]
+    return [token.token_id, logprobs, state, token.num_cached_tokens]
