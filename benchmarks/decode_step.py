@@ -24,12 +24,12 @@ from disagg.bench.circumstances import circumstances
 from disagg.cache.cache import KVCache
 from disagg.cache.layout import derive_layout
 from disagg.engine.engine import StepRunner
-from disagg.engine.fused_qkv import fuse
-from disagg.engine.graphs import DecodeGraphs, GraphRunner
-from disagg.engine.graphs_cuda import CudaGraphs
-from disagg.engine.model import LoadedModel, load_model
-from disagg.engine.probe import probe
-from disagg.engine.runner import Chunk, Runner
+from disagg.engine.model.fused_qkv import fuse
+from disagg.engine.model.load import LoadedModel, load_model
+from disagg.engine.model.probe import probe
+from disagg.engine.run.graphs.cuda import CudaGraphs
+from disagg.engine.run.graphs.decode import DecodeGraphs, GraphRunner
+from disagg.engine.run.runner import Chunk, Runner
 from disagg.kernels.dispatch import CALLS, FUSED_VARIABLE, backend
 
 MAX_MODEL_LEN = 1024

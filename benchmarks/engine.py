@@ -47,13 +47,13 @@ from torch.nn import functional
 from disagg.bench.circumstances import circumstances
 from disagg.cache.cache import KVCache
 from disagg.cache.layout import LayerSpec, derive_layout
-from disagg.engine import hf
 from disagg.engine.commands import AttemptKey, Release, Serve
 from disagg.engine.engine import Engine, EngineConfig
-from disagg.engine.model import LoadedModel, load_model
-from disagg.engine.packed import pack_linears
-from disagg.engine.probe import probe
-from disagg.engine.runner import Chunk, Runner
+from disagg.engine.model import hf
+from disagg.engine.model.load import LoadedModel, load_model
+from disagg.engine.model.packed_linear import pack_linears
+from disagg.engine.model.probe import probe
+from disagg.engine.run.runner import Chunk, Runner
 from disagg.kernels import native_attention
 from disagg.kernels.dispatch import CALLS
 from disagg.transceiver.wire.messages.values import Sampling

@@ -25,7 +25,7 @@ from disagg.cache.identity import BlockHasher
 from disagg.cache.layout import CacheLayout, LayerSpec, derive_layout
 from disagg.engine.commands import AttemptKey, Command, Decode, Reserve, ReservedEvent
 from disagg.engine.engine import Engine, EngineConfig
-from disagg.engine.runner import Chunk
+from disagg.engine.run.runner import Chunk
 from disagg.engine.scheduler import REGISTERED_AT_ONCE
 from disagg.transceiver.layout.required import moved_nbytes, required_units
 from disagg.transceiver.protocol.actions import Verified

@@ -27,8 +27,8 @@ from disagg.cache.layout import derive_layout
 from disagg.engine import engine as engine_module
 from disagg.engine.commands import AttemptKey, Serve
 from disagg.engine.engine import Engine, EngineConfig
-from disagg.engine.model import load_model
-from disagg.engine.runner import Runner
+from disagg.engine.model.load import load_model
+from disagg.engine.run.runner import Runner
 from disagg.transceiver.wire.messages.values import Sampling
 
 BATCHES = (1, 8, 32)

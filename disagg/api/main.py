@@ -15,7 +15,7 @@ from disagg.api.server import serve
 from disagg.api.settings import ApiSettings
 from disagg.config.errors import ConfigError
 from disagg.config.settings import RouterSettings
-from disagg.engine.checkpoint import ModelRefused, fingerprint, generation_defaults, resolve_model
+from disagg.engine.model.checkpoint import ModelRefused, fingerprint, generation_defaults, resolve_model
 from disagg.router.router import Router, RouterOptions
 from disagg.transceiver.wire.errors import EndpointRefused
 from disagg.transceiver.wire.keys import ClusterKeys

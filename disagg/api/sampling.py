@@ -10,8 +10,8 @@ from typing import Final, TypeVar
 from disagg.api.errors import bad_request
 from disagg.api.fields import CHAT, COMPLETIONS
 from disagg.api.params import RequestParams
-from disagg.engine.checkpoint import GenerationDefaults
-from disagg.engine.weights import ModelRefused
+from disagg.engine.model.checkpoint import GenerationDefaults
+from disagg.engine.model.weights import ModelRefused
 from disagg.transceiver.wire.messages.values import Sampling
 
 COMPLETIONS_MAX_TOKENS: Final = 16  # OpenAI's default

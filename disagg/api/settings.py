@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from disagg.engine.checkpoint import GenerationDefaults
+from disagg.engine.model.checkpoint import GenerationDefaults
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

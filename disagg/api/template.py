@@ -15,7 +15,7 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from disagg.api.request_checks import Message
-from disagg.engine.weights import ModelRefused, read_json
+from disagg.engine.model.weights import ModelRefused, read_json
 
 
 class TemplateError(Exception):

@@ -12,7 +12,7 @@ from tokenizers import Tokenizer
 
 from disagg.api.detokenizer import ByteDetokenizer, Detokenizer, WindowDetokenizer
 from disagg.api.template import ChatTemplate, find_template
-from disagg.engine.weights import ModelRefused, read_config, read_json
+from disagg.engine.model.weights import ModelRefused, read_config, read_json
 
 SPECIAL_NAMES: Final = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
 CACHED_TOKENS: Final = 65536  # spelled tokens kept: all that a server meets often, a few MB

@@ -20,10 +20,10 @@ from disagg.cache.layout import CacheLayout, derive_layout
 from disagg.config.errors import ConfigError
 from disagg.config.quantities import format_nbytes
 from disagg.config.settings import EngineSettings, PlanSettings
-from disagg.engine.checkpoint import ModelRefused, resolve_model
 from disagg.engine.footprint import Footprint, GroupFootprint, footprint
-from disagg.engine.kv_dtype import resolve_kv_dtype
-from disagg.engine.model import Skeleton, check_model_len, read_skeleton, resolve_dtype
+from disagg.engine.model.checkpoint import ModelRefused, resolve_model
+from disagg.engine.model.kv_dtype import resolve_kv_dtype
+from disagg.engine.model.load import Skeleton, check_model_len, read_skeleton, resolve_dtype
 from disagg.transceiver.layout.required import runs_of
 
 COLUMNS: Final = (

@@ -230,7 +230,7 @@ def curl(settings: UpSettings, url: str) -> str:
 
 def _resolved(model: str) -> str:
     """The model's folder, fetched once here rather than by every child. Raises ConfigError."""
-    from disagg.engine.checkpoint import ModelRefused, resolve_model  # here, so that `--help` need not load it
+    from disagg.engine.model.checkpoint import ModelRefused, resolve_model
 
     try:
         return str(resolve_model(model))

@@ -14,7 +14,6 @@ import torch
 
 from disagg.cache.cache import KVCache
 from disagg.engine.announce import newly_final_units, units_at
-from disagg.engine.batch import Work
 from disagg.engine.commands import (
     Command,
     Decode,
@@ -36,7 +35,8 @@ from disagg.engine.commands import (
     Unregister,
 )
 from disagg.engine.recheck import PrefixRecheck
-from disagg.engine.runner import Chunk
+from disagg.engine.run.batch import Work
+from disagg.engine.run.runner import Chunk
 from disagg.engine.sampler import Sampled, SampleInput, sample
 from disagg.engine.scheduler import Promised, Scheduler
 from disagg.engine.sequence import (
@@ -88,7 +88,7 @@ class EngineConfig:
 
 
 class StepRunner(Protocol):
-    """What computes a step: `disagg.engine.runner.Runner`."""
+    """What computes a step: `disagg.engine.run.runner.Runner`."""
 
     def execute(self, chunks: Sequence[Chunk]) -> torch.Tensor: ...
 

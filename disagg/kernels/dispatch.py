@@ -29,7 +29,7 @@ CALLS: Final[Counter[str]] = Counter()
 
 VARIABLE: Final = "DISAGG_KERNELS"
 FUSED_VARIABLE: Final = "DISAGG_FUSED_QKV"
-_MODULES: Final = {"torch": "disagg.kernels.reference", "triton": "disagg.kernels.triton_backend"}
+_MODULES: Final = {"torch": "disagg.kernels.reference", "triton": "disagg.kernels.triton.backend"}
 
 
 def _checked(name: str | None) -> str | None:

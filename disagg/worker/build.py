@@ -16,15 +16,15 @@ from disagg.cache.identity import BlockHasher
 from disagg.cache.layout import CacheLayout, derive_layout
 from disagg.config.resources import CUDA_MEMORY_FRACTION, default_kv_cache_nbytes, num_cores
 from disagg.config.settings import Role, WorkerSettings
-from disagg.engine.checkpoint import fingerprint, resolve_model
 from disagg.engine.engine import Engine, EngineConfig, StepRunner
-from disagg.engine.graphs import DecodeGraphs, GraphMaker, GraphRunner
-from disagg.engine.graphs_cuda import CudaGraphs
-from disagg.engine.model import LoadedModel, check_model_len, load_model
-from disagg.engine.packed import pack_linears
-from disagg.engine.runner import Runner
+from disagg.engine.model.checkpoint import fingerprint, resolve_model
+from disagg.engine.model.load import LoadedModel, check_model_len, load_model
+from disagg.engine.model.packed_linear import pack_linears
+from disagg.engine.run.graphs.cuda import CudaGraphs
+from disagg.engine.run.graphs.decode import DecodeGraphs, GraphMaker, GraphRunner
+from disagg.engine.run.runner import Runner
+from disagg.engine.run.warmup import warm_up
 from disagg.engine.stats import GraphUse
-from disagg.engine.warmup import warm_up
 from disagg.kernels.dispatch import backend, has_triton
 from disagg.transceiver.wire.codec import PROTOCOL
 from disagg.transceiver.wire.keys import ClusterKeys
@@ -140,7 +140,7 @@ def make_runner(
 def _eager(settings: WorkerSettings, model: LoadedModel, cache: KVCache) -> Runner:
     if not settings.torch_compile:
         return Runner(model, cache)
-    from disagg.engine.compiled import CompiledRunner  # loads torch's tracer, which takes seconds
+    from disagg.engine.run.compiled import CompiledRunner
 
     return CompiledRunner(model, cache)
 
@@ -155,7 +155,7 @@ def _piecewise(
 ) -> Runner:
     if not settings.piecewise_graphs:
         return _eager(settings, model, cache)
-    from disagg.engine.piecewise_runner import PiecewiseRunner  # loads torch's tracer, which takes seconds
+    from disagg.engine.run.pieces.runner import PiecewiseRunner
 
     progress("tracing the model and capturing its pieces")
     runner = PiecewiseRunner(

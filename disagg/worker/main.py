@@ -13,7 +13,7 @@ from typing import Any
 from disagg.cache.errors import CacheError
 from disagg.config.errors import ConfigError
 from disagg.config.settings import Role, WorkerSettings
-from disagg.engine.checkpoint import ModelRefused
+from disagg.engine.model.checkpoint import ModelRefused
 from disagg.transceiver.wire.errors import EndpointRefused, first_cause
 from disagg.transceiver.wire.keys import ClusterKeys
 from disagg.transceiver.wire.node import Node, draw_id

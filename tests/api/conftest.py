@@ -12,7 +12,7 @@ from support.tokenizers import DEMO_FOLDER
 
 from disagg.api.settings import ApiSettings
 from disagg.api.tokenizer import ModelTokenizer
-from disagg.engine.checkpoint import GenerationDefaults
+from disagg.engine.model.checkpoint import GenerationDefaults
 
 DEFAULTS = GenerationDefaults(
     eos_token_ids=(1,), temperature=0.7, top_k=40, top_p=0.9, min_p=0.05, repetition_penalty=1.1

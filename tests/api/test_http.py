@@ -21,8 +21,8 @@ from disagg.api.app import create_admin_app, create_app
 from disagg.api.sampling import prefix_salt
 from disagg.api.server import serve
 from disagg.api.settings import ApiSettings
-from disagg.engine.checkpoint import GenerationDefaults
-from disagg.engine.weights import ModelRefused
+from disagg.engine.model.checkpoint import GenerationDefaults
+from disagg.engine.model.weights import ModelRefused
 from disagg.router.generation import GenerationEnd, GenerationError, TokenChunk
 
 pytestmark = pytest.mark.anyio

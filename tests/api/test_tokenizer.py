@@ -8,7 +8,7 @@ from support.tokenizers import DEMO_FOLDER, add_bos, byte_fallback, byte_level, 
 
 from disagg.api.template import ChatTemplate, TemplateError
 from disagg.api.tokenizer import ModelTokenizer
-from disagg.engine.weights import ModelRefused
+from disagg.engine.model.weights import ModelRefused
 
 BOS = 2  # of the byte-level tokenizer
 WITH_BOS = "{{ bos_token }}{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"

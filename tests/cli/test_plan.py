@@ -17,7 +17,7 @@ from support.token_walk import attends, needed_blocks
 from disagg.cache.layout import LayerSpec, derive_layout
 from disagg.cli.main import main, spell_out
 from disagg.engine.footprint import footprint
-from disagg.engine.hf import transformers as hf
+from disagg.engine.model.hf import transformers as hf
 
 GIB = 1 << 30
 

@@ -20,8 +20,8 @@ from disagg.cache.layout import CacheLayout, derive_layout
 from disagg.cli.main import main
 from disagg.engine.commands import AttemptKey, Pin, Prefill, Reserve, ReservedEvent, Serve
 from disagg.engine.engine import Engine, EngineConfig
-from disagg.engine.model import LoadedModel, load_model
-from disagg.engine.runner import Runner
+from disagg.engine.model.load import LoadedModel, load_model
+from disagg.engine.run.runner import Runner
 from disagg.transceiver.wire.messages.values import Sampling
 
 torch.set_num_threads(1)

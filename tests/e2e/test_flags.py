@@ -21,8 +21,8 @@ from support.system import System, running
 
 from disagg.config.secret import INSECURE_SECRET
 from disagg.config.settings import WorkerSettings
-from disagg.engine.checkpoint import fingerprint
 from disagg.engine.commands import Serve
+from disagg.engine.model.checkpoint import fingerprint
 from disagg.transceiver.wire.keys import ClusterKeys
 from disagg.transceiver.wire.messages.values import AttemptKey, Sampling
 from disagg.worker.build import make_engine

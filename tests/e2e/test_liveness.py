@@ -15,7 +15,7 @@ from support.calls import Call, until
 from support.families import BASE, VOCAB_SIZE, save_tokenizer
 from support.system import System, running
 
-from disagg.engine.hf import transformers as hf
+from disagg.engine.model.hf import transformers as hf
 
 pytestmark = pytest.mark.processes
 

@@ -20,7 +20,7 @@ from support.wrong import same
 from disagg.cache.admission import peak_slots
 from disagg.cache.layout import derive_layout
 from disagg.cache.pool import NUM_RESERVED_SLOTS
-from disagg.engine.model import load_model
+from disagg.engine.model.load import load_model
 
 pytestmark = [pytest.mark.processes, pytest.mark.timeout(240)]  # five processes start, on cores that may be shared
 

@@ -16,8 +16,8 @@ from disagg.cache.cache import KVCache
 from disagg.cache.layout import CacheLayout, derive_layout
 from disagg.engine.commands import FinishedEvent, Serve, TokensEvent
 from disagg.engine.engine import Engine, EngineConfig
-from disagg.engine.model import LoadedModel, load_model
-from disagg.engine.runner import Runner
+from disagg.engine.model.load import LoadedModel, load_model
+from disagg.engine.run.runner import Runner
 from disagg.transceiver.wire.messages.values import TokenLogprobs
 
 LIMITS = {"max_model_len": 256, "max_num_batched_tokens": 64}

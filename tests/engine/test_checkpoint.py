@@ -12,8 +12,14 @@ import pytest
 from support.checkpoints import edit_json, shard
 from support.families import save_family
 
-from disagg.engine.checkpoint import GenerationDefaults, ModelRefused, fingerprint, generation_defaults, resolve_model
-from disagg.engine.weights import read_tensors
+from disagg.engine.model.checkpoint import (
+    GenerationDefaults,
+    ModelRefused,
+    fingerprint,
+    generation_defaults,
+    resolve_model,
+)
+from disagg.engine.model.weights import read_tensors
 
 
 @pytest.fixture(scope="module")

@@ -10,10 +10,10 @@ import torch
 from support.continuous import greedy, largest_error, make_cache
 from support.graphed import load_case, num_equal
 
-from disagg.engine import piecewise_attention
-from disagg.engine.compiled import CompiledRunner
-from disagg.engine.model import LoadedModel
-from disagg.engine.warmup import warm_up
+from disagg.engine.model.load import LoadedModel
+from disagg.engine.run.compiled import CompiledRunner
+from disagg.engine.run.pieces import attention as piecewise_attention
+from disagg.engine.run.warmup import warm_up
 from disagg.kernels.dispatch import CALLS
 
 NUM_TOKENS = 8

@@ -12,10 +12,11 @@ import torch
 from support.continuous import Live, greedy, largest_error, make_cache
 from support.families import FAMILIES, WINDOW, Reference, safe_prompts, save_family
 
-from disagg.engine import attention, packed
-from disagg.engine.model import LoadedModel, load_model
-from disagg.engine.packed import pack_linears
-from disagg.engine.runner import Runner
+from disagg.engine.model import attention
+from disagg.engine.model import packed_linear as packed
+from disagg.engine.model.load import LoadedModel, load_model
+from disagg.engine.model.packed_linear import pack_linears
+from disagg.engine.run.runner import Runner
 from disagg.kernels import native_attention
 from disagg.kernels.dispatch import CALLS
 
@@ -112,7 +113,7 @@ def test_a_model_of_sixteen_bits_answers_whether_or_not_its_layers_can_be_packed
 
 
 def test_a_runner_says_who_attends_and_who_writes(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level("INFO", "disagg.engine.runner")
+    caplog.set_level("INFO", "disagg.engine.run.runner")
     model, _ = load_case("gemma3", folder)
     made = make_cache(model, block_size=8, num_slots=20)
     Runner(model, made)
@@ -188,6 +189,6 @@ def test_ignoring_sink_logits_or_softcap_is_noticed(
 
 
 def hide_attention(monkeypatch: pytest.MonkeyPatch, function: object) -> None:
-    from disagg.engine.hf import ATTENTION_NAME, transformers
+    from disagg.engine.model.hf import ATTENTION_NAME, transformers
 
     monkeypatch.setitem(transformers.AttentionInterface._global_mapping, ATTENTION_NAME, function)

@@ -13,8 +13,8 @@ from support.families import WINDOW, Reference, safe_prompts, save_family
 
 from disagg.cache.layout import CacheLayout
 from disagg.cache.scratch import Scratch
-from disagg.engine.model import LoadedModel, load_model
-from disagg.engine.runner import Runner
+from disagg.engine.model.load import LoadedModel, load_model
+from disagg.engine.run.runner import Runner
 
 BLOCK_SIZE = 8
 NUM_TOKENS = 10

@@ -13,12 +13,12 @@ from support.families import FAMILIES, WINDOW, save_family
 from support.graphed import GraphedRunner, load_case, num_equal
 from support.interpreter import missing_interpreter
 
-from disagg.engine import fused_qkv
-from disagg.engine.attention import WindowMismatch
-from disagg.engine.fused_qkv import fuse
-from disagg.engine.model import LoadedModel, load_model
-from disagg.engine.probe import probe
-from disagg.engine.runner import Runner
+from disagg.engine.model import fused_qkv
+from disagg.engine.model.attention import WindowMismatch
+from disagg.engine.model.fused_qkv import fuse
+from disagg.engine.model.load import LoadedModel, load_model
+from disagg.engine.model.probe import probe
+from disagg.engine.run.runner import Runner
 from disagg.kernels.dispatch import CALLS, FUSED_VARIABLE, forced, fuses_qkv
 from disagg.kernels.qkv import Rotary
 

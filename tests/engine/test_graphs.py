@@ -19,12 +19,12 @@ from support.interpreter import missing_interpreter
 
 from disagg.cache.pool import TRASH_SLOT
 from disagg.cache.scratch import Scratch
-from disagg.engine import graphs as graphs_module
-from disagg.engine import hf
-from disagg.engine.graphs import batch_buckets
-from disagg.engine.graphs_inputs import DecodeInputs
-from disagg.engine.model import load_model
-from disagg.engine.runner import Chunk, Runner
+from disagg.engine.model import hf
+from disagg.engine.model.load import load_model
+from disagg.engine.run.graphs import decode as graphs_module
+from disagg.engine.run.graphs.decode import batch_buckets
+from disagg.engine.run.graphs.inputs import DecodeInputs
+from disagg.engine.run.runner import Chunk, Runner
 from disagg.kernels import decode_plan
 from disagg.kernels.dispatch import CALLS, forced
 from disagg.kernels.workspace import Workspace
@@ -97,7 +97,7 @@ def test_experts_are_chosen_for_the_capture_alone(folder: Path, monkeypatch: pyt
     runner = GraphedRunner(model)
     assert config._experts_implementation == "grouped_mm"
     assert num_equal(runner.answers(references[:1], NUM_TOKENS), references[:1]) == 1
-    monkeypatch.setattr("disagg.engine.hf._has_grouped_kernel", lambda *_: True)
+    monkeypatch.setattr("disagg.engine.model.hf._has_grouped_kernel", lambda *_: True)
     with pytest.raises(CaptureFailed, match=r"grouped_mm.* waits for the device"):
         GraphedRunner(model)
 

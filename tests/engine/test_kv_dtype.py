@@ -17,10 +17,10 @@ from support.families import Reference, safe_prompts, save_family
 from support.interpreter import missing_interpreter
 
 from disagg.cache.layout import LayerSpec, derive_layout
-from disagg.engine.kv_dtype import check_kv_dtype
-from disagg.engine.model import LoadedModel, load_model
-from disagg.engine.runner import Chunk, Runner
-from disagg.engine.weights import ModelRefused
+from disagg.engine.model.kv_dtype import check_kv_dtype
+from disagg.engine.model.load import LoadedModel, load_model
+from disagg.engine.model.weights import ModelRefused
+from disagg.engine.run.runner import Chunk, Runner
 from disagg.kernels.dispatch import FUSED_VARIABLE, forced
 
 BLOCK_SIZE = 8

@@ -23,10 +23,11 @@ from support.continuous import greedy, largest_error, make_cache
 from support.families import FAMILIES, WINDOW, build_family, reference_generate, safe_prompts, save_family
 
 from disagg.cache.layout import LayerSpec
-from disagg.engine import hf, model
-from disagg.engine.model import layers_from_config, load_model
-from disagg.engine.runner import Runner
-from disagg.engine.weights import ModelRefused
+from disagg.engine.model import hf
+from disagg.engine.model import load as model
+from disagg.engine.model.load import layers_from_config, load_model
+from disagg.engine.model.weights import ModelRefused
+from disagg.engine.run.runner import Runner
 
 
 def owners(layers: tuple[LayerSpec, ...]) -> list[tuple[int | None, int, int, int]]:
@@ -297,7 +298,7 @@ def test_a_hub_kernels_package_on_the_path_does_no_harm(guarded: bool, tmp_path:
     (tmp_path / "kernels" / "__init__.py").write_text('__version__ = "0.18.5"\n')
     (tmp_path / "kernels-0.18.5.dist-info").mkdir()
     (tmp_path / "kernels-0.18.5.dist-info" / "METADATA").write_text("Name: kernels\nVersion: 0.18.5\n")
-    module = "disagg.engine.hf" if guarded else "transformers"
+    module = "disagg.engine.model.hf" if guarded else "transformers"
     classes = "t.LlamaForCausalLM, t.GptOssForCausalLM"
     code = f"import {module} as m; t = getattr(m, 'transformers', m); {classes}; print('fine')"
     environment = {"PYTHONPATH": f"{tmp_path}:{Path.cwd()}", "PATH": "/usr/bin:/bin"}

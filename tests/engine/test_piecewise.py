@@ -15,15 +15,15 @@ from support.families import FAMILIES
 from support.graphed import load_case, num_equal
 from support.interpreter import missing_interpreter
 
-from disagg.engine import piecewise_attention
-from disagg.engine.attention import CURRENT_STEP, LayerCall
-from disagg.engine.fused_qkv import fuse
-from disagg.engine.model import LoadedModel, load_model
-from disagg.engine.piecewise import Phase, PiecewiseGraphs, cut, is_attention, token_buckets
-from disagg.engine.piecewise_attention import NUM_TOKENS, attend
-from disagg.engine.piecewise_runner import PiecewiseRunner
-from disagg.engine.probe import probe
-from disagg.engine.runner import Runner
+from disagg.engine.model.attention import CURRENT_STEP, LayerCall
+from disagg.engine.model.fused_qkv import fuse
+from disagg.engine.model.load import LoadedModel, load_model
+from disagg.engine.model.probe import probe
+from disagg.engine.run.pieces import attention as piecewise_attention
+from disagg.engine.run.pieces.attention import NUM_TOKENS, attend
+from disagg.engine.run.pieces.capture import Phase, PiecewiseGraphs, cut, is_attention, token_buckets
+from disagg.engine.run.pieces.runner import PiecewiseRunner
+from disagg.engine.run.runner import Runner
 from disagg.kernels import ops
 from disagg.kernels.batch import PagedBatch, QueryRun
 from disagg.kernels.dispatch import CALLS, forced

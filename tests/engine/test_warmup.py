@@ -6,9 +6,9 @@ import torch
 from support.continuous import make_cache
 from support.families import save_family
 
-from disagg.engine.model import load_model
-from disagg.engine.runner import Chunk, Runner
-from disagg.engine.warmup import NUM_TOKENS, warm_up
+from disagg.engine.model.load import load_model
+from disagg.engine.run.runner import Chunk, Runner
+from disagg.engine.run.warmup import NUM_TOKENS, warm_up
 
 
 class Counting(Runner):

@@ -14,11 +14,11 @@ from support.graphed import LENGTHS, MAX_MODEL_LEN, load_case
 from support.tools import load_script
 
 from disagg.cache.cache import KVCache
-from disagg.engine.graphs import DecodeGraphs, GraphRunner
-from disagg.engine.graphs_cuda import CudaGraphs
-from disagg.engine.model import LoadedModel, load_model
-from disagg.engine.piecewise_runner import PiecewiseRunner
-from disagg.engine.runner import Runner
+from disagg.engine.model.load import LoadedModel, load_model
+from disagg.engine.run.graphs.cuda import CudaGraphs
+from disagg.engine.run.graphs.decode import DecodeGraphs, GraphRunner
+from disagg.engine.run.pieces.runner import PiecewiseRunner
+from disagg.engine.run.runner import Runner
 from disagg.kernels.dispatch import CALLS, FUSED_VARIABLE
 
 pytestmark = pytest.mark.gpu

@@ -23,7 +23,7 @@ CUDA = "cuda"
 
 @pytest.fixture(autouse=True)
 def compiled_kernels_serve() -> Iterator[None]:
-    from disagg.kernels import triton_backend
+    from disagg.kernels.triton import backend as triton_backend
 
     assert not triton_backend.INTERPRETED, "TRITON_INTERPRET is set: this would test the interpreter"
     CALLS.clear()

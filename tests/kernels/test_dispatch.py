@@ -51,7 +51,7 @@ def test_every_call_is_counted_under_who_served_it() -> None:
 
 @pytest.mark.skipif(bool(missing_interpreter()), reason=str(missing_interpreter()))
 def test_triton_on_a_cpu_without_its_interpreter_says_what_to_set(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("disagg.kernels.triton_backend.INTERPRETED", False)
+    monkeypatch.setattr("disagg.kernels.triton.backend.INTERPRETED", False)
     memory = torch.zeros(2, 8, dtype=torch.uint8)
     with forced("triton"), pytest.raises(RuntimeError, match="set TRITON_INTERPRET=1 before it is imported"):
         ops.gather_slots(memory, torch.tensor([1]), memory[:1].clone())

@@ -9,8 +9,8 @@ from support.continuous import greedy, largest_error, make_cache
 from support.families import FAMILIES, WINDOW, safe_prompts, save_family
 from support.interpreter import missing_interpreter
 
-from disagg.engine.model import load_model
-from disagg.engine.runner import Runner
+from disagg.engine.model.load import load_model
+from disagg.engine.run.runner import Runner
 from disagg.kernels.dispatch import CALLS, forced
 
 pytestmark = pytest.mark.skipif(bool(missing_interpreter()), reason=str(missing_interpreter()))

@@ -18,7 +18,7 @@ from disagg.kernels import ops
 from disagg.kernels.device_plan import DevicePlan
 from disagg.kernels.dispatch import CALLS, forced
 from disagg.kernels.scales import INT8_NAN, KVScales, largest, quantise
-from disagg.kernels.triton_launch import SplitSpace, cut, num_splits
+from disagg.kernels.triton.launch import SplitSpace, cut, num_splits
 from disagg.kernels.workspace import Workspace
 
 pytestmark = pytest.mark.skipif(bool(missing_interpreter()), reason=str(missing_interpreter()))
@@ -84,8 +84,8 @@ def test_what_no_query_sees_may_be_nan(case: Case) -> None:
 
 @pytest.mark.parametrize("case", [Case(MIXED), SINKS, Case(MIXED, queries_per_head=7)], ids=["full", "sinks", "seven"])
 def test_tiles_of_few_queries_do_not_change_the_result(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("disagg.kernels.triton_launch.TILE_ROWS", {4: 16})
-    monkeypatch.setattr("disagg.kernels.triton_launch.CHUNK_KEYS", 16)
+    monkeypatch.setattr("disagg.kernels.triton.launch.TILE_ROWS", {4: 16})
+    monkeypatch.setattr("disagg.kernels.triton.launch.CHUNK_KEYS", 16)
     assert_agrees(World(replace(case, unseen=float("nan"))))
 
 

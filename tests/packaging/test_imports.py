@@ -13,7 +13,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 LINKS = ("cache", "kernels", "transceiver")
-IMPORTER_OF_TRANSFORMERS = "disagg/engine/hf.py"
+IMPORTER_OF_TRANSFORMERS = "disagg/engine/model/hf.py"
 
 
 def python(*arguments: str, cwd: Path) -> str:

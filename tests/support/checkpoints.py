@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from support.families import BASE, build_family, gemma3_config, save_tokenizer
 
-from disagg.engine.hf import transformers as hf
+from disagg.engine.model.hf import transformers as hf
 
 
 def edit_json(path: Path, **changes: Any) -> None:

@@ -20,11 +20,11 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from disagg.kernels.triton_attention import attention_kernel, merge_kernel
-from disagg.kernels.triton_backend import COPY_BLOCK, QUERIES_PER_PROGRAM
-from disagg.kernels.triton_copies import rows_kernel, units_kernel, write_kernel
-from disagg.kernels.triton_launch import cut
-from disagg.kernels.triton_qkv import qkv_kernel
+from disagg.kernels.triton.attention import attention_kernel, merge_kernel
+from disagg.kernels.triton.backend import COPY_BLOCK, QUERIES_PER_PROGRAM
+from disagg.kernels.triton.copies import rows_kernel, units_kernel, write_kernel
+from disagg.kernels.triton.launch import cut
+from disagg.kernels.triton.qkv import qkv_kernel
 
 POINTERS = {
     "table": "i32",

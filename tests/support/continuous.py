@@ -12,8 +12,8 @@ from support.families import Reference
 from disagg.cache.cache import CachedSequence, KVCache
 from disagg.cache.layout import derive_layout
 from disagg.cache.pool import NULL_SLOT, TRASH_SLOT
-from disagg.engine.model import LoadedModel
-from disagg.engine.runner import Chunk, Runner
+from disagg.engine.model.load import LoadedModel
+from disagg.engine.run.runner import Chunk, Runner
 
 MAX_MODEL_LEN = 512
 

@@ -109,7 +109,7 @@ class Recorder(TorchDispatchMode):
 @contextmanager
 def recorded_launches(recorder: Recorder) -> Iterator[None]:
     """Triton's launches are no torch operations, and what its interpreter does to run one is."""
-    from disagg.kernels import triton_backend
+    from disagg.kernels.triton import backend as triton_backend
 
     launch = triton_backend.launch
 

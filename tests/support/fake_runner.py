@@ -17,7 +17,7 @@ from support.cache_oracle import attends
 from disagg.cache.cache import KVCache
 from disagg.cache.layout import CacheLayout
 from disagg.cache.scratch import page_table
-from disagg.engine.runner import Chunk
+from disagg.engine.run.runner import Chunk
 from disagg.engine.sampler import SampleInput, sample
 from disagg.transceiver.wire.messages.values import Sampling
 

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from disagg.engine.hf import hf_logging
-from disagg.engine.hf import transformers as hf
+from disagg.engine.model.hf import hf_logging
+from disagg.engine.model.hf import transformers as hf
 
 hf_logging.disable_progress_bar()  # saving a model of 60 kB draws one otherwise
 

@@ -106,7 +106,7 @@ def use_landing_hook(faults: Faults) -> None:
 
 def change_steps(faults: Faults) -> None:
     """Slow steps, and attention whose window is off by one."""
-    from disagg.engine import runner
+    from disagg.engine.run import runner
 
     plain = runner.Runner.execute
 

@@ -13,9 +13,9 @@ from support.fake_graph import FakeGraphs
 from support.families import WINDOW, Reference, safe_prompts, save_family
 from support.plan_attention import plan_attention
 
-from disagg.engine.graphs import DecodeGraphs, GraphRunner
-from disagg.engine.model import LoadedModel, load_model
-from disagg.engine.runner import Chunk, Runner
+from disagg.engine.model.load import LoadedModel, load_model
+from disagg.engine.run.graphs.decode import DecodeGraphs, GraphRunner
+from disagg.engine.run.runner import Chunk, Runner
 from disagg.kernels.dispatch import forced
 
 BLOCK_SIZE = 8

@@ -11,10 +11,11 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from disagg.kernels import reference, triton_backend
+from disagg.kernels import reference
 from disagg.kernels.device_plan import DevicePlan
 from disagg.kernels.dispatch import forced
 from disagg.kernels.scales import KVScales, quantise, raw
+from disagg.kernels.triton import backend as triton_backend
 
 
 def write_kv(

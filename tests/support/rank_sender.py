@@ -23,9 +23,9 @@ from support.element_walk import heads_of
 from disagg.cache.cache import KVCache
 from disagg.cache.layout import derive_layout
 from disagg.cache.pool import SlotPool
-from disagg.engine.kv_dtype import resolve_kv_dtype
-from disagg.engine.model import LoadedModel, load_model
-from disagg.engine.runner import Chunk, Runner
+from disagg.engine.model.kv_dtype import resolve_kv_dtype
+from disagg.engine.model.load import LoadedModel, load_model
+from disagg.engine.run.runner import Chunk, Runner
 from disagg.transceiver.layout.ranks import natural_slot_nbytes, rank_geometry
 from disagg.transceiver.library.prefill_ranks import PrefillRank, PrefillRanks
 from disagg.transceiver.memory.regions import PoolRegion, SourceUnit

@@ -28,8 +28,8 @@ from support.rank_sender import (
 )
 
 from disagg.cache.cache import KVCache
-from disagg.engine.model import LoadedModel
-from disagg.engine.runner import Chunk, Runner
+from disagg.engine.model.load import LoadedModel
+from disagg.engine.run.runner import Chunk, Runner
 from disagg.transceiver.library.decode_ranks import DecodeRank, DecodeRanks
 from disagg.transceiver.library.prefill_ranks import DecodePeer
 from disagg.transceiver.peers.decode_side import TransferRecord

@@ -16,10 +16,10 @@ from support.interpreter import missing_interpreter
 from support.plan_attention import plan_attention
 
 from disagg.config.settings import Role, WorkerSettings
-from disagg.engine import piecewise_runner
-from disagg.engine.graphs import GraphRunner
-from disagg.engine.model import LoadedModel, load_model
-from disagg.engine.runner import Runner
+from disagg.engine.model.load import LoadedModel, load_model
+from disagg.engine.run.graphs.decode import GraphRunner
+from disagg.engine.run.pieces import runner as piecewise_runner
+from disagg.engine.run.runner import Runner
 from disagg.engine.stats import GraphUse
 from disagg.kernels.dispatch import forced
 from disagg.transceiver.wire.keys import ClusterKeys

@@ -10,10 +10,10 @@ import numpy.typing as npt
 import torch
 
 from disagg.cache.cache import KVCache
-from disagg.engine.model import LoadedModel
-from disagg.engine.packed import pack_linears
-from disagg.engine.piecewise_attention import COMPILED_ATTENTION_NAME, calling, tokens
-from disagg.engine.runner import Runner
+from disagg.engine.model.load import LoadedModel
+from disagg.engine.model.packed_linear import pack_linears
+from disagg.engine.run.pieces.attention import COMPILED_ATTENTION_NAME, calling, tokens
+from disagg.engine.run.runner import Runner
 from disagg.kernels.dispatch import CALLS
 
 log = logging.getLogger(__name__)

@@ -7,7 +7,7 @@ import time
 
 from disagg.cache.cache import KVCache
 from disagg.engine.engine import StepRunner
-from disagg.engine.runner import Chunk
+from disagg.engine.run.runner import Chunk
 
 log = logging.getLogger(__name__)
 

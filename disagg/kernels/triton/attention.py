@@ -12,7 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from disagg.kernels.triton_copies import worth
+from disagg.kernels.triton.copies import worth
 
 
 # Numbers that differ from step to step: compiling anew where one is 1 or a multiple of 16 gains nothing.

@@ -8,7 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from disagg.kernels.triton_copies import count_beyond, saturated
+from disagg.kernels.triton.copies import count_beyond, saturated
 
 
 # It differs from step to step: compiling anew where it is 1 or a multiple of 16 gains nothing.

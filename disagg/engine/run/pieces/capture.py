@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch.fx.passes.split_module import split_module
 
-from disagg.engine.graphs import MIB, Graph, GraphMaker
+from disagg.engine.run.graphs.decode import MIB, Graph, GraphMaker
 from disagg.kernels.dispatch import CALLS
 
 log = logging.getLogger(__name__)

@@ -15,16 +15,16 @@ import torch
 
 from disagg.cache.host_memory import available_nbytes
 from disagg.cache.layout import LayerSpec
-from disagg.engine import hf
-from disagg.engine.architecture import (
+from disagg.engine.model import hf
+from disagg.engine.model.architecture import (
     Architecture,
     check_text_config,
     find_architecture,
     needs_dequantising,
     rope_by_layer_type,
 )
-from disagg.engine.fused_qkv import fuse
-from disagg.engine.kv_dtype import (
+from disagg.engine.model.fused_qkv import fuse
+from disagg.engine.model.kv_dtype import (
     NO_SCALES,
     Scales,
     check_kv_dtype,
@@ -33,8 +33,8 @@ from disagg.engine.kv_dtype import (
     read_scales,
     resolve_kv_dtype,
 )
-from disagg.engine.probe import AttentionCall, probe
-from disagg.engine.weights import ModelRefused, read_config, read_tensors
+from disagg.engine.model.probe import AttentionCall, probe
+from disagg.engine.model.weights import ModelRefused, read_config, read_tensors
 from disagg.kernels.dispatch import fuses_qkv
 
 log = logging.getLogger(__name__)

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import torch
 
 from disagg.cache.cache import KVCache
-from disagg.engine.attention import LayerCall, Step
-from disagg.engine.kv_dtype import kernel_scales
-from disagg.engine.model import LoadedModel
-from disagg.engine.runner import Chunk
+from disagg.engine.model.attention import LayerCall, Step
+from disagg.engine.model.kv_dtype import kernel_scales
+from disagg.engine.model.load import LoadedModel
+from disagg.engine.run.runner import Chunk
 from disagg.kernels.decode_plan import DecodePlan
 from disagg.kernels.workspace import Workspace
 

@@ -17,8 +17,8 @@ from torch import nn
 from torch.nn import functional
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from disagg.engine.attention import CURRENT_STEP, WindowMismatch
-from disagg.engine.probe import CURRENT_PROBE, AttentionCall, Probe
+from disagg.engine.model.attention import CURRENT_STEP, WindowMismatch
+from disagg.engine.model.probe import CURRENT_PROBE, AttentionCall, Probe
 from disagg.kernels import ops
 from disagg.kernels.batch import PagedBatch, QueryRun
 from disagg.kernels.qkv import HeadNorms, Rotary, head_norms

@@ -10,7 +10,7 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import IO, Any
 
-from disagg.engine.weights import ModelRefused, TensorEntry, read_config, read_json, read_tensors, weight_files
+from disagg.engine.model.weights import ModelRefused, TensorEntry, read_config, read_json, read_tensors, weight_files
 
 __all__ = ["GenerationDefaults", "ModelRefused", "fingerprint", "generation_defaults", "resolve_model"]
 

@@ -7,12 +7,12 @@ import numpy.typing as npt
 import torch
 
 from disagg.cache.cache import KVCache
-from disagg.engine.graphs import GraphMaker
-from disagg.engine.hf import capturable_experts
-from disagg.engine.model import LoadedModel
-from disagg.engine.piecewise import PiecewiseGraphs, capture_all, token_buckets
-from disagg.engine.piecewise_attention import TRACED_ATTENTION_NAME, calling, tokens
-from disagg.engine.runner import Runner
+from disagg.engine.model.hf import capturable_experts
+from disagg.engine.model.load import LoadedModel
+from disagg.engine.run.graphs.decode import GraphMaker
+from disagg.engine.run.pieces.attention import TRACED_ATTENTION_NAME, calling, tokens
+from disagg.engine.run.pieces.capture import PiecewiseGraphs, capture_all, token_buckets
+from disagg.engine.run.runner import Runner
 from disagg.engine.stats import GraphUse
 
 Int64 = npt.NDArray[np.int64]

@@ -18,7 +18,7 @@ from typing import Any, Final
 import torch
 
 from disagg.cache.layout import LayerScales, LayerSpec
-from disagg.engine.weights import ModelRefused, TensorEntry, read_tensors
+from disagg.engine.model.weights import ModelRefused, TensorEntry, read_tensors
 from disagg.kernels.dispatch import backend
 from disagg.kernels.scales import KVScales, largest
 

@@ -16,10 +16,10 @@ from disagg.kernels.device_plan import DevicePlan, device_plan
 from disagg.kernels.dispatch import CALLS
 from disagg.kernels.qkv import HeadNorms, Rotary
 from disagg.kernels.scales import EIGHT_BIT_FLOATS, EIGHT_BITS, KVScales, largest, quantise, raw
-from disagg.kernels.triton_attention import attention_kernel, merge_kernel
-from disagg.kernels.triton_copies import rows_kernel, units_kernel, write_kernel
-from disagg.kernels.triton_launch import Cut, SplitSpace, cut, num_processors, num_splits, power_of_two
-from disagg.kernels.triton_qkv import qkv_kernel
+from disagg.kernels.triton.attention import attention_kernel, merge_kernel
+from disagg.kernels.triton.copies import rows_kernel, units_kernel, write_kernel
+from disagg.kernels.triton.launch import Cut, SplitSpace, cut, num_processors, num_splits, power_of_two
+from disagg.kernels.triton.qkv import qkv_kernel
 from disagg.kernels.workspace import Workspace
 
 NAME: Final = "triton"

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from disagg.engine.weights import ModelRefused
+from disagg.engine.model.weights import ModelRefused
 
 # A wrapper's text model under the names it has had: saved by transformers 4, by 5, and as the hub has it.
 WRAPPED_TEXT: Mapping[str, str] = {

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from disagg.cache.layout import LayerSpec
-from disagg.engine.probe import CURRENT_PROBE
+from disagg.engine.model.probe import CURRENT_PROBE
 from disagg.kernels import ops
 from disagg.kernels.ops import Plan
 from disagg.kernels.scales import KVScales

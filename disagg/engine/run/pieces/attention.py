@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from disagg.engine.attention import paged_attention
+from disagg.engine.model.attention import paged_attention
 
 NUM_TOKENS: ContextVar[int] = ContextVar("num_tokens")
 """How many tokens of the bucket are real in the step in progress; 0 while pieces are captured."""

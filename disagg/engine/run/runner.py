@@ -13,9 +13,9 @@ import torch
 
 from disagg.cache.cache import KVCache
 from disagg.cache.scratch import Scratch, page_table
-from disagg.engine.attention import CURRENT_STEP, LayerCall, Step
-from disagg.engine.kv_dtype import kernel_scales
-from disagg.engine.model import LoadedModel
+from disagg.engine.model.attention import CURRENT_STEP, LayerCall, Step
+from disagg.engine.model.kv_dtype import kernel_scales
+from disagg.engine.model.load import LoadedModel
 from disagg.kernels import ops
 from disagg.kernels.batch import PagedBatch, QueryRun
 from disagg.kernels.workspace import Workspace
