@@ -23,13 +23,12 @@ import torch
 from disagg.bench.circumstances import circumstances
 from disagg.cache.cache import KVCache
 from disagg.cache.layout import derive_layout
-from disagg.engine.engine import StepRunner
 from disagg.engine.model.fused_qkv import fuse
 from disagg.engine.model.load import LoadedModel, load_model
 from disagg.engine.model.probe import probe
 from disagg.engine.run.graphs.cuda import CudaGraphs
 from disagg.engine.run.graphs.decode import DecodeGraphs, GraphRunner
-from disagg.engine.run.runner import Chunk, Runner
+from disagg.engine.run.runner import Chunk, Runner, StepRunner
 from disagg.kernels.dispatch import CALLS, FUSED_VARIABLE, backend
 
 MAX_MODEL_LEN = 1024

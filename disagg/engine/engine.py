@@ -8,12 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
-
-import torch
 
 from disagg.cache.cache import KVCache
 from disagg.engine.announce import newly_final_units, units_at
+from disagg.engine.batch import Work
 from disagg.engine.commands import (
     Command,
     Decode,
@@ -35,8 +33,8 @@ from disagg.engine.commands import (
     Unregister,
 )
 from disagg.engine.recheck import PrefixRecheck
-from disagg.engine.run.batch import Work
-from disagg.engine.run.runner import Chunk
+from disagg.engine.run.graphs.use import GraphUse
+from disagg.engine.run.runner import Chunk, StepRunner
 from disagg.engine.sampler import Sampled, SampleInput, sample
 from disagg.engine.scheduler import Promised, Scheduler
 from disagg.engine.sequence import (
@@ -48,7 +46,7 @@ from disagg.engine.sequence import (
     first_token_of,
     state_of,
 )
-from disagg.engine.stats import EngineCounters, EngineStats, GraphUse
+from disagg.engine.stats import EngineCounters, EngineStats
 from disagg.transceiver.wire.messages.values import TokenLogprobs
 
 ROLES = ("prefill", "decode", "both")
@@ -85,12 +83,6 @@ class EngineConfig:
                 f"`--max-num-batched-tokens`: {self.max_num_batched_tokens}, expected at least "
                 f"`--max-num-seqs` ({self.max_num_seqs})"
             )
-
-
-class StepRunner(Protocol):
-    """What computes a step: `disagg.engine.run.runner.Runner`."""
-
-    def execute(self, chunks: Sequence[Chunk]) -> torch.Tensor: ...
 
 
 class Engine:

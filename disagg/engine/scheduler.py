@@ -31,6 +31,7 @@ from disagg.cache.cache import KVCache
 from disagg.cache.scratch import scratch_until
 from disagg.cache.window import needed_ordinals
 from disagg.engine.announce import newly_final_units
+from disagg.engine.batch import Work, share_tokens
 from disagg.engine.commands import (
     AttemptKey,
     EngineEvent,
@@ -41,7 +42,6 @@ from disagg.engine.commands import (
     UnitsFinalEvent,
 )
 from disagg.engine.recheck import PrefixRecheck
-from disagg.engine.run.batch import Work, share_tokens
 from disagg.engine.sequence import DecodingSequence, LiveSequence, PromptSequence, Request, Reservation
 
 HEADROOM_BLOCKS = 2

@@ -8,20 +8,7 @@ from dataclasses import dataclass, field
 from disagg.cache.cache import PoolUsage
 from disagg.cache.prefix_cache import ReuseCount
 from disagg.engine.commands import AttemptKey
-
-
-@dataclass(slots=True)
-class GraphUse:
-    """Captured graphs, the device memory they took, and how many steps were replayed."""
-
-    num_captured: int = 0
-    nbytes: int = 0
-    num_replays: int = 0
-
-    def add(self, num_captured: int, nbytes: int) -> None:
-        """So many more graphs; what all of them took so far."""
-        self.num_captured += num_captured
-        self.nbytes = nbytes
+from disagg.engine.run.graphs.use import GraphUse
 
 
 @dataclass(slots=True)

@@ -16,15 +16,15 @@ from disagg.cache.identity import BlockHasher
 from disagg.cache.layout import CacheLayout, derive_layout
 from disagg.config.resources import CUDA_MEMORY_FRACTION, default_kv_cache_nbytes, num_cores
 from disagg.config.settings import Role, WorkerSettings
-from disagg.engine.engine import Engine, EngineConfig, StepRunner
+from disagg.engine.engine import Engine, EngineConfig
 from disagg.engine.model.checkpoint import fingerprint, resolve_model
 from disagg.engine.model.load import LoadedModel, check_model_len, load_model
 from disagg.engine.model.packed_linear import pack_linears
 from disagg.engine.run.graphs.cuda import CudaGraphs
 from disagg.engine.run.graphs.decode import DecodeGraphs, GraphMaker, GraphRunner
-from disagg.engine.run.runner import Runner
+from disagg.engine.run.graphs.use import GraphUse
+from disagg.engine.run.runner import Runner, StepRunner
 from disagg.engine.run.warmup import warm_up
-from disagg.engine.stats import GraphUse
 from disagg.kernels.dispatch import backend, has_triton
 from disagg.transceiver.wire.codec import PROTOCOL
 from disagg.transceiver.wire.keys import ClusterKeys

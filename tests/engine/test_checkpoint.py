@@ -57,7 +57,7 @@ def test_a_hub_id_that_is_not_cached_offline_is_one_sentence(tmp_path: Path) -> 
     """In a process of its own: huggingface_hub reads its environment once."""
     code = (
         "import sys\n"
-        "from disagg.engine.checkpoint import ModelRefused, resolve_model\n"
+        "from disagg.engine.model.checkpoint import ModelRefused, resolve_model\n"
         "try: resolve_model('owner/name')\n"
         "except ModelRefused as refused: print(refused)\n"
         "assert not {'torch', 'transformers'} & set(sys.modules)\n"
@@ -73,7 +73,7 @@ def test_a_cached_hub_id_is_found_offline(folder: Path, tmp_path: Path) -> None:
     shutil.copytree(folder, repo / "snapshots" / revision)
     (repo / "refs").mkdir()
     (repo / "refs" / "main").write_text(revision)
-    code = "from disagg.engine.checkpoint import resolve_model; print(resolve_model('owner/name'))"
+    code = "from disagg.engine.model.checkpoint import resolve_model; print(resolve_model('owner/name'))"
     environment = {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1", "PATH": "/usr/bin:/bin"}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60)
     assert done.stdout.strip() == str(repo / "snapshots" / revision), done.stderr

@@ -10,9 +10,9 @@ import torch
 from support.continuous import greedy, largest_error, make_cache
 from support.graphed import load_case, num_equal
 
+from disagg.engine.model import opaque_attention
 from disagg.engine.model.load import LoadedModel
 from disagg.engine.run.compiled import CompiledRunner
-from disagg.engine.run.pieces import attention as piecewise_attention
 from disagg.engine.run.warmup import warm_up
 from disagg.kernels.dispatch import CALLS
 
@@ -96,10 +96,8 @@ def test_a_model_that_cannot_be_compiled_is_served_and_the_log_says_why(
 def test_attention_that_takes_padding_for_tokens_is_noticed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, references = load_case("gemma3", folder, NUM_TOKENS)
     with_backend(monkeypatch, "eager")
-    exact = piecewise_attention.paged_attention
-    monkeypatch.setattr(
-        piecewise_attention, "paged_attention", lambda m, q, *rest, **o: exact(m, q.flip(2), *rest, **o)
-    )
+    exact = opaque_attention.paged_attention
+    monkeypatch.setattr(opaque_attention, "paged_attention", lambda m, q, *rest, **o: exact(m, q.flip(2), *rest, **o))
     lives = greedy(make_runner(model), [reference.prompt for reference in references], NUM_TOKENS, chunk=37)
     assert num_equal(lives, references) < len(references)
     torch._dynamo.reset()

@@ -15,12 +15,12 @@ from support.families import FAMILIES
 from support.graphed import load_case, num_equal
 from support.interpreter import missing_interpreter
 
+from disagg.engine.model import opaque_attention
 from disagg.engine.model.attention import CURRENT_STEP, LayerCall
 from disagg.engine.model.fused_qkv import fuse
 from disagg.engine.model.load import LoadedModel, load_model
+from disagg.engine.model.opaque_attention import NUM_TOKENS, attend
 from disagg.engine.model.probe import probe
-from disagg.engine.run.pieces import attention as piecewise_attention
-from disagg.engine.run.pieces.attention import NUM_TOKENS, attend
 from disagg.engine.run.pieces.capture import Phase, PiecewiseGraphs, cut, is_attention, token_buckets
 from disagg.engine.run.pieces.runner import PiecewiseRunner
 from disagg.engine.run.runner import Runner
@@ -325,9 +325,7 @@ def test_an_input_that_is_not_copied_is_noticed(forgotten: str, quick: Any, monk
 
 def test_attention_that_takes_padding_for_tokens_is_noticed(quick: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     _, references, runner = quick
-    exact = piecewise_attention.paged_attention
-    monkeypatch.setattr(
-        piecewise_attention, "paged_attention", lambda m, q, *rest, **o: exact(m, q.flip(2), *rest, **o)
-    )
+    exact = opaque_attention.paged_attention
+    monkeypatch.setattr(opaque_attention, "paged_attention", lambda m, q, *rest, **o: exact(m, q.flip(2), *rest, **o))
     lives = greedy(runner, [reference.prompt for reference in references], NUM_TOKENS_OUT, chunk=37)
     assert num_equal(lives, references) < len(references)

@@ -5,8 +5,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.engine_pair import TestedEngine, greedy, key, prompt_of
 
+from disagg.engine.batch import share_tokens
 from disagg.engine.commands import Pin, Prefill, Release, Reserve, Serve, TokensEvent
-from disagg.engine.run.batch import share_tokens
 
 torch.set_num_threads(1)
 

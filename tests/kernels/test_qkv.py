@@ -11,7 +11,7 @@ import pytest
 import torch
 from support.interpreter import missing_interpreter
 
-import disagg.engine.hf  # noqa: F401  transformers is imported behind its guard
+import disagg.engine.model.hf  # noqa: F401  transformers is imported behind its guard
 from disagg.kernels import ops
 from disagg.kernels.batch import PagedBatch, QueryRun
 from disagg.kernels.dispatch import CALLS, forced

@@ -83,7 +83,7 @@ def test_one_module_alone_imports_transformers() -> None:
 
 def import_transformers(*, guarded: bool, cwd: Path, flags: tuple[str, ...] = ("-P",), path: str = "") -> str:
     """stderr of a fresh Python that imports two model classes; empty when that went well."""
-    guard = "import disagg.engine.hf; " if guarded else ""
+    guard = "import disagg.engine.model.hf; " if guarded else ""
     code = f"{guard}from transformers import GptOssForCausalLM, LlamaForCausalLM"
     env = {"PATH": "/usr/bin:/bin", "PYTHONPATH": path}
     done = subprocess.run([sys.executable, *flags, "-c", code], cwd=cwd, env=env, capture_output=True, text=True)

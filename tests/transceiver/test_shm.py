@@ -269,7 +269,7 @@ async def fetch_until_refused(plane: object, job: LandingJob) -> None:
 SOURCE_PROCESS = """
 import asyncio, sys
 from support.pools import make_pools
-from disagg.transceiver.planes.shm import ShmSourcePlane
+from disagg.transceiver.planes.shm.plane import ShmSourcePlane
 
 async def main():
     plane = ShmSourcePlane()

@@ -95,4 +95,4 @@ def test_messages_blame_the_peer_and_events_this_process() -> None:
 
 def test_the_docs_diagram_is_drawn_from_the_table() -> None:
     docs = Path(__file__).parents[2] / "docs" / "transfer-states.md"
-    assert docs.read_text() == render(), "run `python -m disagg.transceiver.diagram > docs/transfer-states.md`"
+    assert docs.read_text() == render(), "run `python -m disagg.transceiver.protocol.diagram > docs/transfer-states.md`"

@@ -297,11 +297,11 @@ def test_a_transfers_bits_need_the_token() -> None:
 CHILD = """
 import asyncio, json, sys
 from support.pools import make_pool
-from disagg.transceiver.keys import ClusterKeys
-from disagg.transceiver.messages.values import PlaneOffer
+from disagg.transceiver.wire.keys import ClusterKeys
+from disagg.transceiver.wire.messages.values import PlaneOffer
 from disagg.transceiver.planes.base import Destination, LandingJob, SourceUnit
-from disagg.transceiver.planes.ucx import UcxSourcePlane
-from disagg.transceiver.planes.ucx_landing import UcxLandingPlane
+from disagg.transceiver.planes.ucx.source import UcxSourcePlane
+from disagg.transceiver.planes.ucx.landing import UcxLandingPlane
 
 KEYS = ClusterKeys.from_secret(b"the secret of the planes under test")
 POOLS = (make_pool(8, 1 << 20, seed=1),)

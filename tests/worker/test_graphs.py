@@ -18,9 +18,9 @@ from support.plan_attention import plan_attention
 from disagg.config.settings import Role, WorkerSettings
 from disagg.engine.model.load import LoadedModel, load_model
 from disagg.engine.run.graphs.decode import GraphRunner
+from disagg.engine.run.graphs.use import GraphUse
 from disagg.engine.run.pieces import runner as piecewise_runner
 from disagg.engine.run.runner import Runner
-from disagg.engine.stats import GraphUse
 from disagg.kernels.dispatch import forced
 from disagg.transceiver.wire.keys import ClusterKeys
 from disagg.worker import build

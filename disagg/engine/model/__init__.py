@@ -1,0 +1,1 @@
+"""From a model folder to modules that run over our pools."""

@@ -27,8 +27,8 @@ import torch  # noqa: E402
 import transformers  # noqa: E402
 from transformers.utils import logging as hf_logging  # noqa: E402
 
-from disagg.engine.model.attention import paged_attention
-from disagg.engine.run.pieces.attention import (
+from disagg.engine.model.attention import paged_attention  # noqa: E402
+from disagg.engine.model.opaque_attention import (  # noqa: E402
     COMPILED_ATTENTION_NAME,
     TRACED_ATTENTION_NAME,
     compiled_attention,

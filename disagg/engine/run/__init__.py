@@ -1,0 +1,1 @@
+"""A step computed: the eager runner, captured decode graphs, captured pieces, warm-up."""

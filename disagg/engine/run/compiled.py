@@ -11,8 +11,8 @@ import torch
 
 from disagg.cache.cache import KVCache
 from disagg.engine.model.load import LoadedModel
+from disagg.engine.model.opaque_attention import COMPILED_ATTENTION_NAME, calling, tokens
 from disagg.engine.model.packed_linear import pack_linears
-from disagg.engine.run.pieces.attention import COMPILED_ATTENTION_NAME, calling, tokens
 from disagg.engine.run.runner import Runner
 from disagg.kernels.dispatch import CALLS
 

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate, chain
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -41,6 +42,14 @@ class Chunk:
     @property
     def end(self) -> int:
         return self.start + len(self.token_ids)
+
+
+class StepRunner(Protocol):
+    """What computes a step, eager or captured."""
+
+    def execute(self, chunks: Sequence[Chunk]) -> torch.Tensor:
+        """Logits [rows, vocabulary] of the chunks that want them, in order."""
+        ...
 
 
 class Runner:

@@ -6,8 +6,7 @@ import logging
 import time
 
 from disagg.cache.cache import KVCache
-from disagg.engine.engine import StepRunner
-from disagg.engine.run.runner import Chunk
+from disagg.engine.run.runner import Chunk, StepRunner
 
 log = logging.getLogger(__name__)
 

@@ -1,4 +1,4 @@
-"""Split out by the draft."""
+"""How many units one slice carries."""
 
 from __future__ import annotations
 

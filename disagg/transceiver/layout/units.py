@@ -1,4 +1,4 @@
-"""Split out by the draft."""
+"""The unit of a transfer between two geometries."""
 
 from __future__ import annotations
 

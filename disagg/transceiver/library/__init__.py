@@ -1,0 +1,1 @@
+"""The transfer for engines that are not ours: foreign tensors, plans, ranks."""

@@ -1,0 +1,1 @@
+"""Bytes of pools: gathered, converted, copied, hashed."""

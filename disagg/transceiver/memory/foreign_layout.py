@@ -1,4 +1,4 @@
-"""Split out by the draft."""
+"""Layouts of KV tensors that another engine allocated, read from their shapes and strides."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Split out by the draft."""
+"""How each peer cuts this worker's slots into units, one answer per geometry."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Split out by the draft."""
+"""Pool memory as a data plane sees it: a pool, the units of a slice, the job that lands them."""
 
 from __future__ import annotations
 

@@ -60,7 +60,7 @@ class SourcePlane(ABC):
 
 
 class UnitHasher(Protocol):
-    """Whom a plane shows what landed: `disagg.transceiver.hashing.Hasher`. On the landing thread."""
+    """Whom a plane shows what landed: `disagg.transceiver.memory.hashing.Hasher`. On the landing thread."""
 
     def copy(
         self,

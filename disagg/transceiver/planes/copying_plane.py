@@ -1,4 +1,4 @@
-"""Split out by the draft."""
+"""A landing plane that copies slot to slot, from memory that both processes can read."""
 
 from __future__ import annotations
 

@@ -1,0 +1,1 @@
+"""One transfer as a state machine. Pure: no clock, socket, thread, tensor or await."""

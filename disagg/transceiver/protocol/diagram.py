@@ -1,4 +1,4 @@
-"""Draws the state diagrams from the table: `python -m disagg.transceiver.diagram > docs/transfer-states.md`."""
+"""Draws the state diagrams from the table: `python -m disagg.transceiver.protocol.diagram`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from disagg.transceiver.protocol.state import TRANSITIONS, Kind, Role, State
 
 _HEAD = """# States of a transfer
 
-Drawn from the table in `disagg/transceiver/state.py` by `python -m disagg.transceiver.diagram`: edit the table.
+Drawn from the table in `disagg/transceiver/protocol/state.py`: edit the table, then run
+`python -m disagg.transceiver.protocol.diagram > docs/transfer-states.md`.
 Events that leave the state as it is are not drawn.
 """
 

@@ -15,13 +15,12 @@ from typing import Protocol, TypeVar
 import torch
 
 from disagg.cache.cache import KVCache
-from disagg.engine.engine import StepRunner
 from disagg.engine.model.attention import CURRENT_STEP
 from disagg.engine.model.hf import capturable_experts
 from disagg.engine.model.load import LoadedModel
 from disagg.engine.run.graphs.inputs import DecodeInputs
-from disagg.engine.run.runner import Chunk
-from disagg.engine.stats import GraphUse
+from disagg.engine.run.graphs.use import GraphUse
+from disagg.engine.run.runner import Chunk, StepRunner
 from disagg.kernels.dispatch import CALLS
 
 log = logging.getLogger(__name__)

@@ -1,0 +1,1 @@
+"""Steps in captured pieces between eager attentions."""

@@ -9,11 +9,11 @@ import torch
 from disagg.cache.cache import KVCache
 from disagg.engine.model.hf import capturable_experts
 from disagg.engine.model.load import LoadedModel
+from disagg.engine.model.opaque_attention import TRACED_ATTENTION_NAME, calling, tokens
 from disagg.engine.run.graphs.decode import GraphMaker
-from disagg.engine.run.pieces.attention import TRACED_ATTENTION_NAME, calling, tokens
+from disagg.engine.run.graphs.use import GraphUse
 from disagg.engine.run.pieces.capture import PiecewiseGraphs, capture_all, token_buckets
 from disagg.engine.run.runner import Runner
-from disagg.engine.stats import GraphUse
 
 Int64 = npt.NDArray[np.int64]
 

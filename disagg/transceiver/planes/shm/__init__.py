@@ -1,0 +1,1 @@
+"""The plane that maps a same-host peer's pools and copies from them."""

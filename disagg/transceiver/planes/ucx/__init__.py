@@ -1,0 +1,1 @@
+"""The plane that streams units over UCX."""

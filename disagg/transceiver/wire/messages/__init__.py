@@ -1,0 +1,1 @@
+"""Messages between workers and to the router, as data."""

@@ -142,7 +142,7 @@ class Ack:
 
 @dataclass(frozen=True, slots=True)
 class Cancel:
-    """Decode wants no more of this epoch. `reason` is one of `disagg.transceiver.reasons`."""
+    """Decode wants no more of this epoch. `reason` is one of `disagg.transceiver.wire.reasons`."""
 
     header: Header
     reason: str

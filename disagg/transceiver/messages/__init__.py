@@ -1,1 +1,0 @@
-"""Wire messages: one frozen dataclass each. The codec is apart, in `disagg.transceiver.codec`."""
