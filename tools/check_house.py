@@ -72,12 +72,14 @@ def members(tree: ast.AST) -> dict[str, ast.AST]:
             case ast.Import(names=names) | ast.ImportFrom(names=names):
                 found |= {alias.asname or alias.name: node for alias in names}
     if isinstance(tree, ast.ClassDef):
-        found |= {node.attr: node for node in ast.walk(tree) if _is_own_attribute(node)}
+        found |= {
+            node.attr: node for node in ast.walk(tree) if isinstance(node, ast.Attribute) and _is_self(node.value)
+        }
     return found
 
 
-def _is_own_attribute(node: ast.AST) -> bool:
-    return isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "self"
+def _is_self(node: ast.AST) -> bool:
+    return isinstance(node, ast.Name) and node.id == "self"
 
 
 def resolves(dotted: str, by_name: dict[str, Module]) -> bool:

@@ -1,0 +1,1 @@
+"""The OpenAI-compatible HTTP API: fields checked, text to tokens and back, answers as JSON or server-sent events."""

@@ -1,0 +1,1 @@
+"""`disagg bench`: transfers measured beside other libraries in the same run."""

@@ -57,7 +57,7 @@ def _scratch_bound(window: int, num_sink_tokens: int, block_size: int, step_toke
 class Promises:
     """Slots promised per pool. The sum of all promises never exceeds a pool, so a promised slot can always be taken.
 
-    A soft sequence's promise is revocable: whoever may not wait for it releases it and drops the sequence.
+    A soft sequence's promise is revocable: a caller that may not wait for it releases it and drops the sequence.
     """
 
     def __init__(self, num_slots: Sequence[int]) -> None:
@@ -68,7 +68,7 @@ class Promises:
         self._peaks: dict[Hashable, Peaks] = {}
 
     def fits_empty(self, peaks: Peaks) -> bool:
-        """Whether the peaks fit when nobody else holds anything: if not, waiting is pointless."""
+        """Whether the peaks fit in empty pools: if not, waiting is pointless."""
         return all(peak <= usable for peak, usable in zip(peaks, self.usable, strict=True))
 
     def fits(self, peaks: Peaks, *, without: Collection[Hashable] = ()) -> bool:

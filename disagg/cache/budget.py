@@ -19,7 +19,7 @@ from disagg.cache.pool import NUM_RESERVED_SLOTS
 from disagg.cache.scratch import num_scratch_slots
 
 MAX_PREFILLS_PER_STEP = 8
-"""A: more prefills than this in one step slow each other down and shorten nobody's wait."""
+"""A: more prefills than this in one step slow each other down and shorten no wait."""
 
 
 def split_budget(

@@ -1,4 +1,4 @@
-"""Who holds which block: per sequence and group a table (index = ordinal, value = slot or -1), over several pools.
+"""Which block lies where: per sequence and group a table (index = ordinal, value = slot or -1), over several pools.
 
 A sequence has three cursors, committed <= history <= capacity, and one atomic `resize`. Stale blocks go with it: after
 each prefill chunk, and in decode when the next block is needed. `committed` counts tokens in registered, immutable
@@ -32,7 +32,7 @@ class PoolUsage:
     """Slots of one pool; `num_slots` counts the two reserved ones, the others do not.
 
     `num_used`: referred to by sequences. `num_free`: can be allocated now, the `num_cached` registered ones included.
-    `num_evicted`: cached slots that were emptied for somebody else, since start.
+    `num_evicted`: cached slots that were emptied for another sequence, since start.
     """
 
     slot_nbytes: int
@@ -80,7 +80,7 @@ class CachedSequence:
 
 
 class KVCache:
-    """Pools and the sequences that hold their slots. The model thread owns it; nobody else calls it."""
+    """Pools and the sequences that hold their slots. Only the model thread calls it."""
 
     def __init__(
         self,
@@ -222,14 +222,14 @@ class KVCache:
         sequence.capacity = max(sequence.capacity, sequence.history)
 
     def unregister(self, sequence: CachedSequence, ordinal: int) -> int:
-        """What lies in this block, in some group, is wrong: nobody may reuse it or what extends it. Slots concerned."""
+        """What lies in this block, in some group, is wrong: it and what extends it are not reused. Slots concerned."""
         chain = sequence.chain
         if self._prefixes is None or chain is None or ordinal >= len(chain.path):
             return 0
         return self._prefixes.unregister(chain.path[ordinal])
 
     def unregister_slot(self, group: int, slot: int, generation: int) -> int:
-        """`unregister` for the block that a slot has held since `generation`, whoever holds it. Slots concerned."""
+        """`unregister` for the block that a slot has held since `generation`. Slots concerned."""
         number = self.layout.pool_of_group[group]
         if self._prefixes is None or int(self.pools[number].generations[slot]) != generation:
             return 0
@@ -244,7 +244,7 @@ class KVCache:
     # --- memory ---------------------------------------------------------------------------------------------
 
     def publish(self, group: int, slots: Sequence[int]) -> None:
-        """These slots of a group are final: make them visible to peers. Call before anybody is told of them."""
+        """These slots of a group are final: make them visible to peers. Call before any peer is told of them."""
         self.pools[self.layout.pool_of_group[group]].sides.publish(np.asarray(slots, dtype=np.int64))
 
     def take_in(self, group: int, slots: Sequence[int]) -> None:

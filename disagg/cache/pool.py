@@ -1,11 +1,11 @@
-"""One pool: memory cut into equal slots (`SlotMemory`), and who refers to each of them.
+"""One pool: memory cut into equal slots (`SlotMemory`), and how many sequences refer to each of them.
 
 A slot's generation is raised at each allocation and each free, *before* the slot's first byte changes, so a reader that
 sees the same even or odd number before and after its copy has an early, cheap hint that nothing moved; the digest is
 the proof.
 A used or cached slot has an odd generation, an empty one an even one.
 
-A slot is *empty*, *used* (so many references to it) or *cached*: registered for reuse and referred to by nobody. A
+A slot is *empty*, *used* (so many references to it) or *cached*: registered for reuse, without references. A
 cached slot is as good as an empty one: `allocate` evicts it, least recently used first, when no empty one is left.
 
 Two slots are reserved: NULL is always zero and the only one that padding reads; TRASH is the only one that padding
@@ -37,7 +37,7 @@ class SlotPool:
     """`num_slots` slots of `slot_nbytes` bytes, the two reserved ones included. Single threaded.
 
     `device`, `is_staged`: see `SlotMemory`. Raises PoolMemoryShort when there is no room.
-    `on_evict(slots)` is told of cached slots that are about to be emptied for somebody else.
+    `on_evict(slots)` is told of cached slots that are about to be emptied for another sequence.
     """
 
     def __init__(self, slot_nbytes: int, num_slots: int, device: str = "cpu", *, is_staged: bool = False) -> None:
@@ -51,7 +51,7 @@ class SlotPool:
         self._num_refs: NDArray[np.int32] = np.zeros(num_slots, dtype=np.int32)
         self._is_registered: NDArray[np.bool_] = np.zeros(num_slots, dtype=np.bool_)
         self.tainted: set[int] = set()
-        """Slots whose content was found wrong, or may not be finite, while somebody still refers to them."""
+        """Slots whose content was found wrong, or may not be finite, while a sequence still refers to them."""
         self._cached: OrderedDict[int, None] = OrderedDict()
         self._num_empty = num_slots - NUM_RESERVED_SLOTS
         self.on_evict: Callable[[Sequence[int]], None] = _forget_nothing
@@ -65,7 +65,7 @@ class SlotPool:
 
     @property
     def num_cached(self) -> int:
-        """Registered slots that nobody refers to."""
+        """Registered slots without references."""
         return len(self._cached)
 
     @property
@@ -110,7 +110,7 @@ class SlotPool:
     def free(self, slots: Sequence[int], *, wipe: bool = False) -> None:
         """Give one reference to each slot back; the first of those that stay cached will be evicted first.
 
-        `wipe` zeroes them as soon as nobody refers to them: for a sequence that may have left NaN or Inf behind.
+        `wipe` zeroes them with the last reference: for a sequence that may have left NaN or Inf behind.
         """
         index = np.asarray(slots, dtype=np.int64)
         refs = self._num_refs[index]
@@ -128,12 +128,12 @@ class SlotPool:
     def register(self, slots: Sequence[int]) -> None:
         """Used slots hold whole blocks that others may use: they stay when the last reference goes."""
         index = np.asarray(slots, dtype=np.int64)
-        assert (self._num_refs[index] > 0).all(), "a slot is registered that nobody wrote"
+        assert (self._num_refs[index] > 0).all(), "a slot is registered that was never written"
         assert self.tainted.isdisjoint(slots), "a slot is registered that may not be finite"
         self._is_registered[index] = True
 
     def unregister(self, slots: Sequence[int]) -> None:
-        """Nobody may find these slots any more, nor register them again; they are zeroed as soon as they are empty."""
+        """These slots are not found any more, nor registered again; they are zeroed as soon as they are empty."""
         index = np.asarray(slots, dtype=np.int64)
         self._is_registered[index] = False
         self.tainted.update(slots)
@@ -213,4 +213,4 @@ class SlotPool:
 
 
 def _forget_nothing(slots: Sequence[int]) -> None:
-    """Nobody registers slots, so none is evicted."""
+    """No slot is registered, so none is evicted."""

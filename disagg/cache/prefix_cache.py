@@ -1,7 +1,7 @@
 """Blocks that later sequences may use: registered as they are computed or verified, found by their tokens.
 
 A sequence walks the prefix tree as its blocks are registered (`Chain`). Registration is of whole blocks only, and a
-registered block is never written again. Whoever loses trust in a block takes everything that extends it out as well.
+registered block is never written again. A block that is withdrawn takes everything that extends it along.
 """
 
 from __future__ import annotations
@@ -135,7 +135,7 @@ class PrefixCache:
                     assert self._owner[number].get(slot) == (node, group), "a slot serves two blocks"
                     assert self._pools[number].is_registered(slot), "a known slot is not registered"
         registered = sum(pool.num_registered for pool in self._pools)
-        assert owned == sum(map(len, self._owner)) == registered, "a registered slot is nobody's"
+        assert owned == sum(map(len, self._owner)) == registered, "a registered slot belongs to no block"
 
     def _num_trusted(self, slots: Sequence[Table], num_blocks: int) -> int:
         """How many blocks come before the first whose content was found wrong, or may not be finite, in some group."""
@@ -173,7 +173,7 @@ class PrefixCache:
 
 
 PIECE = 1024
-"""Tokens whose bytes are made at once: whoever looks for a prefix stops at the first block that is not known."""
+"""Tokens whose bytes are made at once: a search for a prefix stops at the first block that is not known."""
 
 
 def blocks_of(tokens: Sequence[int], block_size: int) -> Iterator[bytes]:

@@ -35,7 +35,7 @@ class Scratch:
 def scratch_range(
     history: int, capacity: int, stale_at: int, window: int | None, num_sink_tokens: int, block_size: int
 ) -> range:
-    """Ordinals of a step [history, capacity) that nobody reads from `stale_at` (<= capacity) on.
+    """Ordinals of a step [history, capacity) that no query reads from `stale_at` (<= capacity) on.
 
     stale(stale_at) ∩ [ceil(history/T), ceil(capacity/T)): a block that the step before began to fill is none.
     """

@@ -60,7 +60,7 @@ class SlotMemory:
             self.slots[run if is_run else self._index(slots)] = 0
 
     def publish(self, slots: Slots) -> None:
-        """Copy final slots to the host side, before anybody is told of them. Waits for the kernels that wrote them.
+        """Copy final slots to the host side, before any peer is told of them. Waits for the kernels that wrote them.
 
         A slot that several sequences share is written again with the same bytes, which no reader can tell.
         """

@@ -1,0 +1,1 @@
+"""The command line: options, supervision of child processes, what is printed."""

@@ -30,7 +30,7 @@ def share_tokens(remaining: Sequence[int], budget: int, max_chunks: int) -> list
     """How many tokens of each prompt, oldest first, the next step computes; at most `max_chunks` get any.
 
     The oldest is sure of half the budget, so it ends after so many steps whatever arrives behind it. The others share
-    the rest, nearest to their end first; what nobody wants goes to the oldest.
+    the rest, nearest to their end first; what is left over goes to the oldest.
     """
     shares = [0] * len(remaining)
     if not remaining or budget < 1 or max_chunks < 1:

@@ -1,4 +1,4 @@
-"""Commands to the model thread and events back from it: it owns cache and scheduler, nobody else calls them."""
+"""Commands to the model thread and events back from it: it owns cache and scheduler and alone calls them."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class Reserve:
 class Decode:
     """The reservation's KV arrived and was verified: emit the first token and decode from it.
 
-    `partial_blocks` received only the tokens that this request reads: nobody else may reuse them.
+    `partial_blocks` received only the tokens that this request reads: no other request may reuse them.
     """
 
     key: AttemptKey
@@ -96,7 +96,7 @@ class FinalUnit:
 
 @dataclass(frozen=True, slots=True)
 class PrefixChecked:
-    """Answers `PrefixHitEvent`: which of its blocks are `right`, which are `wrong` and may be reused by nobody."""
+    """Answers `PrefixHitEvent`: which of its blocks are `right`, which are `wrong` and must not be reused."""
 
     key: AttemptKey
     check_id: int
@@ -174,7 +174,7 @@ class ReservedEvent:
 class TokensEvent:
     """Generated tokens; the first has `index` (0 = first token of the answer).
 
-    `num_cached_tokens`: with index 0, tokens of the prompt that whoever computed it found in its cache.
+    `num_cached_tokens`: with index 0, tokens of the prompt that the computing worker found in its cache.
     """
 
     key: AttemptKey

@@ -1,7 +1,7 @@
-"""One worker's engine: commands change who may hold blocks, each step computes the next tokens of everyone who does.
+"""One worker's engine: commands decide which sequences hold blocks, a step computes the next tokens of those.
 
 Single threaded, no clock, no sockets. Every event that reports an end (`FinishedEvent`, `FailedEvent`) is returned
-after the blocks were freed, so whoever hears it may count them.
+after the blocks were freed, so a listener may count them.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ ROLES = ("prefill", "decode", "both")
 class EngineConfig:
     """Limits of one engine. `check_invariants` (DISAGG_CHECK=1) examines cache and scheduler after every change.
 
-    `vocab_size`: prompts with other token ids are refused; None = whoever calls has looked.
+    `vocab_size`: prompts with other token ids are refused; None = the caller has checked.
     """
 
     role: str
@@ -115,7 +115,7 @@ class Engine:
         work = self._scheduler.schedule(events)
         self._counters.scratch = tuple(map(max, self._counters.scratch, self._cache.num_scratch))
         if self._config.check_invariants:
-            self._scheduler.check_invariants()  # now everybody holds most: new blocks, old ones, and scratch
+            self._scheduler.check_invariants()  # now every sequence holds most: new blocks, old ones, and scratch
         if not work:
             return events
         logits = self._runner.execute([_chunk(piece) for piece in work])
@@ -126,7 +126,7 @@ class Engine:
         return events
 
     def handle(self, command: Command) -> list[EngineEvent]:
-        """Apply one command and start whoever may start now. Commands for unknown or repeated keys change nothing."""
+        """Apply one command and start what may start now. Commands for unknown or repeated keys change nothing."""
         events = self._apply(command) + self._scheduler.admit()
         self._check()
         return events
@@ -261,7 +261,7 @@ class Engine:
     def _commit_piece(self, piece: Work, result: Sampled | None) -> list[EngineEvent]:
         sequence = piece.sequence
         if result is not None and not result.finite:
-            self._scheduler.release(sequence, wipe=True)  # nobody may ever load what it left behind
+            self._scheduler.release(sequence, wipe=True)  # what it left behind must never be loaded
             return [FailedEvent(sequence.key, 500, f"non-finite logits after position {piece.end - 1}")]
         if result is not None:
             self._counters.tokens_generated += 1
@@ -325,7 +325,7 @@ class Engine:
 
 
 def role_refusal(sequence: Promised, role: str) -> str | None:
-    """A prefill worker receives no KV; a decode worker computes prompts for nobody else. Both serve."""
+    """A prefill worker receives no KV; a decode worker computes prompts for no other worker. Both serve."""
     if role == "prefill" and isinstance(sequence, Reservation):
         return "this worker's role is `prefill`: it reserves no room for KV from elsewhere"
     if role == "decode" and isinstance(sequence, PromptSequence) and not sequence.serves:

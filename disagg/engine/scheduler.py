@@ -1,10 +1,10 @@
-"""Who may hold blocks, and what the next step computes. No clock, no sockets, no tensors: same calls, same plan.
+"""Which sequences hold blocks, and what the next step computes. No clock, sockets or tensors: same calls, same plan.
 
 **Admission.** A sequence starts only when every pool can promise what it will hold. A prompt or a reservation is
 promised its peak, so it never waits midway; an answer only its next few blocks, since most end early.
 Those that must be promised (requests served here, reservations, pinned prompts) stand in one line in order of arrival,
-and nobody overtakes; an urgent request, one whose transfer failed, stands before them and holds nothing meanwhile.
-Soft prompts run ahead of their FETCH only while nobody stands in that line; their promise is revoked, newest first,
+and none overtakes; an urgent request, one whose transfer failed, stands before them and holds nothing meanwhile.
+Soft prompts run ahead of their FETCH only while that line is empty; their promise is revoked, newest first,
 when the head of the line needs the room, and they are computed anew when their FETCH comes.
 
 **Growth.** Before a step an answer's promise grows to what the step needs, oldest first. Where that fails, soft prompts
@@ -50,7 +50,7 @@ nothing, and the work of its prompt is lost."""
 
 REGISTERED_AT_ONCE = 2048
 """Blocks that one step registers of a received prompt, at some 2 microseconds each: those of 128k tokens at once would
-hold up everybody's next token for longer than many a step takes."""
+hold up all next tokens for longer than many a step takes."""
 
 Promised = PromptSequence | Reservation
 """What stands in the line of admission."""
@@ -74,7 +74,7 @@ class Scheduler:
         self._max_num_seqs, self._max_num_batched_tokens = max_num_seqs, max_num_batched_tokens
         self._promises = Promises([pool.num_slots for pool in cache.pools])
         self._live: dict[AttemptKey, LiveSequence] = {}
-        self._by_kind: tuple[list[DecodingSequence], list[Promised]] | None = None  # None: somebody came or went
+        self._by_kind: tuple[list[DecodingSequence], list[Promised]] | None = None  # None: a sequence came or went
         self._urgent: deque[Promised] = deque()
         self._line: deque[Promised] = deque()
         self._soft_line: deque[PromptSequence] = deque()
@@ -92,7 +92,7 @@ class Scheduler:
 
     @property
     def answers(self) -> Sequence[DecodingSequence]:
-        """In order of arrival, as `promised`. Both are made once for all steps until somebody comes or goes."""
+        """In order of arrival, as `promised`. Both are made once for all steps until a sequence comes or goes."""
         return self._kinds()[0]
 
     @property
@@ -117,7 +117,7 @@ class Scheduler:
 
     @property
     def has_work(self) -> bool:
-        """Whether a step would compute something. Waiting sequences start only when somebody gives blocks back."""
+        """Whether a step would compute something. Waiting sequences start only when blocks are given back."""
         return bool(self.answers) or any(isinstance(s, PromptSequence) and s.is_computing for s in self.promised)
 
     def _kinds(self) -> tuple[list[DecodingSequence], list[Promised]]:
@@ -193,7 +193,7 @@ class Scheduler:
     # --- admission ------------------------------------------------------------------------------------------
 
     def admit(self) -> list[EngineEvent]:
-        """Start everyone who may start, in order; to be called after whatever frees blocks or adds a sequence."""
+        """Start all that may start, in order; to be called after whatever frees blocks or adds a sequence."""
         events: list[EngineEvent] = []
         while line := self._urgent or self._line:
             if not self._has_seat() or not self._make_room(line[0], events):
@@ -385,7 +385,7 @@ class Scheduler:
         return True
 
     def _is_preemptible(self, sequence: LiveSequence) -> bool:
-        """Running here and for nobody else, and possible to compute anew."""
+        """Running here for this worker's own answer, and possible to compute anew."""
         is_own = isinstance(sequence, DecodingSequence) or (isinstance(sequence, PromptSequence) and sequence.serves)
         return is_own and sequence.cached is not None and self._can_recompute(sequence.request)
 
@@ -419,11 +419,11 @@ class Scheduler:
     # --- invariants -----------------------------------------------------------------------------------------
 
     def check_invariants(self) -> None:
-        """Promises fit the pools; nobody holds more than was promised; who waits holds nothing. Also within a step."""
+        """Promises fit the pools, no sequence holds more than its own, one that waits holds nothing. Also within a step."""
         self._promises.check_invariants()
         if (kept := self._by_kind) is not None:
             self._by_kind = None
-            assert self._kinds() == kept, "somebody came or went unseen"
+            assert self._kinds() == kept, "a sequence came or went unseen"
             self._by_kind = kept
         waiting = {sequence.key for line in (self._urgent, self._line, self._soft_line) for sequence in line}
         for key, sequence in self._live.items():

@@ -1,7 +1,7 @@
 """What the engine computes: a prompt, room for one that will arrive, and an answer being decoded.
 
 A `DecodingSequence` is built from exactly one licence: `Verified`, the transfer's word that received KV is whole, or
-`Computed`, this engine's own finished prefill. Nothing else makes one, so KV that nobody vouched for is never decoded.
+`Computed`, this engine's own finished prefill. Nothing else makes one, so unverified KV is never decoded.
 """
 
 from __future__ import annotations

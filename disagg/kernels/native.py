@@ -1,6 +1,6 @@
 """The compiled helper (`native.c`): many blocks copied, hashed and looked at in one call, without Python's lock.
 
-It is built with the package where a C compiler is, and missing elsewhere: `is_loaded` says which. Whoever calls has a
+It is built with the package where a C compiler is, and missing elsewhere: `is_loaded` says which. Each caller has a
 way without it. Addresses are the caller's responsibility: nothing here can check them. `DISAGG_NATIVE=off` in the
 environment leaves it out, and with it the attention of `native_attention`, which is in the same library.
 """

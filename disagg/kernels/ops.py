@@ -30,7 +30,7 @@ def _served(operation: str, device: torch.device) -> ModuleType:
 
 
 def describe(pool: torch.Tensor, dtype: torch.dtype) -> str:
-    """Who attends with queries of `dtype` over `pool` and who stores their K and V, in words for a log."""
+    """Which code attends with queries of `dtype` over `pool` and which stores their K and V, in words for a log."""
     if backend(pool.device).NAME == "triton":
         return "decode attention and KV writes: Triton"
     if not native_attention.is_loaded():

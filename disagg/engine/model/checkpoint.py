@@ -1,4 +1,4 @@
-"""A model folder as the hub ships it, read without torch or transformers: where it is, who it is, its defaults."""
+"""A model folder as the hub ships it, read without torch or transformers: its place, fingerprint and defaults."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def _download(name: str, files: tuple[str, ...]) -> Path:
         ) from exc
 
 
-# --- who it is ----------------------------------------------------------------------------------------------
+# --- fingerprint -------------------------------------------------------------------------------------------
 
 
 def fingerprint(folder: Path, *, verify_weights: bool = False) -> str:

@@ -98,7 +98,7 @@ def is_scale_name(name: str) -> bool:
 
 
 def kernel_scales(layers: Iterable[LayerSpec], saturated: torch.Tensor) -> dict[int, KVScales]:
-    """What attention of each layer of an eight-bit cache reads and writes by; who shares KV has its producer's.
+    """Scales by which each layer of an eight-bit cache reads and writes; one that shares KV has its producer's.
 
     `saturated`, on the model's device, counts for all of them.
     """

@@ -1,6 +1,6 @@
 """Attention as one opaque operation, so that a traced model can be cut where it is called.
 
-All that it writes is declared in its schema: the layer's pool, and `out`, which whoever calls it allocates. What it
+All that it writes is declared in its schema: the layer's pool, and `out`, which its caller allocates. What it
 reads of the step in progress (lengths, block tables, plans) is no part of what is traced.
 """
 

@@ -27,7 +27,7 @@ class PackedLinear(torch.nn.Module):
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self._packed = torch.ops.mkldnn._reorder_linear_weight(weight, ROWS_HINT)
         self._bias = None if linear.bias is None else linear.bias.detach()
-        # Shape and dtype for who asks. Who computes with it gets NaN, not a wrong number.
+        # Keeps shape and dtype for callers that inspect them. The values are NaN, so that accidental use shows.
         self.weight = weight.new_full((1, 1), float("nan")).expand(weight.shape)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

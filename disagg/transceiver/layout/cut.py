@@ -4,7 +4,7 @@ Everything is counted in model terms: layers and heads as positions in the model
 of *units*, blocks of the finer of the two block sizes. A rank's own numbers appear only where memory is touched.
 
     what moves   = (layers x heads of the sender's rank) meet (those of the receiver's rank), for every needed unit
-    who sends    = the stage that holds the layer; of ranks that hold the same heads, one per receiver, in turn
+    sender       = the stage that holds the layer; of ranks that hold the same heads, one per receiver, in turn
     least bytes  = sum over groups: required units x tokens per unit x layers x 2 x heads x dim x wire element
 
 Pure; slots come in as tables (index = ordinal of that side, entry = slot or -1), as in `compact`.

@@ -39,7 +39,7 @@ OnDecision = Callable[[AttemptKey, Decision, Mapping[Pair, TransferRecord]], Non
 
 @dataclass(frozen=True, slots=True)
 class DecodeRank:
-    """One rank: who it is, and its pools."""
+    """One rank: its node and its pools."""
 
     node: Node
     pools: Sequence[PoolRegion]

@@ -1,7 +1,7 @@
 """The plan of a transfer: what two engines say of their blocks, made into the copies that move what must move.
 
-A pure function for whoever knows both ends' lists: a connector of a foreign engine, a simulation, the tests. Workers
-tell each other ordinals and never slots, so each end of theirs computes its half of this, by the same parts:
+A pure function for callers that know both ends' lists: a connector of a foreign engine, a simulation, the tests.
+Workers tell each other ordinals and never slots, so each end of theirs computes its half of this, by the same parts:
 `required_ordinals` for what moves, `rectangles` for which layers and heads, `adjacent` for what one copy may span.
 """
 

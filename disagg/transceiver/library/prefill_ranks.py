@@ -31,7 +31,7 @@ _COMPUTED = 1  # the one computation of a prompt that is finished
 
 @dataclass(frozen=True, slots=True)
 class PrefillRank:
-    """One rank: who it is, its pools, where peers reach it, and its started planes."""
+    """One rank: its node, its pools, where peers reach it, and its started planes."""
 
     node: Node
     pools: Sequence[PoolRegion]

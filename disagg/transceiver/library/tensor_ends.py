@@ -172,7 +172,7 @@ class TensorDestination:
 
     def _decide(self, key: AttemptKey, decision: Decision, records: Mapping[Pair, TransferRecord]) -> None:
         decided = self._decided.pop(key)
-        if not decided.done():  # else nobody waits any more
+        if not decided.done():  # else no caller waits any more
             decided.set_result((decision, records[_PAIR]))
 
 

@@ -28,7 +28,7 @@ def copy_slots(
 ) -> None:
     """Copy each unit from `source_slots` to `slots` of its pool: runs that are adjacent on both sides at once.
 
-    Past the caches where the compiled helper is: whoever reads these bytes next is the model, much later.
+    Uses non-temporal stores where the compiled helper is: the model reads these bytes only much later.
     """
     runs = list(adjacent(pools, source_slots, slots))
     starts = np.array([start for start, _ in runs], dtype=np.int64)

@@ -26,8 +26,8 @@ from disagg.transceiver.wire.messages.values import Geometry, GroupSemantics, La
 class ForeignPools(Sequence[PoolRegion]):
     """One pool per layer group, of which only the generations are there: `buffers` hold the bytes, as `layout` says.
 
-    An engine that gives a block to another sequence while a transfer may read it raises its entry in `generations`
-    first; who waits until its sources are released need not.
+    Increment a block's entry in `generations` before reusing it while a transfer may still read it. Not needed
+    after the release.
     """
 
     layout: Layout

@@ -44,7 +44,7 @@ class KeptDigests:
     async def recheck(self, slots: Sequence[SourceUnit], hash_units: Hash) -> tuple[bool | None, ...]:
         """Hash `slots` again, in order: True = as it was kept, False = changed; None = nothing was kept, and now is."""
         hashed = self._by_slot(await hash_units(slots))
-        known = [self._find(slot) for slot in slots]  # after the wait: whoever hashed them meanwhile counts too
+        known = [self._find(slot) for slot in slots]  # after the wait: digests made meanwhile count too
         for slot, units, before in zip(slots, hashed, known, strict=True):
             if before is None:
                 self._keep(slot, units)

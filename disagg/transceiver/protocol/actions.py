@@ -71,7 +71,7 @@ class PartVerified:
 
 @dataclass(frozen=True, slots=True)
 class ReportFailed:
-    """Receiver, once: this epoch failed, its landing jobs are joined. `reason` is for the router, who owns attempts."""
+    """Receiver, once: this epoch failed, its landing jobs are joined. `reason` is for the router."""
 
     reason: str
     units: tuple[UnitName, ...] = ()

@@ -2,7 +2,7 @@
 
 mac = blake2b-256, keyed with the cluster's manifest key, over transfer, epoch, both incarnations, rank, num_ranks,
 num_slices, every (group, ordinal, rectangle, digest) and the first token with its logprobs and sampling state. A digest
-alone proves that bytes are what somebody hashed; the MAC proves that they are this request's, of this attempt.
+alone proves that bytes are what was hashed; the MAC proves that they are this request's, of this attempt.
 """
 
 from __future__ import annotations

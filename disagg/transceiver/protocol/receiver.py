@@ -281,7 +281,7 @@ class Receiver(Side):
             self._repeat_last_word()
         elif self.state is State.LANDING and self._poll.take(self._now):
             # A sender that said DONE and had to let go says no other word, and bytes that it was to push never come:
-            # whoever waits for them must ask. One that is still there counts this as a RECEIVED it knows.
+            # a receiver that waits for them must ask. One that is still there counts this as a RECEIVED it knows.
             self._send(Received(self._header(), self._inbox.highest))
 
     def _overdue(self) -> None:

@@ -317,7 +317,7 @@ class Sender(Side):
         self._stop(word, reasons.DEADLINE if is_deadline else reasons.LOST)
 
     def _stop(self, word: Failed | Cancelled, release: str) -> None:
-        """End with `word`, unless the terminal word was said before: then whoever still asks is told CLOSED."""
+        """End with `word`, unless the terminal word was said before: then a peer that still asks is told CLOSED."""
         if self._is_released:
             return
         if self._was is State.DECIDED:

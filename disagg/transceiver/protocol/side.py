@@ -1,4 +1,4 @@
-"""What both ends of a transfer share: who it is between, its state, its timers, and how an event becomes actions."""
+"""What both ends of a transfer share: its two ends, its state, its timers, and how an event becomes actions."""
 
 from __future__ import annotations
 

@@ -15,11 +15,11 @@ each keeps its own state, and neither ever needs to know the other's. Three rule
 Delivery is at least once and in any order, so late repeats of everything a peer may say are legal in every later state;
 what is illegal is what no order of delivery explains, such as ACK before DONE was said.
 
-Sender. WAITING: the prompt is being computed, nobody has asked; blocks are soft. PINNING: a FETCH was admitted and
+Sender. WAITING: the prompt is being computed, no FETCH came; blocks are soft. PINNING: a FETCH was admitted and
 the engine has been asked to hold the blocks. SENDING: they are held; slices go out as units become final. DECIDED: DONE
 was said. STOPPED: FAILED or CANCELLED was said and the sources are already free. One of these words is said per epoch
 and is final, so a sender that has said DONE and must let go anyway (lease, deadline, the router) says nothing more:
-whoever asks it afterwards is told CLOSED.
+a peer that asks it afterwards is told CLOSED.
 
 Receiver. WAITING: no destinations yet. FETCHING: FETCH repeats. LANDING: the sender has answered. VERIFIED: the
 licence to decode was given; ACK repeats. A failure has two tails that end independently: landing jobs must be joined,
@@ -143,7 +143,7 @@ TRANSITIONS: Final[dict[Role, dict[State, dict[Kind, State]]]] = {
         S.WAITING: {
             **_all_to(S.WAITING, K.FETCH, K.UNITS_FINAL, K.SOFT_DROPPED, K.PROMPT_COMPUTED, K.LEASE_RENEWED, K.TICK),
             K.ADMIT: S.PINNING,
-            # Nobody has asked yet, so nobody is told: the tombstone answers the FETCH when it comes.
+            # No FETCH came yet, so no peer is told: the tombstone answers the FETCH when it comes.
             **_all_to(S.CLOSED, K.FINISHED_EARLY, K.COMPUTE_FAILED, K.CANCEL_ASKED, K.OVERDUE, K.CANCEL, K.PEER_GONE),
         },
         S.PINNING: {

@@ -42,7 +42,7 @@ class CudaGraphs:
         return max(0, self._reserved() - self._before)
 
     def _reserved(self) -> int:
-        """Bytes that torch holds once what nobody uses went back to the driver."""
+        """Bytes that torch holds once what is unused went back to the driver."""
         torch.cuda.synchronize(self._device)
         torch.cuda.empty_cache()
         return torch.cuda.memory_reserved(self._device)

@@ -87,7 +87,7 @@ class DecodeGraphs:
 
     @torch.inference_mode()
     def capture(self) -> None:
-        """Capture every bucket, on padding alone: nobody's slots are written.
+        """Capture every bucket, on padding alone: no sequence's slots are written.
 
         Each runs eager first, the largest before all others: what is compiled or allocated on first use (kernels, the
         workspace) is then there, and not part of a graph.
