@@ -41,7 +41,7 @@ def about(load_before: tuple[float, float, float]) -> dict[str, Any]:
 def commit(package: Path = Path(disagg.__file__).parent) -> str:
     """Of the checkout that this package lies in, `-dirty` with changes; the version where there is none.
 
-    A package installed below somebody else's checkout is not of that one: only its own top level counts.
+    A package installed below another project's checkout is not part of it: only its own top level counts.
     """
     version = f"version {disagg.__version__}"
     if not (package.parent / ".git").exists():

@@ -94,7 +94,7 @@ class WorkerSide(Side):
 
 
 class WorkerSource(WorkerSide):
-    """A `SourceHost` whose prompt is computed before anybody asks."""
+    """A `SourceHost` whose prompt is computed before a FETCH."""
 
     def __init__(self, plane: str, *, digests: bool) -> None:
         super().__init__(True, plane, digests=digests)

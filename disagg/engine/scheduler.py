@@ -419,7 +419,7 @@ class Scheduler:
     # --- invariants -----------------------------------------------------------------------------------------
 
     def check_invariants(self) -> None:
-        """Promises fit the pools, no sequence holds more than its own, one that waits holds nothing. Also within a step."""
+        """Promises fit the pools, no sequence holds more than its own, one that waits nothing. Also within a step."""
         self._promises.check_invariants()
         if (kept := self._by_kind) is not None:
             self._by_kind = None
