@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 BIN := $(VENV)/bin
 FUZZ_SECONDS ?= 60  # by then the readers of single frames have stopped finding paths; the two cores repay hours
 
-.PHONY: help setup demo test test-slow test-gpu faults fuzz coverage check format bench wheel
+.PHONY: help setup demo test test-slow test-gpu faults fuzz coverage check prose format bench wheel
 .DEFAULT_GOAL := help
 
 help:  ## list the commands
@@ -46,12 +46,17 @@ coverage: $(READY)  ## branch coverage of the pure core of the transfer, which m
 	$(BIN)/coverage run $(BIN)/pytest -q tests/transceiver -m "not slow and not gpu" --hypothesis-profile=ci
 	$(BIN)/coverage report
 
-check: $(READY)  ## lint, formatting, types, import layers, size bounds
+check: $(READY)  ## lint, formatting, types, import layers, size bounds, names, references, a router without torch
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python tools/check_sizes.py
+	$(BIN)/python tools/check_house.py
+	$(BIN)/python tools/check_router.py
+
+prose: $(READY)  ## list sentences without a noun of the domain and commit subjects that are too long
+	@$(BIN)/python tools/check_english.py
 
 format: $(READY)  ## rewrite the code as `make check` wants it
 	$(BIN)/ruff check --fix
