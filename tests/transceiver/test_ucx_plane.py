@@ -179,7 +179,7 @@ async def test_a_slot_given_away_before_its_turn_sends_nothing() -> None:
 
 @in_event_loop
 async def test_strangers_get_nothing_and_disturb_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(door, "HANDSHAKE_S", 0.1)
+    monkeypatch.setattr(door, "GREETING_S", 0.1)
     async with plane_pair("ucx") as pair:
         receiver = await pair.receiver()
         host, port = split_address(pair.source.offer("x").address)
