@@ -16,6 +16,7 @@ from disagg.transceiver.planes.slice_stream import WELCOME, split_address
 from disagg.transceiver.planes.tokens import Tokens
 from disagg.transceiver.wire.errors import EndpointRefused, PeerLost, PlaneRefused
 from disagg.transceiver.wire.messages.values import PlaneOffer
+from disagg.transceiver.wire.sockets import SHORT, shortage
 
 log = logging.getLogger(__name__)
 
@@ -71,11 +72,13 @@ class Door:
         """Connections that were closed before they showed a token."""
 
     def open(self, host: str, port: int) -> int:
-        """Listen (port 0 = any free one); returns the port. Raises `EndpointRefused`."""
+        """Listen (port 0 = any free one); returns the port. Raises `EndpointRefused` or `Shortage`."""
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         try:
             self._listener = socket.create_server((host, port), family=family, backlog=BACKLOG)
         except OSError as exc:
+            if exc.errno in SHORT:
+                raise shortage(f"data plane {self._plane}", exc) from exc
             raise EndpointRefused(f"{self._plane}: cannot listen at {host}: {exc.strerror or exc}") from exc
         self._listener.setblocking(False)
         self._loop = asyncio.get_running_loop()
@@ -119,7 +122,8 @@ class Door:
 
     def _receive(self, sock: socket.socket, origin: str) -> None:
         sock.setblocking(False)
-        visitor = _Visitor(sock, origin, self._loop.call_later(GREETING_S, lambda: self._drop(visitor)))
+        deadline = self._loop.call_later(GREETING_S, lambda: self._drop(visitor))
+        visitor: _Visitor = _Visitor(sock, origin, deadline)
         self._visitors[visitor] = None
         self._from[origin] += 1
         self._loop.add_reader(sock, self._hear, visitor)
