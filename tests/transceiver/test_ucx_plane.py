@@ -299,7 +299,7 @@ import asyncio, json, sys
 from support.pools import make_pool
 from disagg.transceiver.wire.keys import ClusterKeys
 from disagg.transceiver.wire.messages.values import PlaneOffer
-from disagg.transceiver.planes.base import Destination, LandingJob, SourceUnit
+from disagg.transceiver.memory.regions import Destination, LandingJob, SourceUnit
 from disagg.transceiver.planes.ucx.source import UcxSourcePlane
 from disagg.transceiver.planes.ucx.landing import UcxLandingPlane
 

@@ -196,17 +196,19 @@ def _origin(address: str) -> str:
 
 
 async def knock(me: str, offer: PlaneOffer) -> socket.socket:
-    """A socket on which the source has welcomed incarnation `me`. Raises `PlaneRefused` or `PeerLost`."""
+    """A socket on which the source has welcomed incarnation `me`. Raises `PlaneRefused`, `PeerLost` or `Shortage`."""
     try:
         async with asyncio.timeout(HANDSHAKE_S):
             for _ in range(NUM_KNOCKS - 1):
-                with contextlib.suppress(PlaneRefused):
+                with contextlib.suppress(PlaneRefused, ConnectionResetError, BrokenPipeError):
                     return await _knock(me, offer)
                 await asyncio.sleep(KNOCK_AGAIN_S)
             return await _knock(me, offer)
     except TimeoutError as exc:
         raise PeerLost(f"{offer.plane}: {offer.address} did not answer within {HANDSHAKE_S:g} s") from exc
     except (OSError, ValueError) as exc:
+        if isinstance(exc, OSError) and exc.errno in SHORT:
+            raise shortage(f"a connection to {offer.address}", exc) from exc
         raise PlaneRefused(f"{offer.plane}: cannot connect to {offer.address}: {exc}") from exc
 
 

@@ -21,8 +21,9 @@ from disagg.transceiver.planes.reading import ReadingLandingPlane
 from disagg.transceiver.planes.shm.handshake import check_shareable, peer_uid, request_pools, send_pools
 from disagg.transceiver.planes.shm.mapping import PoolMapping
 from disagg.transceiver.planes.tokens import Tokens
-from disagg.transceiver.wire.errors import LocalProtocolError, PeerLost, PlaneRefused
+from disagg.transceiver.wire.errors import LocalProtocolError, PeerLost, PlaneRefused, Shortage
 from disagg.transceiver.wire.messages.values import PlaneOffer
+from disagg.transceiver.wire.sockets import SHORT
 
 
 def _abstract(address: str) -> str:
@@ -181,7 +182,7 @@ class ShmLandingPlane(ReadingLandingPlane):
         try:
             await asyncio.shield(opening)
         except asyncio.CancelledError:
-            with contextlib.suppress(PlaneRefused, PeerLost):
+            with contextlib.suppress(PlaneRefused, PeerLost, Shortage):
                 await asyncio.shield(opening)  # bounded by HANDSHAKE_S and the mapping; then all of it can be released
             await self.close()
             raise
@@ -195,9 +196,10 @@ class ShmLandingPlane(ReadingLandingPlane):
         loop.add_reader(self._socket, self._hear)
 
     def _open_blocking(self, me: str, offer: PlaneOffer) -> None:
-        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         fds: list[int] = []
+        sock: socket.socket | None = None
         try:
+            sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
             sock.settimeout(HANDSHAKE_S)
             sock.connect(_abstract(offer.address))
             received = request_pools(sock, me, offer.token, offer.nonce)
@@ -205,8 +207,11 @@ class ShmLandingPlane(ReadingLandingPlane):
             for fd, shape in received:
                 self._mappings.append(PoolMapping(fd, shape))
         except BaseException as exc:
-            sock.close()
+            if sock is not None:
+                sock.close()
             self._unmap()
+            if isinstance(exc, MemoryError) or (isinstance(exc, OSError) and exc.errno in SHORT):
+                raise Shortage(f"shm: no descriptor or memory for the source's pools: {exc}") from exc
             if isinstance(exc, OSError):
                 raise PlaneRefused(f"shm: cannot reach the source from this host: {exc.strerror or exc}") from exc
             raise

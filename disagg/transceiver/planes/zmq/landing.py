@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -31,6 +32,8 @@ from disagg.transceiver.wire.errors import (
 from disagg.transceiver.wire.keys import ClusterKeys
 from disagg.transceiver.wire.messages.values import PlaneOffer
 from disagg.transceiver.wire.sockets import Sockets
+
+log = logging.getLogger(__name__)
 
 OPEN_S: Final = 5.0
 """Connect, CURVE and hello: three round trips. Longer than `lost`, so a peer that stalls once is not given up here."""
@@ -158,7 +161,7 @@ class ZmqLandingPlane(LandingPlane):
             rows = payload[offset : offset + nbytes].reshape(count, sizes[start])
             copy_rows(self._pools[units[start].pool].slots[target : target + count], rows)
             offset += nbytes
-            self.num_operations += 1
+            self._count_operations(1)
         return offset
 
     def discard(self, transfer_id: str, epoch: int) -> None:
@@ -188,7 +191,9 @@ class ZmqLandingPlane(LandingPlane):
         try:
             while True:
                 self._take(await self._connection.receive())
-        except PeerLost:
+        except Exception as exc:
+            if not isinstance(exc, PeerLost):
+                log.error("data plane zmq cannot take a slice", exc_info=exc)
             self._is_lost = True
             for arrival in self._arrivals.values():
                 arrival.here.set()

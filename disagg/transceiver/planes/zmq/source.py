@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 from collections.abc import Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -27,6 +28,8 @@ from disagg.transceiver.wire.errors import PeerLost, RemoteProtocolError
 from disagg.transceiver.wire.keys import ClusterKeys
 from disagg.transceiver.wire.messages.values import PlaneOffer
 from disagg.transceiver.wire.sockets import Sockets, bracketed, reason
+
+log = logging.getLogger(__name__)
 
 _MAX_RECEIVED_NBYTES = 4096
 """Receivers say hello and grant credit: tens of bytes."""
@@ -185,7 +188,9 @@ class ZmqSourcePlane(SourcePlane):
                 if len(frames) != 2:
                     raise RemoteProtocolError(f"{len(frames) - 1} frames, expected 1")
                 self._take(frames[0].bytes, parse(frames[1].bytes))
-            except RemoteProtocolError:
+            except Exception as exc:
+                if not isinstance(exc, RemoteProtocolError):
+                    log.error("data plane zmq cannot take a message", exc_info=exc)
                 self.num_malformed += 1
                 self._give_up(frames[0].bytes)
 
