@@ -20,6 +20,10 @@ faulthandler.enable()
 if not Path("/dev/nvidiactl").exists():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+# Seconds after which Python lets another thread run; 1e-6 makes races of threads frequent that load makes seldom.
+if interval := os.environ.get("DISAGG_TEST_SWITCH_INTERVAL"):
+    sys.setswitchinterval(float(interval))
+
 # No deadlines: the machines that run this are shared, and a slow example is not a wrong one.
 settings.register_profile("dev", deadline=None, max_examples=50)
 # The same examples each time, so that a red CI is about the change; `dev` and `explore` look for new ones.

@@ -103,7 +103,9 @@ class WorkerSource(WorkerSide):
     async def open(self, case: Case, secret: bytes) -> dict[str, Any]:
         self._open(case, secret)
         self.server = ControlServer.bind("tcp://127.0.0.1:0", self.keys, self.sockets)
-        self.planes = source_planes((self.plane,), host="127.0.0.1", advertised_host="127.0.0.1", keys=self.keys)
+        self.planes = source_planes(
+            (self.plane,), host="127.0.0.1", advertised_host="127.0.0.1", keys=self.keys, sockets=self.sockets
+        )
         for plane in self.planes.values():
             await plane.start(self.regions)
         self.sending = SendingSide(self.node, self.server, self.planes, (0,), self)
@@ -182,7 +184,7 @@ class WorkerDestination(WorkerSide):
 
     async def connect(self, other: dict[str, Any]) -> None:
         self._peer = other["incarnation"]
-        planes = landing_planes((self.plane,), keys=self.keys)
+        planes = landing_planes((self.plane,), keys=self.keys, sockets=self.sockets)
         self.receiving = ReceivingSide(self.node, planes, self.regions, (0,), self.landing, self.sockets, self)
         self._running = asyncio.create_task(self.receiving.run())
         await asyncio.sleep(0)

@@ -7,7 +7,7 @@ blocks: several sequences may refer to the slots of these, and they stay behind,
 
 from __future__ import annotations
 
-from collections.abc import Collection, Hashable, Iterator, Sequence
+from collections.abc import Collection, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -124,10 +124,24 @@ class KVCache:
         """Declare `history` tokens done, make room for `capacity`. False, with nothing changed, when a pool is short.
 
         Afterwards the sequence holds exactly the ordinals of [0, ceil(capacity/T)) that are not stale at `history`,
-        in every group; new slots are zeroed. `history` never goes back; `capacity` may shrink down to it.
+        in every group. `history` never goes back; `capacity` may shrink down to it. What is to come is the step that
+        stores [history, capacity): new slots are zeroed unless they lie in it whole.
         Blocks of a prefill step that are stale at `scratch_until` go to scratch slots where the layout allows that,
         and are gone with the resize that declares the step history.
         """
+        size = self.layout.block_size
+        whole = range(-(-history // size), capacity // size)
+        return self._resize(sequence, [(whole,)] * self.layout.num_groups, capacity, history, scratch_until)
+
+    def _resize(
+        self,
+        sequence: CachedSequence,
+        overwritten: Sequence[Sequence[range]],
+        capacity: int,
+        history: int,
+        scratch_until: int = 0,
+    ) -> bool:
+        """`overwritten`: per group, ordinals that are written whole before they are read."""
         assert sequence.is_open, f"sequence {sequence.key} is closed"
         assert sequence.history <= history <= capacity
         scratch = self._scratch_ranges(capacity, history, scratch_until)
@@ -135,7 +149,7 @@ class KVCache:
         if not self._fits(sequence, changes, scratch):
             return False
         self._free_scratch(sequence)
-        self._apply(sequence, changes)
+        self._apply(sequence, changes, overwritten)
         self._allocate_scratch(sequence, scratch)
         sequence.room = self.layout.num_blocks(capacity) * self.layout.block_size
         sequence.capacity, sequence.history, sequence.trimmed = capacity, history, history
@@ -193,7 +207,8 @@ class KVCache:
             held = self._held(match, len(prompt))
             self._take(sequence, [_only(slots, kept) for slots, kept in zip(match.slots, held, strict=True)])
             self._prefixes.follow(sequence.chain, match.path)
-        if not self.resize(sequence, capacity=capacity, history=len(prompt)):
+        received = [self._received_whole(group, len(prompt)) for group in self.layout.groups]
+        if not self._resize(sequence, received, capacity, len(prompt)):
             self._let_go(sequence)
             return None
         self._count(held, len(prompt))
@@ -391,15 +406,28 @@ class KVCache:
     def _stale(self, group: LayerGroup, history: int) -> range:
         return stale_range(history, group.window, group.num_sink_tokens, self.layout.block_size)
 
-    def _apply(self, sequence: CachedSequence, changes: Sequence[TableChange]) -> None:
+    def _received_whole(self, group: LayerGroup, length: int) -> tuple[range, range]:
+        """Ordinals before and behind those that are stale after `length` tokens, all of whose tokens a transfer brings.
+
+        A sender of smaller blocks leaves tokens out where some of a block are stale, and where the prompt ends.
+        """
+        size, num_whole = self.layout.block_size, length // self.layout.block_size
+        stale = stale_range(length, group.window, group.num_sink_tokens, 1)
+        if not stale:
+            return range(num_whole), range(0)
+        return range(min(stale.start // size, num_whole)), range(-(-stale.stop // size), num_whole)
+
+    def _apply(
+        self, sequence: CachedSequence, changes: Sequence[TableChange], overwritten: Sequence[Sequence[range]]
+    ) -> None:
         """Free in every group before any group allocates: groups that share a pool live off each other's blocks."""
         pools = [self.pools[number] for number in self.layout.pool_of_group]
         for change, pool in zip(changes, pools, strict=True):
             if len(change.dropped):
                 pool.free(change.dropped.tolist())
-        for change, pool in zip(changes, pools, strict=True):
-            if len(change.missing):
-                change.table[change.missing] = pool.allocate(len(change.missing))
+        for change, pool, ranges in zip(changes, pools, overwritten, strict=True):
+            if len(missing := change.missing):
+                change.table[missing] = pool.allocate(len(missing), overwritten=_is_in(missing, ranges))
         sequence.tables = tuple(change.table for change in changes)
 
     def _scratch_ranges(self, capacity: int, history: int, scratch_until: int) -> tuple[range, ...]:
@@ -428,7 +456,9 @@ class KVCache:
         found: list[Scratch | None] = []
         for group, blocks in enumerate(ranges):
             count = num_scratch_slots(len(blocks), self._scratch_pages[group] or 1)
-            slots = self.pools[self.layout.pool_of_group[group]].allocate(count) if count else ()
+            overwritten = np.ones(count, dtype=np.bool_)  # each layer stores its pages before anything reads them
+            pool = self.pools[self.layout.pool_of_group[group]]
+            slots = pool.allocate(count, overwritten=overwritten) if count else ()
             found.append(Scratch(blocks.start, len(blocks), tuple(slots)) if count else None)
         sequence.scratch = tuple(found)
 
@@ -452,6 +482,14 @@ def _leave_out(wanted: NDArray[np.bool_], scratch: Scratch | None) -> None:
     if scratch is not None:
         assert wanted[scratch.first : scratch.first + scratch.num_blocks].all(), "a scratch block is stale already"
         wanted[scratch.first : scratch.first + scratch.num_blocks] = False
+
+
+def _is_in(ordinals: NDArray[np.int64], ranges: Iterable[range]) -> NDArray[np.bool_]:
+    """Which of the ordinals lie in one of the ranges."""
+    found = np.zeros(len(ordinals), dtype=np.bool_)
+    for some in ranges:
+        found |= (ordinals >= some.start) & (ordinals < some.stop)
+    return found
 
 
 def _only(slots: Table, ordinals: NDArray[np.int64]) -> Table:

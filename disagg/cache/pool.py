@@ -9,7 +9,9 @@ A slot is *empty*, *used* (so many references to it) or *cached*: registered for
 cached slot is as good as an empty one: `allocate` evicts it, least recently used first, when no empty one is left.
 
 Two slots are reserved: NULL is always zero and the only one that padding reads; TRASH is the only one that padding
-writes, and never read. Every other slot is zeroed when it is allocated, so no kernel ever loads a non-finite byte.
+writes, and never read. A block that is filled token by token is read whole from its first token on: attention weighs
+the places behind with 0, and 0 times NaN is NaN. So a slot is zeroed when it is allocated, unless all of it will be
+written before any of it is read: by the one step that it is allocated for, or by a transfer.
 """
 
 from __future__ import annotations
@@ -78,8 +80,13 @@ class SlotPool:
         """Slots that sequences refer to, each counted once; the reserved ones do not count."""
         return self.num_slots - NUM_RESERVED_SLOTS - self.num_free
 
-    def allocate(self, count: int) -> list[int]:
-        """Take `count` slots, zeroed, as one run where one is empty, else the lowest. PoolExhausted changes nothing."""
+    def allocate(self, count: int, *, overwritten: NDArray[np.bool_] | None = None) -> list[int]:
+        """Take `count` slots, as one run where one is empty, else the lowest. PoolExhausted changes nothing.
+
+        They are zeroed, since a kernel may read more of a slot than was stored in it; except those marked in
+        `overwritten` (bool [count]), which are written whole before anything reads them and keep what they held:
+        clearing them would cost the model thread as much as a copy of them.
+        """
         if count > self.num_free:
             raise PoolExhausted(f"{count} slots of {self.slot_nbytes} bytes asked, {self.num_free} free")
         if not count:
@@ -95,7 +102,7 @@ class SlotPool:
         self._num_empty -= count
         self.peak_used = max(self.peak_used, self.num_used)
         self.generations[index] += _ONE
-        self.sides.zero(slots)
+        self.sides.zero(slots if overwritten is None else slots[~overwritten])
         return taken
 
     def retain(self, slots: Table) -> None:

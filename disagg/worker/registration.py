@@ -88,7 +88,11 @@ class Registration:
         stack.push_async_callback(server.close)
         settings = parts.settings
         planes = source_planes(
-            settings.planes, host=settings.host, advertised_host=settings.peer_host, keys=self._node.keys
+            settings.planes,
+            host=settings.host,
+            advertised_host=settings.peer_host,
+            keys=self._node.keys,
+            sockets=parts.sockets,
         )
         for plane in planes.values():
             stack.push_async_callback(plane.close)
@@ -104,7 +108,7 @@ class Registration:
         if parts.role == "decode":
             self._attempts.receiving = ReceivingSide(
                 self._node,
-                landing_planes(parts.settings.planes, keys=self._node.keys),
+                landing_planes(parts.settings.planes, keys=self._node.keys, sockets=parts.sockets),
                 parts.regions,
                 pool_of_group,
                 parts.landing,

@@ -158,7 +158,7 @@ async def test_who_greets_wrongly_gets_an_end_of_file_and_no_descriptor(data: by
 
 @in_event_loop
 async def test_who_says_nothing_is_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shm, "HANDSHAKE_S", 0.05)
+    monkeypatch.setattr(shm, "GREETING_S", 0.05)
     async with plane_pair("shm") as pair:
         reader, writer = await asyncio.open_unix_connection("\0disagg-" + pair.source.offer(ME).address)
         assert await within(reader.read()) == b""

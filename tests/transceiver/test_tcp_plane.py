@@ -201,7 +201,7 @@ async def test_a_receiver_that_hangs_up_is_lost_at_once_even_while_its_sender_wa
 
 @in_event_loop
 async def test_strangers_get_nothing_and_disturb_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(door, "HANDSHAKE_S", 0.1)
+    monkeypatch.setattr(door, "GREETING_S", 0.1)
     async with plane_pair("tcp") as pair:
         receiver = await pair.receiver()
         host, port = split_address(pair.source.offer("x").address)

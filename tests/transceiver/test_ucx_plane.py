@@ -179,7 +179,7 @@ async def test_a_slot_given_away_before_its_turn_sends_nothing() -> None:
 
 @in_event_loop
 async def test_strangers_get_nothing_and_disturb_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(door, "HANDSHAKE_S", 0.1)
+    monkeypatch.setattr(door, "GREETING_S", 0.1)
     async with plane_pair("ucx") as pair:
         receiver = await pair.receiver()
         host, port = split_address(pair.source.offer("x").address)
@@ -299,7 +299,7 @@ import asyncio, json, sys
 from support.pools import make_pool
 from disagg.transceiver.wire.keys import ClusterKeys
 from disagg.transceiver.wire.messages.values import PlaneOffer
-from disagg.transceiver.planes.base import Destination, LandingJob, SourceUnit
+from disagg.transceiver.memory.regions import Destination, LandingJob, SourceUnit
 from disagg.transceiver.planes.ucx.source import UcxSourcePlane
 from disagg.transceiver.planes.ucx.landing import UcxLandingPlane
 

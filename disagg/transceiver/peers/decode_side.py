@@ -33,6 +33,7 @@ from disagg.transceiver.protocol.outbox import BYTE_WINDOW
 from disagg.transceiver.protocol.transfer import Transfer
 from disagg.transceiver.wire import reasons
 from disagg.transceiver.wire.errors import PeerLost, TransceiverError
+from disagg.transceiver.wire.faults import PeerFaults
 from disagg.transceiver.wire.messages.peer import Received, Refused, Slice, TransferMessage
 from disagg.transceiver.wire.messages.router import PeerLink as LinkReport
 from disagg.transceiver.wire.messages.router import PeerTarget
@@ -99,8 +100,10 @@ class ReceivingSide:
         sockets: Sockets,
         host: LandingHost,
         on_part: Callable[[AttemptKey, PartVerified, TransferRecord], None] | None = None,
+        faults: PeerFaults | None = None,
     ) -> None:
         """`on_part` hears, where ranks are joined, of a pair of ranks that is done; its leader decides."""
+        self._faults = faults or PeerFaults()
         self._on_part = on_part
         self._node, self._planes, self._pools, self._pool_of_group = node, planes, pools, pool_of_group
         self._landing, self._sockets, self._host = landing, sockets, host
@@ -193,6 +196,7 @@ class ReceivingSide:
             self._lose,
             self._transfers.wanting_lease,
             self._sockets,
+            self._faults,
         )
 
     def _take_message(self, message: TransferMessage | Refused) -> None:
@@ -202,7 +206,7 @@ class ReceivingSide:
     async def _lose(self, peer: str, reason: str) -> None:
         """Tell every transfer of this peer; returns when no job reads its plane."""
         for key in self._transfers.of_peer(peer):
-            self.feed(key, PeerGone(reason))
+            self._transfers.tell_gone(key, reason)
         for key in [key for key, incoming in self._incoming.items() if incoming.peer == peer]:
             await self._join_jobs(key)
 
@@ -358,8 +362,14 @@ class ReceivingSide:
             incoming = self._incoming.get(key)
             link = self._links.get(incoming.peer) if incoming is not None else None
             if link is not None and link[0].plane is not None:
-                link[0].plane.discard(key.transfer_id, key.epoch)
+                self._discard(link[0].plane, key)
             self.feed(key, LandingStopped())
+
+    def _discard(self, plane: LandingPlane, key: AttemptKey) -> None:
+        try:
+            plane.discard(key.transfer_id, key.epoch)
+        except Exception:  # what it still holds goes with the plane; the others' slots are given back meanwhile
+            log.exception("data plane %s cannot discard %s", plane.name, key.transfer_id)
 
     async def _join_jobs(self, key: AttemptKey) -> None:
         """Cancel this attempt's jobs that wait, join the one that runs. Safe to repeat."""

@@ -8,7 +8,7 @@ import logging
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, cast
 
 from disagg.transceiver.layout.pairing import differing_field, geometry_difference
 from disagg.transceiver.memory.foreign_pools import moves_slots
@@ -22,11 +22,12 @@ from disagg.transceiver.wire.errors import (
     PlaneRefused,
     ProtocolDiffers,
     RemoteProtocolError,
-    SourceChanged,
+    Shortage,
     TransceiverError,
     clipped,
     first_cause,
 )
+from disagg.transceiver.wire.faults import PeerFaults
 from disagg.transceiver.wire.links import PROTOCOL_FIELD, ControlClient
 from disagg.transceiver.wire.messages.peer import (
     Header,
@@ -39,7 +40,7 @@ from disagg.transceiver.wire.messages.peer import (
 )
 from disagg.transceiver.wire.messages.router import PeerLink as LinkReport
 from disagg.transceiver.wire.messages.router import PeerTarget
-from disagg.transceiver.wire.messages.values import AttemptKey, Geometry
+from disagg.transceiver.wire.messages.values import AttemptKey, Geometry, PlaneOffer
 from disagg.transceiver.wire.node import Node
 from disagg.transceiver.wire.sockets import Sockets
 from disagg.transceiver.wire.timing import HEARTBEAT_S, LOST_S, SUSPECT_S
@@ -54,6 +55,10 @@ MAX_DETAIL_CHARS: Final = 1000
 
 RECONNECT_S = 1.0
 """Pause before a lost peer is tried again: the router lists it until its lease ends (3 s), so about three tries."""
+
+SHORT_MAX_S: Final = 8.0
+"""Where this process has no descriptor, memory or thread for the link the pause doubles up to here: each try takes some
+of what is short from links that work. Eight seconds after there is room again the link is ready."""
 
 
 class PeerRefused(TransceiverError):
@@ -87,12 +92,14 @@ class PeerLink:
         on_lost: Callable[[str, str], Awaitable[None]],
         live_transfers: Callable[[str], Iterable[AttemptKey]],
         sockets: Sockets,
+        faults: PeerFaults | None = None,
     ) -> None:
         """`planes` in order of preference. `on_lost(incarnation, reason)` returns when no job uses the plane."""
         self._node, self.target = node, target
         self._planes, self._pools = planes, pools
         self._on_message, self._on_lost, self._live_transfers = on_message, on_lost, live_transfers
-        self._sockets = sockets
+        self._sockets, self._faults = sockets, faults or PeerFaults()
+        self._pause_s = RECONNECT_S
         self._outbox: asyncio.Queue[PeerMessage] = asyncio.Queue()
         self._heard_at = 0.0
         self._state, self._detail = "connecting", ""
@@ -136,14 +143,25 @@ class PeerLink:
     async def run(self) -> None:
         """Keep the link until told to `end`, or until the pair is refused for good."""
         while self._state != "refused" and not self._is_ended:
+            failure: BaseException | None = None
             try:
                 await self._connect_once()
             except* PeerRefused as refusal:
                 self._note("refused", first_cause(refusal))
-            except* (TransceiverError, TimeoutError) as failure:  # whatever this peer is or does, others are served
-                self._note("lost", first_cause(failure))
+            except* (TransceiverError, TimeoutError) as group:  # whatever this peer is or does, others are served
+                failure = first_cause(group)
+            except* Exception as group:  # a fault of ours, or the machine's: it costs this link and no other
+                failure = first_cause(group)
+                log.error("the link to prefill worker %s failed", self.target.worker_id, exc_info=failure)
+            if failure is not None:
+                self._note("lost", failure)
             if not self._is_ended:
-                await asyncio.sleep(RECONNECT_S)
+                await asyncio.sleep(self._next_pause(failure))
+
+    def _next_pause(self, failure: BaseException | None) -> float:
+        pause = self._pause_s if isinstance(failure, Shortage | OSError | MemoryError) else RECONNECT_S
+        self._pause_s = min(2 * pause, SHORT_MAX_S)
+        return pause
 
     async def _connect_once(self) -> None:
         client = await ControlClient.connect(self.target.endpoint, self._node.keys, self._sockets)
@@ -160,7 +178,7 @@ class PeerLink:
                 # after that much silence the peer takes back the tokens of every plane that it offered.
                 await self._open_plane(welcome)
                 tasks.create_task(self._watch(self._plane_lost.wait(), "data plane"))
-                self._state, self._detail = "ready", ""
+                self._state, self._detail, self._pause_s = "ready", "", RECONNECT_S
         finally:
             self._state = "lost"
             await to_the_end(self._close(client))
@@ -206,29 +224,35 @@ class PeerLink:
 
     async def _open_plane(self, welcome: Welcome) -> None:
         offers = {offer.plane: offer for offer in welcome.planes}
-        reasons = []
+        reasons, is_short = [], False
         for name, make in self._planes.items():
             if name not in offers:
                 continue
-            plane, pools = self._suited(make(), welcome.geometry)
-            self._plane_lost = asyncio.Event()
-            plane.on_lost = self._plane_lost.set
             try:
-                await plane.connect(self._node.incarnation, offers[name], pools)
-                self.gb_per_s = await measure(plane, pools)
-            except (PlaneRefused, PeerLost, RemoteProtocolError, SourceChanged) as exc:
-                await plane.close()
+                self.plane = await self._open_one(make, offers[name], welcome.geometry)
+            except Exception as exc:
+                is_short = is_short or isinstance(exc, Shortage)
+                if not isinstance(exc, TransceiverError):
+                    log.error("data plane %s to %s failed", name, self.target.worker_id, exc_info=exc)
                 reasons.append(f"{name}: {exc}")
                 continue
-            except BaseException:
-                await plane.close()
-                raise
-            self.plane = plane
-            self._say_which(plane, reasons)
+            self._say_which(self.plane, reasons)
             return
-        raise PlaneRefused(
-            "; ".join(reasons) or f"no common data plane: ours {list(self._planes)}, theirs {list(offers)}"
-        )
+        told = "; ".join(reasons) or f"no common data plane: ours {list(self._planes)}, theirs {list(offers)}"
+        raise Shortage(told) if is_short else PlaneRefused(told)
+
+    async def _open_one(self, make: Callable[[], LandingPlane], offer: PlaneOffer, theirs: Geometry) -> LandingPlane:
+        """A plane that is connected and measured. Raises whatever stands in its way; nothing of it is left then."""
+        plane, pools = self._suited(make(), theirs)
+        self._plane_lost = asyncio.Event()
+        plane.on_lost = self._plane_lost.set
+        try:
+            await plane.connect(self._node.incarnation, offer, pools)
+            self.gb_per_s = await measure(plane, pools)
+        except BaseException:
+            await plane.close()
+            raise
+        return plane
 
     def _suited(self, plane: LandingPlane, theirs: Geometry) -> tuple[LandingPlane, Sequence[PoolRegion]]:
         """The plane for a sender of this geometry, and what to connect it with."""
@@ -252,20 +276,29 @@ class PeerLink:
     async def _receive(self, client: ControlClient) -> None:
         while True:
             message = await client.recv()
-            match message:
-                case Heartbeat(source=source, destination=destination):
-                    if (source, destination) == (self.target.incarnation, self._node.incarnation):
-                        self._heard_at = time.monotonic()
-                case Refused(field=field) if field in {"stale_peer", "unknown_peer"}:
-                    raise PeerLost(f"it does not know this connection: {field}")
-                case Refused():
-                    self._on_message(message)
-                case Welcome():
-                    pass  # HELLO was repeated before its answer came
-                case _ if (header := getattr(message, "header", None)) is not None:
-                    self._take(header, message)
-                case _:
-                    log.warning("peer sent %s, which no decode worker takes", type(message).__name__)
+            try:
+                self._hear(message)
+            except PeerLost:
+                raise
+            except Exception as error:
+                self._faults.blame(f"prefill worker {self.target.worker_id}", message, error)
+                raise PeerLost(f"its {type(message).__name__} cannot be taken") from error
+
+    def _hear(self, message: object) -> None:
+        match message:
+            case Heartbeat(source=source, destination=destination):
+                if (source, destination) == (self.target.incarnation, self._node.incarnation):
+                    self._heard_at = time.monotonic()
+            case Refused(field=field) if field in {"stale_peer", "unknown_peer"}:
+                raise PeerLost(f"it does not know this connection: {field}")
+            case Refused():
+                self._on_message(message)
+            case Welcome():
+                pass  # HELLO was repeated before its answer came
+            case _ if (header := getattr(message, "header", None)) is not None:
+                self._take(header, cast(TransferMessage, message))
+            case _:
+                log.warning("peer sent %s, which no decode worker takes", type(message).__name__)
 
     def _take(self, header: Header, message: TransferMessage) -> None:
         """A wrong incarnation changes nothing; who speaks to another one is told so."""
@@ -308,9 +341,9 @@ class PeerLink:
         await self._on_lost(self.target.incarnation, "connection closed")
         self._outbox = asyncio.Queue()
         await client.close()
-        if self.plane is not None:
-            await self.plane.close()
-            self.plane = None
+        plane, self.plane = self.plane, None
+        if plane is not None:
+            await plane.close()
 
     def _note(self, state: str, failure: BaseException) -> None:
         detail = clipped(str(failure), MAX_DETAIL_CHARS)

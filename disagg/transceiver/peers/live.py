@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 
 from disagg.transceiver.protocol.actions import Action, Forget
-from disagg.transceiver.protocol.events import Event, MessageArrived, Tick
+from disagg.transceiver.protocol.events import Event, MessageArrived, PeerGone, Tick
 from disagg.transceiver.protocol.state import State
 from disagg.transceiver.protocol.tombstones import Tombstones, answer_unknown
 from disagg.transceiver.protocol.transfer import Transfer
@@ -70,6 +70,13 @@ class Transfers:
                 self._bury(key, transfer, action.until)
             else:
                 self._perform(key, action)
+
+    def tell_gone(self, key: AttemptKey, reason: str) -> None:
+        """Its peer is gone. A fault of ours in one transfer keeps the news from no other."""
+        try:
+            self.feed(key, PeerGone(reason))
+        except Exception:
+            log.exception("transfer %s epoch %d cannot be ended", key.transfer_id, key.epoch)
 
     def take(self, message: TransferMessage | Refused) -> TransferMessage | None:
         """Route a peer's message. Returns the answer when its transfer is over or was never known here."""

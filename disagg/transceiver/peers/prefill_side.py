@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Final, Protocol
+from typing import Final, Protocol, cast
 
 from disagg.transceiver.layout.pairing import Difference, differing_field, geometry_difference
 from disagg.transceiver.layout.units import peer_unit
@@ -22,9 +22,10 @@ from disagg.transceiver.memory.slot_units import SlotUnits
 from disagg.transceiver.peers.live import Transfers
 from disagg.transceiver.planes.base import SourcePlane
 from disagg.transceiver.protocol.actions import Action, AskPin, ReleaseSource, Send, SendPayload, UnregisterUnits
-from disagg.transceiver.protocol.events import CancelAsked, Event, LeaseRenewed, PeerGone, Pinned
+from disagg.transceiver.protocol.events import CancelAsked, Event, LeaseRenewed, Pinned
 from disagg.transceiver.protocol.transfer import Transfer
 from disagg.transceiver.wire.errors import LocalProtocolError, PeerLost, SourceChanged
+from disagg.transceiver.wire.faults import PeerFaults
 from disagg.transceiver.wire.links import ControlServer
 from disagg.transceiver.wire.messages.peer import (
     Accepted,
@@ -95,8 +96,10 @@ class SendingSide:
         pool_of_group: Sequence[int],
         host: SourceHost,
         pools: Sequence[PoolRegion] = (),
+        faults: PeerFaults | None = None,
     ) -> None:
-        """`pools` are needed for peers of another geometry, who are refused without."""
+        """Without `pools`, peers of another geometry are refused."""
+        self._faults = faults or PeerFaults()
         self._node = node
         self._pools = pools
         self._server = server
@@ -158,19 +161,33 @@ class SendingSide:
     async def _receive(self) -> None:
         while True:
             routing_id, message = await self._server.recv()
-            match message:
-                case Hello():
-                    self._answer_hello(routing_id, message)
-                case Heartbeat():
-                    self._renew(routing_id, message)
-                case Refused(field="stale_peer", destination=dead) if self._is_route_of(routing_id, dead):
-                    self._lose(dead, "it was replaced by another process")
-                case Refused():
-                    log.warning("a decode worker refused: %.80s", message.field)
-                case _ if (header := getattr(message, "header", None)) is not None:
-                    self._route(routing_id, header, message)
-                case _:
-                    log.warning("peer sent %s, which no prefill worker takes", type(message).__name__)
+            try:
+                self._hear(routing_id, message)
+            except Exception as error:
+                self._faults.blame(self._name_of(routing_id, message), message, error)
+                self._lose_route(routing_id, f"its {type(message).__name__} cannot be taken")
+
+    def _hear(self, routing_id: bytes, message: object) -> None:
+        match message:
+            case Hello():
+                self._answer_hello(routing_id, message)
+            case Heartbeat():
+                self._renew(routing_id, message)
+            case Refused(field="stale_peer", destination=dead) if self._is_route_of(routing_id, dead):
+                self._lose(dead, "it was replaced by another process")
+            case Refused():
+                log.warning("a decode worker refused: %.80s", message.field)
+            case _ if (header := getattr(message, "header", None)) is not None:
+                self._route(routing_id, header, cast(TransferMessage, message))
+            case _:
+                log.warning("peer sent %s, which no prefill worker takes", type(message).__name__)
+
+    def _name_of(self, routing_id: bytes, message: object) -> str:
+        """For people: which peer has this connection."""
+        names = [peer.hello.worker_id for peer in self._peers.values() if peer.routing_id == routing_id]
+        if not names and isinstance(message, Hello):
+            names = [message.worker_id]
+        return f"decode worker {names[0]}" if names else f"connection {routing_id.hex()}"
 
     def _answer_hello(self, routing_id: bytes, hello: Hello) -> None:
         node = self._node
@@ -340,6 +357,9 @@ class SendingSide:
         except PeerLost as loss:
             if self._is_route_of(peer.routing_id, peer.hello.incarnation):  # else it has connected anew meanwhile
                 self._lose(peer.hello.incarnation, str(loss))
+        except Exception as exc:  # no memory or thread for this slice, or a fault of ours: this attempt ends, no other
+            log.error("slice %d of %s cannot be sent", action.number, key.transfer_id, exc_info=exc)
+            self.feed(key, CancelAsked(f"a slice cannot be sent: {type(exc).__name__}"))
 
     # --- liveness ---------------------------------------------------------------------------------------------
 
@@ -392,7 +412,7 @@ class SendingSide:
         for place in [place for place in self._early if place[0] == incarnation]:
             del self._early[place]
         for key in self._transfers.of_peer(incarnation):
-            self.feed(key, PeerGone(reason))
+            self._transfers.tell_gone(key, reason)
         self._close_streams(incarnation, self._planes.values())
 
     def _close_streams(self, incarnation: str, planes: Iterable[SourcePlane]) -> None:
@@ -401,7 +421,9 @@ class SendingSide:
         self._tasks.create_task(self._drop(incarnation, tuple(planes)))
 
     async def _drop(self, incarnation: str, planes: Sequence[SourcePlane]) -> None:
-        await asyncio.gather(*(plane.drop(incarnation) for plane in planes))
+        dropped = await asyncio.gather(*(plane.drop(incarnation) for plane in planes), return_exceptions=True)
+        for fault in (end for end in dropped if isinstance(end, Exception)):
+            log.error("a data plane cannot drop decode worker %s", incarnation, exc_info=fault)
         self._closing[incarnation] -= 1
         if not self._closing[incarnation]:
             del self._closing[incarnation]

@@ -7,9 +7,10 @@ that owns the sources, `LandingPlane` in the process that owns the destinations;
 
 from __future__ import annotations
 
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 from disagg.transceiver.layout.runs import Ints, adjacent, ints
 from disagg.transceiver.memory.regions import Bytes, LandingJob, PoolRegion, SourceUnit
@@ -93,13 +94,22 @@ class LandingPlane(ABC):
     lane: str = ""
     """What the plane runs over, where it does not say that by its name."""
     num_operations: int = 0
-    """Copies made by `land` since the plane was opened: one per run of adjacent slots."""
+    """Copies made by `land` since the plane was opened: one per run of adjacent slots. Several threads land."""
+    _counting: ClassVar[threading.Lock] = threading.Lock()
     on_lost: Callable[[], None] | None = None
     """Called on the loop, once, when the source's end of the plane is gone."""
 
+    def _count_operations(self, number: int) -> None:
+        """On a landing thread."""
+        with self._counting:
+            self.num_operations += number
+
     @abstractmethod
     async def connect(self, me: str, offer: PlaneOffer, pools: Sequence[PoolRegion]) -> None:
-        """Open the plane from incarnation `me` and land into `pools`. Raises `PlaneRefused` or `PeerLost`."""
+        """Open the plane from incarnation `me` and land into `pools`.
+
+        Raises `PlaneRefused` or `PeerLost`; `Shortage` when this process has no descriptor, memory or thread for it.
+        """
 
     async def ask_probe(self) -> None:
         """Ask the sender, where it pushes the bytes, for the slices of `probe.measure`. Once per connection."""

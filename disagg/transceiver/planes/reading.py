@@ -61,7 +61,7 @@ class ReadingLandingPlane(CopyingLandingPlane):
         check_generations(self._sources, pools, source_slots, planned)
         (copy or copy_slots)(self._pools, self._sources, pools, slots, source_slots)
         check_generations(self._sources, pools, source_slots, planned)
-        self.num_operations += sum(1 for _ in adjacent(pools, source_slots, slots))
+        self._count_operations(sum(1 for _ in adjacent(pools, source_slots, slots)))
         return sum(self._pools[pool].slots.shape[1] for pool in pools.tolist())
 
     def discard(self, transfer_id: str, epoch: int) -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import heapq
+import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -69,6 +70,7 @@ class ReshapingPlane(LandingPlane):
         """What `connect` and the probe take for pools: as large as the sender's slots."""
         self._sources: SlotUnits | None = None
         self._staging = _Staging(self.cut.unit_nbytes)
+        self._staging_lock = threading.Lock()  # landing threads take out of `_staged` what the loop put in
         self._staged: dict[tuple[str, int, int], _Staged] = {}
         inner.on_lost = self._lost
 
@@ -106,7 +108,8 @@ class ReshapingPlane(LandingPlane):
         except BaseException:
             self._staging.give(rows)
             raise
-        self._staged[_key(job)] = _Staged(staged_job, rows)
+        with self._staging_lock:
+            self._staged[_key(job)] = _Staged(staged_job, rows)
 
     def _staged_job(self, job: LandingJob, rows: Sequence[int]) -> LandingJob:
         """`job` as the inner plane lands it: each unit whole, in a row of its group's staging."""
@@ -143,13 +146,17 @@ class ReshapingPlane(LandingPlane):
 
     def discard(self, transfer_id: str, epoch: int) -> None:
         self._inner.discard(transfer_id, epoch)
-        for key in [key for key in self._staged if key[:2] == (transfer_id, epoch)]:
-            self._staging.give(self._staged.pop(key).rows)
+        with self._staging_lock:
+            keys = [key for key in self._staged if key[:2] == (transfer_id, epoch)]
+            dropped = [self._staged.pop(key) for key in keys]
+        for staged in dropped:
+            self._staging.give(staged.rows)
 
     async def close(self) -> None:
         await self._inner.close()
         self._sources = None
-        self._staged.clear()
+        with self._staging_lock:
+            self._staged.clear()
 
     def _lost(self) -> None:
         if self.on_lost is not None:
@@ -167,7 +174,7 @@ class ReshapingPlane(LandingPlane):
                 stored.nbytes += rows.nbytes
                 if not self.cut.can_reread:
                     stored.rows.append(rows)
-        self.num_operations += self.num_copies(job)
+        self._count_operations(self.num_copies(job))
         return stored
 
     @contextlib.contextmanager
@@ -187,7 +194,8 @@ class ReshapingPlane(LandingPlane):
     @contextlib.contextmanager
     def _arrived(self, job: LandingJob) -> Iterator[RowsOf]:
         """What the inner plane lands in staging, whose rows are free afterwards, whatever the outcome."""
-        staged = self._staged.pop(_key(job), None)
+        with self._staging_lock:
+            staged = self._staged.pop(_key(job), None)
         if staged is None:
             raise LocalProtocolError("this slice was not fetched, or was discarded")
         rows, regions = ints([row for _, row in staged.rows]), self._staging.regions

@@ -10,7 +10,7 @@ import zmq
 import zmq.asyncio
 
 from disagg.transceiver.wire.errors import PeerLost
-from disagg.transceiver.wire.sockets import Sockets
+from disagg.transceiver.wire.sockets import Sockets, shortage
 
 WATCHED_EVENTS: Final = zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED
 
@@ -57,11 +57,28 @@ class Connection:
     So the first disconnect after a handshake is final: the owner connects anew, under a new routing id.
     """
 
-    def __init__(self, sockets: Sockets, endpoint: str, *, max_message_nbytes: int, high_water_mark: int) -> None:
-        """Begin to connect; a loop must run. Raises `EndpointRefused`."""
+    def __init__(
+        self,
+        sockets: Sockets,
+        endpoint: str,
+        *,
+        max_message_nbytes: int,
+        high_water_mark: int,
+        carries_data: bool = False,
+    ) -> None:
+        """Begin to connect; a loop must run. Raises `EndpointRefused`, or `Shortage` and then leaves nothing open."""
         self.endpoint = endpoint
-        self._socket = sockets.open(zmq.DEALER, max_message_nbytes=max_message_nbytes, high_water_mark=high_water_mark)
-        self._monitor = self._socket.get_monitor_socket(WATCHED_EVENTS)
+        self._socket = sockets.open(
+            zmq.DEALER,
+            max_message_nbytes=max_message_nbytes,
+            high_water_mark=high_water_mark,
+            carries_data=carries_data,
+        )
+        try:
+            self._monitor = self._socket.get_monitor_socket(WATCHED_EVENTS)
+        except zmq.ZMQError as exc:
+            self._socket.close()
+            raise shortage("the watch of a connection", exc) from exc
         self._receiver = Receiver(self._socket)
         self._ready = asyncio.Event()
         self._lost = asyncio.Event()

@@ -58,6 +58,10 @@ class EndpointRefused(TransceiverError):
     """This process cannot listen at, or connect to, that address; the message says why and what to do."""
 
 
+class Shortage(TransceiverError):
+    """This process has no descriptor, thread or memory for one more connection. It is not ready, and tried again."""
+
+
 def first_cause(error: BaseException) -> BaseException:
     """The first plain exception of a (nested) group: the others followed from it."""
     return first_cause(error.exceptions[0]) if isinstance(error, BaseExceptionGroup) else error

@@ -147,7 +147,10 @@ class ControlClient:
 
     @classmethod
     async def connect(cls, endpoint: str, keys: ClusterKeys, sockets: Sockets | None = None) -> ControlClient:
-        """Begin to connect, without waiting: see `ready`. Raises `EndpointRefused`. `sockets` as in `bind`."""
+        """Begin to connect, without waiting: see `ready`. `sockets` as in `bind`.
+
+        Raises `EndpointRefused`, or `Shortage` when this process has no descriptor for it.
+        """
         return cls(endpoint, keys, sockets)
 
     @property

@@ -1,4 +1,4 @@
-"""ZeroMQ sockets as this project opens them: one context, the same options and the same lock on every door.
+"""ZeroMQ sockets as this project opens them: one context per process, the same options and lock on every door.
 
 Unless the keys are insecure every connection is CURVE: the server's key pair is the cluster's, a client owns the same
 pair, and a ZAP handler admits exactly that public key. Who does not hold the secret is cut off in the handshake, before
@@ -7,9 +7,11 @@ one frame reaches this process. Insecure sockets stay on loopback.
 
 from __future__ import annotations
 
+import errno
 import hmac
 import ipaddress
 import logging
+import os
 import secrets
 import threading
 from typing import Final
@@ -19,7 +21,7 @@ import zmq
 import zmq.asyncio
 from zmq.utils import z85
 
-from disagg.transceiver.wire.errors import EndpointRefused
+from disagg.transceiver.wire.errors import EndpointRefused, Shortage
 from disagg.transceiver.wire.keys import ClusterKeys
 
 log = logging.getLogger(__name__)
@@ -42,6 +44,22 @@ RECONNECT_INTERVAL_MS: Final = 100
 
 FRAME_OVERHEAD_NBYTES: Final = 1024
 """What CURVE's box, flags and our headers may add to a frame on top of the payload a limit speaks of."""
+
+MAX_SOCKETS: Final = 12_288
+"""Of one context. A decode worker has six with each peer, a connection and the two ends of its watch for control and
+as many for a data plane: 2,048 peers, twice what one router serves. Each costs a pointer until it is opened; what
+really bounds them is the limit of open files. libzmq's own bound is 1,023, so 170 peers."""
+
+DATA_THREADS: Final = min(4, max(1, (os.cpu_count() or 1) // 2))
+"""I/O threads that encrypt and copy payload, beside the one of control connections: as many as half of the cores, the
+others compute; four move more than a 10 Gbit/s network does."""
+
+_CONTROL_AFFINITY: Final = 1
+_DATA_AFFINITY: Final = ((1 << DATA_THREADS) - 1) << 1
+"""Bit n: I/O thread n. A heartbeat never waits behind a frame of 8 MiB that is being encrypted."""
+
+SHORT: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS, errno.EAGAIN})
+"""What the kernel says when it has no descriptor, memory or thread to give."""
 
 ZAP_ENDPOINT: Final = "inproc://zeromq.zap.01"
 """Fixed by RFC 27: libzmq asks here about each handshake of its context."""
@@ -80,6 +98,13 @@ def reason(error: zmq.ZMQError) -> str:
     return zmq.strerror(error.errno or 0)
 
 
+def shortage(what: str, error: zmq.ZMQError | OSError) -> Shortage:
+    """What to raise when `error` says that there is no room for `what`."""
+    said = reason(error) if isinstance(error, zmq.ZMQError) else error.strerror or str(error)
+    advice = "; raise the limit of open files (`ulimit -n`)" if error.errno in (errno.EMFILE, errno.ENFILE) else ""
+    return Shortage(f"{what} cannot be opened now: {said}{advice}")
+
+
 def _is_loopback(host: str) -> bool:
     if host == "localhost":
         return True
@@ -90,19 +115,34 @@ def _is_loopback(host: str) -> bool:
 
 
 class Sockets:
-    """One ZeroMQ context with its gate; servers, clients and planes of a process share one or own one each.
+    """The ZeroMQ context of a process with its gate, which its servers, clients and planes share.
 
     Close every socket before `close`, which ends the context's threads. Not for use after a fork.
     """
 
     def __init__(self, keys: ClusterKeys) -> None:
+        """Raises `Shortage`."""
         self.keys = keys
-        self.context = zmq.asyncio.Context()
-        self._gate = None if keys.insecure else _Gate(self.context, keys.curve_public)
+        self.context = zmq.asyncio.Context(io_threads=1 + DATA_THREADS)
+        self.context.set(zmq.MAX_SOCKETS, MAX_SOCKETS)
+        try:
+            self._gate = None if keys.insecure else _Gate(self.context, keys.curve_public)
+        except zmq.ZMQError as exc:
+            self.context.destroy(linger=0)
+            raise shortage("a ZeroMQ context", exc) from exc
 
-    def open(self, kind: int, *, max_message_nbytes: int, high_water_mark: int) -> zmq.asyncio.Socket:
-        """An unbound socket of type `kind`. The limits bound what libzmq queues, per peer and direction."""
-        socket: zmq.asyncio.Socket = self.context.socket(kind)
+    def open(
+        self, kind: int, *, max_message_nbytes: int, high_water_mark: int, carries_data: bool = False
+    ) -> zmq.asyncio.Socket:
+        """An unbound socket of type `kind`. The limits bound what libzmq queues, per peer and direction.
+
+        Raises `Shortage` when the process has no descriptor left for it.
+        """
+        try:
+            socket: zmq.asyncio.Socket = self.context.socket(kind)
+        except zmq.ZMQError as exc:
+            raise shortage("a connection", exc) from exc
+        socket.setsockopt(zmq.AFFINITY, _DATA_AFFINITY if carries_data else _CONTROL_AFFINITY)
         socket.setsockopt(zmq.LINGER, 0)  # what a closed link still holds is stale: the peer asks again, or is gone
         socket.setsockopt(zmq.IMMEDIATE, 1)  # queue for a live connection only, never for one that may come
         socket.setsockopt(zmq.SNDHWM, high_water_mark)
@@ -162,7 +202,7 @@ class _Gate:
         # a handshake that finds no handler would be admitted unasked.
         self._socket: zmq.Socket[bytes] = zmq.Context.shadow(context.underlying).socket(zmq.REP)
         self._socket.setsockopt(zmq.LINGER, 0)
-        self._socket.bind(ZAP_ENDPOINT)
+        self._socket.bind(ZAP_ENDPOINT)  # in this process: no descriptor that `socket` did not have
         self._thread = threading.Thread(target=self._run, name="zap-gate", daemon=True)
         self._thread.start()
 

@@ -18,7 +18,7 @@ from typing import Final
 
 from disagg.transceiver.memory.regions import PoolRegion
 from disagg.transceiver.planes.greeting import HANDSHAKE_S, MAGIC, greeting
-from disagg.transceiver.wire.errors import PeerLost, PlaneRefused
+from disagg.transceiver.wire.errors import PeerLost, PlaneRefused, Shortage
 
 MAX_POOLS: Final = 64
 """Pools are distinct slot sizes of one model: a handful. The kernel passes at most 253 descriptors in one message."""
@@ -87,8 +87,10 @@ def request_pools(sock: socket.socket, me: str, token: bytes, nonce: bytes) -> l
 def _receive_answer(sock: socket.socket, fds: list[int]) -> bytes:
     data = b""
     while len(data) < ANSWER.size or len(data) < _answer_nbytes(data):
-        part, new_fds, _, _ = _receive(sock)
+        part, new_fds, flags, _ = _receive(sock)
         fds += new_fds
+        if flags & socket.MSG_CTRUNC:
+            raise Shortage("shm: no descriptors left for the source's pools, or it passed too many")
         if not part:
             raise PlaneRefused("shm: the source refused the token, or ended")
         data += part

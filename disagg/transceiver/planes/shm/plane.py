@@ -16,13 +16,14 @@ from collections.abc import Sequence
 
 from disagg.transceiver.memory.regions import PoolRegion, SourceUnit
 from disagg.transceiver.planes.base import SourcePlane
-from disagg.transceiver.planes.greeting import HANDSHAKE_S, parse_greeting
+from disagg.transceiver.planes.greeting import GREETING_S, HANDSHAKE_S, MAX_SILENT, parse_greeting
 from disagg.transceiver.planes.reading import ReadingLandingPlane
 from disagg.transceiver.planes.shm.handshake import check_shareable, peer_uid, request_pools, send_pools
 from disagg.transceiver.planes.shm.mapping import PoolMapping
 from disagg.transceiver.planes.tokens import Tokens
-from disagg.transceiver.wire.errors import LocalProtocolError, PeerLost, PlaneRefused
+from disagg.transceiver.wire.errors import LocalProtocolError, PeerLost, PlaneRefused, Shortage
 from disagg.transceiver.wire.messages.values import PlaneOffer
+from disagg.transceiver.wire.sockets import SHORT
 
 
 def _abstract(address: str) -> str:
@@ -40,6 +41,8 @@ class ShmSourcePlane(SourcePlane):
         self._pools: tuple[PoolRegion, ...] = ()
         self._server: asyncio.Server | None = None
         self._doors: set[_Door] = set()
+        self._silent: dict[_Door, None] = {}
+        """Those that have not shown a token yet, the oldest first."""
         self._door_of: dict[str, _Door] = {}
 
     async def start(self, pools: Sequence[PoolRegion]) -> None:
@@ -82,12 +85,19 @@ class ShmSourcePlane(SourcePlane):
     # --- called by doors -------------------------------------------------------------------------------------
 
     def opened(self, door: _Door) -> None:
+        """Of those that say nothing the oldest leaves when there are too many. All are of our own user."""
         self._doors.add(door)
+        self._silent[door] = None
+        if len(self._silent) > MAX_SILENT:
+            oldest = next(iter(self._silent))
+            del self._silent[oldest]
+            oldest.abort()
 
     def greeted(self, door: _Door, peer: str, token: bytes, sock: socket.socket) -> bool:
         """Hand the pools to `peer` if its token is good."""
         if not self._tokens.redeem(peer, token):
             return False
+        self._silent.pop(door, None)
         previous, self._door_of[peer] = self._door_of.get(peer), door
         if previous is not None:
             previous.abort()
@@ -96,6 +106,7 @@ class ShmSourcePlane(SourcePlane):
 
     def shut(self, door: _Door, peer: str) -> None:
         self._doors.discard(door)
+        self._silent.pop(door, None)
         if self._door_of.get(peer) is door:  # neither dropped nor replaced: the peer itself left
             del self._door_of[peer]
             if self.on_peer_lost is not None:
@@ -111,14 +122,15 @@ class _Door(asyncio.Protocol):
         self._peer = ""
         loop = asyncio.get_running_loop()
         self._closed = loop.create_future()
-        self._deadline = loop.call_later(HANDSHAKE_S, self.abort)
+        self._deadline = loop.call_later(GREETING_S, self.abort)
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         assert isinstance(transport, asyncio.Transport)
         self._transport = transport
-        self._plane.opened(self)
         if peer_uid(transport.get_extra_info("socket")) != os.geteuid():
             self.abort()
+        else:
+            self._plane.opened(self)
 
     def data_received(self, data: bytes) -> None:
         self._data += data
@@ -170,7 +182,7 @@ class ShmLandingPlane(ReadingLandingPlane):
         try:
             await asyncio.shield(opening)
         except asyncio.CancelledError:
-            with contextlib.suppress(PlaneRefused, PeerLost):
+            with contextlib.suppress(PlaneRefused, PeerLost, Shortage):
                 await asyncio.shield(opening)  # bounded by HANDSHAKE_S and the mapping; then all of it can be released
             await self.close()
             raise
@@ -184,9 +196,10 @@ class ShmLandingPlane(ReadingLandingPlane):
         loop.add_reader(self._socket, self._hear)
 
     def _open_blocking(self, me: str, offer: PlaneOffer) -> None:
-        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         fds: list[int] = []
+        sock: socket.socket | None = None
         try:
+            sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
             sock.settimeout(HANDSHAKE_S)
             sock.connect(_abstract(offer.address))
             received = request_pools(sock, me, offer.token, offer.nonce)
@@ -194,8 +207,11 @@ class ShmLandingPlane(ReadingLandingPlane):
             for fd, shape in received:
                 self._mappings.append(PoolMapping(fd, shape))
         except BaseException as exc:
-            sock.close()
+            if sock is not None:
+                sock.close()
             self._unmap()
+            if isinstance(exc, MemoryError) or (isinstance(exc, OSError) and exc.errno in SHORT):
+                raise Shortage(f"shm: no descriptor or memory for the source's pools: {exc}") from exc
             if isinstance(exc, OSError):
                 raise PlaneRefused(f"shm: cannot reach the source from this host: {exc.strerror or exc}") from exc
             raise

@@ -34,7 +34,7 @@ from disagg.transceiver.planes.slice_stream import (
 )
 from disagg.transceiver.planes.unasked import KEEP_S, EndedEpochs
 from disagg.transceiver.planes.waits import end_wait
-from disagg.transceiver.wire.errors import LocalProtocolError, PeerLost, RemoteProtocolError
+from disagg.transceiver.wire.errors import LocalProtocolError, PeerLost, RemoteProtocolError, Shortage
 from disagg.transceiver.wire.messages.values import PlaneOffer
 from disagg.transceiver.wire.timing import HEARTBEAT_S, LOST_S
 
@@ -69,6 +69,7 @@ class TcpLandingPlane(LandingPlane):
         self._expected: dict[tuple[Name, int], _Expected] = {}
         self._awaited: dict[tuple[Name, int], asyncio.Future[None]] = {}
         """Slices that `arrive` waits for."""
+        self._landing_lock = threading.Lock()  # landing threads take out of `_landable` what the loop put in
         self._landable: dict[tuple[Name, int], _Expected] = {}
         self._discarded: EndedEpochs[Name] = EndedEpochs()
         self._is_lost = True
@@ -87,7 +88,12 @@ class TcpLandingPlane(LandingPlane):
         self._socket = await knock(me, offer)
         self._is_lost = False
         self._thread = threading.Thread(target=self._run, args=(self._socket,), name="tcp-land", daemon=True)
-        self._thread.start()
+        try:
+            self._thread.start()
+        except RuntimeError as exc:
+            self._socket.close()
+            self._socket, self._is_lost = None, True
+            raise Shortage(f"tcp: {exc}") from exc
 
     async def ask_probe(self) -> None:
         assert self._socket is not None, "connect comes first"
@@ -127,7 +133,8 @@ class TcpLandingPlane(LandingPlane):
             raise
         finally:
             self._expected.pop(key, None)
-        self._landable[key] = expected
+        with self._landing_lock:
+            self._landable[key] = expected
 
     def _check_open(self, job: LandingJob) -> None:
         if self._is_lost:
@@ -151,10 +158,11 @@ class TcpLandingPlane(LandingPlane):
 
     def land(self, job: LandingJob) -> int:
         """The bytes lie in their slots already: only counts them."""
-        expected = self._landable.pop(self._key(job), None)
+        with self._landing_lock:
+            expected = self._landable.pop(self._key(job), None)
         if expected is None:
             raise LocalProtocolError("this slice was not fetched, or was discarded")
-        self.num_operations += expected.num_operations
+        self._count_operations(expected.num_operations)
         return expected.nbytes
 
     def discard(self, transfer_id: str, epoch: int) -> None:
@@ -163,8 +171,9 @@ class TcpLandingPlane(LandingPlane):
         with self._turn:
             self._discarded.add(name)
             self._turn.notify()
-        for key in [key for key in self._landable if key[0] == name]:
-            del self._landable[key]
+        with self._landing_lock:
+            for key in [key for key in self._landable if key[0] == name]:
+                del self._landable[key]
 
     async def close(self) -> None:
         if self._socket is None:

@@ -24,6 +24,7 @@ from disagg.transceiver.wire.errors import (
     PeerLost,
     PlaneRefused,
     RemoteProtocolError,
+    Shortage,
 )
 from disagg.transceiver.wire.messages.values import PlaneOffer
 from disagg.transceiver.wire.timing import HEARTBEAT_S, LOST_S
@@ -47,8 +48,12 @@ class UcxLandingPlane(CopyingLandingPlane):
         except EndpointRefused as exc:
             raise PlaneRefused(str(exc)) from exc
         sock = await knock(me, offer)
+        try:
+            self._receiver = UcxReceiver(sock, offer.token, self._lose, limit)
+        except (OSError, RuntimeError, MemoryError) as exc:  # an eventfd, a thread or staging that cannot be had
+            sock.close()
+            raise Shortage(f"ucx: {exc}") from exc
         self._is_lost = False
-        self._receiver = UcxReceiver(sock, offer.token, self._lose, limit)
         try:
             await self._receiver.opened
             if self._is_lost:
@@ -110,7 +115,7 @@ class UcxLandingPlane(CopyingLandingPlane):
         pools, slots = ints([u.pool for u in units]), ints([u.slot for u in units])
         staged = [_windows(payload, region) for region in self._pools]
         copy(self._pools, staged, pools, slots, np.cumsum(sizes) - sizes)
-        self.num_operations += sum(1 for _ in adjacent(pools, slots))
+        self._count_operations(sum(1 for _ in adjacent(pools, slots)))
         return len(payload)
 
     def _sizes(self, job: LandingJob) -> list[int]:

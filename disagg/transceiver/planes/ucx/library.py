@@ -72,6 +72,15 @@ def settings(is_loopback: bool) -> dict[str, str]:
     return {name: value for name, value in chosen.items() if f"UCX_{name}" not in os.environ}
 
 
+def features(core: ModuleType) -> tuple[Any, ...]:
+    """What a context can do: tagged messages, and sleeping until one comes.
+
+    Never RMA or AMO: where a context has them, UCX's own tcp listener reads and writes this process's memory for every
+    stranger, with neither key nor bounds.
+    """
+    return core.Feature.TAG, core.Feature.WAKEUP
+
+
 class _Entry(ctypes.Structure):
     _fields_ = (("transport", ctypes.c_char_p), ("device", ctypes.c_char_p))
 

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from disagg.transceiver.memory.regions import Bytes
-from disagg.transceiver.planes.ucx.library import lanes, library, settings
+from disagg.transceiver.planes.ucx.library import features, lanes, library, settings
 from disagg.transceiver.wire.errors import PeerLost
 
 PROGRESS_CALLS: Final = 16
@@ -47,10 +47,10 @@ class Port:
     def __init__(self, *, is_loopback: bool, watched: Sequence[int]) -> None:
         """Open a worker. `turn` also wakes for the descriptors `watched`, when they can be read."""
         self._core = core = library()
-        features = (core.Feature.TAG, core.Feature.WAKEUP)
-        self._context = core.UCXContext(settings(is_loopback), feature_flags=features)
-        self._worker = core.UCXWorker(self._context)
-        self._worker.init_blocking_progress_mode()
+        with self._translated():
+            self._context = core.UCXContext(settings(is_loopback), feature_flags=features(core))
+            self._worker = core.UCXWorker(self._context)
+            self._worker.init_blocking_progress_mode()
         self._endpoint: Any = None
         self._messages: list[_Message] = []
         self._poll = select.poll()

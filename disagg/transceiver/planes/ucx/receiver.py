@@ -139,7 +139,8 @@ class UcxReceiver(UcxThread):
         for key in keys:
             arrival = self.claim(key)
             if arrival is not None:
-                self.num_discarded += 1
+                with self._lock:
+                    self.num_discarded += 1
                 self.release(arrival)
 
     @property

@@ -46,7 +46,11 @@ class UcxThread(ABC):
         self.opened: asyncio.Future[None] = self._loop.create_future()
         self.lanes = ""
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
-        self._thread.start()
+        try:
+            self._thread.start()
+        except RuntimeError:
+            os.close(self._event)
+            raise
 
     @property
     def is_open(self) -> bool:

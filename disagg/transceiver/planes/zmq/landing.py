@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -26,10 +27,13 @@ from disagg.transceiver.wire.errors import (
     PeerLost,
     PlaneRefused,
     RemoteProtocolError,
+    Shortage,
 )
 from disagg.transceiver.wire.keys import ClusterKeys
 from disagg.transceiver.wire.messages.values import PlaneOffer
 from disagg.transceiver.wire.sockets import Sockets
+
+log = logging.getLogger(__name__)
 
 OPEN_S: Final = 5.0
 """Connect, CURVE and hello: three round trips. Longer than `lost`, so a peer that stalls once is not given up here."""
@@ -49,12 +53,14 @@ class _Arrival:
 class ZmqLandingPlane(LandingPlane):
     name = "zmq"
 
-    def __init__(self, keys: ClusterKeys) -> None:
-        self._keys = keys
+    def __init__(self, keys: ClusterKeys, sockets: Sockets | None = None) -> None:
+        """`sockets`: of this process, closed by the caller after the plane; without it the plane makes its own."""
+        self._keys, self._shared = keys, sockets
         self._pools: tuple[PoolRegion, ...] = ()
         self._arrivals: dict[Key, _Arrival] = {}
         self._discarded: EndedEpochs[tuple[str, int]] = EndedEpochs()
-        self._sockets: Sockets | None = None
+        self._owned: Sockets | None = None
+        self._connection: Connection | None = None
         self._reading: asyncio.Task[None] | None = None
         self._is_lost = True
         self._claiming = threading.Lock()  # held for two assignments; `_arrivals` itself changes on the loop only
@@ -63,21 +69,14 @@ class ZmqLandingPlane(LandingPlane):
         self.num_discarded = 0
 
     async def connect(self, me: str, offer: PlaneOffer, pools: Sequence[PoolRegion]) -> None:
-        assert self._sockets is None, "a landing plane connects once"
+        assert self._connection is None, "a landing plane connects once"
         self._loop = asyncio.get_running_loop()
         self._pools = tuple(pools)
-        self._sockets = Sockets(self._keys)
         largest = max((region.slots.shape[1] for region in pools), default=0)
         try:
-            self._connection = Connection(
-                self._sockets,
-                offer.address,
-                max_message_nbytes=max(SLICE_NBYTES, largest),
-                high_water_mark=2 * WINDOW,
-            )
-        except EndpointRefused as exc:
-            self._sockets.close()
-            self._sockets = None
+            self._connection = self._begin(offer.address, max(SLICE_NBYTES, largest))
+        except (EndpointRefused, Shortage) as exc:
+            self._let_go()
             raise PlaneRefused(f"zmq: {exc}") from exc
         try:
             await self._say_hello(me, offer.token)
@@ -87,20 +86,43 @@ class ZmqLandingPlane(LandingPlane):
         self._is_lost = False
         self._reading = asyncio.create_task(self._read(), name=f"zmq plane of {me}")
 
+    def _begin(self, address: str, max_message_nbytes: int) -> Connection:
+        sockets = self._shared
+        if sockets is None:
+            sockets = self._owned = Sockets(self._keys)
+        return Connection(
+            sockets,
+            address,
+            max_message_nbytes=max_message_nbytes,
+            high_water_mark=2 * WINDOW,
+            carries_data=True,
+        )
+
+    def _let_go(self) -> None:
+        if self._owned is not None:
+            self._owned.close()
+        self._owned, self._connection, self._pools = None, None, ()
+
     async def _say_hello(self, me: str, token: bytes) -> None:
+        connection = self._connection
+        assert connection is not None
         try:
             async with asyncio.timeout(OPEN_S):
-                await self._connection.ready()
-                self._connection.send([pack(Hello(me, token))])
-                answer = await self._connection.receive()
+                await connection.ready()
+                connection.send([pack(Hello(me, token))])
+                answer = await connection.receive()
         except TimeoutError as exc:
-            raise PeerLost(f"zmq: {self._connection.endpoint} did not answer within {OPEN_S:g} s") from exc
+            raise PeerLost(f"zmq: {connection.endpoint} did not answer within {OPEN_S:g} s") from exc
         if [frame.bytes for frame in answer] != [WELCOME]:
             raise PlaneRefused("zmq: the token is not the one offered to this peer, or was used before")
 
     async def ask_probe(self) -> None:
-        with contextlib.suppress(PeerLost):  # `fetch` hears of it too
-            self._connection.send([pack(Probe())])
+        self._say(pack(Probe()))
+
+    def _say(self, head: bytes) -> None:
+        if self._connection is not None:
+            with contextlib.suppress(PeerLost):  # `fetch` and `_read` hear of it too
+                self._connection.send([head])
 
     async def fetch(self, job: LandingJob) -> None:
         """Wait until the slice's bytes are in this process. Raises `PeerLost`."""
@@ -139,7 +161,7 @@ class ZmqLandingPlane(LandingPlane):
             rows = payload[offset : offset + nbytes].reshape(count, sizes[start])
             copy_rows(self._pools[units[start].pool].slots[target : target + count], rows)
             offset += nbytes
-            self.num_operations += 1
+            self._count_operations(1)
         return offset
 
     def discard(self, transfer_id: str, epoch: int) -> None:
@@ -149,7 +171,8 @@ class ZmqLandingPlane(LandingPlane):
             self._drop(key)
 
     async def close(self) -> None:
-        if self._sockets is None:
+        connection = self._connection
+        if connection is None:
             return
         self._is_lost = True
         if self._reading is not None:
@@ -158,17 +181,19 @@ class ZmqLandingPlane(LandingPlane):
         for key, arrival in tuple(self._arrivals.items()):
             self._drop(key)
             arrival.here.set()
-        await self._connection.close()
-        self._sockets.close()
-        self._sockets, self._pools = None, ()
+        await connection.close()
+        self._let_go()
 
     # --- arrivals ---------------------------------------------------------------------------------------------
 
     async def _read(self) -> None:
+        assert self._connection is not None
         try:
             while True:
                 self._take(await self._connection.receive())
-        except PeerLost:
+        except Exception as exc:
+            if not isinstance(exc, PeerLost):
+                log.error("data plane zmq cannot take a slice", exc_info=exc)
             self._is_lost = True
             for arrival in self._arrivals.values():
                 arrival.here.set()
@@ -223,5 +248,4 @@ class ZmqLandingPlane(LandingPlane):
         self._grant()
 
     def _grant(self) -> None:
-        with contextlib.suppress(PeerLost):  # `_read` hears of it too
-            self._connection.send([pack(Credit(1))])
+        self._say(pack(Credit(1)))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 from collections.abc import Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -28,6 +29,8 @@ from disagg.transceiver.wire.keys import ClusterKeys
 from disagg.transceiver.wire.messages.values import PlaneOffer
 from disagg.transceiver.wire.sockets import Sockets, bracketed, reason
 
+log = logging.getLogger(__name__)
+
 _MAX_RECEIVED_NBYTES = 4096
 """Receivers say hello and grant credit: tens of bytes."""
 
@@ -37,9 +40,19 @@ class ZmqSourcePlane(SourcePlane):
     sends_bytes = True
 
     def __init__(
-        self, host: str, keys: ClusterKeys, *, port: int = 0, advertised_host: str = "", advertised_port: int = 0
+        self,
+        host: str,
+        keys: ClusterKeys,
+        *,
+        port: int = 0,
+        advertised_host: str = "",
+        advertised_port: int = 0,
+        sockets: Sockets | None = None,
     ) -> None:
-        """Listen on `host` (port 0 = any free one); peers are told the advertised address where that differs."""
+        """Listen on `host` (port 0 = any free one); peers are told the advertised address where that differs.
+
+        `sockets`: of this process, closed by the caller after the plane; without it the plane makes its own.
+        """
         self._bind_to = f"tcp://{bracketed(host)}:{port}"
         self._advertised_host, self._advertised_port = advertised_host or host, advertised_port
         self._keys = keys
@@ -49,26 +62,29 @@ class ZmqSourcePlane(SourcePlane):
         self._peer_of: dict[bytes, str] = {}
         self._probes: set[asyncio.Task[None]] = set()
         self._address = ""
-        self._sockets: Sockets | None = None
+        self._shared = sockets
+        self._owned: Sockets | None = None
+        self._is_open = False
         self.num_malformed = 0
 
     async def start(self, pools: Sequence[PoolRegion]) -> None:
         """Listen on a free port. Raises `EndpointRefused`."""
         self._pools = tuple(pools)
-        self._sockets = Sockets(self._keys)
+        sockets = self._shared
+        if sockets is None:
+            sockets = self._owned = Sockets(self._keys)
         # Twice the window: a slice never meets a full queue, since it waits for credit first.
-        self._socket = self._sockets.open(
-            zmq.ROUTER, max_message_nbytes=_MAX_RECEIVED_NBYTES, high_water_mark=2 * WINDOW
+        self._socket = sockets.open(
+            zmq.ROUTER, max_message_nbytes=_MAX_RECEIVED_NBYTES, high_water_mark=2 * WINDOW, carries_data=True
         )
         self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
         self._incoming = Receiver(self._socket)
         try:
-            endpoint = self._sockets.bind(self._socket, self._bind_to)
+            endpoint = sockets.bind(self._socket, self._bind_to)
         except BaseException:
-            self._socket.close()
-            self._sockets.close()
-            self._sockets = None
+            self._release()
             raise
+        self._is_open = True
         port = self._advertised_port or endpoint.rpartition(":")[2]
         self._address = f"tcp://{bracketed(self._advertised_host)}:{port}"
         self._gatherer = ThreadPoolExecutor(1, thread_name_prefix="zmq-gather")
@@ -113,8 +129,9 @@ class ZmqSourcePlane(SourcePlane):
             self._reply(window.routing_id, REFUSED)  # a ROUTER cannot close one connection: the receiver does
 
     async def close(self) -> None:
-        if self._sockets is None:
+        if not self._is_open:
             return
+        self._is_open = False
         tasks = {self._listening, *self._probes}
         for task in tasks:
             task.cancel()
@@ -123,9 +140,13 @@ class ZmqSourcePlane(SourcePlane):
             self._forget(peer)
         self._gatherer.shutdown()  # waits for a window of memcpys at most: their senders then hear `PeerLost`
         self._incoming.close()
+        self._release()
+
+    def _release(self) -> None:
         self._socket.close()
-        self._sockets.close()
-        self._sockets = None
+        if self._owned is not None:
+            self._owned.close()
+            self._owned = None
 
     # --- slices -----------------------------------------------------------------------------------------------
 
@@ -167,7 +188,9 @@ class ZmqSourcePlane(SourcePlane):
                 if len(frames) != 2:
                     raise RemoteProtocolError(f"{len(frames) - 1} frames, expected 1")
                 self._take(frames[0].bytes, parse(frames[1].bytes))
-            except RemoteProtocolError:
+            except Exception as exc:
+                if not isinstance(exc, RemoteProtocolError):
+                    log.error("data plane zmq cannot take a message", exc_info=exc)
                 self.num_malformed += 1
                 self._give_up(frames[0].bytes)
 
