@@ -26,8 +26,8 @@ Addresses = npt.NDArray[np.uint64]
 
 VARIABLE: Final = "DISAGG_NATIVE"
 
-VERSION: Final = 3
-"""Of the functions here and in `native_attention`; a library built from other sources, in a tree that went on since, is
+VERSION: Final = 4
+"""Of the functions here, in `native_attention` and in `engine.sampling.native`; a library built from other sources, in a tree that went on since, is
 not used."""
 
 MIN_NBYTES: Final = 241
