@@ -27,8 +27,8 @@ Addresses = npt.NDArray[np.uint64]
 VARIABLE: Final = "DISAGG_NATIVE"
 
 VERSION: Final = 4
-"""Of the functions here, in `native_attention` and in `engine.sampling.native`; a library built from other sources, in a tree that went on since, is
-not used."""
+"""Of the functions here, in `native_attention` and in `disagg.engine.sampling.native`; a library built from other
+sources, in a tree that went on since, is not used."""
 
 MIN_NBYTES: Final = 241
 """XXH3 hashes up to 240 bytes by other formulas; no KV block is so small outside tests."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import itertools
 import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -21,7 +22,7 @@ from disagg.transceiver.wire.messages.values import TokenLogprobs
 NAME: Final = "native:sample_rows"
 
 MIN_LOGITS_PER_THREAD: Final = 1 << 17
-"""That a thread must have before it is woken: 100 µs and more where tokens are drawn, several times what waking takes."""
+"""That a thread must have before it is woken: 100 µs and more where tokens are drawn, several times waking it."""
 
 
 class _Row(ctypes.Structure):
@@ -116,7 +117,7 @@ def _cuts(num_rows: int, vocab_size: int) -> list[tuple[int, int]]:
     """Rows of each thread, about as many each."""
     most = min(torch.get_num_threads(), num_rows, num_rows * vocab_size // MIN_LOGITS_PER_THREAD)
     ends = [num_rows * i // max(1, most) for i in range(max(1, most) + 1)]
-    return list(zip(ends, ends[1:], strict=False))
+    return list(itertools.pairwise(ends))
 
 
 class _Scratch(threading.local):

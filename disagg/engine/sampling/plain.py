@@ -91,13 +91,12 @@ def key_of(scores: npt.NDArray[np.float32]) -> Keys:
 
 
 def _keys(adjusted: Logits | Float64, inverse: float) -> Keys:
+    scores = adjusted.astype(np.float64)
+    if adjusted.dtype == np.float64:  # the distance itself may be more than float64 holds; half of it is not
+        scores *= 0.5
+        inverse *= 2
     with np.errstate(over="ignore", under="ignore"):
-        if adjusted.dtype == np.float32:
-            scores = adjusted.astype(np.float64)
-            scores -= scores.max()
-        else:
-            scores, inverse = adjusted * 0.5, inverse * 2  # the distance itself may be more than float64 holds
-            scores -= scores.max()
+        scores -= scores.max()
         scores *= inverse
         return key_of(scores.astype(np.float32))
 
@@ -203,4 +202,5 @@ def _words(row: SampleRow, size: int, ids: Ids | None) -> npt.NDArray[np.uint32]
     if ids is None:
         return block_words(row.seed, row.position, np.arange(-(-size // 4))).reshape(-1)[:size]
     blocks, places = np.unique(ids >> 2, return_inverse=True)
-    return block_words(row.seed, row.position, blocks)[places, ids & 3]
+    words: npt.NDArray[np.uint32] = block_words(row.seed, row.position, blocks)[places, ids & 3]
+    return words

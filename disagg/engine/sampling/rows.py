@@ -7,8 +7,8 @@
 3. Else *score* = (logit - largest) * inverse temperature, rounded to float32 once. No score is above 0, and the bits of
    its magnitude, its *key*, order scores as whole numbers: 0 for the likeliest.
 4. *Filter*, each on what the one before left: keys up to that of `least` (min-p); up to the `top_k`-th, ties with it
-   included; the fewest, in order of key and id, whose weights reach ceil(top_p * sum). A weight is exp(score) * 2**30 as
-   a whole number by one polynomial, so sums are exact in any order. Key 0 passes every filter.
+   included; the fewest, in order of key and id, whose weights reach ceil(top_p * sum). A weight is exp(score) * 2**30,
+   a whole number by one stated polynomial, so sums are exact in any order. Key 0 passes every filter.
 5. *Draw* the largest of score + Gumbel noise, of equal ones the first; noise belongs to (seed, position, id).
 
 Log-probabilities are those of the raw logits.

@@ -182,8 +182,9 @@ class FirstToken:
 class Sampling:
     """How to choose tokens. Pure in (seed, position, logits): see `disagg.engine.sampler`.
 
-    Every value within `sampling_limits` is legal and exact. `temperature` 0 is greedy; `top_k` 0 and `top_p` 1.0 are off. `eos_token_ids` come from the model's
-    generation config and count unless `ignore_eos`. `num_logprobs` None = no logprobs, 0 = only the chosen token's.
+    Every value within `sampling_limits` is legal and exact. `temperature` 0 is greedy, as is one below what float32
+    divides by; `top_k` 0 and `top_p` 1.0 are off. `eos_token_ids` come from the model's generation config and count
+    unless `ignore_eos`. `num_logprobs` None = no logprobs, 0 = only the chosen token's.
     `cache_salt`: KV is shared with requests of the same salt only.
     """
 
