@@ -13,7 +13,6 @@ from disagg.api.checks import Boolean, Check, Exactly, Integer, ListOf, Number, 
 from disagg.api.errors import bad_request
 from disagg.api.params import RequestParams
 from disagg.api.request_checks import (
-    MAX_STOP_TOKEN_IDS,
     TOKEN_ID,
     LogitBias,
     Messages,
@@ -22,6 +21,7 @@ from disagg.api.request_checks import (
     StreamOptions,
     TemplateArguments,
 )
+from disagg.transceiver.wire.messages.sampling_limits import MAX_LOGPROBS, MAX_PENALTY, MAX_STOP_TOKEN_IDS, MAX_TOKENS
 
 COMPLETIONS: Final = "/v1/completions"
 CHAT: Final = "/v1/chat/completions"
@@ -31,12 +31,11 @@ GENERATE: Final = (COMPLETIONS, CHAT)
 TEXT_TOO: Final = (COMPLETIONS, CHAT, TOKENIZE)
 ALL: Final = (COMPLETIONS, CHAT, TOKENIZE, DETOKENIZE)
 
-MAX_TOKENS: Final = 2**31 - 1  # the model's own limit is far below; this only keeps it a wire integer
 MAX_N: Final = 128  # OpenAI's limit
-MAX_LOGPROBS: Final = 20  # OpenAI's limit for chat, vLLM's default for both
 MAX_SALT_LENGTH: Final = 512  # it is hashed, so this only bounds a useless field
 SEED: Final = Integer(-(2**63), 2**63 - 1)
 COUNT: Final = Integer(1, MAX_TOKENS)
+PENALTY: Final = Number(low=-MAX_PENALTY, high=MAX_PENALTY)
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,8 +91,8 @@ FIELDS: Final[tuple[Field, ...]] = (
     Field("top_k", GENERATE, Integer(-1, MAX_TOKENS), "-1 and 0 are off", _MODEL_SETS.format("0")),
     Field("min_p", GENERATE, Number(low=0, high=1), "0 is off", _MODEL_SETS.format("0")),
     Field("repetition_penalty", GENERATE, Number(above=0), "1 is off", _MODEL_SETS.format("1")),
-    Field("presence_penalty", GENERATE, Number(low=-2, high=2), "0 is off", "0"),
-    Field("frequency_penalty", GENERATE, Number(low=-2, high=2), "0 is off", "0"),
+    Field("presence_penalty", GENERATE, PENALTY, "0 is off", "0"),
+    Field("frequency_penalty", GENERATE, PENALTY, "0 is off", "0"),
     Field("logit_bias", GENERATE, LogitBias(), "added to the logits of these tokens"),
     Field("stop", GENERATE, Stops(), "texts that end the answer; the answer does not contain them"),
     Field("include_stop_str_in_output", GENERATE, Boolean(), "the answer contains what stopped it", "false"),

@@ -17,11 +17,10 @@ from disagg.api.checks import (
     is_integer,
     within,
 )
+from disagg.transceiver.wire.messages.sampling_limits import MAX_BIAS, MAX_BIASES
 
 MAX_STOPS: Final = 4  # OpenAI's limit
 MAX_STOP_LENGTH: Final = 1024  # every token's text is compared with each: a bound on that work
-MAX_STOP_TOKEN_IDS: Final = 256  # they cross the wire with each attempt; models have a few
-MAX_BIASES: Final = 1024  # as above; OpenAI's own limit is 300
 TOKEN_ID: Final = Integer(0, 2**31 - 1)  # the vocabulary is checked when the model is known
 
 Prompt = str | tuple[int, ...]
@@ -78,10 +77,10 @@ class LogitBias:
     def __call__(self, value: Any) -> tuple[tuple[int, float], ...]:
         if not isinstance(value, dict) or len(value) > MAX_BIASES:
             raise UnexpectedValueError(str(self), value)
-        return tuple((_token_id_key(key), within(f".{key}", Number(-100, 100), value[key])) for key in value)
+        return tuple((_token_id_key(key), within(f".{key}", Number(-MAX_BIAS, MAX_BIAS), value[key])) for key in value)
 
     def __str__(self) -> str:
-        return f"an object of at most {MAX_BIASES} entries from token id to a number from -100 to 100"
+        return f"an object of at most {MAX_BIASES} entries from token id to a number from {-MAX_BIAS:g} to {MAX_BIAS:g}"
 
 
 def _token_id_key(key: str) -> int:

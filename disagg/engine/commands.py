@@ -196,7 +196,8 @@ class FinishedEvent:
 
 @dataclass(frozen=True, slots=True)
 class FailedEvent:
-    """The engine gave the attempt up and freed it. `status`: 400 can never fit, 500 non-finite logits."""
+    """The engine gave the attempt up and freed it. `status`: 400 can never fit, 500 non-finite logits, or no
+    token could be sampled from them."""
 
     key: AttemptKey
     status: int

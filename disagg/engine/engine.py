@@ -263,6 +263,9 @@ class Engine:
         if result is not None and not result.finite:
             self._scheduler.release(sequence, wipe=True)  # what it left behind must never be loaded
             return [FailedEvent(sequence.key, 500, f"non-finite logits after position {piece.end - 1}")]
+        if result is not None and result.error is not None:
+            self._scheduler.release(sequence)
+            return [FailedEvent(sequence.key, 500, f"sampling after position {piece.end - 1} failed: {result.error}")]
         if result is not None:
             self._counters.tokens_generated += 1
         if isinstance(sequence, PromptSequence):
@@ -373,4 +376,4 @@ def _sample_input(piece: Work) -> SampleInput:
     request, sequence = piece.sequence.request, piece.sequence
     answer = sequence.answer if isinstance(sequence, PromptSequence) else sequence
     output = answer.output if answer is not None else ()
-    return SampleInput(request.sampling, piece.end, request.prompt, output)
+    return SampleInput(request.sampling, piece.end, request.prompt, output, request.seen)

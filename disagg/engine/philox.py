@@ -60,3 +60,26 @@ def gumbel(seeds: Ids, positions: Ids, ids: Ids) -> npt.NDArray[np.float64]:
 def as_int64(seed: int) -> np.int64:
     """The seed's low 64 bits: every Python integer is a seed."""
     return np.uint64(seed & 0xFFFF_FFFF_FFFF_FFFF).astype(np.int64)
+
+
+def block_words(seed: int, position: int, blocks: Ids) -> npt.NDArray[np.uint32]:
+    """Words of ids 4 * b to 4 * b + 3 for each b of `blocks`: uint32 `[n, 4]`, as in `uniforms`.
+
+    `philox4x32` for one key, in place: an operation on many counters costs mostly the memory that it makes.
+    """
+    key = seed & 0xFFFF_FFFF, seed >> 32 & 0xFFFF_FFFF
+    low, high = position & 0xFFFF_FFFF, position >> 32 & 0xFFFF_FFFF
+    c0 = blocks.astype(np.uint64)
+    c1, c2, c3, p0, p1 = (np.full_like(c0, value) for value in (low, high, 0, 0, 0))
+    mask = np.uint64(0xFFFF_FFFF)
+    for number in range(_ROUNDS):
+        k0, k1 = (np.uint64((k + number * int(w)) & 0xFFFF_FFFF) for k, w in zip(key, (_W0, _W1), strict=True))
+        np.multiply(c0, _M0, out=p0)
+        np.multiply(c2, _M1, out=p1)
+        for carry, added, other, word in ((p1, c1, k0, c0), (p0, c3, k1, c2)):
+            np.right_shift(carry, _SHIFT32, out=word)
+            word ^= added
+            word ^= other
+        np.bitwise_and(p1, mask, out=c1)
+        np.bitwise_and(p0, mask, out=c3)
+    return np.stack([word.astype(np.uint32) for word in (c0, c1, c2, c3)], axis=1)

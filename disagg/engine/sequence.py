@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 from disagg.cache.cache import CachedSequence
 from disagg.engine.commands import AttemptKey
+from disagg.engine.sampling.seen import SeenTokens
 from disagg.transceiver.protocol.actions import Verified
 from disagg.transceiver.wire.messages.values import FirstToken, Sampling, SamplingState, TokenLogprobs
 
@@ -24,11 +25,12 @@ class Ending:
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One attempt's prompt and how to sample from it."""
+    """One attempt's prompt and how to sample from it. `seen`: what penalties count, kept from token to token."""
 
     key: AttemptKey
     prompt: tuple[int, ...]
     sampling: Sampling
+    seen: SeenTokens = field(default_factory=SeenTokens, compare=False, repr=False)
 
     @property
     def prompt_len(self) -> int:

@@ -26,9 +26,9 @@ Addresses = npt.NDArray[np.uint64]
 
 VARIABLE: Final = "DISAGG_NATIVE"
 
-VERSION: Final = 3
-"""Of the functions here and in `native_attention`; a library built from other sources, in a tree that went on since, is
-not used."""
+VERSION: Final = 4
+"""Of the functions here, in `native_attention` and in `disagg.engine.sampling.native`; a library built from other
+sources, in a tree that went on since, is not used."""
 
 MIN_NBYTES: Final = 241
 """XXH3 hashes up to 240 bytes by other formulas; no KV block is so small outside tests."""

@@ -8,6 +8,21 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from disagg.transceiver.wire.messages.sampling_limits import (
+    LARGEST_INT64,
+    LARGEST_SEED,
+    MAX_BIAS,
+    MAX_BIASES,
+    MAX_LOGPROBS,
+    MAX_PENALTY,
+    MAX_STOP_TOKEN_IDS,
+    MAX_TOKENS,
+    check_above,
+    check_count,
+    check_ids,
+    check_number,
+)
+
 Run = tuple[int, int]
 """(first ordinal, number of ordinals)"""
 
@@ -138,6 +153,13 @@ class SamplingState:
     output_counts: tuple[tuple[int, int], ...] = ()
     version: int = 1
 
+    def __post_init__(self) -> None:
+        check_count("seed", self.seed, -LARGEST_INT64 - 1, LARGEST_SEED)
+        check_count("version", self.version, 1, MAX_TOKENS)
+        for token_id, count in self.output_counts:
+            check_count("output_counts: token id", token_id, 0, LARGEST_INT64)
+            check_count("output_counts: count", count, 1, MAX_TOKENS)
+
 
 @dataclass(frozen=True, slots=True)
 class FirstToken:
@@ -151,13 +173,18 @@ class FirstToken:
     state: SamplingState
     num_cached_tokens: int = 0
 
+    def __post_init__(self) -> None:
+        check_count("token_id", self.token_id, 0, LARGEST_INT64)
+        check_count("num_cached_tokens", self.num_cached_tokens, 0, MAX_TOKENS)
+
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
     """How to choose tokens. Pure in (seed, position, logits): see `disagg.engine.sampler`.
 
-    `temperature` 0 is greedy; `top_k` 0 and `top_p` 1.0 are off. `eos_token_ids` come from the model's
-    generation config and count unless `ignore_eos`. `num_logprobs` None = no logprobs, 0 = only the chosen token's.
+    Every value within `sampling_limits` is legal and exact. `temperature` 0 is greedy, as is one below what float32
+    divides by; `top_k` 0 and `top_p` 1.0 are off. `eos_token_ids` come from the model's generation config and count
+    unless `ignore_eos`. `num_logprobs` None = no logprobs, 0 = only the chosen token's.
     `cache_salt`: KV is shared with requests of the same salt only.
     """
 
@@ -179,18 +206,26 @@ class Sampling:
     cache_salt: str = ""
 
     def __post_init__(self) -> None:
-        if self.max_tokens < 1:
-            raise ValueError(f"max_tokens: {self.max_tokens}, expected at least 1")
-        if not self.temperature >= 0:
-            raise ValueError(f"temperature: {self.temperature}, expected 0 or more")
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p: {self.top_p}, expected more than 0 and at most 1")
-        if not 0 <= self.min_p <= 1:
-            raise ValueError(f"min_p: {self.min_p}, expected 0 to 1")
-        if self.top_k < 0:
-            raise ValueError(f"top_k: {self.top_k}, expected 0 (off) or more")
-        if not self.repetition_penalty > 0:
-            raise ValueError(f"repetition_penalty: {self.repetition_penalty}, expected more than 0")
+        check_count("max_tokens", self.max_tokens, 1, MAX_TOKENS)
+        check_count("min_tokens", self.min_tokens, 0, MAX_TOKENS)
+        check_count("top_k", self.top_k, 0, LARGEST_INT64)
+        check_count("seed", self.seed, -LARGEST_INT64 - 1, LARGEST_SEED)
+        check_number("temperature", self.temperature, 0)
+        check_above("top_p", self.top_p, 0, 1)
+        check_number("min_p", self.min_p, 0, 1)
+        check_above("repetition_penalty", self.repetition_penalty, 0)
+        check_number("presence_penalty", self.presence_penalty, -MAX_PENALTY, MAX_PENALTY)
+        check_number("frequency_penalty", self.frequency_penalty, -MAX_PENALTY, MAX_PENALTY)
+        if self.num_logprobs is not None:
+            check_count("num_logprobs", self.num_logprobs, 0, MAX_LOGPROBS)
+        self._check_ids()
+
+    def _check_ids(self) -> None:
+        check_ids("logit_bias", [entry[0] for entry in self.logit_bias], MAX_BIASES)
+        for bias in (number for entry in self.logit_bias for number in entry[1:]):  # the codec checks that it is a pair
+            check_number("logit_bias", bias, -MAX_BIAS, MAX_BIAS)
+        check_ids("eos_token_ids", self.eos_token_ids, MAX_STOP_TOKEN_IDS)
+        check_ids("stop_token_ids", self.stop_token_ids, MAX_STOP_TOKEN_IDS)
 
 
 @dataclass(frozen=True, slots=True)
