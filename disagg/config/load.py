@@ -47,7 +47,7 @@ def load(cls: type[S], flags: Mapping[str, Any], environ: Mapping[str, str], con
     try:
         return cls.model_validate(values)
     except ValidationError as exc:
-        raise ConfigError(_sentence(exc, values, origins)) from None
+        raise ConfigError(_sentence(cls, exc, values, origins)) from None
 
 
 def flag_of(field: str) -> str:
@@ -108,8 +108,13 @@ def _nearest(word: str, known: Iterable[str]) -> str:
     return f": did you mean `{matches[0]}`?" if matches else ": see its `--help` for the settings it has"
 
 
-def _sentence(exc: ValidationError, values: Mapping[str, Any], origins: Mapping[str, str]) -> str:
-    """The first complaint as `origin` is `value`: what was expected. Whole-model complaints begin with `field: `."""
+def _sentence(
+    cls: type[ModelSettings], exc: ValidationError, values: Mapping[str, Any], origins: Mapping[str, str]
+) -> str:
+    """The first complaint as `origin` is `value`: what was expected. Whole-model complaints begin with `field: `.
+
+    The value of a key is left out: sentences end in logs.
+    """
     error = exc.errors()[0]
     message = error["msg"].removeprefix("Value error, ").replace("Input should be", "expected", 1)
     if not error["loc"]:
@@ -122,6 +127,8 @@ def _sentence(exc: ValidationError, values: Mapping[str, Any], origins: Mapping[
     field = str(error["loc"][0])
     if field not in origins:
         return message
+    if not cls.model_fields[field].repr:
+        return f"{origins[field]}: {message}"
     return f"{origins[field]} is `{_shown(values[field])}`: {message}"
 
 

@@ -82,6 +82,19 @@ def plain_name(value: str) -> str:
     return value
 
 
+def header_key(value: str) -> str:
+    """A key without the white space around it, which files and Kubernetes secrets end with. Raises ValueError.
+
+    What is left must be such that clients can send it: a header holds Latin-1 and no control characters.
+    """
+    key = value.strip()
+    if not key:
+        raise ValueError("it holds nothing but white space: give a key, or leave the setting out")
+    if not key.isprintable() or max(key) > "\xff":
+        raise ValueError("it has characters that no HTTP header can carry: expected printable ASCII or Latin-1")
+    return key
+
+
 def endpoint_host(endpoint: str) -> str:
     """`tcp://[::1]:8998` -> `::1`."""
     return endpoint.removeprefix("tcp://").rpartition(":")[0].strip("[]")

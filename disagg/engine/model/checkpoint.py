@@ -61,6 +61,9 @@ def _download(name: str, files: tuple[str, ...]) -> Path:
     import huggingface_hub  # only a hub id needs it, and it takes a while to import
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 
+    token = huggingface_hub.get_token() or ""  # without white space around it
+    if not (token.isascii() and token.isprintable()):
+        raise ModelRefused("HF_TOKEN has characters that no HTTP header can carry: copy the token again from the hub")
     try:
         return Path(huggingface_hub.snapshot_download(name, allow_patterns=list(files)))
     except GatedRepoError as exc:
