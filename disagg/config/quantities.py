@@ -70,7 +70,7 @@ def tcp_endpoint(value: object) -> object:
 
 def device(value: str) -> str:
     """`cpu`, `cuda` or `cuda:N`. Raises ValueError."""
-    if re.fullmatch(r"cpu|cuda(:\d+)?", value) is None:
+    if re.fullmatch(r"cpu|cuda(:(0|[1-9][0-9]{0,3}))?", value) is None:
         raise ValueError("expected `cpu`, `cuda` or `cuda:N`")
     return value
 

@@ -264,8 +264,12 @@ class UpSettings(HttpSettings, EngineSettings):
     prefill: int = Field(1, ge=0, description="Prefill workers")
     decode: int = Field(1, ge=0, description="Decode workers")
     both: int = Field(0, ge=0, description="Workers that do both, without a transfer")
-    prefill_devices: Devices = Field(("cpu",), description="Devices of prefill workers in turn, such as cuda:0,cuda:1")
-    decode_devices: Devices = Field(("cpu",), description="Devices of decode (and `both`) workers in turn")
+    prefill_devices: Devices | None = Field(
+        None, description="Devices of prefill workers in turn, such as cuda:0,cuda:1 [default: the GPUs, else cpu]"
+    )
+    decode_devices: Devices | None = Field(
+        None, description="Devices of decode (and `both`) workers in turn [default: the GPUs, else cpu]"
+    )
     threads: Count | None = Field(
         None, description="CPU threads of each worker [default: cores / workers, what is left goes to prefill]"
     )
