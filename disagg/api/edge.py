@@ -34,7 +34,7 @@ class Edge:
 
     def __init__(self, app: ASGIApp, api_key: str | None = None) -> None:
         self._app = app
-        self._key = None if api_key is None else f"Bearer {api_key}".encode()
+        self._keys = () if api_key is None else _bearers(api_key)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -58,11 +58,10 @@ class Edge:
         headers = Headers(scope=scope)
         if (given := headers.get(HEADER)) is not None:
             response.request_id = scope["state"]["request_id"] = check_request_id(given)
-        if self._key is None or scope["path"] in OPEN_PATHS:
+        if not self._keys or scope["path"] in OPEN_PATHS:
             return
-        # Headers are Latin-1 by rule and UTF-8 in practice; the key is compared as the bytes that clients send.
         given_key = headers.get("authorization", "").encode("latin-1")
-        if not hmac.compare_digest(given_key, self._key):
+        if not any(hmac.compare_digest(given_key, key) for key in self._keys):
             raise ApiError(401, "the API key is missing or wrong: send the header `Authorization: Bearer KEY`")
 
     async def _apologise(self, scope: Scope, receive: Receive, response: _Response) -> None:
@@ -70,6 +69,12 @@ class Edge:
             return
         message = f"the server failed; its log says why under request id `{response.request_id}`"
         await error_response(ApiError(500, message))(scope, receive, response.send)
+
+
+def _bearers(api_key: str) -> tuple[bytes, ...]:
+    """The header's bytes as clients send them: headers are Latin-1 by rule and UTF-8 in practice."""
+    text = f"Bearer {api_key}"
+    return (text.encode(), text.encode("latin-1")) if max(text) <= "\xff" else (text.encode(),)
 
 
 class _Response:

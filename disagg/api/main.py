@@ -5,20 +5,21 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from disagg.api.app import create_admin_app, create_app
 from disagg.api.server import serve
 from disagg.api.settings import ApiSettings
-from disagg.config.errors import ConfigError
+from disagg.config.errors import ConfigError, found_in
 from disagg.config.settings import RouterSettings
+from disagg.config.signals import heeded_signals
 from disagg.engine.model.checkpoint import ModelRefused, fingerprint, generation_defaults, resolve_model
 from disagg.router.router import Router, RouterOptions
 from disagg.transceiver.wire.errors import EndpointRefused
 from disagg.transceiver.wire.keys import ClusterKeys
+from disagg.transceiver.wire.sockets import bracketed
 
 Announce = Callable[[dict[str, Any]], None]
 
@@ -31,18 +32,23 @@ def run(settings: RouterSettings, secret: bytes, announce: Announce) -> int:
     try:
         folder = resolve_model(settings.model)
         return asyncio.run(_serve(settings, folder, keys, announce))
-    except (ModelRefused, EndpointRefused) as refusal:
-        raise ConfigError(str(refusal)) from refusal
+    except Exception as exc:  # what is raised while the router runs arrives in the group of its tasks
+        if (refusal := found_in(exc, ModelRefused, EndpointRefused, ConfigError)) is None:
+            raise
+        raise ConfigError(str(refusal)) from exc
 
 
 async def _serve(settings: RouterSettings, folder: Path, keys: ClusterKeys, announce: Announce) -> int:
     stopped = asyncio.Event()
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+    for number in heeded_signals():
         asyncio.get_running_loop().add_signal_handler(number, stopped.set)
-    control = f"tcp://{settings.control_host}:{settings.control_port}"
+    control = f"tcp://{bracketed(settings.control_host)}:{settings.control_port}"
     async with contextlib.AsyncExitStack() as stack:
-        router = await stack.enter_async_context(Router.open(control, keys, _router_options(settings, folder)))
-        app, admin_app = create_app(router, _api_settings(settings, folder)), create_admin_app(router)
+        with _reading(folder):
+            options = _router_options(settings, folder)
+        router = await stack.enter_async_context(Router.open(control, keys, options))
+        with _reading(folder):
+            app, admin_app = create_app(router, _api_settings(settings, folder)), create_admin_app(router)
         try:
             admin = await stack.enter_async_context(serve(admin_app, ADMIN_HOST, settings.admin_port))
             public = await stack.enter_async_context(serve(app, settings.host, settings.port))
@@ -54,6 +60,18 @@ async def _serve(settings: RouterSettings, folder: Path, keys: ClusterKeys, anno
         )
         await stopped.wait()
     return 0
+
+
+@contextlib.contextmanager
+def _reading(folder: Path) -> Iterator[None]:
+    """Raises ModelRefused for whatever goes wrong inside: what a model's files can make libraries raise has no end."""
+    try:
+        yield
+    except ModelRefused:
+        raise
+    except Exception as exc:
+        reason = (str(exc).strip() or "no message").splitlines()[0]
+        raise ModelRefused(f"model folder `{folder}` cannot be used: {type(exc).__name__}: {reason}") from exc
 
 
 def _router_options(settings: RouterSettings, folder: Path) -> RouterOptions:

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, Final, NoReturn
 
 import jinja2
 from jinja2 import nodes
@@ -16,6 +16,8 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from disagg.api.request_checks import Message
 from disagg.engine.model.weights import ModelRefused, read_json
+
+OTHER_FILES: Final[tuple[type[nodes.Node], ...]] = (nodes.Include, nodes.Import, nodes.FromImport, nodes.Extends)
 
 
 class TemplateError(Exception):
@@ -34,18 +36,28 @@ class GenerationTag(Extension):
 
 def find_template(folder: Path, tokenizer_config: Mapping[str, Any]) -> str | None:
     """`chat_template.jinja`, else the entry of the tokenizer's config, else the processor's `chat_template.json`."""
-    if (file := folder / "chat_template.jinja").is_file():
-        return file.read_text("utf-8")
+    file = folder / "chat_template.jinja"
+    try:
+        if file.is_file():
+            return file.read_text("utf-8-sig")  # a byte order mark is no part of a prompt
+    except (OSError, UnicodeDecodeError) as exc:
+        raise ModelRefused(f"the chat template `{file}` cannot be read as UTF-8 text: {exc}") from exc
     if entry := tokenizer_config.get("chat_template"):
         return _default_of(entry)
     return _default_of((read_json(folder, "chat_template.json") or {}).get("chat_template"))
 
 
 def _default_of(entry: Any) -> str | None:
-    """Old configs list several named templates."""
+    """Old configs list several named templates. Raises ModelRefused for what is neither text nor such a list."""
     if entry is None or isinstance(entry, str):
         return entry
-    return {item["name"]: item["template"] for item in entry}.get("default")
+    try:
+        template = {item["name"]: item["template"] for item in entry}.get("default")
+    except (TypeError, KeyError) as exc:
+        raise ModelRefused(f"the model's chat template is neither text nor a list of named ones: {exc!r}") from exc
+    if not isinstance(template, str | None):
+        raise ModelRefused(f"the model's default chat template is a {type(template).__name__}, expected text")
+    return template
 
 
 class ChatTemplate:
@@ -63,10 +75,15 @@ class ChatTemplate:
         environment.globals["strftime_now"] = _strftime_now
         try:
             self._template = environment.from_string(source)
+            tree = environment.parse(source)
         except jinja2.TemplateSyntaxError as exc:
             raise ModelRefused(f"the model's chat template is not valid: line {exc.lineno}: {exc.message}") from exc
+        except (SyntaxError, RecursionError, ValueError) as exc:  # of the Python that jinja makes of it
+            raise ModelRefused(f"the model's chat template is not valid: {exc}") from exc
+        if any(tree.find(kind) is not None for kind in OTHER_FILES):
+            raise ModelRefused("the model's chat template asks for other files, which a chat template does not have")
         self._variables = dict(variables)
-        self._takes_parts = _takes_parts(environment.parse(source))
+        self._takes_parts = _takes_parts(tree)
 
     def render(
         self,

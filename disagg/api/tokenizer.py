@@ -44,12 +44,7 @@ class ModelTokenizer:
         file = folder / "tokenizer.json"
         if not file.is_file():
             raise ModelRefused(f"`{folder}` has no tokenizer.json: save the model with its fast tokenizer")
-        try:
-            tokenizer = Tokenizer.from_file(str(file))
-        except Exception as exc:  # the library raises bare Exception
-            raise ModelRefused(f"`{file}` is not a tokenizer: {exc}") from exc
-        tokenizer.no_truncation()
-        tokenizer.no_padding()
+        tokenizer = _read_tokenizer(file)
         config = {
             **(read_json(folder, "special_tokens_map.json") or {}),
             **(read_json(folder, "tokenizer_config.json") or {}),
@@ -131,17 +126,32 @@ class ModelTokenizer:
         return token.replace("▁", " ").encode() if byte is None else bytes([byte])
 
 
+def _read_tokenizer(file: Path) -> Tokenizer:
+    """The tokenizer, tried once. Raises ModelRefused."""
+    try:
+        tokenizer = Tokenizer.from_file(str(file))
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        tokenizer.decode(tokenizer.encode_batch_fast(["Hello"], add_special_tokens=True)[0].ids)
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as exc:  # the library raises bare Exception, and its panics are not even those
+        raise ModelRefused(f"`{file}` is not a tokenizer: {exc}") from exc
+    return tokenizer
+
+
 def special_tokens(config: Mapping[str, Any]) -> dict[str, str]:
     """Texts of the special tokens by name; configs write them as a string or as an object with `content`."""
     entries = {name: config.get(name) for name in SPECIAL_NAMES}
-    texts = {name: entry["content"] if isinstance(entry, dict) else entry for name, entry in entries.items()}
+    texts = {name: entry.get("content") if isinstance(entry, dict) else entry for name, entry in entries.items()}
     return {name: text for name, text in texts.items() if isinstance(text, str)}
 
 
 def vocabulary_size(config: Mapping[str, Any]) -> int | None:
     """Rows of the embedding table; multimodal wrappers keep the language model's config inside."""
-    size = config.get("vocab_size") or (config.get("text_config") or {}).get("vocab_size")
-    return size if isinstance(size, int) else None
+    text = config.get("text_config")
+    size = config.get("vocab_size") or (text.get("vocab_size") if isinstance(text, dict) else None)
+    return size if isinstance(size, int) and not isinstance(size, bool) and size > 0 else None
 
 
 def _byte_of(token: str) -> int | None:

@@ -87,7 +87,10 @@ class Child:
 
 def describe_exit(code: int) -> str:
     """`exited with code 1` or `was killed by SIGKILL`."""
-    return f"exited with code {code}" if code >= 0 else f"was killed by {signal.Signals(-code).name}"
+    if code >= 0:
+        return f"exited with code {code}"
+    names = {int(number): number.name for number in signal.Signals}  # real-time signals between the two named have none
+    return f"was killed by {names.get(-code, f'signal {-code}')}"
 
 
 def _pipe(reader: contextlib.ExitStack, writer: contextlib.ExitStack) -> tuple[int, int]:

@@ -12,6 +12,7 @@ import typer
 from disagg import __version__
 from disagg.cli.bench import app as bench_app
 from disagg.cli.options import command
+from disagg.cli.output import forgive_output, lost_result, open_closed_descriptors
 from disagg.cli.process import INTERRUPTED, USER_ERROR, run_router, run_worker
 from disagg.config.errors import ConfigError
 from disagg.config.settings import DemoSettings, PlanSettings, Role, RouterSettings, UpSettings, WorkerSettings
@@ -25,6 +26,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
+FAILED: Final = 1
 FLAG_VALUES = {"--swa-scratch": "on"}
 INHERITED = ("announce_fd", "secret_fd")
 HELP_OF_ROLE = {
@@ -81,8 +83,13 @@ def version() -> None:
 
 
 def run() -> None:
-    """Entry point of the console script."""
+    """The whole process: `disagg.__main__` calls this."""
+    open_closed_descriptors()
+    forgive_output()
     code = main(sys.argv[1:])
+    if (why := lost_result()) and code == 0:
+        print(f"disagg: {why}", file=sys.stderr)  # noqa: T201
+        code = FAILED
     gc.freeze()  # all memory goes with the process: a last collection of torch's modules would take a second of CPU
     sys.exit(code)
 

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Final, Literal, TypeVar, Union, get_args, get
 import typer
 from pydantic.fields import FieldInfo
 
-from disagg.config.load import flag_of, load, unknown_variables
+from disagg.config.load import check_switches, flag_of, load, unknown_variables
 from disagg.config.settings import ModelSettings, Nbytes
 
 NO_SWITCHES: Final[Mapping[str, str]] = MappingProxyType({})
@@ -33,6 +33,7 @@ def command(
         extra = {name: given.pop(name) for name in (*hidden, *switches)}
         config = given.pop("config") or os.environ.get("DISAGG_CONFIG")
         flags = {field: _joined(value) for field, value in given.items() if value not in (None, [])}
+        check_switches(os.environ)
         settings = load(cls, flags, os.environ, Path(config) if config else None)
         for name in unknown_variables(os.environ):
             print(f"disagg: no command reads `{name}`: is it misspelt?", file=sys.stderr)  # noqa: T201
@@ -68,7 +69,12 @@ def _option(field: str, info: FieldInfo) -> Any:
 
 def _is_list(info: FieldInfo) -> bool:
     """Whether the flag may be given several times; then it counts as one list with commas."""
-    return get_origin(info.annotation) is tuple
+    annotation = info.annotation
+    if get_origin(annotation) in {Union, UnionType}:
+        annotation = get_args(annotation)[0]
+    if get_origin(annotation) is Annotated:
+        annotation = get_args(annotation)[0]
+    return get_origin(annotation) is tuple
 
 
 def _joined(value: Any) -> Any:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import errno
 import logging
 import os
-import socket
 import sys
 from collections.abc import Callable
 from typing import Final
@@ -13,11 +11,13 @@ from typing import Final
 from disagg.cli.announce import Announce, announcer
 from disagg.cli.lifeline import secret_from_supervisor
 from disagg.cli.logs import set_up_logs
-from disagg.config.errors import ConfigError
+from disagg.cli.ports import LOOPBACK, Address, require_free_ports
+from disagg.config.errors import ConfigError, found_in, leaves
 from disagg.config.secret import read_secret
 from disagg.config.settings import Role, RouterSettings, SecretSettings, WorkerSettings
 
 USER_ERROR: Final = 2
+MAX_TOLD_CHARS: Final = 300  # of an error in one sentence; libraries write pages, and the log has them
 INTERRUPTED: Final = 130  # 128 + SIGINT, as shells report it
 
 log = logging.getLogger(__name__)
@@ -28,9 +28,11 @@ def run_router(settings: RouterSettings, *, announce_fd: int | None = None, secr
     set_up_logs(settings.log_level, role="router")
 
     def serve(secret: bytes, announce: Announce) -> int:
-        require_free_port(settings.host, settings.port, "--port")
-        require_free_port("127.0.0.1", settings.admin_port, "--admin-port")
-        require_free_port(settings.control_host, settings.control_port, "--control-port")
+        require_free_ports(
+            Address("--port", settings.host, settings.port),
+            Address("--admin-port", LOOPBACK, settings.admin_port),
+            Address("--control-port", settings.control_host, settings.control_port),
+        )
         from disagg.api.main import run  # here, so that `--help` need not load the serving stack
 
         return run(settings, secret, announce)
@@ -54,22 +56,6 @@ def run_worker(
     return _serve(settings, serve, announce_fd, secret_fd)
 
 
-def require_free_port(host: str, port: int, flag: str) -> None:
-    """Raise ConfigError when `port` is taken or `host` is not ours; 0 is always free."""
-    try:
-        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        with socket.socket(family, kind) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as servers do: TIME_WAIT is not busy
-            probe.bind(address)
-    except OSError as exc:
-        if exc.errno == errno.EADDRINUSE:
-            raise ConfigError(
-                f"port {port} on `{host}` is busy: choose another with `{flag}`, 0 takes a free one"
-            ) from None
-        reason = (exc.strerror or str(exc)).lower()
-        raise ConfigError(f"cannot listen on `{host}` port {port} (`{flag}`): {reason}") from None
-
-
 def _serve(
     settings: SecretSettings, serve: Callable[[bytes, Announce], int], announce_fd: int | None, secret_fd: int | None
 ) -> int:
@@ -77,16 +63,23 @@ def _serve(
     announce = announcer(announce_fd)
     try:
         return serve(_secret(settings, secret_fd), announce)
-    except ConfigError as exc:
-        announce({"event": "error", "message": str(exc)})
-        if announce_fd is None:
-            print(f"disagg: {exc}", file=sys.stderr)  # noqa: T201
-        return USER_ERROR
     except KeyboardInterrupt:
         return INTERRUPTED
-    except Exception:
+    except Exception as exc:
+        if (mistake := found_in(exc, ConfigError)) is not None:
+            announce({"event": "error", "message": str(mistake)})
+            if announce_fd is None:
+                print(f"disagg: {' '.join(str(mistake).split())}", file=sys.stderr)  # noqa: T201
+            return USER_ERROR
         log.critical("the process ends by an error of its own", exc_info=True)
+        announce({"event": "error", "message": _in_a_line(exc)})
         return 1
+
+
+def _in_a_line(exc: BaseException) -> str:
+    """The error that the traceback in the log is about."""
+    cause = next(leaves(exc))
+    return f"{type(cause).__name__}: {' '.join(str(cause).split())[:MAX_TOLD_CHARS]}".rstrip(": ")
 
 
 def _secret(settings: SecretSettings, secret_fd: int | None) -> bytes:

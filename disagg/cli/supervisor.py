@@ -11,19 +11,22 @@ import asyncio
 import contextlib
 import signal
 import time
+from collections import deque
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from typing import Any, Final, Protocol
 
 from disagg.cli.child import DRAIN_S, Child, ChildSpec, describe_exit
 from disagg.cli.display import Display
 from disagg.cli.restarts import MAX_RESTARTS, WINDOW_S, Restarts
-from disagg.config.errors import ConfigError
+from disagg.config.errors import ConfigError, leaves
+from disagg.config.signals import heeded_signals
 
 GRACE_S: Final = 8.0
 """After SIGTERM: the router gives running answers 5 s, and with the router a worker ends: nothing is left to finish."""
 
 USER_ERROR: Final = 2
-SIGNALS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+REFUSAL: Final = "disagg: "  # how a command begins the sentence of a user's mistake
+MAX_TOLD_CHARS: Final = 400  # of a line that a dead child wrote; what is longer is above it in the log
 
 Ready = Mapping[str, Any]
 Work = Callable[[Ready, Sequence[Ready]], Awaitable[int]]
@@ -89,20 +92,29 @@ class Supervisor:
         restarts = Restarts()
         future = self._ready.setdefault(name, asyncio.get_running_loop().create_future())
         while True:
-            code = await self._live(name, spec(future.result() if future.done() else None))
+            code, last_words = await self._live(name, spec(future.result() if future.done() else None))
+            if not future.done():
+                raise _never_ready(name, code, last_words)
             delay_s = restarts.next_delay_s(time.monotonic())
             if delay_s is None:
                 raise ClusterError(f"`{name}` {describe_exit(code)}, after {MAX_RESTARTS} restarts in {WINDOW_S:.0f} s")
             self._display.say(f"`{name}` {describe_exit(code)}: restarting it in {delay_s:g} s")
             await asyncio.sleep(delay_s)
 
-    async def _live(self, name: str, spec: ChildSpec) -> int:
-        """One life of a child: its exit code. Raises ConfigError with the sentence of a child that exits 2."""
+    async def _live(self, name: str, spec: ChildSpec) -> tuple[int, str]:
+        """One life of a child: its exit code and what it said last.
+
+        Raises ConfigError with the sentence of a child that exits 2: what a user gave will be as wrong again.
+        """
         child = await Child.spawn(spec, self._secret)
         self.children[name] = child
         self._display.progress(name, f"starting (pid {child.pid})")
         error: list[str] = []
-        readers = [asyncio.create_task(self._follow(name, child, error)), asyncio.create_task(self._relay(child))]
+        last_line: deque[str] = deque(maxlen=1)
+        readers = [
+            asyncio.create_task(self._follow(name, child, error)),
+            asyncio.create_task(self._relay(child, last_line)),
+        ]
         try:
             code = await child.process.wait()
         finally:
@@ -112,7 +124,7 @@ class Supervisor:
             del self.children[name]
         if code == USER_ERROR and error:
             raise ConfigError(error[0])
-        return code
+        return code, "".join(error[-1:] or last_line)
 
     async def _follow(self, name: str, child: Child, error: list[str]) -> None:
         async for event in child.announcements():
@@ -126,21 +138,25 @@ class Supervisor:
                 case {"event": "error", "message": message}:
                     error.append(str(message))
 
-    async def _relay(self, child: Child) -> None:
+    async def _relay(self, child: Child, last_line: deque[str]) -> None:
         async for line in child.log_lines():
             self._display.log(line)
+            if line.strip():
+                last_line.append(line.strip())
 
     @contextlib.contextmanager
     def _signals(self) -> Iterator[None]:
         loop, task = asyncio.get_running_loop(), asyncio.current_task()
         assert task is not None
-        for signum in SIGNALS:
+        before = {signum: signal.getsignal(signum) for signum in heeded_signals()}
+        for signum in before:
             loop.add_signal_handler(signum, self._on_signal, signum, task)
         try:
             yield
         finally:
-            for signum in SIGNALS:
+            for signum, handler in before.items():
                 loop.remove_signal_handler(signum)
+                signal.signal(signum, handler)
 
     def _on_signal(self, signum: signal.Signals, task: asyncio.Task[Any]) -> None:
         """The first signal ends everything in order, the second at once."""
@@ -169,13 +185,13 @@ async def _finish(readers: Sequence[asyncio.Task[None]]) -> None:
 
 def _first(group: BaseExceptionGroup[BaseException]) -> BaseException:
     """The sentence to show: one user error explains the others."""
-    flat = list(_leaves(group))
+    flat = list(leaves(group))
     return next((exc for exc in flat if isinstance(exc, ConfigError)), flat[0])
 
 
-def _leaves(exc: BaseException) -> Iterator[BaseException]:
-    if isinstance(exc, BaseExceptionGroup):
-        for inner in exc.exceptions:
-            yield from _leaves(inner)
-    else:
-        yield exc
+def _never_ready(name: str, code: int, last_words: str) -> Exception:
+    """A child that ended before it was ever ready would end so again: nothing about it has changed."""
+    if code == USER_ERROR and last_words.startswith(REFUSAL):
+        return ConfigError(last_words.removeprefix(REFUSAL))
+    words = f": {last_words[:MAX_TOLD_CHARS]}" if last_words else ""
+    return ClusterError(f"`{name}` {describe_exit(code)} before it was ready{words}")

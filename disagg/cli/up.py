@@ -9,17 +9,17 @@ import sys
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import cycle
 from typing import Any, Final
 
 import aiohttp
 
 from disagg.cli.child import ChildSpec
 from disagg.cli.display import display
-from disagg.cli.process import require_free_port
+from disagg.cli.placement import Placement, check_told_devices
+from disagg.cli.ports import LOOPBACK, Address, require_free_ports
 from disagg.cli.supervisor import ClusterError, Ready, Supervisor
 from disagg.config.errors import ConfigError
-from disagg.config.load import COMMANDS, OTHER_VARIABLES, to_flags, variable_of
+from disagg.config.load import PREFIX, SWITCHES, to_flags, variable_of
 from disagg.config.quantities import format_nbytes
 from disagg.config.resources import default_kv_cache_nbytes, num_cores, threads_by_role
 from disagg.config.secret import INSECURE_SECRET, draw_secret
@@ -33,7 +33,6 @@ from disagg.config.settings import (
     WorkerSettings,
 )
 
-LOOPBACK: Final = "127.0.0.1"
 LINKS_TIMEOUT_S: Final = 30.0  # all workers are ready by then: what remains are handshakes of milliseconds
 POLL_S: Final = 0.1  # below what a person notices, and two leases long enough not to be a load
 
@@ -59,6 +58,7 @@ class LocalCluster:
         self._settings = settings
         self._shared = {field: getattr(settings, field) for field in Settings.model_fields} | {"model": model}
         self._threads = _threads(settings)
+        self.placement = Placement(settings)
         # Measured once: workers that measured for themselves, or after a restart, would find different amounts free,
         # derive different lengths from them and be refused as different workers.
         self._cpu_kv_nbytes = default_kv_cache_nbytes()
@@ -77,14 +77,13 @@ class LocalCluster:
         return _spec("router", "router", to_flags(RouterSettings(**told), hide=("api_key",)), env)
 
     def workers(self, ready: Ready) -> list[ChildSpec]:
-        decode_devices = cycle(self._settings.decode_devices)
-        devices = {"prefill": cycle(self._settings.prefill_devices), "decode": decode_devices, "both": decode_devices}
         counts: dict[Role, int] = {
             "prefill": self._settings.prefill,
             "decode": self._settings.decode,
             "both": self._settings.both,
         }
-        placed = [(role, f"{role}-{n}", next(devices[role])) for role, count in counts.items() for n in range(count)]
+        devices = self.placement.next_device
+        placed = [(role, f"{role}-{n}", devices(role)) for role, count in counts.items() for n in range(count)]
         used = [device for _, _, device in placed]
         return [self._worker(*place, ready["control"], used.count(place[2])) for place in placed]
 
@@ -122,15 +121,17 @@ def serve(settings: UpSettings, work: Work) -> int:
 
     Raises ConfigError for what the user gave.
     """
-    for port, host, flag in (
-        (settings.port, settings.host, "--port"),
-        (settings.admin_port, LOOPBACK, "--admin-port"),
-        (settings.control_port, LOOPBACK, "--control-port"),
-    ):
-        require_free_port(host, port, flag)
+    require_free_ports(
+        Address("--port", settings.host, settings.port),
+        Address("--admin-port", LOOPBACK, settings.admin_port),
+        Address("--control-port", LOOPBACK, settings.control_port),
+    )
+    check_told_devices(settings)
     cluster = LocalCluster(settings, _resolved(settings.model))
     secret = INSECURE_SECRET if settings.insecure else draw_secret()
     with display() as shown:
+        if sentence := cluster.placement.sentence:
+            shown.say(sentence)
 
         async def connected(router: Ready, workers: Sequence[Ready]) -> int:
             pairs = await wait_for_pairs(settings, router["url"])
@@ -141,13 +142,19 @@ def serve(settings: UpSettings, work: Work) -> int:
             return asyncio.run(Supervisor(cluster, secret, shown).run(connected))
         except (ClusterError, aiohttp.ClientError, TimeoutError) as exc:
             shown.say(str(exc) or "the router did not answer in time")
-            return 1
+        except OSError as exc:
+            shown.say(f"a process cannot be started: {(exc.strerror or str(exc)).lower()}")
+        return 1
 
 
 def child_environment(environ: Mapping[str, str]) -> dict[str, str]:
-    """Our environment without settings: they were read here, and a child gets its own as flags."""
-    read = {variable_of(field) for cls in COMMANDS for field in cls.model_fields} | OTHER_VARIABLES
-    return {name: value for name, value in environ.items() if name not in read}
+    """Our environment without settings: they were read here, and a child gets its own as flags.
+
+    Switches are no settings: each process reads them where it imports what they switch. What a child writes is read
+    here as UTF-8, whatever the terminal's encoding.
+    """
+    passed = {name: value for name, value in environ.items() if not name.startswith(PREFIX) or name in SWITCHES}
+    return passed | {"PYTHONIOENCODING": "utf-8:backslashreplace"}
 
 
 async def wait_for_pairs(settings: UpSettings, url: str) -> list[Pair]:

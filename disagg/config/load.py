@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Final, TypeVar
 
 import yaml
@@ -21,10 +23,18 @@ from disagg.config.settings import (
 )
 
 PREFIX: Final = "DISAGG_"
-OTHER_VARIABLES: Final = frozenset(
-    {"DISAGG_SECRET", "DISAGG_CONFIG", "DISAGG_KERNELS", "DISAGG_FUSED_QKV", "DISAGG_NATIVE"}
+SWITCHES: Final[Mapping[str, tuple[str, ...]]] = MappingProxyType(
+    {"DISAGG_KERNELS": ("torch", "triton"), "DISAGG_FUSED_QKV": ("on", "off"), "DISAGG_NATIVE": ("on", "off")}
 )
-"""The last three: `disagg.kernels` reads them where it is imported."""
+"""Variables without a flag and the values they have: `disagg.kernels` reads them where it is imported, in a worker."""
+
+OTHER_VARIABLES: Final = frozenset({"DISAGG_SECRET", "DISAGG_CONFIG", *SWITCHES})
+
+SERVICE_LINK: Final = re.compile(
+    r"\w+_(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)|\w+_PORT=(tcp|udp|sctp)://.*",
+    re.ASCII,
+)
+"""What Kubernetes tells every container about a service called `disagg` or `disagg-...`, as `NAME` or `NAME=value`."""
 
 COMMANDS: Final = (UpSettings, DemoSettings, RouterSettings, WorkerSettings, PlanSettings)
 _KINDS: Final = {"int": "a whole number", "float": "a number", "bool": "true or false"}
@@ -47,7 +57,7 @@ def load(cls: type[S], flags: Mapping[str, Any], environ: Mapping[str, str], con
     try:
         return cls.model_validate(values)
     except ValidationError as exc:
-        raise ConfigError(_sentence(exc, values, origins)) from None
+        raise ConfigError(_sentence(cls, exc, values, origins)) from None
 
 
 def flag_of(field: str) -> str:
@@ -59,8 +69,24 @@ def variable_of(field: str) -> str:
 
 
 def read_environ(cls: type[ModelSettings], environ: Mapping[str, str]) -> dict[str, str]:
-    """The fields of `cls` that have a non-empty `DISAGG_*` variable."""
-    return {field: environ[name] for field in cls.model_fields if environ.get(name := variable_of(field))}
+    """The fields of `cls` that have a non-empty `DISAGG_*` variable, which is not Kubernetes' word on a service."""
+    names = {field: variable_of(field) for field in cls.model_fields}
+    return {
+        field: environ[name]
+        for field, name in names.items()
+        if environ.get(name) and not is_service_link(name, environ[name])
+    }
+
+
+def check_switches(environ: Mapping[str, str]) -> None:
+    """Raise ConfigError for a value that no worker would start with."""
+    for name, values in SWITCHES.items():
+        if (value := environ.get(name)) and value not in values:
+            raise ConfigError(f"`{name}` is `{value}`: expected {' or '.join(values)}, or leave it unset")
+
+
+def is_service_link(name: str, value: str) -> bool:
+    return any(SERVICE_LINK.fullmatch(text) for text in (name, f"{name}={value}"))
 
 
 def to_flags(settings: ModelSettings, *, hide: Iterable[str] = ()) -> list[str]:
@@ -80,7 +106,8 @@ def to_flags(settings: ModelSettings, *, hide: Iterable[str] = ()) -> list[str]:
 def unknown_variables(environ: Mapping[str, str]) -> list[str]:
     """`DISAGG_*` variables that no command reads: most likely misspelt."""
     known = {variable_of(field) for cls in COMMANDS for field in cls.model_fields}
-    return sorted(name for name in environ if name.startswith(PREFIX) and name not in known | OTHER_VARIABLES)
+    ours = (name for name, value in environ.items() if name.startswith(PREFIX) and not is_service_link(name, value))
+    return sorted(name for name in ours if name not in known | OTHER_VARIABLES)
 
 
 def read_yaml(cls: type[ModelSettings], path: Path) -> dict[str, Any]:
@@ -108,8 +135,13 @@ def _nearest(word: str, known: Iterable[str]) -> str:
     return f": did you mean `{matches[0]}`?" if matches else ": see its `--help` for the settings it has"
 
 
-def _sentence(exc: ValidationError, values: Mapping[str, Any], origins: Mapping[str, str]) -> str:
-    """The first complaint as `origin` is `value`: what was expected. Whole-model complaints begin with `field: `."""
+def _sentence(
+    cls: type[ModelSettings], exc: ValidationError, values: Mapping[str, Any], origins: Mapping[str, str]
+) -> str:
+    """The first complaint as `origin` is `value`: what was expected. Whole-model complaints begin with `field: `.
+
+    The value of a key is left out: sentences end in logs.
+    """
     error = exc.errors()[0]
     message = error["msg"].removeprefix("Value error, ").replace("Input should be", "expected", 1)
     if not error["loc"]:
@@ -122,6 +154,8 @@ def _sentence(exc: ValidationError, values: Mapping[str, Any], origins: Mapping[
     field = str(error["loc"][0])
     if field not in origins:
         return message
+    if not cls.model_fields[field].repr:
+        return f"{origins[field]}: {message}"
     return f"{origins[field]} is `{_shown(values[field])}`: {message}"
 
 

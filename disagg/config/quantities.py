@@ -70,7 +70,7 @@ def tcp_endpoint(value: object) -> object:
 
 def device(value: str) -> str:
     """`cpu`, `cuda` or `cuda:N`. Raises ValueError."""
-    if re.fullmatch(r"cpu|cuda(:\d+)?", value) is None:
+    if re.fullmatch(r"cpu|cuda(:(0|[1-9][0-9]{0,3}))?", value) is None:
         raise ValueError("expected `cpu`, `cuda` or `cuda:N`")
     return value
 
@@ -80,6 +80,19 @@ def plain_name(value: str) -> str:
     if re.fullmatch(r"[\w.-]{1,128}", value, re.ASCII) is None:
         raise ValueError("expected at most 128 letters, digits, `.`, `_` and `-`")
     return value
+
+
+def header_key(value: str) -> str:
+    """A key without the white space around it, which files and Kubernetes secrets end with. Raises ValueError.
+
+    What is left must be such that clients can send it: a header holds Latin-1 and no control characters.
+    """
+    key = value.strip()
+    if not key:
+        raise ValueError("it holds nothing but white space: give a key, or leave the setting out")
+    if not key.isprintable() or max(key) > "\xff":
+        raise ValueError("it has characters that no HTTP header can carry: expected printable ASCII or Latin-1")
+    return key
 
 
 def endpoint_host(endpoint: str) -> str:

@@ -8,11 +8,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Final, TypeVar
 
+from disagg.cache.cgroup import groups_around, groups_of_process, read, read_count
 from disagg.cache.host_memory import available_nbytes
 
 RoleT = TypeVar("RoleT", bound=str)
-
-CGROUP: Final = Path("/sys/fs/cgroup")
 
 CPU_MEMORY_FRACTION: Final = 0.25
 """Of the memory available at start, for KV on a CPU: pools are really allocated, and weights, activations, tokenizers
@@ -22,13 +21,23 @@ CUDA_MEMORY_FRACTION: Final = 0.8
 """Of a GPU's memory, for weights and KV together, as in vLLM (0.9) less room for a second process's CUDA context."""
 
 
-def num_cores(cgroup: Path = CGROUP) -> int:
-    """Cores this process may run on: its affinity mask, less what a cgroup v2 quota takes away."""
-    affinity = len(os.sched_getaffinity(0))
-    quota = _read(cgroup / "cpu.max").split()
-    if len(quota) == 2 and quota[0] != "max":
-        return max(1, min(affinity, math.floor(int(quota[0]) / int(quota[1]))))
-    return affinity
+def num_cores(cgroup: Path | None = None) -> int:
+    """Cores this process may run on: its affinity mask, less what the quota of a control group takes away.
+
+    `cgroup`: the folder of the innermost control group; without it, this process's own.
+    """
+    groups = groups_of_process("cpu") if cgroup is None else groups_around(cgroup, "cpu")
+    quotas = [quota for group in groups if (quota := _quota(group)) is not None]
+    return min([len(os.sched_getaffinity(0)), *(max(1, math.floor(quota)) for quota in quotas)])
+
+
+def _quota(group: Path) -> float | None:
+    """Cores that one control group may use, v2 or v1; None without a limit, which v1 writes as -1."""
+    words = read(group / "cpu.max").split()
+    if len(words) == 2 and all(word.isascii() and word.isdigit() for word in words) and int(words[1]):
+        return int(words[0]) / int(words[1])
+    quota, period = read_count(group / "cpu.cfs_quota_us"), read_count(group / "cpu.cfs_period_us")
+    return quota / period if quota is not None and period else None
 
 
 def default_kv_cache_nbytes(memory_share: float = 1.0) -> int:
@@ -48,11 +57,3 @@ def threads_by_role(counts: Mapping[RoleT, int], cores: int) -> dict[RoleT, int]
     prefill = sum(count for role, count in counts.items() if role == "prefill")
     more = max(0, cores - share * total) // prefill if prefill else 0
     return {role: share + more if role == "prefill" else share for role in counts}
-
-
-def _read(path: Path) -> str:
-    """The file's text; empty where this kernel or container has no such file."""
-    try:
-        return path.read_text()
-    except OSError:
-        return ""

@@ -31,7 +31,7 @@ def read_secret(*, secret_file: Path | None, insecure: bool, environ: Mapping[st
     if secret_file is not None:
         return _checked(read_secret_file(secret_file), f"`{secret_file}`")
     if value := environ.get(VARIABLE):
-        return _checked(value.strip().encode(), f"`{VARIABLE}`")
+        return _checked(os.fsencode(value).strip(), f"`{VARIABLE}`")
     raise ConfigError(
         f"no cluster secret: give the same `--secret-file` (or `{VARIABLE}`) to every process, "
         "made with `head -c 32 /dev/urandom | base64`; on one machine `--insecure` also works"

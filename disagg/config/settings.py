@@ -14,6 +14,7 @@ from disagg.config.quantities import (
     device,
     endpoint_host,
     group_tokens,
+    header_key,
     is_loopback,
     parse_nbytes,
     plain_name,
@@ -36,6 +37,7 @@ Names = Annotated[tuple[str, ...], BeforeValidator(split_list)]
 Endpoint = Annotated[str, BeforeValidator(tcp_endpoint)]
 Device = Annotated[str, AfterValidator(device)]
 Devices = Annotated[tuple[Device, ...], Field(min_length=1), BeforeValidator(split_list)]
+Key = Annotated[str, AfterValidator(header_key)]
 WorkerId = Annotated[str, AfterValidator(plain_name)]
 BlockSize = Annotated[int, Field(ge=1), AfterValidator(power_of_two)]
 Sizes = Annotated[tuple[Nbytes, ...], BeforeValidator(split_list)]
@@ -116,7 +118,7 @@ class HttpSettings(Settings):
     host: str = Field("127.0.0.1", description="Address of the HTTP API", min_length=1)
     port: Port = Field(8000, description="Port of the HTTP API; 0 takes a free one")
     served_model_name: str | None = Field(None, description="Model name in the API [default: as given to --model]")
-    api_key: str | None = Field(None, description="Bearer key that clients must send", min_length=1, repr=False)
+    api_key: Key | None = Field(None, description="Bearer key that clients must send", min_length=1, repr=False)
     max_attempts: Count = Field(3, description="Attempts per request in all; 1 means no retry")
     request_timeout_s: Seconds = Field(600.0, description="Seconds after which a request is given up")
     max_queued: Count = Field(1024, description="Requests that may wait; more get 503 with Retry-After")
@@ -262,8 +264,12 @@ class UpSettings(HttpSettings, EngineSettings):
     prefill: int = Field(1, ge=0, description="Prefill workers")
     decode: int = Field(1, ge=0, description="Decode workers")
     both: int = Field(0, ge=0, description="Workers that do both, without a transfer")
-    prefill_devices: Devices = Field(("cpu",), description="Devices of prefill workers in turn, such as cuda:0,cuda:1")
-    decode_devices: Devices = Field(("cpu",), description="Devices of decode (and `both`) workers in turn")
+    prefill_devices: Devices | None = Field(
+        None, description="Devices of prefill workers in turn, such as cuda:0,cuda:1 [default: the GPUs, else cpu]"
+    )
+    decode_devices: Devices | None = Field(
+        None, description="Devices of decode (and `both`) workers in turn [default: the GPUs, else cpu]"
+    )
     threads: Count | None = Field(
         None, description="CPU threads of each worker [default: cores / workers, what is left goes to prefill]"
     )

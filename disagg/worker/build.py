@@ -29,6 +29,7 @@ from disagg.kernels.dispatch import backend, has_triton
 from disagg.transceiver.wire.codec import PROTOCOL
 from disagg.transceiver.wire.keys import ClusterKeys
 from disagg.transceiver.wire.messages.values import Identity
+from disagg.worker.device import check_device
 from disagg.worker.parts import EngineParts
 
 log = logging.getLogger(__name__)
@@ -38,6 +39,7 @@ def make_engine(
     settings: WorkerSettings, role: Role, keys: ClusterKeys, progress: Callable[[str], None]
 ) -> EngineParts:
     """Load the model and cut the pools. Raises ModelRefused, BudgetTooSmall or PoolMemoryShort with one sentence."""
+    check_device(settings.device)
     torch.set_num_threads(settings.threads or num_cores())
     folder = resolve_model(settings.model)
     progress("loading model")

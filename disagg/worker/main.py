@@ -6,13 +6,13 @@ import asyncio
 import contextlib
 import gc
 import logging
-import signal
 from collections.abc import AsyncIterator, Callable
-from typing import Any
+from typing import Any, Final
 
-from disagg.cache.errors import CacheError
-from disagg.config.errors import ConfigError
+from disagg.cache.errors import BudgetTooSmall, PoolMemoryShort
+from disagg.config.errors import ConfigError, found_in
 from disagg.config.settings import Role, WorkerSettings
+from disagg.config.signals import heeded_signals
 from disagg.engine.model.checkpoint import ModelRefused
 from disagg.transceiver.wire.errors import EndpointRefused, first_cause
 from disagg.transceiver.wire.keys import ClusterKeys
@@ -27,6 +27,9 @@ from disagg.worker.router_link import RegistrationRefused, RouterLost
 log = logging.getLogger(__name__)
 
 EXIT_BROKEN = 1
+
+REFUSALS: Final = (ModelRefused, BudgetTooSmall, PoolMemoryShort, EndpointRefused, RegistrationRefused, ConfigError)
+"""What can never succeed however often this worker is started."""
 
 Announce = Callable[[dict[str, Any]], None]
 
@@ -44,8 +47,10 @@ def run(settings: WorkerSettings, role: Role, secret: bytes, announce: Announce)
         gc.collect()
         gc.freeze()  # torch's modules and the model's: each full collection would look at all of them, 0.1 s and more
         return asyncio.run(_serve(made, keys, announce))
-    except (ModelRefused, CacheError, EndpointRefused, RegistrationRefused) as refusal:
-        raise ConfigError(str(refusal)) from refusal
+    except Exception as exc:  # what is raised during a registration arrives in the group of its tasks
+        if (refusal := found_in(exc, *REFUSALS)) is None:
+            raise
+        raise ConfigError(str(refusal)) from exc
 
 
 async def _serve(made: EngineParts, keys: ClusterKeys, announce: Announce) -> int:
@@ -99,7 +104,7 @@ async def _running(
 
 def _drain_on_signals(drain: Drain) -> None:
     loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+    for number in heeded_signals():
         loop.add_signal_handler(number, drain.ask)
 
 

@@ -178,14 +178,13 @@ def test_a_killed_router_is_started_again_with_what_it_had_announced(shown: Reco
     assert cluster.router_told[0] is None
 
 
-@pytest.mark.parametrize("body", [DYING, READY_THEN_DYING])
-def test_a_child_that_dies_again_and_again_ends_the_run(shown: Recording, body: str) -> None:
+def test_a_child_that_dies_again_and_again_ends_the_run(shown: Recording) -> None:
     async def forever(router: Ready, workers: Sequence[Ready]) -> int:
         await asyncio.Event().wait()
         return 0
 
     with pytest.raises(ClusterError, match="`decode-0` was killed by SIGKILL, after 5 restarts in 60 s"):
-        run(FakeCluster(worker_bodies={"prefill-0": SERVE, "decode-0": body}), shown, forever)
+        run(FakeCluster(worker_bodies={"prefill-0": SERVE, "decode-0": READY_THEN_DYING}), shown, forever)
     assert sum("restarting it" in line for line in shown.lines) == 5
 
 
@@ -204,8 +203,61 @@ def test_a_router_that_refuses_what_the_user_gave_ends_the_run(shown: Recording)
 
 
 def test_exit_code_2_without_a_sentence_is_an_accident_like_any_other(shown: Recording) -> None:
-    with pytest.raises(ClusterError, match="`router` exited with code 2, after 5 restarts"):
+    with pytest.raises(ClusterError, match=r"`router` exited with code 2 before it was ready$"):
         run(FakeCluster(router_body="sys.exit(2)"), shown, ends_at_once([]))
+
+
+def test_a_sentence_that_could_only_be_printed_is_a_refusal_too(shown: Recording) -> None:
+    body = "print('disagg: `--x` is `y`', file=sys.stderr, flush=True); sys.exit(2)"
+    with pytest.raises(ConfigError, match=r"^`--x` is `y`$"):
+        run(FakeCluster(router_body=body), shown, ends_at_once([]))
+
+
+NEVER_READY = {
+    "killed": (DYING, "`decode-0` was killed by SIGKILL before it was ready$"),
+    "killed by a signal without a name": ("os.kill(os.getpid(), 40)", "`decode-0` was killed by signal 40 before it"),
+    "crashed": ("import ctypes; ctypes.string_at(0)", "`decode-0` was killed by SIGSEGV before it was ready"),
+    "ended": ("sys.exit(0)", "`decode-0` exited with code 0 before it was ready$"),
+    "out of words": (
+        "print('at last'); print(); sys.exit(1)",
+        "`decode-0` exited with code 1 before it was ready: at last$",
+    ),
+    "announced": (
+        "announce({'event': 'error', 'message': 'OSError: x'}); print('later'); sys.exit(1)",
+        "`decode-0` exited with code 1 before it was ready: OSError: x$",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", NEVER_READY)
+@pytest.mark.parametrize("router", [False, True])
+def test_a_child_that_ends_before_it_was_ready_ends_the_run_at_once_with_its_last_words(
+    shown: Recording, case: str, router: bool
+) -> None:
+    body, words = NEVER_READY[case]
+    cluster = FakeCluster(router_body=body) if router else FakeCluster(worker_bodies={"decode-0": body})
+    with pytest.raises(ClusterError, match=words.replace("decode-0", "router") if router else words):
+        run(cluster, shown, ends_at_once([]))
+    assert not shown.said("restarting")
+
+
+def test_the_last_words_of_a_child_are_clipped(shown: Recording) -> None:
+    with pytest.raises(ClusterError) as caught:
+        run(FakeCluster(router_body="print('x' * 100_000); sys.exit(1)"), shown, ends_at_once([]))
+    assert len(str(caught.value)) < 500
+
+
+@pytest.mark.parametrize("ignored", [signal.SIGHUP, signal.SIGINT, signal.SIGTERM])
+def test_a_signal_that_was_ignored_on_purpose_stays_ignored(shown: Recording, ignored: signal.Signals) -> None:
+    """`nohup` ignores SIGHUP, a shell's `&` SIGINT."""
+    other = signal.SIGTERM if ignored is not signal.SIGTERM else signal.SIGINT
+    before = signal.signal(ignored, signal.SIG_IGN)
+    try:
+        assert run(FakeCluster(), shown, signals([], ignored, other)) == 128 + other
+        assert signal.getsignal(ignored) is signal.SIG_IGN
+    finally:
+        signal.signal(ignored, before)
+    assert not shown.said(ignored.name)
 
 
 def test_an_error_in_the_work_ends_every_child_and_is_raised(shown: Recording) -> None:

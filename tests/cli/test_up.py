@@ -59,7 +59,7 @@ def test_the_api_key_travels_in_the_environment_of_the_router_alone() -> None:
 
 def test_children_do_not_read_the_settings_of_up_again(monkeypatch: pytest.MonkeyPatch) -> None:
     environ = {"DISAGG_PORT": "1", "DISAGG_CONFIG": "x", "DISAGG_SECRET": "s", "HF_HOME": "/hf"}
-    assert child_environment(environ) == {"HF_HOME": "/hf"}
+    assert child_environment(environ) == {"HF_HOME": "/hf", "PYTHONIOENCODING": "utf-8:backslashreplace"}
     monkeypatch.setenv("DISAGG_BLOCK_SIZE", "64")
     assert all("DISAGG_BLOCK_SIZE" not in spec.env for spec in cluster().workers(ROUTER))
 

@@ -18,6 +18,22 @@ def test_cores_are_limited_by_a_quota(tmp_path: Path) -> None:
     assert num_cores(tmp_path / "none") == len(os.sched_getaffinity(0))
 
 
+def test_a_quota_of_the_group_around_holds_too(tmp_path: Path) -> None:
+    (tmp_path / "cpu.max").write_text("100000 100000\n")
+    (tmp_path / "pod").mkdir()
+    (tmp_path / "pod" / "cpu.max").write_text("6400000 100000\n")
+    assert num_cores(tmp_path / "pod") == 1
+
+
+def test_a_quota_of_cgroup_v1_is_seen(tmp_path: Path) -> None:
+    (tmp_path / "cpu").mkdir()
+    (tmp_path / "cpu" / "cpu.cfs_period_us").write_text("100000\n")
+    (tmp_path / "cpu" / "cpu.cfs_quota_us").write_text("100000\n")
+    assert num_cores(tmp_path) == 1
+    (tmp_path / "cpu" / "cpu.cfs_quota_us").write_text("-1\n")
+    assert num_cores(tmp_path) == len(os.sched_getaffinity(0))
+
+
 def test_this_machine_has_cores_and_memory() -> None:
     assert num_cores() >= 1
     assert 0 < default_kv_cache_nbytes(0.5) < CPU_MEMORY_FRACTION * available_nbytes()

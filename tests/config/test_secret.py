@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -56,3 +57,27 @@ def test_a_short_secret_is_refused_without_showing_it(tmp_path: Path) -> None:
 def test_a_missing_file_is_one_sentence(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"`--secret-file` cannot be read: `.*none`: no such file"):
         read_secret(secret_file=tmp_path / "none", insecure=False, environ={})
+
+
+@pytest.mark.parametrize("text", [f"{GOOD}\n", f"\n {GOOD}\t\r\n"])
+def test_white_space_around_a_secret_is_no_part_of_it(text: str, tmp_path: Path) -> None:
+    """From either origin alike: processes may be told in different ways."""
+    path = written(tmp_path / "secret", text)
+    assert read_secret(secret_file=path, insecure=False, environ={}) == GOOD.encode()
+    assert read_secret(secret_file=None, insecure=False, environ={"DISAGG_SECRET": text}) == GOOD.encode()
+
+
+def test_bytes_that_are_no_text_are_the_same_secret_from_either_origin(tmp_path: Path) -> None:
+    raw = b"\xff\xfe0123456789abcdef\x85"
+    path = tmp_path / "secret"
+    path.write_bytes(raw + b"\n")
+    path.chmod(0o600)
+    assert read_secret(secret_file=path, insecure=False, environ={}) == raw
+    assert read_secret(secret_file=None, insecure=False, environ={"DISAGG_SECRET": os.fsdecode(raw)}) == raw
+
+
+@pytest.mark.parametrize("text", ["\n", " \t\n "])
+def test_a_secret_of_white_space_is_none(text: str, tmp_path: Path) -> None:
+    for file, environ in ((written(tmp_path / "secret", text), {}), (None, {"DISAGG_SECRET": text})):
+        with pytest.raises(ConfigError, match="holds 0 bytes: expected 16 or more"):
+            read_secret(secret_file=file, insecure=False, environ=environ)

@@ -12,7 +12,7 @@ from disagg.cli.options import command
 from disagg.config.demo import demo_model_folder
 from disagg.config.errors import ConfigError
 from disagg.config.load import COMMANDS, flag_of, load, to_flags, unknown_variables, variable_of
-from disagg.config.settings import DemoSettings, RouterSettings, Settings, UpSettings, WorkerSettings
+from disagg.config.settings import DemoSettings, HttpSettings, RouterSettings, Settings, UpSettings, WorkerSettings
 
 # field -> (as written, as parsed, another way to write another value)
 SAMPLES: dict[str, tuple[str, object, str]] = {
@@ -264,3 +264,33 @@ def test_the_demo_takes_free_ports() -> None:
 
 def test_the_api_key_is_not_printed() -> None:
     assert "hush" not in repr(load(RouterSettings, {"api_key": "hush"}, {}))
+
+
+KEY_CLASSES = (RouterSettings, UpSettings, DemoSettings)
+
+
+@pytest.mark.parametrize("cls", KEY_CLASSES)
+@pytest.mark.parametrize("key", ["secret\n", "secret\r\n", " secret", "\tsecret \n\n"])
+def test_white_space_around_a_key_is_no_part_of_it(cls: type[HttpSettings], key: str, tmp_path: Path) -> None:
+    """A Kubernetes secret made with `echo` ends with a newline, which no client can send."""
+    assert load(cls, {"api_key": key}, {}).api_key == "secret"
+    assert load(cls, {}, {"DISAGG_API_KEY": key}).api_key == "secret"
+    assert load(cls, {}, {}, write(tmp_path / "c.yaml", api_key=key)).api_key == "secret"
+
+
+@pytest.mark.parametrize(
+    "key", ["se\ncret", "se\x00cret", "se\x7fcret", "\x1b[1m", "🦙secret", "secret\udcff", "\n", "  "]
+)
+def test_a_key_that_no_header_can_carry_is_refused_without_showing_it(key: str) -> None:
+    for flags, environ in (({"api_key": key}, {}), ({}, {"DISAGG_API_KEY": key})):
+        with pytest.raises(
+            ConfigError, match=r"^`(--api-key|DISAGG_API_KEY)`: it (has characters|holds nothing)"
+        ) as caught:
+            load(RouterSettings, flags, environ)
+        assert "secret" not in str(caught.value)
+
+
+def test_a_key_of_the_wrong_type_is_refused_without_showing_it(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"`api_key` in `.*`: expected a valid string") as caught:
+        load(RouterSettings, {}, {}, write(tmp_path / "c.yaml", api_key=[4711]))
+    assert "4711" not in str(caught.value)

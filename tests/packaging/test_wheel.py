@@ -65,7 +65,7 @@ def test_the_metadata_names_version_licence_and_command(wheel: zipfile.ZipFile) 
     metadata = Parser().parsestr(by_name["METADATA"])
     assert metadata["License-Expression"] == "Apache-2.0"
     assert metadata["Requires-Python"] == ">=3.11"
-    assert "disagg = disagg.cli.main:run" in by_name["entry_points.txt"]
+    assert "disagg = disagg.__main__:run" in by_name["entry_points.txt"]
     assert "Apache License" in by_name["LICENSE"]
 
 

@@ -23,6 +23,7 @@ from support.wrong import Wrong
 START_TIMEOUT_S = 90.0  # three processes that import torch on two busy cores
 STOP_TIMEOUT_S = 20.0
 LEASE_INTERVAL_S = 0.5
+ON_CPU = {"DISAGG_PREFILL_DEVICES": "cpu", "DISAGG_DECODE_DEVICES": "cpu"}  # on machines with GPUs too
 LEAKED_S = 30.0  # three times a lease, which is the last thing that could still end what is held
 
 SERVING = re.compile(r"serving `(?P<name>.*)` at (?P<url>\S+) \(admin: (?P<admin>\S+)\)")
@@ -142,7 +143,7 @@ def start(*flags: str, env: dict[str, str] | None = None, program: Sequence[str]
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env={**os.environ, "DISAGG_CHECK": "1", **(env or {})},
+        env={**os.environ, "DISAGG_CHECK": "1", **ON_CPU, **(env or {})},
         start_new_session=True,
     )
     system = System(process)

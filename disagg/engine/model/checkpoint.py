@@ -31,6 +31,7 @@ SAMPLE_NBYTES = 4096  # per sample: one page, so a tensor costs three page reads
 CHUNK_NBYTES = 1 << 22  # per read of `verify_weights`: large enough that reads cost nothing beside hashing
 # owner/name; a bare word that is no folder is a missing folder.
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+MAX_ID = 2**31 - 1  # of tokens, and of counts of them: what 32 bits of every kernel hold
 HUB_FILES = ("*.json", "*.safetensors", "*.jinja", "tokenizer.model", "merges.txt")
 
 
@@ -44,8 +45,11 @@ def resolve_model(name: str, *, needs_weights: bool = True) -> Path:
     downloaded.
     Raises ModelRefused when there is no such folder or model, or the folder holds no config or no safetensors.
     """
-    folder = Path(name).expanduser()
-    if not folder.is_dir():
+    try:
+        folder, is_folder = _find_folder(name)
+    except (OSError, ValueError, RuntimeError) as exc:  # no permission, too long a name, an unknown `~user`
+        raise ModelRefused(f"model `{name}` cannot be looked up: {exc}") from exc
+    if not is_folder:
         if folder.exists():
             raise ModelRefused(f"model `{name}` is a file, expected a folder with config.json and safetensors files")
         if not HUB_ID.fullmatch(name):
@@ -57,10 +61,22 @@ def resolve_model(name: str, *, needs_weights: bool = True) -> Path:
     return folder
 
 
+def _find_folder(name: str) -> tuple[Path, bool]:
+    """The path that `name` may be, and whether a folder is there that can be read."""
+    folder = Path(name).expanduser()
+    is_folder = folder.is_dir()
+    if is_folder:
+        next(folder.iterdir(), None)
+    return folder, is_folder
+
+
 def _download(name: str, files: tuple[str, ...]) -> Path:
     import huggingface_hub  # only a hub id needs it, and it takes a while to import
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 
+    token = huggingface_hub.get_token() or ""  # without white space around it
+    if not (token.isascii() and token.isprintable()):
+        raise ModelRefused("HF_TOKEN has characters that no HTTP header can carry: copy the token again from the hub")
     try:
         return Path(huggingface_hub.snapshot_download(name, allow_patterns=list(files)))
     except GatedRepoError as exc:
@@ -86,18 +102,18 @@ def fingerprint(folder: Path, *, verify_weights: bool = False) -> str:
     """
     state = blake2b(digest_size=16)
     _update(state, b"config", _canonical(read_config(folder)))
-    for name in TOKENIZER_FILES:
-        path = folder / name
-        if path.is_file():
-            _update(state, name.encode(), path.read_bytes())
     files: dict[Path, IO[bytes]] = {}
     try:
+        for name in TOKENIZER_FILES:
+            path = folder / name
+            if path.is_file():
+                _update(state, name.encode(), path.read_bytes())
         for entry in read_tensors(folder):
             file = files.get(entry.path) or files.setdefault(entry.path, entry.path.open("rb"))
             head = json.dumps([entry.name, entry.dtype, entry.shape]).encode()
             _update(state, head, _content(file, entry, verify_weights))
     except OSError as exc:
-        raise ModelRefused(f"the weights in `{folder}` cannot be read: {exc}") from exc
+        raise ModelRefused(f"the files in `{folder}` cannot be read: {exc}") from exc
     finally:
         for file in files.values():
             file.close()
@@ -166,28 +182,43 @@ def generation_defaults(folder: Path) -> GenerationDefaults:
     """eos ids of generation_config.json (or else config.json) and of the tokenizer; sampling defaults. ModelRefused."""
     generation = read_json(folder, "generation_config.json") or {}
     config = read_config(folder)
-    text = config.get("text_config") if isinstance(config.get("text_config"), dict) else {}
-    sources = [generation, config, text or {}]
+    text = config.get("text_config")
+    sources = [generation, config, text if isinstance(text, dict) else {}]
     eos = next((ids for ids in (_ids(source.get("eos_token_id")) for source in sources) if ids), ())
     bos = next((ids[0] for ids in (_ids(source.get("bos_token_id")) for source in sources) if ids), None)
     own = _tokenizer_eos(folder)
     given = {ours: generation[key] for key, ours in SAMPLING_KEYS.items() if generation.get(key) is not None}
     if not all(isinstance(value, int | float) and not isinstance(value, bool) for value in given.values()):
         raise ModelRefused(f"`{folder / 'generation_config.json'}` has a sampling default that is no number: {given}")
-    if "top_k" in given:
-        given["top_k"] = max(0, int(given["top_k"]))  # -1 is a spelling of "off"
+    for name, least in (("top_k", -1), ("max_tokens", 1)):  # a top_k of -1 is a spelling of "off"
+        if name in given:
+            given[name] = max(0, _whole(given[name], name, least))
     return GenerationDefaults(eos_token_ids=tuple(dict.fromkeys([*eos, *own])), bos_token_id=bos, **given)
+
+
+def _whole(value: float, name: str, least: int) -> int:
+    """The value of a default that counts tokens. Raises ModelRefused."""
+    if not (least <= value <= MAX_ID and value == int(value)):
+        raise ModelRefused(f"generation_config.json: `{name}` is {value}, expected a whole number of at least {least}")
+    return int(value)
 
 
 def _ids(value: object) -> tuple[int, ...]:
     values = value if isinstance(value, list) else [value]
-    return tuple(v for v in values if isinstance(v, int) and not isinstance(v, bool))
+    return tuple(v for v in values if isinstance(v, int) and not isinstance(v, bool) and 0 <= v <= MAX_ID)
 
 
 def _tokenizer_eos(folder: Path) -> tuple[int, ...]:
-    """The id of the tokenizer's own eos token, if its files say both the token and its id."""
+    """The id of the tokenizer's own eos token, if its files say both the token and its id.
+
+    Other shapes than a list of objects say nothing; whether they are a tokenizer's is not decided here.
+    """
     eos = (read_json(folder, "tokenizer_config.json") or {}).get("eos_token")
     content = eos.get("content") if isinstance(eos, dict) else eos
-    added = (read_json(folder, "tokenizer.json") or {}).get("added_tokens") or []
-    matching = (token for token in added if isinstance(token, dict) and token.get("content") == content)
+    added = (read_json(folder, "tokenizer.json") or {}).get("added_tokens")
+    matching = (
+        token
+        for token in (added if isinstance(added, list) else [])
+        if isinstance(token, dict) and token.get("content") == content
+    )
     return tuple(i for token in matching for i in _ids(token.get("id")))

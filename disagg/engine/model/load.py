@@ -110,9 +110,9 @@ class LoadedModel:
 def read_skeleton(folder: Path) -> Skeleton:
     """The model's structure from its configuration, built on the meta device. Raises ModelRefused."""
     raw = read_config(folder)
-    architecture = find_architecture(raw)
-    is_quantised = needs_dequantising(raw, architecture)
     try:
+        architecture = find_architecture(raw)
+        is_quantised = needs_dequantising(raw, architecture)
         config = hf.load_config(folder).get_text_config()
         check_text_config(config)
         module = hf.build_skeleton(architecture.text_class, config)

@@ -47,7 +47,7 @@ def read_json(folder: Path, name: str) -> dict[str, Any] | None:
         value = json.loads((folder / name).read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
-    except (OSError, ValueError) as exc:
+    except (OSError, ValueError, RecursionError) as exc:
         raise ModelRefused(f"`{folder / name}` cannot be read as JSON: {exc}") from exc
     if not isinstance(value, dict):
         raise ModelRefused(f"`{folder / name}` holds no JSON object")
@@ -91,7 +91,7 @@ def _read_header(path: Path) -> list[TensorEntry]:
         return [
             _entry(name, fields, path, 8 + length, end) for name, fields in header.items() if name != "__metadata__"
         ]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as exc:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as exc:
         raise ModelRefused(f"`{path}` is no whole safetensors file ({exc}); fetch it again") from exc
 
 
