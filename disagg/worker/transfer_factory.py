@@ -11,12 +11,15 @@ import numpy as np
 
 from disagg.cache.layout import CacheLayout
 from disagg.cache.window import needed_ordinals
+from disagg.transceiver.layout.ranks import Part
 from disagg.transceiver.layout.required import full_copy_blocks, runs_of
 from disagg.transceiver.layout.strides import ELEMENT_NBYTES
 from disagg.transceiver.layout.units import geometry_by_units, peer_unit
 from disagg.transceiver.peers.decode_side import TransferRecord
 from disagg.transceiver.protocol.events import Reserved
-from disagg.transceiver.protocol.transfer import Transfer
+from disagg.transceiver.protocol.receiver import Order, Receiver
+from disagg.transceiver.protocol.sender import Offer, Sender
+from disagg.transceiver.protocol.transfer import Ends, Transfer
 from disagg.transceiver.wire.errors import RemoteProtocolError
 from disagg.transceiver.wire.messages.router import Dispatch
 from disagg.transceiver.wire.messages.values import Geometry, GroupBytes, GroupRuns, UnitName
@@ -66,34 +69,34 @@ class TransferFactory:
     def sender(self, dispatch: Dispatch) -> Transfer:
         """The prefill end of a `prefill` dispatch."""
         assert dispatch.peer is not None
-        return Transfer.sender(
-            transfer_id=dispatch.transfer_id,
-            epoch=dispatch.epoch,
-            me=self._node.incarnation,
-            peer=dispatch.peer.incarnation,
-            prompt=dispatch.prompt,
-            geometry=geometry_by_units(self._node.geometry, self.unit(dispatch)),
-            unit_nbytes=self._unit_nbytes(dispatch),
-            planes=self._planes,
-            keys=self._node.keys,
-            deadline_s=dispatch.deadline_s,
-            now=time.monotonic(),
+        return Sender(
+            Ends(dispatch.transfer_id, dispatch.epoch, self._node.incarnation, dispatch.peer.incarnation),
+            Offer(
+                prompt=dispatch.prompt,
+                geometry=geometry_by_units(self._node.geometry, self.unit(dispatch)),
+                unit_nbytes=self._unit_nbytes(dispatch),
+                planes=self._planes,
+                keys=self._node.keys,
+                ttl_s=dispatch.deadline_s,
+                part=Part.whole(geometry_by_units(self._node.geometry, self.unit(dispatch)).groups),
+            ),
+            time.monotonic(),
         )
 
     def receiver(self, dispatch: Dispatch, plane: str) -> Transfer:
         """The decode end of a `decode` dispatch, over the plane agreed with the peer."""
         assert dispatch.peer is not None
-        return Transfer.receiver(
-            transfer_id=dispatch.transfer_id,
-            epoch=dispatch.epoch,
-            me=self._node.incarnation,
-            peer=dispatch.peer.incarnation,
-            ticket=dispatch.ticket,
-            plane=plane,
-            geometry=geometry_by_units(self._node.geometry, self.unit(dispatch)),
-            keys=self._node.keys,
-            deadline_s=dispatch.deadline_s,
-            now=time.monotonic(),
+        return Receiver(
+            Ends(dispatch.transfer_id, dispatch.epoch, self._node.incarnation, dispatch.peer.incarnation),
+            Order(
+                ticket=dispatch.ticket,
+                plane=plane,
+                geometry=geometry_by_units(self._node.geometry, self.unit(dispatch)),
+                keys=self._node.keys,
+                deadline_s=dispatch.deadline_s,
+                part=Part.whole(geometry_by_units(self._node.geometry, self.unit(dispatch)).groups),
+            ),
+            time.monotonic(),
         )
 
     def destinations(self, dispatch: Dispatch, slots: Slots) -> tuple[list[tuple[int, int]], ...]:
