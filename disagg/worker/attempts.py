@@ -115,11 +115,11 @@ class Attempts:
         match message:
             case Dispatch():
                 self._dispatch(message)
-            case Retarget(transfer_id, epoch, peer, ticket):
+            case Retarget(transfer_id=transfer_id, epoch=epoch, peer=peer, ticket=ticket):
                 self._again(transfer_id, epoch, mode="decode", peer=peer, ticket=ticket)
             case PrefillLocally(transfer_id, epoch):
                 self._again(transfer_id, epoch, mode="serve", peer=None)
-            case CancelRequest(transfer_id, epoch, reason):
+            case CancelRequest(transfer_id=transfer_id, epoch=epoch, reason=reason):
                 for key in [key for key in self._live if key.transfer_id == transfer_id and key.epoch <= epoch]:
                     self.cancel(key, reason)
                 self._drop_request(transfer_id)
@@ -184,14 +184,16 @@ class Attempts:
         if state is None:
             return
         match event:
-            case TokensEvent(key, index, token_ids, logprobs, num_cached_tokens):
+            case TokensEvent(
+                key=key, index=index, token_ids=token_ids, logprobs=logprobs, num_cached_tokens=num_cached_tokens
+            ):
                 if index == 0 and state.dispatch.mode == "serve":
                     self._report(state, state.since_arrival("prefill"))
                 self._send(Tokens(key.transfer_id, key.epoch, index, token_ids, logprobs, num_cached_tokens))
-            case FinishedEvent(key, index, reason, stop_token_id):
+            case FinishedEvent(key=key, index=index, reason=reason, stop_token_id=stop_token_id):
                 self._send(Finished(key.transfer_id, key.epoch, index, reason, stop_token_id))
                 self._forget(key)
-            case FailedEvent(key, status, message):
+            case FailedEvent(key=key, status=status, message=message):
                 self._fail(key, status, message)
             case ReservedEvent(key, slots):
                 self._start_receiving(state, slots)
