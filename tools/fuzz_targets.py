@@ -15,7 +15,7 @@ from typing import Any, Final, TypeVar, cast
 
 import numpy as np
 
-from disagg.transceiver.layout.ranks import natural_slot_nbytes, pool_of_group
+from disagg.transceiver.layout.ranks import Part, natural_slot_nbytes, pool_of_group
 from disagg.transceiver.memory.regions import PoolRegion
 from disagg.transceiver.peers.link import PeerLink, PeerRefused
 from disagg.transceiver.peers.prefill_side import SendingSide, SourceHost
@@ -25,8 +25,10 @@ from disagg.transceiver.planes.inproc import InprocHub, InprocLandingPlane
 from disagg.transceiver.planes.zmq import frames
 from disagg.transceiver.protocol import events as e
 from disagg.transceiver.protocol.actions import Land, StopLanding, Verified
+from disagg.transceiver.protocol.receiver import Order, Receiver
+from disagg.transceiver.protocol.sender import Offer, Sender
 from disagg.transceiver.protocol.state import State
-from disagg.transceiver.protocol.transfer import Transfer
+from disagg.transceiver.protocol.transfer import Ends, Transfer
 from disagg.transceiver.wire import ticket
 from disagg.transceiver.wire.codec import decode, encode
 from disagg.transceiver.wire.errors import LocalProtocolError, RemoteProtocolError
@@ -147,35 +149,35 @@ class Script:
 
 def fuzz_sender(data: bytes) -> None:
     script = Script(data)
-    core = Transfer.sender(
-        transfer_id=TRANSFER_ID,
-        epoch=0,
-        me=PREFILL,
-        peer=DECODE,
-        prompt=PROMPT,
-        geometry=GEOMETRY,
-        unit_nbytes=(4 << 20, 4 << 20),
-        planes=PLANES,
-        keys=KEYS,
-        deadline_s=DEADLINE_S,
-        now=0.0,
+    core = Sender(
+        Ends(TRANSFER_ID, 0, PREFILL, DECODE),
+        Offer(
+            prompt=PROMPT,
+            geometry=GEOMETRY,
+            unit_nbytes=(4 << 20, 4 << 20),
+            planes=PLANES,
+            keys=KEYS,
+            ttl_s=DEADLINE_S,
+            part=Part.whole(GEOMETRY.groups),
+        ),
+        0.0,
     )
     _play(core, script, _sender_event)
 
 
 def fuzz_receiver(data: bytes) -> None:
     script = Script(data)
-    core = Transfer.receiver(
-        transfer_id=TRANSFER_ID,
-        epoch=0,
-        me=DECODE,
-        peer=PREFILL,
-        ticket=TICKET,
-        plane=script.pick(("shm", "zmq")),
-        geometry=GEOMETRY,
-        keys=KEYS,
-        deadline_s=DEADLINE_S,
-        now=0.0,
+    core = Receiver(
+        Ends(TRANSFER_ID, 0, DECODE, PREFILL),
+        Order(
+            ticket=TICKET,
+            plane=script.pick(("shm", "zmq")),
+            geometry=GEOMETRY,
+            keys=KEYS,
+            deadline_s=DEADLINE_S,
+            part=Part.whole(GEOMETRY.groups),
+        ),
+        0.0,
     )
     _play(core, script, _receiver_event)
 

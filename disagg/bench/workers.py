@@ -12,13 +12,16 @@ import numpy.typing as npt
 from disagg.bench.cases import Case
 from disagg.bench.side import Side
 from disagg.cache.pool import SlotPool
+from disagg.transceiver.layout.ranks import Part
 from disagg.transceiver.memory.regions import PoolRegion, SourceUnit
 from disagg.transceiver.peers.decode_side import ReceivingSide, TransferRecord
 from disagg.transceiver.peers.landing_threads import LANDING_THREADS, LandingThread
 from disagg.transceiver.peers.prefill_side import SendingSide
 from disagg.transceiver.protocol.actions import ReportFailed, Verified
 from disagg.transceiver.protocol.events import Pinned, PromptComputed, Reserved, Unit, UnitsFinal
-from disagg.transceiver.protocol.transfer import Transfer
+from disagg.transceiver.protocol.receiver import Order, Receiver
+from disagg.transceiver.protocol.sender import Offer, Sender
+from disagg.transceiver.protocol.transfer import Ends
 from disagg.transceiver.wire import ticket
 from disagg.transceiver.wire.keys import ClusterKeys
 from disagg.transceiver.wire.links import ControlServer
@@ -132,18 +135,18 @@ class WorkerSource(WorkerSide):
         """The router dispatched the request."""
         self.attempt = key = self._key(number)
         pushes = {name: plane.sends_bytes for name, plane in self.planes.items()}
-        sender = Transfer.sender(
-            transfer_id=key.transfer_id,
-            epoch=key.epoch,
-            me=self.node.incarnation,
-            peer=self._peer,
-            prompt=self._prompt(),
-            geometry=self.geometry,
-            unit_nbytes=(self.case.slot_nbytes,),
-            planes=pushes,
-            keys=self.keys,
-            deadline_s=DEADLINE_S,
-            now=time.monotonic(),
+        sender = Sender(
+            Ends(key.transfer_id, key.epoch, self.node.incarnation, self._peer),
+            Offer(
+                prompt=self._prompt(),
+                geometry=self.geometry,
+                unit_nbytes=(self.case.slot_nbytes,),
+                planes=pushes,
+                keys=self.keys,
+                ttl_s=DEADLINE_S,
+                part=Part.whole(self.geometry.groups),
+            ),
+            time.monotonic(),
         )
         self.released = asyncio.Event()
         self.sending.start(key, sender)
@@ -206,17 +209,17 @@ class WorkerDestination(WorkerSide):
             prompt=prompt,
             ttl_s=DEADLINE_S,
         )
-        self._receiver = Transfer.receiver(
-            transfer_id=self._attempt.transfer_id,
-            epoch=self._attempt.epoch,
-            me=self.node.incarnation,
-            peer=self._peer,
-            ticket=grant,
-            plane=self.plane,
-            geometry=self.geometry,
-            keys=self.keys,
-            deadline_s=DEADLINE_S,
-            now=time.monotonic(),
+        self._receiver = Receiver(
+            Ends(self._attempt.transfer_id, self._attempt.epoch, self.node.incarnation, self._peer),
+            Order(
+                ticket=grant,
+                plane=self.plane,
+                geometry=self.geometry,
+                keys=self.keys,
+                deadline_s=DEADLINE_S,
+                part=Part.whole(self.geometry.groups),
+            ),
+            time.monotonic(),
         )
         first = self.first_needed
         self._slots = list(enumerate(mine.tolist()))[first:]

@@ -38,11 +38,13 @@ from disagg.engine.run.runner import Chunk, StepRunner
 from disagg.engine.sampler import Sampled, SampleInput, sample
 from disagg.engine.scheduler import Promised, Scheduler
 from disagg.engine.sequence import (
+    Claim,
     Computed,
     DecodingSequence,
     PromptSequence,
     Request,
     Reservation,
+    Stage,
     first_token_of,
     state_of,
 )
@@ -139,7 +141,7 @@ class Engine:
             num_running=len(scheduler.answers) + sum(prompt.is_computing for prompt in prompts),
             num_waiting=scheduler.num_waiting,
             num_soft=len(scheduler.soft),
-            num_held=sum(prompt.computed is not None for prompt in prompts),
+            num_held=sum(prompt.stage is Stage.HELD for prompt in prompts),
             num_reserved=sum(isinstance(s, Reservation) and s.cached is not None for s in scheduler.promised),
             prompt_tokens_computed=self._counters.prompt_tokens_computed,
             tokens_generated=self._counters.tokens_generated,
@@ -157,9 +159,9 @@ class Engine:
     def _apply(self, command: Command) -> list[EngineEvent]:
         match command:
             case Serve():
-                return self._add(PromptSequence(_request(command), serves=True), urgent=command.urgent)
+                return self._add(PromptSequence(_request(command), Claim.OWN), urgent=command.urgent)
             case Prefill():
-                return self._add(PromptSequence(_request(command), serves=False))
+                return self._add(PromptSequence(_request(command), Claim.SOFT))
             case Reserve():
                 return self._add(Reservation(_request(command), command.precision))
             case Pin():
@@ -242,7 +244,11 @@ class Engine:
         for unit in command.wrong:
             self._cache.unregister_slot(unit.group, unit.slot, unit.generation)
         prompt = self._scheduler.get(command.key)
-        if not isinstance(prompt, PromptSequence) or not prompt.is_checking or prompt.check_id != command.check_id:
+        if (
+            not isinstance(prompt, PromptSequence)
+            or prompt.stage is not Stage.CHECKING
+            or prompt.check_id != command.check_id
+        ):
             return []  # released or dropped meanwhile
         return self._scheduler.end_check(prompt, is_right=not command.wrong)
 
@@ -293,7 +299,7 @@ class Engine:
         if prompt.serves:
             assert prompt.cached is not None
             return self._begin(DecodingSequence(prompt.request, prompt.cached, computed))
-        prompt.computed = computed
+        prompt.enter(Stage.HELD)
         return [_prompt_computed(prompt, computed)]
 
     def _resume(self, prompt: PromptSequence, answer: DecodingSequence, result: Sampled) -> list[EngineEvent]:

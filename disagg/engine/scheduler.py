@@ -42,7 +42,7 @@ from disagg.engine.commands import (
     UnitsFinalEvent,
 )
 from disagg.engine.recheck import PrefixRecheck
-from disagg.engine.sequence import DecodingSequence, LiveSequence, PromptSequence, Request, Reservation
+from disagg.engine.sequence import Claim, DecodingSequence, LiveSequence, PromptSequence, Request, Reservation, Stage
 
 HEADROOM_BLOCKS = 2
 """An answer is let in with room for so many more blocks: one that must give way in its first steps was let in for
@@ -156,17 +156,20 @@ class Scheduler:
     def pin(self, prompt: PromptSequence) -> None:
         """From here the prompt is not soft. One without blocks takes its place at the end of the line."""
         assert prompt.is_soft
-        prompt.is_pinned = True
+        prompt.claim = Claim.PINNED
         if prompt.cached is None:
             self._leave_lines(prompt)
             self._line.append(prompt)
+            prompt.enter(Stage.WAITING)
 
     def park(self, prompt: PromptSequence) -> list[EngineEvent]:
         """Take a soft prompt's blocks away and compute it only once it is pinned."""
         assert prompt.is_soft
+        if prompt.cached is not None:
+            return [self._drop(prompt)]
         self._leave_lines(prompt)
-        prompt.is_parked = True
-        return [self._drop(prompt)] if prompt.cached else []
+        prompt.enter(Stage.PARKED)
+        return []
 
     def release(self, sequence: LiveSequence, *, wipe: bool = False) -> None:
         """Forget the sequence and free all it holds. `wipe`: its KV may not be finite."""
@@ -247,11 +250,11 @@ class Scheduler:
 
     def _drop(self, prompt: PromptSequence) -> SoftDroppedEvent:
         assert prompt.cached is not None
-        prompt.is_parked = True
+        prompt.enter(Stage.PARKED)
         self._cache.close_sequence(prompt.cached)
         self._promises.release(prompt.key)
         dropped = SoftDroppedEvent(prompt.key, prompt.compute_id)
-        prompt.cached, prompt.computed, prompt.is_checking = None, None, False
+        prompt.cached = None
         prompt.compute_id += 1
         return dropped
 
@@ -261,7 +264,7 @@ class Scheduler:
         if isinstance(sequence, Reservation):
             return [self._reserve(sequence)]
         events: list[EngineEvent] = []
-        if sequence.is_pinned:
+        if sequence.claim is Claim.PINNED:
             events.append(PinnedEvent(sequence.key, sequence.compute_id))
         return events + self._reuse(sequence)
 
@@ -269,17 +272,15 @@ class Scheduler:
         """Begin with what is cached of the prompt, or wait until those of its blocks that are due were checked."""
         assert prompt.cached is not None
         self._cache.reuse_prefix(prompt.cached, prompt.token_ids, counts=not prompt.has_looked)
-        prompt.has_looked = True
         if due := self._recheck.due(prompt.cached):
-            prompt.is_checking = True
+            prompt.enter(Stage.CHECKING)
             prompt.check_id += 1
             return [PrefixHitEvent(prompt.key, prompt.check_id, due)]
         return self._go_on(prompt)
 
     def end_check(self, prompt: PromptSequence, *, is_right: bool) -> list[EngineEvent]:
         """Go on from the reused blocks, or begin anew: the wrong ones are registered no more."""
-        assert prompt.is_checking
-        prompt.is_checking = False
+        assert prompt.stage is Stage.CHECKING
         if is_right:
             return self._go_on(prompt)
         assert prompt.cached is not None
@@ -288,6 +289,7 @@ class Scheduler:
         return self._reuse(prompt)
 
     def _go_on(self, prompt: PromptSequence) -> list[EngineEvent]:
+        prompt.enter(Stage.COMPUTING)
         if prompt.num_cached_tokens is None:
             prompt.num_cached_tokens = prompt.num_computed
         prompt.num_announced = [0] * self._layout.num_groups
@@ -396,12 +398,13 @@ class Scheduler:
         prompt = sequence
         if isinstance(sequence, DecodingSequence):
             self._register(sequence, sequence.cached.history)
-            prompt = PromptSequence(sequence.request, serves=True, answer=sequence, has_looked=True)
+            prompt = PromptSequence(sequence.request, Claim.OWN, answer=sequence)
             self._put(prompt)
         assert isinstance(prompt, PromptSequence)
         self._cache.close_sequence(sequence.cached)
         self._promises.release(sequence.key)
-        prompt.cached, prompt.is_checking = None, False
+        prompt.cached = None
+        prompt.enter(Stage.WAITING)
         self._urgent.appendleft(prompt)
 
     def _chunk(self, prompt: PromptSequence, count: int) -> Work:
@@ -428,9 +431,12 @@ class Scheduler:
         waiting = {sequence.key for line in (self._urgent, self._line, self._soft_line) for sequence in line}
         for key, sequence in self._live.items():
             assert sequence.key == key
+            if isinstance(sequence, PromptSequence):
+                waits = sequence.stage in (Stage.WAITING, Stage.PARKED)
+                assert waits == (sequence.cached is None), f"{key}: {sequence.stage.name}"
             if sequence.cached is None:
                 assert self._promises.of(key) is None, f"{key} waits with a promise"
-                parked = isinstance(sequence, PromptSequence) and sequence.is_parked and sequence.is_soft
+                parked = isinstance(sequence, PromptSequence) and sequence.stage is Stage.PARKED
                 assert (key in waiting) != parked, f"{key} holds nothing and waits for nothing"
             else:
                 assert key not in waiting, f"{key} waits with blocks"
@@ -452,4 +458,4 @@ def _takes_seat(sequence: Promised) -> bool:
     """Prompts being computed, and reservations, which will be answers. Every answer has a seat."""
     if isinstance(sequence, Reservation):
         return sequence.cached is not None
-    return sequence.is_computing or sequence.is_checking
+    return sequence.stage in (Stage.CHECKING, Stage.COMPUTING)

@@ -7,6 +7,8 @@ A `DecodingSequence` is built from exactly one licence: `Verified`, the transfer
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from enum import Enum
+from typing import Final
 
 from disagg.cache.cache import CachedSequence
 from disagg.engine.commands import AttemptKey
@@ -51,32 +53,51 @@ class Request:
         return Ending("length") if num_output_tokens >= self.sampling.max_tokens else None
 
 
+class Claim(Enum):
+    """What a prompt is computed for."""
+
+    OWN = "this worker's own answer"
+    SOFT = "a decode worker that has not asked for it yet"
+    PINNED = "a decode worker that has asked for it"
+
+
+class Stage(Enum):
+    """How far the computation of a prompt is. It holds blocks from CHECKING on."""
+
+    WAITING = "in a line"
+    PARKED = "soft, and dropped or told not to run ahead: computed only once it is pinned"
+    CHECKING = "the blocks it was given for reuse are hashed again: nothing is computed from them before they are known"
+    COMPUTING = "its prompt is being computed"
+    HELD = "whole, until it is released or dropped"
+
+
+_NEXT: Final[dict[Stage, frozenset[Stage]]] = {
+    Stage.WAITING: frozenset({Stage.WAITING, Stage.PARKED, Stage.CHECKING, Stage.COMPUTING}),
+    Stage.PARKED: frozenset({Stage.PARKED, Stage.WAITING}),
+    Stage.CHECKING: frozenset({Stage.CHECKING, Stage.COMPUTING, Stage.PARKED, Stage.WAITING}),
+    Stage.COMPUTING: frozenset({Stage.HELD, Stage.PARKED, Stage.WAITING}),
+    Stage.HELD: frozenset({Stage.PARKED}),
+}
+"""Back to WAITING by preemption, or by a pin; back to PARKED when soft blocks are dropped."""
+
+
 @dataclass(slots=True, eq=False)
 class PromptSequence:
-    """A prompt computed here: for this worker's own answer (`serves`), or for a decode worker, soft until pinned.
+    """A prompt computed here: for this worker's own answer, or for a decode worker, soft until pinned.
 
     One that has an `answer` was preempted while decoding: its prompt is computed anew with what it had generated.
-    Its state follows from what it holds: no `cached` = it waits; `cached` without `computed` = its prompt is being
-    computed; `computed` = it holds the whole prompt until it is released or dropped.
     """
 
     request: Request
-    serves: bool
-    is_pinned: bool = False
-    is_parked: bool = False
-    """Dropped, or told not to run ahead: computed only once it is pinned."""
+    claim: Claim
+    stage: Stage = field(default=Stage.WAITING, init=False)
     cached: CachedSequence | None = None
-    computed: Computed | None = None
     compute_id: int = 0
     """Raised when computed blocks are dropped: what was said about them is stale."""
     num_cached_tokens: int | None = None
     """Tokens of the prompt that its first computation found in the cache; None before it began."""
-    has_looked: bool = False
-    """Its request has looked for a cached prefix: hit rates count the first look only."""
-    is_checking: bool = False
-    """The blocks it was given for reuse are being hashed again: nothing is computed from them before they are known."""
     check_id: int = 0
-    """Raised with each such check: the result of an older one says nothing."""
+    """Raised with each check of its reused blocks: the result of an older one says nothing."""
     answer: DecodingSequence | None = None
     token_ids: tuple[int, ...] = field(init=False)
     """What is computed: the prompt, and the answer so far."""
@@ -90,9 +111,23 @@ class PromptSequence:
     def key(self) -> AttemptKey:
         return self.request.key
 
+    def enter(self, stage: Stage) -> None:
+        """Move on, or back. Raises `AssertionError` where no step leads."""
+        assert stage in _NEXT[self.stage], f"{self.key}: from {self.stage.name} to {stage.name}"
+        self.stage = stage
+
+    @property
+    def serves(self) -> bool:
+        return self.claim is Claim.OWN
+
     @property
     def is_soft(self) -> bool:
-        return not (self.serves or self.is_pinned)
+        return self.claim is Claim.SOFT
+
+    @property
+    def has_looked(self) -> bool:
+        """Its request has looked for a cached prefix: hit rates count the first look only."""
+        return self.answer is not None or self.check_id > 0 or self.num_cached_tokens is not None
 
     @property
     def num_computed(self) -> int:
@@ -104,7 +139,7 @@ class PromptSequence:
 
     @property
     def is_computing(self) -> bool:
-        return self.cached is not None and self.computed is None and not self.is_checking
+        return self.stage is Stage.COMPUTING
 
     def tokens(self, start: int, stop: int) -> tuple[int, ...]:
         """Those at positions [start, stop)."""
@@ -195,7 +230,7 @@ def state_of(sequence: LiveSequence) -> str:
         return "decoding"
     if isinstance(sequence, Reservation):
         return "reserved"
-    return "held" if sequence.computed else "prefilling"
+    return "held" if sequence.stage is Stage.HELD else "prefilling"
 
 
 def _licensed_key(licence: Verified | Computed) -> AttemptKey:

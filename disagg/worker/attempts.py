@@ -60,8 +60,8 @@ from disagg.transceiver.wire.messages.router import (
 )
 from disagg.transceiver.wire.messages.values import Geometry, StageTimes, UnitName
 from disagg.worker.metrics import WorkerMetrics
+from disagg.worker.pairing import Pairing
 from disagg.worker.request_state import RequestState
-from disagg.worker.transfer_factory import TransferFactory
 
 log = logging.getLogger(__name__)
 
@@ -73,12 +73,12 @@ class Attempts:
         self,
         submit: Callable[[Command], None],
         send: Callable[[RouterMessage], None],
-        factory: TransferFactory,
+        pair: Callable[[Dispatch], Pairing],
         metrics: WorkerMetrics,
         *,
         fetch_wait_s: float,
     ) -> None:
-        self._submit, self._send, self._factory, self._metrics = submit, send, factory, metrics
+        self._submit, self._send, self._pair, self._metrics = submit, send, pair, metrics
         self._fetch_wait_s = fetch_wait_s
         self._live: dict[AttemptKey, RequestState] = {}
         self._requests: dict[str, Dispatch] = {}
@@ -92,7 +92,7 @@ class Attempts:
 
     def peer_geometry(self, key: AttemptKey) -> Geometry:
         """How the peer of a live attempt's transfer lays out its cache."""
-        return self._factory.peer_geometry(self._live[key].dispatch)
+        return self._live[key].pairing.peer_geometry
 
     @property
     def keys(self) -> tuple[AttemptKey, ...]:
@@ -115,11 +115,11 @@ class Attempts:
         match message:
             case Dispatch():
                 self._dispatch(message)
-            case Retarget(transfer_id, epoch, peer, ticket):
+            case Retarget(transfer_id=transfer_id, epoch=epoch, peer=peer, ticket=ticket):
                 self._again(transfer_id, epoch, mode="decode", peer=peer, ticket=ticket)
             case PrefillLocally(transfer_id, epoch):
                 self._again(transfer_id, epoch, mode="serve", peer=None)
-            case CancelRequest(transfer_id, epoch, reason):
+            case CancelRequest(transfer_id=transfer_id, epoch=epoch, reason=reason):
                 for key in [key for key in self._live if key.transfer_id == transfer_id and key.epoch <= epoch]:
                     self.cancel(key, reason)
                 self._drop_request(transfer_id)
@@ -130,9 +130,9 @@ class Attempts:
                 log.warning("the router sent %s, which no worker takes", type(message).__name__)
 
     def _dispatch(self, dispatch: Dispatch, *, urgent: bool = False) -> None:
-        state = RequestState(dispatch)
+        state = RequestState(dispatch, self._pair(dispatch))
         key, sampling = state.key, dispatch.sampling
-        if key in self._live or self._was_here(key) or self._is_misplaced(dispatch):
+        if key in self._live or self._was_here(key) or self._is_misplaced(state):
             log.warning("ignored a dispatch of mode %s", dispatch.mode, extra=_of(state))
             return
         self._live[key] = state
@@ -143,19 +143,20 @@ class Attempts:
         if dispatch.mode == "serve":
             self._submit(Serve(key, dispatch.prompt, sampling, urgent))
         elif dispatch.mode == "decode":
-            self._submit(Reserve(key, dispatch.prompt, sampling, self._factory.precision(dispatch)))
+            self._submit(Reserve(key, dispatch.prompt, sampling, state.pairing.precision))
         elif self.sending is not None and dispatch.peer is not None:
             self._submit(Prefill(key, dispatch.prompt, sampling))  # first: a FETCH that came early pins it at once
-            self.sending.start(key, self._factory.sender(dispatch))
+            self.sending.start(key, state.pairing.sender())
 
     def _was_here(self, key: AttemptKey) -> bool:
         """Its transfer may still be stopping, long after the attempt was cancelled."""
         sides = (self.sending, self.receiving)
         return any(side is not None and side.knows(key) for side in sides)
 
-    def _is_misplaced(self, dispatch: Dispatch) -> bool:
-        side = {"serve": True, "prefill": self.sending, "decode": self.receiving}.get(dispatch.mode)
-        return side is None or not (dispatch.mode == "serve" or self._factory.fits(dispatch))
+    def _is_misplaced(self, state: RequestState) -> bool:
+        mode = state.dispatch.mode
+        side = {"serve": True, "prefill": self.sending, "decode": self.receiving}.get(mode)
+        return side is None or not (mode == "serve" or state.pairing.fits)
 
     def _again(self, transfer_id: str, epoch: int, **change: object) -> None:
         """The next attempt of a request whose last one failed here. The old sequence is gone; a new one is built."""
@@ -183,14 +184,16 @@ class Attempts:
         if state is None:
             return
         match event:
-            case TokensEvent(key, index, token_ids, logprobs, num_cached_tokens):
+            case TokensEvent(
+                key=key, index=index, token_ids=token_ids, logprobs=logprobs, num_cached_tokens=num_cached_tokens
+            ):
                 if index == 0 and state.dispatch.mode == "serve":
                     self._report(state, state.since_arrival("prefill"))
                 self._send(Tokens(key.transfer_id, key.epoch, index, token_ids, logprobs, num_cached_tokens))
-            case FinishedEvent(key, index, reason, stop_token_id):
+            case FinishedEvent(key=key, index=index, reason=reason, stop_token_id=stop_token_id):
                 self._send(Finished(key.transfer_id, key.epoch, index, reason, stop_token_id))
                 self._forget(key)
-            case FailedEvent(key, status, message):
+            case FailedEvent(key=key, status=status, message=message):
                 self._fail(key, status, message)
             case ReservedEvent(key, slots):
                 self._start_receiving(state, slots)
@@ -202,16 +205,14 @@ class Attempts:
                 self._prompt_computed(state, event)
 
     def _start_receiving(self, state: RequestState, slots: Sequence[Sequence[tuple[int, int]]]) -> None:
-        dispatch = state.dispatch
-        if self.receiving is None or dispatch.peer is None:
+        pairing, peer = state.pairing, state.dispatch.peer
+        if self.receiving is None or peer is None:
             return
         state.reserved_at = time.monotonic()
-        plane = self.receiving.plane_of(dispatch.peer.incarnation)
-        transfer = self._factory.receiver(dispatch, plane)
-        state.partial_blocks = self._factory.partial_blocks(dispatch, slots)
-        destinations = self._factory.destinations(dispatch, slots)
-        reserved = self._factory.reserved(dispatch, destinations)
-        self.receiving.start(state.key, transfer, dispatch.peer.incarnation, destinations, reserved)
+        transfer = pairing.receiver(self.receiving.plane_of(peer.incarnation))
+        destinations = pairing.destinations(slots)
+        state.partial_blocks = pairing.partial_blocks(destinations)
+        self.receiving.start(state.key, transfer, peer.incarnation, destinations, pairing.reserved(destinations))
 
     def _prompt_computed(self, state: RequestState, event: PromptComputedEvent) -> None:
         key, first = event.key, event.first_token
@@ -302,9 +303,9 @@ class Attempts:
     def _report(self, state: RequestState, times: StageTimes, record: TransferRecord | None = None) -> None:
         """This worker's part of the attempt, for `/requests/{id}`; `record` where KV landed here."""
         key = state.key
-        report = TransferReport(key.transfer_id, key.epoch, self._factory.worker_id, "", (), times)
+        report = TransferReport(key.transfer_id, key.epoch, state.pairing.worker_id, "", (), times)
         if record is not None:
-            groups = self._factory.group_bytes(state.dispatch, record)
+            groups = state.pairing.group_bytes(record)
             report = replace(report, plane=record.plane, groups=groups, num_operations=record.num_operations)
         self._send(report)
 

@@ -11,6 +11,7 @@ import contextlib
 import logging
 import os
 import socket
+from functools import partial
 
 from disagg.engine.commands import Release
 from disagg.transceiver.peers.decode_side import ReceivingSide
@@ -22,10 +23,10 @@ from disagg.transceiver.wire.node import Node
 from disagg.transceiver.wire.timing import HEARTBEAT_S
 from disagg.worker.attempts import Attempts
 from disagg.worker.engine_events import EngineEvents
+from disagg.worker.pairing import Pairing
 from disagg.worker.parts import WorkerParts
 from disagg.worker.planes import landing_planes, source_planes
 from disagg.worker.router_link import RouterLink
-from disagg.worker.transfer_factory import TransferFactory
 
 log = logging.getLogger(__name__)
 
@@ -120,8 +121,8 @@ class Registration:
     def _make_attempts(self, link: RouterLink, planes: dict[str, SourcePlane]) -> Attempts:
         parts = self._parts
         pushes = {name: plane.sends_bytes for name, plane in planes.items()}
-        factory = TransferFactory(self._node, parts.layout, pushes)
-        return Attempts(parts.model.submit, link.send, factory, parts.metrics, fetch_wait_s=parts.settings.fetch_wait_s)
+        pair = partial(Pairing, self._node, parts.layout, pushes)
+        return Attempts(parts.model.submit, link.send, pair, parts.metrics, fetch_wait_s=parts.settings.fetch_wait_s)
 
     def _make_register(self, server: ControlServer | None) -> Register:
         node, parts = self._node, self._parts

@@ -1,4 +1,4 @@
-"""What a worker keeps of one attempt it was dispatched: the request, when it came, and how far it got."""
+"""What a worker keeps of one attempt it was dispatched: the request, its peer, when it came, and how far it got."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from disagg.transceiver.wire.messages.router import Dispatch
 from disagg.transceiver.wire.messages.values import AttemptKey, StageTimes, UnitName
+from disagg.worker.pairing import Pairing
 
 
 @dataclass(slots=True)
@@ -14,6 +15,7 @@ class RequestState:
     """Live from DISPATCH until the attempt is over here. Times are this process's monotonic seconds."""
 
     dispatch: Dispatch
+    pairing: Pairing
     arrived_at: float = field(default_factory=time.monotonic)
     reserved_at: float | None = None
     is_pinned: bool = False

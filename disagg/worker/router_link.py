@@ -189,9 +189,11 @@ def shorter(message: RouterMessage, fault: str) -> TransferFailed | RequestFaile
     """What stands for a message that cannot be sent; None for one that decides no attempt."""
     why = f"this worker cannot say what became of it: {fault}"
     match message:
-        case TransferFailed(transfer_id, epoch, reason):  # the router may try again, as it would have
+        case TransferFailed(
+            transfer_id=transfer_id, epoch=epoch, reason=reason
+        ):  # the router may try again, as it would have
             return TransferFailed(transfer_id, epoch, f"{_plain(reason)}; {why}")
-        case RequestFailed(transfer_id, epoch, status, said):
+        case RequestFailed(transfer_id=transfer_id, epoch=epoch, status=status, message=said):
             return RequestFailed(transfer_id, epoch, status, f"{_plain(said)}; {why}")
         case Tokens(transfer_id, epoch) | Finished(transfer_id, epoch):
             return RequestFailed(transfer_id, epoch, 500, why)

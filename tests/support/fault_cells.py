@@ -224,12 +224,12 @@ class Cell:
 
     def _are_bytes_here(self) -> bool:
         plane = self.trio.decode.plane
-        num_announced = self.trio.prefill.core(self.key)._side._outbox.num_slices
+        num_announced = self.trio.prefill.core(self.key)._outbox.num_slices
         return bool(plane._num_held == num_announced - self.trio.decode.landing.num_inside)
 
     def _is_computed(self) -> bool:
         core = self.trio.prefill.core(self.key)
-        return core is not None and any(c.first_token for c in core._side._computations.values())
+        return core is not None and any(c.first_token for c in core._computations.values())
 
     def _where(self) -> str:
         cores = {worker.role: worker.core(self.key) for worker in (self.trio.prefill, self.trio.decode)}
@@ -352,8 +352,8 @@ class Cell:
         core = self.trio.prefill.core(self.key)
         if core is None:
             return self._final_unit(-1)
-        soft = [unit for computation in core._side._computations.values() for unit in computation.units]
-        hashed = [*soft, *core._side._outbox.announced]
+        soft = [unit for computation in core._computations.values() for unit in computation.units]
+        hashed = [*soft, *core._outbox.announced]
         return hashed[-1]
 
     # --- afterwards -------------------------------------------------------------------------------------------

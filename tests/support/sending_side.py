@@ -12,12 +12,14 @@ import numpy as np
 from support.event_loop import within
 from support.transfer_pair import COMPUTE_ID, DEADLINE_S, FIRST, GEOMETRY, KEYS, PROMPT, UNIT_NBYTES, needed_of
 
+from disagg.transceiver.layout.ranks import Part
 from disagg.transceiver.memory.regions import PoolRegion
 from disagg.transceiver.peers.prefill_side import SendingSide
 from disagg.transceiver.planes.base import SourcePlane
 from disagg.transceiver.planes.inproc import InprocHub, InprocSourcePlane
 from disagg.transceiver.protocol.events import Pinned, PromptComputed, UnitsFinal
-from disagg.transceiver.protocol.transfer import Transfer
+from disagg.transceiver.protocol.sender import Offer, Sender
+from disagg.transceiver.protocol.transfer import Ends, Transfer
 from disagg.transceiver.wire import ticket
 from disagg.transceiver.wire.links import ControlClient, ControlServer
 from disagg.transceiver.wire.messages import peer as p
@@ -86,18 +88,18 @@ class Prefill:
         """The router's word: serve `key` to `peer`."""
         self.side.start(
             key,
-            Transfer.sender(
-                transfer_id=key.transfer_id,
-                epoch=key.epoch,
-                me=self.node.incarnation,
-                peer=peer.incarnation,
-                prompt=PROMPT,
-                geometry=GEOMETRY,
-                unit_nbytes=UNIT_NBYTES,
-                planes={"inproc": False},
-                keys=KEYS,
-                deadline_s=DEADLINE_S,
-                now=asyncio.get_running_loop().time(),
+            Sender(
+                Ends(key.transfer_id, key.epoch, self.node.incarnation, peer.incarnation),
+                Offer(
+                    prompt=PROMPT,
+                    geometry=GEOMETRY,
+                    unit_nbytes=UNIT_NBYTES,
+                    planes={"inproc": False},
+                    keys=KEYS,
+                    ttl_s=DEADLINE_S,
+                    part=Part.whole(GEOMETRY.groups),
+                ),
+                asyncio.get_running_loop().time(),
             ),
         )
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from support.lossy_link import LossyLink
 
+from disagg.transceiver.layout.ranks import Part
 from disagg.transceiver.layout.required import needed_units, required_units
 from disagg.transceiver.protocol.actions import (
     Action,
@@ -40,7 +41,9 @@ from disagg.transceiver.protocol.events import (
     Unit,
     UnitsFinal,
 )
-from disagg.transceiver.protocol.transfer import Transfer
+from disagg.transceiver.protocol.receiver import Order, Receiver
+from disagg.transceiver.protocol.sender import Offer, Sender
+from disagg.transceiver.protocol.transfer import Ends, Transfer
 from disagg.transceiver.wire import ticket
 from disagg.transceiver.wire.codec import decode, encode
 from disagg.transceiver.wire.errors import RemoteProtocolError
@@ -100,33 +103,33 @@ def make_ticket(epoch: int = 0, *, prompt: tuple[int, ...] = PROMPT, ttl_s: floa
 
 
 def make_sender(now: float = 0.0, *, epoch: int = 0, unit_nbytes: tuple[int, ...] = UNIT_NBYTES) -> Transfer:
-    return Transfer.sender(
-        transfer_id=TRANSFER_ID,
-        epoch=epoch,
-        me=PREFILL,
-        peer=DECODE,
-        prompt=PROMPT,
-        geometry=GEOMETRY,
-        unit_nbytes=unit_nbytes,
-        planes=PLANES,
-        keys=KEYS,
-        deadline_s=DEADLINE_S,
-        now=now,
+    return Sender(
+        Ends(TRANSFER_ID, epoch, PREFILL, DECODE),
+        Offer(
+            prompt=PROMPT,
+            geometry=GEOMETRY,
+            unit_nbytes=unit_nbytes,
+            planes=PLANES,
+            keys=KEYS,
+            ttl_s=DEADLINE_S,
+            part=Part.whole(GEOMETRY.groups),
+        ),
+        now,
     )
 
 
 def make_receiver(now: float = 0.0, *, epoch: int = 0, plane: str = "shm") -> Transfer:
-    return Transfer.receiver(
-        transfer_id=TRANSFER_ID,
-        epoch=epoch,
-        me=DECODE,
-        peer=PREFILL,
-        ticket=make_ticket(epoch),
-        plane=plane,
-        geometry=GEOMETRY,
-        keys=KEYS,
-        deadline_s=DEADLINE_S,
-        now=now,
+    return Receiver(
+        Ends(TRANSFER_ID, epoch, DECODE, PREFILL),
+        Order(
+            ticket=make_ticket(epoch),
+            plane=plane,
+            geometry=GEOMETRY,
+            keys=KEYS,
+            deadline_s=DEADLINE_S,
+            part=Part.whole(GEOMETRY.groups),
+        ),
+        now,
     )
 
 

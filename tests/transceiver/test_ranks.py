@@ -34,7 +34,7 @@ from disagg.transceiver.library.decode_ranks import DecodeRank, DecodeRanks
 from disagg.transceiver.library.prefill_ranks import DecodePeer
 from disagg.transceiver.peers.decode_side import TransferRecord
 from disagg.transceiver.protocol.actions import Verified
-from disagg.transceiver.protocol.leader import Decision, Pair, part_key
+from disagg.transceiver.protocol.leader import Outcome, Pair, part_key
 from disagg.transceiver.wire import ticket
 from disagg.transceiver.wire.node import Node, draw_id
 from disagg.transceiver.wire.sockets import Sockets
@@ -116,7 +116,7 @@ class Received:
     model: LoadedModel
     cache: KVCache
     ranks: list[RankPools]
-    decision: Decision
+    decision: Outcome
     records: Mapping[Pair, TransferRecord]
     first_token: int
     truth: list[np.ndarray]

@@ -101,13 +101,13 @@ async def test_only_its_own_peer_renews_the_lease_of_a_transfer() -> None:
         key = await fetched(prefill, victim)
         core = prefill.core(key)
         assert core is not None
-        granted = core._side._lease_end
+        granted = core._lease_end
         await other.say(other.beat(key))
         await other.was_heard()
-        assert core._side._lease_end == granted
+        assert core._lease_end == granted
         await victim.say(victim.beat(key))
         await victim.was_heard()
-        assert core._side._lease_end > granted
+        assert core._lease_end > granted
 
 
 # --- FETCH before DISPATCH ----------------------------------------------------------------------------------

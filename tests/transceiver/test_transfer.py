@@ -298,7 +298,7 @@ def test_a_required_unit_that_never_becomes_final_fails_by_name() -> None:
 
 def test_a_transfer_knows_who_it_is() -> None:
     sender, receiver = make_sender(epoch=3), make_receiver(epoch=3)
-    assert sender.key == receiver.key == (TRANSFER_ID, 3)
+    assert all((end.ends.transfer_id, end.ends.epoch) == (TRANSFER_ID, 3) for end in (sender, receiver))
     assert (sender.peer, receiver.peer) == (DECODE, PREFILL)
     assert (sender.role, receiver.role) == (Role.SENDER, Role.RECEIVER)
 

@@ -23,8 +23,9 @@ from disagg.transceiver.peers.landing_threads import LandingThread
 from disagg.transceiver.planes.base import LandingPlane
 from disagg.transceiver.protocol.actions import FreeReservation, PartVerified, ReportFailed, Verified
 from disagg.transceiver.protocol.events import CancelAsked, Reserved
-from disagg.transceiver.protocol.leader import Decision, Leader, Pair, part_key
-from disagg.transceiver.protocol.transfer import Transfer
+from disagg.transceiver.protocol.leader import Leader, Outcome, Pair, part_key
+from disagg.transceiver.protocol.receiver import Order, Receiver
+from disagg.transceiver.protocol.transfer import Ends
 from disagg.transceiver.wire.messages.router import PeerTarget
 from disagg.transceiver.wire.messages.values import AttemptKey, Geometry, GroupRuns
 from disagg.transceiver.wire.node import Node
@@ -33,7 +34,7 @@ from disagg.transceiver.wire.sockets import Sockets
 Destinations = Sequence[Sequence[tuple[int, int]]]
 """Of one rank, per group: (ordinal of a unit, slot) pairs."""
 
-OnDecision = Callable[[AttemptKey, Decision, Mapping[Pair, TransferRecord]], None]
+OnDecision = Callable[[AttemptKey, Outcome, Mapping[Pair, TransferRecord]], None]
 """Called once per attempt, when no job of any rank holds a slot of it any more."""
 
 
@@ -134,18 +135,17 @@ class DecodeRanks:
         theirs, own = _geometry(sender), part_key(key, pair)
         part = Part.between(theirs, node.geometry)
         slots = [some if rectangle else () for some, rectangle in zip(wanted, part.rectangles, strict=True)]
-        transfer = Transfer.receiver(
-            transfer_id=own.transfer_id,
-            epoch=own.epoch,
-            me=node.incarnation,
-            peer=sender.incarnation,
-            ticket=ticket,
-            plane=side.plane_of(sender.incarnation),
-            geometry=geometry_by_units(node.geometry, peer_unit(node.geometry, theirs.block_size)),
-            keys=node.keys,
-            deadline_s=deadline_s,
-            now=time.monotonic(),
-            part=part,
+        transfer = Receiver(
+            Ends(own.transfer_id, own.epoch, node.incarnation, sender.incarnation),
+            Order(
+                ticket=ticket,
+                plane=side.plane_of(sender.incarnation),
+                geometry=geometry_by_units(node.geometry, peer_unit(node.geometry, theirs.block_size)),
+                keys=node.keys,
+                deadline_s=deadline_s,
+                part=part,
+            ),
+            time.monotonic(),
         )
         side.start(own, transfer, sender.incarnation, slots, Reserved(_required(slots), prompt_len))
 

@@ -21,7 +21,8 @@ from disagg.transceiver.peers.prefill_side import SendingSide
 from disagg.transceiver.planes.base import SourcePlane
 from disagg.transceiver.protocol.events import Pinned, PromptComputed, UnitsFinal
 from disagg.transceiver.protocol.leader import Pair, part_key
-from disagg.transceiver.protocol.transfer import Transfer
+from disagg.transceiver.protocol.sender import Offer, Sender
+from disagg.transceiver.protocol.transfer import Ends
 from disagg.transceiver.wire.links import ControlServer
 from disagg.transceiver.wire.messages.values import AttemptKey, FirstToken, Geometry, UnitName
 from disagg.transceiver.wire.node import Node
@@ -89,19 +90,18 @@ class PrefillRanks:
             unit = peer_unit(ours, peer.geometry.block_size)
             part, cut = Part.between(ours, peer.geometry), SlotUnits(ours, rank.pools, unit, peer.geometry)
             sent = [source for source in sources[pair[1]] if part.rectangles[source.group]]
-            transfer = Transfer.sender(
-                transfer_id=own.transfer_id,
-                epoch=own.epoch,
-                me=rank.node.incarnation,
-                peer=peer.incarnation,
-                prompt=prompt,
-                geometry=geometry_by_units(ours, unit),
-                unit_nbytes=cut.unit_nbytes,
-                planes={name: plane.sends_bytes for name, plane in rank.planes.items()},
-                keys=rank.node.keys,
-                deadline_s=deadline_s,
-                now=time.monotonic(),
-                part=part,
+            transfer = Sender(
+                Ends(own.transfer_id, own.epoch, rank.node.incarnation, peer.incarnation),
+                Offer(
+                    prompt=prompt,
+                    geometry=geometry_by_units(ours, unit),
+                    unit_nbytes=cut.unit_nbytes,
+                    planes={name: plane.sends_bytes for name, plane in rank.planes.items()},
+                    keys=rank.node.keys,
+                    ttl_s=deadline_s,
+                    part=part,
+                ),
+                time.monotonic(),
             )
             units = await self._landing[pair[1]].digest_units(
                 sent, None if moves_slots(ours, peer.geometry, rank.pools) else cut

@@ -23,7 +23,7 @@ from disagg.transceiver.planes.reshaping import probe_pools
 from disagg.transceiver.planes.tcp.landing import TcpLandingPlane
 from disagg.transceiver.planes.tcp.source import TcpSourcePlane
 from disagg.transceiver.protocol.actions import Verified
-from disagg.transceiver.protocol.leader import Decision, Pair, part_key
+from disagg.transceiver.protocol.leader import Outcome, Pair, part_key
 from disagg.transceiver.wire import ticket
 from disagg.transceiver.wire.errors import PeerLost, TransferFailed
 from disagg.transceiver.wire.keys import ClusterKeys
@@ -119,7 +119,7 @@ class TensorDestination:
         self._node, self._source = node, source
         planes = {TcpLandingPlane.name: TcpLandingPlane}
         self._ranks = DecodeRanks([DecodeRank(node, pools)], [source], planes, sockets, self._decide)
-        self._decided: dict[AttemptKey, asyncio.Future[tuple[Decision, TransferRecord]]] = {}
+        self._decided: dict[AttemptKey, asyncio.Future[tuple[Outcome, TransferRecord]]] = {}
 
     @classmethod
     @contextlib.asynccontextmanager
@@ -170,7 +170,7 @@ class TensorDestination:
             raise TransferFailed(f"transfer {key.transfer_id}: {decision.reason}")
         return decision.first_token, record
 
-    def _decide(self, key: AttemptKey, decision: Decision, records: Mapping[Pair, TransferRecord]) -> None:
+    def _decide(self, key: AttemptKey, decision: Outcome, records: Mapping[Pair, TransferRecord]) -> None:
         decided = self._decided.pop(key)
         if not decided.done():  # else no caller waits any more
             decided.set_result((decision, records[_PAIR]))

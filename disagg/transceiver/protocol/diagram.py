@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from disagg.transceiver.protocol.state import TRANSITIONS, Kind, Role, State
+from disagg.transceiver.protocol.state import TRANSITIONS, Kind, Role, State, name_of
 
 _HEAD = """# States of a transfer
 
@@ -28,7 +28,7 @@ def _section(role: Role) -> str:
 
 def _edges(state: State, row: dict[Kind, State]) -> list[tuple[State, str]]:
     targets = dict.fromkeys(target for target in row.values() if target is not state)
-    return [(target, ", ".join(kind.value for kind, to in row.items() if to is target)) for target in targets]
+    return [(target, ", ".join(name_of(kind) for kind, to in row.items() if to is target)) for target in targets]
 
 
 if __name__ == "__main__":

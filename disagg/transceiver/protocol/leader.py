@@ -24,7 +24,7 @@ def part_key(key: AttemptKey, pair: Pair) -> AttemptKey:
     return AttemptKey(blake2b(name, digest_size=16, person=b"disagg-ranks").hexdigest(), key.epoch)
 
 
-Decision = Verified | ReportFailed | FreeReservation
+Outcome = Verified | ReportFailed | FreeReservation
 
 
 class Leader:
@@ -34,7 +34,7 @@ class Leader:
         self._key = key
         self._missing = set(parts)
         self._first_token: FirstToken | None = None
-        self.decision: Decision | None = None
+        self.decision: Outcome | None = None
         assert self._missing, "a transfer has at least the leaders' part"
 
     def verified(self, pair: Pair, part: PartVerified) -> Verified | None:

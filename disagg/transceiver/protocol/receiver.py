@@ -2,12 +2,12 @@
 
 The verdict is `Verified` only when DONE's MAC holds, its manifest covers exactly what was required, and every landed
 unit, hashed where it lies, has the manifest's digest. Anything else ends in `ReportFailed` or `FreeReservation`, after
-every landing job has been joined. States and legal steps are in `state.py`.
+every landing job has been joined. States and legal steps are in `state.py`; what is done on each of them is
+in `Receiver.reactions`, the table at the end of the class.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -25,8 +25,8 @@ from disagg.transceiver.protocol.events import (
 )
 from disagg.transceiver.protocol.inbox import BadSliceError, Inbox
 from disagg.transceiver.protocol.manifest import is_sealed
-from disagg.transceiver.protocol.side import Ends, Side
-from disagg.transceiver.protocol.state import Kind, Role, State
+from disagg.transceiver.protocol.state import Decision, Role, State
+from disagg.transceiver.protocol.transfer import Ends, Reactions, Transfer
 from disagg.transceiver.wire import reasons
 from disagg.transceiver.wire.errors import LocalProtocolError, RemoteProtocolError, clipped
 from disagg.transceiver.wire.keys import ClusterKeys
@@ -43,16 +43,13 @@ from disagg.transceiver.wire.messages.peer import (
     Refused,
     Slice,
 )
-from disagg.transceiver.wire.messages.values import FirstToken, Geometry, UnitName
+from disagg.transceiver.wire.messages.values import Geometry, UnitName
 from disagg.transceiver.wire.repeat import Repeat
-
-_OPEN = (State.FETCHING, State.LANDING)
-"""The states in which the verdict is still open and the peer has been asked."""
 
 
 @dataclass(frozen=True, slots=True)
 class Order:
-    """What the router ordered: the ticket to show, the plane to use, and how long it may take."""
+    """What the router ordered: DISPATCH's ticket to show, the plane agreed with the peer, how long it may take."""
 
     ticket: bytes
     plane: str
@@ -62,7 +59,7 @@ class Order:
     part: Part
 
 
-class Receiver(Side):
+class Receiver(Transfer):
     role: ClassVar[Role] = Role.RECEIVER
 
     def __init__(self, ends: Ends, order: Order, now: float) -> None:
@@ -73,33 +70,15 @@ class Receiver(Side):
         self._done: Done | None = None
         self._outcome: ReportFailed | FreeReservation | None = None
 
-    def _reactions(self) -> Mapping[Kind, Callable[[Any], None]]:
-        return {
-            Kind.RESERVED: self._on_reserved,
-            Kind.ACCEPTED: self._on_accepted,
-            Kind.SLICE: self._on_slice,
-            Kind.DONE: self._on_done,
-            Kind.FAILED: self._on_failed,
-            Kind.CANCELLED: self._on_cancelled,
-            Kind.REFUSED: self._on_refused,
-            Kind.CLOSED: self._on_closed,
-            Kind.SLICE_LANDED: self._on_slice_landed,
-            Kind.LANDING_FAILED: self._on_landing_failed,
-            Kind.LANDING_STOPPED: self._on_landing_stopped,
-            Kind.CANCEL_ASKED: self._on_cancel_asked,
-            Kind.PEER_GONE: self._on_peer_gone,
-            Kind.TICK: self._on_tick,
-        }
-
-    def _check(self, kind: Kind, subject: Any) -> None:
-        if kind is Kind.RESERVED:
-            self._check_reserved(subject)
-        if self.state is not State.LANDING:
-            return
-        if kind is Kind.SLICE_LANDED and not self._inbox.expects(subject.number, subject.units):
-            raise LocalProtocolError(f"slice {subject.number} was not being landed with these units")
-        if kind is Kind.LANDING_FAILED and not self._inbox.is_landing(subject.number):
-            raise LocalProtocolError(f"slice {subject.number} was not being landed")
+    def _check(self, subject: Any) -> None:
+        is_landing = self.state is State.LANDING
+        match subject:
+            case Reserved():
+                self._check_reserved(subject)
+            case SliceLanded(number, units) if is_landing and not self._inbox.expects(number, units):
+                raise LocalProtocolError(f"slice {number} was not being landed with these units")
+            case LandingFailed(number=number) if is_landing and not self._inbox.is_landing(number):
+                raise LocalProtocolError(f"slice {number} was not being landed")
 
     def _check_reserved(self, event: Reserved) -> None:
         geometry = self._order.geometry
@@ -111,20 +90,12 @@ class Receiver(Side):
 
     # --- asking and landing ---------------------------------------------------------------------------------
 
-    def _on_reserved(self, event: Reserved) -> None:
-        if self.state is State.CLOSED:
-            return
+    def _ask(self, event: Reserved) -> None:
         required = tuple(entry for entry in event.required if entry.runs)
         self._inbox = Inbox((entry.group, ordinal) for entry in required for ordinal in entry.ordinals)
         self._insist(Fetch(self._header(), self._order.ticket, event.prompt_len, required, self._order.plane))
 
-    def _on_accepted(self, message: Accepted) -> None:
-        if self._was is State.FETCHING:
-            self._repeat.stop()
-
-    def _on_slice(self, message: Slice) -> None:
-        if self.state is not State.LANDING:
-            return
+    def _take_slice(self, message: Slice) -> None:
         self._repeat.stop()
         try:
             is_new = self._inbox.announce(message)
@@ -139,9 +110,7 @@ class Receiver(Side):
         else:
             self._send(Received(self._header(), self._inbox.highest))
 
-    def _on_slice_landed(self, event: SliceLanded) -> None:
-        if self.state is not State.LANDING:
-            return
+    def _take_landed(self, event: SliceLanded) -> None:
         bad = tuple(UnitName(unit.group, unit.ordinal) for unit in event.units if not unit.finite)
         if bad:
             self._fault(reasons.NON_FINITE, bad)
@@ -155,18 +124,17 @@ class Receiver(Side):
 
     # --- the verdict ----------------------------------------------------------------------------------------
 
-    def _on_done(self, done: Done) -> None:
-        if self.state is not State.LANDING:
-            self._answer_again()
-        elif self._done is None:
-            self._repeat.stop()
-            problem = self._problem_of(done)
-            if problem is None:
-                self._done = done
-                self._poll.start(self._now)
-                self._try_verify()
-            else:
-                self._fault(problem)
+    def _take_done(self, done: Done) -> None:
+        if self._done is not None:
+            return
+        self._repeat.stop()
+        problem = self._problem_of(done)
+        if problem is None:
+            self._done = done
+            self._poll.start(self._now)
+            self._try_verify()
+        else:
+            self._fault(problem)
 
     def _problem_of(self, done: Done) -> str | None:
         """Why this DONE cannot be right, before any byte is compared."""
@@ -194,117 +162,175 @@ class Receiver(Side):
         elif wrong:
             self._fault(reasons.DIGEST, wrong)
         else:
-            self._give_licence(done.first_token)
+            self._decide(Decision.COVERED, done)
 
-    def _give_licence(self, first_token: FirstToken | None) -> None:
-        self._decide(Kind.COVERED)
+    def _give_licence(self, done: Done) -> None:
         # ACK first: the sequence may decode only after the sources were told that they are free.
         self._insist(Ack(self._header()))
         self._give_up_later()
         if self._order.part.is_joined:
-            self._do(PartVerified(first_token))
+            self._do(PartVerified(done.first_token))
         else:
-            assert first_token is not None, "rank 0 sends the first token"
-            self._do(Verified(self.ends.transfer_id, self.ends.epoch, first_token))
+            assert done.first_token is not None, "rank 0 sends the first token"
+            self._do(Verified(self.ends.transfer_id, self.ends.epoch, done.first_token))
 
     def _fault(self, reason: str, units: tuple[UnitName, ...] = ()) -> None:
-        self._decide(Kind.FAULT)
-        self._stop(reason, ReportFailed(reason, units), units)
+        self._decide(Decision.FAULT, ReportFailed(reason, units))
+
+    # --- endings --------------------------------------------------------------------------------------------
+
+    def _fail(self, fault: ReportFailed) -> None:
+        self._stop(fault.reason, fault, fault.units)
+
+    def _fail_landing(self, event: LandingFailed) -> None:
+        self._stop(event.reason, ReportFailed(event.reason, event.units), event.units)
+
+    def _fail_late(self, decision: Decision) -> None:
+        self._stop(reasons.DEADLINE, ReportFailed(reasons.LOST))
+
+    def _failed(self, message: Failed) -> None:
+        self._stop(reasons.FAILED, ReportFailed(message.reason, message.units))
+
+    def _refused(self, message: Refused) -> None:
+        ours, theirs = clipped(message.ours), clipped(message.theirs)
+        why = f"{reasons.REFUSED}: {clipped(message.field)}: expected {ours}, got {theirs}"
+        self._stop(reasons.REFUSED, ReportFailed(why))
+
+    def _cancelled(self, message: Cancelled) -> None:
+        is_finished = message.reason == reasons.FINISHED
+        outcome = FreeReservation(message.reason) if is_finished else ReportFailed(message.reason)
+        self._stop(message.reason, outcome)
+
+    def _cancel(self, event: CancelAsked) -> None:
+        self._stop(event.reason, FreeReservation(event.reason))
 
     def _stop(self, reason: str, outcome: ReportFailed | FreeReservation, units: tuple[UnitName, ...] = ()) -> None:
-        """Join every job, then give `outcome`. CANCEL frees the peer's sources, unless the peer is past hearing it."""
+        """Join every job, then give `outcome`. CANCEL, repeated until answered, frees the peer's sources."""
+        self._insist(Cancel(self._header(), reason, units))
+        self._give_up_later()
+        self._join(outcome)
+
+    def _join(self, outcome: ReportFailed | FreeReservation) -> None:
         self._outcome = outcome
-        self._repeat.stop()
-        if self.state is State.STOPPING:
-            self._insist(Cancel(self._header(), reason, units))
-            self._give_up_later()
         self._do(StopLanding())
 
-    # --- the peer ends it -----------------------------------------------------------------------------------
+    def _join_unknown(self, message: Closed) -> None:
+        self._stop_repeating(message)
+        self._join(ReportFailed(reasons.UNKNOWN))
 
-    def _on_failed(self, message: Failed) -> None:
-        if self._was in _OPEN:
-            self._stop(reasons.FAILED, ReportFailed(message.reason, message.units))
-        else:
-            self._answer_again()
+    def _join_lost(self, event: PeerGone) -> None:
+        self._stop_repeating(event)
+        self._join(ReportFailed(reasons.LOST))
 
-    def _on_cancelled(self, message: Cancelled) -> None:
-        if self._was in _OPEN:
-            is_finished = message.reason == reasons.FINISHED
-            outcome = FreeReservation(message.reason) if is_finished else ReportFailed(message.reason)
-            self._stop(message.reason, outcome)
-        else:
-            self._repeat.stop()
-            self._answer_again()
-
-    def _on_refused(self, message: Refused) -> None:
-        if self._was in _OPEN:
-            ours, theirs = clipped(message.ours), clipped(message.theirs)
-            why = f"{reasons.REFUSED}: {clipped(message.field)}: expected {ours}, got {theirs}"
-            self._stop(reasons.REFUSED, ReportFailed(why))
-
-    def _on_closed(self, message: Closed) -> None:
-        self._repeat.stop()
-        if self._was in _OPEN:
-            self._stop(reasons.UNKNOWN, ReportFailed(reasons.UNKNOWN))
-
-    def _on_peer_gone(self, event: PeerGone) -> None:
-        self._repeat.stop()
-        if self._was is State.WAITING:
-            self._do(ReportFailed(reasons.LOST))
-        elif self._was in _OPEN:
-            self._stop(reasons.LOST, ReportFailed(reasons.LOST))
-
-    # --- this process ends it -------------------------------------------------------------------------------
-
-    def _on_cancel_asked(self, event: CancelAsked) -> None:
-        if self._was is State.WAITING:
-            self._do(FreeReservation(event.reason))
-        elif self._was in _OPEN:
-            self._stop(event.reason, FreeReservation(event.reason))
-        elif self._was in (State.STOPPING, State.JOINING):
-            self._outcome = FreeReservation(event.reason)
-
-    def _on_landing_failed(self, event: LandingFailed) -> None:
-        if self._was is State.LANDING:
-            self._stop(event.reason, ReportFailed(event.reason, event.units), event.units)
-
-    def _on_landing_stopped(self, event: LandingStopped) -> None:
-        assert self._outcome is not None, "STOPPING and JOINING are entered through _stop"
+    def _report(self, event: LandingStopped) -> None:
+        assert self._outcome is not None, "STOPPING and JOINING are entered with an outcome"
         self._do(self._outcome)
 
-    def _on_tick(self, event: Tick) -> None:
+    def _free_instead(self, event: CancelAsked) -> None:
+        """The failure that the jobs are joined for concerns the router no more."""
+        self._outcome = FreeReservation(event.reason)
+
+    def _free(self, event: CancelAsked) -> None:
+        self._do(FreeReservation(event.reason))
+
+    def _lose(self, cause: PeerGone | Decision) -> None:
+        self._do(ReportFailed(reasons.LOST))
+
+    def _stop_repeating(self, cause: object) -> None:
+        self._repeat.stop()
+
+    def _answer_again(self, message: Done | Failed | Cancelled) -> None:
+        """The peer repeats its terminal word: our answer was lost. CANCEL of an open exchange repeats by itself."""
+        if isinstance(self.last_word, Ack | Cancel):
+            self._repeat_last_word()
+
+    # --- time -----------------------------------------------------------------------------------------------
+
+    def _look_at_limit(self, event: Tick) -> bool:
+        """True when something was done about it: no answer in time is LOST, and after the verdict nothing is owed."""
         limit = self._limit()
         if limit is not None and self._now >= limit:
-            self._overdue()
+            self._decide(Decision.OVERDUE)
         elif self._repeat.take(self._now):
             self._repeat_last_word()
-        elif self.state is State.LANDING and self._poll.take(self._now):
-            # A sender that said DONE and had to let go says no other word, and bytes that it was to push never come:
-            # a receiver that waits for them must ask. One that is still there counts this as a RECEIVED it knows.
+        else:
+            return False
+        return True
+
+    def _poll_sender(self, event: Tick) -> None:
+        # A sender that said DONE and had to let go says no other word, and bytes that it was to push never come:
+        # a receiver that waits for them must ask. One that is still there counts this as a RECEIVED it knows.
+        if not self._look_at_limit(event) and self._poll.take(self._now):
             self._send(Received(self._header(), self._inbox.highest))
 
-    def _overdue(self) -> None:
-        """No answer in time: before the verdict that is LOST, after it nothing is owed any more."""
-        self._decide(Kind.OVERDUE)
-        self._repeat.stop()
-        self._give_up_at = None
-        if self._was is State.WAITING:
-            self._do(ReportFailed(reasons.LOST))
-        elif self._was in _OPEN:
-            self._stop(reasons.DEADLINE, ReportFailed(reasons.LOST))
-
-    # --- facts ----------------------------------------------------------------------------------------------
-
-    def _answer_again(self) -> None:
-        """The peer repeats its terminal word: our answer was lost. CANCEL of an open exchange repeats by itself."""
-        if self.state in (State.VERIFIED, State.CLOSED) and isinstance(self.last_word, Ack | Cancel):
-            self._repeat_last_word()
-
     def _limit(self) -> float | None:
-        if self.state in (State.JOINING, State.CLOSED):
-            return None
-        return self.deadline if self.state in (State.WAITING, *_OPEN) else self._give_up_at
+        """The request's deadline while the verdict is open, then the end of insisting on an answer."""
+        match self.state:
+            case State.JOINING | State.CLOSED:
+                return None
+            case State.WAITING | State.FETCHING | State.LANDING:
+                return self.deadline
+        return self._give_up_at
 
     def _alarms(self) -> tuple[float | None, ...]:
         return (self._limit(), self._repeat.at, self._poll.at if self.state is State.LANDING else None)
+
+    # --- what to do on each step ----------------------------------------------------------------------------
+
+    reactions: ClassVar[Reactions] = {
+        State.WAITING: {
+            Reserved: _ask,
+            Tick: _look_at_limit,
+            CancelAsked: _free,
+            PeerGone: _lose,
+            Decision.OVERDUE: _lose,
+        },
+        State.FETCHING: {
+            Accepted: _stop_repeating,
+            Slice: _take_slice,
+            Done: _take_done,
+            Tick: _look_at_limit,
+            Failed: _failed,
+            Cancelled: _cancelled,
+            Refused: _refused,
+            CancelAsked: _cancel,
+            Decision.OVERDUE: _fail_late,
+            Closed: _join_unknown,
+            PeerGone: _join_lost,
+        },
+        State.LANDING: {
+            Slice: _take_slice,
+            SliceLanded: _take_landed,
+            Done: _take_done,
+            Tick: _poll_sender,
+            Decision.COVERED: _give_licence,
+            Decision.FAULT: _fail,
+            LandingFailed: _fail_landing,
+            Failed: _failed,
+            Cancelled: _cancelled,
+            Refused: _refused,
+            CancelAsked: _cancel,
+            Decision.OVERDUE: _fail_late,
+            Closed: _join_unknown,
+            PeerGone: _join_lost,
+        },
+        State.VERIFIED: {
+            Tick: _look_at_limit,
+            **dict.fromkeys((Done, Failed, Cancelled), _answer_again),
+        },
+        State.STOPPING: {
+            Tick: _look_at_limit,
+            CancelAsked: _free_instead,
+            LandingStopped: _report,
+            **dict.fromkeys((Closed, Cancelled, PeerGone, Decision.OVERDUE), _stop_repeating),
+        },
+        State.JOINING: {
+            CancelAsked: _free_instead,
+            LandingStopped: _report,
+        },
+        State.CANCELLING: {
+            Tick: _look_at_limit,
+            Cancelled: _answer_again,
+        },
+        State.CLOSED: dict.fromkeys((Done, Failed, Cancelled), _answer_again),
+    }

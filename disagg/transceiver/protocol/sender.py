@@ -1,13 +1,13 @@
 """The prefill end of a transfer: admits one FETCH, announces units as they become final, says one terminal word.
 
-States and legal steps are in `state.py`. Before a FETCH is admitted the prompt is computed softly, maybe more than
-once; `_Computation` holds what each computation reported. `Pinned` names the one that stays, and only its units are
-announced.
+States and legal steps are in `state.py`; what is done on each of them is in `Sender.reactions`, the table at the end of
+the class. Before a FETCH is admitted the prompt is computed softly, maybe more than once; `_Computation` holds what
+each computation reported. `Pinned` names the one that stays, and only its units are announced.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
@@ -29,8 +29,8 @@ from disagg.transceiver.protocol.events import (
 )
 from disagg.transceiver.protocol.manifest import seal
 from disagg.transceiver.protocol.outbox import Outbox
-from disagg.transceiver.protocol.side import Ends, Side
-from disagg.transceiver.protocol.state import Kind, Role, State
+from disagg.transceiver.protocol.state import Decision, Role, State
+from disagg.transceiver.protocol.transfer import Ends, Reactions, Transfer
 from disagg.transceiver.wire import reasons, ticket
 from disagg.transceiver.wire.codec import MAX_MANIFEST_ENTRIES
 from disagg.transceiver.wire.errors import RemoteProtocolError, TicketRefused
@@ -63,7 +63,8 @@ class _Computation:
 class Offer:
     """What the router ordered and this worker can do: everything a FETCH is judged by.
 
-    `planes`: name -> does the sender push bytes on it. `unit_nbytes`: slot bytes per group.
+    `planes`: those offered to this peer, each with whether the sender pushes its bytes. `unit_nbytes`: slot bytes per
+    group. `ttl_s` is DISPATCH's, exactly: it is bound by the ticket. `part`: what this pair of ranks moves.
     """
 
     prompt: tuple[int, ...]
@@ -75,7 +76,11 @@ class Offer:
     part: Part
 
 
-class Sender(Side):
+_Cause = CancelAsked | FinishedEarly | ComputeFailed | Decision
+"""What makes this end stop by itself; of the decisions INCOMPLETE and OVERDUE."""
+
+
+class Sender(Transfer):
     role: ClassVar[Role] = Role.SENDER
 
     def __init__(self, ends: Ends, offer: Offer, now: float) -> None:
@@ -88,41 +93,12 @@ class Sender(Side):
         self._outbox = Outbox((), offer.unit_nbytes, pushes_bytes=False)
         self._slice_repeat = Repeat()
         self._lease_end: float | None = None
-        self._is_released = False
 
-    def _reactions(self) -> Mapping[Kind, Callable[[Any], None]]:
-        return {
-            Kind.FETCH: self._on_fetch,
-            Kind.RECEIVED: self._on_received,
-            Kind.ACK: self._on_ack,
-            Kind.CANCEL: self._on_cancel,
-            Kind.CANCEL_ASKED: self._on_cancel_asked,
-            Kind.PEER_GONE: self._on_peer_gone,
-            Kind.TICK: self._on_tick,
-            Kind.LEASE_RENEWED: self._on_lease_renewed,
-            Kind.PINNED: self._on_pinned,
-            Kind.UNITS_FINAL: self._on_units_final,
-            Kind.SOFT_DROPPED: self._on_soft_dropped,
-            Kind.PROMPT_COMPUTED: self._on_prompt_computed,
-            Kind.FINISHED_EARLY: self._on_finished_early,
-            Kind.COMPUTE_FAILED: self._on_compute_failed,
-        }
-
-    def _check(self, kind: Kind, subject: Any) -> None:
-        if kind is Kind.RECEIVED and not -1 <= subject.number < self._outbox.num_slices:
+    def _check(self, subject: Any) -> None:
+        if isinstance(subject, Received) and not -1 <= subject.number < self._outbox.num_slices:
             raise RemoteProtocolError(f"RECEIVED {subject.number}, but {self._outbox.num_slices} slices were announced")
 
     # --- FETCH ----------------------------------------------------------------------------------------------
-
-    def _on_fetch(self, fetch: Fetch) -> None:
-        if self._was is State.WAITING:
-            self._judge(fetch)
-        elif self._was in (State.STOPPED, State.CLOSED):
-            self._repeat_last_word()
-        elif self._fetch is not None and replace(fetch, header=self._fetch.header) == self._fetch:
-            self._send(Accepted(self._header(), 0))
-        else:
-            self._refuse("required", "one FETCH per epoch", "another FETCH")
 
     def _judge(self, fetch: Fetch) -> None:
         """Admit it, or say which field is wrong and stay as we are: a forged FETCH must not end an honest transfer."""
@@ -168,7 +144,7 @@ class Sender(Side):
             self._admit(fetch)
 
     def _admit(self, fetch: Fetch) -> None:
-        self._decide(Kind.ADMIT)
+        self._decide(Decision.ADMIT)
         self._fetch = fetch
         self._lease_end = self._now + LEASE_S
         keys = [(entry.group, ordinal) for entry in fetch.required for ordinal in entry.ordinals]
@@ -176,32 +152,29 @@ class Sender(Side):
         self._do(AskPin())
         self._send(Accepted(self._header(), 0))
 
+    def _accept_again(self, fetch: Fetch) -> None:
+        """One was admitted: this must be its repeat."""
+        if self._fetch is not None and replace(fetch, header=self._fetch.header) == self._fetch:
+            self._send(Accepted(self._header(), 0))
+        else:
+            self._refuse("required", "one FETCH per epoch", "another FETCH")
+
     def _refuse(self, name: str, ours: str, theirs: str) -> None:
         ends = self.ends
         self._send(Refused(name, ours, theirs, transfer_id=ends.transfer_id, epoch=ends.epoch))
 
     # --- computing and announcing ---------------------------------------------------------------------------
 
-    def _on_units_final(self, event: UnitsFinal) -> None:
-        if self.state is State.SENDING and event.compute_id == self._pinned:
-            self._outbox.add(event.units)
-            self._announce()
-        elif self._is_soft:
-            self._computation(event.compute_id).units.extend(event.units)
+    def _keep_units(self, event: UnitsFinal) -> None:
+        self._computation(event.compute_id).units.extend(event.units)
 
-    def _on_prompt_computed(self, event: PromptComputed) -> None:
-        if self.state is State.SENDING and event.compute_id == self._pinned:
-            self._first_token = event.first_token
-            self._try_done()
-        elif self._is_soft:
-            self._computation(event.compute_id).first_token = event.first_token
+    def _keep_first_token(self, event: PromptComputed) -> None:
+        self._computation(event.compute_id).first_token = event.first_token
 
-    def _on_soft_dropped(self, event: SoftDropped) -> None:
+    def _drop_computation(self, event: SoftDropped) -> None:
         self._computations.pop(event.compute_id, None)
 
-    def _on_pinned(self, event: Pinned) -> None:
-        if self.state is not State.SENDING:
-            return
+    def _begin(self, event: Pinned) -> None:
         self._pinned = event.compute_id
         computation = self._computation(event.compute_id)
         self._computations = {}
@@ -209,6 +182,16 @@ class Sender(Side):
         self._outbox.add(computation.units)
         self._announce()
         self._try_done()
+
+    def _announce_units(self, event: UnitsFinal) -> None:
+        if event.compute_id == self._pinned:
+            self._outbox.add(event.units)
+            self._announce()
+
+    def _take_first_token(self, event: PromptComputed) -> None:
+        if event.compute_id == self._pinned:
+            self._first_token = event.first_token
+            self._try_done()
 
     def _announce(self) -> None:
         numbers = self._outbox.cut()
@@ -223,30 +206,31 @@ class Sender(Side):
     def _send_slice(self, number: int) -> None:
         self._send(Slice(self._header(), number, unit_runs(self._outbox.slice_units(number), not self._pushes_bytes)))
 
-    def _on_received(self, message: Received) -> None:
-        if self._was in (State.STOPPED, State.CLOSED):
-            self._repeat_last_word()
-            return
+    def _announce_more(self, message: Received) -> None:
+        """What has landed makes room for slices that wait."""
+        if self._acknowledge(message):
+            self._announce()
+            self._try_done()
+
+    def _acknowledge(self, message: Received) -> bool:
         if not self._outbox.acknowledge(message.number):
-            return
+            return False
         self._slice_repeat.stop()
         if self._outbox.unanswered:
             self._slice_repeat.start(self._now)
-        if self.state is State.SENDING:
-            self._announce()
-            self._try_done()
+        return True
 
     def _try_done(self) -> None:
         """The prompt is computed: say DONE once everything is announced, or fail if something never will be."""
         if self._first_token is None:
             return
         if self._outbox.is_all_announced:
-            self._decide(Kind.ALL_ANNOUNCED)
-            self._insist(self._sealed_done())
+            self._decide(Decision.ALL_ANNOUNCED)
         elif self._outbox.missing:
-            self._decide(Kind.INCOMPLETE)
-            units = tuple(UnitName(group, ordinal) for group, ordinal in self._outbox.missing)
-            self._stop(Failed(self._header(), reasons.INCOMPLETE, units), reasons.FAILED)
+            self._decide(Decision.INCOMPLETE)
+
+    def _say_done(self, decision: Decision) -> None:
+        self._insist(self._sealed_done())
 
     def _sealed_done(self) -> Done:
         part = self._offer.part
@@ -266,43 +250,84 @@ class Sender(Side):
 
     # --- endings --------------------------------------------------------------------------------------------
 
-    def _on_ack(self, message: Ack) -> None:
+    def _ending(self, cause: _Cause) -> tuple[Failed | Cancelled, str]:
+        """The terminal word that `cause` asks for, and the reason of the release."""
+        header = self._header()
+        match cause:
+            case CancelAsked(reason):
+                return Cancelled(header, reason), reasons.CANCELLED
+            case FinishedEarly():
+                return Cancelled(header, reasons.FINISHED), reasons.FINISHED
+            case ComputeFailed(reason):
+                return Failed(header, reason), reasons.FAILED
+            case Decision.INCOMPLETE:
+                units = tuple(UnitName(group, ordinal) for group, ordinal in self._outbox.missing)
+                return Failed(header, reasons.INCOMPLETE, units), reasons.FAILED
+        if self._now >= self.deadline:
+            return Failed(header, reasons.DEADLINE), reasons.DEADLINE
+        return Failed(header, reasons.LEASE), reasons.LOST
+
+    def _stop(self, cause: _Cause) -> None:
+        word, release = self._ending(cause)
+        self._insist(word)
+        self._give_up_later()
+        self._slice_repeat.stop()
+        self._do(ReleaseSource(release))
+
+    def _stop_unasked(self, cause: _Cause) -> None:
+        """No peer has asked yet: the tombstone tells the one that does."""
+        self.last_word, release = self._ending(cause)
+        self._do(ReleaseSource(release))
+
+    def _stop_decided(self, cause: _Cause) -> None:
+        """The terminal word was said before: a peer that still asks is told CLOSED."""
+        word, release = self._ending(cause)
+        self.last_word = Closed(word.header)
+        self._do(ReleaseSource(release))
+
+    def _acked(self, message: Ack) -> None:
+        self._say_closed(message)
+        self._do(ReleaseSource("acked"))
+
+    def _say_closed(self, message: Ack | Cancel) -> None:
         self.last_word = Closed(self._header())
         self._send(self.last_word)
-        self._release("acked")
 
-    def _on_cancel(self, message: Cancel) -> None:
-        """CANCELLED when it is this end's terminal word; once another was said, or after the end, CLOSED."""
-        is_first_word = self._was in (State.WAITING, State.PINNING, State.SENDING)
-        header = self._header()
-        self.last_word = Cancelled(header, message.reason) if is_first_word else Closed(header)
+    def _say_cancelled(self, message: Cancel) -> None:
+        self.last_word = Cancelled(self._header(), message.reason)
         self._send(self.last_word)
-        if self._was in (State.SENDING, State.DECIDED) and message.reason in (reasons.DIGEST, reasons.NON_FINITE):
+
+    def _cancelled_soft(self, message: Cancel) -> None:
+        self._say_cancelled(message)
+        self._do(ReleaseSource(reasons.CANCELLED))
+
+    def _cancelled(self, message: Cancel) -> None:
+        self._say_cancelled(message)
+        self._let_go(message)
+
+    def _cancelled_decided(self, message: Cancel) -> None:
+        """DONE was the terminal word, so CANCELLED cannot be."""
+        self._say_closed(message)
+        self._let_go(message)
+
+    def _let_go(self, message: Cancel) -> None:
+        """Where the peer's digests disagree with ours, the units that were announced must not be reused."""
+        if message.reason in (reasons.DIGEST, reasons.NON_FINITE):
             announced = {(unit.group, unit.ordinal) for unit in self._outbox.announced}
             self._do(UnregisterUnits(tuple(u for u in message.units if (u.group, u.ordinal) in announced)))
-        self._release(reasons.CANCELLED)
+        self._do(ReleaseSource(reasons.CANCELLED))
 
-    def _on_cancel_asked(self, event: CancelAsked) -> None:
-        self._stop(Cancelled(self._header(), event.reason), reasons.CANCELLED)
+    def _lose_peer(self, event: PeerGone) -> None:
+        self._do(ReleaseSource(reasons.LOST))
 
-    def _on_finished_early(self, event: FinishedEarly) -> None:
-        self._stop(Cancelled(self._header(), reasons.FINISHED), reasons.FINISHED)
+    # --- time -----------------------------------------------------------------------------------------------
 
-    def _on_compute_failed(self, event: ComputeFailed) -> None:
-        self._stop(Failed(self._header(), event.reason), reasons.FAILED)
+    def _renew_lease(self, event: LeaseRenewed) -> None:
+        self._lease_end = self._now + LEASE_S
 
-    def _on_peer_gone(self, event: PeerGone) -> None:
-        self._release(reasons.LOST)
-
-    def _on_lease_renewed(self, event: LeaseRenewed) -> None:
-        if self._lease_end is not None:
-            self._lease_end = self._now + LEASE_S
-
-    def _on_tick(self, event: Tick) -> None:
-        if self.state is State.CLOSED:
-            return
+    def _look_at_limits(self, event: Tick) -> None:
         if self._now >= min(at for at in self._limits() if at is not None):
-            self._overdue()
+            self._decide(Decision.OVERDUE)
             return
         if self._slice_repeat.take(self._now):
             for number in self._outbox.unanswered:
@@ -310,37 +335,7 @@ class Sender(Side):
         if self._repeat.take(self._now):
             self._repeat_last_word()
 
-    def _overdue(self) -> None:
-        is_deadline = self._now >= self.deadline
-        self._decide(Kind.OVERDUE)
-        word = Failed(self._header(), reasons.DEADLINE if is_deadline else reasons.LEASE)
-        self._stop(word, reasons.DEADLINE if is_deadline else reasons.LOST)
-
-    def _stop(self, word: Failed | Cancelled, release: str) -> None:
-        """End with `word`, unless the terminal word was said before: then a peer that still asks is told CLOSED."""
-        if self._is_released:
-            return
-        if self._was is State.DECIDED:
-            self.last_word = Closed(word.header)
-        elif self.state is State.CLOSED:
-            self.last_word = word
-        else:
-            self._insist(word)
-            self._give_up_later()
-        self._slice_repeat.stop()
-        self._lease_end = None
-        self._release(release)
-
-    def _release(self, reason: str) -> None:
-        if not self._is_released:
-            self._is_released = True
-            self._do(ReleaseSource(reason))
-
     # --- facts ----------------------------------------------------------------------------------------------
-
-    @property
-    def _is_soft(self) -> bool:
-        return self.state in (State.WAITING, State.PINNING)
 
     @property
     def _pushes_bytes(self) -> bool:
@@ -350,13 +345,71 @@ class Sender(Side):
         return self._computations.setdefault(compute_id, _Computation())
 
     def _limits(self) -> tuple[float | None, ...]:
-        """When to give up: on the peer's answer once released, before that on the request and on its lease."""
-        return (self._give_up_at,) if self._is_released else (self.deadline, self._lease_end)
+        """When to give up: on the peer's answer once stopped, before that on the request and on its lease."""
+        return (self._give_up_at,) if self.state is State.STOPPED else (self.deadline, self._lease_end)
 
     def _alarms(self) -> tuple[float | None, ...]:
         if self.state is State.CLOSED:
             return ()
         return (*self._limits(), self._repeat.at, self._slice_repeat.at)
+
+    # --- what to do on each step ----------------------------------------------------------------------------
+
+    reactions: ClassVar[Reactions] = {
+        State.WAITING: {
+            Fetch: _judge,
+            UnitsFinal: _keep_units,
+            PromptComputed: _keep_first_token,
+            SoftDropped: _drop_computation,
+            Tick: _look_at_limits,
+            Cancel: _cancelled_soft,
+            PeerGone: _lose_peer,
+            **dict.fromkeys((CancelAsked, FinishedEarly, ComputeFailed, Decision.OVERDUE), _stop_unasked),
+        },
+        State.PINNING: {
+            Fetch: _accept_again,
+            UnitsFinal: _keep_units,
+            PromptComputed: _keep_first_token,
+            SoftDropped: _drop_computation,
+            Pinned: _begin,
+            LeaseRenewed: _renew_lease,
+            Tick: _look_at_limits,
+            Cancel: _cancelled_soft,
+            PeerGone: _lose_peer,
+            **dict.fromkeys((CancelAsked, FinishedEarly, ComputeFailed, Decision.OVERDUE), _stop),
+        },
+        State.SENDING: {
+            Fetch: _accept_again,
+            UnitsFinal: _announce_units,
+            PromptComputed: _take_first_token,
+            Received: _announce_more,
+            LeaseRenewed: _renew_lease,
+            Tick: _look_at_limits,
+            Decision.ALL_ANNOUNCED: _say_done,
+            Cancel: _cancelled,
+            PeerGone: _lose_peer,
+            **dict.fromkeys((CancelAsked, FinishedEarly, ComputeFailed, Decision.INCOMPLETE, Decision.OVERDUE), _stop),
+        },
+        State.DECIDED: {
+            Fetch: _accept_again,
+            Received: _acknowledge,
+            LeaseRenewed: _renew_lease,
+            Tick: _look_at_limits,
+            Ack: _acked,
+            Cancel: _cancelled_decided,
+            PeerGone: _lose_peer,
+            **dict.fromkeys((CancelAsked, Decision.OVERDUE), _stop_decided),
+        },
+        State.STOPPED: {
+            **dict.fromkeys((Fetch, Received), Transfer._repeat_last_word),
+            **dict.fromkeys((Ack, Cancel), _say_closed),
+            Tick: _look_at_limits,
+        },
+        State.CLOSED: {
+            **dict.fromkeys((Fetch, Received), Transfer._repeat_last_word),
+            **dict.fromkeys((Ack, Cancel), _say_closed),
+        },
+    }
 
 
 def unit_runs(units: tuple[Unit, ...], with_slots: bool) -> tuple[UnitRun, ...]:

@@ -5,7 +5,8 @@ Theory of operation
 One (transfer, epoch) has two ends. The *sender* (prefill) owns the sources, the *receiver* (decode) the destinations;
 each keeps its own state, and neither ever needs to know the other's. Three rules:
 
-1. Everything that decides what is legal is in this file. `sender.py` and `receiver.py` say what to do on a legal step.
+1. Everything that decides what is legal is in this file. What to do on a legal step is a table with the same keys in
+   `sender.py` and in `receiver.py`: no code there asks again which state it was.
 2. This file does not know time, bytes or peers. What depends on those is judged elsewhere and comes back as a
    *decision*, a kind of its own in the table: FETCH leaves the sender where it is, and ADMIT, which follows when ticket
    and ordinals are right, moves it. So a target never depends on anything but (role, state, kind).
@@ -32,11 +33,41 @@ CLOSED: nothing is owed. Sources were released exactly once, and the receiver ga
 from __future__ import annotations
 
 from enum import Enum
-from typing import Final
+from typing import Final, get_args
 
-from disagg.transceiver.protocol import events
+from disagg.transceiver.protocol.events import (
+    CancelAsked,
+    ComputeFailed,
+    Event,
+    FinishedEarly,
+    LandingFailed,
+    LandingStopped,
+    LeaseRenewed,
+    MessageArrived,
+    PeerGone,
+    Pinned,
+    PromptComputed,
+    Reserved,
+    SliceLanded,
+    SoftDropped,
+    Tick,
+    UnitsFinal,
+)
 from disagg.transceiver.wire.errors import LocalProtocolError, RemoteProtocolError
-from disagg.transceiver.wire.messages import peer
+from disagg.transceiver.wire.messages.peer import (
+    Accepted,
+    Ack,
+    Cancel,
+    Cancelled,
+    Closed,
+    Done,
+    Failed,
+    Fetch,
+    Received,
+    Refused,
+    Slice,
+    TransferMessage,
+)
 
 
 class Role(Enum):
@@ -59,35 +90,9 @@ class State(Enum):
     CLOSED = "closed"
 
 
-class Kind(Enum):
-    # messages
-    FETCH = "FETCH"
-    ACCEPTED = "ACCEPTED"
-    SLICE = "SLICE"
-    RECEIVED = "RECEIVED"
-    DONE = "DONE"
-    FAILED = "FAILED"
-    CANCELLED = "CANCELLED"
-    ACK = "ACK"
-    CANCEL = "CANCEL"
-    CLOSED = "CLOSED"
-    REFUSED = "REFUSED"
-    # events of this process
-    CANCEL_ASKED = "CancelAsked"
-    PEER_GONE = "PeerGone"
-    TICK = "Tick"
-    LEASE_RENEWED = "LeaseRenewed"
-    PINNED = "Pinned"
-    UNITS_FINAL = "UnitsFinal"
-    SOFT_DROPPED = "SoftDropped"
-    PROMPT_COMPUTED = "PromptComputed"
-    FINISHED_EARLY = "FinishedEarly"
-    COMPUTE_FAILED = "ComputeFailed"
-    RESERVED = "Reserved"
-    SLICE_LANDED = "SliceLanded"
-    LANDING_FAILED = "LandingFailed"
-    LANDING_STOPPED = "LandingStopped"
-    # decisions
+class Decision(Enum):
+    """What depends on time, content or a peer's words, once it has been judged."""
+
     ADMIT = "fetch admitted"
     ALL_ANNOUNCED = "all announced"
     INCOMPLETE = "unit missing"
@@ -96,38 +101,13 @@ class Kind(Enum):
     OVERDUE = "time is over"
 
 
-K, S = Kind, State
+Kind = type | Decision
+"""A key of the table: the class of an event, the class of a message that arrived, or a decision."""
 
-KIND_OF: Final[dict[type, Kind]] = {
-    peer.Fetch: K.FETCH,
-    peer.Accepted: K.ACCEPTED,
-    peer.Slice: K.SLICE,
-    peer.Received: K.RECEIVED,
-    peer.Done: K.DONE,
-    peer.Failed: K.FAILED,
-    peer.Cancelled: K.CANCELLED,
-    peer.Ack: K.ACK,
-    peer.Cancel: K.CANCEL,
-    peer.Closed: K.CLOSED,
-    peer.Refused: K.REFUSED,
-    events.CancelAsked: K.CANCEL_ASKED,
-    events.PeerGone: K.PEER_GONE,
-    events.Tick: K.TICK,
-    events.LeaseRenewed: K.LEASE_RENEWED,
-    events.Pinned: K.PINNED,
-    events.UnitsFinal: K.UNITS_FINAL,
-    events.SoftDropped: K.SOFT_DROPPED,
-    events.PromptComputed: K.PROMPT_COMPUTED,
-    events.FinishedEarly: K.FINISHED_EARLY,
-    events.ComputeFailed: K.COMPUTE_FAILED,
-    events.Reserved: K.RESERVED,
-    events.SliceLanded: K.SLICE_LANDED,
-    events.LandingFailed: K.LANDING_FAILED,
-    events.LandingStopped: K.LANDING_STOPPED,
-}
+MESSAGES: Final[frozenset[type]] = frozenset({*get_args(TransferMessage), Refused})
+EVENTS: Final[frozenset[type]] = frozenset(get_args(Event)) - {MessageArrived}
 
-MESSAGES: Final = frozenset(K(kind) for cls, kind in KIND_OF.items() if cls.__module__ == peer.__name__)
-DECISIONS: Final = frozenset({K.ADMIT, K.ALL_ANNOUNCED, K.INCOMPLETE, K.COVERED, K.FAULT, K.OVERDUE})
+D, S = Decision, State
 
 
 def _all_to(state: State, *kinds: Kind) -> dict[Kind, State]:
@@ -135,102 +115,102 @@ def _all_to(state: State, *kinds: Kind) -> dict[Kind, State]:
 
 
 # What the engine may still say of a request that was released: it has not read the release yet.
-_ENGINE = (K.PINNED, K.UNITS_FINAL, K.SOFT_DROPPED, K.PROMPT_COMPUTED, K.FINISHED_EARLY, K.COMPUTE_FAILED)
-_ANSWERS = (K.ACCEPTED, K.SLICE, K.DONE, K.FAILED, K.REFUSED)
+_ENGINE = (Pinned, UnitsFinal, SoftDropped, PromptComputed, FinishedEarly, ComputeFailed)
+_ANSWERS = (Accepted, Slice, Done, Failed, Refused)
 
 TRANSITIONS: Final[dict[Role, dict[State, dict[Kind, State]]]] = {
     Role.SENDER: {
         S.WAITING: {
-            **_all_to(S.WAITING, K.FETCH, K.UNITS_FINAL, K.SOFT_DROPPED, K.PROMPT_COMPUTED, K.LEASE_RENEWED, K.TICK),
-            K.ADMIT: S.PINNING,
+            **_all_to(S.WAITING, Fetch, UnitsFinal, SoftDropped, PromptComputed, LeaseRenewed, Tick),
+            D.ADMIT: S.PINNING,
             # No FETCH came yet, so no peer is told: the tombstone answers the FETCH when it comes.
-            **_all_to(S.CLOSED, K.FINISHED_EARLY, K.COMPUTE_FAILED, K.CANCEL_ASKED, K.OVERDUE, K.CANCEL, K.PEER_GONE),
+            **_all_to(S.CLOSED, FinishedEarly, ComputeFailed, CancelAsked, D.OVERDUE, Cancel, PeerGone),
         },
         S.PINNING: {
-            **_all_to(S.PINNING, K.FETCH, K.UNITS_FINAL, K.SOFT_DROPPED, K.PROMPT_COMPUTED, K.LEASE_RENEWED, K.TICK),
-            K.PINNED: S.SENDING,
-            **_all_to(S.STOPPED, K.FINISHED_EARLY, K.COMPUTE_FAILED, K.CANCEL_ASKED, K.OVERDUE),
-            **_all_to(S.CLOSED, K.CANCEL, K.PEER_GONE),
+            **_all_to(S.PINNING, Fetch, UnitsFinal, SoftDropped, PromptComputed, LeaseRenewed, Tick),
+            Pinned: S.SENDING,
+            **_all_to(S.STOPPED, FinishedEarly, ComputeFailed, CancelAsked, D.OVERDUE),
+            **_all_to(S.CLOSED, Cancel, PeerGone),
         },
         S.SENDING: {
-            **_all_to(S.SENDING, K.FETCH, K.UNITS_FINAL, K.PROMPT_COMPUTED, K.RECEIVED, K.LEASE_RENEWED, K.TICK),
-            K.ALL_ANNOUNCED: S.DECIDED,
-            **_all_to(S.STOPPED, K.FINISHED_EARLY, K.COMPUTE_FAILED, K.INCOMPLETE, K.CANCEL_ASKED, K.OVERDUE),
-            **_all_to(S.CLOSED, K.CANCEL, K.PEER_GONE),
+            **_all_to(S.SENDING, Fetch, UnitsFinal, PromptComputed, Received, LeaseRenewed, Tick),
+            D.ALL_ANNOUNCED: S.DECIDED,
+            **_all_to(S.STOPPED, FinishedEarly, ComputeFailed, D.INCOMPLETE, CancelAsked, D.OVERDUE),
+            **_all_to(S.CLOSED, Cancel, PeerGone),
         },
         S.DECIDED: {
-            **_all_to(S.DECIDED, K.FETCH, K.RECEIVED, K.LEASE_RENEWED, K.TICK),
-            **_all_to(S.CLOSED, K.ACK, K.CANCEL, K.CANCEL_ASKED, K.OVERDUE, K.PEER_GONE),
+            **_all_to(S.DECIDED, Fetch, Received, LeaseRenewed, Tick),
+            **_all_to(S.CLOSED, Ack, Cancel, CancelAsked, D.OVERDUE, PeerGone),
         },
         S.STOPPED: {
-            **_all_to(S.STOPPED, K.FETCH, K.RECEIVED, K.LEASE_RENEWED, K.TICK, K.CANCEL_ASKED, *_ENGINE),
-            **_all_to(S.CLOSED, K.ACK, K.CANCEL, K.OVERDUE, K.PEER_GONE),
+            **_all_to(S.STOPPED, Fetch, Received, LeaseRenewed, Tick, CancelAsked, *_ENGINE),
+            **_all_to(S.CLOSED, Ack, Cancel, D.OVERDUE, PeerGone),
         },
         S.CLOSED: {
-            **_all_to(S.CLOSED, K.FETCH, K.RECEIVED, K.ACK, K.CANCEL, K.LEASE_RENEWED),
-            **_all_to(S.CLOSED, K.TICK, K.CANCEL_ASKED, K.PEER_GONE, *_ENGINE),
+            **_all_to(S.CLOSED, Fetch, Received, Ack, Cancel, LeaseRenewed),
+            **_all_to(S.CLOSED, Tick, CancelAsked, PeerGone, *_ENGINE),
         },
     },
     Role.RECEIVER: {
         S.WAITING: {
-            K.RESERVED: S.FETCHING,
-            K.TICK: S.WAITING,
+            Reserved: S.FETCHING,
+            Tick: S.WAITING,
             # Nothing was asked of the peer and no job can hold a slot: there is nothing to stop.
-            **_all_to(S.CLOSED, K.CANCEL_ASKED, K.OVERDUE, K.PEER_GONE),
+            **_all_to(S.CLOSED, CancelAsked, D.OVERDUE, PeerGone),
         },
         S.FETCHING: {
-            K.TICK: S.FETCHING,
-            **_all_to(S.LANDING, K.ACCEPTED, K.SLICE, K.DONE),
-            **_all_to(S.STOPPING, K.FAILED, K.CANCELLED, K.REFUSED, K.CANCEL_ASKED, K.OVERDUE),
-            **_all_to(S.JOINING, K.CLOSED, K.PEER_GONE),
+            Tick: S.FETCHING,
+            **_all_to(S.LANDING, Accepted, Slice, Done),
+            **_all_to(S.STOPPING, Failed, Cancelled, Refused, CancelAsked, D.OVERDUE),
+            **_all_to(S.JOINING, Closed, PeerGone),
         },
         S.LANDING: {
-            **_all_to(S.LANDING, K.ACCEPTED, K.SLICE, K.DONE, K.SLICE_LANDED, K.TICK),
-            K.COVERED: S.VERIFIED,
-            **_all_to(S.STOPPING, K.FAULT, K.LANDING_FAILED, K.CANCEL_ASKED, K.OVERDUE),
-            **_all_to(S.STOPPING, K.FAILED, K.CANCELLED, K.REFUSED),
-            **_all_to(S.JOINING, K.CLOSED, K.PEER_GONE),
+            **_all_to(S.LANDING, Accepted, Slice, Done, SliceLanded, Tick),
+            D.COVERED: S.VERIFIED,
+            **_all_to(S.STOPPING, D.FAULT, LandingFailed, CancelAsked, D.OVERDUE),
+            **_all_to(S.STOPPING, Failed, Cancelled, Refused),
+            **_all_to(S.JOINING, Closed, PeerGone),
         },
         S.VERIFIED: {
-            **_all_to(S.VERIFIED, K.TICK, K.CANCEL_ASKED, *_ANSWERS),
-            **_all_to(S.CLOSED, K.CLOSED, K.CANCELLED, K.OVERDUE, K.PEER_GONE),
+            **_all_to(S.VERIFIED, Tick, CancelAsked, *_ANSWERS),
+            **_all_to(S.CLOSED, Closed, Cancelled, D.OVERDUE, PeerGone),
         },
         S.STOPPING: {
-            **_all_to(S.STOPPING, K.TICK, K.CANCEL_ASKED, K.SLICE_LANDED, K.LANDING_FAILED, *_ANSWERS),
-            K.LANDING_STOPPED: S.CANCELLING,
-            **_all_to(S.JOINING, K.CLOSED, K.CANCELLED, K.OVERDUE, K.PEER_GONE),
+            **_all_to(S.STOPPING, Tick, CancelAsked, SliceLanded, LandingFailed, *_ANSWERS),
+            LandingStopped: S.CANCELLING,
+            **_all_to(S.JOINING, Closed, Cancelled, D.OVERDUE, PeerGone),
         },
         S.JOINING: {
-            **_all_to(S.JOINING, K.TICK, K.CANCEL_ASKED, K.SLICE_LANDED, K.LANDING_FAILED, *_ANSWERS),
-            **_all_to(S.JOINING, K.CLOSED, K.CANCELLED, K.PEER_GONE),
-            K.LANDING_STOPPED: S.CLOSED,
+            **_all_to(S.JOINING, Tick, CancelAsked, SliceLanded, LandingFailed, *_ANSWERS),
+            **_all_to(S.JOINING, Closed, Cancelled, PeerGone),
+            LandingStopped: S.CLOSED,
         },
         S.CANCELLING: {
-            **_all_to(S.CANCELLING, K.TICK, K.CANCEL_ASKED, *_ANSWERS),
-            **_all_to(S.CLOSED, K.CLOSED, K.CANCELLED, K.OVERDUE, K.PEER_GONE),
+            **_all_to(S.CANCELLING, Tick, CancelAsked, *_ANSWERS),
+            **_all_to(S.CLOSED, Closed, Cancelled, D.OVERDUE, PeerGone),
         },
         S.CLOSED: {
             # RESERVED: the engine had made room before it read that the request was over.
-            **_all_to(S.CLOSED, K.TICK, K.CANCEL_ASKED, K.RESERVED, *_ANSWERS),
-            **_all_to(S.CLOSED, K.CLOSED, K.CANCELLED, K.PEER_GONE),
+            **_all_to(S.CLOSED, Tick, CancelAsked, Reserved, *_ANSWERS),
+            **_all_to(S.CLOSED, Closed, Cancelled, PeerGone),
         },
     },
 }
 
 
-def kind_of(event: events.Event) -> Kind:
-    """The kind of an event, of a message that arrived its own. Raises `LocalProtocolError` for a stranger."""
-    subject = event.message if isinstance(event, events.MessageArrived) else event
-    kind = KIND_OF.get(type(subject))
-    if kind is None:
-        raise LocalProtocolError(f"{type(subject).__name__} is no event of a transfer")
-    return kind
-
-
 def next_state(role: Role, state: State, kind: Kind) -> State:
     """The state after `kind`. Raises `RemoteProtocolError` (a message) or `LocalProtocolError` when it is not legal."""
     target = TRANSITIONS[role][state].get(kind)
-    if target is None:
-        error = RemoteProtocolError if kind in MESSAGES else LocalProtocolError
-        raise error(f"{kind.value} is not legal for a {role.value} in state `{state.value}`")
-    return target
+    if target is not None:
+        return target
+    if kind not in MESSAGES and kind not in EVENTS and not isinstance(kind, Decision):
+        raise LocalProtocolError(f"{name_of(kind)} is no event of a transfer")
+    error = RemoteProtocolError if kind in MESSAGES else LocalProtocolError
+    raise error(f"{name_of(kind)} is not legal for a {role.value} in state `{state.value}`")
+
+
+def name_of(kind: Kind) -> str:
+    """A message's name is written in capitals, as in `docs/protocol.md`."""
+    if isinstance(kind, Decision):
+        return kind.value
+    return kind.__name__.upper() if kind in MESSAGES else kind.__name__

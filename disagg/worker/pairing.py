@@ -1,0 +1,177 @@
+"""What one dispatched attempt is between this worker and its peer: the unit, what is needed, and the transfer's end."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from hashlib import blake2b
+
+import numpy as np
+
+from disagg.cache.layout import CacheLayout
+from disagg.cache.window import needed_ordinals
+from disagg.transceiver.layout.ranks import Part
+from disagg.transceiver.layout.required import full_copy_blocks, runs_of
+from disagg.transceiver.layout.strides import ELEMENT_NBYTES
+from disagg.transceiver.layout.units import geometry_by_units, peer_unit
+from disagg.transceiver.peers.decode_side import TransferRecord
+from disagg.transceiver.protocol.events import Reserved
+from disagg.transceiver.protocol.receiver import Order, Receiver
+from disagg.transceiver.protocol.sender import Offer, Sender
+from disagg.transceiver.protocol.transfer import Ends
+from disagg.transceiver.wire.errors import RemoteProtocolError
+from disagg.transceiver.wire.messages.router import Dispatch
+from disagg.transceiver.wire.messages.values import Geometry, GroupBytes, GroupRuns, UnitName
+from disagg.transceiver.wire.node import Node
+
+Slots = Sequence[Sequence[tuple[int, int]]]
+"""Per group, (ordinal, slot) pairs."""
+
+
+class Pairing:
+    """This node and the peer of one dispatch. Made once per attempt: each answer is computed once.
+
+    `planes`: those this worker serves as a sender, each with whether it pushes bytes.
+    """
+
+    def __init__(self, node: Node, layout: CacheLayout, planes: Mapping[str, bool], dispatch: Dispatch) -> None:
+        self._node, self._layout, self._planes, self._dispatch = node, layout, planes, dispatch
+        peer = dispatch.peer
+        self.peer_geometry = peer.geometry if peer is not None and peer.geometry is not None else node.geometry
+        """How the peer lays out its cache: as we do, unless it is said otherwise."""
+
+    @property
+    def worker_id(self) -> str:
+        return self._node.worker_id
+
+    @property
+    def fits(self) -> bool:
+        """Is there a peer, and are there units that both ends can count in?"""
+        try:
+            return self.unit > 0 and self._dispatch.peer is not None
+        except RemoteProtocolError:
+            return False
+
+    @cached_property
+    def unit(self) -> int:
+        """Tokens per unit with the peer: the finer of both block sizes. Raises `RemoteProtocolError`."""
+        return peer_unit(self._node.geometry, self.peer_geometry.block_size)
+
+    @property
+    def precision(self) -> str:
+        """What the numbers have been through when they come from the peer; "" = nothing but our own format.
+
+        A decode worker must not take them for what it would have computed, nor for what comes from other formats.
+        """
+        ours, theirs = self._node.geometry, self.peer_geometry
+        if (ours.kv_dtype, ours.kv_scales) == (theirs.kv_dtype, theirs.kv_scales):
+            return ""
+        return f"{theirs.kv_dtype}:{blake2b(repr(theirs.kv_scales).encode(), digest_size=8).hexdigest()}"
+
+    # --- the transfer's end ---------------------------------------------------------------------------------
+
+    def sender(self) -> Sender:
+        """The prefill end of a `prefill` dispatch."""
+        offer = Offer(
+            prompt=self._dispatch.prompt,
+            geometry=self._geometry,
+            unit_nbytes=self._unit_nbytes,
+            planes=self._planes,
+            keys=self._node.keys,
+            ttl_s=self._dispatch.deadline_s,
+            part=Part.whole(self._geometry.groups),
+        )
+        return Sender(self._ends, offer, time.monotonic())
+
+    def receiver(self, plane: str) -> Receiver:
+        """The decode end of a `decode` dispatch, over the plane agreed with the peer."""
+        order = Order(
+            ticket=self._dispatch.ticket,
+            plane=plane,
+            geometry=self._geometry,
+            keys=self._node.keys,
+            deadline_s=self._dispatch.deadline_s,
+            part=Part.whole(self._geometry.groups),
+        )
+        return Receiver(self._ends, order, time.monotonic())
+
+    # --- what is reserved for it ----------------------------------------------------------------------------
+
+    def destinations(self, slots: Slots) -> tuple[list[tuple[int, int]], ...]:
+        """(ordinal of a unit, slot) pairs per group for reserved (ordinal of a block, slot) pairs: what is needed."""
+        per_slot, slot_of = self._units_per_slot, [dict(pairs) for pairs in slots]
+        return tuple(
+            [(n, here[n // per_slot]) for n in need if n // per_slot in here]
+            for need, here in zip(self._needed, slot_of, strict=True)
+        )
+
+    def partial_blocks(self, destinations: Slots) -> tuple[UnitName, ...]:
+        """Reserved blocks of which only some units will come: they serve this request and must not be reused.
+
+        The last block lacks nothing that the prompt has not: it is whole once it is filled here.
+        """
+        per_slot, num_units = self._units_per_slot, -(-len(self._dispatch.prompt) // self.unit)
+        counts = [Counter(n // per_slot for n, _ in pairs) for pairs in destinations]
+        return tuple(
+            UnitName(group, block)
+            for group, count in enumerate(counts)
+            for block, num_coming in count.items()
+            if num_coming < min(per_slot, num_units - block * per_slot)
+        )
+
+    def reserved(self, destinations: Slots) -> Reserved:
+        """The FETCH to make: exactly the ordinals of units that have a destination."""
+        required = tuple(
+            GroupRuns(group, runs_of(np.array([ordinal for ordinal, _ in pairs], dtype=np.int64)))
+            for group, pairs in enumerate(destinations)
+        )
+        return Reserved(required, len(self._dispatch.prompt))
+
+    def group_bytes(self, record: TransferRecord) -> tuple[GroupBytes, ...]:
+        """What landed per group, beside what a copy of every block of the prompt would have been."""
+        blocks = full_copy_blocks(len(self._dispatch.prompt), self.unit)
+        return tuple(
+            GroupBytes(
+                number,
+                group.name,
+                record.blocks.get(number, 0),
+                record.nbytes.get(number, 0),
+                blocks,
+                blocks * self._unit_nbytes[number],
+            )
+            for number, group in enumerate(self._layout.groups)
+        )
+
+    # --- cached facts ---------------------------------------------------------------------------------------
+
+    @property
+    def _ends(self) -> Ends:
+        dispatch = self._dispatch
+        assert dispatch.peer is not None
+        return Ends(dispatch.transfer_id, dispatch.epoch, self._node.incarnation, dispatch.peer.incarnation)
+
+    @cached_property
+    def _geometry(self) -> Geometry:
+        return geometry_by_units(self._node.geometry, self.unit)
+
+    @property
+    def _units_per_slot(self) -> int:
+        return self._layout.block_size // self.unit
+
+    @cached_property
+    def _needed(self) -> tuple[list[int], ...]:
+        """Per group, the ordinals of units that decoding will read."""
+        length, unit = len(self._dispatch.prompt), self.unit
+        return tuple(
+            needed_ordinals(length, group.window, group.num_sink_tokens, unit).tolist() for group in self._layout.groups
+        )
+
+    @cached_property
+    def _unit_nbytes(self) -> tuple[int, ...]:
+        """Per group, on the wire."""
+        ours = self._node.geometry
+        element = min(ELEMENT_NBYTES[ours.kv_dtype], ELEMENT_NBYTES[self.peer_geometry.kv_dtype])
+        per_slot = ours.block_size // self.unit * ELEMENT_NBYTES[ours.kv_dtype]
+        return tuple(ours.slot_nbytes[pool] * element // per_slot for pool in self._layout.pool_of_group)
