@@ -22,8 +22,8 @@ LONG_ROUNDS = [[name] * NUM_AT_ONCE for name in NAMES] + [OF_EACH_KIND, NAMES[-N
 @pytest.mark.parametrize(
     "rounds",
     [
-        pytest.param([OF_EACH_KIND], id="one of each"),
-        pytest.param(LONG_ROUNDS, id="all of one kind", marks=[pytest.mark.slow, pytest.mark.timeout(1800)]),
+        pytest.param([OF_EACH_KIND], id="short"),
+        pytest.param(LONG_ROUNDS, id="long", marks=[pytest.mark.slow, pytest.mark.timeout(1800)]),
     ],
 )
 def test_the_largest_bodies_at_once(pair: Pair, asks: list[Ask], rounds: list[list[str]]) -> None:

@@ -42,7 +42,8 @@ async def crowd_the_door(watch: Watch, door: Door, seconds: float, num_reading: 
 
 
 @pytest.mark.parametrize(
-    "seconds", [5, pytest.param(90, marks=[pytest.mark.slow, pytest.mark.timeout(240)])]  # 90: past every time limit
+    "seconds",
+    [5, pytest.param(90, id="long", marks=[pytest.mark.slow, pytest.mark.timeout(240)])],  # 90: past every time limit
 )
 @pytest.mark.parametrize("door", ["http", "admin"])
 def test_a_crowd_of_idle_and_slow_clients(pair: Pair, asks: list[Ask], door: str, seconds: float) -> None:

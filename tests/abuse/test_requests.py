@@ -21,7 +21,10 @@ BASELINE_S = 2.0
 @pytest.mark.processes
 @pytest.mark.parametrize(
     ("num_shots", "seconds", "patience_s"),
-    [(300, 6, 6), pytest.param(5000, 600, 45, marks=[pytest.mark.slow, pytest.mark.timeout(900)])],
+    [
+        pytest.param(300, 6, 6, id="short"),
+        pytest.param(5000, 600, 45, id="long", marks=[pytest.mark.slow, pytest.mark.timeout(900)]),
+    ],
 )
 def test_accepted_requests_at_the_ends_of_every_field(
     pair: Pair, asks: list[Ask], num_shots: int, seconds: float, patience_s: float
@@ -31,9 +34,7 @@ def test_accepted_requests_at_the_ends_of_every_field(
     rng.shuffle(alone)  # a short run sees some of each field, the long one all of them
     with watching(pair, asks, BASELINE_S) as watch:
         shots = chain(alone, any_extremes(rng))
-        tally = asyncio.run(
-            fire(pair.api.url, shots, num_shots=num_shots, seconds=seconds, patience_s=patience_s)
-        )
+        tally = asyncio.run(fire(pair.api.url, shots, num_shots=num_shots, seconds=seconds, patience_s=patience_s))
         watch.faults += tally.faults
         watch.figures["requests"] = str(dict(tally.statuses))
         if tally.num_accepted < MIN_ACCEPTED * tally.statuses.total():

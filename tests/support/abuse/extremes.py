@@ -80,7 +80,16 @@ def _own_candidates(check: Check) -> Iterator[Any]:
         case Messages():
             yield from _conversations()
         case Stops():
-            yield from ("\n", "\0", "x" * 1024, [], ["\U0010ffff"] * 4, ["e"], ["a", "aa", "aaa", "aaaa"], ["x" * 1024] * 4)
+            yield from (
+                "\n",
+                "\0",
+                "x" * 1024,
+                [],
+                ["\U0010ffff"] * 4,
+                ["e"],
+                ["a", "aa", "aaa", "aaaa"],
+                ["x" * 1024] * 4,
+            )
         case LogitBias():
             yield from _biases()
         case StreamOptions():

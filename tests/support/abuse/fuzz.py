@@ -134,15 +134,15 @@ async def fire(
     """Send up to so many for so long. Every answer is whole JSON or a whole stream, never a failure of the server."""
     tally, gate, until = Tally(), _Gate(MAX_CHOICES_IN_FLIGHT), time.monotonic() + seconds
     timeout = aiohttp.ClientTimeout(total=patience_s)
-    async with aiohttp.ClientSession(timeout=timeout, connector=aiohttp.TCPConnector(limit=64)) as session:
-        async with asyncio.TaskGroup() as tasks:
-            for _ in range(num_shots):
-                shot = next(shots, None)
-                if shot is None or time.monotonic() > until:
-                    break
-                await gate.enter(shot.num_choices)
-                task = tasks.create_task(_fire(session, url, shot, tally))
-                task.add_done_callback(lambda _, n=shot.num_choices: gate.leave(n))
+    connector = aiohttp.TCPConnector(limit=64)
+    async with aiohttp.ClientSession(timeout=timeout, connector=connector) as session, asyncio.TaskGroup() as tasks:
+        for _ in range(num_shots):
+            shot = next(shots, None)
+            if shot is None or time.monotonic() > until:
+                break
+            await gate.enter(shot.num_choices)
+            task = tasks.create_task(_fire(session, url, shot, tally))
+            task.add_done_callback(lambda _, n=shot.num_choices: gate.leave(n))
     return tally
 
 

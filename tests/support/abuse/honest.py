@@ -99,7 +99,10 @@ async def _stream_once(session: Any, url: str, ask: Ask, seen: Seen) -> None:
     tokens: list[int] = []
     last_at, num_breaks = began_at, len(seen.broken)
     try:
-        async with asyncio.timeout(FIRST_TOKEN_S) as patience, session.post(f"{url}/v1/completions", json=body) as answer:
+        async with (
+            asyncio.timeout(FIRST_TOKEN_S) as patience,
+            session.post(f"{url}/v1/completions", json=body) as answer,
+        ):
             if answer.status != 200:
                 raise ValueError(f"status {answer.status}: {(await answer.text())[:200]}")
             async for line in answer.content:

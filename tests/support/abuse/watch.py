@@ -28,7 +28,9 @@ class Report:
 
     def __str__(self) -> str:
         shown = ", ".join(f"{name} {value}" for name, value in self.figures.items())
-        return "\n".join([shown, *(f"WRONG {fault}" for fault in self.wrong), *(f"LATE {fault}" for fault in self.late)])
+        return "\n".join(
+            [shown, *(f"WRONG {fault}" for fault in self.wrong), *(f"LATE {fault}" for fault in self.late)]
+        )
 
     def check(self) -> None:
         if self.wrong:
