@@ -30,7 +30,8 @@ def test_the_largest_bodies_at_once(pair: Pair, asks: list[Ask], rounds: list[li
     with watching(pair, asks, BASELINE_S) as watch:
         for names in rounds:
             answers = asyncio.run(post_at_once(pair.api.url, names))
-            watch.faults += answers.faults
+            watch.wrong += answers.wrong
+            watch.late += answers.late
             seconds, slowest = answers.slowest
             what = names[0] if len(set(names)) == 1 else "all kinds"
             watch.figures[f"{len(names)} of {what}"] = f"{dict(answers.statuses)}, slowest {slowest} {seconds:.1f} s"

@@ -35,10 +35,11 @@ def test_accepted_requests_at_the_ends_of_every_field(
     with watching(pair, asks, BASELINE_S) as watch:
         shots = chain(alone, any_extremes(rng))
         tally = asyncio.run(fire(pair.api.url, shots, num_shots=num_shots, seconds=seconds, patience_s=patience_s))
-        watch.faults += tally.faults
+        watch.wrong += tally.wrong
+        watch.late += tally.late
         watch.figures["requests"] = str(dict(tally.statuses))
         if tally.num_accepted < MIN_ACCEPTED * tally.statuses.total():
-            watch.faults.append(f"most requests should be accepted: {dict(tally.statuses)}")
+            watch.wrong.append(f"most requests should be accepted: {dict(tally.statuses)}")
 
 
 def test_every_honoured_field_has_two_ends_or_the_one_value_that_it_accepts() -> None:

@@ -73,7 +73,8 @@ KINDS: dict[str, tuple[str, Callable[[], bytes]]] = {
 @dataclass
 class Answers:
     statuses: Counter[str] = field(default_factory=Counter)
-    faults: list[str] = field(default_factory=list)
+    wrong: list[str] = field(default_factory=list)
+    late: list[str] = field(default_factory=list)
     slowest: tuple[float, str] = (0.0, "")
 
 
@@ -96,11 +97,11 @@ async def _post(session: aiohttp.ClientSession, url: str, name: str, body: bytes
         async with session.post(url, data=io.BytesIO(body), headers={"Content-Type": "application/json"}) as response:
             data = await response.read()
     except (aiohttp.ClientError, TimeoutError) as error:
-        answers.faults.append(f"{name}: no answer: {error!r}")
+        answers.late.append(f"{name}: no answer: {error!r}")
         return
     answers.statuses[str(response.status)] += 1
     answers.slowest = max(answers.slowest, (time.monotonic() - began_at, name))
     if response.status not in STATUSES:
-        answers.faults.append(f"{name}: status {response.status}: {data[:300]!r}")
+        answers.wrong.append(f"{name}: status {response.status}: {data[:300]!r}")
     elif response.status != 200 and not json.loads(data)["error"]["message"]:
-        answers.faults.append(f"{name}: refused without a word")
+        answers.wrong.append(f"{name}: refused without a word")

@@ -32,6 +32,7 @@ MAX_CHOICES_IN_FLIGHT = 256  # four times what the pair computes at once: its qu
 PATIENCE_S = 45.0  # an answer as long as the model allows, behind a queue of others; then the client leaves
 MAX_NUM_TOKENS = 4  # of most answers: it is the extremes that are many, not the tokens
 REFUSED = (400, 413)
+LOST = (502, 503)  # a worker that the machine did not run is lost, which is nothing that a request did
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,8 @@ class Shot:
 @dataclass
 class Tally:
     statuses: Counter[str] = field(default_factory=Counter)
-    faults: list[str] = field(default_factory=list)
+    wrong: list[str] = field(default_factory=list)
+    late: list[str] = field(default_factory=list)
 
     @property
     def num_accepted(self) -> int:
@@ -171,11 +173,12 @@ async def _fire(session: aiohttp.ClientSession, url: str, shot: Shot, tally: Tal
         tally.statuses["left"] += 1
         return
     except aiohttp.ClientError as error:
-        _blame(tally, shot, repr(error))
+        _blame(tally, tally.late, shot, repr(error))
         return
     tally.statuses[str(answer.status)] += 1
     if fault := fault_of(answer.status, answer.content_type, data):
-        _blame(tally, shot, fault)
+        is_lost = answer.status in LOST
+        _blame(tally, tally.late if is_lost else tally.wrong, shot, fault)
 
 
 def fault_of(status: int, content_type: str, data: bytes) -> str:
@@ -192,7 +195,7 @@ def fault_of(status: int, content_type: str, data: bytes) -> str:
     return ""
 
 
-def _blame(tally: Tally, shot: Shot, fault: str) -> None:
+def _blame(tally: Tally, faults: list[str], shot: Shot, fault: str) -> None:
     tally.statuses["fault"] += 1
-    if len(tally.faults) < 20:
-        tally.faults.append(f"{fault}; {shot.endpoint} {json.dumps(shot.body)[:600]}")
+    if len(faults) < 20:
+        faults.append(f"{fault}; {shot.endpoint} {json.dumps(shot.body)[:600]}")

@@ -42,17 +42,20 @@ async def guests(pair: Pair, planes: tuple[str, ...], done: asyncio.Event, *, ev
     )
     endpoint, identity, geometry = facts
     while True:
-        hello = Hello(draw_id(), "guest", identity, geometry, planes)
-        began_at = time.monotonic()
-        try:
-            async with asyncio.timeout(CONTACT_TIMEOUT_S):
-                await _meet(endpoint, hello, seen)
-        except (PeerLost, TimeoutError) as error:
-            seen.faults.append(f"a guest was not welcomed: {error!r}")
-        seen.longest_s = max(seen.longest_s, time.monotonic() - began_at)
+        await visit(endpoint, Hello(draw_id(), "guest", identity, geometry, planes), seen)
         if done.is_set():
             return seen
         await asyncio.sleep(every_s)
+
+
+async def visit(endpoint: str, hello: Hello, seen: Guests) -> None:
+    began_at = time.monotonic()
+    try:
+        async with asyncio.timeout(CONTACT_TIMEOUT_S):
+            await _meet(endpoint, hello, seen)
+    except (PeerLost, TimeoutError) as error:
+        seen.faults.append(f"a guest was not welcomed: {error!r}")
+    seen.longest_s = max(seen.longest_s, time.monotonic() - began_at)
 
 
 async def _meet(endpoint: str, hello: Hello, seen: Guests) -> None:

@@ -20,7 +20,8 @@ IDLE_TIMEOUT_S = 30.0  # whatever held a transfer, a request or a connection has
 
 @dataclass
 class Report:
-    """`wrong` is so on any machine; `late` may be the machine's and gets a second try."""
+    """`wrong` is so on any machine; `late` may be the machine's, which can leave a process unrun until it is lost, and
+    gets a second try."""
 
     wrong: list[str] = field(default_factory=list)
     late: list[str] = field(default_factory=list)
@@ -42,12 +43,12 @@ def judge_streams(seen: Seen, *, began_at: float, ended_at: float = float("inf")
     """What honest clients must not see between these moments."""
     report = Report()
     report.wrong += [f"an honest answer is wrong: {what}" for what in seen.wrong[:3]]
-    report.wrong += [f"an honest stream broke ({len(seen.broken)} in all): {what}" for what in seen.broken[:5]]
+    report.late += [f"an honest stream broke ({len(seen.broken)} in all): {what}" for what in seen.broken[:5]]
     gap_s = seen.longest_gap_s(began_at, ended_at)
     if gap_s > MAX_GAP_S:
         report.late.append(f"{gap_s:.2f} s between two tokens of an honest stream, at most {MAX_GAP_S:g} s")
     if not seen.num_tokens:
-        report.wrong.append("the honest streams got no token")
+        report.late.append("the honest streams got no token")
     return report
 
 
@@ -77,11 +78,12 @@ def judge_lags(lags: LoopLags) -> tuple[list[str], list[str]]:
 
 @dataclass
 class Watch:
-    """What an abuse may add to: `faults` of its own."""
+    """What an abuse may add to: what it found `wrong` or `late` itself."""
 
     pair: Pair
     began_at: float = 0.0
-    faults: list[str] = field(default_factory=list)
+    wrong: list[str] = field(default_factory=list)
+    late: list[str] = field(default_factory=list)
     figures: dict[str, float | str] = field(default_factory=dict)
 
 
@@ -99,10 +101,9 @@ def watching(pair: Pair, asks: Sequence[Ask], baseline_s: float) -> Iterator[Wat
         try:
             yield watch
         except Exception as error:
-            watch.faults.append(f"the abuse itself failed: {error!r}")
             if not (ended := pair.ended()):
                 raise
-            raise Wrong(f"{watch.faults} {ended}") from error
+            raise Wrong(f"{watch.wrong} {watch.late} {ended}") from error
         ended_at = time.monotonic()
         if ended := pair.ended():
             raise Wrong("\n".join(ended))
@@ -110,14 +111,14 @@ def watching(pair: Pair, asks: Sequence[Ask], baseline_s: float) -> Iterator[Wat
         seen = honest.stop()
         report = judge_streams(seen, began_at=watch.began_at)
         wrong, late = judge_lags(LoopLags.read(metrics).since(lags))
-        report.wrong += watch.faults + wrong
-        report.late += late
+        report.wrong += watch.wrong + wrong
+        report.late += watch.late + late
         report.figures |= _figures(seen, watch, ended_at) | watch.figures
         for loop, p99_s in LoopLags.read(metrics).since(lags).p99_s().items():
             report.figures[f"lag p99 of {dict(loop).get('worker', 'router')}"] = p99_s
         _judge_rest(pair, report, before)
         if _incarnations(pair) != incarnations:
-            report.wrong.append(f"a worker lost its registration: {incarnations} before, {_incarnations(pair)} after")
+            report.late.append(f"a worker lost its registration: {incarnations} before, {_incarnations(pair)} after")
         print(report)
         report.check()
     finally:
