@@ -34,8 +34,8 @@ test-slow: $(READY)  ## the long tests
 test-gpu: $(READY)  ## the tests that need a CUDA device
 	$(BIN)/pytest -m gpu --durations=15
 
-faults: $(READY)  ## every fault in every state of a transfer, on every data plane and at true times; print the tables
-	$(BIN)/pytest tests/faults --durations=15
+faults: $(READY)  ## every fault in every state of a transfer, on every data plane and at true times; print the tables; abuse
+	$(BIN)/pytest tests/faults tests/abuse --durations=15
 
 fuzz: $(READY)  ## bytes that coverage chooses, into whatever reads a peer's bytes; FUZZ_SECONDS for each reader
 	@$(BIN)/pip install --quiet --constraint constraints.txt atheris

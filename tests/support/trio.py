@@ -90,7 +90,7 @@ class Part:
 class Trio:
     """A router by hand and the workers that a test adds to it."""
 
-    def __init__(self, router: Part, model: Path) -> None:
+    def __init__(self, router: Part, model: Path | str) -> None:
         self.router = router
         self.model = model
         self.parts = [router]
@@ -114,10 +114,15 @@ class Trio:
 
 
 @contextlib.contextmanager
-def running_trio(model: Path, *router_flags: str, env: dict[str, str] | None = None) -> Iterator[Trio]:
+def running_trio(
+    model: Path | str,
+    *router_flags: str,
+    env: dict[str, str] | None = None,
+    program: Sequence[str] = ("-m", "disagg"),
+) -> Iterator[Trio]:
     """A router alone. What still runs at the end is stopped, workers first."""
     ports = ("--port", "0", "--admin-port", "0", "--control-port", "0")
-    router = Part.start("router", "--model", str(model), *ports, *router_flags, env=env)
+    router = Part.start("router", "--model", str(model), *ports, *router_flags, env=env, program=program)
     trio = None
     try:
         trio = Trio(router, model)

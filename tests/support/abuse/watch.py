@@ -1,0 +1,164 @@
+"""Eight honest streams and the processes' vitals while something bad goes on, and what must be true of them."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from support.abuse.honest import Ask, Honest, Seen
+from support.abuse.loop_lag import LoopLags
+from support.abuse.pair import Pair
+from support.abuse.vitals import Vitals, leaks
+from support.wrong import Wrong
+
+MAX_GAP_S = 1.0
+MAX_LAG_P99_S = 0.05
+IDLE_TIMEOUT_S = 30.0  # whatever held a transfer, a request or a connection has timed out by then
+
+
+@dataclass
+class Report:
+    """`wrong` is so on any machine; `late` may be the machine's, which can leave a process unrun until it is lost, and
+    gets a second try."""
+
+    wrong: list[str] = field(default_factory=list)
+    late: list[str] = field(default_factory=list)
+    figures: dict[str, float | str] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        shown = ", ".join(f"{name} {value}" for name, value in self.figures.items())
+        return "\n".join(
+            [shown, *(f"WRONG {fault}" for fault in self.wrong), *(f"LATE {fault}" for fault in self.late)]
+        )
+
+    def check(self) -> None:
+        if self.wrong:
+            raise Wrong(str(self))
+        assert not self.late, str(self)
+
+
+def judge_streams(seen: Seen, *, began_at: float, ended_at: float = float("inf")) -> Report:
+    """What honest clients must not see between these moments."""
+    report = Report()
+    report.wrong += [f"an honest answer is wrong: {what}" for what in seen.wrong[:3]]
+    report.late += [f"an honest stream broke ({len(seen.broken)} in all): {what}" for what in seen.broken[:5]]
+    gap_s = seen.longest_gap_s(began_at, ended_at)
+    if gap_s > MAX_GAP_S:
+        report.late.append(f"{gap_s:.2f} s between two tokens of an honest stream, at most {MAX_GAP_S:g} s")
+    if not seen.num_tokens:
+        report.late.append("the honest streams got no token")
+    return report
+
+
+def judge_processes(before: Mapping[str, Vitals], after: Mapping[str, Vitals]) -> list[str]:
+    """Another process under a name, or more held than before."""
+    faults = []
+    for name, was in before.items():
+        now = after[name]
+        if (was.pid, was.started_at) != (now.pid, now.started_at):
+            faults.append(f"{name} is another process: pid {was.pid} before, {now.pid} after")
+        else:
+            faults += leaks(name, was, now)
+    return faults
+
+
+def judge_lags(lags: LoopLags) -> tuple[list[str], list[str]]:
+    """(wrong, late)"""
+    if not lags.counts:
+        return ["no process tells its loop's lag: /metrics has no `disagg_loop_lag_seconds`"], []
+    late = [
+        f"the loop of {dict(loop) or 'the router'} was late by up to {p99_s:g} s in 99 % of its ticks"
+        for loop, p99_s in lags.p99_s().items()
+        if p99_s > MAX_LAG_P99_S
+    ]
+    return [], late
+
+
+@dataclass
+class Watch:
+    """What an abuse may add to: what it found `wrong` or `late` itself."""
+
+    pair: Pair
+    began_at: float = 0.0
+    wrong: list[str] = field(default_factory=list)
+    late: list[str] = field(default_factory=list)
+    figures: dict[str, float | str] = field(default_factory=dict)
+
+
+@contextlib.contextmanager
+def watching(pair: Pair, asks: Sequence[Ask], baseline_s: float) -> Iterator[Watch]:
+    """Honest streams run before and during the block, undisturbed for `baseline_s` first. Judges at its end."""
+    pair.wait_until_linked()
+    pair.api.wait_until_idle()
+    before, incarnations = pair.vitals(), _incarnations(pair)
+    honest = Honest(pair.api.url, asks)
+    try:
+        time.sleep(baseline_s)
+        watch = Watch(pair, began_at=time.monotonic())
+        lags = LoopLags.read(pair.api.get("/metrics"))
+        try:
+            yield watch
+        except Exception as error:
+            if not (ended := pair.ended()):
+                raise
+            raise Wrong(f"{watch.wrong} {watch.late} {ended}") from error
+        ended_at = time.monotonic()
+        if ended := pair.ended():
+            raise Wrong("\n".join(ended))
+        metrics = pair.api.get("/metrics")
+        seen = honest.stop()
+        report = judge_streams(seen, began_at=watch.began_at)
+        wrong, late = judge_lags(LoopLags.read(metrics).since(lags))
+        report.wrong += watch.wrong + wrong
+        report.late += watch.late + late
+        report.figures |= _figures(seen, watch, ended_at) | watch.figures
+        for loop, p99_s in LoopLags.read(metrics).since(lags).p99_s().items():
+            report.figures[f"lag p99 of {dict(loop).get('worker', 'router')}"] = p99_s
+        _judge_rest(pair, report, before)
+        if _incarnations(pair) != incarnations:
+            report.late.append(f"a worker lost its registration: {incarnations} before, {_incarnations(pair)} after")
+        print(report)
+        report.check()
+    finally:
+        honest.kill()
+
+
+def _incarnations(pair: Pair) -> dict[str, str]:
+    return {worker["id"]: worker["incarnation"] for worker in pair.api.workers()}
+
+
+def _figures(seen: Seen, watch: Watch, ended_at: float) -> dict[str, float | str]:
+    return {
+        "seconds": round(ended_at - watch.began_at, 1),
+        "honest answers": seen.num_answers,
+        "honest tokens": seen.num_tokens,
+        "longest gap before": round(seen.longest_gap_s(0, watch.began_at), 2),
+        "during": round(seen.longest_gap_s(watch.began_at), 2),
+        "longest wait for a first token before": round(seen.longest_first_s(0, watch.began_at), 2),
+        "during ": round(seen.longest_first_s(watch.began_at), 2),
+        "longest pause of the honest clients' own process": round(seen.longest_pause_s(0), 2),
+    }
+
+
+def _judge_rest(pair: Pair, report: Report, before: Mapping[str, Vitals]) -> None:
+    """Once everybody left: nothing is open, nothing is used, nothing grew."""
+    deadline = time.monotonic() + IDLE_TIMEOUT_S
+    while (held := [*_held(pair), *judge_processes(before, pair.vitals())]) and time.monotonic() < deadline:
+        time.sleep(0.5)
+    report.wrong += held + pair.ended()
+    after = pair.vitals()
+    for name, now in after.items():
+        report.figures[f"{name} grew by"] = (
+            f"{now.num_fds - before[name].num_fds} descriptors, {now.num_threads - before[name].num_threads} threads, "
+            f"{(now.rss_nbytes - before[name].rss_nbytes) >> 20} MiB"
+        )
+
+
+def _held(pair: Pair) -> list[str]:
+    """Requests and blocks that are still there."""
+    used = {key: value for key, value in pair.api.samples("disagg_kv_blocks_used").items() if value}
+    running = pair.api.total("disagg_requests_running")
+    found = [f"blocks are still used: {used}"] if used else []
+    return [*found, f"{running:g} requests are still open"] if running else found
