@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from enum import Enum
 
-from disagg.router.pairing import Difference, record_difference
+from disagg.router.pairing import Difference, PairTraits, record_difference
 from disagg.transceiver.wire.messages.peer import Refused
 from disagg.transceiver.wire.messages.router import DRAINING, Lease, PeerTarget, Register
 from disagg.transceiver.wire.timing import LOST_S, SUSPECT_S
@@ -34,6 +34,18 @@ class Worker:
     lease: Lease
     heard_at: float
     draining: bool = field(default=False)
+    traits: PairTraits = field(init=False)
+    link_states: dict[str, str] = field(init=False)
+    """By peer incarnation, as the last lease told them."""
+
+    def __post_init__(self) -> None:
+        self.traits = PairTraits(self.register)
+        self.take(self.lease)
+
+    def take(self, lease: Lease) -> None:
+        """What this worker says of itself from here on."""
+        self.lease = lease
+        self.link_states = {link.incarnation: link.state for link in lease.links}
 
     @property
     def incarnation(self) -> str:
@@ -59,7 +71,7 @@ class Worker:
 
     def link_state(self, peer: str) -> str:
         """What this worker last said of its link to incarnation `peer`; `connecting` when it said nothing yet."""
-        return next((link.state for link in self.lease.links if link.incarnation == peer), "connecting")
+        return self.link_states.get(peer, "connecting")
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +120,8 @@ class Registry:
         worker = self._workers.get(lease.incarnation)
         if worker is None:
             return False
-        worker.lease, worker.heard_at = lease, now
+        worker.take(lease)
+        worker.heard_at = now
         return True
 
     def remove(self, incarnation: str) -> Worker | None:

@@ -68,6 +68,8 @@ class _Stream:
     """One request in progress and what its client has not read yet: at most max_tokens items and an end."""
 
     attempts: Attempts
+    load: tuple[str, ...] = ()
+    """What of it is counted in the router's load."""
     last_token_at: float | None = None
     items: asyncio.Queue[TokenChunk | GenerationEnd | GenerationError] = field(default_factory=asyncio.Queue)
 
@@ -89,6 +91,8 @@ class Router:
         self._metrics = RouterMetrics(lambda: self.cluster.registry)
         self._records = RecordStore()
         self._streams: dict[str, _Stream] = {}
+        self._load: Counter[str] = Counter()
+        """Requests placed per incarnation and not seen end."""
         self._turn = 0
         self._is_closing = False
 
@@ -159,7 +163,7 @@ class Router:
         return min((worker.register.identity.max_model_len for worker in self.cluster.registry), default=None)
 
     def workers(self) -> list[dict[str, Any]]:
-        fleet, load, now = list(self.cluster.registry), self._load(), self._clock()
+        fleet, load, now = list(self.cluster.registry), self._load, self._clock()
         return [describe_worker(worker, fleet, load, now) for worker in fleet]
 
     def drain(self, worker_id: str, draining: bool = True) -> bool:
@@ -219,8 +223,19 @@ class Router:
                     stream.items.put_nowait(item)
                 case Fail(status, message, retry_after_s):
                     stream.items.put_nowait(GenerationError(status, message, retry_after_s=retry_after_s))
+        self._count_load(stream)
         if stream.attempts.is_over and self._streams.pop(stream.attempts.transfer_id, None) is not None:
             self._note_end(stream, now)
+
+    def _count_load(self, stream: _Stream) -> None:
+        """Bring the count up to date with this one stream: no choice looks at all of them."""
+        if stream.load != (load := stream.attempts.load):
+            self._load.subtract(stream.load)
+            self._load.update(load)
+            for incarnation in stream.load:
+                if not self._load[incarnation]:
+                    del self._load[incarnation]
+            stream.load = load
 
     def _measure(self, stream: _Stream, item: TokenChunk | GenerationEnd, now: float) -> None:
         if isinstance(item, GenerationEnd):
@@ -243,19 +258,16 @@ class Router:
         log.log(
             level,
             "request %s %s: %d tokens, %d attempts%s",
-            record.request.request_id,
+            record.request_id,
             record.state,
             record.num_tokens,
             len(record.attempts),
             f", {record.error}" if record.error else "",
         )
 
-    def _load(self) -> Counter[str]:
-        return Counter(worker for stream in self._streams.values() for worker in stream.attempts.load)
-
     def _fleet(self) -> Fleet:
         self._turn += 1
-        return Fleet(list(self.cluster.registry), self._clock(), self._load(), self._turn, self.options.max_queued)
+        return Fleet(list(self.cluster.registry), self._clock(), self._load, self._turn, self.options.max_queued)
 
     # --- ClusterListener: what happens below ------------------------------------------------------------------
 
