@@ -103,6 +103,8 @@ class RequestRecord:
     num_tokens: int = 0
     first_token_at: float | None = None
     ended_at: float | None = None
+    charged_deaths: tuple[str, ...] = ()
+    """Workers that died in a step in which this request was new."""
     attempts: list[AttemptRecord] = field(default_factory=list)
 
     def __post_init__(self, request: GenerationRequest) -> None:
@@ -115,6 +117,14 @@ class RequestRecord:
     @property
     def ttft_s(self) -> float | None:
         return None if self.first_token_at is None else self.first_token_at - self.received_at
+
+    def name_of(self, incarnation: str) -> str:
+        """The name of a worker that had a part in it."""
+        for attempt in self.attempts:
+            for target in (attempt.placement.server, attempt.placement.prefill):
+                if target is not None and target.incarnation == incarnation:
+                    return target.worker_id
+        return incarnation
 
     def emitted(self, num_tokens: int, now: float) -> None:
         self.num_tokens = num_tokens
@@ -164,6 +174,7 @@ class RequestRecord:
             "e2e_s": None if self.ended_at is None else self.ended_at - self.received_at,
             "timeline": self.timeline(),
             "transfer": self._describe_transfer(),
+            "charged_deaths": list(self.charged_deaths),
             "attempts": [attempt.describe(self.received_at) for attempt in self.attempts],
         }
 

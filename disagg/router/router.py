@@ -30,6 +30,7 @@ from disagg.router.attempt_events import (
     Tick,
     WorkerLost,
 )
+from disagg.router.charges import MAX_CHARGES
 from disagg.router.choose import RETRY_BUSY_S, Fleet, Placement
 from disagg.router.cluster import Cluster
 from disagg.router.generation import GenerationEnd, GenerationError, GenerationRequest, TokenChunk
@@ -93,6 +94,8 @@ class Router:
         self._streams: dict[str, _Stream] = {}
         self._load: Counter[str] = Counter()
         """Requests placed per incarnation and not seen end."""
+        self._charged: dict[str, _Stream] = {}
+        """Requests that a worker may have died of, until each has shown that it was another."""
         self._turn = 0
         self._is_closing = False
 
@@ -133,6 +136,8 @@ class Router:
         """Streams are live requests, each in its own invariants; so are connections and records."""
         self.cluster.check_invariants()
         self._records.check_invariants()
+        assert +self._load == Counter(side for stream in self._streams.values() for side in stream.attempts.load)
+        assert self._charged.keys() <= self._streams.keys()
         for transfer_id, stream in self._streams.items():
             assert stream.attempts.transfer_id == transfer_id
             assert not stream.attempts.is_over
@@ -197,6 +202,7 @@ class Router:
             max_attempts=self.options.max_attempts,
             timeout_s=self.options.request_timeout_s,
             now=now,
+            vitals=self,
         )
         self._records.add(attempts.record)
         stream = _Stream(attempts)
@@ -211,7 +217,17 @@ class Router:
 
     def _apply_to_all(self, event: Event) -> None:
         for stream in list(self._streams.values()):
-            self._apply(stream, event)
+            try:
+                self._apply(stream, event)
+            except Exception:  # one request that cannot go on costs that request, whatever happened to all of them
+                log.exception("request %s cannot go on", stream.attempts.record.request_id)
+                self._drop(stream)
+
+    def _drop(self, stream: _Stream) -> None:
+        self._load.subtract(stream.load)
+        self._streams.pop(stream.attempts.transfer_id, None)
+        self._charged.pop(stream.attempts.transfer_id, None)
+        stream.items.put_nowait(GenerationError(500, "the router failed on this request; its log says how"))
 
     def _perform(self, stream: _Stream, actions: list[Action], now: float) -> None:
         for action in actions:
@@ -224,6 +240,7 @@ class Router:
                 case Fail(status, message, retry_after_s):
                     stream.items.put_nowait(GenerationError(status, message, retry_after_s=retry_after_s))
         self._count_load(stream)
+        self._note_charges(stream)
         if stream.attempts.is_over and self._streams.pop(stream.attempts.transfer_id, None) is not None:
             self._note_end(stream, now)
 
@@ -236,6 +253,12 @@ class Router:
                 if not self._load[incarnation]:
                     del self._load[incarnation]
             stream.load = load
+
+    def _note_charges(self, stream: _Stream) -> None:
+        if stream.attempts.is_charged:
+            self._charged[stream.attempts.transfer_id] = stream
+        else:
+            self._charged.pop(stream.attempts.transfer_id, None)
 
     def _measure(self, stream: _Stream, item: TokenChunk | GenerationEnd, now: float) -> None:
         if isinstance(item, GenerationEnd):
@@ -252,6 +275,9 @@ class Router:
         record = stream.attempts.record
         self._metrics.e2e.observe(now - record.received_at)
         self._metrics.requests.labels(outcome=record.state).inc()
+        self._metrics.charged_deaths.inc(len(record.charged_deaths))
+        if len(record.charged_deaths) >= MAX_CHARGES:
+            self._metrics.refused_after_deaths.inc()
         for attempt in record.attempts:
             self._metrics.attempts.labels(mode=attempt.mode).inc()
         level = logging.WARNING if record.state == "failed" else logging.INFO
@@ -269,6 +295,18 @@ class Router:
         self._turn += 1
         return Fleet(list(self.cluster.registry), self._clock(), self._load, self._turn, self.options.max_queued)
 
+    # --- Vitals: what a request asks before it is tried again ---------------------------------------------------
+
+    def is_in_step(self, incarnation: str, transfer_id: str) -> bool:
+        return transfer_id in self.cluster.in_step(incarnation)
+
+    def sign_at(self, incarnation: str) -> float | None:
+        return self.cluster.sign_at(incarnation)
+
+    def taken(self, transfer_id: str) -> frozenset[str]:
+        others = (stream.attempts for charged, stream in self._charged.items() if charged != transfer_id)
+        return frozenset(side for attempts in others if not attempts.is_waiting for side in attempts.sides)
+
     # --- ClusterListener: what happens below ------------------------------------------------------------------
 
     def answered(self, source: str, message: AnswerMessage) -> None:
@@ -277,8 +315,11 @@ class Router:
         elif isinstance(message, TransferReport) and (record := self._records.get(message.transfer_id)):
             record.note(source, message)
 
-    def lost(self, incarnation: str, reason: str) -> None:
-        self._apply_to_all(WorkerLost(incarnation, reason))
+    def lost(self, incarnation: str, reason: str, in_step: Mapping[str, int]) -> None:
+        self._apply_to_all(WorkerLost(incarnation, reason, in_step))
+
+    def faulted(self) -> None:
+        self._metrics.peer_faults.inc()
 
     def is_serving(self, transfer_id: str, incarnation: str) -> bool:
         stream = self._streams.get(transfer_id)

@@ -45,7 +45,12 @@ class Registration:
             register = self._make_register(server)
             link = await stack.enter_async_context(
                 RouterLink.open(
-                    self._parts.settings.router, self._node, self._parts.sockets, register, self._make_lease
+                    self._parts.settings.router,
+                    self._node,
+                    self._parts.sockets,
+                    register,
+                    self._make_lease,
+                    self._parts.vitals,
                 )
             )
             self._attempts = self._make_attempts(link, planes)

@@ -76,11 +76,11 @@ def _inconvertible(ours: Geometry, theirs: Geometry) -> str | None:
 
 
 def _has_counts(geometry: Geometry) -> bool:
-    """Are heads, dimensions and sinks numbers that a model can have? Everything below divides and multiplies by them."""
+    """Are heads, dimensions and sinks numbers that a model can have? What follows divides and multiplies by them."""
     return all(
         1 <= group.num_kv_heads <= MAX_COUNT
         and 1 <= group.head_dim <= MAX_COUNT
-        and 0 <= group.num_sink_tokens
+        and group.num_sink_tokens >= 0
         and (group.window is None or group.window >= 1)
         for group in geometry.groups
     )
