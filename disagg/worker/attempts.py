@@ -237,6 +237,11 @@ class Attempts:
         self._feed_sender(key, ComputeFailed(message))
         self._forget(key)
 
+    def fail(self, key: AttemptKey, message: str) -> None:
+        """A fault of this process that belongs to one attempt ends that attempt, for good, and nothing else."""
+        self._send(RequestFailed(key.transfer_id, key.epoch, 500, message))
+        self.cancel(key, "fault")
+
     def _feed_sender(self, key: AttemptKey, event: object) -> None:
         if self.sending is not None:
             self.sending.feed(key, event)  # type: ignore[arg-type]  # an event of the sender

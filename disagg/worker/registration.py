@@ -12,19 +12,29 @@ import logging
 import os
 import socket
 
-from disagg.engine.commands import Release
+from disagg.engine.commands import AttemptKey, Release
 from disagg.transceiver.peers.decode_side import ReceivingSide
 from disagg.transceiver.peers.prefill_side import SendingSide
 from disagg.transceiver.planes.base import SourcePlane
+from disagg.transceiver.wire.errors import clipped
 from disagg.transceiver.wire.links import ControlServer
-from disagg.transceiver.wire.messages.router import DRAINING, READY, Lease, Register
+from disagg.transceiver.wire.messages.router import (
+    DRAINING,
+    READY,
+    Dispatch,
+    Lease,
+    PrefillLocally,
+    Register,
+    Retarget,
+    RouterMessage,
+)
 from disagg.transceiver.wire.node import Node
 from disagg.transceiver.wire.timing import HEARTBEAT_S
 from disagg.worker.attempts import Attempts
 from disagg.worker.engine_events import EngineEvents
 from disagg.worker.parts import WorkerParts
 from disagg.worker.planes import landing_planes, source_planes
-from disagg.worker.router_link import RouterLink
+from disagg.worker.router_link import RouterLink, RouterLost
 from disagg.worker.transfer_factory import TransferFactory
 
 log = logging.getLogger(__name__)
@@ -77,7 +87,21 @@ class Registration:
 
     async def _take_messages(self, link: RouterLink) -> None:
         while True:
-            self._attempts.take_message(await link.next_message())
+            message = await link.next_message()
+            try:
+                self._attempts.take_message(message)
+            except (
+                Exception
+            ) as fault:  # whatever the router's message brings about here costs the router, not the process
+                self._contain(link, message, fault)
+
+    def _contain(self, link: RouterLink, message: RouterMessage, fault: Exception) -> None:
+        """End the attempt that the message is about; without one, this registration."""
+        kind = type(message).__name__
+        log.error("a %s of the router cannot be taken: %s", kind, clipped(repr(fault)), exc_info=fault)
+        if not isinstance(message, Dispatch | Retarget | PrefillLocally):
+            raise RouterLost(f"its {kind} cannot be taken: {clipped(repr(fault))}") from fault
+        self._attempts.fail(AttemptKey(message.transfer_id, message.epoch), f"a fault of this worker: {kind}")
 
     async def _look_at_deadlines(self) -> None:
         while True:

@@ -72,6 +72,17 @@ class FakeWorker:
         assert isinstance(message, kind), message
         return message
 
+    async def expect_after_others(self, kind: type[M]) -> M:
+        """The next order of this kind, whatever comes before it."""
+        async with asyncio.timeout(WAIT_S):
+            while not isinstance(message := await self._orders.get(), kind):
+                pass
+        return message
+
+    def send_bytes(self, data: bytes) -> None:
+        """One frame as it stands, message or not."""
+        self._client._connection.send([data])
+
     def has_no_orders(self) -> bool:
         return self._orders.empty()
 
