@@ -6,13 +6,15 @@ after the blocks were freed, so a listener may count them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Final
 
 from disagg.cache.cache import KVCache
 from disagg.engine.announce import newly_final_units, units_at
 from disagg.engine.batch import Work
 from disagg.engine.commands import (
+    AttemptKey,
     Command,
     Decode,
     DropSoft,
@@ -52,6 +54,9 @@ from disagg.engine.stats import EngineCounters, EngineStats
 from disagg.transceiver.wire.messages.values import TokenLogprobs
 
 ROLES = ("prefill", "decode", "both")
+
+YOUNG_TOKENS: Final = 8
+"""A request that emitted so many here was in as many steps and ended none: what ends one now is another request."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +110,8 @@ class Engine:
         )
         self._counters = EngineCounters(scratch=cache.num_scratch)
         self._graphs = graphs or GraphUse()
+        self.on_step: Callable[[Sequence[AttemptKey]], None] = lambda keys: None
+        """Told before each step which attempts in it are young: should the step end the process, it was one of them."""
 
     @property
     def has_work(self) -> bool:
@@ -120,6 +127,7 @@ class Engine:
             self._scheduler.check_invariants()  # now every sequence holds most: new blocks, old ones, and scratch
         if not work:
             return events
+        self.on_step([piece.sequence.key for piece in work if _is_young(piece)])
         logits = self._runner.execute([_chunk(piece) for piece in work])
         sampled = sample(logits, [_sample_input(piece) for piece in work if piece.wants_logits])
         events += self._commit(work, sampled)
@@ -369,6 +377,12 @@ def _prompt_computed(prompt: PromptSequence, computed: Computed) -> PromptComput
     return PromptComputedEvent(
         prompt.key, prompt.compute_id, computed.first_token, stop_token_id is not None, stop_token_id
     )
+
+
+def _is_young(piece: Work) -> bool:
+    sequence = piece.sequence
+    answer = sequence.answer if isinstance(sequence, PromptSequence) else sequence
+    return answer is None or len(answer.output) < YOUNG_TOKENS
 
 
 def _chunk(piece: Work) -> Chunk:

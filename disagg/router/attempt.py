@@ -7,6 +7,10 @@ worker, one worker alone, or the decode worker computing the prompt itself after
     server lost, or server failed (503)        both sides anew, elsewhere
     400, 500                                   the client's answer at once: no other worker would do better
     anything after the first token             an error: a retry could contradict tokens already sent
+    a second death in its own new step         500, for good: see `charges`
+
+A retry waits while a worker that was computing the request may have died of it, and while the only worker for a charged
+one serves another that is charged.
 
 until `max_attempts` are used; then 503. Every side that was sent work ends on its own or is sent CANCEL_REQUEST: the
 `sides` still open are exactly those.
@@ -18,7 +22,7 @@ until its FINISHED so that losing that worker between the two is still before th
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Protocol
 
 from disagg.router.attempt_events import (
@@ -34,6 +38,7 @@ from disagg.router.attempt_events import (
     Tick,
     WorkerLost,
 )
+from disagg.router.charges import YOUNG_TOKENS, Charges, NothingKnown, Vitals, incarnations
 from disagg.router.choose import RETRY_BUSY_S, Placement, Unplaceable
 from disagg.router.generation import GenerationEnd, GenerationRequest, TokenChunk
 from disagg.router.record import AttemptRecord, RequestRecord
@@ -79,6 +84,7 @@ class Attempts:
         max_attempts: int,
         timeout_s: float,
         now: float,
+        vitals: Vitals | None = None,
     ) -> None:
         self.request = request
         self.transfer_id = transfer_id
@@ -89,6 +95,8 @@ class Attempts:
         self.num_tokens = 0
         self.is_over = False
         self.sides: dict[str, int] = {}
+        self._charges = Charges(transfer_id, vitals or NothingKnown())
+        self._waiting: Callable[[float], None] | None = None
         self._placer = placer
         self._mint = mint
         self._max_attempts = max_attempts
@@ -111,13 +119,27 @@ class Attempts:
         waits = prefill is not None and not self.num_tokens
         return (self.placement.server.incarnation, *([prefill.incarnation] if prefill and waits else []))
 
+    @property
+    def is_charged(self) -> bool:
+        """Whether a worker died of it, perhaps, and it has not shown yet that it was another request."""
+        return bool(self._charges.workers) and not self.is_over and self.num_tokens < YOUNG_TOKENS
+
+    @property
+    def is_waiting(self) -> bool:
+        """Whether the next attempt waits to be made: this request is computed nowhere."""
+        return self._waiting is not None
+
     def check_invariants(self) -> None:
         """Nothing is open after the end; before it the current server is; epochs are the attempts counted."""
         assert self.epoch == len(self.record.attempts) <= self._max_attempts
         assert not (self.is_over and self.sides)
-        assert self.is_over or (self.placement is not None and self.placement.server.incarnation in self.sides)
+        assert self.is_over or self._waiting or self._has_server
         assert self.num_tokens <= self.request.sampling.max_tokens
         assert not self._actions
+
+    @property
+    def _has_server(self) -> bool:
+        return self.placement is not None and self.placement.server.incarnation in self.sides
 
     # --- the way in -----------------------------------------------------------------------------------------
 
@@ -152,6 +174,10 @@ class Attempts:
                 self._fail(504, "the request's deadline passed", now)
             case RouterClosing():
                 self._fail(503, "the router is shutting down", now, RETRY_BUSY_S)
+            case WorkerLost() if self._is_spent_by(event):
+                self._fail(500, self._charges.refusal(), now)
+            case _ if self._waiting is not None:
+                self._go_on(now)
             case WorkerLost(incarnation, reason):
                 self._lose(incarnation, reason, now)
             case Answered(source, message):
@@ -240,6 +266,26 @@ class Attempts:
             self._cancel(server, "finished")
             self._finish(message, now)
 
+    # --- deaths and waiting ---------------------------------------------------------------------------------
+
+    def _is_spent_by(self, event: WorkerLost) -> bool:
+        """Charge the request with this death if it was new in that step, also under an earlier epoch."""
+        if event.in_step.get(self.transfer_id, 0) < 1 or self.num_tokens >= YOUNG_TOKENS:
+            return False
+        self._charges.workers.append(self.record.name_of(event.incarnation))
+        self.record.charged_deaths = tuple(self._charges.workers)
+        return self._charges.is_spent
+
+    def _waits_for(self, parties: Iterable[str], retry: Callable[[float], None], now: float) -> bool:
+        """Whether `retry` must wait; it is called again when something happened."""
+        self._waiting = retry if self._charges.must_wait(parties, now) else None
+        return self._waiting is not None
+
+    def _go_on(self, now: float) -> None:
+        retry, self._waiting = self._waiting, None
+        assert retry is not None
+        retry(now)
+
     # --- failures -------------------------------------------------------------------------------------------
 
     def _lose(self, incarnation: str, reason: str, now: float) -> None:
@@ -261,10 +307,21 @@ class Attempts:
         assert self.placement is not None
         if self.num_tokens:
             return self._fail(502, reason, now)
+        parties = incarnations(self.placement)[1:]
+        if self._waits_for(parties, lambda later: self._server_failed(reason, later), now):
+            return None
         self._failed_servers.add(self.placement.server.incarnation)
         if self.epoch >= self._max_attempts:
             return self._give_up(reason, now)
-        placed = self._place_anew()
+        return self._begin_anew(reason, now)
+
+    def _begin_anew(self, reason: str, now: float) -> None:
+        """Both sides, elsewhere; later, when only a worker that another charged request has could take it."""
+        taken = self._charges.taken
+        placed = self._place_anew(taken)
+        if taken and isinstance(placed, Unplaceable) and isinstance(self._place_anew(frozenset()), Placement):
+            self._waiting = lambda later: self._begin_anew(reason, later)
+            return None
         if isinstance(placed, Unplaceable):
             return self._give_up(f"{reason}; {placed.reason}", now, placed.retry_after_s)
         self.record.current.end(reason, now)
@@ -272,12 +329,12 @@ class Attempts:
         self._retargeted = False
         return self._dispatch(placed, now)
 
-    def _place_anew(self) -> Placement | Unplaceable:
+    def _place_anew(self, taken: frozenset[str]) -> Placement | Unplaceable:
         """Where nothing failed yet if possible; else also where a transfer failed, which may have been the server's."""
         placer, max_tokens = self._placer(), self.request.sampling.max_tokens
-        placed = placer.place(max_tokens, frozenset(self._failed_servers | self._failed_prefills))
+        placed = placer.place(max_tokens, frozenset(self._failed_servers | self._failed_prefills | taken))
         if isinstance(placed, Unplaceable):
-            placed = placer.place(max_tokens, frozenset(self._failed_servers))
+            placed = placer.place(max_tokens, frozenset(self._failed_servers | taken))
         return placed
 
     def _transfer_failed(self, reason: str, now: float) -> None:
@@ -285,17 +342,30 @@ class Attempts:
         server, prefill = self.placement.server, self.placement.prefill
         if self.num_tokens or prefill is None:
             return self._fail(502, f"fault of the worker: {reason}", now)
+        parties = (prefill.incarnation,)
+        if self._waits_for(parties, lambda later: self._transfer_failed(reason, later), now):
+            return None
         self._failed_prefills.add(prefill.incarnation)
         if self.epoch >= self._max_attempts:
             return self._give_up(reason, now)
-        other = None if self._retargeted else self._other_prefill(server)
+        return self._compute_elsewhere(server, prefill, reason, now)
+
+    def _compute_elsewhere(self, server: PeerTarget, prefill: PeerTarget, reason: str, now: float) -> None:
+        """At another prefill worker, or where the prompt was expected; later, when another charged request is there."""
+        taken = self._charges.taken
+        if server.incarnation not in self.sides:  # lost while this waited
+            return self._server_failed(f"worker `{server.worker_id}` was lost; {reason}", now)
+        other = None if self._retargeted else self._other_prefill(server, taken)
+        if server.incarnation in taken and other is None:
+            self._waiting = lambda later: self._compute_elsewhere(server, prefill, reason, later)
+            return None
         self.record.current.end(reason, now)
         self._cancel(prefill.incarnation, "retarget")
         self._retargeted = True
         return self._retarget(server, other, now) if other else self._prefill_locally(server, now)
 
-    def _other_prefill(self, server: PeerTarget) -> PeerTarget | None:
-        return self._placer().prefill_for(server.incarnation, frozenset(self._failed_prefills))
+    def _other_prefill(self, server: PeerTarget, taken: frozenset[str]) -> PeerTarget | None:
+        return self._placer().prefill_for(server.incarnation, frozenset(self._failed_prefills | taken))
 
     def _give_up(self, reason: str, now: float, retry_after_s: float = RETRY_BUSY_S) -> None:
         attempts = f"{self.epoch} of {self._max_attempts} attempts used"
@@ -372,7 +442,7 @@ class Attempts:
         self._close("failed", now, message)
 
     def _close(self, state: str, now: float, error: str | None = None) -> None:
-        self.is_over = True
+        self.is_over, self._waiting = True, None
         self._cancel_all(state)
         self.record.end(state, now, error)
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from disagg.router.generation import GenerationEnd, TokenChunk
 from disagg.transceiver.wire.messages.router import (
@@ -37,10 +38,14 @@ class Answered:
 
 @dataclass(frozen=True, slots=True)
 class WorkerLost:
-    """The registry gave an incarnation up; nothing more will come from it and nothing reaches it."""
+    """The registry gave an incarnation up; nothing more will come from it and nothing reaches it.
+
+    `in_step`: transfer id to epoch of the new requests of the step that it died in; empty when it left in good order.
+    """
 
     incarnation: str
     reason: str
+    in_step: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

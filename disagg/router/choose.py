@@ -6,11 +6,12 @@ never old, so a burst spreads at once.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import product
+from itertools import islice, product
+from typing import Final
 
-from disagg.router.pairing import pair_difference
+from disagg.router.pairing import traits_difference
 from disagg.router.registry import Worker, WorkerState
 from disagg.transceiver.wire.messages.router import PeerTarget
 
@@ -19,8 +20,13 @@ RETRY_WORKER_S = 2.0
 RETRY_BUSY_S = 1.0
 """Retry-After when queues are full: the smallest whole second the header can say; queues drain many times faster."""
 
+MAX_PAIRS_TOLD: Final = 4
+"""Of a fleet without one connected pair, in a sentence for a client: two by two, which a person can still read."""
+
 _RANK = {WorkerState.READY: 0, WorkerState.SUSPECT: 1}
 _LINK_RANK = {"ready": 0, "suspect": 1}
+_WORST: Final = 4
+"""Above the rank of any pair: two suspect workers with a suspect link between them make 3."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +50,8 @@ class Fleet:
     """The workers at one moment. `load`: requests placed per incarnation; `turn` breaks ties, one higher per choice.
 
     A suspect worker or link is used only when there is no ready one: it may just be starved of CPU, and a request
-    on it is retried if it turns out to be lost.
+    on it is retried if it turns out to be lost. A choice looks at each worker once and at pairs in the order of their
+    load until one is linked, which with all of them linked is the first.
     """
 
     workers: Sequence[Worker]
@@ -61,28 +68,33 @@ class Fleet:
 
     def prefill_for(self, decode: str, exclude: frozenset[str]) -> PeerTarget | None:
         """Another prefill worker for a request whose destinations already lie at incarnation `decode`."""
-        server = next((worker for worker in self.workers if worker.incarnation == decode), None)
-        if server is None:
-            return None
-        sources = [(w, server) for w in self._open(("prefill",), exclude) if link_rank(w, server) is not None]
-        return self._least(sources)[0].target if sources else None
+        server = [worker for worker in self.workers if worker.incarnation == decode]
+        prefills = self._in_order(self._open(("prefill",), exclude), self.turn)
+        best = _best_pair(prefills, [(0, 0, worker) for worker in server])
+        return None if best is None else best[0].target
 
     def _pair(self, exclude: frozenset[str]) -> Placement | None:
-        pairs = product(self._open(("prefill",), exclude), self._open(("decode",), exclude))
-        linked = [(p, d) for p, d in pairs if link_rank(p, d) is not None]
-        if not linked:
-            return None
-        prefill, decode = self._least(linked)
-        return Placement(decode.target, prefill.target)
+        prefills = self._open(("prefill",), exclude)
+        decodes = self._open(("decode",), exclude)
+        turn = self.turn // max(1, len(decodes))  # each prefill worker meets every decode worker before the next
+        best = _best_pair(self._in_order(prefills, turn), self._in_order(decodes, self.turn))
+        return None if best is None else Placement(best[1].target, best[0].target)
 
-    def _alone(self, roles: Iterable[str], exclude: frozenset[str]) -> Placement | None:
-        able = [(worker,) for worker in self._open(roles, exclude)]
-        return Placement(self._least(able)[0].target) if able else None
+    def _alone(self, roles: Collection[str], exclude: frozenset[str]) -> Placement | None:
+        able = self._in_order(self._open(roles, exclude), self.turn)
+        return Placement(able[0][2].target) if able else None
 
-    def _open(self, roles: Iterable[str], exclude: frozenset[str]) -> list[Worker]:
+    def _in_order(self, workers: Sequence[Worker], turn: int) -> list[_Option]:
+        """The healthiest first, then the least loaded, then whose turn it is."""
+        first = turn % max(1, len(workers))
+        turned = (*workers[first:], *workers[:first])
+        options = [(self._rank(worker) or 0, self.load.get(worker.incarnation, 0), worker) for worker in turned]
+        return sorted(options, key=lambda option: option[:2])
+
+    def _open(self, roles: Collection[str], exclude: frozenset[str]) -> list[Worker]:
         return [w for w in self._live(roles, exclude) if self._num_waiting(w) < self.max_queued]
 
-    def _live(self, roles: Iterable[str], exclude: frozenset[str]) -> list[Worker]:
+    def _live(self, roles: Collection[str], exclude: frozenset[str]) -> list[Worker]:
         return [
             w for w in self.workers if w.role in roles and w.incarnation not in exclude and self._rank(w) is not None
         ]
@@ -94,17 +106,6 @@ class Fleet:
         """Placed and not running: a lease is at most a heartbeat old, the count of what was placed never."""
         return self.load.get(worker.incarnation, 0) - worker.lease.num_running
 
-    def _least(self, options: Sequence[tuple[Worker, ...]]) -> tuple[Worker, ...]:
-        def cost(numbered: tuple[int, tuple[Worker, ...]]) -> tuple[int, int, int]:
-            index, option = numbered
-            health = sum(self._rank(worker) or 0 for worker in option)
-            if len(option) == 2:
-                health += link_rank(*option) or 0
-            load = sum(self.load.get(worker.incarnation, 0) for worker in option)
-            return health, load, (index - self.turn) % len(options)
-
-        return min(enumerate(options), key=cost)[1]
-
     def _unplaceable(self, exclude: frozenset[str]) -> Unplaceable:
         live = self._live(("prefill", "decode", "both"), exclude)
         if any(self._num_waiting(worker) >= self.max_queued for worker in live):
@@ -112,16 +113,35 @@ class Fleet:
         return Unplaceable(_missing(live), RETRY_WORKER_S)
 
 
+_Option = tuple[int, int, Worker]
+"""(rank, load, worker)"""
+
+
+def _best_pair(prefills: Sequence[_Option], decodes: Sequence[_Option]) -> tuple[Worker, Worker] | None:
+    """The linked pair of the lowest (rank, load), both summed; of equals the first. Both come in that order."""
+    best: tuple[Worker, Worker] | None = None
+    best_cost = (_WORST, 0)
+    for decode_rank, decode_load, decode in decodes:
+        for prefill_rank, prefill_load, prefill in prefills:
+            rank, load = prefill_rank + decode_rank, prefill_load + decode_load
+            if (rank, load) >= best_cost:
+                break  # what follows of this rank costs no less, and of the next rank more
+            link = link_rank(prefill, decode)
+            if link is None or (rank + link, load) >= best_cost:
+                continue
+            best, best_cost = (prefill, decode), (rank + link, load)
+    return best
+
+
 def link_rank(prefill: Worker, decode: Worker) -> int | None:
     """0 for a ready link, 1 for a suspect one, None when KV cannot go from `prefill` to `decode` now."""
-    if pair_difference(prefill.register, decode.register):
-        return None
-    return _LINK_RANK.get(decode.link_state(prefill.incarnation))
+    state = _LINK_RANK.get(decode.link_state(prefill.incarnation))
+    return None if state is None or traits_difference(prefill.traits, decode.traits) else state
 
 
 def why_apart(prefill: Worker, decode: Worker) -> str:
     names = f"prefill worker `{prefill.worker_id}` and decode worker `{decode.worker_id}`"
-    if difference := pair_difference(prefill.register, decode.register):
+    if difference := traits_difference(prefill.traits, decode.traits):
         return f"{names} differ in {difference}"
     return f"{names} are not connected: {decode.link_state(prefill.incarnation)}"
 
@@ -133,4 +153,6 @@ def _missing(live: Sequence[Worker]) -> str:
         return "no prefill worker is available; is `disagg prefill` running?"
     if not decodes:
         return "no decode worker is available; is `disagg decode` running?"
-    return "; ".join(why_apart(p, d) for p, d in product(prefills, decodes))
+    told = "; ".join(why_apart(p, d) for p, d in islice(product(prefills, decodes), MAX_PAIRS_TOLD))
+    num_more = len(prefills) * len(decodes) - MAX_PAIRS_TOLD
+    return f"{told}; and {num_more} more pairs" if num_more > 0 else told

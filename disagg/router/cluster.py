@@ -9,17 +9,20 @@ from collections.abc import Callable
 from typing import Final, Protocol
 
 from disagg.router.attempt_events import AnswerMessage, OrderMessage
-from disagg.router.pairing import pair_difference
-from disagg.router.registry import Registry, Worker
+from disagg.router.pairing import traits_difference
+from disagg.router.pulses import Pulses, Steps
+from disagg.router.registry import Claimed, Registry, Worker
 from disagg.transceiver.wire.codec import Message
-from disagg.transceiver.wire.errors import LocalProtocolError, PeerLost
+from disagg.transceiver.wire.errors import LocalProtocolError, PeerLost, clipped
 from disagg.transceiver.wire.links import ControlServer
 from disagg.transceiver.wire.messages.peer import Refused
 from disagg.transceiver.wire.messages.router import (
+    BROKEN,
     LEAVING,
     CancelRequest,
     Lease,
     Peers,
+    Pulse,
     Register,
     Registered,
     RequestFailed,
@@ -33,14 +36,24 @@ TICK_S: Final = 0.25
 """How often deadlines and leases are looked at: half a heartbeat, so a loss is seen within 3.25 s of the last sign."""
 
 
+MAX_CANCELS: Final = 1024
+"""Requests that one lease may have cancelled as unknown: as many as wait at most. The next lease names what is left."""
+
+MAX_BLAMED: Final = 1024
+"""Names of peers whose faults were logged: the first of each is told in full, all are counted."""
+
+
 class ClusterListener(Protocol):
     """Who is told. All calls come from the event loop, one at a time."""
 
     def answered(self, source: str, message: AnswerMessage) -> None:
         """The registered worker of incarnation `source` spoke of a request."""
 
-    def lost(self, incarnation: str, reason: str) -> None:
-        """A worker is no longer registered."""
+    def lost(self, incarnation: str, reason: str, in_step: Steps) -> None:
+        """A worker is no longer registered; if it died, these were the new requests of its step."""
+
+    def faulted(self) -> None:
+        """A message could not be taken; its peer is dropped."""
 
     def is_serving(self, transfer_id: str, incarnation: str) -> bool:
         """Whether this worker should still hold this request."""
@@ -60,12 +73,16 @@ class Cluster:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.incarnation = draw_id()
-        self.registry = Registry(expected_fingerprint)
+        self._pulses = Pulses(server.sockets, server.endpoint, self.incarnation, clock)
+        self.registry = Registry(expected_fingerprint, self._pulses.heard_at)
         self._server = server
         self._listener = listener
         self._clock = clock
+        self._blamed: set[str] = set()
         self._route_of: dict[str, bytes] = {}
-        self._introduced: dict[str, Peers] = {}
+        self._incarnation_of: dict[bytes, str] = {}
+        self._claims: dict[str, tuple[bytes, Register]] = {}
+        """By the incarnation that has the name: the last REGISTER that asked for it, with its connection."""
         # Unbounded, because what enters is bounded: a few messages per attempt of requests that are bounded
         # themselves, answers to messages received, and leases. It drains at once: sending never waits.
         self._outbox: asyncio.Queue[tuple[bytes, Message]] = asyncio.Queue()
@@ -76,21 +93,34 @@ class Cluster:
 
     async def run(self) -> None:
         """Serve until cancelled."""
-        async with asyncio.TaskGroup() as tasks:
-            tasks.create_task(self._receive())
-            tasks.create_task(self._send())
-            tasks.create_task(self._renew())
-            tasks.create_task(self._watch())
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                tasks.create_task(self._receive())
+                tasks.create_task(self._send())
+                tasks.create_task(self._renew())
+                tasks.create_task(self._watch())
+        finally:
+            self._pulses.close()
 
     def order(self, incarnation: str, message: OrderMessage) -> None:
         """To a worker; dropped when it is lost, because its loss is told to the listener on its own."""
         if route := self._route_of.get(incarnation):
             self._post(route, message)
 
+    def in_step(self, incarnation: str) -> Steps:
+        """The new requests of the step that this worker last began; of one that died, until it is lost."""
+        return self._pulses.in_step(incarnation)
+
+    def sign_at(self, incarnation: str) -> float | None:
+        """When this worker last gave a sign of life; None when it is not registered."""
+        worker = self.registry.get(incarnation)
+        return None if worker is None else self.registry.sign_at(worker)
+
     def check_invariants(self) -> None:
         self.registry.check_invariants()
         assert set(self._route_of) == {worker.incarnation for worker in self.registry}
-        assert set(self._introduced) <= set(self._route_of)
+        assert set(self._incarnation_of.values()) <= set(self._route_of)
+        assert set(self._claims) <= set(self._route_of)
 
     # --- in -------------------------------------------------------------------------------------------------
 
@@ -100,50 +130,94 @@ class Cluster:
             self._hear(route, message)
 
     def _hear(self, route: bytes, message: object) -> None:
+        try:
+            self._take(route, message)
+        except Exception as fault:  # whatever a peer's message brings about here costs that peer, and nobody else
+            self._blame(route, message, fault)
+
+    def _take(self, route: bytes, message: object) -> None:
         match message:
             case Register():
                 self._register(route, message)
             case Lease():
                 self._take_lease(route, message)
+            case Pulse():
+                self._pulses.note(message)
             case _ if isinstance(message, AnswerMessage):
                 self._take_answer(route, message)
             case _:
                 log.warning("dropped a %s: no message for a router", type(message).__name__)
 
+    def _blame(self, route: bytes, message: object, fault: Exception) -> None:
+        """End the registrations of this connection; the worker hears that it is not known here any more."""
+        self._listener.faulted()
+        known = self.registry.get(self._incarnation_of.get(route, ""))
+        name = known.worker_id if known else getattr(message, "worker_id", route.hex())
+        kind, told = type(message).__name__, clipped(repr(fault))
+        if name not in self._blamed and len(self._blamed) < MAX_BLAMED:
+            self._blamed.add(name)
+            log.error("a %s of worker `%s` cannot be taken: %s", kind, clipped(name), told, exc_info=fault)
+        incarnation = getattr(message, "incarnation", "")
+        self._post(route, Refused("stale_peer", self.incarnation, incarnation, incarnation))
+        if isinstance(message, Register) and (worker := self.registry.remove(incarnation)):
+            self._forget(worker, f"its {kind} cannot be taken: {told}")
+        self._lose_route(route, f"its {kind} cannot be taken: {told}")
+
     def _register(self, route: bytes, message: Register) -> None:
         is_new = self.registry.get(message.incarnation) is None
         answer = self.registry.register(message, self._clock())
+        if isinstance(answer, Claimed):
+            return self._probe(answer.rival, route, message)
         if isinstance(answer, Refused):
             log.warning(
                 "refused worker `%s`: %s is %s, not %s", message.worker_id, answer.field, answer.theirs, answer.ours
             )
+            self._claims = {rival: claim for rival, claim in self._claims.items() if claim[1] != message}
             return self._post(route, answer)
-        self._route_of[message.incarnation] = route
-        self._post(route, Registered(self.incarnation, message.incarnation))
+        self._know(message.incarnation, route)
+        self._pulses.watch(message.incarnation, self._clock())
+        self._post(route, Registered(self.incarnation, message.incarnation, self._pulses.port))
         return self._welcome(message, answer.superseded) if is_new else None
+
+    def _probe(self, rival: Worker, route: bytes, message: Register) -> None:
+        """Say something to whoever has the name: if its connection is gone, that tells, and the claimant gets in."""
+        self._claims[rival.incarnation] = route, message
+        self._post(self._route_of[rival.incarnation], Lease(self.incarnation, self.incarnation))
+
+    def _know(self, incarnation: str, route: bytes) -> None:
+        if self._route_of.get(incarnation) != route:
+            self._incarnation_of.pop(self._route_of.get(incarnation, b""), None)
+            self._route_of[incarnation] = route
+        self._incarnation_of[route] = incarnation
 
     def _welcome(self, message: Register, superseded: Worker | None) -> None:
         log.info("registered %s worker `%s`, pid %d on %s", message.role, message.worker_id, message.pid, message.host)
         if superseded is not None:
             self._forget(superseded, "a new process registered under its name")
-        self._introduce()
+        if (worker := self.registry.get(message.incarnation)) is not None:
+            self._introduce(worker)
 
     def _take_lease(self, route: bytes, lease: Lease) -> None:
         if lease.router_incarnation != self.incarnation or not self.registry.renew(lease, self._clock()):
             return self._post(route, Refused("stale_peer", self.incarnation, lease.incarnation, lease.incarnation))
-        if lease.state == LEAVING and (worker := self.registry.remove(lease.incarnation)):
-            return self._forget(worker, "it left", level=logging.INFO)
-        self._route_of[lease.incarnation] = route
+        if lease.state in (LEAVING, BROKEN) and (worker := self.registry.remove(lease.incarnation)):
+            return self._say_farewell(worker, lease)
+        self._know(lease.incarnation, route)
         return self._cancel_unknown(lease)
+
+    def _say_farewell(self, worker: Worker, lease: Lease) -> None:
+        if lease.state == LEAVING:
+            return self._forget(worker, "it left", {}, level=logging.INFO)
+        return self._forget(worker, "its model thread died", dict(lease.requests))
 
     def _cancel_unknown(self, lease: Lease) -> None:
         """A worker may still hold what the router ended: a cancel is lost with the connection it was queued on."""
-        for transfer_id, epoch in lease.requests:
+        for transfer_id, epoch in lease.requests[:MAX_CANCELS]:
             if not self._listener.is_serving(transfer_id, lease.incarnation):
                 self.order(lease.incarnation, CancelRequest(transfer_id, epoch, "unknown"))
 
     def _take_answer(self, route: bytes, message: AnswerMessage) -> None:
-        source = next((incarnation for incarnation, known in self._route_of.items() if known == route), None)
+        source = self._incarnation_of.get(route)
         if source is not None:  # else of a lost incarnation, whose requests have ended or moved on
             self._listener.answered(source, message)
 
@@ -174,19 +248,21 @@ class Cluster:
                 self._post(route, Lease(self.incarnation, self.incarnation))
             await asyncio.sleep(HEARTBEAT_S)
 
-    def _introduce(self) -> None:
-        """Tell each decode worker its prefill workers when they changed, so that first contact precedes a request."""
-        for worker in self.registry:
-            peers = self._peers_of(worker)
-            if self._introduced.get(worker.incarnation, Peers(())) != peers:
-                self._introduced[worker.incarnation] = peers
-                self._post(self._route_of[worker.incarnation], peers)
+    def _introduce(self, worker: Worker) -> None:
+        """Tell a new decode worker its prefill workers, and decode workers of a new prefill worker.
 
-    def _peers_of(self, worker: Worker) -> Peers:
-        if worker.role != "decode":
-            return Peers(())
-        prefills = (other for other in self.registry if other.role == "prefill")
-        return Peers(tuple(p.target for p in prefills if pair_difference(p.register, worker.register) is None))
+        So first contact precedes a request. One message per link that is new.
+        """
+        if worker.role == "decode":
+            prefills = [other for other in self.registry if _may_pair(other, worker)]
+            self._post(self._route_of[worker.incarnation], Peers(tuple(prefill.target for prefill in prefills)))
+        elif worker.role == "prefill":
+            self._tell_decodes(worker, Peers((worker.target,)))
+
+    def _tell_decodes(self, prefill: Worker, change: Peers) -> None:
+        for other in self.registry:
+            if _may_pair(prefill, other):
+                self._post(self._route_of[other.incarnation], change)
 
     # --- losses and time ------------------------------------------------------------------------------------
 
@@ -211,10 +287,24 @@ class Cluster:
             if known == route and (worker := self.registry.remove(incarnation)):
                 self._forget(worker, reason)
 
-    def _forget(self, worker: Worker, reason: str, level: int = logging.WARNING) -> None:
-        """`worker` has left the registry: tell the listener, and decode workers that it is no peer any more."""
+    def _forget(self, worker: Worker, reason: str, in_step: Steps | None = None, level: int = logging.WARNING) -> None:
+        """`worker` has left the registry: tell the listener, and decode workers that it is no peer any more.
+
+        `in_step`: what its death is charged to, if it says so itself.
+        """
+        incarnation = worker.incarnation
         log.log(level, "lost %s worker `%s`: %s", worker.role, worker.worker_id, reason)
-        self._route_of.pop(worker.incarnation, None)
-        self._introduced.pop(worker.incarnation, None)
-        self._listener.lost(worker.incarnation, reason)
-        self._introduce()
+        if in_step is None:
+            in_step = self._pulses.in_step(incarnation)
+        self._pulses.forget(incarnation)
+        self._incarnation_of.pop(self._route_of.pop(incarnation, b""), None)
+        self._listener.lost(incarnation, reason, in_step)
+        if worker.role == "prefill":
+            self._tell_decodes(worker, Peers((), (incarnation,)))
+        if claim := self._claims.pop(incarnation, None):
+            self._register(*claim)
+
+
+def _may_pair(prefill: Worker, decode: Worker) -> bool:
+    roles = prefill.role == "prefill" and decode.role == "decode"
+    return roles and traits_difference(prefill.traits, decode.traits) is None

@@ -36,7 +36,21 @@ class RouterMetrics:
         self.requests = Counter("disagg_requests", "Requests that ended", ["outcome"], registry=None)
         self.attempts = Counter("disagg_attempts", "Attempts that began", ["mode"], registry=None)
         self.running = Gauge("disagg_requests_running", "Requests in progress at the router", registry=None)
-        own = (self.ttft, self.itl, self.e2e, self.requests, self.attempts, self.running)
+        self.charged_deaths = Counter(
+            "disagg_charged_deaths", "Worker deaths charged to requests that were new in their last step", registry=None
+        )
+        self.refused_after_deaths = Counter(
+            "disagg_requests_refused_after_deaths", "Requests not tried again after two such deaths", registry=None
+        )
+        self.peer_faults = Counter(
+            "disagg_peer_faults",
+            "Messages of workers that could not be taken, at the cost of their connection",
+            registry=None,
+        )
+        own = (
+            *(self.ttft, self.itl, self.e2e, self.requests, self.attempts, self.running),
+            *(self.charged_deaths, self.refused_after_deaths, self.peer_faults),
+        )
         self._registry = CollectorRegistry(auto_describe=False)
         self._registry.register(_Everything(own, workers))
 

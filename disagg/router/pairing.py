@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
+from typing import Final
 
 from disagg.transceiver.layout.pairing import differing_field, geometry_difference
 from disagg.transceiver.wire.messages.router import Register
-from disagg.transceiver.wire.messages.values import Identity
+from disagg.transceiver.wire.messages.values import Geometry, Identity
+
+MAX_KINDS_COMPARED: Final = 4096
+"""Pairs of kinds of workers whose comparison is remembered: a fleet has a handful, one release beside another."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,8 +32,33 @@ def record_difference(ours: Identity, theirs: Identity) -> Difference | None:
     return None if found is None else Difference(*found)
 
 
+class PairTraits:
+    """What decides who may pair with a worker. Its hash is computed once: a geometry has thousands of numbers."""
+
+    __slots__ = ("_hash", "geometry", "planes")
+
+    def __init__(self, register: Register) -> None:
+        self.geometry: Geometry = register.geometry
+        self.planes = register.planes
+        self._hash = hash((self.geometry, self.planes))
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __eq__(self, other: object) -> bool:
+        if self is other:
+            return True
+        return isinstance(other, PairTraits) and (self.geometry, self.planes) == (other.geometry, other.planes)
+
+
 def pair_difference(prefill: Register, decode: Register) -> Difference | None:
     """Why KV of `prefill` cannot land at `decode`: a field of their geometry, or `planes` when none is shared."""
+    return traits_difference(PairTraits(prefill), PairTraits(decode))
+
+
+@lru_cache(maxsize=MAX_KINDS_COMPARED)
+def traits_difference(prefill: PairTraits, decode: PairTraits) -> Difference | None:
+    """As `pair_difference`, once per pair of kinds and not per pair of workers."""
     if found := geometry_difference(prefill.geometry, decode.geometry):
         return Difference(*found)
     if not set(prefill.planes) & set(decode.planes):

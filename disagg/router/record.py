@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import OrderedDict
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import InitVar, dataclass, field
 from typing import Any, Final
 
 from disagg.router.choose import Placement
@@ -87,18 +87,28 @@ def finite_stages(report: TransferReport) -> dict[str, float]:
 
 @dataclass(slots=True)
 class RequestRecord:
-    """One request. `state` is `running`, `finished`, `failed` or `cancelled`; times by the router's clock."""
+    """One request. `state` is `running`, `finished`, `failed` or `cancelled`; times by the router's clock.
 
-    request: GenerationRequest
+    Of the request it keeps what it shows: a prompt of 131,072 ids takes 5 MB, and `MAX_RECORDS` are remembered.
+    """
+
+    request: InitVar[GenerationRequest]
     transfer_id: str
     received_at: float
+    request_id: str = field(init=False)
+    num_prompt_tokens: int = field(init=False)
     state: str = "running"
     status: int | None = None
     error: str | None = None
     num_tokens: int = 0
     first_token_at: float | None = None
     ended_at: float | None = None
+    charged_deaths: tuple[str, ...] = ()
+    """Workers that died in a step in which this request was new."""
     attempts: list[AttemptRecord] = field(default_factory=list)
+
+    def __post_init__(self, request: GenerationRequest) -> None:
+        self.request_id, self.num_prompt_tokens = request.request_id, len(request.prompt)
 
     @property
     def current(self) -> AttemptRecord:
@@ -107,6 +117,14 @@ class RequestRecord:
     @property
     def ttft_s(self) -> float | None:
         return None if self.first_token_at is None else self.first_token_at - self.received_at
+
+    def name_of(self, incarnation: str) -> str:
+        """The name of a worker that had a part in it."""
+        for attempt in self.attempts:
+            for target in (attempt.placement.server, attempt.placement.prefill):
+                if target is not None and target.incarnation == incarnation:
+                    return target.worker_id
+        return incarnation
 
     def emitted(self, num_tokens: int, now: float) -> None:
         self.num_tokens = num_tokens
@@ -145,17 +163,18 @@ class RequestRecord:
 
     def describe(self) -> dict[str, Any]:
         return {
-            "request_id": self.request.request_id,
+            "request_id": self.request_id,
             "transfer_id": self.transfer_id,
             "state": self.state,
             "status": self.status,
             "error": self.error,
-            "prompt_tokens": len(self.request.prompt),
+            "prompt_tokens": self.num_prompt_tokens,
             "output_tokens": self.num_tokens,
             "ttft_s": self.ttft_s,
             "e2e_s": None if self.ended_at is None else self.ended_at - self.received_at,
             "timeline": self.timeline(),
             "transfer": self._describe_transfer(),
+            "charged_deaths": list(self.charged_deaths),
             "attempts": [attempt.describe(self.received_at) for attempt in self.attempts],
         }
 
@@ -197,7 +216,7 @@ class RecordStore:
 
     def add(self, record: RequestRecord) -> None:
         self._by_transfer[record.transfer_id] = record
-        self._transfer_of[record.request.request_id] = record.transfer_id
+        self._transfer_of[record.request_id] = record.transfer_id
         while len(self._by_transfer) > self._max_records:
             self._forget(next(iter(self._by_transfer.values())))
 
@@ -210,5 +229,5 @@ class RecordStore:
 
     def _forget(self, record: RequestRecord) -> None:
         del self._by_transfer[record.transfer_id]
-        if self._transfer_of.get(record.request.request_id) == record.transfer_id:
-            del self._transfer_of[record.request.request_id]
+        if self._transfer_of.get(record.request_id) == record.transfer_id:
+            del self._transfer_of[record.request_id]

@@ -1,21 +1,30 @@
 """Which workers there are: registrations, leases and losses. Pure: time is an argument, nothing here sends.
 
 A worker is known by its *incarnation*, a random id of one registration; its `worker_id` is a name for people.
-At most one incarnation has a worker id: a new one says that the process before it is dead.
+At most one incarnation has a worker id. Another that asks for it is a restart if the first is gone, and a second worker
+by mistake if the first lives: it waits until the first was lost, gave a sign of life since, or was silent for too long.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import Final
 
-from disagg.router.pairing import Difference, record_difference
+from disagg.router.pairing import Difference, PairTraits, record_difference
 from disagg.transceiver.wire.messages.peer import Refused
 from disagg.transceiver.wire.messages.router import DRAINING, Lease, PeerTarget, Register
-from disagg.transceiver.wire.timing import LOST_S, SUSPECT_S
+from disagg.transceiver.wire.timing import HEARTBEAT_S, LOST_S, SUSPECT_S
 
 ROLES = ("prefill", "decode", "both")
+
+PROOF_S: Final = HEARTBEAT_S / 2
+"""A sign of life counts as given after a moment when it is heard so much later: what a process said before it died has
+long arrived by then, and one that lives speaks twice a second by two ways."""
+
+MAX_CLAIMANTS: Final = 16
+"""Incarnations that wait for one worker id: a supervisor starts one at a time, all else are mistakes."""
 
 
 class WorkerState(Enum):
@@ -34,6 +43,20 @@ class Worker:
     lease: Lease
     heard_at: float
     draining: bool = field(default=False)
+    traits: PairTraits = field(init=False)
+    claimed_at: dict[str, float] = field(default_factory=dict)
+    """Other incarnations that ask for this one's name, and since when."""
+    link_states: dict[str, str] = field(init=False)
+    """By peer incarnation, as the last lease told them."""
+
+    def __post_init__(self) -> None:
+        self.traits = PairTraits(self.register)
+        self.take(self.lease)
+
+    def take(self, lease: Lease) -> None:
+        """What this worker says of itself from here on."""
+        self.lease = lease
+        self.link_states = {link.incarnation: link.state for link in lease.links}
 
     @property
     def incarnation(self) -> str:
@@ -59,7 +82,7 @@ class Worker:
 
     def link_state(self, peer: str) -> str:
         """What this worker last said of its link to incarnation `peer`; `connecting` when it said nothing yet."""
-        return next((link.state for link in self.lease.links if link.incarnation == peer), "connecting")
+        return self.link_states.get(peer, "connecting")
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +92,13 @@ class Admitted:
     superseded: Worker | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Claimed:
+    """Not decided: `rival` has the worker id and may be dead. To be asked again."""
+
+    rival: Worker
+
+
 class Registry:
     """Live workers in order of registration.
 
@@ -76,8 +106,12 @@ class Registry:
     workers registered now decide.
     """
 
-    def __init__(self, expected_fingerprint: str | None = None) -> None:
+    def __init__(
+        self, expected_fingerprint: str | None = None, pulse_at: Callable[[str], float] = lambda _: float("-inf")
+    ) -> None:
+        """`pulse_at`: when an incarnation last gave a sign of life other than by its leases."""
         self._expected_fingerprint = expected_fingerprint
+        self._pulse_at = pulse_at
         self._workers: dict[str, Worker] = {}
 
     def __iter__(self) -> Iterator[Worker]:
@@ -89,26 +123,45 @@ class Registry:
     def get(self, incarnation: str) -> Worker | None:
         return self._workers.get(incarnation)
 
-    def register(self, message: Register, now: float) -> Admitted | Refused:
-        """Admit a worker or say which field forbids it. Idempotent: REGISTER is repeated until answered."""
+    def sign_at(self, worker: Worker) -> float:
+        """When it last gave a sign of life, by its event loop or by its pulse."""
+        return max(worker.heard_at, self._pulse_at(worker.incarnation))
+
+    def register(self, message: Register, now: float) -> Admitted | Refused | Claimed:
+        """Admit a worker or say what forbids it. Idempotent: REGISTER is repeated until answered."""
         known = self._workers.get(message.incarnation)
         if known is not None:
             known.heard_at = now
             return Admitted()
         if difference := self._difference(message):
             return Refused(difference.field, difference.ours, difference.theirs, destination=message.incarnation)
-        superseded = self._named(message.worker_id)
-        if superseded is not None:
-            del self._workers[superseded.incarnation]
+        rival = self._named(message.worker_id)
+        if rival is not None:
+            if (verdict := self._judge(rival, message, now)) is not None:
+                return verdict
+            del self._workers[rival.incarnation]
         self._workers[message.incarnation] = Worker(message, Lease(message.incarnation, ""), now)
-        return Admitted(superseded)
+        return Admitted(rival)
+
+    def _judge(self, rival: Worker, message: Register, now: float) -> Refused | Claimed | None:
+        """What `rival`, who has the name, means for the one that asks for it; None = it is dead and gives way."""
+        sign_at = self.sign_at(rival)
+        if now - sign_at >= SUSPECT_S:
+            return None
+        if message.incarnation not in rival.claimed_at and len(rival.claimed_at) >= MAX_CLAIMANTS:
+            del rival.claimed_at[next(iter(rival.claimed_at))]
+        if sign_at < rival.claimed_at.setdefault(message.incarnation, now) + PROOF_S:
+            return Claimed(rival)
+        ours, theirs = describe_process(rival.register), describe_process(message)
+        return Refused("worker_id", ours, theirs, destination=message.incarnation)
 
     def renew(self, lease: Lease, now: float) -> bool:
         """Take a lease. False when the incarnation is not registered here (any more): it must register anew."""
         worker = self._workers.get(lease.incarnation)
         if worker is None:
             return False
-        worker.lease, worker.heard_at = lease, now
+        worker.take(lease)
+        worker.heard_at = now
         return True
 
     def remove(self, incarnation: str) -> Worker | None:
@@ -116,7 +169,7 @@ class Registry:
 
     def expire(self, now: float) -> list[Worker]:
         """Remove and return the workers that were silent for `LOST_S`."""
-        lost = [worker for worker in self if now - worker.heard_at >= LOST_S]
+        lost = [worker for worker in self if now - self.sign_at(worker) >= LOST_S]
         for worker in lost:
             del self._workers[worker.incarnation]
         return lost
@@ -149,3 +202,8 @@ class Registry:
         others = (worker for worker in self if worker.worker_id != message.worker_id)
         other = next(others, None)
         return record_difference(other.register.identity, message.identity) if other else None
+
+
+def describe_process(register: Register) -> str:
+    """A worker's name with the process that has it."""
+    return f"`{register.worker_id}` (pid {register.pid} on {register.host})"

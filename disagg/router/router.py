@@ -30,6 +30,7 @@ from disagg.router.attempt_events import (
     Tick,
     WorkerLost,
 )
+from disagg.router.charges import MAX_CHARGES
 from disagg.router.choose import RETRY_BUSY_S, Fleet, Placement
 from disagg.router.cluster import Cluster
 from disagg.router.generation import GenerationEnd, GenerationError, GenerationRequest, TokenChunk
@@ -68,6 +69,8 @@ class _Stream:
     """One request in progress and what its client has not read yet: at most max_tokens items and an end."""
 
     attempts: Attempts
+    load: tuple[str, ...] = ()
+    """What of it is counted in the router's load."""
     last_token_at: float | None = None
     items: asyncio.Queue[TokenChunk | GenerationEnd | GenerationError] = field(default_factory=asyncio.Queue)
 
@@ -89,6 +92,10 @@ class Router:
         self._metrics = RouterMetrics(lambda: self.cluster.registry)
         self._records = RecordStore()
         self._streams: dict[str, _Stream] = {}
+        self._load: Counter[str] = Counter()
+        """Requests placed per incarnation and not seen end."""
+        self._charged: dict[str, _Stream] = {}
+        """Requests that a worker may have died of, until each has shown that it was another."""
         self._turn = 0
         self._is_closing = False
 
@@ -129,6 +136,8 @@ class Router:
         """Streams are live requests, each in its own invariants; so are connections and records."""
         self.cluster.check_invariants()
         self._records.check_invariants()
+        assert +self._load == Counter(side for stream in self._streams.values() for side in stream.attempts.load)
+        assert self._charged.keys() <= self._streams.keys()
         for transfer_id, stream in self._streams.items():
             assert stream.attempts.transfer_id == transfer_id
             assert not stream.attempts.is_over
@@ -159,7 +168,7 @@ class Router:
         return min((worker.register.identity.max_model_len for worker in self.cluster.registry), default=None)
 
     def workers(self) -> list[dict[str, Any]]:
-        fleet, load, now = list(self.cluster.registry), self._load(), self._clock()
+        fleet, load, now = list(self.cluster.registry), self._load, self._clock()
         return [describe_worker(worker, fleet, load, now) for worker in fleet]
 
     def drain(self, worker_id: str, draining: bool = True) -> bool:
@@ -193,6 +202,7 @@ class Router:
             max_attempts=self.options.max_attempts,
             timeout_s=self.options.request_timeout_s,
             now=now,
+            vitals=self,
         )
         self._records.add(attempts.record)
         stream = _Stream(attempts)
@@ -207,7 +217,17 @@ class Router:
 
     def _apply_to_all(self, event: Event) -> None:
         for stream in list(self._streams.values()):
-            self._apply(stream, event)
+            try:
+                self._apply(stream, event)
+            except Exception:  # one request that cannot go on costs that request, whatever happened to all of them
+                log.exception("request %s cannot go on", stream.attempts.record.request_id)
+                self._drop(stream)
+
+    def _drop(self, stream: _Stream) -> None:
+        self._load.subtract(stream.load)
+        self._streams.pop(stream.attempts.transfer_id, None)
+        self._charged.pop(stream.attempts.transfer_id, None)
+        stream.items.put_nowait(GenerationError(500, "the router failed on this request; its log says how"))
 
     def _perform(self, stream: _Stream, actions: list[Action], now: float) -> None:
         for action in actions:
@@ -219,8 +239,26 @@ class Router:
                     stream.items.put_nowait(item)
                 case Fail(status, message, retry_after_s):
                     stream.items.put_nowait(GenerationError(status, message, retry_after_s=retry_after_s))
+        self._count_load(stream)
+        self._note_charges(stream)
         if stream.attempts.is_over and self._streams.pop(stream.attempts.transfer_id, None) is not None:
             self._note_end(stream, now)
+
+    def _count_load(self, stream: _Stream) -> None:
+        """Bring the count up to date with this one stream: no choice looks at all of them."""
+        if stream.load != (load := stream.attempts.load):
+            self._load.subtract(stream.load)
+            self._load.update(load)
+            for incarnation in stream.load:
+                if not self._load[incarnation]:
+                    del self._load[incarnation]
+            stream.load = load
+
+    def _note_charges(self, stream: _Stream) -> None:
+        if stream.attempts.is_charged:
+            self._charged[stream.attempts.transfer_id] = stream
+        else:
+            self._charged.pop(stream.attempts.transfer_id, None)
 
     def _measure(self, stream: _Stream, item: TokenChunk | GenerationEnd, now: float) -> None:
         if isinstance(item, GenerationEnd):
@@ -237,25 +275,37 @@ class Router:
         record = stream.attempts.record
         self._metrics.e2e.observe(now - record.received_at)
         self._metrics.requests.labels(outcome=record.state).inc()
+        self._metrics.charged_deaths.inc(len(record.charged_deaths))
+        if len(record.charged_deaths) >= MAX_CHARGES:
+            self._metrics.refused_after_deaths.inc()
         for attempt in record.attempts:
             self._metrics.attempts.labels(mode=attempt.mode).inc()
         level = logging.WARNING if record.state == "failed" else logging.INFO
         log.log(
             level,
             "request %s %s: %d tokens, %d attempts%s",
-            record.request.request_id,
+            record.request_id,
             record.state,
             record.num_tokens,
             len(record.attempts),
             f", {record.error}" if record.error else "",
         )
 
-    def _load(self) -> Counter[str]:
-        return Counter(worker for stream in self._streams.values() for worker in stream.attempts.load)
-
     def _fleet(self) -> Fleet:
         self._turn += 1
-        return Fleet(list(self.cluster.registry), self._clock(), self._load(), self._turn, self.options.max_queued)
+        return Fleet(list(self.cluster.registry), self._clock(), self._load, self._turn, self.options.max_queued)
+
+    # --- Vitals: what a request asks before it is tried again ---------------------------------------------------
+
+    def is_in_step(self, incarnation: str, transfer_id: str) -> bool:
+        return transfer_id in self.cluster.in_step(incarnation)
+
+    def sign_at(self, incarnation: str) -> float | None:
+        return self.cluster.sign_at(incarnation)
+
+    def taken(self, transfer_id: str) -> frozenset[str]:
+        others = (stream.attempts for charged, stream in self._charged.items() if charged != transfer_id)
+        return frozenset(side for attempts in others if not attempts.is_waiting for side in attempts.sides)
 
     # --- ClusterListener: what happens below ------------------------------------------------------------------
 
@@ -265,8 +315,11 @@ class Router:
         elif isinstance(message, TransferReport) and (record := self._records.get(message.transfer_id)):
             record.note(source, message)
 
-    def lost(self, incarnation: str, reason: str) -> None:
-        self._apply_to_all(WorkerLost(incarnation, reason))
+    def lost(self, incarnation: str, reason: str, in_step: Mapping[str, int]) -> None:
+        self._apply_to_all(WorkerLost(incarnation, reason, in_step))
+
+    def faulted(self) -> None:
+        self._metrics.peer_faults.inc()
 
     def is_serving(self, transfer_id: str, incarnation: str) -> bool:
         stream = self._streams.get(transfer_id)

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from disagg.router.pairing import pair_difference
+from disagg.router.pairing import traits_difference
 from disagg.router.registry import Worker
 from disagg.transceiver.wire.messages.router import PeerLink
 
@@ -64,7 +64,7 @@ def _describe_incompatible(worker: Worker, fleet: Sequence[Worker]) -> list[dict
         if {worker.role, other.role} != {"prefill", "decode"}:
             continue
         prefill, decode = (worker, other) if worker.role == "prefill" else (other, worker)
-        if difference := pair_difference(prefill.register, decode.register):
+        if difference := traits_difference(prefill.traits, decode.traits):
             ours, theirs = difference.ours, difference.theirs
             found.append({"worker": other.worker_id, "field": difference.field, "prefill": ours, "decode": theirs})
     return found

@@ -50,6 +50,7 @@ from disagg.transceiver.wire.messages.router import (
     Dispatch,
     Finished,
     Peers,
+    PeerTarget,
     PrefillLocally,
     RequestFailed,
     Retarget,
@@ -82,6 +83,7 @@ class Attempts:
         self._fetch_wait_s = fetch_wait_s
         self._live: dict[AttemptKey, RequestState] = {}
         self._requests: dict[str, Dispatch] = {}
+        self._peers: dict[str, PeerTarget] = {}
         self._suspects: dict[AttemptKey, bool] = {}
         """Attempts whose sources are hashed again first: True once the transfer needs them no more."""
         self.sending: SendingSide | None = None
@@ -123,11 +125,17 @@ class Attempts:
                 for key in [key for key in self._live if key.transfer_id == transfer_id and key.epoch <= epoch]:
                     self.cancel(key, reason)
                 self._drop_request(transfer_id)
-            case Peers(peers):
-                if self.receiving is not None:
-                    self.receiving.set_peers(peers)
+            case Peers():
+                self._introduce(message)
             case _:
                 log.warning("the router sent %s, which no worker takes", type(message).__name__)
+
+    def _introduce(self, change: Peers) -> None:
+        for incarnation in change.gone:
+            self._peers.pop(incarnation, None)
+        self._peers |= {target.incarnation: target for target in change.peers}
+        if self.receiving is not None:
+            self.receiving.set_peers(self._peers.values())
 
     def _dispatch(self, dispatch: Dispatch, *, urgent: bool = False) -> None:
         state = RequestState(dispatch, self._pair(dispatch))
@@ -229,6 +237,11 @@ class Attempts:
         self._send(RequestFailed(key.transfer_id, key.epoch, status, message))
         self._feed_sender(key, ComputeFailed(message))
         self._forget(key)
+
+    def fail(self, key: AttemptKey, message: str) -> None:
+        """A fault of this process that belongs to one attempt ends that attempt, for good, and nothing else."""
+        self._send(RequestFailed(key.transfer_id, key.epoch, 500, message))
+        self.cancel(key, "fault")
 
     def _feed_sender(self, key: AttemptKey, event: object) -> None:
         if self.sending is not None:

@@ -10,15 +10,18 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
+import logging
 from collections import deque
 
 from disagg.engine.commands import AttemptKey, EngineEvent, PrefixHitEvent, SuspectEvent, UnitsFinalEvent
 from disagg.transceiver.layout.slice_size import units_per_slice
 from disagg.transceiver.protocol.events import UnitsFinal
-from disagg.transceiver.wire.errors import SourceChanged
+from disagg.transceiver.wire.errors import SourceChanged, clipped
 from disagg.worker.attempts import Attempts
 from disagg.worker.parts import WorkerParts
 from disagg.worker.rechecks import Rechecks
+
+log = logging.getLogger(__name__)
 
 
 class EngineEvents:
@@ -41,12 +44,28 @@ class EngineEvents:
                     self._lanes[event.key] = deque([event])
                     tasks.create_task(self._run_lane(event.key))
                 else:
-                    self._attempts.take_event(event)
+                    self._hand_on(event)
+
+    def _hand_on(self, event: EngineEvent) -> None:
+        try:
+            self._attempts.take_event(event)
+        except Exception as fault:
+            self._contain(event, fault)
+
+    def _contain(self, event: EngineEvent, fault: Exception) -> None:
+        """What one attempt's event brings about costs that attempt: others of this worker go on."""
+        kind = type(event).__name__
+        log.error("a %s of %s cannot be taken: %s", kind, event.key.transfer_id, clipped(repr(fault)), exc_info=fault)
+        self._attempts.fail(event.key, f"a fault of this worker: {kind}")
 
     async def _run_lane(self, key: AttemptKey) -> None:
         lane = self._lanes[key]
         while lane:
-            await self._take(lane.popleft())
+            event = lane.popleft()
+            try:
+                await self._take(event)
+            except Exception as fault:
+                self._contain(event, fault)
         del self._lanes[key]
 
     async def _take(self, event: EngineEvent) -> None:
@@ -59,7 +78,7 @@ class EngineEvents:
                 await self._rechecks.look_at_suspects(event)
                 self._attempts.suspects_seen(event.key)
             case _:
-                self._attempts.take_event(event)
+                self._hand_on(event)
 
     async def _hash_units(self, event: UnitsFinalEvent) -> None:
         if self._attempts.sending is None or event.key not in self._attempts:

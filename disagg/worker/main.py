@@ -94,7 +94,11 @@ async def _running(
     """Threads and sockets of this process, joined and closed in the end."""
     parts = WorkerParts(made, keys, announce)
     loop = asyncio.get_running_loop()
-    parts.model = ModelThread(made.engine, loop, parts.take_events, lambda death: _stop(stopped, EXIT_BROKEN))
+    news = parts.vitals.news
+    made.engine.on_step = news.tell
+    parts.model = ModelThread(
+        made.engine, loop, parts.take_events, lambda death: _stop(stopped, EXIT_BROKEN), on_rest=lambda: news.tell(())
+    )
     parts.model.start()
     try:
         yield parts

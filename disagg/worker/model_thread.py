@@ -33,8 +33,8 @@ class StepEngine(Protocol):
 class ModelThread:
     """Runs `engine` until closed.
 
-    `on_events` and `on_death` are called on `loop`. A thread that dies reports once and runs no more: the cache may be
-    half changed, so its process must end.
+    `on_events` and `on_death` are called on `loop`, `on_rest` on this thread before it sleeps. A thread that dies
+    reports once and runs no more: the cache may be half changed, so its process must end.
     """
 
     def __init__(
@@ -43,11 +43,15 @@ class ModelThread:
         loop: asyncio.AbstractEventLoop,
         on_events: Callable[[Sequence[EngineEvent]], None],
         on_death: Callable[[BaseException], None],
+        on_rest: Callable[[], None] = lambda: None,
     ) -> None:
         self._engine = engine
         self._loop = loop
         self._on_events = on_events
         self._on_death = on_death
+        self._on_rest = on_rest
+        self.is_dead = False
+        """An exception ended the thread; any thread may read it."""
         self._inbox: queue.SimpleQueue[Command | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="model", daemon=True)
         self.stats = engine.stats()
@@ -71,6 +75,8 @@ class ModelThread:
 
         Returns False when told to close.
         """
+        if not self._engine.has_work:
+            self._on_rest()
         commands = self._drain(wait=not self._engine.has_work)
         events = [event for command in commands if command is not None for event in self._engine.handle(command)]
         if self._engine.has_work:
@@ -84,6 +90,7 @@ class ModelThread:
             while self.step():
                 pass
         except BaseException as death:  # reported, then the process ends: nothing may go on with this cache
+            self.is_dead = True
             log.exception("model thread died")
             self._post(self._on_death, death)
 

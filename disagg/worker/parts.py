@@ -21,6 +21,7 @@ from disagg.transceiver.wire.sockets import Sockets
 from disagg.worker.drain import Drain
 from disagg.worker.metrics import WorkerMetrics
 from disagg.worker.model_thread import ModelThread
+from disagg.worker.vitals import Vitals
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +86,7 @@ class WorkerParts:
         self.metrics.watch_saturation("sent", lambda: self.cuts.num_saturated)
         self.events: asyncio.Queue[EngineEvent] = asyncio.Queue()
         self.model: ModelThread
+        self.vitals = Vitals(self.sockets, lambda: not self.model.is_dead)
         self.drain = Drain(made.settings.drain_timeout_s)
         self._announce = announce
         self._is_announced = False

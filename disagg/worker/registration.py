@@ -13,12 +13,22 @@ import os
 import socket
 from functools import partial
 
-from disagg.engine.commands import Release
+from disagg.engine.commands import AttemptKey, Release
 from disagg.transceiver.peers.decode_side import ReceivingSide
 from disagg.transceiver.peers.prefill_side import SendingSide
 from disagg.transceiver.planes.base import SourcePlane
+from disagg.transceiver.wire.errors import clipped
 from disagg.transceiver.wire.links import ControlServer
-from disagg.transceiver.wire.messages.router import DRAINING, READY, Lease, Register
+from disagg.transceiver.wire.messages.router import (
+    DRAINING,
+    READY,
+    Dispatch,
+    Lease,
+    PrefillLocally,
+    Register,
+    Retarget,
+    RouterMessage,
+)
 from disagg.transceiver.wire.node import Node
 from disagg.transceiver.wire.timing import HEARTBEAT_S
 from disagg.worker.attempts import Attempts
@@ -26,7 +36,7 @@ from disagg.worker.engine_events import EngineEvents
 from disagg.worker.pairing import Pairing
 from disagg.worker.parts import WorkerParts
 from disagg.worker.planes import landing_planes, source_planes
-from disagg.worker.router_link import RouterLink
+from disagg.worker.router_link import RouterLink, RouterLost
 
 log = logging.getLogger(__name__)
 
@@ -46,7 +56,12 @@ class Registration:
             register = self._make_register(server)
             link = await stack.enter_async_context(
                 RouterLink.open(
-                    self._parts.settings.router, self._node, self._parts.sockets, register, self._make_lease
+                    self._parts.settings.router,
+                    self._node,
+                    self._parts.sockets,
+                    register,
+                    self._make_lease,
+                    self._parts.vitals,
                 )
             )
             self._attempts = self._make_attempts(link, planes)
@@ -73,7 +88,21 @@ class Registration:
 
     async def _take_messages(self, link: RouterLink) -> None:
         while True:
-            self._attempts.take_message(await link.next_message())
+            message = await link.next_message()
+            try:
+                self._attempts.take_message(message)
+            except (
+                Exception
+            ) as fault:  # whatever the router's message brings about here costs the router, not the process
+                self._contain(link, message, fault)
+
+    def _contain(self, link: RouterLink, message: RouterMessage, fault: Exception) -> None:
+        """End the attempt that the message is about; without one, this registration."""
+        kind = type(message).__name__
+        log.error("a %s of the router cannot be taken: %s", kind, clipped(repr(fault)), exc_info=fault)
+        if not isinstance(message, Dispatch | Retarget | PrefillLocally):
+            raise RouterLost(f"its {kind} cannot be taken: {clipped(repr(fault))}") from fault
+        self._attempts.fail(AttemptKey(message.transfer_id, message.epoch), f"a fault of this worker: {kind}")
 
     async def _look_at_deadlines(self) -> None:
         while True:

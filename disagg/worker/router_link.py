@@ -13,6 +13,7 @@ from disagg.transceiver.wire.errors import LocalProtocolError, PeerLost, Protoco
 from disagg.transceiver.wire.links import PROTOCOL_FIELD, ControlClient
 from disagg.transceiver.wire.messages.peer import Refused
 from disagg.transceiver.wire.messages.router import (
+    BROKEN,
     LEAVING,
     Finished,
     Lease,
@@ -26,12 +27,18 @@ from disagg.transceiver.wire.messages.router import (
 from disagg.transceiver.wire.node import Node
 from disagg.transceiver.wire.sockets import Sockets
 from disagg.transceiver.wire.timing import HEARTBEAT_S, LOST_S
+from disagg.worker.vitals import RouterPulse, Vitals
 
 log = logging.getLogger(__name__)
 
 REGISTER_REPEAT_S = 0.5
 """REGISTER is repeated until answered. Two a second is as often as leases: a router that starts late is found at once
 by a person's measure, and a thousand workers waiting for one cost it 2,000 small messages a second."""
+
+UNHEARD: Final = (
+    "no pulse from the router at its port {port}: open it beside the control port, "
+    "else a router or worker that is busy for {lost_s:g} s counts as lost"
+)
 
 NEXT_STEPS: Final[Mapping[str, str]] = {
     PROTOCOL_FIELD: "install the same version of disagg everywhere",
@@ -41,6 +48,7 @@ NEXT_STEPS: Final[Mapping[str, str]] = {
     "compute_dtype": "give all workers the same `--dtype`",
     "max_model_len": "give all workers the same `--max-model-len`",
     "hash_key_id": "give router and workers the same secret",
+    "worker_id": "give every worker a name of its own with `--worker-id`, or end the other one first",
     "role": "start it with `disagg prefill`, `disagg decode` or `disagg both`",
 }
 """What to do about a refusal, by the field that differs."""
@@ -57,8 +65,13 @@ class RegistrationRefused(TransceiverError):
 class RouterLink:
     """One registration at one router. Use `open`, then `messages` and `send`; leases run while `keep` runs."""
 
-    def __init__(self, client: ControlClient, node: Node, make_lease: Callable[[str], Lease]) -> None:
+    def __init__(
+        self, client: ControlClient, node: Node, make_lease: Callable[[str], Lease], vitals: Vitals | None = None
+    ) -> None:
         self._client = client
+        self._vitals = vitals
+        self._pulse: RouterPulse | None = None
+        self._pulse_port = 0
         self._node = node
         self._make_lease = make_lease
         self._heard_at = time.monotonic()
@@ -68,16 +81,27 @@ class RouterLink:
     @classmethod
     @contextlib.asynccontextmanager
     async def open(
-        cls, endpoint: str, node: Node, sockets: Sockets, register: Register, make_lease: Callable[[str], Lease]
+        cls,
+        endpoint: str,
+        node: Node,
+        sockets: Sockets,
+        register: Register,
+        make_lease: Callable[[str], Lease],
+        vitals: Vitals | None = None,
     ) -> AsyncIterator[RouterLink]:
-        """Connect and register; repeats until a router answers. Raises `RegistrationRefused`, `RouterLost`."""
+        """Connect and register; repeats until a router answers. Raises `RegistrationRefused`, `RouterLost`.
+
+        Without `vitals` this worker lives by the leases of its event loop alone.
+        """
         client = await ControlClient.connect(endpoint, node.keys, sockets)
+        link = cls(client, node, make_lease, vitals)
         try:
-            link = cls(client, node, make_lease)
             await link._register(register)
+            link._begin_pulses(endpoint)
             yield link
         finally:
-            await client.leave(Lease(node.incarnation, link.router_incarnation, LEAVING))
+            link._end_pulses()
+            await client.leave(link._last_word())
 
     def send(self, message: RouterMessage) -> None:
         """Queue `message` for the router, in order. Never blocks; lost with the registration if the router is lost."""
@@ -115,6 +139,28 @@ class RouterLink:
             tasks.create_task(self._watch())
             tasks.create_task(self._renew())
 
+    def _begin_pulses(self, endpoint: str) -> None:
+        if self._vitals is not None:
+            me, router = self._node.incarnation, self.router_incarnation
+            self._pulse = self._vitals.begin(endpoint, self._pulse_port, me, router, self.send)
+
+    def _end_pulses(self) -> None:
+        if self._vitals is not None:
+            self._vitals.news.rest()
+        if self._pulse is not None:
+            self._pulse.close()
+
+    def _last_word(self) -> Lease:
+        """This registration ends: in good order, or because the model thread died."""
+        me, router = self._node.incarnation, self.router_incarnation
+        in_step = self._vitals.died_in if self._vitals is not None else None
+        return Lease(me, router, LEAVING) if in_step is None else Lease(me, router, BROKEN, requests=in_step)
+
+    def _is_silent(self) -> bool:
+        """No sign of the router by either way."""
+        pulse_at = self._pulse.heard_at if self._pulse is not None else float("-inf")
+        return time.monotonic() - max(self._heard_at, pulse_at) > LOST_S
+
     async def _register(self, register: Register) -> None:
         waited_since = time.monotonic()
         told = False
@@ -143,7 +189,7 @@ class RouterLink:
     def _read_answer(self, answer: object) -> None:
         match answer:
             case Registered(router_incarnation=router, incarnation=mine) if mine == self._node.incarnation:
-                self.router_incarnation = router
+                self.router_incarnation, self._pulse_port = router, answer.pulse_port
                 self._heard_at = time.monotonic()
             case Refused(field=field, ours=ours, theirs=theirs):
                 raise _refusal(field, ours, theirs)
@@ -175,10 +221,14 @@ class RouterLink:
 
     async def _watch(self) -> None:
         closed = asyncio.ensure_future(self._client.lost())
+        told = False
         try:
             while not closed.done():
                 await asyncio.wait({closed}, timeout=HEARTBEAT_S)
-                if time.monotonic() - self._heard_at > LOST_S:
+                if not told and self._pulse is not None and self._pulse.is_unheard:
+                    told = True
+                    log.warning("%s", UNHEARD.format(port=self._pulse_port, lost_s=LOST_S))
+                if self._is_silent():
                     raise RouterLost(f"no lease from the router for {LOST_S:g} s")
             raise RouterLost("the router closed the connection")
         finally:

@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 from support.router_harness import GEOMETRY, IDENTITY, make_lease, make_register
 
 from disagg.router.pairing import pair_difference
-from disagg.router.registry import Admitted, Registry, WorkerState
+from disagg.router.registry import MAX_CLAIMANTS, PROOF_S, Admitted, Claimed, Registry, WorkerState
 from disagg.transceiver.wire.messages.peer import Refused
+from disagg.transceiver.wire.messages.router import Register
 from disagg.transceiver.wire.timing import LOST_S, SUSPECT_S
 
 
@@ -45,15 +46,65 @@ def test_a_repeated_registration_is_one_worker() -> None:
     assert registry.expire(3.9) == []
 
 
-def test_a_new_incarnation_of_a_worker_says_the_old_one_is_dead() -> None:
+def replacement() -> tuple[Registry, Register]:
+    """A registry with `p0`, and what another process of that name says."""
     registry = Registry()
     registry.register(make_register("p0", "prefill", incarnation="old"), 0.0)
-    admitted = registry.register(make_register("p0", "prefill", incarnation="new"), 0.1)
+    return registry, make_register("p0", "prefill", incarnation="new")
+
+
+def test_a_name_whose_worker_lives_is_refused_to_a_second_one_naming_both_processes() -> None:
+    registry, second = replacement()
+    assert isinstance(registry.register(second, 0.1), Claimed)
+    registry.renew(make_lease("old"), 0.1 + PROOF_S - 0.01)
+    assert isinstance(registry.register(second, 0.6), Claimed), "said before it could have died since"
+    registry.renew(make_lease("old"), 0.1 + PROOF_S)
+    refused = registry.register(second, 0.6)
+    assert isinstance(refused, Refused)
+    assert (refused.field, refused.ours) == ("worker_id", "`p0` (pid 4711 on testhost)")
+    assert [worker.incarnation for worker in registry] == ["old"]
+    registry.check_invariants()
+
+
+def test_a_pulse_alone_proves_that_the_worker_of_a_name_lives() -> None:
+    pulses = {"old": 0.5}
+    registry = Registry(pulse_at=lambda incarnation: pulses.get(incarnation, float("-inf")))
+    registry.register(make_register("p0", "prefill", incarnation="old"), 0.0)
+    second = make_register("p0", "prefill", incarnation="new")
+    assert isinstance(registry.register(second, 4.0), Admitted), "silent for long by both ways"
+    pulses["new"] = 9.0
+    third = make_register("p0", "prefill", incarnation="third")
+    assert isinstance(registry.register(third, 9.0), Claimed)
+    pulses["new"] = 9.5
+    assert isinstance(registry.register(third, 9.5), Refused)
+    assert registry.expire(9.6) == [], "its event loop is busy, and it lives"
+
+
+def test_a_restart_gets_in_once_the_worker_before_it_was_lost() -> None:
+    registry, second = replacement()
+    assert isinstance(registry.register(second, 0.1), Claimed)
+    registry.remove("old")
+    assert registry.register(second, 0.2) == Admitted()
+
+
+def test_a_restart_supersedes_a_worker_that_was_silent_for_too_long() -> None:
+    registry, second = replacement()
+    assert isinstance(registry.register(second, 0.1), Claimed)
+    admitted = registry.register(second, SUSPECT_S)
     assert isinstance(admitted, Admitted)
     assert admitted.superseded is not None
     assert admitted.superseded.incarnation == "old"
     assert [worker.incarnation for worker in registry] == ["new"]
     registry.check_invariants()
+
+
+def test_those_who_wait_for_a_name_are_bounded() -> None:
+    registry, _ = replacement()
+    for number in range(3 * MAX_CLAIMANTS):
+        registry.register(make_register("p0", "prefill", incarnation=f"new-{number}"), 0.1)
+    worker = registry.get("old")
+    assert worker is not None
+    assert len(worker.claimed_at) == MAX_CLAIMANTS
 
 
 def test_a_worker_of_another_model_than_the_router_is_refused_with_both_values() -> None:
@@ -86,7 +137,7 @@ def test_the_last_worker_may_come_back_with_another_model() -> None:
     registry = Registry()
     registry.register(make_register("p0", "prefill", incarnation="old"), 0.0)
     other = make_register("p0", "prefill", incarnation="new", identity=replace(IDENTITY, model_fingerprint="0" * 32))
-    assert isinstance(registry.register(other, 1.0), Admitted)
+    assert isinstance(registry.register(other, SUSPECT_S), Admitted)
     registry.check_invariants()
 
 
@@ -126,6 +177,7 @@ def test_the_registry_holds_whom_a_plain_model_would_hold(
 ) -> None:
     registry, now = Registry(expected), 0.0
     alive: dict[str, tuple[str, str, float]] = {}  # worker id -> incarnation, fingerprint, last sign
+    claims: dict[tuple[str, str], float] = {}  # (has the name, asks for it) -> since
     for kind, name, number, fingerprint in schedule:
         incarnation = f"{name}-{number}"
         if kind == "register":
@@ -138,8 +190,13 @@ def test_the_registry_holds_whom_a_plain_model_would_hold(
             others = {print_ for other, (_, print_, _) in alive.items() if other != name} | (
                 {expected} if expected else set()
             )
+            if known and others <= {fingerprint} and now - known[2] < SUSPECT_S:
+                since = claims.setdefault((known[0], incarnation), now)
+                assert isinstance(answer, Refused if known[2] > since else Claimed)
+                continue
             assert isinstance(answer, Admitted) == (others <= {fingerprint})
             if isinstance(answer, Admitted):
+                claims = {pair: since for pair, since in claims.items() if incarnation not in pair}
                 alive[name] = (incarnation, fingerprint, now)
         elif kind == "lease":
             is_known = name in alive and alive[name][0] == incarnation

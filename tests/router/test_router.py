@@ -372,10 +372,11 @@ def test_a_lease_of_an_unknown_incarnation_is_told_to_register_anew() -> None:
     async def scenario() -> None:
         async with stage() as s:
             worker = await s.add("p0", "prefill", incarnation="first")
-            await s.add("p0", "prefill", incarnation="second")
+            await s.add("d0", "decode")
+            worker.register = replace(worker.register, incarnation="other")
             await worker.renew()
             await until(lambda: worker.num_refusals)
-            assert [w["incarnation"] for w in s.router.workers()] == ["second"]
+            assert [w["incarnation"] for w in s.router.workers()] == ["first", "d0"]
 
     run(scenario)
 

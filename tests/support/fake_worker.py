@@ -41,6 +41,7 @@ class FakeWorker:
         self._client = client
         self._router = ""
         self._orders: asyncio.Queue[Any] = asyncio.Queue()
+        self._is_still = False
 
     @classmethod
     @contextlib.asynccontextmanager
@@ -71,6 +72,17 @@ class FakeWorker:
         assert isinstance(message, kind), message
         return message
 
+    async def expect_after_others(self, kind: type[M]) -> M:
+        """The next order of this kind, whatever comes before it."""
+        async with asyncio.timeout(WAIT_S):
+            while not isinstance(message := await self._orders.get(), kind):
+                pass
+        return message
+
+    def send_bytes(self, data: bytes) -> None:
+        """One frame as it stands, message or not."""
+        self._client._connection.send([data])
+
     def has_no_orders(self) -> bool:
         return self._orders.empty()
 
@@ -98,18 +110,32 @@ class FakeWorker:
         await self.say(lease)
 
     async def _register(self) -> None:
-        await self.say(self.register)
         async with asyncio.timeout(WAIT_S):
-            answer = await self._client.recv()
+            answer = await self._ask()
         if isinstance(answer, Refused):
             raise Rejected(answer)
         assert isinstance(answer, Registered)
         self._router = answer.router_incarnation
 
+    async def _ask(self) -> Any:
+        """REGISTER until something other than a lease answers."""
+        while True:
+            await self.say(self.register)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(HEARTBEAT_S / 2):
+                    while isinstance(answer := await self._client.recv(), Lease):
+                        pass
+                    return answer
+
     async def _renew(self) -> None:
         while True:
-            await self.renew()
+            if not self._is_still:
+                await self.renew()
             await asyncio.sleep(HEARTBEAT_S)
+
+    def stop_leases(self) -> None:
+        """As a process that was stopped: connected, and silent."""
+        self._is_still = True
 
     async def _read(self) -> None:
         while True:
@@ -118,8 +144,9 @@ class FakeWorker:
                     pass
                 case Refused():
                     self.num_refusals += 1
-                case Peers(peers):
-                    self.links = tuple(peer.incarnation for peer in peers)
+                case Peers(peers, gone):
+                    kept = tuple(link for link in self.links if link not in gone)
+                    self.links = (*kept, *(peer.incarnation for peer in peers))
                     await self.renew()
                 case CancelRequest(transfer_id):
                     self.holding = tuple(held for held in self.holding if held[0] != transfer_id)

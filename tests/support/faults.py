@@ -81,6 +81,10 @@ class Faults:
         """A list that this fault needs; empty while it is off."""
         return list((self._fault(name) or {}).get(key, ()))
 
+    def now(self, name: str) -> dict[str, Any] | None:
+        """What this fault needs, while it is on."""
+        return self._fault(name)
+
     def fires(self, name: str) -> bool:
         fault = self._fault(name)
         return fault is not None and self._claim(name, fault)

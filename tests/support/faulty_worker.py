@@ -8,8 +8,10 @@ one thing and is off until `now.json` names it; whenever one fires it leaves a f
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import threading
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -104,6 +106,18 @@ def use_landing_hook(faults: Faults) -> None:
     parts.LandingThread = HookedLanding
 
 
+def meet_poison(faults: Faults, chunks: Sequence[Any]) -> None:
+    """`poison`: a step that computes token `byte` ends the process, by SIGKILL or, with `raises`, by an exception."""
+    fault = faults.now("poison")
+    if fault is None or not any(fault["byte"] in chunk.token_ids for chunk in chunks):
+        return
+    faults.fires("poison")
+    time.sleep(fault.get("seconds", 0.0))
+    if fault.get("raises"):
+        raise RuntimeError("poison, by the test")
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
 def change_steps(faults: Faults) -> None:
     """Slow steps, and attention whose window is off by one."""
     from disagg.engine.run import runner
@@ -111,6 +125,7 @@ def change_steps(faults: Faults) -> None:
     plain = runner.Runner.execute
 
     def execute(self: Any, chunks: Sequence[Any]) -> Any:
+        meet_poison(faults, chunks)
         faults.pause("pause_prefill" if any(len(chunk.token_ids) > 1 for chunk in chunks) else "pause_decode")
         return plain(self, chunks)
 

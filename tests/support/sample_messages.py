@@ -46,8 +46,9 @@ SAMPLES = (
     r.Register(
         ID, "prefill-0", "prefill", IDENTITY, GEOMETRY, ("shm",), "tcp://h:1", 42, "host", "cpu", (64, 128), (1, 106)
     ),
-    r.Registered(ID, ID),
-    r.Peers((TARGET,)),
+    r.Registered(ID, ID, 5001),
+    r.Pulse(ID, ((ID, 2),)),
+    r.Peers((TARGET,), (ID,)),
     r.Lease(
         ID,
         ID,

@@ -21,6 +21,9 @@ MAX_SLOT_NBYTES: Final = 1 << 30
 """Of a peer whose geometry differs: the probe needs room for two of its slots, whatever block size it claims. 1 GiB is
 a block of 3276 tokens of Llama 3 70B in bfloat16, all layers together."""
 
+MAX_COUNT: Final = 1 << 20
+"""Heads of a group, numbers of a head: a thousand times what published models have, and products of them stay small."""
+
 _SMALLEST, _LARGEST = 2.0**-126, (2 - 2.0**-23) * 2.0**127
 """float32's range of full precision, in which scales are multiplied: beyond it one would become 0 or infinite."""
 
@@ -61,6 +64,8 @@ def _is_mixed(geometry: Geometry) -> bool:
 def _inconvertible(ours: Geometry, theirs: Geometry) -> str | None:
     """What no plan converts. A peer's numbers are looked at before anything is computed from them."""
     for one in (ours, theirs):
+        if not _has_counts(one):
+            return "groups"
         if not 1 <= one.tensor_parallel_size <= MAX_RANKS:
             return "tensor_parallel_size"
         if (len(one.stages) or 1) != one.pipeline_parallel_size or not is_contiguous(one):
@@ -68,6 +73,17 @@ def _inconvertible(ours: Geometry, theirs: Geometry) -> str | None:
         if not 0 <= one.rank < one.tensor_parallel_size * one.pipeline_parallel_size:
             return "rank"
     return inconvertible_field(ours.groups, side_of(ours), side_of(theirs))
+
+
+def _has_counts(geometry: Geometry) -> bool:
+    """Are heads, dimensions and sinks numbers that a model can have? What follows divides and multiplies by them."""
+    return all(
+        1 <= group.num_kv_heads <= MAX_COUNT
+        and 1 <= group.head_dim <= MAX_COUNT
+        and group.num_sink_tokens >= 0
+        and (group.window is None or group.window >= 1)
+        for group in geometry.groups
+    )
 
 
 def _impossible(geometry: Geometry) -> str | None:

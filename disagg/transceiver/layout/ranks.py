@@ -143,5 +143,6 @@ def senders_of(receiver: Geometry, senders: Sequence[Geometry]) -> tuple[int, ..
 def is_contiguous(geometry: Geometry) -> bool:
     """Do a stage's layers follow each other in the model? Then two ranks share at most one rectangle of a group."""
     every = sorted(layer for group in geometry.groups for layer in group.layers)
-    held = [every.index(layer) for stage in side_of(geometry).stages for layer in stage if layer in every]
+    place = {layer: number for number, layer in reversed(list(enumerate(every)))}  # the first, should one come twice
+    held = [place[layer] for stage in side_of(geometry).stages for layer in stage if layer in place]
     return held == sorted(held)

@@ -61,6 +61,7 @@ TAGS: Final[dict[int, type]] = {
     42: router.PrefillLocally,
     43: router.CancelRequest,
     44: router.TransferReport,
+    45: router.Pulse,
 }
 
 _SHAPES: Final = {tag: Record(kind) for tag, kind in TAGS.items()}

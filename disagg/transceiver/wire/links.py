@@ -66,6 +66,7 @@ class ControlServer:
         self._owned = Sockets(keys) if sockets is None else None
         sockets = sockets or self._owned
         assert sockets is not None
+        self.sockets = sockets
         self._socket = sockets.open(zmq.ROUTER, max_message_nbytes=MAX_MESSAGE_NBYTES, high_water_mark=HIGH_WATER_MARK)
         self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)  # an unroutable message is an error, never dropped silently
         self._receiver = Receiver(self._socket)

@@ -68,6 +68,10 @@ ZAP_NUM_FRAMES: Final = 7
 """version, request id, domain, address, routing id, mechanism, and for CURVE the client's public key."""
 
 
+AnySocket = zmq.asyncio.Socket | zmq.Socket[bytes]
+"""Of an event loop, or of a thread."""
+
+
 def new_routing_id() -> bytes:
     """16 random bytes for one connection. The first is not zero: ids that start with zero are libzmq's own."""
     return bytes([1 + secrets.randbelow(255)]) + secrets.token_bytes(15)
@@ -114,6 +118,19 @@ def _is_loopback(host: str) -> bool:
         return False
 
 
+def _limit(socket: AnySocket, max_message_nbytes: int, high_water_mark: int) -> None:
+    socket.setsockopt(zmq.LINGER, 0)  # what a closed link still holds is stale: the peer asks again, or is gone
+    socket.setsockopt(zmq.IMMEDIATE, 1)  # queue for a live connection only, never for one that may come
+    socket.setsockopt(zmq.SNDHWM, high_water_mark)
+    socket.setsockopt(zmq.RCVHWM, high_water_mark)
+    socket.setsockopt(zmq.MAXMSGSIZE, max_message_nbytes + FRAME_OVERHEAD_NBYTES)
+    socket.setsockopt(zmq.HEARTBEAT_IVL, HEARTBEAT_INTERVAL_MS)
+    socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, HEARTBEAT_TIMEOUT_MS)
+    socket.setsockopt(zmq.CONNECT_TIMEOUT, CONNECT_TIMEOUT_MS)
+    socket.setsockopt(zmq.HANDSHAKE_IVL, HANDSHAKE_TIMEOUT_MS)
+    socket.setsockopt(zmq.RECONNECT_IVL, RECONNECT_INTERVAL_MS)
+
+
 class Sockets:
     """The ZeroMQ context of a process with its gate, which its servers, clients and planes share.
 
@@ -143,19 +160,23 @@ class Sockets:
         except zmq.ZMQError as exc:
             raise shortage("a connection", exc) from exc
         socket.setsockopt(zmq.AFFINITY, _DATA_AFFINITY if carries_data else _CONTROL_AFFINITY)
-        socket.setsockopt(zmq.LINGER, 0)  # what a closed link still holds is stale: the peer asks again, or is gone
-        socket.setsockopt(zmq.IMMEDIATE, 1)  # queue for a live connection only, never for one that may come
-        socket.setsockopt(zmq.SNDHWM, high_water_mark)
-        socket.setsockopt(zmq.RCVHWM, high_water_mark)
-        socket.setsockopt(zmq.MAXMSGSIZE, max_message_nbytes + FRAME_OVERHEAD_NBYTES)
-        socket.setsockopt(zmq.HEARTBEAT_IVL, HEARTBEAT_INTERVAL_MS)
-        socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, HEARTBEAT_TIMEOUT_MS)
-        socket.setsockopt(zmq.CONNECT_TIMEOUT, CONNECT_TIMEOUT_MS)
-        socket.setsockopt(zmq.HANDSHAKE_IVL, HANDSHAKE_TIMEOUT_MS)
-        socket.setsockopt(zmq.RECONNECT_IVL, RECONNECT_INTERVAL_MS)
+        _limit(socket, max_message_nbytes, high_water_mark)
         return socket
 
-    def bind(self, socket: zmq.asyncio.Socket, endpoint: str) -> str:
+    def open_for_thread(self, kind: int, *, max_message_nbytes: int, high_water_mark: int) -> zmq.Socket[bytes]:
+        """As `open`, for a thread that is no event loop's: it alone uses the socket, and closes it before `close`.
+
+        Raises `Shortage`.
+        """
+        try:
+            socket: zmq.Socket[bytes] = zmq.Context.shadow(self.context.underlying).socket(kind)
+        except zmq.ZMQError as exc:
+            raise shortage("a connection", exc) from exc
+        socket.setsockopt(zmq.AFFINITY, _CONTROL_AFFINITY)
+        _limit(socket, max_message_nbytes, high_water_mark)
+        return socket
+
+    def bind(self, socket: AnySocket, endpoint: str) -> str:
         """Listen at `endpoint` (port 0 = any free one) and return the actual one. Raises `EndpointRefused`."""
         check_endpoint(endpoint, self.keys)
         if not self.keys.insecure:
@@ -169,7 +190,7 @@ class Sockets:
             raise EndpointRefused(f"cannot listen at {endpoint}: {reason(exc)}; choose another port or host") from exc
         return str(socket.getsockopt_string(zmq.LAST_ENDPOINT))
 
-    def connect(self, socket: zmq.asyncio.Socket, endpoint: str) -> None:
+    def connect(self, socket: AnySocket, endpoint: str) -> None:
         """Begin to connect under a fresh routing id; retries until the peer listens. Raises `EndpointRefused`."""
         check_endpoint(endpoint, self.keys)
         if not self.keys.insecure:

@@ -19,6 +19,10 @@ SUSPECT_S: Final = 1.5
 LOST_S: Final = 3.0
 """Six missed heartbeats: leaves two of the five seconds in which a client must see the next attempt."""
 
+HUNG_S: Final = 10.0
+"""A process whose event loop has not turned for so long sends no pulses any more: as long as sources outlive it.
+Shorter stalls are slow and not dead; one that hangs for good is lost `LOST_S` later."""
+
 LEASE_S: Final = 10.0
 """Three times `LOST_S`: sources outlive any stall that the peer itself survives, and a silent peer pins no longer."""
 

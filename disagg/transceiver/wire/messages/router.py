@@ -36,10 +36,23 @@ class Register:
 
 @dataclass(frozen=True, slots=True)
 class Registered:
-    """The router accepts; from here the lease runs."""
+    """The router accepts; from here the lease runs. `pulse_port`: where it hears pulses, on its host; 0 = nowhere."""
 
     router_incarnation: str
     incarnation: str
+    pulse_port: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Pulse:
+    """Both ways, every 0.5 s, from a thread of its own: this process lives, however busy its event loop is.
+
+    With `in_step` from the model thread, before each step whose new requests differ from the last one's: attempts in
+    the step that have emitted fewer than 8 tokens here. Should the process die now, it was in that step.
+    """
+
+    incarnation: str
+    in_step: tuple[tuple[str, int], ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,9 +70,13 @@ class PeerTarget:
 
 @dataclass(frozen=True, slots=True)
 class Peers:
-    """Router -> decode worker: connect to these now (first contact happens before the first request)."""
+    """Router -> decode worker: connect to these too, now (first contact happens before the first request).
+
+    `gone`: incarnations of earlier ones that are no peers any more. A registration's first message names all there are.
+    """
 
     peers: tuple[PeerTarget, ...]
+    gone: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +99,8 @@ DRAINING = "draining"
 """`state` of the leases of a worker that finishes what it has and wants nothing new."""
 LEAVING = "leaving"
 """`state` of a worker's last lease: it ends its registration itself, so nobody has to find out."""
+BROKEN = "broken"
+"""As LEAVING, of a worker whose model thread died: `requests` are the new ones of the step that it died in."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -215,6 +234,7 @@ class TransferReport:
 RouterMessage = (
     Register
     | Registered
+    | Pulse
     | Peers
     | Lease
     | Dispatch
