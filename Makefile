@@ -67,4 +67,5 @@ bench: $(READY)  ## run every benchmark on this machine
 	@for benchmark in benchmarks/*.py; do echo "== $$benchmark"; $(BIN)/python "$$benchmark" || exit 1; done
 
 wheel: $(SERVES)  ## build the wheel into dist/
+	@rm -rf build  # modules of an earlier tree that lie there would be taken along
 	$(BIN)/pip wheel --no-deps --no-build-isolation --wheel-dir dist .
