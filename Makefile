@@ -2,23 +2,29 @@
 SHELL := /bin/bash
 PYTHON ?= python3
 VENV := .venv
+SERVES := $(VENV)/.ready-serve
 READY := $(VENV)/.ready
 BIN := $(VENV)/bin
 FUZZ_SECONDS ?= 60  # by then the readers of single frames have stopped finding paths; the two cores repay hours
 
-.PHONY: help setup demo test test-slow test-gpu faults fuzz coverage check prose format bench wheel
+.PHONY: help setup setup-serve demo test test-slow test-gpu faults fuzz coverage check prose format bench wheel
 .DEFAULT_GOAL := help
 
 help:  ## list the commands
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-11s %s\n", $$1, $$2}' Makefile
 
 setup: $(READY)  ## make .venv with everything the other commands need
 
-$(READY): pyproject.toml constraints.txt tools/setup_venv.py
-	@command -v $(PYTHON) >/dev/null || { echo "error: \`$(PYTHON)\` not found: install Python 3.11 or later, or name one with \`make PYTHON=...\`" >&2; exit 2; }
-	@$(PYTHON) tools/setup_venv.py $(VENV)
+setup-serve: $(SERVES)  ## make .venv with what serving needs
 
-demo: $(READY)  ## serve the bundled model with prefill and decode workers, send one request, show what moved
+$(SERVES): pyproject.toml constraints.txt tools/setup_venv.py
+	@command -v $(PYTHON) >/dev/null || { echo "error: \`$(PYTHON)\` not found: install Python 3.11 or later, or name one with \`make PYTHON=...\`" >&2; exit 2; }
+	@$(PYTHON) tools/setup_venv.py serve $(VENV)
+
+$(READY): $(SERVES)
+	@$(PYTHON) tools/setup_venv.py dev $(VENV)
+
+demo: $(SERVES)  ## serve the bundled model with prefill and decode workers, send one request, show what moved
 	@$(BIN)/disagg demo
 
 # Two runs: what starts processes or runs in true time would make itself late if two of it ran at once.
@@ -38,7 +44,7 @@ faults: $(READY)  ## every fault in every state of a transfer, on every data pla
 	$(BIN)/pytest tests/faults tests/abuse --durations=15
 
 fuzz: $(READY)  ## bytes that coverage chooses, into whatever reads a peer's bytes; FUZZ_SECONDS for each reader
-	@$(BIN)/pip install --quiet --constraint constraints.txt atheris
+	@$(BIN)/pip install --quiet --no-warn-conflicts --constraint constraints.txt atheris
 	@for reader in codec tcp zmq sender receiver; do \
 		echo "== $$reader"; $(BIN)/python tools/fuzz.py $$reader --seconds $(FUZZ_SECONDS) || exit 1; done
 
@@ -65,5 +71,6 @@ format: $(READY)  ## rewrite the code as `make check` wants it
 bench: $(READY)  ## run every benchmark on this machine
 	@for benchmark in benchmarks/*.py; do echo "== $$benchmark"; $(BIN)/python "$$benchmark" || exit 1; done
 
-wheel: $(READY)  ## build the wheel into dist/
+wheel: $(SERVES)  ## build the wheel into dist/
+	@rm -rf build  # modules of an earlier tree that lie there would be taken along
 	$(BIN)/pip wheel --no-deps --no-build-isolation --wheel-dir dist .

@@ -1,19 +1,23 @@
-"""Make a virtual environment with disagg (editable) and everything its tests need.
+"""Make a virtual environment with disagg (editable) and what it serves with, or add what its developers need.
 
-    python3 tools/setup_venv.py .venv
+    python3 tools/setup_venv.py serve .venv
+    python3 tools/setup_venv.py dev .venv
 
-Run by `make`; the file `.ready` inside the environment says that it is complete. Nothing is ever removed: an
-environment that exists is brought up to date. The standard library is all that may be used here.
+Run by `make`, `serve` before `dev`; the files `.ready-serve` and `.ready` inside the environment say what is complete.
+Nothing is ever removed: an environment that exists is brought up to date. One line is printed per group of packages;
+what pip says is shown when it fails. The standard library is all that may be used here.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -26,6 +30,9 @@ CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 CPU_INDEX_ANSWER_S = 8  # one small page at a 3 s connect timeout, and the time that pip needs to start
 CPU_BUILD = "CPU build, about 200 MB"
 CUDA_BUILD = "on Linux this is the CUDA build, about 3 GB with its libraries"
+MARKERS = {"serve": ".ready-serve", "dev": ".ready"}
+TICK_S = 1  # between two looks at a step that is running: as often as a person wants to see that it is
+SHOWN_LINES = 30  # of pip's, when it fails: its error and what led there
 
 
 class SetupError(Exception):
@@ -117,8 +124,21 @@ def dev_requirements(group: str = "dev") -> list[str]:
 
 
 def run(command: list[str], what: str) -> None:
-    if subprocess.run(command, cwd=ROOT).returncode != 0:
-        raise SetupError(f"{what} failed, see above: mend the cause and run the same command again, it continues")
+    """Run to its end without a word; what it said is shown if it fails. On a terminal the seconds go by."""
+    started = time.monotonic()
+    with (
+        tempfile.TemporaryFile("w+", errors="replace") as said,
+        subprocess.Popen(command, cwd=ROOT, stdout=said, stderr=subprocess.STDOUT) as process,
+    ):
+        while process.poll() is None:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(TICK_S)
+            if sys.stdout.isatty():
+                print(f"\r      {time.monotonic() - started:.0f} s \r", end="", flush=True)
+        if process.returncode != 0:
+            said.seek(0)
+            sys.stderr.writelines(said.readlines()[-SHOWN_LINES:])
+            raise SetupError(f"{what} failed, see above: mend the cause and run the same command again, it continues")
 
 
 def make_venv(folder: Path) -> Path:
@@ -137,12 +157,23 @@ def make_venv(folder: Path) -> Path:
 
 
 def install_torch(python: Path) -> None:
+    """The build that fits this machine, then from the usual sources what it asks for."""
     requirement = torch_requirement()
-    present = "import importlib.metadata as m, sys; sys.exit(m.version('torch').split('+')[0] != sys.argv[1])"
-    version = requirement.split("==")[1]
-    if subprocess.run([str(python), "-c", present, version], capture_output=True).returncode == 0:
-        say("2/3", f"{requirement} is there already")
-        return
+    if not is_installed(python, requirement):
+        install_torch_alone(python, requirement)
+    else:
+        say("serve 2/3", f"{requirement} is there already")
+    run(constrained(python, requirement), "installing what torch asks for")
+
+
+def is_installed(python: Path, requirement: str) -> bool:
+    """Whether this very version is there, whichever build of it."""
+    name, version = requirement.split("==")
+    present = "import importlib.metadata as m, sys; sys.exit(m.version(sys.argv[1]).split('+')[0] != sys.argv[2])"
+    return subprocess.run([str(python), "-c", present, name, version], capture_output=True).returncode == 0
+
+
+def install_torch_alone(python: Path, requirement: str) -> None:
     source = choose_torch(
         override=os.environ.get("TORCH_INDEX"),
         linux=sys.platform == "linux",
@@ -150,18 +181,33 @@ def install_torch(python: Path) -> None:
         local_wheel=lambda: find_local_wheel(python, requirement),
         cpu_index_answers=lambda: cpu_index_answers(python, requirement),
     )
-    say("2/3", f"{requirement}: {source.why}")
+    say("serve 2/3", f"{requirement}: {source.why}")
     index = ["--index-url", source.index] if source.index else []
     run(pip(python, "install", "--no-deps", *index, requirement), "installing torch")
 
 
-def install_project(python: Path) -> None:
+def constrained(python: Path, *arguments: str) -> list[str]:
+    """Conflicts are not warned about: UCX lies in a developer's environment without what it asks for, on purpose."""
+    return pip(python, "install", "--no-warn-conflicts", "--constraint", "constraints.txt", *arguments)
+
+
+def install_serve(folder: Path) -> None:
     """Build tools first, then the project without build isolation: nothing outside the constraints is fetched."""
-    say("3/3", "disagg (editable), its dependencies and the tools of `make`")
-    constrained = pip(python, "install", "--constraint", "constraints.txt")
-    run([*constrained, "--quiet", "setuptools"], "installing setuptools")
-    run([*constrained, "--no-build-isolation", "--editable", ".", *dev_requirements()], "installing disagg")
-    run([*constrained, "--quiet", "--no-deps", *dev_requirements("ucx")], "installing UCX")
+    say("serve 1/3", f"environment in {os.path.relpath(folder)}, with {sys.executable}")
+    python = make_venv(folder)
+    run(constrained(python, "setuptools"), "installing setuptools")
+    install_torch(python)
+    say("serve 3/3", "disagg (editable), with transformers and the packages of its router and workers")
+    run(constrained(python, "--no-build-isolation", "--editable", "."), "installing disagg")
+
+
+def install_dev(folder: Path) -> None:
+    """Added to what serves."""
+    python = folder / "bin" / "python"
+    say("dev 1/2", "pytest, hypothesis, mypy, ruff, triton and what else `make test` and `make check` run")
+    run(constrained(python, *dev_requirements()), "installing the developer's tools")
+    say("dev 2/2", "UCX, for the tests of the `ucx` data plane")
+    run(constrained(python, "--no-deps", *dev_requirements("ucx")), "installing UCX")
 
 
 def say(step: str, text: str) -> None:
@@ -170,23 +216,20 @@ def say(step: str, text: str) -> None:
 
 def main(arguments: list[str]) -> int:
     started = time.monotonic()
-    folder = Path(arguments[0] if arguments else ".venv").absolute()
+    stage, folder = arguments[0], Path(arguments[1]).absolute()
     try:
         if sys.version_info < OLDEST_PYTHON:
             have, need = (".".join(map(str, version[:2])) for version in (sys.version_info, OLDEST_PYTHON))
             raise SetupError(
                 f"{sys.executable} is Python {have}, disagg needs {need} or later: `make PYTHON=python{need}`"
             )
-        say("1/3", f"environment in {os.path.relpath(folder)}, with {sys.executable}")
-        python = make_venv(folder)
-        install_torch(python)
-        install_project(python)
+        {"serve": install_serve, "dev": install_dev}[stage](folder)
     except SetupError as exc:
         print(f"error: {exc}", file=sys.stderr)
         return 2
-    (folder / ".ready").touch()
+    (folder / MARKERS[stage]).touch()
     free = shutil.disk_usage(folder).free / 1e9
-    say("done", f"{time.monotonic() - started:.0f} s, {free:.0f} GB of disk left")
+    say(f"{stage} done", f"{time.monotonic() - started:.0f} s, {free:.0f} GB of disk left")
     return 0
 
 

@@ -32,6 +32,7 @@ def create_app(backend: Backend, settings: ApiSettings) -> Starlette:
         Route(TOKENIZE, text.tokenize, methods=["POST"]),
         Route(DETOKENIZE, text.detokenize, methods=["POST"]),
         Route("/v1/models", status.models),
+        Route("/v1/models/", status.models),  # what a client asks that joins a base URL and an empty name
         Route("/v1/models/{model:path}", status.model),
         Route("/health", status.health),
         Route("/ready", status.ready),

@@ -66,6 +66,8 @@ class AdminRoutes:
 
     async def request(self, request: Request) -> Response:
         request_id = request.path_params["request_id"]
+        if not request_id:
+            raise ApiError(404, "expected a request's id in the path: `/requests/{X-Request-Id}`")
         record = self._backend.record(request_id)
         if record is None:
             raise ApiError(404, f"no record of a request `{request_id}`: unknown, or too long ago")

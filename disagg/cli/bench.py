@@ -8,12 +8,22 @@ import typer
 
 from disagg.config.errors import ConfigError
 
-app = typer.Typer(help="Measure this machine.", rich_markup_mode=None, no_args_is_help=True)
+app = typer.Typer(help="Measure this machine.", rich_markup_mode=None)
 
 DIGESTS = ("on", "off", "both")
 
 
-@app.command("transfer", help="Time KV transfers between two processes, beside memcpy, NIXL and Mooncake.")
+@app.callback(invoke_without_command=True)
+def bench(context: typer.Context) -> None:
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+
+
+@app.command(
+    "transfer",
+    short_help="Time KV transfers, beside memcpy and others.",
+    help="Time KV transfers between two processes, beside memcpy, NIXL and Mooncake.",
+)
 def transfer(
     planes: Annotated[
         str,
@@ -31,9 +41,14 @@ def transfer(
             metavar="TEXT",
         ),
     ] = "a,b,c,d",
-    rounds: Annotated[int, typer.Option(help="Times that each is run, in turns with the others", min=1)] = 9,
+    rounds: Annotated[
+        int, typer.Option(help="Times that each is run, in turns with the others", min=1, metavar="INT")
+    ] = 9,
     digests: Annotated[
-        str, typer.Option(help="Whether our planes hash what they move, as workers do: on, off or both in turn")
+        str,
+        typer.Option(
+            help="Whether our planes hash what they move, as workers do; both: in turn", metavar="|".join(DIGESTS)
+        ),
     ] = "both",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table")] = False,
 ) -> None:

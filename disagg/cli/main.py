@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import gc
 import sys
-from typing import Any, Final, get_args
+from typing import Annotated, Any, Final, get_args
 
 import typer
 
@@ -82,6 +82,21 @@ def version() -> None:
     typer.echo(__version__)
 
 
+def _print_version(asked: bool) -> None:
+    if asked:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def disagg(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and exit", is_eager=True, callback=_print_version)
+    ] = False,
+) -> None:
+    """Options of the command itself; `_print_version` has answered the only one."""
+
+
 def run() -> None:
     """The whole process: `disagg.__main__` calls this."""
     open_closed_descriptors()
@@ -101,7 +116,8 @@ def main(argv: list[str]) -> int:
     except ConfigError as exc:
         return _refuse(str(exc))
     except USAGE_ERROR as exc:
-        return _refuse(exc.format_message().rstrip(".") + ": see `disagg --help`")
+        path = exc.ctx.command_path if exc.ctx is not None else "disagg"
+        return _refuse(f"{exc.format_message().rstrip('.')}: see `{path} --help`")
     except (KeyboardInterrupt, typer.Abort):
         return INTERRUPTED
     return code if isinstance(code, int) else 0

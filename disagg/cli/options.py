@@ -14,7 +14,7 @@ import typer
 from pydantic.fields import FieldInfo
 
 from disagg.config.load import check_switches, flag_of, load, unknown_variables
-from disagg.config.settings import ModelSettings, Nbytes
+from disagg.config.settings import ModelSettings, Nbytes, Sizes
 
 NO_SWITCHES: Final[Mapping[str, str]] = MappingProxyType({})
 
@@ -94,6 +94,8 @@ def _metavar(annotation: Any) -> str:
         annotation = get_args(annotation)[0]
     if annotation == Nbytes:
         return "SIZE"
+    if annotation == Sizes:
+        return "SIZE,..."
     if get_origin(annotation) is Annotated:
         annotation = get_args(annotation)[0]
     if get_origin(annotation) is Literal:

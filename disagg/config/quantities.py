@@ -23,13 +23,19 @@ def parse_nbytes(value: object) -> object:
 
 
 def format_nbytes(nbytes: int) -> str:
-    """Three significant digits in binary units, for people."""
+    """Binary units for people: three significant digits, all four of 1000 to 1023; what rounds to 1024 is 1 of the
+    next unit."""
     value = float(nbytes)
     for unit in ("B", "KiB", "MiB", "GiB"):
-        if value < 1024:
-            return f"{value:.3g} {unit}"
+        if round(value) < 1024:
+            return f"{_three_digits(value)} {unit}"
         value /= 1024
-    return f"{value:.3g} TiB"
+    return f"{_three_digits(value)} TiB"
+
+
+def _three_digits(value: float) -> str:
+    """`9.77`, `97.7`, `977`, `1023`: never in powers of ten."""
+    return f"{value:.0f}" if value >= 999.5 else f"{value:.3g}"
 
 
 def split_list(value: object) -> object:

@@ -40,7 +40,7 @@ def _find() -> ctypes.CDLL | None:
         raise ValueError(f"{VARIABLE}={value!r}: expected on or off, or unset to use the helper where it is built")
     if value == "off":
         return None
-    for suffix in EXTENSION_SUFFIXES:
+    for suffix in reversed(EXTENSION_SUFFIXES):  # `.so`, as it is built, before names that bind it to one Python
         path = Path(__file__).with_name(f"_native{suffix}")
         if path.exists():
             return _load(path)

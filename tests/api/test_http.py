@@ -158,6 +158,10 @@ async def test_the_routes_that_say_how_things_stand(api: Api) -> None:
     assert metrics.headers["content-type"].startswith("text/plain; version=0.0.4")
 
 
+async def test_a_slash_after_models_names_no_empty_model(api: Api) -> None:
+    assert (await api.get("/v1/models/")).json == (await api.get("/v1/models")).json
+
+
 async def test_the_admin_application_shows_records() -> None:
     backend = FakeBackend()
     backend.records["a/b"] = {"request_id": "a/b", "attempts": 1}
@@ -165,6 +169,9 @@ async def test_the_admin_application_shows_records() -> None:
         api = Api(listener.url, backend, session)
         assert (await api.get("/requests/a%2Fb")).json == {"request_id": "a/b", "attempts": 1}
         assert_is_error(await api.get("/requests/other"), 404)
+        nameless = await api.get("/requests/")
+        assert_is_error(nameless, 404)
+        assert "expected a request's id in the path" in nameless.json["error"]["message"]
         assert (await api.get("/workers")).status == 200
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -83,11 +84,14 @@ def test_a_misspelt_variable_is_pointed_out(
 
 
 def test_the_version_is_a_result(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["version"]) == 0
-    assert capsys.readouterr().out == __version__ + "\n"
+    for argv in (["version"], ["--version"]):
+        assert main(argv) == 0
+        assert capsys.readouterr().out == __version__ + "\n"
 
 
-@pytest.mark.parametrize("argv", [[], ["--help"], ["up", "--help"], ["prefill", "-h"], ["demo", "--help"]])
+@pytest.mark.parametrize(
+    "argv", [[], ["--help"], ["up", "--help"], ["prefill", "-h"], ["demo", "--help"], ["bench"], ["bench", "-h"]]
+)
 def test_help_is_a_result_without_control_characters(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(argv) == 0
     assert "\x1b" not in capsys.readouterr().out
@@ -100,6 +104,45 @@ def test_help_shows_no_internal_and_no_unbuilt_option(command: str, capsys: pyte
     assert not any(flag in shown for flag in ("-fd", "tensor-parallel", "DISAGG_SECRET"))
 
 
+def test_a_group_without_a_subcommand_shows_its_help(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench"]) == 0
+    bare = capsys.readouterr()
+    assert main(["bench", "--help"]) == 0
+    assert bare == capsys.readouterr()
+    assert bare.out.startswith("Usage: disagg bench")
+
+
+@pytest.mark.parametrize(
+    ("argv", "path"),
+    [
+        (["nope"], "disagg"),
+        (["plan", "--nope"], "disagg plan"),
+        (["version", "x"], "disagg version"),
+        (["bench", "nope"], "disagg bench"),
+        (["bench", "transfer", "--rounds", "x"], "disagg bench transfer"),
+    ],
+)
+def test_a_mistyped_command_line_is_one_sentence_that_names_the_help_to_read(
+    argv: list[str], path: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(argv) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.count("\n") == 1
+    assert captured.err.endswith(f": see `{path} --help`\n")
+
+
+@pytest.mark.parametrize("path", [["up"], ["demo"], ["plan"], ["router"], ["prefill"], ["bench", "transfer"]])
+def test_help_names_what_to_write_after_a_flag_in_the_words_of_the_settings(
+    path: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*path, "--help"]) == 0
+    flags = re.findall(r"^  (?:-\w, )?--[\w-]+ (\S+)", capsys.readouterr().out, re.MULTILINE)
+    assert flags
+    for value in flags:
+        assert re.fullmatch(r"INT|NUMBER|FILE|TEXT|SIZE(,\.\.\.)?|[\w|]+\|\w+|/", value), value
+
+
 def test_help_says_what_a_flag_takes_and_what_it_is_without(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["up", "--help"]) == 0
     shown = " ".join(capsys.readouterr().out.split())
@@ -109,8 +152,9 @@ def test_help_says_what_a_flag_takes_and_what_it_is_without(capsys: pytest.Captu
     assert "every step runs the model's Python [default: off]" in shown
 
 
-def test_a_line_of_the_command_list_is_whole(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["--help"]) == 0
+@pytest.mark.parametrize("group", [[], ["bench"]])
+def test_a_line_of_the_command_list_is_whole(group: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*group, "--help"]) == 0
     assert "..." not in capsys.readouterr().out.replace("[ARGS]...", "")
 
 

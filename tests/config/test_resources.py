@@ -1,9 +1,12 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from disagg.cache.host_memory import available_nbytes
 from disagg.config.quantities import endpoint_host, format_nbytes, is_loopback, parse_nbytes
@@ -79,6 +82,33 @@ def test_other_sizes_are_refused(text: str) -> None:
 @pytest.mark.parametrize(("nbytes", "text"), [(0, "0 B"), (1536, "1.5 KiB"), (3 << 29, "1.5 GiB"), (5 << 40, "5 TiB")])
 def test_sizes_are_shown_with_three_digits(nbytes: int, text: str) -> None:
     assert format_nbytes(nbytes) == text
+
+
+@pytest.mark.parametrize(
+    ("nbytes", "text"),
+    [
+        (999, "999 B"),
+        (1000, "1000 B"),
+        (1023, "1023 B"),
+        (1024, "1 KiB"),
+        (int(999.6 * 1024), "1000 KiB"),
+        (1010 << 20, "1010 MiB"),
+        ((1 << 30) - 1, "1 GiB"),
+        (1023 << 30, "1023 GiB"),
+        (5000 << 40, "5000 TiB"),
+    ],
+)
+def test_sizes_at_the_edge_of_a_unit_keep_plain_digits(nbytes: int, text: str) -> None:
+    assert format_nbytes(nbytes) == text
+
+
+@given(st.integers(0, 1 << 60))
+def test_every_size_is_shown_within_half_a_percent_and_without_powers_of_ten(nbytes: int) -> None:
+    text = format_nbytes(nbytes)
+    assert re.fullmatch(r"\d+(\.\d+)? ([KMGT]i)?B", text)
+    shown = parse_nbytes(text)
+    assert isinstance(shown, int)
+    assert abs(shown - nbytes) <= 0.005 * nbytes + 1
 
 
 def test_loopback_is_known_without_a_resolver() -> None:

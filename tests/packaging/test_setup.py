@@ -101,7 +101,7 @@ def test_an_old_python_is_refused_in_one_sentence(
     setup_venv: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(sys, "version_info", (3, 10, 4))
-    assert setup_venv.main(["/nowhere/.venv"]) == 2
+    assert setup_venv.main(["serve", "/nowhere/.venv"]) == 2
     assert re.fullmatch(r"error: \S+ is Python 3\.10, disagg needs 3\.11 or later: .*\n", capsys.readouterr().err)
 
 
@@ -109,21 +109,57 @@ def test_a_missing_venv_module_is_one_sentence(
     setup_venv: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     monkeypatch.setitem(sys.modules, "ensurepip", None)
-    assert setup_venv.main([str(tmp_path / "venv")]) == 2
+    assert setup_venv.main(["serve", str(tmp_path / "venv")]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1
     assert "has no venv module: `apt-get install python3." in error
-    assert not (tmp_path / "venv" / ".ready").exists()
+    assert not (tmp_path / "venv" / ".ready-serve").exists()
 
 
 def test_a_failed_step_leaves_no_stamp(
     setup_venv: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(setup_venv, "make_venv", lambda folder: folder / "bin" / "python")
-    monkeypatch.setattr(setup_venv, "install_torch", lambda python: setup_venv.run(["false"], "installing torch"))
-    assert setup_venv.main([str(tmp_path)]) == 2
+    monkeypatch.setattr(setup_venv, "install_serve", lambda folder: setup_venv.run(["false"], "installing torch"))
+    assert setup_venv.main(["serve", str(tmp_path)]) == 2
     assert capsys.readouterr().err.startswith("error: installing torch failed")
-    assert not (tmp_path / ".ready").exists()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_pip_says_is_shown_only_when_it_fails(setup_venv: ModuleType, capfd: pytest.CaptureFixture[str]) -> None:
+    setup_venv.run(["sh", "-c", "echo collecting; echo warning >&2"], "installing")
+    assert capfd.readouterr() == ("", "")
+    with pytest.raises(setup_venv.SetupError, match="installing failed, see above"):
+        setup_venv.run(["sh", "-c", "echo collecting; echo no such wheel >&2; exit 1"], "installing")
+    assert capfd.readouterr().err == "collecting\nno such wheel\n"
+
+
+@pytest.fixture
+def commands(setup_venv: ModuleType, monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """What a set-up would run, in a folder whose torch is there already."""
+    ran: list[list[str]] = []
+    monkeypatch.setattr(setup_venv, "run", lambda command, what: ran.append(command))
+    monkeypatch.setattr(setup_venv, "is_installed", lambda python, requirement: True)
+    return ran
+
+
+def test_serving_needs_no_developers_tool(
+    setup_venv: ModuleType, commands: list[list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert setup_venv.main(["serve", str(tmp_path)]) == 0
+    asked = {word for command in commands for word in command}
+    assert asked.isdisjoint([*setup_venv.dev_requirements(), *setup_venv.dev_requirements("ucx")])
+    assert [path.name for path in tmp_path.iterdir()] == [".ready-serve"]
+    assert len(capsys.readouterr().out.splitlines()) == 4
+
+
+def test_a_developer_gets_every_tool_and_ucx_without_what_it_asks_for(
+    setup_venv: ModuleType, commands: list[list[str]], tmp_path: Path
+) -> None:
+    assert setup_venv.main(["dev", str(tmp_path)]) == 0
+    tools, ucx = commands
+    assert set(setup_venv.dev_requirements()) <= set(tools)
+    assert set(setup_venv.dev_requirements("ucx")) | {"--no-deps"} <= set(ucx)
+    assert (tmp_path / ".ready").exists()
 
 
 def pins() -> dict[str, str]:
@@ -157,10 +193,10 @@ def make(tmp_path: Path) -> Make:
     (tmp_path / "tools").mkdir()
     (tmp_path / "tools" / "setup_venv.py").write_text(
         "import pathlib, sys\n"
-        "venv = pathlib.Path(sys.argv[1]); (venv / 'bin').mkdir(parents=True, exist_ok=True)\n"
+        "stage, venv = sys.argv[1], pathlib.Path(sys.argv[2]); (venv / 'bin').mkdir(parents=True, exist_ok=True)\n"
         "for name in ('pytest', 'ruff', 'mypy', 'lint-imports', 'python', 'disagg', 'pip'):\n"
         "    tool = venv / 'bin' / name; tool.write_text(f'#!/bin/sh\\necho {name} \"$@\"\\n'); tool.chmod(0o755)\n"
-        "(venv / '.ready').touch(); print('set up')\n"
+        "(venv / {'serve': '.ready-serve', 'dev': '.ready'}[stage]).touch(); print('set up', stage)\n"
     )
 
     def run(*arguments: str, **environ: str) -> subprocess.CompletedProcess[str]:
@@ -175,16 +211,32 @@ def test_make_sets_up_once(make: Make) -> None:
     assert "set up" not in make("setup").stdout
 
 
-@pytest.mark.parametrize("target", ["demo", "test", "test-slow", "test-gpu", "check", "format", "bench", "wheel"])
-def test_every_command_sets_up_by_itself(make: Make, target: str) -> None:
+def test_a_change_of_the_pins_sets_up_again(make: Make, tmp_path: Path) -> None:
+    make("setup")
+    later = time.time() + 10
+    os.utime(tmp_path / "constraints.txt", (later, later))
+    assert "set up serve\nset up dev" in make("setup").stdout
+
+
+@pytest.mark.parametrize("target", ["demo", "wheel"])
+def test_a_users_command_sets_up_what_serving_needs(make: Make, target: str) -> None:
     done = make(target)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("set up\n")
+    assert done.stdout.startswith("set up serve\n")
+    assert "set up dev" not in done.stdout
+
+
+@pytest.mark.parametrize("target", ["test", "test-slow", "test-gpu", "check", "format", "bench"])
+def test_a_developers_command_adds_the_tools(make: Make, target: str) -> None:
+    make("demo")
+    done = make(target)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("set up dev\n")
 
 
 def test_make_check_runs_every_gate(make: Make) -> None:
     lines = make("-s", "check").stdout.splitlines()
-    assert lines[1:] == ["ruff check", "ruff format --check", "mypy", "lint-imports", "python tools/check_sizes.py"]
+    assert lines[2:] == ["ruff check", "ruff format --check", "mypy", "lint-imports", "python tools/check_sizes.py"]
 
 
 def test_make_alone_lists_the_commands(make: Make) -> None:

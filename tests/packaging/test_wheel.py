@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 import shutil
 import subprocess
 import sys
@@ -24,7 +25,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
     shutil.copytree(ROOT / "disagg", source / "disagg", ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("cache", "kernels", "transceiver"):
         (source / name).symlink_to((ROOT / name).readlink())
-    for name in ("pyproject.toml", "LICENSE", "README.md"):
+    for name in ("pyproject.toml", "setup.py", "LICENSE", "README.md"):
         if (ROOT / name).exists():
             shutil.copy(ROOT / name, source / name)
     command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--no-index", "-w", str(out)]
@@ -67,6 +68,23 @@ def test_the_metadata_names_version_licence_and_command(wheel: zipfile.ZipFile) 
     assert metadata["Requires-Python"] == ">=3.11"
     assert "disagg = disagg.__main__:run" in by_name["entry_points.txt"]
     assert "Apache License" in by_name["LICENSE"]
+
+
+def test_one_wheel_serves_every_python_of_a_platform(wheel: zipfile.ZipFile) -> None:
+    (name,) = (name for name in wheel.namelist() if name.endswith(".dist-info/WHEEL"))
+    written = Parser().parsestr(wheel.read(name).decode())
+    assert re.fullmatch(r"py3-none-linux_\w+", written["Tag"])
+    assert f"-{written['Tag']}.whl" in str(wheel.filename)
+    shared = [name for name in wheel.namelist() if name.endswith(".so")]
+    assert set(shared) <= {"disagg/kernels/_native.so"}, "a name that binds it to one Python"
+    assert bool(shared) == (shutil.which("cc") is not None)
+
+
+def test_the_page_of_the_package_is_the_readme_and_is_read_as_markdown(wheel: zipfile.ZipFile) -> None:
+    (name,) = (name for name in wheel.namelist() if name.endswith("/METADATA"))
+    metadata = Parser().parsestr(wheel.read(name).decode())
+    assert metadata["Description-Content-Type"] == "text/markdown"
+    assert str(metadata.get_payload()).strip() == (ROOT / "README.md").read_text(encoding="utf-8").strip()
 
 
 def test_no_extra_can_move_an_installed_torch(wheel: zipfile.ZipFile) -> None:

@@ -15,6 +15,7 @@ import torch
 
 from disagg.cache.host_memory import available_nbytes
 from disagg.cache.layout import LayerSpec
+from disagg.config.quantities import format_nbytes
 from disagg.engine.model import hf
 from disagg.engine.model.architecture import (
     Architecture,
@@ -206,7 +207,7 @@ def load_model(
         raise ModelRefused(f"model `{folder}`: its layers attend differently from what config.json says")
     if fuses_qkv(torch.device(device)):
         fuse(module, skeleton.calls)
-    log.info("loaded %s: %.2f GiB in %s, %.1f s", folder, nbytes / GIB, dtype_name, time.monotonic() - started)
+    log.info("loaded %s: %s in %s, %.1f s", folder, format_nbytes(nbytes), dtype_name, time.monotonic() - started)
     return LoadedModel(
         module=module,
         layers=skeleton.layers(kv_dtype, scales),
@@ -222,7 +223,8 @@ def load_model(
 
 def _check_memory(folder: Path, nbytes: int, dtype: str, device: torch.device, is_quantised: bool) -> None:
     available = available_nbytes() if device.type == "cpu" else torch.cuda.mem_get_info(device)[0]
-    sizes = f"{nbytes / GIB:.2f} GiB of weights as {dtype}, {available / GIB:.2f} GiB of memory available on {device}"
+    free = f"{format_nbytes(available)} of memory available on {device}"
+    sizes = f"{format_nbytes(nbytes)} of weights as {dtype}, {free}"
     if nbytes + OVERHEAD_NBYTES > available:
         raise ModelRefused(
             f"model `{folder}` does not fit: {sizes}; use a smaller model, dtype bfloat16 or more memory"
