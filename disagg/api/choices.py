@@ -14,9 +14,13 @@ from disagg.router.generation import Backend, GenerationEnd, GenerationError, Ge
 
 @dataclass(slots=True)
 class Choice:
-    """One answer in the making. `echo` is the prompt's text where the request wants it back."""
+    """One answer in the making. `echo` is the prompt's text where the request wants it back.
+
+    `prompt_index`: which of the request's prompts it answers.
+    """
 
     index: int
+    prompt_index: int
     request: GenerationRequest
     answer: Answer
     echo: str = ""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import hmac
 import logging
 import uuid
 from collections.abc import MutableMapping
@@ -15,6 +14,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from disagg.api.authorization import BearerKey
 from disagg.api.errors import ApiError, shutting_down
 from disagg.api.wire import error_response
 
@@ -34,7 +34,7 @@ class Edge:
 
     def __init__(self, app: ASGIApp, api_key: str | None = None) -> None:
         self._app = app
-        self._key = None if api_key is None else f"Bearer {api_key}".encode()
+        self._key = None if api_key is None else BearerKey(api_key)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -60,9 +60,7 @@ class Edge:
             response.request_id = scope["state"]["request_id"] = check_request_id(given)
         if self._key is None or scope["path"] in OPEN_PATHS:
             return
-        # Headers are Latin-1 by rule and UTF-8 in practice; the key is compared as the bytes that clients send.
-        given_key = headers.get("authorization", "").encode("latin-1")
-        if not hmac.compare_digest(given_key, self._key):
+        if not self._key.opens(headers.get("authorization", "")):
             raise ApiError(401, "the API key is missing or wrong: send the header `Authorization: Bearer KEY`")
 
     async def _apologise(self, scope: Scope, receive: Receive, response: _Response) -> None:

@@ -96,7 +96,7 @@ class GenerateEndpoint:
         detokenizer = self._tokenizer.detokenizer(skip_special_tokens=params.skip_special_tokens)
         stops = StopMatcher(params.stop, include=params.include_stop_str_in_output)
         answer = Answer(detokenizer, stops, sampling, include_stop=params.include_stop_str_in_output)
-        return Choice(index, GenerationRequest(name, prompt, sampling), answer, echo)
+        return Choice(index, index // params.n, GenerationRequest(name, prompt, sampling), answer, echo)
 
     def _sink(self, params: RequestParams, request_id: str, send: Send) -> Sink:
         shape = shape_for(params, self._tokenizer)

@@ -151,6 +151,8 @@ def _text_part(value: Any) -> dict[str, str]:
 
 
 MESSAGE_KEYS: Final[dict[str, Check]] = {"role": Role(), "content": _content, "name": Text(max_length=64)}
+# What answers carry and clients send back with the history. They say nothing, so there is nothing to pass on.
+REPLAYED_KEYS: Final[dict[str, Check]] = {"tool_calls": Exactly([]), "annotations": Exactly([])}
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,7 +169,10 @@ class Messages:
 def _message(value: Any) -> Message:
     if not isinstance(value, dict):
         raise UnexpectedValueError("a message with `role` and `content`", value)
-    message = _checked_keys(value, MESSAGE_KEYS)
+    message = _checked_keys(value, MESSAGE_KEYS | REPLAYED_KEYS)
+    message = {key: item for key, item in message.items() if key not in REPLAYED_KEYS}
+    if message.get("role") == "assistant":
+        message.setdefault("content", "")  # null where an answer was all tool calls, or nothing
     for key in ("role", "content"):
         if key not in message:
             raise UnexpectedValueError("a string", None, f".{key}")

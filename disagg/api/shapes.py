@@ -104,13 +104,19 @@ def finish_fields(finish: Finish | None) -> dict[str, Any]:
 
 
 def usage(choices: Sequence[Choice]) -> dict[str, Any]:
-    """Tokens of the request. A prompt counts once, however many choices were drawn from it."""
-    firsts = {choice.request.prompt: choice for choice in choices}.values()
-    num_prompt = sum(len(choice.request.prompt) for choice in firsts)
+    """Tokens of the request. A prompt counts once, however many choices were drawn from it.
+
+    The choices of one prompt find each other's work in the cache: what was there before is what each of them found.
+    """
+    by_prompt: dict[int, list[Choice]] = {}
+    for choice in choices:
+        by_prompt.setdefault(choice.prompt_index, []).append(choice)
+    num_prompt = sum(len(group[0].request.prompt) for group in by_prompt.values())
+    num_cached = sum(min(choice.answer.num_cached_tokens for choice in group) for group in by_prompt.values())
     num_completion = sum(choice.answer.num_tokens for choice in choices)
     return {
         "prompt_tokens": num_prompt,
         "completion_tokens": num_completion,
         "total_tokens": num_prompt + num_completion,
-        "prompt_tokens_details": {"cached_tokens": sum(choice.answer.num_cached_tokens for choice in firsts)},
+        "prompt_tokens_details": {"cached_tokens": num_cached},
     }

@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 from disagg.cache.errors import CacheError
+from disagg.config.descriptors import raise_descriptor_limit
 from disagg.config.errors import ConfigError
 from disagg.config.settings import Role, WorkerSettings
 from disagg.engine.model.checkpoint import ModelRefused
@@ -38,6 +39,7 @@ def run(settings: WorkerSettings, role: Role, secret: bytes, announce: Announce)
 
     Raises ConfigError when this worker can never serve as it was told to: a model, budget or identity that is refused.
     """
+    raise_descriptor_limit()
     keys = ClusterKeys.from_secret(secret, insecure=settings.insecure)
     try:
         made = make_engine(settings, role, keys, lambda stage: announce({"event": "progress", "stage": stage}))
@@ -88,12 +90,14 @@ async def _running(
 ) -> AsyncIterator[WorkerParts]:
     """Threads and sockets of this process, joined and closed in the end."""
     parts = WorkerParts(made, keys, announce)
+    watching = asyncio.create_task(parts.metrics.loop_lag.run())
     loop = asyncio.get_running_loop()
     parts.model = ModelThread(made.engine, loop, parts.take_events, lambda death: _stop(stopped, EXIT_BROKEN))
     parts.model.start()
     try:
         yield parts
     finally:
+        watching.cancel()
         await parts.close()
 
 
