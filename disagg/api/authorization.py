@@ -18,5 +18,5 @@ class BearerKey:
         """Whether this value of `Authorization` carries the key. Takes as long for a wrong one."""
         scheme, _, given = header.encode("latin-1").strip(SPACE).partition(b" ")
         given = given.strip(SPACE)
-        is_known = any([hmac.compare_digest(given, form) for form in self._forms])  # a list: each is compared
+        is_known = any(hmac.compare_digest(given, form) for form in self._forms)
         return is_known and scheme.lower() == b"bearer"

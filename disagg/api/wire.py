@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import uuid
+from http import HTTPStatus
 from typing import Any, Final
 
 from starlette.requests import ClientDisconnect, Request
@@ -27,6 +29,15 @@ def json_response(value: Any, status: int = 200, headers: dict[str, str] | None 
 
 def error_response(error: ApiError) -> Response:
     return json_response(error.body, error.status, error.headers)
+
+
+def raw_response(error: ApiError) -> bytes:
+    """The error as bytes of HTTP/1.1, for where no application answers. The connection ends with it."""
+    body = encode_json(error.body)
+    headers = {"Content-Type": "application/json", "Content-Length": str(len(body)), "Connection": "close"}
+    headers |= error.headers | {"X-Request-Id": uuid.uuid4().hex}
+    lines = [f"HTTP/1.1 {error.status} {HTTPStatus(error.status).phrase}", *(f"{k}: {v}" for k, v in headers.items())]
+    return "\r\n".join([*lines, "", ""]).encode() + body
 
 
 async def read_json(request: Request, max_nbytes: int) -> Any:
