@@ -15,10 +15,11 @@ from uvicorn import Config
 from uvicorn.protocols.http.h11_impl import H11Protocol
 from uvicorn.server import ServerState
 
+from disagg.api.bodies import BODY_TIMEOUT_S
 from disagg.api.connections import Connections, Stage
 from disagg.api.errors import ApiError
 from disagg.api.h11_connection import MAX_HEAD_LINES, MAX_HEAD_NBYTES, BoundedH11
-from disagg.api.wire import BODY_TIMEOUT_S, raw_response
+from disagg.api.wire import raw_response
 
 KEEP_ALIVE_S: Final = 75  # over the 60 s of common load balancers, so that it is they who close idle connections
 HEAD_TIMEOUT_S: Final = 20.0  # a head is one packet; 20 s forgive some lost ones

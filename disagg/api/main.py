@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from disagg.api.app import create_admin_app, create_app
+from disagg.api.app import create_admin_app, open_app
 from disagg.api.connections import Connections, connections_within
 from disagg.api.server import serve
 from disagg.api.settings import ApiSettings
@@ -46,7 +46,8 @@ async def _serve(settings: RouterSettings, folder: Path, keys: ClusterKeys, anno
     control = f"tcp://{settings.control_host}:{settings.control_port}"
     async with contextlib.AsyncExitStack() as stack:
         router = await stack.enter_async_context(Router.open(control, keys, _router_options(settings, folder)))
-        app, admin_app = create_app(router, _api_settings(settings, folder)), create_admin_app(router)
+        app = await stack.enter_async_context(open_app(router, _api_settings(settings, folder), is_warm=True))
+        admin_app = create_admin_app(router)
         try:
             operators, clients = Connections(ADMIN_CONNECTIONS), Connections(connections_within(descriptors))
             admin = await stack.enter_async_context(

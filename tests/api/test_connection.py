@@ -1,4 +1,4 @@
-"""One connection and the bounds on it, over real sockets: refusals arrive, silent and slow clients end, others go on."""
+"""Connections and the bounds on them, over real sockets: refusals arrive, silent clients end, others go on."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from support.fake_backend import FakeBackend
 from support.tokenizers import DEMO_FOLDER
 
 from disagg.api import connection
-from disagg.api.app import create_app
+from disagg.api.app import open_app
 from disagg.api.connections import Connections
 from disagg.api.h11_connection import MAX_EVENTS, MAX_HEAD_LINES
 from disagg.api.server import Listener, serve
@@ -86,8 +86,11 @@ class Client:
 @contextlib.asynccontextmanager
 async def running(bound: int = 100, **settings: Any) -> AsyncIterator[Server]:
     backend, book = FakeBackend(), Connections(bound)
-    app = create_app(backend, ApiSettings(model_folder=DEMO_FOLDER, served_model_name="demo", **settings))
-    async with serve(app, "127.0.0.1", 0, shutdown_timeout_s=1, connections=book) as listener:
+    told = ApiSettings(model_folder=DEMO_FOLDER, served_model_name="demo", **settings)
+    async with (
+        open_app(backend, told) as app,
+        serve(app, "127.0.0.1", 0, shutdown_timeout_s=1, connections=book) as listener,
+    ):
         server = Server(listener, backend, book)
         try:
             yield server
@@ -164,14 +167,18 @@ async def test_a_client_that_is_let_send_is_told_so() -> None:
         assert await client.ask(body) == 200
 
 
+async def send_chunks(client: Client, count: int) -> None:
+    for _ in range(count):
+        client.writer.write(b"10000\r\n" + bytes(0x10000) + b"\r\n")
+        await client.writer.drain()
+
+
 async def test_a_client_that_never_stops_sending_is_cut(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(connection, "LINGER_NBYTES", 1_000_000)
     client = await server.connect()
     client.writer.write(b"POST /v1/nothing HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: Chunked\r\n\r\n")
     with pytest.raises(ConnectionError):
-        for _ in range(2000):  # 128 MiB, of which nothing is wanted
-            client.writer.write(b"10000\r\n" + bytes(0x10000) + b"\r\n")
-            await client.writer.drain()
+        await send_chunks(client, 2000)  # 128 MiB, of which nothing is wanted
     await server.until(0)
 
 
