@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import AsyncIterator
+
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.routing import BaseRoute, Route
 
+from disagg.api.bodies import Bodies
 from disagg.api.edge import Edge, http_exception
 from disagg.api.fields import CHAT, COMPLETIONS, DETOKENIZE, TOKENIZE
 from disagg.api.generate import GenerateEndpoint
+from disagg.api.helpers import Helpers
 from disagg.api.sampling import check_defaults
 from disagg.api.settings import ApiSettings
 from disagg.api.status import AdminRoutes, StatusRoutes
@@ -18,14 +23,29 @@ from disagg.api.tokenizer import ModelTokenizer
 from disagg.router.generation import Backend
 
 
-def create_app(backend: Backend, settings: ApiSettings) -> Starlette:
-    """The public API over `backend`. Reads the tokenizer. Raises ModelRefused for an unusable tokenizer or defaults."""
+@contextlib.asynccontextmanager
+async def open_app(backend: Backend, settings: ApiSettings, *, is_warm: bool = False) -> AsyncIterator[Starlette]:
+    """The public API over `backend`, with its helper processes: one from the start if `is_warm`.
+
+    Reads the tokenizer. Raises ModelRefused for an unusable tokenizer or defaults.
+    """
     check_defaults(settings.defaults)
     tokenizer = ModelTokenizer.load(settings.model_folder)
-    text = TokenizeRoutes(backend, settings, tokenizer)
+    helpers = Helpers(settings, tokenizer)
+    try:
+        if is_warm:
+            await helpers.warm()
+        yield _create_app(backend, settings, tokenizer, helpers)
+    finally:
+        await helpers.close()
+
+
+def _create_app(backend: Backend, settings: ApiSettings, tokenizer: ModelTokenizer, helpers: Helpers) -> Starlette:
+    bodies = Bodies(settings.max_body_nbytes)
+    text = TokenizeRoutes(backend, bodies, helpers)
     status = StatusRoutes(backend, settings)
     routes: list[BaseRoute] = [
-        Route(path, GenerateEndpoint(path, backend, settings, tokenizer), methods=["POST"])
+        Route(path, GenerateEndpoint(path, backend, settings, tokenizer, bodies, helpers), methods=["POST"])
         for path in (COMPLETIONS, CHAT)
     ]
     routes += [

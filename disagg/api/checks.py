@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from array import array
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -30,7 +31,7 @@ def shown(value: Any) -> str:
         return f"a list of {len(value)}"
     if isinstance(value, dict):
         return "an object"
-    text = repr(value)
+    text = repr(value[: MAX_SHOWN + 1] if isinstance(value, str) else value)
     return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}..."
 
 
@@ -40,7 +41,13 @@ def is_integer(value: Any) -> bool:
 
 def is_text(value: Any) -> bool:
     """Whether it is a string that UTF-8 can hold: JSON can spell half a surrogate pair, no tokenizer can read it."""
-    return isinstance(value, str) and not any("\ud800" <= char <= "\udfff" for char in value)
+    if not isinstance(value, str):
+        return False
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,6 +152,28 @@ class ListOf:
     def __str__(self) -> str:
         bound = f" ({self.min_length} to {self.max_length})" if self.max_length < 2**31 - 1 else ""
         return f"a list{bound}, each {self.item}"
+
+
+@dataclass(frozen=True, slots=True)
+class Integers:
+    """A list of 32-bit integers, as an array: its length is looked at first, and its items together."""
+
+    item: Integer
+    max_length: int
+
+    def __call__(self, value: Any) -> array[int]:
+        if not isinstance(value, list) or len(value) > self.max_length:
+            raise UnexpectedValueError(str(self), value)
+        try:
+            numbers = array("i", value) if set(map(type, value)) <= {int} else None
+        except OverflowError:
+            numbers = None
+        if numbers is None or (numbers and not self.item.low <= min(numbers) <= max(numbers) <= self.item.high):
+            numbers = array("i", [within(f"[{i}]", self.item, item) for i, item in enumerate(value)])
+        return numbers
+
+    def __str__(self) -> str:
+        return f"a list of at most {self.max_length}, each {self.item}"
 
 
 @dataclass(frozen=True, slots=True)

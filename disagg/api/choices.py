@@ -3,32 +3,42 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from array import array
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
-from typing import cast
+from typing import Any, cast
 
-from disagg.api.answer import Answer, AnswerToken, Delta, Finish
+from disagg.api.answer import Answer, Delta, Finish
+from disagg.api.json_pieces import Encoded, encode_json
 from disagg.router.generation import Backend, GenerationEnd, GenerationError, GenerationRequest, TokenChunk
 
 
 @dataclass(slots=True)
 class Choice:
-    """One answer in the making. `echo` is the prompt's text where the request wants it back."""
+    """One answer in the making. `echo` is the prompt's text where the request wants it back.
+
+    `prompt_index`: which of the request's prompts it answers.
+    """
 
     index: int
+    prompt_index: int
     request: GenerationRequest
     answer: Answer
     echo: str = ""
-    texts: list[str] = field(default_factory=list)
-    tokens: list[AnswerToken] = field(default_factory=list)
     finish: Finish | None = None
     has_begun: bool = False
+    texts: list[str] = field(default_factory=list)
+    token_ids: array[int] = field(default_factory=lambda: array("i"))
+    logprobs: dict[str, Encoded] = field(default_factory=dict)
 
-    def add(self, delta: Delta) -> None:
+    def add(self, delta: Delta, logprobs: Mapping[str, Sequence[Any]] | None) -> None:
+        """Keep a step for the whole answer. Its log-probabilities are encoded now, as there may be very many."""
         self.texts.append(delta.text)
-        self.tokens += delta.tokens
+        self.token_ids.extend(token.token_id for token in delta.tokens)
         self.finish = delta.finish
+        for name, items in (logprobs or {}).items():
+            self.logprobs.setdefault(name, Encoded()).extend(map(encode_json, items))
 
 
 Emit = Callable[[Choice, Delta], Awaitable[None]]

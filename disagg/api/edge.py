@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import hmac
 import logging
 import uuid
 from collections.abc import MutableMapping
@@ -15,11 +14,13 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from disagg.api.authorization import BearerKey
 from disagg.api.errors import ApiError, shutting_down
 from disagg.api.wire import error_response
 
 HEADER: Final = "x-request-id"
 MAX_ID_LENGTH: Final = 128  # it is logged on every line and crosses the wire with each attempt
+MAX_DRAINED_NBYTES: Final = 256 * 1024  # of a refused body: read faster than a new connection is made
 OPEN_PATHS: Final = frozenset({"/health", "/ready", "/version", "/metrics"})  # what probes and scrapers read
 
 log: Final = logging.getLogger(__name__)
@@ -34,12 +35,14 @@ class Edge:
 
     def __init__(self, app: ASGIApp, api_key: str | None = None) -> None:
         self._app = app
-        self._keys = () if api_key is None else _bearers(api_key)
+        self._key = None if api_key is None else BearerKey(api_key)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return
-        response = _Response(send, uuid.uuid4().hex)
+        body = _Body(scope, receive)
+        receive = body.receive
+        response = _Response(send, uuid.uuid4().hex, body)
         scope.setdefault("state", {})["request_id"] = response.request_id
         try:
             self._admit(scope, response)
@@ -58,10 +61,9 @@ class Edge:
         headers = Headers(scope=scope)
         if (given := headers.get(HEADER)) is not None:
             response.request_id = scope["state"]["request_id"] = check_request_id(given)
-        if not self._keys or scope["path"] in OPEN_PATHS:
+        if self._key is None or scope["path"] in OPEN_PATHS:
             return
-        given_key = headers.get("authorization", "").encode("latin-1")
-        if not any(hmac.compare_digest(given_key, key) for key in self._keys):
+        if not self._key.opens(headers.get("authorization", "")):
             raise ApiError(401, "the API key is missing or wrong: send the header `Authorization: Bearer KEY`")
 
     async def _apologise(self, scope: Scope, receive: Receive, response: _Response) -> None:
@@ -71,29 +73,47 @@ class Edge:
         await error_response(ApiError(500, message))(scope, receive, response.send)
 
 
-def _bearers(api_key: str) -> tuple[bytes, ...]:
-    """The header's bytes as clients send them: headers are Latin-1 by rule and UTF-8 in practice."""
-    text = f"Bearer {api_key}"
-    return (text.encode(), text.encode("latin-1")) if max(text) <= "\xff" else (text.encode(),)
+class _Body:
+    """Watches a request's body arrive."""
+
+    def __init__(self, scope: Scope, receive: Receive) -> None:
+        headers = Headers(scope=scope)
+        length = headers.get("content-length", "")
+        self._receive = receive
+        self._num_left = int(length) if length.isdecimal() else float("inf" if "transfer-encoding" in headers else 0)
+
+    async def receive(self) -> Message:
+        message = await self._receive()
+        if message["type"] == "http.request":
+            self._num_left = self._num_left - len(message.get("body", b"")) if message.get("more_body") else 0
+        return message
+
+    @property
+    def is_worth_reading(self) -> bool:
+        """Whether the connection is better kept, at the price of reading the rest of this body for nothing."""
+        return self._num_left <= MAX_DRAINED_NBYTES
 
 
 class _Response:
     """Watches a response start, and puts the request's id on it."""
 
-    def __init__(self, send: Send, request_id: str) -> None:
+    def __init__(self, send: Send, request_id: str, body: _Body) -> None:
         self._send = send
+        self._body = body
         self.request_id = request_id
         self.has_started = False
 
     async def send(self, message: Message) -> None:
         if message["type"] == "http.response.start":
             self.has_started = True
-            _add_header(message, self.request_id)
+            _add_header(message, HEADER, self.request_id)
+            if not self._body.is_worth_reading:
+                _add_header(message, "connection", "close")
         await self._send(message)
 
 
-def _add_header(message: MutableMapping[str, Any], request_id: str) -> None:
-    message["headers"] = [*message.get("headers", ()), (HEADER.encode(), request_id.encode())]
+def _add_header(message: MutableMapping[str, Any], name: str, value: str) -> None:
+    message["headers"] = [*message.get("headers", ()), (name.encode(), value.encode())]
 
 
 def check_request_id(given: str) -> str:

@@ -14,6 +14,7 @@ from disagg.api.errors import bad_request
 from disagg.api.params import RequestParams
 from disagg.api.request_checks import (
     TOKEN_ID,
+    TOKEN_IDS,
     LogitBias,
     Messages,
     Prompts,
@@ -78,7 +79,7 @@ FIELDS: Final[tuple[Field, ...]] = (
     Field("model", ALL, Text(max_length=1024), "the served model; another name is 404", "the served model"),
     Field("prompt", (COMPLETIONS, TOKENIZE), Prompts(), "what to continue; several prompts give several choices"),
     Field("messages", (CHAT, TOKENIZE), Messages(), "the conversation, put into text by the model's chat template"),
-    Field("tokens", (DETOKENIZE,), ListOf(TOKEN_ID), "the token ids to put into text"),
+    Field("tokens", (DETOKENIZE,), TOKEN_IDS, "the token ids to put into text"),
     Field("max_tokens", (COMPLETIONS,), COUNT, "most tokens to generate", "16, or what the model's length leaves"),
     Field("max_tokens", (CHAT,), COUNT, "most tokens to generate", "what the model's length leaves"),
     Field("max_completion_tokens", (CHAT,), COUNT, "newer name of `max_tokens`"),

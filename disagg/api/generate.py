@@ -5,25 +5,27 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Coroutine, Sequence
+from contextlib import AsyncExitStack
 from typing import Any, Final
 
 from starlette.requests import Request
 from starlette.types import Receive, Scope, Send
 
 from disagg.api.answer import Answer
+from disagg.api.bodies import Bodies
 from disagg.api.choices import Choice, generate_all
 from disagg.api.edge import request_id_of
-from disagg.api.errors import ApiError, bad_request, from_generation, no_workers
-from disagg.api.fields import CHAT, parse_params
+from disagg.api.errors import ApiError, from_generation, no_workers
+from disagg.api.helpers import Helpers
 from disagg.api.params import RequestParams
-from disagg.api.prompts import PromptEncoder
-from disagg.api.sampling import answer_tokens, base_seed, build_sampling, check_together, check_vocabulary
+from disagg.api.preparation import Prepared
+from disagg.api.sampling import answer_tokens, base_seed, build_sampling
 from disagg.api.settings import ApiSettings
 from disagg.api.shapes import shape_for
 from disagg.api.sinks import ClientStalledError, EventSink, Head, Sink, WholeSink
 from disagg.api.stops import StopMatcher
 from disagg.api.tokenizer import ModelTokenizer
-from disagg.api.wire import error_response, read_json
+from disagg.api.wire import error_response
 from disagg.router.generation import Backend, GenerationError, GenerationRequest
 from disagg.transceiver.wire.messages.values import Sampling
 
@@ -33,34 +35,44 @@ log: Final = logging.getLogger(__name__)
 class GenerateEndpoint:
     """One of the two endpoints, as an ASGI application."""
 
-    def __init__(self, endpoint: str, backend: Backend, settings: ApiSettings, tokenizer: ModelTokenizer) -> None:
+    def __init__(
+        self,
+        endpoint: str,
+        backend: Backend,
+        settings: ApiSettings,
+        tokenizer: ModelTokenizer,
+        bodies: Bodies,
+        helpers: Helpers,
+    ) -> None:
         self._endpoint = endpoint
         self._backend = backend
         self._settings = settings
         self._tokenizer = tokenizer
-        self._encoder = PromptEncoder(tokenizer)
+        self._bodies = bodies
+        self._helpers = helpers
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         request = Request(scope, receive)
-        params = parse_params(self._endpoint, await read_json(request, self._settings.max_body_nbytes))
-        self._check(params)
-        await while_connected(receive, self._respond(params, scope, receive, send))
+        async with AsyncExitStack() as held:
+            body = await held.enter_async_context(self._bodies.read(request))
+            await while_connected(receive, self._prepare(body, held, scope, receive, send))
 
-    def _check(self, params: RequestParams) -> None:
-        require_model(params, self._settings)
-        check_together(params)
-        check_vocabulary(params, self._tokenizer.vocab_size)
-        num_choices = len(params.prompt or "1") * params.n
-        if num_choices > self._settings.max_choices:
-            limit = f"{num_choices} choices were asked for, at most {self._settings.max_choices} are given per request"
-            raise bad_request(limit, "n" if params.n > 1 else "prompt")
+    async def _prepare(self, body: bytes, held: AsyncExitStack, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            prepared = await self._helpers.generation(self._endpoint, body, self._backend.max_model_len())
+        except ApiError as exc:
+            await error_response(exc)(scope, receive, send)
+            return
+        await held.aclose()  # only the prompt is needed from here on
+        await self._respond(prepared, scope, receive, send)
 
-    async def _respond(self, params: RequestParams, scope: Scope, receive: Receive, send: Send) -> None:
-        """Everything from the parsed request to the last byte, errors included."""
+    async def _respond(self, prepared: Prepared, scope: Scope, receive: Receive, send: Send) -> None:
+        """Everything from the prepared request to the last byte, errors included."""
+        params = prepared.params
         request_id = request_id_of(scope)
         status, choices = 200, list[Choice]()
         try:
-            choices = await self._choices(params, request_id)
+            choices = await self._choices(prepared, request_id)
             await self._answer(choices, self._sink(params, request_id, send))
         except ApiError as exc:
             status = exc.status
@@ -70,25 +82,23 @@ class GenerateEndpoint:
         finally:
             log_request(request_id, self._endpoint, params, choices, status)
 
-    async def _choices(self, params: RequestParams, request_id: str) -> list[Choice]:
+    async def _choices(self, prepared: Prepared, request_id: str) -> list[Choice]:
         """Choices in order: all of the first prompt, then all of the second."""
-        max_model_len = self._backend.max_model_len()
-        if max_model_len is None:
+        params, max_model_len, choices = prepared.params, self._backend.max_model_len(), list[Choice]()
+        if max_model_len is None or not prepared.prompts:
             raise no_workers()
-        if params.endpoint == CHAT:
-            prompts = [await self._encoder.chat(params)]
-        else:
-            prompts = await self._encoder.completions(params)
-        seed, drafts = base_seed(params), list[tuple[tuple[int, ...], Sampling, str]]()
-        for ids, echo in prompts:
+        seed, is_only = base_seed(params), len(prepared.prompts) * params.n == 1
+        for ids, echo in prepared.prompts:
             max_tokens = answer_tokens(params, self._settings.defaults, len(ids), max_model_len)
+            prompt = tuple(ids)
             for i in range(params.n):
+                await asyncio.sleep(0)  # a choice takes up to a millisecond to make: a turn for others between them
                 sampling = build_sampling(
                     params, self._settings.defaults, max_tokens=max_tokens, seed=seed + i, tenant=self._settings.api_key
                 )
-                drafts.append((ids, sampling, echo))
-        names = [request_id] if len(drafts) == 1 else [f"{request_id}-{i}" for i in range(len(drafts))]
-        return [self._choice(params, i, names[i], *draft) for i, draft in enumerate(drafts)]
+                name = request_id if is_only else f"{request_id}-{len(choices)}"
+                choices.append(self._choice(params, len(choices), name, prompt, sampling, echo))
+        return choices
 
     def _choice(
         self, params: RequestParams, index: int, name: str, prompt: tuple[int, ...], sampling: Sampling, echo: str
@@ -96,7 +106,7 @@ class GenerateEndpoint:
         detokenizer = self._tokenizer.detokenizer(skip_special_tokens=params.skip_special_tokens)
         stops = StopMatcher(params.stop, include=params.include_stop_str_in_output)
         answer = Answer(detokenizer, stops, sampling, include_stop=params.include_stop_str_in_output)
-        return Choice(index, GenerationRequest(name, prompt, sampling), answer, echo)
+        return Choice(index, index // params.n, GenerationRequest(name, prompt, sampling), answer, echo)
 
     def _sink(self, params: RequestParams, request_id: str, send: Send) -> Sink:
         shape = shape_for(params, self._tokenizer)
@@ -116,13 +126,6 @@ class GenerateEndpoint:
             await sink.fail(from_generation(exc))
         else:
             await sink.close(choices)
-
-
-def require_model(params: RequestParams, settings: ApiSettings) -> None:
-    """Raise ApiError 404 unless the request names the served model, or none."""
-    if params.model not in (None, settings.served_model_name):
-        message = f"the model `{params.model}` does not exist; this server serves `{settings.served_model_name}`"
-        raise ApiError(404, message, param="model", code="model_not_found")
 
 
 async def while_connected(receive: Receive, work: Coroutine[Any, Any, None]) -> None:

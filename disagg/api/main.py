@@ -9,9 +9,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from disagg.api.app import create_admin_app, create_app
+from disagg.api.app import create_admin_app, open_app
+from disagg.api.connections import Connections, connections_within
 from disagg.api.server import serve
 from disagg.api.settings import ApiSettings
+from disagg.config.descriptors import raise_descriptor_limit
 from disagg.config.errors import ConfigError, found_in
 from disagg.config.settings import RouterSettings
 from disagg.config.signals import heeded_signals
@@ -24,6 +26,7 @@ from disagg.transceiver.wire.sockets import bracketed
 Announce = Callable[[dict[str, Any]], None]
 
 ADMIN_HOST = "127.0.0.1"  # administration has no key of its own
+ADMIN_CONNECTIONS = 16  # operators and their tools, beside a public port that is full
 
 
 def run(settings: RouterSettings, secret: bytes, announce: Announce) -> int:
@@ -39,6 +42,7 @@ def run(settings: RouterSettings, secret: bytes, announce: Announce) -> int:
 
 
 async def _serve(settings: RouterSettings, folder: Path, keys: ClusterKeys, announce: Announce) -> int:
+    descriptors = raise_descriptor_limit()
     stopped = asyncio.Event()
     for number in heeded_signals():
         asyncio.get_running_loop().add_signal_handler(number, stopped.set)
@@ -48,10 +52,14 @@ async def _serve(settings: RouterSettings, folder: Path, keys: ClusterKeys, anno
             options = _router_options(settings, folder)
         router = await stack.enter_async_context(Router.open(control, keys, options))
         with _reading(folder):
-            app, admin_app = create_app(router, _api_settings(settings, folder)), create_admin_app(router)
+            app = await stack.enter_async_context(open_app(router, _api_settings(settings, folder), is_warm=True))
+            admin_app = create_admin_app(router)
         try:
-            admin = await stack.enter_async_context(serve(admin_app, ADMIN_HOST, settings.admin_port))
-            public = await stack.enter_async_context(serve(app, settings.host, settings.port))
+            operators, clients = Connections(ADMIN_CONNECTIONS), Connections(connections_within(descriptors))
+            admin = await stack.enter_async_context(
+                serve(admin_app, ADMIN_HOST, settings.admin_port, connections=operators)
+            )
+            public = await stack.enter_async_context(serve(app, settings.host, settings.port, connections=clients))
         except OSError as exc:
             raise ConfigError(str(exc.strerror or exc)) from exc
         stack.callback(router.shut_down)  # first on the way out: streams end before their listeners wait for them

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,7 +17,7 @@ class RequestParams:
     model: str | None = None
     prompt: tuple[Prompt, ...] | None = None
     messages: tuple[Message, ...] | None = None
-    tokens: tuple[int, ...] | None = None
+    tokens: Sequence[int] | None = None
     max_tokens: int | None = None
     max_completion_tokens: int | None = None
     min_tokens: int = 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -10,6 +11,7 @@ from disagg.api.checks import (
     Check,
     Exactly,
     Integer,
+    Integers,
     ListOf,
     Number,
     Text,
@@ -23,8 +25,13 @@ MAX_STOPS: Final = 4  # OpenAI's limit
 MAX_STOP_LENGTH: Final = 1024  # every token's text is compared with each: a bound on that work
 TOKEN_ID: Final = Integer(0, 2**31 - 1)  # the vocabulary is checked when the model is known
 
-Prompt = str | tuple[int, ...]
+MAX_PROMPT_IDS: Final = 2**20  # in all prompts of a request: no model is longer; checking them takes 50 ms
+MAX_PROMPTS: Final = 2048  # OpenAI's limit; fewer choices are given, which is said with their number
+MAX_MESSAGES: Final = 2**14  # turns of a conversation, parts of a turn: each takes a few microseconds
+
+Prompt = Sequence[int] | str
 Message = dict[str, Any]
+TOKEN_IDS: Final = Integers(TOKEN_ID, MAX_PROMPT_IDS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,10 +45,14 @@ class Prompts:
             raise UnexpectedValueError(str(self), value)
         if not value:
             raise UnexpectedValueError("at least one token or text", value)
+        if len(value) > (MAX_PROMPT_IDS if is_integer(value[0]) else MAX_PROMPTS):
+            raise UnexpectedValueError(f"at most {MAX_PROMPTS} prompts or {MAX_PROMPT_IDS} token ids", value)
         if is_integer(value[0]):
             return (_one_prompt(value),)
         if len({type(item) for item in value}) > 1:
             raise UnexpectedValueError(str(self), value)
+        if isinstance(value[0], list) and sum(map(len, value)) > MAX_PROMPT_IDS:
+            raise UnexpectedValueError(f"at most {MAX_PROMPT_IDS} token ids in all", value)
         return tuple(within(f"[{i}]", _one_prompt, item) for i, item in enumerate(value))
 
     def __str__(self) -> str:
@@ -55,7 +66,7 @@ def _one_prompt(value: Any) -> Prompt:
         raise UnexpectedValueError("a string or a list of token ids", value)
     if not value:
         raise UnexpectedValueError("at least one token id", value)
-    return ListOf(TOKEN_ID)(value)
+    return TOKEN_IDS(value)
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,7 +144,7 @@ def _content(value: Any) -> str | list[dict[str, str]]:
     """Text, or its parts with null fields dropped."""
     if isinstance(value, str):
         return Text()(value)
-    if not isinstance(value, list) or not value:
+    if not isinstance(value, list) or not 0 < len(value) <= MAX_MESSAGES:
         raise UnexpectedValueError("a string or a list of text parts", value)
     return [within(f"[{i}]", _text_part, part) for i, part in enumerate(value)]
 
@@ -150,12 +161,14 @@ def _text_part(value: Any) -> dict[str, str]:
 
 
 MESSAGE_KEYS: Final[dict[str, Check]] = {"role": Role(), "content": _content, "name": Text(max_length=64)}
+# What answers carry and clients send back with the history. They say nothing, so there is nothing to pass on.
+REPLAYED_KEYS: Final[dict[str, Check]] = {"tool_calls": Exactly([]), "annotations": Exactly([])}
 
 
 @dataclass(frozen=True, slots=True)
 class Messages:
     def __call__(self, value: Any) -> tuple[Message, ...]:
-        if not isinstance(value, list) or not value:
+        if not isinstance(value, list) or not 0 < len(value) <= MAX_MESSAGES:
             raise UnexpectedValueError(str(self), value)
         return tuple(within(f"[{i}]", _message, item) for i, item in enumerate(value))
 
@@ -166,7 +179,10 @@ class Messages:
 def _message(value: Any) -> Message:
     if not isinstance(value, dict):
         raise UnexpectedValueError("a message with `role` and `content`", value)
-    message = _checked_keys(value, MESSAGE_KEYS)
+    message = _checked_keys(value, MESSAGE_KEYS | REPLAYED_KEYS)
+    message = {key: item for key, item in message.items() if key not in REPLAYED_KEYS}
+    if message.get("role") == "assistant":
+        message.setdefault("content", "")  # null where an answer was all tool calls, or nothing
     for key in ("role", "content"):
         if key not in message:
             raise UnexpectedValueError("a string", None, f".{key}")

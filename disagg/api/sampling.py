@@ -52,19 +52,25 @@ def check_token_ids(ids: Iterable[int], vocab_size: int, param: str) -> None:
 
 def answer_tokens(params: RequestParams, defaults: GenerationDefaults, prompt_len: int, max_model_len: int) -> int:
     """How many tokens may be generated. Raises ApiError 400 when the model's length has no room for them."""
-    param = "messages" if params.endpoint == CHAT else "prompt"
+    check_room(params, prompt_len, max_model_len)
     remaining = max_model_len - prompt_len
-    if remaining < 1:
-        raise _too_long(f"the prompt has {prompt_len} tokens, which leaves no room for an answer", max_model_len, param)
     if params.answer_limit is None:
         wanted = COMPLETIONS_MAX_TOKENS if params.endpoint == COMPLETIONS else defaults.max_tokens or remaining
         return min(wanted, remaining)
-    if params.answer_limit > remaining:
-        asked = f"the prompt has {prompt_len} tokens and {params.answer_limit} more were asked for"
-        raise _too_long(
-            asked, max_model_len, "max_tokens" if params.max_completion_tokens is None else "max_completion_tokens"
-        )
     return params.answer_limit
+
+
+def check_room(params: RequestParams, prompt_len: int, max_model_len: int | None, *, is_least: bool = False) -> None:
+    """Raise ApiError 400 when prompt and answer do not fit. `is_least`: the prompt has so many tokens or more."""
+    if max_model_len is None:
+        return
+    has = f"the prompt has {f'more than {prompt_len}' if is_least else prompt_len} tokens"
+    if prompt_len >= max_model_len:
+        param = "messages" if params.endpoint == CHAT else "prompt"
+        raise _too_long(f"{has}, which leaves no room for an answer", max_model_len, param)
+    if params.answer_limit is not None and params.answer_limit > max_model_len - prompt_len:
+        param = "max_tokens" if params.max_completion_tokens is None else "max_completion_tokens"
+        raise _too_long(f"{has} and {params.answer_limit} more were asked for", max_model_len, param)
 
 
 def _too_long(why: str, max_model_len: int, param: str) -> Exception:

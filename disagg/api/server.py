@@ -12,7 +12,9 @@ from dataclasses import dataclass
 import uvicorn
 from starlette.types import ASGIApp
 
-KEEP_ALIVE_S = 75  # over the 60 s of common load balancers, so that it is they who close idle connections
+from disagg.api.acceptor import BACKLOG, accept
+from disagg.api.connection import KEEP_ALIVE_S, Connection
+from disagg.api.connections import Connections
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,24 +42,37 @@ class _Server(uvicorn.Server):
         yield
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        await super().startup(sockets)
+        """Clients are accepted by a task of our own (see `accept`)."""
+        self.servers = []
+        self.started = True
         self.accepts.set()
 
 
 @asynccontextmanager
-async def serve(app: ASGIApp, host: str, port: int, *, shutdown_timeout_s: int = 5) -> AsyncIterator[Listener]:
-    """Serve `app` for the life of the context. Port 0 takes a free one.
+async def serve(
+    app: ASGIApp, host: str, port: int, *, shutdown_timeout_s: int = 5, connections: Connections | None = None
+) -> AsyncIterator[Listener]:
+    """Serve `app` for the life of the context. Port 0 takes a free one. `connections` bounds the clients.
 
     On exit: no new connections, `shutdown_timeout_s` for running requests, then they are cancelled.
     Raises OSError, with a sentence, when the address cannot be bound.
     """
     bound = await bind(host, port)
-    server = _Server(_config(app, shutdown_timeout_s))
+    config = _config(app, shutdown_timeout_s)
+    server, book = _Server(config), Connections() if connections is None else connections
+
+    def make(is_refused: bool) -> Connection:
+        return Connection(config, server.server_state, book, is_refused=is_refused)
+
     task = asyncio.create_task(server.serve([bound]), name=f"http {host}:{port}")
+    await server.accepts.wait()
+    bound.listen(BACKLOG)
+    accepting = asyncio.create_task(accept(bound, make, book), name=f"accept {host}:{port}")
     try:
-        await server.accepts.wait()
         yield Listener(host, bound.getsockname()[1])
     finally:
+        accepting.cancel()
+        await asyncio.wait([accepting])
         server.should_exit = True
         await asyncio.wait([task])
         bound.close()
@@ -70,7 +85,7 @@ def _config(app: ASGIApp, shutdown_timeout_s: int) -> uvicorn.Config:
         lifespan="off",
         ws="none",
         log_config=None,  # the process set its logging up already
-        log_level="warning",  # its coming and going is ours to tell
+        log_level="error",  # its coming and going is ours to tell, and what clients send wrong is theirs to hear
         access_log=False,
         proxy_headers=False,  # nothing here depends on the client's address
         server_header=False,

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
-from disagg.api.answer import AnswerToken, Delta, Finish
+from disagg.api.answer import Delta, Finish
 from disagg.api.choices import Choice
 from disagg.api.fields import CHAT
 from disagg.api.logprobs import LogprobFormat
@@ -20,8 +20,11 @@ class Shape(Protocol):
     kind: str
     event_kind: str
 
+    def add(self, choice: Choice, delta: Delta) -> None:
+        """Keep one step of a choice for `whole`."""
+
     def whole(self, choice: Choice) -> dict[str, Any]:
-        """A finished choice."""
+        """A finished choice, all of whose steps were added."""
 
     def event(self, choice: Choice, delta: Delta) -> dict[str, Any]:
         """One step of a choice."""
@@ -44,24 +47,35 @@ class CompletionShape:
         self._logprobs = logprobs
         self._return_token_ids = return_token_ids
 
+    def add(self, choice: Choice, delta: Delta) -> None:
+        choice.add(delta, self._logprobs.completions(delta.tokens, len(choice.echo)))
+
     def whole(self, choice: Choice) -> dict[str, Any]:
         text = choice.echo + "".join(choice.texts)
-        return self._choice(choice, text, choice.tokens, choice.finish, with_prompt=True)
+        return self._choice(choice, text, choice.token_ids, choice.logprobs or None, choice.finish, with_prompt=True)
 
     def event(self, choice: Choice, delta: Delta) -> dict[str, Any]:
         text = delta.text if choice.has_begun else choice.echo + delta.text
-        return self._choice(choice, text, delta.tokens, delta.finish, with_prompt=not choice.has_begun)
+        ids = [token.token_id for token in delta.tokens]
+        logprobs = self._logprobs.completions(delta.tokens, len(choice.echo))
+        return self._choice(choice, text, ids, logprobs, delta.finish, with_prompt=not choice.has_begun)
 
     def extras(self, choice: Choice) -> dict[str, Any]:
         return {}
 
     def _choice(
-        self, choice: Choice, text: str, tokens: Sequence[AnswerToken], finish: Finish | None, *, with_prompt: bool
+        self,
+        choice: Choice,
+        text: str,
+        token_ids: Sequence[int],
+        logprobs: Mapping[str, Any] | None,
+        finish: Finish | None,
+        *,
+        with_prompt: bool,
     ) -> dict[str, Any]:
-        logprobs = self._logprobs.completions(tokens, len(choice.echo))
         result = {"index": choice.index, "text": text, "logprobs": logprobs, **finish_fields(finish)}
         if self._return_token_ids:
-            result["token_ids"] = [token.token_id for token in tokens]
+            result["token_ids"] = token_ids
             result |= {"prompt_token_ids": choice.request.prompt} if with_prompt else {}
         return result
 
@@ -75,25 +89,33 @@ class ChatShape:
         self._logprobs = logprobs
         self._return_token_ids = return_token_ids
 
+    def add(self, choice: Choice, delta: Delta) -> None:
+        choice.add(delta, self._logprobs.chat(delta.tokens))
+
     def whole(self, choice: Choice) -> dict[str, Any]:
         message = {"role": "assistant", "content": "".join(choice.texts), "refusal": None}
-        return self._choice(choice, {"message": message}, choice.tokens, choice.finish)
+        return self._choice(choice, {"message": message}, choice.token_ids, choice.logprobs or None, choice.finish)
 
     def event(self, choice: Choice, delta: Delta) -> dict[str, Any]:
         content = {"content": delta.text} if delta.text or not choice.has_begun else {}
         role = {} if choice.has_begun else {"role": "assistant"}
-        return self._choice(choice, {"delta": role | content}, delta.tokens, delta.finish)
+        ids = [token.token_id for token in delta.tokens]
+        return self._choice(choice, {"delta": role | content}, ids, self._logprobs.chat(delta.tokens), delta.finish)
 
     def extras(self, choice: Choice) -> dict[str, Any]:
         return {"prompt_token_ids": choice.request.prompt} if self._return_token_ids else {}
 
     def _choice(
-        self, choice: Choice, content: dict[str, Any], tokens: Sequence[AnswerToken], finish: Finish | None
+        self,
+        choice: Choice,
+        content: dict[str, Any],
+        token_ids: Sequence[int],
+        logprobs: Mapping[str, Any] | None,
+        finish: Finish | None,
     ) -> dict[str, Any]:
-        logprobs = self._logprobs.chat(tokens)
         result = {"index": choice.index, **content, "logprobs": logprobs, **finish_fields(finish)}
         if self._return_token_ids:
-            result["token_ids"] = [token.token_id for token in tokens]
+            result["token_ids"] = token_ids
         return result
 
 
@@ -104,13 +126,19 @@ def finish_fields(finish: Finish | None) -> dict[str, Any]:
 
 
 def usage(choices: Sequence[Choice]) -> dict[str, Any]:
-    """Tokens of the request. A prompt counts once, however many choices were drawn from it."""
-    firsts = {choice.request.prompt: choice for choice in choices}.values()
-    num_prompt = sum(len(choice.request.prompt) for choice in firsts)
+    """Tokens of the request. A prompt counts once, however many choices were drawn from it.
+
+    The choices of one prompt find each other's work in the cache: what was there before is what each of them found.
+    """
+    by_prompt: dict[int, list[Choice]] = {}
+    for choice in choices:
+        by_prompt.setdefault(choice.prompt_index, []).append(choice)
+    num_prompt = sum(len(group[0].request.prompt) for group in by_prompt.values())
+    num_cached = sum(min(choice.answer.num_cached_tokens for choice in group) for group in by_prompt.values())
     num_completion = sum(choice.answer.num_tokens for choice in choices)
     return {
         "prompt_tokens": num_prompt,
         "completion_tokens": num_completion,
         "total_tokens": num_prompt + num_completion,
-        "prompt_tokens_details": {"cached_tokens": sum(choice.answer.num_cached_tokens for choice in firsts)},
+        "prompt_tokens_details": {"cached_tokens": num_cached},
     }

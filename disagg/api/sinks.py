@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from itertools import chain
 from typing import Any
 
 from starlette.types import Message, Send
@@ -12,8 +13,8 @@ from starlette.types import Message, Send
 from disagg.api.answer import Delta
 from disagg.api.choices import Choice
 from disagg.api.errors import ApiError
+from disagg.api.json_pieces import blocks, encode_json, json_pieces, paced
 from disagg.api.shapes import Shape, usage
-from disagg.api.wire import encode_json
 
 
 class ClientStalledError(Exception):
@@ -48,14 +49,16 @@ class WholeSink:
         self._shape = shape
 
     async def emit(self, choice: Choice, delta: Delta) -> None:
-        choice.add(delta)
+        self._shape.add(choice, delta)
         choice.has_begun = choice.has_begun or bool(delta.tokens)
 
     async def close(self, choices: Sequence[Choice]) -> None:
         bodies = [self._shape.whole(choice) for choice in choices]
         body = self._head.around(self._shape.kind, bodies, **self._shape.extras(choices[0]), usage=usage(choices))
         await self._send(response_start(200, b"application/json"))
-        await self._send({"type": "http.response.body", "body": encode_json(body)})
+        async for block in paced(blocks(json_pieces(body))):
+            await self._send({"type": "http.response.body", "body": block, "more_body": True})
+        await self._send({"type": "http.response.body", "body": b""})
 
     async def fail(self, error: ApiError) -> None:
         """A token was lost that a stream would have shown: 502, whatever the cause was called."""
@@ -76,30 +79,36 @@ class EventSink:
 
     async def emit(self, choice: Choice, delta: Delta) -> None:
         extras = {} if choice.has_begun else self._shape.extras(choice)
-        event = self._shape.event(choice, delta)
-        choice.has_begun = True
-        await self._event(self._head.around(self._shape.event_kind, [event], **extras, **self._usage))
+        value = self._head.around(self._shape.event_kind, [self._shape.event(choice, delta)], **extras, **self._usage)
+        if choice.has_begun:
+            await self._event(value)
+        else:  # the first of a choice may hold its whole prompt
+            choice.has_begun = True
+            await self._send_body(blocks(chain([b"data: "], json_pieces(value), [b"\n\n"])))
 
     async def close(self, choices: Sequence[Choice]) -> None:
         if self._usage:
             await self._event(self._head.around(self._shape.event_kind, [], usage=usage(choices)))
-        await self._send_body(b"data: [DONE]\n\n", more=False)
+        await self._send_body([b"data: [DONE]\n\n"], more=False)
 
     async def fail(self, error: ApiError) -> None:
         """The status is gone: the error is an event, and without `[DONE]` no client takes the stream for complete."""
         await self._event(error.body, more=False)
 
     async def _event(self, value: dict[str, Any], *, more: bool = True) -> None:
-        await self._send_body(b"data: " + encode_json(value) + b"\n\n", more=more)
+        await self._send_body([b"data: " + encode_json(value) + b"\n\n"], more=more)
 
-    async def _send_body(self, data: bytes, *, more: bool) -> None:
-        async with self._lock:
+    async def _send_body(self, parts: Iterable[bytes], *, more: bool = True) -> None:
+        async with self._lock:  # until all of an event is out
             if not self._has_started:
                 self._has_started = True
                 await self._send(
                     response_start(200, b"text/event-stream; charset=utf-8", (b"cache-control", b"no-cache"))
                 )
-            await self._send({"type": "http.response.body", "body": data, "more_body": more})
+            async for part in paced(parts):
+                await self._send({"type": "http.response.body", "body": part, "more_body": True})
+            if not more:
+                await self._send({"type": "http.response.body", "body": b"", "more_body": False})
 
     async def _send(self, message: Message) -> None:
         try:

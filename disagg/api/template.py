@@ -14,6 +14,7 @@ from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from disagg.api.content_format import find_format
 from disagg.api.request_checks import Message
 from disagg.engine.model.weights import ModelRefused, read_json
 
@@ -83,7 +84,7 @@ class ChatTemplate:
         if any(tree.find(kind) is not None for kind in OTHER_FILES):
             raise ModelRefused("the model's chat template asks for other files, which a chat template does not have")
         self._variables = dict(variables)
-        self._takes_parts = _takes_parts(tree)
+        self._format = find_format(tree, self._try)
 
     def render(
         self,
@@ -93,38 +94,24 @@ class ChatTemplate:
         arguments: Mapping[str, Any] | None = None,
     ) -> str:
         """The conversation as text. Raises TemplateError in the template's own words."""
-        if not self._takes_parts:
-            messages = [_join_parts(message) for message in messages]
-        context = {**self._variables, "tools": None, "documents": None, **(arguments or {})}
+        messages = [self._format.apply(message) for message in messages]
+        return self._render(messages, {**(arguments or {}), "add_generation_prompt": add_generation_prompt})
+
+    def _render(self, messages: Sequence[Message], arguments: Mapping[str, Any]) -> str:
         try:
             return self._template.render(
-                {**context, "messages": list(messages), "add_generation_prompt": add_generation_prompt}
+                {**self._variables, "tools": None, "documents": None, **arguments, "messages": messages}
             )
         except (jinja2.TemplateError, TypeError, ValueError, LookupError, ArithmeticError, AttributeError) as exc:
             raise TemplateError(str(exc) or type(exc).__name__) from exc
         except RecursionError as exc:
             raise TemplateError("the values are nested too deeply") from exc
 
-
-def _takes_parts(tree: nodes.Template) -> bool:
-    """Whether the template loops over a message's content, and so reads parts itself."""
-    loops = tree.find_all(nodes.For)
-    return any(_names_content(loop.iter) for loop in loops)
-
-
-def _names_content(expression: nodes.Node) -> bool:
-    match expression:
-        case (
-            nodes.Getattr(attr="content") | nodes.Getitem(arg=nodes.Const(value="content")) | nodes.Name(name="content")
-        ):
-            return True
-    return False
-
-
-def _join_parts(message: Message) -> Message:
-    """Text parts one per line, as vLLM joins them for templates that know only strings."""
-    content = message["content"]
-    return message if isinstance(content, str) else {**message, "content": "\n".join(part["text"] for part in content)}
+    def _try(self, messages: Sequence[Message]) -> str | None:
+        try:
+            return self._render(messages, {"add_generation_prompt": True})
+        except TemplateError:
+            return None
 
 
 def _raise(message: str) -> NoReturn:

@@ -15,6 +15,7 @@ from disagg.api.template import ChatTemplate, find_template
 from disagg.engine.model.weights import ModelRefused, read_config, read_json
 
 SPECIAL_NAMES: Final = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
+BEGINNING_CHARS: Final = 16  # per token that there is room for; ordinary text has 4 per token
 CACHED_TOKENS: Final = 65536  # spelled tokens kept: all that a server meets often, a few MB
 
 
@@ -80,6 +81,13 @@ class ModelTokenizer:
             lambda id_: id_ in silent or self._tokenizer.id_to_token(id_) is None,
             lambda id_: _byte_of(self._tokenizer.id_to_token(id_) or "") is not None,
         )
+
+    def is_longer(self, text: str, num_tokens: int) -> bool:
+        """Whether the text is clearly longer, told by its beginning: seconds of work that nobody can use are saved."""
+        beginning = text[: BEGINNING_CHARS * (num_tokens + 1)]
+        if len(beginning) == len(text):
+            return False
+        return len(self._encode(beginning, special=False)) > 2 * num_tokens  # the last word's tokens may differ
 
     def token_strings(self, ids: Sequence[int]) -> list[str]:
         """The vocabulary's own names, as `/tokenize` shows them."""

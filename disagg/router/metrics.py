@@ -13,6 +13,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
+from disagg.loop_lag import LoopLag
 from disagg.router.registry import Worker
 from disagg.transceiver.wire.messages.values import MetricSample
 
@@ -36,6 +37,7 @@ class RouterMetrics:
         self.requests = Counter("disagg_requests", "Requests that ended", ["outcome"], registry=None)
         self.attempts = Counter("disagg_attempts", "Attempts that began", ["mode"], registry=None)
         self.running = Gauge("disagg_requests_running", "Requests in progress at the router", registry=None)
+        self.loop_lag = LoopLag()
         self.charged_deaths = Counter(
             "disagg_charged_deaths", "Worker deaths charged to requests that were new in their last step", registry=None
         )
@@ -48,7 +50,7 @@ class RouterMetrics:
             registry=None,
         )
         own = (
-            *(self.ttft, self.itl, self.e2e, self.requests, self.attempts, self.running),
+            *(self.ttft, self.itl, self.e2e, self.requests, self.attempts, self.running, self.loop_lag),
             *(self.charged_deaths, self.refused_after_deaths, self.peer_faults),
         )
         self._registry = CollectorRegistry(auto_describe=False)

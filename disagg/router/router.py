@@ -16,6 +16,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from disagg.loop_lag import LoopLag
 from disagg.router.attempt import Attempts
 from disagg.router.attempt_events import (
     Action,
@@ -110,11 +111,13 @@ class Router:
             router = cls(server, keys, options)
             async with asyncio.TaskGroup() as tasks:
                 running = tasks.create_task(router.run())
+                watching = tasks.create_task(router.loop_lag.run())
                 try:
                     yield router
                 finally:
                     router.shut_down()
                     running.cancel()
+                    watching.cancel()
         finally:
             await server.close()
 
@@ -122,6 +125,10 @@ class Router:
     def endpoint(self) -> str:
         """Where workers register, with the port that was taken."""
         return self.cluster.endpoint
+
+    @property
+    def loop_lag(self) -> LoopLag:
+        return self._metrics.loop_lag
 
     async def run(self) -> None:
         """Serve until cancelled."""

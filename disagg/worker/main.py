@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator, Callable
 from typing import Any, Final
 
 from disagg.cache.errors import BudgetTooSmall, PoolMemoryShort
+from disagg.config.descriptors import raise_descriptor_limit
 from disagg.config.errors import ConfigError, found_in
 from disagg.config.settings import Role, WorkerSettings
 from disagg.config.signals import heeded_signals
@@ -41,6 +42,7 @@ def run(settings: WorkerSettings, role: Role, secret: bytes, announce: Announce)
 
     Raises ConfigError when this worker can never serve as it was told to: a model, budget or identity that is refused.
     """
+    raise_descriptor_limit()
     keys = ClusterKeys.from_secret(secret, insecure=settings.insecure)
     try:
         made = make_engine(settings, role, keys, lambda stage: announce({"event": "progress", "stage": stage}))
@@ -93,6 +95,7 @@ async def _running(
 ) -> AsyncIterator[WorkerParts]:
     """Threads and sockets of this process, joined and closed in the end."""
     parts = WorkerParts(made, keys, announce)
+    watching = asyncio.create_task(parts.metrics.loop_lag.run())
     loop = asyncio.get_running_loop()
     news = parts.vitals.news
     made.engine.on_step = news.tell
@@ -103,6 +106,7 @@ async def _running(
     try:
         yield parts
     finally:
+        watching.cancel()
         await parts.close()
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 from disagg.cache.pool import NUM_RESERVED_SLOTS
 from disagg.engine.stats import EngineStats
+from disagg.loop_lag import LoopLag
 from disagg.transceiver.peers.link import LinkSpeed
 from disagg.transceiver.wire.messages.values import MetricSample
 
@@ -19,6 +20,7 @@ class WorkerMetrics:
     def __init__(self, group_names: Sequence[str]) -> None:
         self._group_names = group_names
         self._counters: Counter[tuple[str, Labels]] = Counter()
+        self.loop_lag = LoopLag()
         self._read: dict[str, Callable[[], int]] = {}
         self._read_links: Callable[[], Iterable[LinkSpeed]] = tuple
 
@@ -57,7 +59,9 @@ class WorkerMetrics:
             for at, read in self._read.items()
         )
         links = map(_link_sample, self._read_links())
-        return (*counters, *saturated, *links, *_engine_samples(stats), *self._reuse_samples(stats))
+        # Gauges, as a lease has no histograms: a bucket is a series like any other to Prometheus.
+        lag = (MetricSample(name, "gauge", labels, value) for name, labels, value in self.loop_lag.samples())
+        return (*counters, *saturated, *links, *lag, *_engine_samples(stats), *self._reuse_samples(stats))
 
     def _reuse_samples(self, stats: EngineStats) -> Iterator[MetricSample]:
         """Blocks per layer group that requests asked the cache for, and found: their quotient is the hit rate."""

@@ -249,7 +249,9 @@ WRONG_CHAT = [
     ({"messages": [{"content": "hi"}]}, "messages[0].role", "a string"),
     ({"messages": [{"role": "user", "content": 5}]}, "messages[0].content", "text parts"),
     ({"messages": [{"role": "tool", "content": "5"}]}, "messages[0].role", "tools are not supported"),
-    ({"messages": [{**USER, "tool_calls": []}]}, "messages[0].tool_calls", "only the keys"),
+    ({"messages": [{**USER, "tool_calls": [{"id": "1"}]}]}, "messages[0].tool_calls", "only []"),
+    ({"messages": [{**USER, "annotations": [1]}]}, "messages[0].annotations", "only []"),
+    ({"messages": [{**USER, "weight": 1}]}, "messages[0].weight", "only the keys"),
     (
         {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]},
         "messages[0].content[0]",

@@ -17,7 +17,7 @@ from support.fake_backend import FakeBackend, Step, answer
 from support.openai_client import Api, Reply, served
 from support.tokenizers import DEMO_FOLDER, byte_level, write_folder
 
-from disagg.api.app import create_admin_app, create_app
+from disagg.api.app import create_admin_app, open_app
 from disagg.api.sampling import prefix_salt
 from disagg.api.server import serve
 from disagg.api.settings import ApiSettings
@@ -409,9 +409,10 @@ async def test_a_model_without_a_template_says_so(tmp_path: Any) -> None:
         assert (await api.complete()).status == 200
 
 
-def test_a_model_with_senseless_sampling_defaults_is_refused_at_the_start() -> None:
+async def test_a_model_with_senseless_sampling_defaults_is_refused_at_the_start() -> None:
     with pytest.raises(ModelRefused, match="top_p"):
-        create_app(FakeBackend(), replace(SETTINGS, defaults=GenerationDefaults(top_p=0)))
+        async with open_app(FakeBackend(), replace(SETTINGS, defaults=GenerationDefaults(top_p=0))):
+            raise AssertionError("opened")
 
 
 async def test_what_the_template_refuses_is_400(tmp_path: Any) -> None:

@@ -12,7 +12,7 @@ import aiohttp
 import openai
 from support.fake_backend import FakeBackend
 
-from disagg.api.app import create_app
+from disagg.api.app import open_app
 from disagg.api.server import serve
 from disagg.api.settings import ApiSettings
 
@@ -70,8 +70,11 @@ class Api:
 async def served(settings: ApiSettings, backend: FakeBackend | None = None) -> AsyncIterator[Api]:
     """The API over a fake backend, on a free port."""
     backend = backend or FakeBackend()
-    app = create_app(backend, settings)
-    async with serve(app, "127.0.0.1", 0, shutdown_timeout_s=1) as listener, aiohttp.ClientSession() as session:
+    async with (
+        open_app(backend, settings) as app,
+        serve(app, "127.0.0.1", 0, shutdown_timeout_s=1) as listener,
+        aiohttp.ClientSession() as session,
+    ):
         yield Api(listener.url, backend, session)
 
 

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from disagg.worker.transfer_factory import TransferFactory
 from support.engine_pair import LAYOUT, TestedEngine
 from support.event_loop import in_event_loop
 from support.extreme_messages import extremes_of
@@ -26,7 +27,6 @@ from disagg.worker.engine_events import EngineEvents
 from disagg.worker.metrics import WorkerMetrics
 from disagg.worker.registration import Registration
 from disagg.worker.router_link import RouterLost
-from disagg.worker.transfer_factory import TransferFactory
 
 GROUPS = tuple(GroupSemantics(g.window, g.num_sink_tokens, g.num_kv_heads, g.head_dim, g.layers) for g in LAYOUT.groups)
 GEOMETRY = Geometry(LAYOUT.block_size, "float32", GROUPS, LAYOUT.slot_nbytes)
