@@ -21,6 +21,7 @@ class WorkerMetrics:
         self._counters: Counter[tuple[str, Labels]] = Counter()
         self._read: dict[str, Callable[[], int]] = {}
         self._read_links: Callable[[], Iterable[LinkSpeed]] = tuple
+        self._read_faults: Callable[[], int] = int
 
     def count_transfer(self, plane: str, nbytes: Mapping[int, int], num_operations: int, outcome: str) -> None:
         """One transfer ended: payload bytes that landed per group, by what became of them."""
@@ -49,6 +50,10 @@ class WorkerMetrics:
         """`read()`: the open data planes to this worker's peers. A later registration's take the place of these."""
         self._read_links = read
 
+    def watch_faults(self, read: Callable[[], int]) -> None:
+        """`read()`: messages of peers that could not be taken, each of which cost its peer the connection."""
+        self._read_faults = read
+
     def samples(self, stats: EngineStats) -> tuple[MetricSample, ...]:
         """Everything, as one snapshot."""
         counters = (MetricSample(name, "counter", labels, value) for (name, labels), value in self._counters.items())
@@ -57,7 +62,8 @@ class WorkerMetrics:
             for at, read in self._read.items()
         )
         links = map(_link_sample, self._read_links())
-        return (*counters, *saturated, *links, *_engine_samples(stats), *self._reuse_samples(stats))
+        faults = MetricSample("disagg_peer_faults_total", "counter", (), self._read_faults())
+        return (*counters, *saturated, faults, *links, *_engine_samples(stats), *self._reuse_samples(stats))
 
     def _reuse_samples(self, stats: EngineStats) -> Iterator[MetricSample]:
         """Blocks per layer group that requests asked the cache for, and found: their quotient is the hit rate."""
