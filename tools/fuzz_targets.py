@@ -188,7 +188,10 @@ def _play(core: Transfer, script: Script, draw: Callable[[Script], e.Event]) -> 
         if script.is_over:
             break
         now += script.byte() / 16
-        event = draw(script)
+        try:
+            event = draw(script)
+        except ValueError:  # a value that no reader would give to the core
+            continue
         try:
             actions = core.handle(event, now)
         except (RemoteProtocolError, LocalProtocolError):
@@ -350,7 +353,7 @@ def _as_sent(message: p.PeerMessage) -> Any:
 def _identity(script: Script) -> Identity:
     if script.byte() < 240:
         return IDENTITY
-    return replace(IDENTITY, max_model_len=script.small(), adapter_ids=("x",) * script.byte())
+    return replace(IDENTITY, max_model_len=max(1, script.small()), adapter_ids=("x",) * script.byte())
 
 
 def _geometry(script: Script) -> Geometry:
@@ -358,7 +361,8 @@ def _geometry(script: Script) -> Geometry:
     drawn = PAIRED
     for _ in range(script.byte() % 4):
         name = script.pick(tuple(DRAWS))
-        drawn = replace(drawn, **{name: DRAWS[name](script)})
+        with contextlib.suppress(ValueError):  # no reader would take it
+            drawn = replace(drawn, **{name: DRAWS[name](script)})
     if script.byte() % 4:
         with contextlib.suppress(ValueError, ArithmeticError, LookupError):  # of what contradicts itself
             drawn = replace(drawn, slot_nbytes=natural_slot_nbytes(drawn))

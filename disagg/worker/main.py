@@ -15,7 +15,7 @@ from disagg.config.errors import ConfigError, found_in
 from disagg.config.settings import Role, WorkerSettings
 from disagg.config.signals import heeded_signals
 from disagg.engine.model.checkpoint import ModelRefused
-from disagg.transceiver.wire.errors import EndpointRefused, first_cause
+from disagg.transceiver.wire.errors import EndpointRefused, Shortage, first_cause
 from disagg.transceiver.wire.keys import ClusterKeys
 from disagg.transceiver.wire.node import Node, draw_id
 from disagg.worker.build import make_engine
@@ -31,6 +31,9 @@ EXIT_BROKEN = 1
 
 REFUSALS: Final = (ModelRefused, BudgetTooSmall, PoolMemoryShort, EndpointRefused, RegistrationRefused, ConfigError)
 """What can never succeed however often this worker is started."""
+
+SHORT_S: Final = 1.0
+"""Pause of a worker that has no descriptor for its registration: as long as a link waits first."""
 
 Announce = Callable[[dict[str, Any]], None]
 
@@ -78,15 +81,22 @@ async def _register_until_drained(parts: WorkerParts, stopped: asyncio.Future[in
         node = Node(draw_id(), made.worker_id, made.identity, made.geometry, parts.keys)
         try:
             await Registration(parts, node).run()
-        except (RouterLost, RegistrationRefused, ExceptionGroup) as end:
+        except (RouterLost, RegistrationRefused, Shortage, ExceptionGroup) as end:
             cause = first_cause(end)
-            if not isinstance(cause, RouterLost):
+            if not (isinstance(cause, RouterLost) or is_short(cause)):
                 raise cause from end
             # A cancellation that meets a loss in a task group is not heard: do not begin anew. A worker that drains
             # has nothing to finish any more: its requests ended with the router.
             if stopped.done() or parts.drain.asked.is_set() or parts.drain.over.is_set():
                 return
-            log.warning("lost the router: %s; registering again", cause)
+            log.warning("%s: %s; registering again", "short" if is_short(cause) else "lost the router", cause)
+            if is_short(cause):
+                await asyncio.sleep(SHORT_S)
+
+
+def is_short(cause: BaseException) -> bool:
+    """Whether this process had no room for a socket: it is not ready, and will be when there is some."""
+    return isinstance(cause, Shortage)
 
 
 @contextlib.asynccontextmanager

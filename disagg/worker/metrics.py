@@ -23,6 +23,7 @@ class WorkerMetrics:
         self.loop_lag = LoopLag()
         self._read: dict[str, Callable[[], int]] = {}
         self._read_links: Callable[[], Iterable[LinkSpeed]] = tuple
+        self._read_faults: Callable[[], int] = int
 
     def count_transfer(self, plane: str, nbytes: Mapping[int, int], num_operations: int, outcome: str) -> None:
         """One transfer ended: payload bytes that landed per group, by what became of them."""
@@ -51,6 +52,10 @@ class WorkerMetrics:
         """`read()`: the open data planes to this worker's peers. A later registration's take the place of these."""
         self._read_links = read
 
+    def watch_faults(self, read: Callable[[], int]) -> None:
+        """`read()`: messages of peers that could not be taken, each of which cost its peer the connection."""
+        self._read_faults = read
+
     def samples(self, stats: EngineStats) -> tuple[MetricSample, ...]:
         """Everything, as one snapshot."""
         counters = (MetricSample(name, "counter", labels, value) for (name, labels), value in self._counters.items())
@@ -61,7 +66,9 @@ class WorkerMetrics:
         links = map(_link_sample, self._read_links())
         # Gauges, as a lease has no histograms: a bucket is a series like any other to Prometheus.
         lag = (MetricSample(name, "gauge", labels, value) for name, labels, value in self.loop_lag.samples())
-        return (*counters, *saturated, *links, *lag, *_engine_samples(stats), *self._reuse_samples(stats))
+        faults = MetricSample("disagg_peer_faults_total", "counter", (), self._read_faults())
+        reused = self._reuse_samples(stats)
+        return (*counters, *saturated, faults, *links, *lag, *_engine_samples(stats), *reused)
 
     def _reuse_samples(self, stats: EngineStats) -> Iterator[MetricSample]:
         """Blocks per layer group that requests asked the cache for, and found: their quotient is the hit rate."""

@@ -15,6 +15,7 @@ from disagg.engine.engine import Engine
 from disagg.transceiver.memory.peer_cuts import PeerCuts
 from disagg.transceiver.memory.regions import PoolRegion, SourceUnit
 from disagg.transceiver.peers.landing_threads import LANDING_THREADS, LandingThread
+from disagg.transceiver.wire.faults import PeerFaults
 from disagg.transceiver.wire.keys import ClusterKeys
 from disagg.transceiver.wire.messages.values import Geometry, GroupSemantics, Identity
 from disagg.transceiver.wire.sockets import Sockets
@@ -84,6 +85,8 @@ class WorkerParts:
         self.metrics = WorkerMetrics([group.name for group in made.layout.groups])
         self.metrics.watch_saturation("computed", made.num_saturated)
         self.metrics.watch_saturation("sent", lambda: self.cuts.num_saturated)
+        self.faults = PeerFaults()
+        self.metrics.watch_faults(lambda: self.faults.count)
         self.events: asyncio.Queue[EngineEvent] = asyncio.Queue()
         self.model: ModelThread
         self.vitals = Vitals(self.sockets, lambda: not self.model.is_dead)

@@ -133,7 +133,7 @@ class Registration:
         parts, pool_of_group = self._parts, self._parts.layout.pool_of_group
         if server is not None:
             self._attempts.sending = SendingSide(
-                self._node, server, planes, pool_of_group, self._attempts, parts.regions
+                self._node, server, planes, pool_of_group, self._attempts, parts.regions, parts.faults
             )
         if parts.role == "decode":
             self._attempts.receiving = ReceivingSide(
@@ -144,6 +144,7 @@ class Registration:
                 parts.landing,
                 parts.sockets,
                 self._attempts,
+                faults=parts.faults,
             )
             parts.metrics.watch_links(self._attempts.receiving.speeds)
 

@@ -1,4 +1,4 @@
-"""What a slot holds when it is allocated: zeros where anything of it may be read before it is stored, token by token."""
+"""What a slot holds when it is allocated: zeros where anything of it may be read before it is stored."""
 
 from __future__ import annotations
 

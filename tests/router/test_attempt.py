@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 from support.router_harness import ListPlacer, make_attempts, target
+from support.unchecked import raw
 
 from disagg.router.attempt import PREFILL_LOST_GRACE_S, Attempts
 from disagg.router.attempt_events import (
@@ -47,7 +48,7 @@ def say(attempts: Attempts, source: str, message: object, now: float = 1.0) -> l
 
 
 def tokens(index: int, *ids: int, epoch: int = 1) -> Tokens:
-    return Tokens(ID, epoch, index, ids)
+    return raw(Tokens, ID, epoch, index, ids)
 
 
 def summary(actions: list[Action]) -> list[tuple[object, ...]]:
@@ -110,7 +111,7 @@ def test_what_was_cached_is_told_with_the_first_token_and_again_at_the_end() -> 
 
 @pytest.mark.parametrize("count", [-1, 10**6])
 def test_more_cached_tokens_than_the_prompt_has_are_a_fault_of_the_worker(count: int) -> None:
-    actions = say(started(), "d0", Tokens(ID, 1, 0, (5,), num_cached_tokens=count))
+    actions = say(started(), "d0", raw(Tokens, ID, 1, 0, (5,), num_cached_tokens=count))
     assert (Fail, 502) in summary(actions)
 
 

@@ -79,3 +79,6 @@ SAMPLES = (
         3,
     ),
 )
+
+PEER_SAMPLES = tuple(sample for sample in SAMPLES if type(sample).__module__ == p.__name__)
+"""Those that workers say to each other."""

@@ -18,6 +18,7 @@ from support.transfer_pair import (
     make_ticket,
     needed_of,
 )
+from support.unchecked import raw
 
 from disagg.transceiver.protocol import events as e
 from disagg.transceiver.protocol.actions import Send, StopLanding
@@ -46,7 +47,7 @@ def header(to: Role, sequence: int = 1) -> p.Header:
 
 def fetch(**changes: Any) -> p.Fetch:
     fields = {"ticket": make_ticket(), "prompt_len": 26, "required": make_reserved().required, "plane": "shm"}
-    return p.Fetch(header(Role.SENDER), **(fields | changes))
+    return raw(p.Fetch, header(Role.SENDER), **(fields | changes))
 
 
 def arrived(message: Any) -> e.MessageArrived:

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.sample_messages import HEADER, SAMPLES, SAMPLING
+from support.unchecked import raw
 
 from disagg.transceiver.wire import codec
 from disagg.transceiver.wire.codec import MAX_MANIFEST_ENTRIES, MAX_MESSAGE_NBYTES, PROTOCOL, TAGS, decode, encode
@@ -143,7 +144,7 @@ def test_a_message_above_the_cap_is_refused_on_both_sides() -> None:
     with pytest.raises(RemoteProtocolError, match="at most"):
         decode(bytes(MAX_MESSAGE_NBYTES + 1))
     with pytest.raises(LocalProtocolError, match="at most"):
-        encode(Done(HEADER, 0, 1, 1, (), None, bytes(MAX_MESSAGE_NBYTES)))
+        encode(raw(Done, HEADER, 0, 1, 1, (), None, bytes(MAX_MESSAGE_NBYTES)))
 
 
 def test_the_longest_prompt_and_its_manifest_fit_the_cap() -> None:
@@ -153,9 +154,9 @@ def test_the_longest_prompt_and_its_manifest_fit_the_cap() -> None:
 
 
 def test_a_manifest_of_as_many_units_as_are_admitted_fits_the_cap_and_one_of_an_eighth_more_does_not() -> None:
-    largest = ManifestEntry(2**16, 2**20, (2**16, 2**16, 2**16, 2**16), 2**64 - 1)
+    largest = raw(ManifestEntry, 2**16, 2**20, (2**16, 2**16, 2**16, 2**16), 2**64 - 1)
     top = tuple((2**31, -1.5) for _ in range(50))
-    first = FirstToken(2**31, TokenLogprobs(-1.5, top), SamplingState(2**63, ((1, 1),)), 2**20)
+    first = FirstToken(2**31, raw(TokenLogprobs, -1.5, top), SamplingState(2**63, ((1, 1),)), 2**20)
     done = Done(replace(HEADER, source="p" * 32, destination="d" * 32), 0, 1, 2**20, (), first, bytes(32))
     per_entry = len(encode(replace(done, manifest=(largest,)))) - len(encode(done))
     assert per_entry * MAX_MANIFEST_ENTRIES + len(encode(done)) <= MAX_MESSAGE_NBYTES
@@ -167,10 +168,10 @@ def test_a_manifest_of_as_many_units_as_are_admitted_fits_the_cap_and_one_of_an_
     [
         "text",
         Received(HEADER, True),
-        Received(HEADER, 2**70),
-        Received(HEADER, "1"),
+        raw(Received, HEADER, 2**70),
+        raw(Received, HEADER, "1"),
         Tokens("t", 0, 0, [1]),
-        Tokens("t", 0, 0, (1, True)),
+        raw(Tokens, "t", 0, 0, (1, True)),
         Tokens("t", 0, 0, (), (None,)),
         Tokens("\ud800", 0, 0, ()),
         Closed(None),

@@ -165,13 +165,13 @@ def test_the_chunks_of_a_prompt_copy_everything_exactly_once(prompt: ListedPromp
 def of_another_window(by: int) -> Callable[..., Any]:
     def required_ordinals(group: GroupSemantics, *options: Any) -> Any:
         window = group.window and max(1, group.window + by)
-        return plain_required(GroupSemantics(window, group.num_sink_tokens, 1, 1, ()), *options)
+        return plain_required(GroupSemantics(window, group.num_sink_tokens, 1, 1, (0,)), *options)
 
     return required_ordinals
 
 
 def without_sinks(group: GroupSemantics, *options: Any) -> Any:
-    return plain_required(GroupSemantics(group.window, 0, 1, 1, ()), *options)
+    return plain_required(GroupSemantics(group.window, 0, 1, 1, (0,)), *options)
 
 
 def held_in_units(group: Any, prompt_len: int, unit: int, held: Any, held_block_size: int) -> Any:
@@ -179,7 +179,7 @@ def held_in_units(group: Any, prompt_len: int, unit: int, held: Any, held_block_
 
 
 def all_that_is_resident(group: Any, prompt_len: int, unit: int, held: Any, held_block_size: int) -> Any:
-    return plain_required(GroupSemantics(None, 0, 1, 1, ()), prompt_len, unit, held, held_block_size)
+    return plain_required(GroupSemantics(None, 0, 1, 1, (0,)), prompt_len, unit, held, held_block_size)
 
 
 def suffix_of_the_prompt(slots: Sequence[int], **options: Any) -> Any:

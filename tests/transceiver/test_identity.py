@@ -4,6 +4,7 @@ from dataclasses import fields, replace
 
 import pytest
 from support.sample_messages import GEOMETRY, IDENTITY
+from support.unchecked import raw
 
 from disagg.transceiver.layout.pairing import differing_field, geometry_difference
 from disagg.transceiver.wire.errors import MAX_TOLD_CHARS
@@ -68,7 +69,7 @@ def test_a_groups_field_is_named_by_its_path() -> None:
 @pytest.mark.parametrize(("block_size", "field"), [(64, None), (2**12, None), (2**40, "slot_nbytes")])
 def test_slots_that_no_memory_holds_pair_with_nobody(block_size: int, field: str | None) -> None:
     group = GroupSemantics(None, 0, 2, 64, (0, 1))
-    ours, theirs = (Geometry(size, "float32", (group,), (2048 * size,)) for size in (16, block_size))
+    ours, theirs = (raw(Geometry, size, "float32", (group,), (2048 * size,)) for size in (16, block_size))
     found = geometry_difference(ours, theirs)
     assert (found and found[0]) == field
 
@@ -77,7 +78,7 @@ def test_slots_that_no_memory_holds_pair_with_nobody(block_size: int, field: str
 def test_scales_are_positive_numbers_that_float32_holds(scale: float) -> None:
     group = GroupSemantics(None, 0, 1, 4, (0,))
     ours = Geometry(8, "float32", (group,), (256,))
-    theirs = Geometry(8, "int8", (group,), (64,), kv_scales=((((scale,), (scale,)),),))
+    theirs = raw(Geometry, 8, "int8", (group,), (64,), kv_scales=((((scale,), (scale,)),),))
     found = geometry_difference(ours, theirs)
     assert (found is None) == (scale == 0.5)
     assert found is None or found[0] == "kv_scales"

@@ -13,6 +13,7 @@ import msgpack
 import pytest
 import zmq
 from support.event_loop import in_event_loop, within
+from support.unchecked import raw
 
 from disagg.transceiver.wire.codec import PROTOCOL, decode, encode
 from disagg.transceiver.wire.connection import Connection
@@ -226,7 +227,7 @@ async def test_a_message_too_large_is_refused_before_it_is_sent() -> None:
     async with a_server() as server, a_client(server.endpoint) as client:
         await within(client.ready())
         with pytest.raises(LocalProtocolError, match="at most"):
-            await client.send(Heartbeat("a" * (17 << 20), "b", ()))
+            await client.send(raw(Heartbeat, "a" * (17 << 20), "b", ()))
 
 
 @in_event_loop
@@ -268,7 +269,7 @@ async def test_a_client_that_reads_nothing_counts_as_lost_when_its_queue_is_full
         await within(client.ready())
         await client.send(beat(0))
         peer, _ = await within(server.recv())
-        large = Heartbeat("a" * (1 << 20), "b", ())  # the kernel's buffers hold a few MiB and the queue eight more
+        large = raw(Heartbeat, "a" * (1 << 20), "b", ())  # the kernel's buffers hold a few MiB and the queue eight more
         with pytest.raises(PeerLost):
             await within(send_until_refused(server, peer, large))
 

@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from support.sample_messages import FIRST, GEOMETRY, HEADER
+from support.unchecked import changed
 
 from disagg.transceiver.layout.cut import whole_group
 from disagg.transceiver.protocol.manifest import is_sealed, seal
@@ -38,7 +39,7 @@ SWAPPED = (replace(ENTRIES[0], digest=12), replace(ENTRIES[1], digest=11))
         replace(DONE, header=replace(HEADER, source="other")),
         replace(DONE, header=replace(HEADER, destination="other")),
         replace(DONE, header=replace(HEADER, source="prefilld", destination="ecode")),
-        replace(DONE, rank=1),
+        changed(DONE, rank=1),
         replace(DONE, num_ranks=2),
         replace(DONE, num_slices=1),
         replace(DONE, manifest=ENTRIES[:1]),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -11,9 +12,12 @@ from typing import Any
 import msgpack
 import pytest
 from support.event_loop import in_event_loop
+from support.extremes import messages
+from support.sample_messages import PEER_SAMPLES
 from support.sending_side import IDENTITY, Prefill, pools
 from support.shell_pair import patched_timing, until
 from support.transfer_pair import GEOMETRY, KEYS, TRANSFER_ID
+from support.unchecked import raw
 
 from disagg.transceiver.memory.regions import LandingJob, PoolRegion
 from disagg.transceiver.peers import link as peer_link
@@ -280,7 +284,7 @@ async def test_a_message_that_no_frame_can_carry_ends_its_own_transfer_and_not_t
     async with faked(welcomed) as (fake, link):
         await until(lambda: link.state == "ready", link.detail)
         header = p.Header(ME, fake.node.incarnation, TRANSFER_ID, 1, 1)
-        link.link.send(p.Received(header, 2**70))
+        link.link.send(raw(p.Received, header, 2**70))
         link.link.send(p.Received(header, 7))
         await until(lambda: p.Received(header, 7) in fake.heard, "the next message passes")
         (refused,) = link.messages
@@ -295,3 +299,43 @@ async def test_what_a_peer_says_of_itself_is_reported_in_bounds() -> None:
         await until(lambda: link.state == "refused", link.detail)
         assert link.detail.startswith("model_fingerprint: ours yyy")
         assert len(link.detail) < 2 * peer_link.MAX_DETAIL_CHARS
+
+
+# --- what a peer says at its extremes -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sample", PEER_SAMPLES, ids=lambda sample: type(sample).__name__)
+@in_event_loop
+async def test_no_message_ends_a_link_for_good(sample: Any) -> None:
+    async with faked(welcomed) as (fake, link):
+        await until(lambda: link.state == "ready", link.detail)
+        header = p.Header(fake.node.incarnation, "d" * 32, TRANSFER_ID, 0, 1)
+        said = replace(sample, header=header) if hasattr(sample, "header") else sample
+        for path, data in messages(said):
+            if "Welcome.incarnation" not in path:
+                await _say_raw(fake, data)
+        await until(lambda: link.state == "ready", link.detail)
+
+
+async def _say_raw(fake: FakePrefill, data: bytes) -> None:
+    with contextlib.suppress(Exception):
+        await fake.server._socket.send_multipart([fake.route, data])
+
+
+@in_event_loop
+async def test_what_a_message_raises_ends_one_connection_and_the_link_comes_back(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async with faked(welcomed) as (fake, link):
+        await until(lambda: link.state == "ready", link.detail)
+        link.link._on_message = _trip
+        with caplog.at_level(logging.WARNING):
+            await fake.say(p.Closed(p.Header(fake.node.incarnation, "d" * 32, TRANSFER_ID, 0, 1)))
+            await until(lambda: link.num_losses == 1, link.detail)
+            await until(lambda: link.state == "ready", link.detail)
+        assert link.link._faults.count == 1
+        assert "Closed of prefill worker prefill cannot be taken (1 so far): KeyError" in caplog.text
+
+
+def _trip(message: Any) -> None:
+    raise KeyError("nobody thought of this")

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from support.token_walk import needed_blocks
+from support.unchecked import raw
 
 from disagg.transceiver.layout.required import (
     check_required,
@@ -77,20 +78,20 @@ NEED = (GroupRuns(0, ((0, 8),)), GroupRuns(1, ((0, 1), (5, 3))))
 @pytest.mark.parametrize(
     "required",
     [
-        (GroupRuns(2, ()),),
-        (GroupRuns(-1, ()),),
-        (GroupRuns(1, ()), GroupRuns(0, ())),
-        (GroupRuns(0, ()), GroupRuns(0, ())),
-        (GroupRuns(0, ((0, 9),)),),
-        (GroupRuns(0, ((-1, 2),)),),
-        (GroupRuns(0, ((0, 0),)),),
-        (GroupRuns(0, ((3, -1),)),),
-        (GroupRuns(0, ((0, 2**60),)),),
-        (GroupRuns(0, ((2, 2), (0, 1))),),
-        (GroupRuns(0, ((0, 2), (1, 2))),),
-        (GroupRuns(0, ((0, 2), (2, 2))),),
-        (GroupRuns(1, ((0, 6),)),),
-        (GroupRuns(1, ((4, 2),)),),
+        (raw(GroupRuns, 2, ()),),
+        (raw(GroupRuns, -1, ()),),
+        (raw(GroupRuns, 1, ()), raw(GroupRuns, 0, ())),
+        (raw(GroupRuns, 0, ()), raw(GroupRuns, 0, ())),
+        (raw(GroupRuns, 0, ((0, 9),)),),
+        (raw(GroupRuns, 0, ((-1, 2),)),),
+        (raw(GroupRuns, 0, ((0, 0),)),),
+        (raw(GroupRuns, 0, ((3, -1),)),),
+        (raw(GroupRuns, 0, ((0, 2**60),)),),
+        (raw(GroupRuns, 0, ((2, 2), (0, 1))),),
+        (raw(GroupRuns, 0, ((0, 2), (1, 2))),),
+        (raw(GroupRuns, 0, ((0, 2), (2, 2))),),
+        (raw(GroupRuns, 1, ((0, 6),)),),
+        (raw(GroupRuns, 1, ((4, 2),)),),
     ],
 )
 def test_runs_outside_the_need_or_out_of_form_are_the_peers_fault(required: tuple[GroupRuns, ...]) -> None:

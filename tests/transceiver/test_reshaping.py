@@ -17,6 +17,7 @@ import torch
 from support.event_loop import in_event_loop, within
 from support.plane_pair import PLANES, PlanePair, plane_pair
 from support.pools import close_pools, make_pools
+from support.unchecked import changed
 
 from disagg.transceiver.layout.pairing import geometry_difference
 from disagg.transceiver.layout.units import geometry_by_units, peer_unit
@@ -433,7 +434,7 @@ def test_block_sizes_may_differ_where_one_divides_the_other() -> None:
     ("field", "theirs"),
     [
         ("block_size", geometry(24)),
-        ("block_size", replace(geometry(8), block_size=0)),
+        ("block_size", changed(geometry(8), block_size=0)),
         ("kv_dtype", replace(geometry(8), kv_dtype="float64")),
         ("slot_nbytes", replace(geometry(8), kv_dtype="bfloat16")),
         ("kv_scales", replace(geometry(8), kv_scales=(((ONES, ONES), (ONES, ONES)), (), ()))),

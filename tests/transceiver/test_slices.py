@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from support.sample_messages import HEADER
+from support.unchecked import raw
 
 from disagg.transceiver.layout.slice_size import SLICE_NBYTES
 from disagg.transceiver.protocol.events import LandedUnit, Unit
@@ -110,7 +111,7 @@ def test_slots_and_generations_travel_only_where_they_are_read() -> None:
 
 
 def slice_of(number: int, *runs: UnitRun) -> Slice:
-    return Slice(HEADER, number, runs)
+    return raw(Slice, HEADER, number, runs)
 
 
 def landed(*ordinals: int) -> list[LandedUnit]:
@@ -140,18 +141,18 @@ def test_a_repeated_slice_is_not_taken_twice() -> None:
     "message",
     [
         slice_of(0),
-        slice_of(-1, UnitRun(0, 0, 1)),
-        slice_of(4, UnitRun(0, 0, 1)),
-        slice_of(1, UnitRun(0, 0, 2**60)),
-        slice_of(1, UnitRun(0, 0, -1)),
-        slice_of(1, UnitRun(0, 4, 1)),
-        slice_of(1, UnitRun(1, 0, 1)),
-        slice_of(1, UnitRun(0, -1, 1)),
-        slice_of(1, UnitRun(0, 1, 1), UnitRun(0, 1, 1)),
-        slice_of(1, UnitRun(0, 3, 1)),
-        slice_of(1, UnitRun(0, 0, 2), UnitRun(0, 0, -1)),
-        slice_of(1, UnitRun(0, 0, 1, (1, 2), (1,))),
-        slice_of(1, UnitRun(0, 0, 1, (1,), (1, 2))),
+        slice_of(-1, raw(UnitRun, 0, 0, 1)),
+        slice_of(4, raw(UnitRun, 0, 0, 1)),
+        slice_of(1, raw(UnitRun, 0, 0, 2**60)),
+        slice_of(1, raw(UnitRun, 0, 0, -1)),
+        slice_of(1, raw(UnitRun, 0, 4, 1)),
+        slice_of(1, raw(UnitRun, 1, 0, 1)),
+        slice_of(1, raw(UnitRun, 0, -1, 1)),
+        slice_of(1, raw(UnitRun, 0, 1, 1), raw(UnitRun, 0, 1, 1)),
+        slice_of(1, raw(UnitRun, 0, 3, 1)),
+        slice_of(1, raw(UnitRun, 0, 0, 2), raw(UnitRun, 0, 0, -1)),
+        slice_of(1, raw(UnitRun, 0, 0, 1, (1, 2), (1,))),
+        slice_of(1, raw(UnitRun, 0, 0, 1, (1,), (1, 2))),
     ],
 )
 def test_a_slice_no_honest_sender_says_is_refused_and_changes_nothing(message: Slice) -> None:

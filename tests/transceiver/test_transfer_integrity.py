@@ -17,6 +17,7 @@ from support.transfer_pair import (
     needed_of,
 )
 from support.transfer_states import arrived, fetch, header, honest_done, landed, reach, slice_message
+from support.unchecked import changed
 
 from disagg.transceiver.protocol.actions import ReportFailed, Send, UnregisterUnits, Verified
 from disagg.transceiver.protocol.events import (
@@ -107,7 +108,7 @@ def test_only_units_that_were_announced_can_be_unregistered() -> None:
 
 def resealed(**changes: object) -> p.Done:
     """A DONE whose seal holds and whose content is wrong: only a sender with a defect says it."""
-    done = replace(honest_done(), **changes)
+    done = changed(honest_done(), **changes)
     return seal(
         KEYS.manifest_mac,
         done.header,

@@ -12,6 +12,7 @@ import msgpack
 import pytest
 from support.event_loop import in_event_loop, within
 from support.router_harness import GEOMETRY, IDENTITY, make_register
+from support.unchecked import raw
 
 from disagg.transceiver.wire.codec import PROTOCOL, encode
 from disagg.transceiver.wire.keys import ClusterKeys
@@ -96,12 +97,12 @@ async def kept(router: FakeRouter) -> AsyncIterator[RouterLink]:
 
 
 UNSENDABLE = {
-    "tokens": (r.Tokens("t", 1, 0, (2**70,)), r.RequestFailed),
-    "logprobs": (r.Tokens("t", 1, 0, (1,), (TokenLogprobs(0.0, ((2**70, 0.0),)),)), r.RequestFailed),
-    "the end": (r.Finished("t", 1, 2**70, "stop"), r.RequestFailed),
+    "tokens": (raw(r.Tokens, "t", 1, 0, (2**70,)), r.RequestFailed),
+    "logprobs": (r.Tokens("t", 1, 0, (1,), (raw(TokenLogprobs, 0.0, ((2**70, 0.0),)),)), r.RequestFailed),
+    "the end": (raw(r.Finished, "t", 1, 2**70, "stop"), r.RequestFailed),
     "a failure": (r.RequestFailed("t", 1, 503, "no room for \udc80"), r.RequestFailed),
-    "a long failure": (r.TransferFailed("t", 1, "x" * (17 << 20)), r.TransferFailed),
-    "many units": (r.TransferFailed("t", 1, "digest", (UnitName(2**70, 1),)), r.TransferFailed),
+    "a long failure": (raw(r.TransferFailed, "t", 1, "x" * (17 << 20)), r.TransferFailed),
+    "many units": (r.TransferFailed("t", 1, "digest", (raw(UnitName, 2**70, 1),)), r.TransferFailed),
 }
 
 
@@ -124,7 +125,7 @@ async def test_what_no_frame_can_carry_ends_its_own_attempt_and_the_worker_goes_
 async def test_a_report_that_no_frame_can_carry_is_left_out() -> None:
     async with a_router() as router, kept(router) as link:
         link.send(r.RequestFailed("t", 1, 503, "first"))
-        link.send(r.CancelRequest("t", 2**70, ""))
+        link.send(raw(r.CancelRequest, "t", 2**70, ""))
         link.send(r.RequestFailed("t", 1, 503, "last"))
         assert [(await router.hear()).message for _ in range(2)] == ["first", "last"]
 

@@ -1,4 +1,4 @@
-"""What messages of peers raised here: each costs its peer's connection, is counted, and is logged by the peer's name."""
+"""What messages of peers raised here: it costs the peer its connection, is counted, and logged by the peer's name."""
 
 from __future__ import annotations
 

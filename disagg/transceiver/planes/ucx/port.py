@@ -21,6 +21,7 @@ from typing import Any, Final
 
 from disagg.transceiver.memory.regions import Bytes
 from disagg.transceiver.planes.ucx.library import features, lanes, library, settings
+from disagg.transceiver.planes.ucx.strangers import OwnPorts
 from disagg.transceiver.wire.errors import PeerLost
 
 PROGRESS_CALLS: Final = 16
@@ -47,7 +48,8 @@ class Port:
     def __init__(self, *, is_loopback: bool, watched: Sequence[int]) -> None:
         """Open a worker. `turn` also wakes for the descriptors `watched`, when they can be read."""
         self._core = core = library()
-        with self._translated():
+        self._own_ports = OwnPorts()
+        with self._translated(), self._own_ports.noted(lambda: self.address):
             self._context = core.UCXContext(settings(is_loopback), feature_flags=features(core))
             self._worker = core.UCXWorker(self._context)
             self._worker.init_blocking_progress_mode()
@@ -72,6 +74,10 @@ class Port:
             self._endpoint = self._worker.create_endpoint_from_worker_address(
                 core.UCXAddress.create_from_buffer(address), endpoint_error_handling=True
             )
+
+    def shut_out_strangers(self) -> None:
+        """Call when the peer has connected: nobody else can from here on. Raises `PeerLost` where that cannot be."""
+        self._own_ports.shut()
 
     def send(self, data: Bytes, tag: int, on_done: OnDone) -> None:
         """`data`, uint8 `[nbytes]`, is UCX's until `on_done`, which `turn` calls."""

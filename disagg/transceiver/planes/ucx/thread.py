@@ -93,6 +93,7 @@ class UcxThread(ABC):
             self._sock.settimeout(HANDSHAKE_S)
             port = Port(is_loopback=self._is_loopback, watched=(self._sock.fileno(), self._event))
             self._exchange(port)
+            port.shut_out_strangers()
             self.lanes = port.lanes
             self._settle(port)
             self._call(end_wait, self.opened, None)

@@ -75,9 +75,12 @@ class ZmqLandingPlane(LandingPlane):
         largest = max((region.slots.shape[1] for region in pools), default=0)
         try:
             self._connection = self._begin(offer.address, max(SLICE_NBYTES, largest))
-        except (EndpointRefused, Shortage) as exc:
+        except EndpointRefused as exc:
             self._let_go()
             raise PlaneRefused(f"zmq: {exc}") from exc
+        except Shortage:
+            self._let_go()
+            raise
         try:
             await self._say_hello(me, offer.token)
         except BaseException:

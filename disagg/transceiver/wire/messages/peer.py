@@ -3,7 +3,25 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Final
 
+from disagg.transceiver.wire.messages.ranges import (
+    MAX_GROUPS,
+    MAX_INT32,
+    MAX_INT64,
+    MAX_NAME_CHARS,
+    MAX_ORDINAL,
+    MAX_PLANES,
+    MAX_RANKS,
+    MAX_SECRET_NBYTES,
+    MAX_TEXT_CHARS,
+    MAX_UNITS,
+    check_id,
+    check_int,
+    check_names,
+    check_size,
+    check_transfers,
+)
 from disagg.transceiver.wire.messages.values import (
     FirstToken,
     Geometry,
@@ -14,6 +32,9 @@ from disagg.transceiver.wire.messages.values import (
     UnitName,
     UnitRun,
 )
+
+MAX_REQUIRED: Final = MAX_ORDINAL
+"""More than one transfer may name (`codec.MAX_MANIFEST_ENTRIES`) is refused by its field; this bounds the look."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +47,12 @@ class Header:
     epoch: int
     sequence: int
 
+    def __post_init__(self) -> None:
+        for name in ("source", "destination", "transfer_id"):
+            check_id(name, getattr(self, name))
+        check_int("epoch", self.epoch, 0, MAX_INT32)
+        check_int("sequence", self.sequence, 0, MAX_INT64)
+
 
 @dataclass(frozen=True, slots=True)
 class Hello:
@@ -37,6 +64,12 @@ class Hello:
     geometry: Geometry
     planes: tuple[str, ...]
 
+    def __post_init__(self) -> None:
+        check_id("incarnation", self.incarnation)
+        check_id("worker_id", self.worker_id)
+        check_size("planes", self.planes, MAX_PLANES)
+        check_names("planes", self.planes)
+
 
 @dataclass(frozen=True, slots=True)
 class Welcome:
@@ -47,6 +80,11 @@ class Welcome:
     identity: Identity
     geometry: Geometry
     planes: tuple[PlaneOffer, ...]
+
+    def __post_init__(self) -> None:
+        check_id("incarnation", self.incarnation)
+        check_id("worker_id", self.worker_id)
+        check_size("planes", self.planes, MAX_PLANES)
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +101,13 @@ class Refused:
     transfer_id: str = ""
     epoch: int = 0
 
+    def __post_init__(self) -> None:
+        for name in ("field", "ours", "theirs"):
+            check_size(name, getattr(self, name), MAX_TEXT_CHARS)
+        for name in ("destination", "transfer_id"):
+            check_size(name, getattr(self, name), MAX_NAME_CHARS)
+        check_int("epoch", self.epoch, 0, MAX_INT32)
+
 
 @dataclass(frozen=True, slots=True)
 class Fetch:
@@ -73,6 +118,13 @@ class Fetch:
     prompt_len: int
     required: tuple[GroupRuns, ...]
     plane: str
+
+    def __post_init__(self) -> None:
+        check_size("ticket", self.ticket, MAX_SECRET_NBYTES)
+        check_int("prompt_len", self.prompt_len, 1, MAX_INT32)
+        check_size("required", self.required, MAX_GROUPS)
+        check_int("required", sum(count for entry in self.required for _, count in entry.runs), 0, MAX_REQUIRED)
+        check_size("plane", self.plane, MAX_NAME_CHARS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +137,9 @@ class Accepted:
     header: Header
     queue_position: int
 
+    def __post_init__(self) -> None:
+        check_int("queue_position", self.queue_position, 0, MAX_INT32)
+
 
 @dataclass(frozen=True, slots=True)
 class Slice:
@@ -94,6 +149,11 @@ class Slice:
     number: int
     units: tuple[UnitRun, ...]
 
+    def __post_init__(self) -> None:
+        check_int("number", self.number, 0, MAX_INT32)
+        check_size("units", self.units, MAX_UNITS, 1)
+        check_int("units", sum(run.count for run in self.units), 1, MAX_UNITS)
+
 
 @dataclass(frozen=True, slots=True)
 class Received:
@@ -101,6 +161,9 @@ class Received:
 
     header: Header
     number: int
+
+    def __post_init__(self) -> None:
+        check_int("number", self.number, -1, MAX_INT32)
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,6 +178,13 @@ class Done:
     first_token: FirstToken | None
     mac: bytes
 
+    def __post_init__(self) -> None:
+        check_int("num_ranks", self.num_ranks, 1, MAX_RANKS**2)
+        check_int("rank", self.rank, 0, MAX_RANKS**2 - 1)
+        check_int("num_slices", self.num_slices, 0, MAX_INT32)
+        check_size("manifest", self.manifest, MAX_UNITS)
+        check_size("mac", self.mac, MAX_SECRET_NBYTES)
+
 
 @dataclass(frozen=True, slots=True)
 class Failed:
@@ -124,6 +194,10 @@ class Failed:
     reason: str
     units: tuple[UnitName, ...] = ()
 
+    def __post_init__(self) -> None:
+        check_size("reason", self.reason, MAX_TEXT_CHARS)
+        check_size("units", self.units, MAX_UNITS)
+
 
 @dataclass(frozen=True, slots=True)
 class Cancelled:
@@ -131,6 +205,9 @@ class Cancelled:
 
     header: Header
     reason: str
+
+    def __post_init__(self) -> None:
+        check_size("reason", self.reason, MAX_TEXT_CHARS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,6 +225,10 @@ class Cancel:
     reason: str
     units: tuple[UnitName, ...] = ()
 
+    def __post_init__(self) -> None:
+        check_size("reason", self.reason, MAX_TEXT_CHARS)
+        check_size("units", self.units, MAX_UNITS)
+
 
 @dataclass(frozen=True, slots=True)
 class Closed:
@@ -163,6 +244,11 @@ class Heartbeat:
     source: str
     destination: str
     transfers: tuple[tuple[str, int], ...]
+
+    def __post_init__(self) -> None:
+        check_id("source", self.source)
+        check_id("destination", self.destination)
+        check_transfers("transfers", self.transfers)
 
 
 TransferMessage = Fetch | Accepted | Slice | Received | Done | Failed | Cancelled | Ack | Cancel | Closed

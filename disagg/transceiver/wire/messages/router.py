@@ -3,7 +3,29 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Final
 
+from disagg.transceiver.wire.messages.ranges import (
+    MAX_ADDRESS_CHARS,
+    MAX_GROUPS,
+    MAX_INT32,
+    MAX_INT64,
+    MAX_ITEMS,
+    MAX_NAME_CHARS,
+    MAX_PLANES,
+    MAX_SECRET_NBYTES,
+    MAX_TEXT_CHARS,
+    MAX_UNITS,
+    check_attempt,
+    check_finite,
+    check_id,
+    check_int,
+    check_ints,
+    check_names,
+    check_one_of,
+    check_size,
+    check_transfers,
+)
 from disagg.transceiver.wire.messages.values import (
     Geometry,
     GroupBytes,
@@ -14,6 +36,8 @@ from disagg.transceiver.wire.messages.values import (
     TokenLogprobs,
     UnitName,
 )
+
+MODES: Final = ("serve", "prefill", "decode")
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +56,21 @@ class Register:
     device: str
     num_slots: tuple[int, ...]
     eos_token_ids: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        check_id("incarnation", self.incarnation)
+        check_id("worker_id", self.worker_id)
+        check_size("role", self.role, MAX_NAME_CHARS)
+        check_size("planes", self.planes, MAX_PLANES)
+        check_names("planes", self.planes)
+        check_size("peer_endpoint", self.peer_endpoint, MAX_ADDRESS_CHARS)
+        check_int("pid", self.pid, 0, MAX_INT32)
+        check_size("host", self.host, MAX_NAME_CHARS)
+        check_size("device", self.device, MAX_NAME_CHARS)
+        check_size("num_slots", self.num_slots, MAX_GROUPS)
+        check_ints("num_slots", self.num_slots, 0, MAX_INT32)
+        check_size("eos_token_ids", self.eos_token_ids, MAX_ITEMS)
+        check_ints("eos_token_ids", self.eos_token_ids, 0, MAX_INT32)
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +93,10 @@ class Pulse:
     incarnation: str
     in_step: tuple[tuple[str, int], ...] | None = None
 
+    def __post_init__(self) -> None:
+        check_id("router_incarnation", self.router_incarnation)
+        check_id("incarnation", self.incarnation)
+
 
 @dataclass(frozen=True, slots=True)
 class PeerTarget:
@@ -67,6 +110,11 @@ class PeerTarget:
     endpoint: str
     geometry: Geometry | None = None
 
+    def __post_init__(self) -> None:
+        check_id("incarnation", self.incarnation)
+        check_id("worker_id", self.worker_id)
+        check_size("endpoint", self.endpoint, MAX_ADDRESS_CHARS)
+
 
 @dataclass(frozen=True, slots=True)
 class Peers:
@@ -77,6 +125,9 @@ class Peers:
 
     peers: tuple[PeerTarget, ...]
     gone: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        check_size("peers", self.peers, MAX_ITEMS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +143,14 @@ class PeerLink:
     state: str
     gb_per_s: float
     detail: str = ""
+
+    def __post_init__(self) -> None:
+        check_id("incarnation", self.incarnation)
+        check_id("worker_id", self.worker_id)
+        check_size("plane", self.plane, MAX_ADDRESS_CHARS)
+        check_size("state", self.state, MAX_NAME_CHARS)
+        check_finite("gb_per_s", self.gb_per_s)
+        check_size("detail", self.detail, MAX_TEXT_CHARS)
 
 
 READY = "ready"
@@ -118,6 +177,19 @@ class Lease:
     blocks_free: tuple[int, ...] = ()
     links: tuple[PeerLink, ...] = ()
 
+    def __post_init__(self) -> None:
+        check_id("incarnation", self.incarnation)
+        check_size("router_incarnation", self.router_incarnation, MAX_NAME_CHARS)
+        check_size("state", self.state, MAX_NAME_CHARS)
+        check_size("metrics", self.metrics, MAX_ITEMS)
+        check_transfers("requests", self.requests)
+        check_int("num_running", self.num_running, 0, MAX_INT32)
+        check_int("num_queued", self.num_queued, 0, MAX_INT32)
+        for name in ("blocks_used", "blocks_free"):
+            check_size(name, getattr(self, name), MAX_GROUPS)
+            check_ints(name, getattr(self, name), 0, MAX_INT32)
+        check_size("links", self.links, MAX_ITEMS)
+
 
 @dataclass(frozen=True, slots=True)
 class Dispatch:
@@ -141,6 +213,10 @@ class Dispatch:
     ticket: bytes = b""
 
     def __post_init__(self) -> None:
+        check_attempt(self.transfer_id, self.epoch)
+        check_size("request_id", self.request_id, MAX_ADDRESS_CHARS)
+        check_one_of("mode", self.mode, MODES)
+        check_size("ticket", self.ticket, MAX_SECRET_NBYTES)
         if not 0 < self.deadline_s < float("inf"):
             raise ValueError(f"deadline_s: {self.deadline_s}, expected a finite duration above 0")
 
@@ -159,6 +235,12 @@ class Tokens:
     logprobs: tuple[TokenLogprobs, ...] = ()
     num_cached_tokens: int = 0
 
+    def __post_init__(self) -> None:
+        check_attempt(self.transfer_id, self.epoch)
+        check_int("index", self.index, 0, MAX_INT32)
+        check_ints("token_ids", self.token_ids, 0, MAX_INT32)
+        check_int("num_cached_tokens", self.num_cached_tokens, 0, MAX_INT32)
+
 
 @dataclass(frozen=True, slots=True)
 class Finished:
@@ -170,6 +252,13 @@ class Finished:
     reason: str
     stop_token_id: int | None = None
 
+    def __post_init__(self) -> None:
+        check_attempt(self.transfer_id, self.epoch)
+        check_int("index", self.index, 0, MAX_INT32)
+        check_size("reason", self.reason, MAX_NAME_CHARS)
+        if self.stop_token_id is not None:
+            check_int("stop_token_id", self.stop_token_id, 0, MAX_INT32)
+
 
 @dataclass(frozen=True, slots=True)
 class RequestFailed:
@@ -179,6 +268,10 @@ class RequestFailed:
     epoch: int
     status: int
     message: str
+
+    def __post_init__(self) -> None:
+        check_attempt(self.transfer_id, self.epoch)
+        check_int("status", self.status, 100, 599)
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,6 +283,11 @@ class TransferFailed:
     reason: str
     units: tuple[UnitName, ...] = ()
 
+    def __post_init__(self) -> None:
+        check_attempt(self.transfer_id, self.epoch)
+        check_size("reason", self.reason, MAX_TEXT_CHARS)
+        check_size("units", self.units, MAX_UNITS)
+
 
 @dataclass(frozen=True, slots=True)
 class Retarget:
@@ -200,6 +298,10 @@ class Retarget:
     peer: PeerTarget
     ticket: bytes
 
+    def __post_init__(self) -> None:
+        check_attempt(self.transfer_id, self.epoch)
+        check_size("ticket", self.ticket, MAX_SECRET_NBYTES)
+
 
 @dataclass(frozen=True, slots=True)
 class PrefillLocally:
@@ -207,6 +309,9 @@ class PrefillLocally:
 
     transfer_id: str
     epoch: int
+
+    def __post_init__(self) -> None:
+        check_attempt(self.transfer_id, self.epoch)
 
 
 @dataclass(frozen=True, slots=True)
@@ -216,6 +321,10 @@ class CancelRequest:
     transfer_id: str
     epoch: int
     reason: str
+
+    def __post_init__(self) -> None:
+        check_attempt(self.transfer_id, self.epoch)
+        check_size("reason", self.reason, MAX_TEXT_CHARS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -229,6 +338,13 @@ class TransferReport:
     groups: tuple[GroupBytes, ...]
     times: StageTimes
     num_operations: int = 0
+
+    def __post_init__(self) -> None:
+        check_attempt(self.transfer_id, self.epoch)
+        check_size("worker_id", self.worker_id, MAX_NAME_CHARS)
+        check_size("plane", self.plane, MAX_NAME_CHARS)
+        check_size("groups", self.groups, MAX_GROUPS)
+        check_int("num_operations", self.num_operations, 0, MAX_INT64)
 
 
 RouterMessage = (

@@ -6,7 +6,38 @@ strings (32 digits, 128 random bits) so that logs, JSON and the wire show the sa
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Final
+
+from disagg.transceiver.wire.messages.ranges import (
+    MAX_ADDRESS_CHARS,
+    MAX_BLOCK_SIZE,
+    MAX_GROUPS,
+    MAX_HEAD_DIM,
+    MAX_HEADS,
+    MAX_INT32,
+    MAX_INT64,
+    MAX_ITEMS,
+    MAX_LAYERS,
+    MAX_NAME_CHARS,
+    MAX_ORDINAL,
+    MAX_RANKS,
+    MAX_SECRET_NBYTES,
+    MAX_SLOT_NBYTES,
+    MAX_TEXT_CHARS,
+    MAX_UINT64,
+    MAX_UNITS,
+    check_int,
+    check_ints,
+    check_names,
+    check_size,
+    fail,
+)
+
+MAX_LABELS: Final = 64
+"""Labels of a metric, and stages of a request: each has a handful."""
 
 from disagg.transceiver.wire.messages.sampling_limits import (
     LARGEST_INT64,
@@ -48,6 +79,17 @@ class GroupSemantics:
     head_dim: int
     layers: tuple[int, ...]
 
+    def __post_init__(self) -> None:
+        if self.window is not None:
+            check_int("window", self.window, 1, MAX_INT32)
+        check_int("num_sink_tokens", self.num_sink_tokens, 0, MAX_INT32)
+        check_int("num_kv_heads", self.num_kv_heads, 1, MAX_HEADS)
+        check_int("head_dim", self.head_dim, 1, MAX_HEAD_DIM)
+        check_size("layers", self.layers, MAX_LAYERS, 1)
+        check_ints("layers", self.layers, 0, MAX_LAYERS - 1)
+        if any(a >= b for a, b in pairwise(self.layers)):
+            fail("layers", self.layers, "ascending indexes")
+
 
 @dataclass(frozen=True, slots=True)
 class Identity:
@@ -60,6 +102,15 @@ class Identity:
     max_model_len: int
     hash_key_id: str
     adapter_ids: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        check_int("protocol_major", self.protocol_major, 0, MAX_INT32)
+        check_int("max_model_len", self.max_model_len, 1, MAX_INT32)
+        for name in ("model_fingerprint", "compute_dtype", "hash_key_id"):
+            check_size(name, getattr(self, name), MAX_NAME_CHARS)
+        check_size("attention", self.attention, MAX_TEXT_CHARS)
+        check_size("adapter_ids", self.adapter_ids, MAX_ITEMS)
+        check_names("adapter_ids", self.adapter_ids)
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +133,32 @@ class Geometry:
     stages: tuple[tuple[int, ...], ...] = ()
     rank: int = 0
 
+    def __post_init__(self) -> None:
+        check_int("block_size", self.block_size, 1, MAX_BLOCK_SIZE)
+        check_size("kv_dtype", self.kv_dtype, MAX_NAME_CHARS)
+        check_size("slot_layout", self.slot_layout, MAX_NAME_CHARS)
+        check_size("groups", self.groups, MAX_GROUPS, 1)
+        check_size("slot_nbytes", self.slot_nbytes, MAX_GROUPS)
+        check_ints("slot_nbytes", self.slot_nbytes, 1, MAX_SLOT_NBYTES)
+        check_int("tensor_parallel_size", self.tensor_parallel_size, 1, MAX_RANKS)
+        check_int("pipeline_parallel_size", self.pipeline_parallel_size, 1, MAX_RANKS)
+        check_int("rank", self.rank, 0, MAX_RANKS**2 - 1)
+        check_size("stages", self.stages, MAX_RANKS)
+        for stage in self.stages:
+            check_size("stages", stage, MAX_LAYERS)
+            check_ints("stages", stage, 0, MAX_LAYERS - 1)
+        self._check_scales()
+
+    def _check_scales(self) -> None:
+        """Numbers that multiply. How many there must be `pairing` says, which can name both sides' values."""
+        check_size("kv_scales", self.kv_scales, MAX_GROUPS)
+        for layers in self.kv_scales:
+            check_size("kv_scales", layers, MAX_LAYERS)
+            for half in (half for pair in layers for half in pair):
+                check_size("kv_scales", half, MAX_HEADS)
+                if not all(0 < scale < math.inf for scale in half):
+                    fail("kv_scales", half, "finite numbers above 0")
+
 
 @dataclass(frozen=True, slots=True)
 class PlaneOffer:
@@ -92,6 +169,12 @@ class PlaneOffer:
     token: bytes = b""
     nonce: bytes = b""
 
+    def __post_init__(self) -> None:
+        check_size("plane", self.plane, MAX_NAME_CHARS)
+        check_size("address", self.address, MAX_ADDRESS_CHARS)
+        check_size("token", self.token, MAX_SECRET_NBYTES)
+        check_size("nonce", self.nonce, MAX_SECRET_NBYTES)
+
 
 @dataclass(frozen=True, slots=True)
 class GroupRuns:
@@ -99,6 +182,15 @@ class GroupRuns:
 
     group: int
     runs: tuple[Run, ...]
+
+    def __post_init__(self) -> None:
+        check_int("group", self.group, 0, MAX_GROUPS - 1)
+        check_size("runs", self.runs, MAX_UNITS)
+        end = 0
+        for first, count in self.runs:
+            if not (end <= first and count >= 1 and first + count <= MAX_ORDINAL):
+                fail("runs", (first, count), f"ascending runs of at least one below {MAX_ORDINAL}")
+            end = first + count
 
     @property
     def ordinals(self) -> tuple[int, ...]:
@@ -115,6 +207,16 @@ class UnitRun:
     slots: tuple[int, ...] = ()
     generations: tuple[int, ...] = ()
 
+    def __post_init__(self) -> None:
+        check_int("group", self.group, 0, MAX_GROUPS - 1)
+        check_int("first", self.first, 0, MAX_ORDINAL - 1)
+        check_int("count", self.count, 1, MAX_UNITS)
+        check_int("first + count", self.first + self.count, 1, MAX_ORDINAL)
+        if len(self.slots) != len(self.generations) or len(self.slots) not in (0, self.count):
+            fail("slots", (len(self.slots), len(self.generations)), f"none, or {self.count} slots and generations")
+        check_ints("slots", self.slots, 0, MAX_INT32)
+        check_ints("generations", self.generations, 0, MAX_INT64)
+
 
 @dataclass(frozen=True, slots=True)
 class UnitName:
@@ -122,6 +224,10 @@ class UnitName:
 
     group: int
     ordinal: int
+
+    def __post_init__(self) -> None:
+        check_int("group", self.group, 0, MAX_GROUPS - 1)
+        check_int("ordinal", self.ordinal, 0, MAX_ORDINAL - 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,6 +242,21 @@ class ManifestEntry:
     rectangle: tuple[int, int, int, int]
     digest: int
 
+    def __post_init__(self) -> None:
+        # In one look: a DONE of the longest context has 131,072 of them.
+        is_named = 0 <= self.group < MAX_GROUPS and 0 <= self.ordinal < MAX_ORDINAL
+        if (
+            is_named
+            and min(self.rectangle) >= 0
+            and max(self.rectangle) <= MAX_HEADS
+            and 0 <= self.digest <= MAX_UINT64
+        ):
+            return
+        check_int("group", self.group, 0, MAX_GROUPS - 1)
+        check_int("ordinal", self.ordinal, 0, MAX_ORDINAL - 1)
+        check_ints("rectangle", self.rectangle, 0, MAX_HEADS)
+        check_int("digest", self.digest, 0, MAX_UINT64)
+
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprobs:
@@ -143,6 +264,14 @@ class TokenLogprobs:
 
     logprob: float
     top: tuple[tuple[int, float], ...] = ()
+
+    def __post_init__(self) -> None:
+        check_size("top", self.top, MAX_ITEMS)
+        for token_id, _ in self.top:
+            check_int("top", token_id, 0, MAX_INT32)
+        for value in (self.logprob, *(value for _, value in self.top)):
+            if not value < math.inf:  # NaN is not; minus infinity says that a token is impossible
+                fail("logprob", value, "a number")
 
 
 @dataclass(frozen=True, slots=True)
@@ -237,6 +366,14 @@ class MetricSample:
     labels: tuple[tuple[str, str], ...]
     value: float
 
+    def __post_init__(self) -> None:
+        check_size("name", self.name, MAX_NAME_CHARS)
+        check_size("kind", self.kind, MAX_NAME_CHARS)
+        check_size("labels", self.labels, MAX_LABELS)
+        for name, value in self.labels:
+            check_size("labels", name, MAX_NAME_CHARS)
+            check_size("labels", value, MAX_ADDRESS_CHARS)
+
 
 @dataclass(frozen=True, slots=True)
 class GroupBytes:
@@ -249,9 +386,19 @@ class GroupBytes:
     full_copy_blocks: int
     full_copy_nbytes: int
 
+    def __post_init__(self) -> None:
+        check_int("group", self.group, 0, MAX_GROUPS - 1)
+        check_size("name", self.name, MAX_NAME_CHARS)
+        for name in ("num_blocks", "nbytes", "full_copy_blocks", "full_copy_nbytes"):
+            check_int(name, getattr(self, name), 0, MAX_INT64)
+
 
 @dataclass(frozen=True, slots=True)
 class StageTimes:
     """Seconds a worker spent on one request, on its own clock, by stage name such as `queue`, `prefill`, `wire`."""
 
     stages: tuple[tuple[str, float], ...] = field(default=())
+
+    def __post_init__(self) -> None:
+        check_size("stages", self.stages, MAX_LABELS)
+        check_names("stages", (name for name, _ in self.stages))

@@ -1,0 +1,119 @@
+"""What values of the wire may be: bounds with their reasons, and checks that name the field.
+
+A bound is far above what any deployment has, and low enough that nothing which is computed from a legal value takes
+long, overflows or divides by zero. Checks raise `ValueError` with the field, the value and what was expected; a decoder
+turns that into `RemoteProtocolError` and puts the path before it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Iterable, Sized
+from typing import Final
+
+from disagg.transceiver.wire.errors import clipped
+
+MAX_INT32: Final = 2**31 - 1
+"""Token ids, lengths, epochs, slice numbers, windows: kernels and frames hold them in 32 bits."""
+
+MAX_INT64: Final = 2**63 - 1
+"""Bytes, generations, sequence numbers: numpy holds them in int64."""
+
+MAX_UINT64: Final = 2**64 - 1
+"""Digests."""
+
+MAX_NAME_CHARS: Final = 256
+"""Ids have 32 characters, names that operators give a few dozen; a DNS name has at most 253."""
+
+MAX_ADDRESS_CHARS: Final = 1024
+"""tcp://HOST:PORT; a unix socket's path has 108."""
+
+MAX_TEXT_CHARS: Final = 1 << 20
+"""Reasons and descriptions: sentences, or what a model attends to, layer by layer. Clipped where they are told."""
+
+MAX_SECRET_NBYTES: Final = 256
+"""Tokens and nonces have 16 bytes, MACs 32, tickets 32 and a few numbers."""
+
+MAX_GROUPS: Final = 256
+"""Layer groups of one model: published ones have at most a handful of kinds of attention."""
+
+MAX_LAYERS: Final = 4096
+"""Of one model: the deepest published one has 126."""
+
+MAX_HEADS: Final = 1 << 16
+MAX_HEAD_DIM: Final = 1 << 16
+"""Both 2**16: published models have at most 128 KV heads and 1,024 numbers per head."""
+
+MAX_BLOCK_SIZE: Final = 1 << 16
+"""Tokens per block: engines use 16 to 1,024."""
+
+MAX_RANKS: Final = 4096
+"""Per worker and direction; far above any that exists, and small enough that a claim costs nothing to look at."""
+
+MAX_SLOT_NBYTES: Final = 1 << 40
+"""1 TiB: one slot is never more than a machine's memory."""
+
+MAX_ORDINAL: Final = 1 << 24
+"""Blocks of one sequence: 16 million tokens at one token per block, above the longest context of any model."""
+
+MAX_UNITS: Final = 1 << 18
+"""Units that one message names: above the 222,822 that one DONE can hold (`codec.MAX_MANIFEST_ENTRIES`)."""
+
+MAX_ITEMS: Final = 1 << 16
+"""Workers, live requests, samples in one message: tens of times those of the largest cluster of one router."""
+
+MAX_PLANES: Final = 16
+"""There are four."""
+
+
+def fail(name: str, value: object, expected: str) -> None:
+    raise ValueError(f"{name}: {clipped(repr(value))}, expected {expected}")
+
+
+def check_int(name: str, value: int, low: int, high: int) -> None:
+    if not low <= value <= high:
+        fail(name, value, f"{low} to {high}")
+
+
+def check_ints(name: str, values: Collection[int], low: int, high: int) -> None:
+    """Each of them; in C, since a prompt has up to a million."""
+    if values and not (low <= min(values) and max(values) <= high):
+        fail(name, min(values) if min(values) < low else max(values), f"{low} to {high} each")
+
+
+def check_size(name: str, value: Sized, high: int, low: int = 0) -> None:
+    """Of a text its characters, of bytes their number, of a list its items."""
+    if not low <= len(value) <= high:
+        fail(name, f"{len(value)} long", f"a length of {low} to {high}")
+
+
+def check_id(name: str, value: str) -> None:
+    check_size(name, value, MAX_NAME_CHARS, 1)
+
+
+def check_names(name: str, values: Iterable[str], limit: int = MAX_NAME_CHARS) -> None:
+    for value in values:
+        check_size(name, value, limit)
+
+
+def check_finite(name: str, value: float) -> None:
+    if not math.isfinite(value):
+        fail(name, value, "a finite number")
+
+
+def check_one_of(name: str, value: str, legal: Collection[str]) -> None:
+    if value not in legal:
+        fail(name, value, f"one of {', '.join(legal)}")
+
+
+def check_transfers(name: str, values: Collection[tuple[str, int]]) -> None:
+    """(transfer id, epoch) of live attempts."""
+    check_size(name, values, MAX_ITEMS)
+    for transfer_id, epoch in values:
+        check_id(name, transfer_id)
+        check_int(name, epoch, 0, MAX_INT32)
+
+
+def check_attempt(transfer_id: str, epoch: int) -> None:
+    check_id("transfer_id", transfer_id)
+    check_int("epoch", epoch, 0, MAX_INT32)
