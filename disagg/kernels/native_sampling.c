@@ -27,6 +27,7 @@ enum {
     EXCLUDED = 0x7F800000, /* the key of a score of -inf */
 };
 
+#define HUGE_TEMPERATURE 0x1p-20 /* its inverse */
 #define INLINE static inline __attribute__((always_inline))
 
 /* sampling/native.py has the same fields; rows.py says what they mean. */
@@ -175,10 +176,22 @@ INLINE void fill_up(const Room *room)
         room->keys[i] = EXCLUDED;
 }
 
+/* The inverse of a huge temperature, raised until scores keep the logits' order. They are next to 0 then too. */
+INLINE double kept_apart(double inverse, double distance)
+{
+    return inverse * distance < 0x1p-40 && distance > 0 ? fmin(0x1p-40 / distance, DBL_MAX) : inverse;
+}
+
 /* Scores: (logit - largest) / temperature, rounded once. */
 INLINE void score(const float *row, float largest, double inverse, const Room *room)
 {
     const double most = largest;
+    float least = largest;
+    if (inverse < HUGE_TEMPERATURE) {
+        for (int64_t i = 0; i < room->size; i++)
+            least = row[i] < least ? row[i] : least;
+        inverse = kept_apart(inverse, most - least);
+    }
     for (int64_t i = 0; i < room->size; i++)
         room->keys[i] = key_of((float)((row[i] - most) * inverse));
     fill_up(room);
@@ -188,7 +201,13 @@ INLINE void score(const float *row, float largest, double inverse, const Room *r
 INLINE void score_adjusted(double largest, double inverse, const Room *room)
 {
     const double most = largest * 0.5;
+    double least = most;
     inverse *= 2;
+    if (inverse < HUGE_TEMPERATURE) {
+        for (int64_t i = 0; i < room->size; i++) /* what is masked has no distance */
+            least = room->adjusted[i] >= -DBL_MAX && room->adjusted[i] * 0.5 < least ? room->adjusted[i] * 0.5 : least;
+        inverse = kept_apart(inverse, most - least);
+    }
     for (int64_t i = 0; i < room->size; i++)
         room->keys[i] = key_of((float)((room->adjusted[i] * 0.5 - most) * inverse));
     fill_up(room);

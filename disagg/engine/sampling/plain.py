@@ -21,6 +21,9 @@ Ids = npt.NDArray[np.int64]
 EXCLUDED = 0x7F800000
 """The key of a score of -inf."""
 MAGNITUDE = np.int32(0x7FFFFFFF)
+LARGEST = float(np.finfo(np.float64).max)
+HUGE_TEMPERATURE = 2.0**-20
+"""Its inverse."""
 LEAST_WEIGHED = np.int32(0x42AE0000)
 """The key of -87, where exps of float32 end."""
 ONE = 2.0**30
@@ -77,10 +80,9 @@ def adjust(logits: Logits, given: Adjustments) -> Float64:
 
 
 def _repeated(values: Float64, factor: float) -> Float64:
-    largest = np.finfo(np.float64).max
     with np.errstate(over="ignore", under="ignore"):
         changed = np.where(values > 0, values / factor, values * factor)
-    return np.where(np.isneginf(values), values, np.clip(changed, -largest, largest))
+    return np.where(np.isneginf(values), values, np.clip(changed, -LARGEST, LARGEST))
 
 
 # --- scores -------------------------------------------------------------------------------------------------
@@ -97,8 +99,17 @@ def _keys(adjusted: Logits | Float64, inverse: float) -> Keys:
         inverse *= 2
     with np.errstate(over="ignore", under="ignore"):
         scores -= scores.max()
+        if inverse < HUGE_TEMPERATURE:
+            inverse = _kept_apart(inverse, -float(scores[np.isfinite(scores)].min()))
         scores *= inverse
         return key_of(scores.astype(np.float32))
+
+
+def _kept_apart(inverse: float, distance: float) -> float:
+    """The inverse of a huge temperature, raised until scores keep the logits' order. They are next to 0 then too."""
+    if distance == 0 or inverse * distance >= 2.0**-40:
+        return inverse
+    return min(float(np.float64(2.0**-40) / distance), LARGEST)  # infinite for the least float64s
 
 
 def exps(keys: Keys) -> npt.NDArray[np.float32]:
