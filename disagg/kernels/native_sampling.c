@@ -27,6 +27,7 @@ enum {
     EXCLUDED = 0x7F800000, /* the key of a score of -inf */
 };
 
+#define HUGE_TEMPERATURE 0x1p-20 /* its inverse */
 #define INLINE static inline __attribute__((always_inline))
 
 /* sampling/native.py has the same fields; rows.py says what they mean. */
@@ -80,6 +81,20 @@ INLINE float float_of(int32_t bits)
 {
     float value;
     memcpy(&value, &bits, 4);
+    return value;
+}
+
+INLINE int64_t long_of(double value)
+{
+    int64_t bits;
+    memcpy(&bits, &value, 8);
+    return bits;
+}
+
+INLINE double double_of(int64_t bits)
+{
+    double value;
+    memcpy(&value, &bits, 8);
     return value;
 }
 
@@ -138,12 +153,32 @@ INLINE int64_t first_at(const float *row, int64_t n, float value)
     return i;
 }
 
-INLINE double repeated(double x, double factor)
+/* The repetition penalty of one word's ids: all 64 are computed, and those kept whose bit is set. */
+INLINE void repeat_word(double *x, uint64_t bits, double factor)
 {
-    double y = x > 0 ? x / factor : x * factor;
-    if (y > DBL_MAX)
-        return DBL_MAX;
-    return y < -DBL_MAX && x >= -DBL_MAX ? -DBL_MAX : y; /* what is masked stays so */
+    const int64_t largest = 0x7FEFFFFFFFFFFFFF, sign = INT64_MIN; /* of float64, as bits */
+    for (int j = 0; j < 64; j++) {
+        int64_t old = long_of(x[j]), is_above = ~(old >> 63), divided = long_of(x[j] / factor);
+        int64_t new = (divided & is_above) | (long_of(x[j] * factor) & ~is_above);
+        int64_t magnitude = new & INT64_MAX;
+        magnitude = magnitude < largest ? magnitude : largest;
+        int64_t is_seen = -(int64_t)(bits >> j & 1) & -(int64_t)((old & INT64_MAX) <= largest); /* masked: it stays */
+        x[j] = double_of((((new & sign) | magnitude) & is_seen) | (old & ~is_seen));
+    }
+}
+
+/* The place of the first of the largest. */
+INLINE int64_t likeliest_of(const double *adjusted, int64_t n)
+{
+    int64_t most = INT64_MIN, i = 0;
+    for (int64_t j = 0; j < n; j++) {
+        int64_t bits = long_of(adjusted[j]), ordered = bits ^ ((bits >> 63) & INT64_MAX);
+        most = ordered > most ? ordered : most;
+    }
+    const double largest = double_of(most ^ ((most >> 63) & INT64_MAX));
+    while (adjusted[i] != largest)
+        i++;
+    return i;
 }
 
 /* Masks, biases and penalties, in float64; returns the place of the first of the largest. */
@@ -155,18 +190,14 @@ INLINE int64_t adjust(const SampleRow *at, const float *row, int64_t n, double *
         adjusted[at->masked[i]] = -INFINITY;
     for (int64_t i = 0; i < at->num_biases; i++)
         adjusted[at->bias_ids[i]] += at->biases[i];
+    for (int64_t i = n; i < (n + 63) / 64 * 64; i++)
+        adjusted[i] = 0;
     for (int64_t word = 0; at->seen && word * 64 < n; word++)
-        for (uint64_t bits = at->seen[word]; bits; bits &= bits - 1) {
-            double *x = adjusted + word * 64 + __builtin_ctzll(bits);
-            *x = repeated(*x, at->repetition);
-        }
+        if (at->seen[word])
+            repeat_word(adjusted + word * 64, at->seen[word], at->repetition);
     for (int64_t i = 0; i < at->num_used; i++)
         adjusted[at->used[i]] -= (double)at->counts[i] * at->frequency + at->presence;
-    int64_t likeliest = 0;
-    for (int64_t i = 1; i < n; i++)
-        if (adjusted[i] > adjusted[likeliest])
-            likeliest = i;
-    return likeliest;
+    return likeliest_of(adjusted, n);
 }
 
 INLINE void fill_up(const Room *room)
@@ -175,10 +206,22 @@ INLINE void fill_up(const Room *room)
         room->keys[i] = EXCLUDED;
 }
 
+/* The inverse of a huge temperature, raised until scores keep the logits' order. They are next to 0 then too. */
+INLINE double kept_apart(double inverse, double distance)
+{
+    return inverse * distance < 0x1p-40 && distance > 0 ? fmin(0x1p-40 / distance, DBL_MAX) : inverse;
+}
+
 /* Scores: (logit - largest) / temperature, rounded once. */
 INLINE void score(const float *row, float largest, double inverse, const Room *room)
 {
     const double most = largest;
+    float least = largest;
+    if (inverse < HUGE_TEMPERATURE) {
+        for (int64_t i = 0; i < room->size; i++)
+            least = row[i] < least ? row[i] : least;
+        inverse = kept_apart(inverse, most - least);
+    }
     for (int64_t i = 0; i < room->size; i++)
         room->keys[i] = key_of((float)((row[i] - most) * inverse));
     fill_up(room);
@@ -188,7 +231,13 @@ INLINE void score(const float *row, float largest, double inverse, const Room *r
 INLINE void score_adjusted(double largest, double inverse, const Room *room)
 {
     const double most = largest * 0.5;
+    double least = most;
     inverse *= 2;
+    if (inverse < HUGE_TEMPERATURE) {
+        for (int64_t i = 0; i < room->size; i++) /* what is masked has no distance */
+            least = room->adjusted[i] >= -DBL_MAX && room->adjusted[i] * 0.5 < least ? room->adjusted[i] * 0.5 : least;
+        inverse = kept_apart(inverse, most - least);
+    }
     for (int64_t i = 0; i < room->size; i++)
         room->keys[i] = key_of((float)((room->adjusted[i] * 0.5 - most) * inverse));
     fill_up(room);

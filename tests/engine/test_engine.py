@@ -9,6 +9,7 @@ from support.engine_pair import LAYOUT, TestedEngine, greedy, key, prompt_of
 from support.fake_runner import reference_tokens
 
 from disagg.cache.table import HOLE
+from disagg.engine import sampler
 from disagg.engine.commands import (
     Decode,
     FailedEvent,
@@ -201,6 +202,29 @@ def test_blocks_that_may_not_be_finite_are_zeroed_when_they_are_freed():
     engine.serve_all([Serve(key(1), (1, 2, 7, 3), greedy(5))])
     assert isinstance(engine.ending(key(1)), FailedEvent)
     assert not any(engine.cache.group_view(group).any() for group in range(3))
+
+
+@pytest.mark.parametrize("command", [Serve, Prefill])
+def test_a_row_that_cannot_be_sampled_ends_its_own_request_only(command, monkeypatch):
+    clean = {
+        number: reference_tokens(LAYOUT, prompt_of(12, number), Sampling(max_tokens=8, seed=3)) for number in (1, 3)
+    }
+    plan_row = sampler.plan_row
+
+    def faulty(given, vocab_size):
+        if given.sampling.seed == 7:
+            raise ZeroDivisionError("of this row")
+        return plan_row(given, vocab_size)
+
+    monkeypatch.setattr(sampler, "plan_row", faulty)
+    engine = TestedEngine()
+    wrong = command(key(2), prompt_of(12, 2), Sampling(max_tokens=8, seed=7))
+    others = [serve(number, 12, Sampling(max_tokens=8, seed=3)) for number in (1, 3)]
+    engine.serve_all([others[0], wrong, others[1]])
+    why = "sampling after position 11 failed: ZeroDivisionError: of this row"
+    assert engine.ending(key(2)) == FailedEvent(key(2), 500, why)
+    assert {number: engine.tokens(key(number)) for number in (1, 3)} == clean
+    assert engine.num_used == 0
 
 
 # --- commands that come twice or late -------------------------------------------------------------------------

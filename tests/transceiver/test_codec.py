@@ -104,14 +104,53 @@ def test_values_are_validated_by_their_own_classes() -> None:
         ("min_p", -0.1, 0.0),
         ("min_p", 1.1, 1.0),
         ("top_k", -1, 0),
-        ("repetition_penalty", 0.0, 0.1),
+        ("repetition_penalty", 0.0, 5e-324),
+        ("repetition_penalty", float("inf"), 1.7e308),
+        ("temperature", float("inf"), 1.7e308),
+        ("presence_penalty", float("nan"), -2.0),
+        ("frequency_penalty", float("-inf"), 2.0),
+        ("top_k", 2**63, 2**63 - 1),
+        ("seed", 2**64, 2**64 - 1),
+        ("seed", -(2**63) - 1, -(2**63)),
+        ("min_tokens", -1, 0),
+        ("num_logprobs", 21, 20),
+        ("logit_bias", ((1, float("inf")),), ((1, 100.0),)),
+        ("logit_bias", ((2**63, 1.0),), ((2**63 - 1, 1.0),)),
+        ("logit_bias", ((1, 1.0),) * 1025, ((1, 1.0),) * 1024),
+        ("stop_token_ids", (2**63,), (2**63 - 1,)),
+        ("eos_token_ids", (1,) * 257, (1,) * 256),
     ],
 )
-def test_sampling_that_no_sampler_could_follow_is_named(field: str, wrong: float, least: float) -> None:
+def test_sampling_that_no_sampler_could_follow_is_named(field: str, wrong: object, least: object) -> None:
     """The engine divides by these and indexes with them: a worker must not be sent what its sampler cannot take."""
     assert getattr(replace(SAMPLING, **{field: least}), field) == least
     with pytest.raises(ValueError, match=f"^{field}: "):
         replace(SAMPLING, **{field: wrong})
+
+
+@pytest.mark.parametrize(
+    ("value", "change"),
+    [
+        (SamplingState(0), {"seed": 2**64}),
+        (SamplingState(0), {"output_counts": ((1, 0),)}),
+        (SamplingState(0), {"output_counts": ((-1, 1),)}),
+        (SamplingState(0), {"version": 0}),
+        (FirstToken(1, None, SamplingState(0)), {"token_id": -1}),
+        (FirstToken(1, None, SamplingState(0)), {"num_cached_tokens": -1}),
+    ],
+)
+def test_a_first_token_that_no_prefill_worker_samples_is_named(
+    value: SamplingState | FirstToken, change: dict[str, object]
+) -> None:
+    with pytest.raises(ValueError, match=f"^{next(iter(change))}"):
+        replace(value, **change)  # type: ignore[arg-type]
+
+
+def test_a_message_with_such_values_is_the_peers_fault() -> None:
+    fields = fields_of(Dispatch("t", 0, "r", "serve", (1,), SAMPLING, 1.0))
+    fields["sampling"]["repetition_penalty"] = float("inf")
+    with pytest.raises(RemoteProtocolError, match="repetition_penalty: inf, expected more than 0 and finite"):
+        decode(packed(36, fields))
 
 
 @pytest.mark.parametrize("deadline", [0.0, -1.0, float("inf"), float("nan")])

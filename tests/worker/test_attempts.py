@@ -7,9 +7,10 @@ from typing import Any
 
 from support.engine_pair import key
 
-from disagg.engine.commands import Release, Unregister
+from disagg.engine.commands import FailedEvent, Release, Unregister
 from disagg.transceiver.peers.decode_side import TransferRecord
-from disagg.transceiver.wire.messages.values import UnitName
+from disagg.transceiver.wire.messages.router import Dispatch, RequestFailed
+from disagg.transceiver.wire.messages.values import Sampling, UnitName
 from disagg.worker.attempts import Attempts
 from disagg.worker.metrics import WorkerMetrics
 
@@ -35,3 +36,16 @@ def test_an_attempt_that_is_over_is_held_until_its_suspect_blocks_were_looked_at
     attempts.suspects_seen(key(1))
     assert attempts.held == ()
     assert commands[1:] == [Release(key(1))]
+
+
+def test_a_request_that_the_engine_gave_up_is_answered_with_the_engines_status_and_words() -> None:
+    messages: list[Any] = []
+    metrics: Any = SimpleNamespace()
+    attempts = Attempts(lambda command: None, messages.append, None, metrics, fetch_wait_s=1.0)  # type: ignore[arg-type]
+    for number in (1, 2):
+        transfer_id, epoch = key(number).transfer_id, key(number).epoch
+        attempts.take_message(Dispatch(transfer_id, epoch, "r", "serve", (1,), Sampling(max_tokens=1), 60.0))
+    attempts.take_event(FailedEvent(key(1), 500, "sampling after position 0 failed: ZeroDivisionError: why"))
+    expected = "sampling after position 0 failed: ZeroDivisionError: why"
+    assert messages == [RequestFailed(key(1).transfer_id, key(1).epoch, 500, expected)]
+    assert attempts.keys == (key(2),)

@@ -21,8 +21,20 @@ Ids = npt.NDArray[np.int64]
 EXCLUDED = 0x7F800000
 """The key of a score of -inf."""
 MAGNITUDE = np.int32(0x7FFFFFFF)
+LARGEST = float(np.finfo(np.float64).max)
+HUGE_TEMPERATURE = 2.0**-20
+"""Its inverse."""
 LEAST_WEIGHED = np.int32(0x42AE0000)
 """The key of -87, where exps of float32 end."""
+POLYNOMIAL = (
+    1.9875691500e-4,
+    1.3981999507e-3,
+    8.3334519073e-3,
+    4.1665795894e-2,
+    1.6666665459e-1,
+    5.0000001201e-1,
+)
+PIECE = 1 << 14
 ONE = 2.0**30
 """The weight of a score of 0."""
 
@@ -77,10 +89,9 @@ def adjust(logits: Logits, given: Adjustments) -> Float64:
 
 
 def _repeated(values: Float64, factor: float) -> Float64:
-    largest = np.finfo(np.float64).max
     with np.errstate(over="ignore", under="ignore"):
         changed = np.where(values > 0, values / factor, values * factor)
-    return np.where(np.isneginf(values), values, np.clip(changed, -largest, largest))
+    return np.where(np.isneginf(values), values, np.clip(changed, -LARGEST, LARGEST))
 
 
 # --- scores -------------------------------------------------------------------------------------------------
@@ -97,31 +108,51 @@ def _keys(adjusted: Logits | Float64, inverse: float) -> Keys:
         inverse *= 2
     with np.errstate(over="ignore", under="ignore"):
         scores -= scores.max()
+        if inverse < HUGE_TEMPERATURE:
+            inverse = _kept_apart(inverse, -float(scores[np.isfinite(scores)].min()))
         scores *= inverse
         return key_of(scores.astype(np.float32))
 
 
+def _kept_apart(inverse: float, distance: float) -> float:
+    """The inverse of a huge temperature, raised until scores keep the logits' order. They are next to 0 then too."""
+    if distance == 0 or inverse * distance >= 2.0**-40:
+        return inverse
+    return min(float(np.float64(2.0**-40) / distance), LARGEST)  # infinite for the least float64s
+
+
 def exps(keys: Keys) -> npt.NDArray[np.float32]:
     """exp of scores, by the polynomial of `exp_of` in native_sampling.c, step by step: the same bits."""
-    f, is_in = np.float32, keys < LEAST_WEIGHED
-    x = -np.where(is_in, keys, np.int32(0)).view(np.float32)
-    n = x * f(1.44269504) + f(12582912)
-    whole = n - f(12582912)
-    r = x - whole * f(0.693359375)
-    r += whole * f(2.12194440e-4)
-    p = np.full_like(r, f(1.9875691500e-4))
-    for factor in (1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1):
-        p *= r
-        p += f(factor)
-    p *= r * r
-    p += r
-    p += f(1)
-    bits = p.view(np.int32) + (n.view(np.int32) << 23)
-    return np.where(is_in, bits, np.int32(0)).view(np.float32)
+    is_in = keys < LEAST_WEIGHED
+    x = np.negative((keys * is_in).view(np.float32))
+    n = x * np.float32(1.44269504)
+    n += np.float32(12582912)
+    whole = n - np.float32(12582912)
+    x -= whole * np.float32(0.693359375)
+    x += np.multiply(whole, np.float32(2.12194440e-4), out=whole)
+    p = x * np.float32(POLYNOMIAL[0])
+    for factor in POLYNOMIAL[1:-1]:
+        p += np.float32(factor)
+        p *= x
+    p += np.float32(POLYNOMIAL[-1])
+    p *= np.multiply(x, x, out=whole)
+    p += x
+    p += np.float32(1)
+    bits = p.view(np.int32)
+    bits += np.left_shift(n.view(np.int32), 23, out=n.view(np.int32))
+    bits *= is_in
+    return p
 
 
 def weights_of(keys: Keys) -> npt.NDArray[np.int32]:
-    return (exps(keys) * np.float32(ONE) + np.float32(0.5)).astype(np.int32)
+    """In pieces: what an operation makes stays in the processor's cache for the next."""
+    weights = np.empty_like(keys)
+    for first in range(0, len(keys), PIECE):
+        piece = exps(keys[first : first + PIECE])
+        piece *= np.float32(ONE)
+        piece += np.float32(0.5)
+        weights[first : first + PIECE] = piece
+    return weights
 
 
 # --- filters ------------------------------------------------------------------------------------------------
@@ -201,6 +232,8 @@ def _noisy(keys: Keys, words: npt.NDArray[np.uint32]) -> Float64:
 def _words(row: SampleRow, size: int, ids: Ids | None) -> npt.NDArray[np.uint32]:
     if ids is None:
         return block_words(row.seed, row.position, np.arange(-(-size // 4))).reshape(-1)[:size]
-    blocks, places = np.unique(ids >> 2, return_inverse=True)
-    words: npt.NDArray[np.uint32] = block_words(row.seed, row.position, blocks)[places, ids & 3]
-    return words
+    blocks = ids >> 2
+    is_first = np.diff(blocks, prepend=-1) != 0
+    words = block_words(row.seed, row.position, blocks[is_first]).reshape(-1)
+    chosen: npt.NDArray[np.uint32] = words[(is_first.cumsum() - 1) * 4 + (ids & 3)]
+    return chosen

@@ -5,7 +5,8 @@
    presence is subtracted. Without an adjustment a logit is its own.
 2. *Greedy*: the first of the largest.
 3. Else *score* = (logit - largest) * inverse temperature, rounded to float32 once. No score is above 0, and the bits of
-   its magnitude, its *key*, order scores as whole numbers: 0 for the likeliest.
+   its magnitude, its *key*, order scores as whole numbers: 0 for the likeliest. An inverse below 2**-20 is raised until
+   the furthest score is at -2**-40: no chance changes that a float could tell, and the order of logits stays.
 4. *Filter*, each on what the one before left: keys up to that of `least` (min-p); up to the `top_k`-th, ties with it
    included; the fewest, in order of key and id, whose weights reach ceil(top_p * sum). A weight is exp(score) * 2**30,
    a whole number by one stated polynomial, so sums are exact in any order. Key 0 passes every filter.

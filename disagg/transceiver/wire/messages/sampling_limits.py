@@ -1,7 +1,8 @@
 """What sampling parameters may be: the API refuses a request outside of it, `Sampling` a message.
 
-Within it every combination is legal and has one exact meaning (`disagg.kernels.sampling`). Fractions have no least
+Within it every combination is legal and has one exact meaning (`disagg.engine.sampling.rows`). Fractions have no least
 value above 0 and temperatures and repetition penalties no largest: what float32 cannot hold is computed in float64.
+What is added to logits the API bounds as OpenAI does; a message may hold whatever is a logit itself.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from collections.abc import Sequence
 from typing import Final
 
 MAX_TOKENS: Final = 2**31 - 1  # the model's own limit is far below; this only keeps it a 32-bit integer
+LARGEST_LOGIT: Final = (2 - 2.0**-23) * 2.0**127  # of float32; float64 holds any sum of what a message may add
 MAX_PENALTY: Final = 2.0  # OpenAI's limit of presence and frequency penalties, in both directions
 MAX_BIAS: Final = 100.0  # OpenAI's limit, in both directions: more than any logit of a model served here
 MAX_BIASES: Final = 1024  # they cross the wire with each attempt and are applied at each token; OpenAI's limit is 300

@@ -41,11 +41,10 @@ MAX_LABELS: Final = 64
 
 from disagg.transceiver.wire.messages.sampling_limits import (
     LARGEST_INT64,
+    LARGEST_LOGIT,
     LARGEST_SEED,
-    MAX_BIAS,
     MAX_BIASES,
     MAX_LOGPROBS,
-    MAX_PENALTY,
     MAX_STOP_TOKEN_IDS,
     MAX_TOKENS,
     check_above,
@@ -343,8 +342,8 @@ class Sampling:
         check_above("top_p", self.top_p, 0, 1)
         check_number("min_p", self.min_p, 0, 1)
         check_above("repetition_penalty", self.repetition_penalty, 0)
-        check_number("presence_penalty", self.presence_penalty, -MAX_PENALTY, MAX_PENALTY)
-        check_number("frequency_penalty", self.frequency_penalty, -MAX_PENALTY, MAX_PENALTY)
+        check_number("presence_penalty", self.presence_penalty, -LARGEST_LOGIT, LARGEST_LOGIT)
+        check_number("frequency_penalty", self.frequency_penalty, -LARGEST_LOGIT, LARGEST_LOGIT)
         if self.num_logprobs is not None:
             check_count("num_logprobs", self.num_logprobs, 0, MAX_LOGPROBS)
         self._check_ids()
@@ -352,7 +351,7 @@ class Sampling:
     def _check_ids(self) -> None:
         check_ids("logit_bias", [entry[0] for entry in self.logit_bias], MAX_BIASES)
         for bias in (number for entry in self.logit_bias for number in entry[1:]):  # the codec checks that it is a pair
-            check_number("logit_bias", bias, -MAX_BIAS, MAX_BIAS)
+            check_number("logit_bias", bias, -LARGEST_LOGIT, LARGEST_LOGIT)
         check_ids("eos_token_ids", self.eos_token_ids, MAX_STOP_TOKEN_IDS)
         check_ids("stop_token_ids", self.stop_token_ids, MAX_STOP_TOKEN_IDS)
 
