@@ -44,18 +44,6 @@ class Registered:
 
 
 @dataclass(frozen=True, slots=True)
-class Pulse:
-    """Both ways, every 0.5 s, from a thread of its own: this process lives, however busy its event loop is.
-
-    With `in_step` from the model thread, before each step whose new requests differ from the last one's: attempts in
-    the step that have emitted fewer than 8 tokens here. Should the process die now, it was in that step.
-    """
-
-    incarnation: str
-    in_step: tuple[tuple[str, int], ...] | None = None
-
-
-@dataclass(frozen=True, slots=True)
 class PeerTarget:
     """The other end of a transfer, or a prefill worker that a decode worker should connect to ahead of any request.
 
@@ -101,6 +89,18 @@ LEAVING = "leaving"
 """`state` of a worker's last lease: it ends its registration itself, so nobody has to find out."""
 BROKEN = "broken"
 """As LEAVING, of a worker whose model thread died: `requests` are the new ones of the step that it died in."""
+
+
+@dataclass(frozen=True, slots=True)
+class Pulse:
+    """Both ways, every 0.5 s, from a thread of its own: this process lives, however busy its event loop is.
+
+    With `in_step` from the model thread, before each step whose new requests differ from the last one's: attempts in
+    the step that have emitted fewer than 8 tokens here. Should the process die now, it was in that step.
+    """
+
+    incarnation: str
+    in_step: tuple[tuple[str, int], ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)
