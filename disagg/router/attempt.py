@@ -310,6 +310,10 @@ class Attempts:
         parties = incarnations(self.placement)[1:]
         if self._waits_for(parties, lambda later: self._server_failed(reason, later), now):
             return None
+        return self._leave_server(reason, now)
+
+    def _leave_server(self, reason: str, now: float) -> None:
+        assert self.placement is not None
         self._failed_servers.add(self.placement.server.incarnation)
         if self.epoch >= self._max_attempts:
             return self._give_up(reason, now)
@@ -354,7 +358,7 @@ class Attempts:
         """At another prefill worker, or where the prompt was expected; later, when another charged request is there."""
         taken = self._charges.taken
         if server.incarnation not in self.sides:  # lost while this waited
-            return self._server_failed(f"worker `{server.worker_id}` was lost; {reason}", now)
+            return self._leave_server(f"worker `{server.worker_id}` was lost; {reason}", now)
         other = None if self._retargeted else self._other_prefill(server, taken)
         if server.incarnation in taken and other is None:
             self._waiting = lambda later: self._compute_elsewhere(server, prefill, reason, later)

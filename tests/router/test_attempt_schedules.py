@@ -22,6 +22,7 @@ from disagg.router.attempt_events import (
     Tick,
     WorkerLost,
 )
+from disagg.router.charges import MAX_CHARGES
 from disagg.router.generation import GenerationEnd, TokenChunk
 from disagg.transceiver.wire.messages.router import (
     CancelRequest,
@@ -93,9 +94,33 @@ said = st.builds(
     count=st.integers(0, 2),
     status=st.sampled_from([503, 503, 500, 400]),
 )
-losses = st.builds(WorkerLost, st.sampled_from(WORKERS), st.just("killed"))
+in_steps = st.sampled_from([{}, {ID: 1}])
+losses = st.builds(WorkerLost, st.sampled_from(WORKERS), st.just("killed"), in_steps)
 rare = st.sampled_from([ClientGone(), RouterClosing(), Tick()])
 steps = st.lists(st.tuples(st.one_of(said, said, said, said, losses, rare), st.floats(0, 4)), max_size=25)
+
+
+@dataclass
+class Told:
+    """What is known of the workers: fixed for a schedule, except that a lost one gives no sign."""
+
+    computing: frozenset[str]
+    silent: frozenset[str]
+    others: frozenset[str]
+    lost: set[str]
+    now: float = 0.0
+
+    def is_in_step(self, incarnation: str, transfer_id: str) -> bool:
+        return incarnation in self.computing
+
+    def sign_at(self, incarnation: str) -> float | None:
+        return None if incarnation in self.lost else 0.0 if incarnation in self.silent else self.now
+
+    def taken(self, transfer_id: str) -> frozenset[str]:
+        return self.others
+
+
+some = st.frozensets(st.sampled_from(WORKERS), max_size=3)
 
 
 class Model:
@@ -164,23 +189,30 @@ def expect_closed(model: Model, event: Event, was_over: bool) -> None:
     shape=st.sampled_from([(2, 2, 0), (1, 1, 0), (2, 1, 1), (0, 0, 1), (1, 2, 1)]),
     max_attempts=st.integers(1, MAX_EPOCH),
     max_tokens=st.sampled_from([1, MAX_TOKENS]),
+    told=st.builds(Told, computing=some, silent=some, others=some, lost=st.builds(set)),
 )
 def test_every_schedule_has_one_end_and_leaves_nothing_dispatched(
-    steps: list[tuple[Said | Event, float]], shape: tuple[int, int, int], max_attempts: int, max_tokens: int
+    steps: list[tuple[Said | Event, float]], shape: tuple[int, int, int], max_attempts: int, max_tokens: int, told: Told
 ) -> None:
     placer = ListPlacer(WORKERS[0 : shape[0]], WORKERS[2 : 2 + shape[1]], WORKERS[4 : 4 + shape[2]])
-    attempts = make_attempts(placer, max_attempts=max_attempts, max_tokens=max_tokens, timeout_s=30.0)
+    attempts = make_attempts(placer, max_attempts=max_attempts, max_tokens=max_tokens, timeout_s=30.0, vitals=told)
     model, now = Model(), 0.0
     model.see(attempts.start(now))
     for step, pause in [*steps, (Tick(), 60.0)]:
         now += pause
+        told.now = now
         for event in step.events(attempts) if isinstance(step, Said) else [step]:
             if isinstance(event, WorkerLost):
                 placer.lose(event.incarnation)
                 model.lose(event.incarnation)
-            was_over = attempts.is_over
+                told.lost.add(event.incarnation)
+            was_over, epoch = attempts.is_over, attempts.epoch
             model.see(attempts.handle(event, now))
             attempts.check_invariants()
+            assert len(attempts.record.charged_deaths) <= MAX_CHARGES
+            if len(attempts.record.charged_deaths) == MAX_CHARGES:
+                assert attempts.is_over
+                assert attempts.epoch == epoch, "dispatched after two charges"
             if attempts.is_over:
                 expect_closed(model, event, was_over)
     assert attempts.is_over, "the deadline passed"

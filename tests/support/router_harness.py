@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 
 from disagg.router.attempt import Attempts
+from disagg.router.charges import Vitals
 from disagg.router.choose import Placement, Unplaceable
 from disagg.router.generation import GenerationRequest
 from disagg.transceiver.wire.messages.router import Lease, PeerLink, PeerTarget, Register
@@ -107,7 +108,12 @@ class ListPlacer:
 
 
 def make_attempts(
-    placer: ListPlacer, *, max_tokens: int = 4, max_attempts: int = 3, timeout_s: float = 60.0
+    placer: ListPlacer,
+    *,
+    max_tokens: int = 4,
+    max_attempts: int = 3,
+    timeout_s: float = 60.0,
+    vitals: Vitals | None = None,
 ) -> Attempts:
     """A request received at time 0 whose tickets spell what they admit."""
     return Attempts(
@@ -118,4 +124,5 @@ def make_attempts(
         max_attempts=max_attempts,
         timeout_s=timeout_s,
         now=0.0,
+        vitals=vitals,
     )

@@ -94,3 +94,23 @@ def test_a_thread_that_dies_reports_once_and_runs_no_more() -> None:
     _, deaths = asyncio.run(_drive(engine, 1, [release(1)]))
     assert deaths == [fault]
     assert engine.calls == ["handle 1"]
+
+
+def test_a_thread_that_goes_to_sleep_says_so_after_its_last_step() -> None:
+    async def scenario() -> None:
+        engine = ScriptedEngine(num_steps=2)
+        thread = ModelThread(
+            engine,
+            asyncio.get_running_loop(),
+            lambda events: None,
+            lambda death: None,
+            on_rest=lambda: engine._note("rest"),
+        )
+        thread.submit(release(1))
+        thread.start()
+        await asyncio.to_thread(engine.wait_for_calls, 5)
+        await thread.close()
+        assert engine.calls == ["rest", "handle 1", "step", "step", "rest"]
+        assert not thread.is_dead
+
+    asyncio.run(scenario())

@@ -22,6 +22,9 @@ MAX_INT64: Final = 2**63 - 1
 MAX_UINT64: Final = 2**64 - 1
 """Digests."""
 
+MAX_PORT: Final = 65535
+"""Of TCP."""
+
 MAX_NAME_CHARS: Final = 256
 """Ids have 32 characters, names that operators give a few dozen; a DNS name has at most 253."""
 

@@ -13,6 +13,7 @@ from disagg.transceiver.wire.messages.ranges import (
     MAX_ITEMS,
     MAX_NAME_CHARS,
     MAX_PLANES,
+    MAX_PORT,
     MAX_SECRET_NBYTES,
     MAX_TEXT_CHARS,
     MAX_UNITS,
@@ -81,21 +82,10 @@ class Registered:
     incarnation: str
     pulse_port: int = 0
 
-
-@dataclass(frozen=True, slots=True)
-class Pulse:
-    """Both ways, every 0.5 s, from a thread of its own: this process lives, however busy its event loop is.
-
-    With `in_step` from the model thread, before each step whose new requests differ from the last one's: attempts in
-    the step that have emitted fewer than 8 tokens here. Should the process die now, it was in that step.
-    """
-
-    incarnation: str
-    in_step: tuple[tuple[str, int], ...] | None = None
-
     def __post_init__(self) -> None:
         check_id("router_incarnation", self.router_incarnation)
         check_id("incarnation", self.incarnation)
+        check_int("pulse_port", self.pulse_port, 0, MAX_PORT)
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,6 +118,7 @@ class Peers:
 
     def __post_init__(self) -> None:
         check_size("peers", self.peers, MAX_ITEMS)
+        check_size("gone", self.gone, MAX_ITEMS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,6 +151,23 @@ LEAVING = "leaving"
 """`state` of a worker's last lease: it ends its registration itself, so nobody has to find out."""
 BROKEN = "broken"
 """As LEAVING, of a worker whose model thread died: `requests` are the new ones of the step that it died in."""
+
+
+@dataclass(frozen=True, slots=True)
+class Pulse:
+    """Both ways, every 0.5 s, from a thread of its own: this process lives, however busy its event loop is.
+
+    With `in_step` from the model thread, before each step whose new requests differ from the last one's: attempts in
+    the step that have emitted fewer than 8 tokens here. Should the process die now, it was in that step.
+    """
+
+    incarnation: str
+    in_step: tuple[tuple[str, int], ...] | None = None
+
+    def __post_init__(self) -> None:
+        check_id("incarnation", self.incarnation)
+        if self.in_step is not None:
+            check_transfers("in_step", self.in_step)
 
 
 @dataclass(frozen=True, slots=True)
