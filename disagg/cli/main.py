@@ -16,6 +16,7 @@ from disagg.cli.output import forgive_output, lost_result, open_closed_descripto
 from disagg.cli.process import INTERRUPTED, USER_ERROR, run_router, run_worker
 from disagg.config.errors import ConfigError
 from disagg.config.settings import DemoSettings, PlanSettings, Role, RouterSettings, UpSettings, WorkerSettings
+from disagg.config.signals import raise_on_interrupt
 
 app = typer.Typer(
     help="Serve a language model with prefill and decode on separate workers.",
@@ -86,6 +87,7 @@ def run() -> None:
     """The whole process: `disagg.__main__` calls this."""
     open_closed_descriptors()
     forgive_output()
+    raise_on_interrupt()
     code = main(sys.argv[1:])
     if (why := lost_result()) and code == 0:
         print(f"disagg: {why}", file=sys.stderr)  # noqa: T201
