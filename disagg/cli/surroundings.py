@@ -8,6 +8,7 @@ from typing import Final
 
 ROOT: Final = "/"
 SHARED_MEMORY: Final = "/dev/shm"  # noqa: S108 (a last resort; every container has one that can be written)
+COMPILER_CACHE: Final = "TORCHINDUCTOR_CACHE_DIR"
 
 
 def leave_deleted_folder() -> None:
@@ -21,10 +22,12 @@ def leave_deleted_folder() -> None:
 def name_temporary_folder() -> None:
     """Let `tempfile` have a name where no folder can be written, as on a read-only root.
 
-    Libraries ask for it when they are imported and write to it only in features that are not used here: ours keeps
-    pools in memory files, and sockets have ports. What does write there gets its own error then.
+    Libraries ask for it when they are imported, and write to it only in features that are not used unless asked for:
+    pools are memory files, and sockets have ports. What does write there gets its own error then. torch makes a folder
+    in it for its compiler, unless it is told of one that exists.
     """
     try:
         tempfile.gettempdir()
     except OSError:
-        tempfile.tempdir = SHARED_MEMORY
+        tempfile.tempdir = SHARED_MEMORY if os.access(SHARED_MEMORY, os.W_OK) else ROOT
+        os.environ.setdefault(COMPILER_CACHE, tempfile.tempdir)

@@ -29,18 +29,29 @@ def test_a_folder_that_is_there_is_kept(tmp_path: Path, monkeypatch: pytest.Monk
     assert Path.cwd() == tmp_path
 
 
-def test_a_read_only_root_has_a_name_for_temporary_files(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("can_be_written", "folder"), [(True, "/dev/shm"), (False, "/")])
+def test_a_read_only_root_has_a_name_for_temporary_files(
+    can_be_written: bool, folder: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def none_usable() -> str:
         raise FileNotFoundError(2, "No usable temporary directory found in ['/tmp']")
 
     monkeypatch.setattr(tempfile, "tempdir", None)
     with monkeypatch.context() as patch:
         patch.setattr(tempfile, "_get_default_tempdir", none_usable)
+        patch.setattr(os, "access", lambda folder, mode: can_be_written)
+        patch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
         name_temporary_folder()
-        assert tempfile.gettempdir() == "/dev/shm"
-    monkeypatch.setattr(tempfile, "tempdir", None)
+        assert tempfile.gettempdir() == os.environ["TORCHINDUCTOR_CACHE_DIR"] == folder
+        patch.delenv("TORCHINDUCTOR_CACHE_DIR")
+
+
+def test_a_temporary_folder_that_can_be_written_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+    before = tempfile.gettempdir()
     name_temporary_folder()
-    assert tempfile.gettempdir() != "/dev/shm" or os.environ.get("TMPDIR") == "/dev/shm"
+    assert tempfile.gettempdir() == before
+    assert "TORCHINDUCTOR_CACHE_DIR" not in os.environ
 
 
 def test_a_command_runs_without_home_and_in_a_deleted_folder(tmp_path: Path) -> None:
