@@ -121,8 +121,8 @@ def test_whatever_a_key_holds_is_served_or_refused(name: str, key: str, folder: 
         ("top_p", 0.0, "not usable"),
         ("top_k", 1.5, "`top_k` is 1.5, expected a whole number of at least -1"),
         ("top_k", float("inf"), "`top_k` is inf, expected a whole number"),
-        ("max_new_tokens", 0, "`max_tokens` is 0, expected a whole number of at least 1"),
-        ("max_new_tokens", float("nan"), "`max_tokens` is nan"),
+        ("max_new_tokens", 0, "`max_new_tokens` is 0, expected a whole number of at least 1"),
+        ("max_new_tokens", float("nan"), "`max_new_tokens` is nan"),
     ],
 )
 def test_a_sampling_default_that_no_request_could_use_is_refused(
