@@ -220,3 +220,10 @@ def test_an_error_that_no_reader_foresaw_is_the_folders_too(
     ports = ("--port", "0", "--admin-port", "0", "--control-port", "0")
     assert main(["router", "--insecure", "--model", str(folder), *ports]) == 2
     assert "cannot be used: ZeroDivisionError: of a library" in capsys.readouterr().err
+
+
+def test_a_hub_token_that_no_header_can_carry_is_refused_without_showing_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_tökén\n")
+    with pytest.raises(ModelRefused, match="HF_TOKEN has characters that no HTTP header can carry") as caught:
+        resolve_model("some/model")
+    assert "hf_" not in str(caught.value)

@@ -299,6 +299,15 @@ def test_a_key_that_no_header_can_carry_is_refused_without_showing_it(key: str) 
         assert "secret" not in str(caught.value)
 
 
+@pytest.mark.parametrize("name", ["", "\n", "a\nb", "\udcff", "a\x00"])
+def test_a_name_that_no_answer_can_hold_is_refused(name: str) -> None:
+    """Bytes of a command line that are no UTF-8 become text that JSON cannot encode."""
+    with pytest.raises(ConfigError, match=r"(?s)^`--served-model-name` is `.*`: expected") as caught:
+        load(RouterSettings, {"served_model_name": name or " "}, {})
+    assert "line of printable text" in str(caught.value)
+    assert load(RouterSettings, {"served_model_name": "modèle-🦙\n"}, {}).served_model_name == "modèle-🦙"
+
+
 def test_a_key_of_the_wrong_type_is_refused_without_showing_it(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"`api_key` in `.*`: expected a valid string") as caught:
         load(RouterSettings, {}, {}, write(tmp_path / "c.yaml", api_key=[4711]))
