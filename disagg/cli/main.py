@@ -14,8 +14,10 @@ from disagg.cli.bench import app as bench_app
 from disagg.cli.options import command
 from disagg.cli.output import forgive_output, lost_result, open_closed_descriptors
 from disagg.cli.process import INTERRUPTED, USER_ERROR, run_router, run_worker
+from disagg.cli.surroundings import leave_deleted_folder, name_temporary_folder
 from disagg.config.errors import ConfigError
 from disagg.config.settings import DemoSettings, PlanSettings, Role, RouterSettings, UpSettings, WorkerSettings
+from disagg.config.signals import raise_on_interrupt
 
 app = typer.Typer(
     help="Serve a language model with prefill and decode on separate workers.",
@@ -101,6 +103,9 @@ def run() -> None:
     """The whole process: `disagg.__main__` calls this."""
     open_closed_descriptors()
     forgive_output()
+    leave_deleted_folder()
+    name_temporary_folder()
+    raise_on_interrupt()
     code = main(sys.argv[1:])
     if (why := lost_result()) and code == 0:
         print(f"disagg: {why}", file=sys.stderr)  # noqa: T201

@@ -75,10 +75,8 @@ def _forgiving(fd: int, stream: TextIO | None, errors: str) -> TextIO:
         with contextlib.suppress(OSError):
             stream.flush()
     encoding = stream.encoding if stream is not None else "utf-8"
-    is_line_buffered = fd == STDERR or os.isatty(fd)
-    return io.TextIOWrapper(
-        io.BufferedWriter(Descriptor(fd)), encoding=encoding, errors=errors, line_buffering=is_line_buffered
-    )
+    buffer = io.BufferedWriter(Descriptor(fd))
+    return io.TextIOWrapper(buffer, encoding=encoding, errors=errors, line_buffering=True)
 
 
 def lost_result() -> str:

@@ -12,6 +12,7 @@ from disagg.cli.announce import Announce, announcer
 from disagg.cli.lifeline import secret_from_supervisor
 from disagg.cli.logs import set_up_logs
 from disagg.cli.ports import LOOPBACK, Address, require_free_ports
+from disagg.config.devices import check_devices
 from disagg.config.errors import ConfigError, found_in, leaves
 from disagg.config.secret import read_secret
 from disagg.config.settings import Role, RouterSettings, SecretSettings, WorkerSettings
@@ -48,6 +49,7 @@ def run_worker(
     set_up_logs(settings.log_level, role=role, worker=settings.name(role))
 
     def serve(secret: bytes, announce: Announce) -> int:
+        check_devices((settings.device,), "--device")
         announce({"event": "progress", "stage": "importing torch"})
         from disagg.worker.main import run  # here, so that `--help` need not load torch
 

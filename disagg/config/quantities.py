@@ -101,6 +101,14 @@ def header_key(value: str) -> str:
     return key
 
 
+def one_line(value: str) -> str:
+    """Text for JSON and logs, without white space around it. Raises ValueError."""
+    text = value.strip()
+    if not text or not text.isprintable():
+        raise ValueError("expected a line of printable text")
+    return text
+
+
 def endpoint_host(endpoint: str) -> str:
     """`tcp://[::1]:8998` -> `::1`."""
     return endpoint.removeprefix("tcp://").rpartition(":")[0].strip("[]")

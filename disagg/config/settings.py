@@ -16,6 +16,7 @@ from disagg.config.quantities import (
     group_tokens,
     header_key,
     is_loopback,
+    one_line,
     parse_nbytes,
     plain_name,
     power_of_two,
@@ -38,6 +39,7 @@ Endpoint = Annotated[str, BeforeValidator(tcp_endpoint)]
 Device = Annotated[str, AfterValidator(device)]
 Devices = Annotated[tuple[Device, ...], Field(min_length=1), BeforeValidator(split_list)]
 Key = Annotated[str, AfterValidator(header_key)]
+Line = Annotated[str, AfterValidator(one_line)]
 WorkerId = Annotated[str, AfterValidator(plain_name)]
 BlockSize = Annotated[int, Field(ge=1), AfterValidator(power_of_two)]
 Sizes = Annotated[tuple[Nbytes, ...], BeforeValidator(split_list)]
@@ -117,7 +119,7 @@ class HttpSettings(Settings):
 
     host: str = Field("127.0.0.1", description="Address of the HTTP API", min_length=1)
     port: Port = Field(8000, description="Port of the HTTP API; 0 takes a free one")
-    served_model_name: str | None = Field(None, description="Model name in the API [default: as given to --model]")
+    served_model_name: Line | None = Field(None, description="Model name in the API [default: as given to --model]")
     api_key: Key | None = Field(None, description="Bearer key that clients must send", min_length=1, repr=False)
     max_attempts: Count = Field(3, description="Attempts per request in all; 1 means no retry")
     request_timeout_s: Seconds = Field(600.0, description="Seconds after which a request is given up")

@@ -20,11 +20,20 @@ def end_on_signals() -> None:
     """Let signals end this process before a loop listens to them. Call it before anything heavy is imported.
 
     As PID 1 of a container a process has no default actions: the kernel drops a signal without a handler. Every other
-    process is ended by the kernel itself, at once.
+    process is ended by the kernel itself, at once; but of SIGINT Python would make a traceback of the import it hits.
     """
-    if os.getpid() == 1:
-        for number in set(heeded_signals()) - {signal.SIGINT}:  # Python handles SIGINT from its own start on
+    is_init = os.getpid() == 1
+    for number in heeded_signals():
+        if is_init:
             signal.signal(number, end_now)
+        elif number == signal.SIGINT:
+            signal.signal(number, signal.SIG_DFL)
+
+
+def raise_on_interrupt() -> None:
+    """Let SIGINT raise KeyboardInterrupt, from when there is something to clean up."""
+    if signal.SIGINT in heeded_signals():
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def end_now(number: int, _frame: FrameType | None) -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import os
+import re
+from pathlib import Path
 
 import aiohttp
 import pytest
@@ -11,6 +14,7 @@ from disagg.cli import up as up_module
 from disagg.cli.child import ChildSpec
 from disagg.cli.supervisor import ClusterError
 from disagg.cli.up import LocalCluster, Pair, child_environment, curl, pairs_of, summary
+from disagg.config.load import SWITCHES, unknown_variables
 from disagg.config.resources import num_cores, threads_by_role
 from disagg.config.settings import UpSettings
 
@@ -178,3 +182,27 @@ def test_the_curl_line_does_not_show_the_key() -> None:
     line = curl(UpSettings(api_key="hush"), "http://127.0.0.1:1")
     assert "hush" not in line
     assert "Bearer YOUR_KEY" in line
+
+
+@pytest.mark.parametrize(
+    ("name", "module", "variable"),
+    [
+        ("DISAGG_KERNELS", "dispatch", "VARIABLE"),
+        ("DISAGG_FUSED_QKV", "dispatch", "FUSED_VARIABLE"),
+        ("DISAGG_NATIVE", "native", "VARIABLE"),
+    ],
+)
+def test_switches_reach_the_workers_under_the_name_that_they_read(
+    name: str, module: str, variable: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(name, "off")
+    assert {spec.env[name] for spec in cluster().workers(ROUTER)} == {"off"}
+    assert getattr(importlib.import_module(f"disagg.kernels.{module}"), variable) == name
+
+
+def test_every_variable_that_the_documentation_names_is_one_that_up_knows() -> None:
+    root = Path(__file__).parents[2]
+    pages = [root / "README.md", *(root / "docs").glob("*.md"), *(root / "disagg").rglob("*.py")]
+    named = {name for page in pages for name in re.findall(r"\bDISAGG_[A-Z_]*[A-Z]\b", page.read_text())}
+    assert unknown_variables(dict.fromkeys(named, "")) == []
+    assert named >= set(SWITCHES)

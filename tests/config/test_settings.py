@@ -11,7 +11,16 @@ import yaml
 from disagg.cli.options import command
 from disagg.config.demo import demo_model_folder
 from disagg.config.errors import ConfigError
-from disagg.config.load import COMMANDS, flag_of, load, to_flags, unknown_variables, variable_of
+from disagg.config.load import (
+    COMMANDS,
+    SWITCHES,
+    check_switches,
+    flag_of,
+    load,
+    to_flags,
+    unknown_variables,
+    variable_of,
+)
 from disagg.config.settings import DemoSettings, HttpSettings, RouterSettings, Settings, UpSettings, WorkerSettings
 
 # field -> (as written, as parsed, another way to write another value)
@@ -290,7 +299,56 @@ def test_a_key_that_no_header_can_carry_is_refused_without_showing_it(key: str) 
         assert "secret" not in str(caught.value)
 
 
+@pytest.mark.parametrize("name", ["", "\n", "a\nb", "\udcff", "a\x00"])
+def test_a_name_that_no_answer_can_hold_is_refused(name: str) -> None:
+    """Bytes of a command line that are no UTF-8 become text that JSON cannot encode."""
+    with pytest.raises(ConfigError, match=r"(?s)^`--served-model-name` is `.*`: expected") as caught:
+        load(RouterSettings, {"served_model_name": name or " "}, {})
+    assert "line of printable text" in str(caught.value)
+    assert load(RouterSettings, {"served_model_name": "modèle-🦙\n"}, {}).served_model_name == "modèle-🦙"
+
+
 def test_a_key_of_the_wrong_type_is_refused_without_showing_it(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"`api_key` in `.*`: expected a valid string") as caught:
         load(RouterSettings, {}, {}, write(tmp_path / "c.yaml", api_key=[4711]))
     assert "4711" not in str(caught.value)
+
+
+SERVICE = {
+    "DISAGG_SERVICE_HOST": "10.0.0.1",
+    "DISAGG_SERVICE_PORT": "8000",
+    "DISAGG_SERVICE_PORT_HTTP": "8000",
+    "DISAGG_PORT": "tcp://10.0.0.1:8000",
+    "DISAGG_PORT_8000_TCP": "tcp://10.0.0.1:8000",
+    "DISAGG_PORT_8000_TCP_PROTO": "tcp",
+    "DISAGG_PORT_8000_TCP_PORT": "8000",
+    "DISAGG_PORT_8000_TCP_ADDR": "10.0.0.1",
+    "DISAGG_ADMIN_PORT": "tcp://10.0.0.2:8001",
+    "DISAGG_CONTROL_PORT": "udp://[fd00::1]:8998",
+    "DISAGG_ROUTER_SERVICE_HOST": "10.0.0.3",
+    "DISAGG_ROUTER_PORT": "tcp://10.0.0.3:8998",
+    "DISAGG_ROUTER_PORT_8998_TCP_ADDR": "10.0.0.3",
+}
+
+
+@pytest.mark.parametrize("cls", COMMANDS)
+def test_what_kubernetes_says_of_a_service_of_our_name_is_no_setting(cls: type[Settings]) -> None:
+    """Each container is told of each service, and one called `disagg` is told as `DISAGG_PORT=tcp://...`."""
+    assert load(cls, {}, SERVICE) == load(cls, {}, {})
+    assert unknown_variables(SERVICE) == []
+
+
+def test_settings_that_look_like_a_service_stay_settings() -> None:
+    environ = {"DISAGG_ROUTER": "tcp://10.0.0.1:8998", "DISAGG_HOST": "10.0.0.9"}
+    settings = load(WorkerSettings, {}, environ)
+    assert (settings.router, settings.host) == ("tcp://10.0.0.1:8998", "10.0.0.9")
+    assert load(RouterSettings, {}, {"DISAGG_PORT": "8123"}).port == 8123
+    assert unknown_variables({"DISAGG_PROT": "tcp://10.0.0.1:8000"}) == ["DISAGG_PROT"]
+
+
+@pytest.mark.parametrize("name", SWITCHES)
+def test_a_switch_with_a_value_that_it_does_not_have_is_refused(name: str) -> None:
+    for value in (*SWITCHES[name], ""):
+        check_switches({name: value})
+    with pytest.raises(ConfigError, match=f"`{name}` is `maybe`: expected .* or .*, or leave it unset"):
+        check_switches({name: "maybe"})

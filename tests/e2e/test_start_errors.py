@@ -132,3 +132,18 @@ def test_a_model_larger_than_the_memory(tmp_path: Path) -> None:
     edit_json(folder / "config.json", intermediate_size=2**36)  # 4 layers x 3 x 64 x 2**36 weights: 192 TiB
     refusal = refused("--port", "0", "--model", str(folder), *ONE_WORKER)
     assert_one_sentence(refusal, str(folder), "does not fit", "GiB of memory available")
+
+
+def test_a_model_with_a_slow_tokenizer_only(tmp_path: Path) -> None:
+    folder = save_family("llama", tmp_path / "llama")
+    (folder / "tokenizer.json").unlink()
+    refusal = refused("--port", "0", "--model", str(folder), *ONE_WORKER)
+    assert_one_sentence(refusal, str(folder), "no tokenizer.json", "fast tokenizer")
+    assert "restarting" not in refusal.stderr
+
+
+@pytest.mark.skipif(Path("/dev/nvidiactl").exists(), reason="there are GPUs here")
+def test_a_device_that_is_not_there() -> None:
+    refusal = refused("--port", "0", "--decode-devices", "cuda:0")
+    assert_one_sentence(refusal, "`--decode-devices` is `cuda:0`", "or `cpu`")
+    assert "starting" not in refusal.stderr, "it is known before a process starts"

@@ -190,16 +190,16 @@ def generation_defaults(folder: Path) -> GenerationDefaults:
     given = {ours: generation[key] for key, ours in SAMPLING_KEYS.items() if generation.get(key) is not None}
     if not all(isinstance(value, int | float) and not isinstance(value, bool) for value in given.values()):
         raise ModelRefused(f"`{folder / 'generation_config.json'}` has a sampling default that is no number: {given}")
-    for name, least in (("top_k", -1), ("max_tokens", 1)):  # a top_k of -1 is a spelling of "off"
-        if name in given:
-            given[name] = max(0, _whole(given[name], name, least))
+    for key, least in (("top_k", -1), ("max_new_tokens", 1)):  # a top_k of -1 is a spelling of "off"
+        if (ours := SAMPLING_KEYS[key]) in given:
+            given[ours] = max(0, _whole(given[ours], key, least))
     return GenerationDefaults(eos_token_ids=tuple(dict.fromkeys([*eos, *own])), bos_token_id=bos, **given)
 
 
-def _whole(value: float, name: str, least: int) -> int:
+def _whole(value: float, key: str, least: int) -> int:
     """The value of a default that counts tokens. Raises ModelRefused."""
     if not (least <= value <= MAX_ID and value == int(value)):
-        raise ModelRefused(f"generation_config.json: `{name}` is {value}, expected a whole number of at least {least}")
+        raise ModelRefused(f"generation_config.json: `{key}` is {value}, expected a whole number of at least {least}")
     return int(value)
 
 
