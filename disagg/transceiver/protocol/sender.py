@@ -154,7 +154,8 @@ class Sender(Transfer):
 
     def _accept_again(self, fetch: Fetch) -> None:
         """One was admitted: this must be its repeat."""
-        if self._fetch is not None and replace(fetch, header=self._fetch.header) == self._fetch:
+        assert self._fetch is not None
+        if replace(fetch, header=self._fetch.header) == self._fetch:
             self._send(Accepted(self._header(), 0))
         else:
             self._refuse("required", "one FETCH per epoch", "another FETCH")
