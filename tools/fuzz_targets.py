@@ -15,7 +15,8 @@ from typing import Any, Final, TypeVar, cast
 
 import numpy as np
 
-from disagg.transceiver.layout.ranks import Part, natural_slot_nbytes, pool_of_group
+from disagg.transceiver.layout.ranks import Part, natural_slot_nbytes
+from disagg.transceiver.layout.units import HashedUnit
 from disagg.transceiver.memory.regions import PoolRegion
 from disagg.transceiver.peers.link import PeerLink, PeerRefused
 from disagg.transceiver.peers.prefill_side import SendingSide, SourceHost
@@ -59,7 +60,6 @@ GEOMETRY: Final = Geometry(
 IDENTITY: Final = Identity(1, "f" * 32, "attention", "float32", 200, KEYS.hash_key_id)
 PAIRED: Final = replace(GEOMETRY, slot_nbytes=natural_slot_nbytes(GEOMETRY))
 """As `GEOMETRY`, with slots as large as its groups make them: what converts to another geometry must say so truly."""
-POOL_OF_GROUP: Final = pool_of_group(PAIRED)
 REGIONS: Final = tuple(
     PoolRegion(np.zeros((4, nbytes), np.uint8), np.zeros(4, np.uint64), -1, 0) for nbytes in PAIRED.slot_nbytes
 )
@@ -246,7 +246,9 @@ def _sender_event(script: Script) -> e.Event:
         case 7 | 8:
             ordinals = {0: range(7), 1: range(4, 7)}
             group = script.byte() % 2
-            units = tuple(e.Unit(group, o, 10 + o, 3, script.byte()) for o in ordinals[group] if script.byte() % 4)
+            units = tuple(
+                HashedUnit(group, o, 0, 10 + o, 3, script.byte()) for o in ordinals[group] if script.byte() % 4
+            )
             return e.UnitsFinal(script.byte() % 3, units)
         case 9:
             return e.PromptComputed(script.byte() % 3, FIRST)
@@ -315,7 +317,7 @@ def fuzz_hello(data: bytes) -> None:
     """What a prefill worker answers to a HELLO: a refusal that can be sent, or a WELCOME with units cut for it."""
     script = Script(data)
     node = Node(PREFILL, "prefill", IDENTITY, PAIRED, KEYS, joins_ranks=bool(script.byte() % 2))
-    side = SendingSide(node, cast(ControlServer, None), {}, POOL_OF_GROUP, cast(SourceHost, None), REGIONS)
+    side = SendingSide(node, cast(ControlServer, None), {}, cast(SourceHost, None), REGIONS)
     planes = tuple(script.pick(("shm", "tcp", "")) for _ in range(script.byte() % 4))
     hello = _as_sent(p.Hello(DECODE, "decode", _identity(script), _geometry(script), planes))
     if isinstance(hello, p.Hello):

@@ -16,7 +16,7 @@ import numpy.typing as npt
 from disagg.bench.side import Side
 from disagg.bench.workers import BLOCK_SIZE, FIRST_TOKEN, WorkerDestination, WorkerSide, WorkerSource
 from disagg.transceiver.layout.slice_size import units_per_slice
-from disagg.transceiver.memory.regions import SourceUnit
+from disagg.transceiver.layout.units import SourceUnit
 from disagg.transceiver.protocol.events import PromptComputed, UnitsFinal
 
 PREFIX: Final = "chunked:"

@@ -13,12 +13,13 @@ from disagg.bench.cases import Case
 from disagg.bench.side import Side
 from disagg.cache.pool import SlotPool
 from disagg.transceiver.layout.ranks import Part
-from disagg.transceiver.memory.regions import PoolRegion, SourceUnit
+from disagg.transceiver.layout.units import HashedUnit, SourceUnit
+from disagg.transceiver.memory.regions import PoolRegion
 from disagg.transceiver.peers.decode_side import ReceivingSide, TransferRecord
 from disagg.transceiver.peers.landing_threads import LANDING_THREADS, LandingThread
 from disagg.transceiver.peers.prefill_side import SendingSide
 from disagg.transceiver.protocol.actions import ReportFailed, Verified
-from disagg.transceiver.protocol.events import Pinned, PromptComputed, Reserved, Unit, UnitsFinal
+from disagg.transceiver.protocol.events import Pinned, PromptComputed, Reserved, UnitsFinal
 from disagg.transceiver.protocol.receiver import Order, Receiver
 from disagg.transceiver.protocol.sender import Offer, Sender
 from disagg.transceiver.protocol.transfer import Ends
@@ -111,7 +112,7 @@ class WorkerSource(WorkerSide):
         )
         for plane in self.planes.values():
             await plane.start(self.regions)
-        self.sending = SendingSide(self.node, self.server, self.planes, (0,), self)
+        self.sending = SendingSide(self.node, self.server, self.planes, self)
         self._running = asyncio.create_task(self.sending.run())
         return {"endpoint": self.server.endpoint, "incarnation": self.node.incarnation}
 
@@ -123,7 +124,7 @@ class WorkerSource(WorkerSide):
         self._begin(number)
         sources = self._sources(mine)
         since = time.perf_counter()
-        units: tuple[Unit, ...] = await self.landing.digest_units(sources)
+        units: tuple[HashedUnit, ...] = await self.landing.digest_units(sources)
         self.digest_s = time.perf_counter() - since
         self.sending.feed(self.attempt, UnitsFinal(1, units))
         self.sending.feed(self.attempt, PromptComputed(1, FIRST_TOKEN))

@@ -8,12 +8,12 @@ from itertools import repeat
 from disagg.cache.cache import CachedSequence, KVCache
 from disagg.cache.table import HOLE
 from disagg.cache.window import needed_ordinals
-from disagg.engine.commands import FinalUnit
 from disagg.engine.sequence import PromptSequence
+from disagg.transceiver.layout.units import SourceUnit
 from disagg.transceiver.wire.messages.values import UnitName
 
 
-def newly_final_units(cache: KVCache, prompt: PromptSequence) -> tuple[FinalUnit, ...]:
+def newly_final_units(cache: KVCache, prompt: PromptSequence) -> tuple[SourceUnit, ...]:
     """Units of `prompt` that became final since the last call, by group and ordinal; they count as announced after it.
 
     They are published: peers may read them from here on.
@@ -22,25 +22,27 @@ def newly_final_units(cache: KVCache, prompt: PromptSequence) -> tuple[FinalUnit
     before its end, so every unit reported here still has its slot.
     """
     assert prompt.cached is not None
-    units: list[FinalUnit] = []
+    units: list[SourceUnit] = []
     for group, table in enumerate(prompt.cached.tables):
-        pool = cache.pools[cache.layout.pool_of_group[group]]
+        pool = cache.layout.pool_of_group[group]
         ordinals = _newly_final(cache, prompt, group)
         slots = table[ordinals].tolist()
         cache.publish(group, slots)
-        units += map(FinalUnit, repeat(group), ordinals, slots, pool.generations[slots].tolist())
+        generations = cache.pools[pool].generations[slots].tolist()
+        units += map(SourceUnit, repeat(group), ordinals, repeat(pool), slots, generations)
     return tuple(units)
 
 
-def units_at(cache: KVCache, cached: CachedSequence, names: Sequence[UnitName]) -> tuple[FinalUnit, ...]:
+def units_at(cache: KVCache, cached: CachedSequence, names: Sequence[UnitName]) -> tuple[SourceUnit, ...]:
     """Where these blocks of a sequence lie; those that it holds no more are left out."""
-    units: list[FinalUnit] = []
+    units: list[SourceUnit] = []
     for name in names:
         table = cached.tables[name.group]
         slot = int(table[name.ordinal]) if name.ordinal < len(table) else HOLE
         if slot != HOLE:
-            pool = cache.pools[cache.layout.pool_of_group[name.group]]
-            units.append(FinalUnit(name.group, name.ordinal, slot, int(pool.generations[slot])))
+            pool = cache.layout.pool_of_group[name.group]
+            generation = int(cache.pools[pool].generations[slot])
+            units.append(SourceUnit(name.group, name.ordinal, pool, slot, generation))
     return tuple(units)
 
 

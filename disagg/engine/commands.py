@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from disagg.transceiver.layout.units import SourceUnit
 from disagg.transceiver.protocol.actions import Verified
 from disagg.transceiver.wire.messages.values import AttemptKey as AttemptKey
 from disagg.transceiver.wire.messages.values import FirstToken, Sampling, TokenLogprobs, UnitName
@@ -85,23 +86,13 @@ class Unregister:
 
 
 @dataclass(frozen=True, slots=True)
-class FinalUnit:
-    """A block that later steps will not change, with where it lies."""
-
-    group: int
-    ordinal: int
-    slot: int
-    generation: int
-
-
-@dataclass(frozen=True, slots=True)
 class PrefixChecked:
     """Answers `PrefixHitEvent`: which of its blocks are `right`, which are `wrong` and must not be reused."""
 
     key: AttemptKey
     check_id: int
-    right: tuple[FinalUnit, ...]
-    wrong: tuple[FinalUnit, ...]
+    right: tuple[SourceUnit, ...]
+    wrong: tuple[SourceUnit, ...]
 
 
 Command = Serve | Prefill | Pin | Reserve | Decode | Release | DropSoft | Unregister | PrefixChecked
@@ -122,7 +113,7 @@ class UnitsFinalEvent:
 
     key: AttemptKey
     compute_id: int
-    units: tuple[FinalUnit, ...]
+    units: tuple[SourceUnit, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,7 +122,7 @@ class PrefixHitEvent:
 
     key: AttemptKey
     check_id: int
-    units: tuple[FinalUnit, ...]
+    units: tuple[SourceUnit, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,7 +130,7 @@ class SuspectEvent:
     """Answers `Unregister`: where the blocks lie that failed verification at the peer."""
 
     key: AttemptKey
-    units: tuple[FinalUnit, ...]
+    units: tuple[SourceUnit, ...]
 
 
 @dataclass(frozen=True, slots=True)

@@ -86,8 +86,7 @@ class EngineEvents:
         with contextlib.suppress(SourceChanged):  # dropped meanwhile: the engine says so next, and computes them anew
             cut, kept = self._parts.cuts.of_peer(self._attempts.peer_geometry(event.key))
             hash_units = functools.partial(self._parts.landing.digest_units, cut=cut)
-            sources = self._parts.sources(event.units)
             count = units_per_slice(self._parts.layout.slot_nbytes)
-            for few in (sources[first : first + count] for first in range(0, len(sources), count)):
+            for few in (event.units[first : first + count] for first in range(0, len(event.units), count)):
                 units = await kept.digest_units(few, hash_units)
                 self._attempts.sending.feed(event.key, UnitsFinal(event.compute_id, units))

@@ -10,10 +10,10 @@ from typing import Any
 from disagg.cache.cache import KVCache
 from disagg.cache.layout import CacheLayout
 from disagg.config.settings import Role, WorkerSettings
-from disagg.engine.commands import EngineEvent, FinalUnit
+from disagg.engine.commands import EngineEvent
 from disagg.engine.engine import Engine
 from disagg.transceiver.memory.peer_cuts import PeerCuts
-from disagg.transceiver.memory.regions import PoolRegion, SourceUnit
+from disagg.transceiver.memory.regions import PoolRegion
 from disagg.transceiver.peers.landing_threads import LANDING_THREADS, LandingThread
 from disagg.transceiver.wire.faults import PeerFaults
 from disagg.transceiver.wire.keys import ClusterKeys
@@ -97,11 +97,6 @@ class WorkerParts:
     def take_events(self, events: Sequence[EngineEvent]) -> None:
         for event in events:
             self.events.put_nowait(event)
-
-    def sources(self, units: Sequence[FinalUnit]) -> list[SourceUnit]:
-        """Blocks as the engine names them, as planes and landing threads do."""
-        pool_of_group = self.layout.pool_of_group
-        return [SourceUnit(u.group, u.ordinal, pool_of_group[u.group], u.slot, u.generation) for u in units]
 
     def announce_ready(self) -> None:
         """Tell the parent process once; later registrations are not news to it."""

@@ -9,7 +9,8 @@ import logging
 from collections import Counter
 from collections.abc import Sequence
 
-from disagg.engine.commands import FinalUnit, PrefixChecked, PrefixHitEvent, SuspectEvent
+from disagg.engine.commands import PrefixChecked, PrefixHitEvent, SuspectEvent
+from disagg.transceiver.layout.units import SourceUnit
 from disagg.transceiver.wire.errors import SourceChanged
 from disagg.worker.parts import WorkerParts
 
@@ -43,10 +44,10 @@ class Rechecks:
         log.error("of the blocks that the peer reports for %s, %d are as they were hashed here, %d have changed here, "
                   "%d cannot be told any more", event.key.transfer_id, *map(results.count, RESULTS))  # fmt: skip
 
-    async def _look(self, units: Sequence[FinalUnit]) -> tuple[bool | None, ...]:
+    async def _look(self, units: Sequence[SourceUnit]) -> tuple[bool | None, ...]:
         parts = self._parts
         try:
-            return await parts.cuts.kept.recheck(parts.sources(units), parts.landing.digest_units)
+            return await parts.cuts.kept.recheck(units, parts.landing.digest_units)
         except SourceChanged:  # who asked has let go of them, and somebody else writes there
             return (None,) * len(units)
 
@@ -55,5 +56,5 @@ class Rechecks:
             self._parts.metrics.count_rehashed(why, RESULTS[same], count)
 
 
-def _names(units: Sequence[FinalUnit]) -> str:
+def _names(units: Sequence[SourceUnit]) -> str:
     return ", ".join(f"group {unit.group} block {unit.ordinal}" for unit in units[:8])

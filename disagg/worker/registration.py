@@ -130,17 +130,17 @@ class Registration:
         return server, planes
 
     def _attach_sides(self, server: ControlServer | None, planes: dict[str, SourcePlane]) -> None:
-        parts, pool_of_group = self._parts, self._parts.layout.pool_of_group
+        parts = self._parts
         if server is not None:
             self._attempts.sending = SendingSide(
-                self._node, server, planes, pool_of_group, self._attempts, parts.regions, parts.faults
+                self._node, server, planes, self._attempts, parts.regions, parts.faults
             )
         if parts.role == "decode":
             self._attempts.receiving = ReceivingSide(
                 self._node,
                 landing_planes(parts.settings.planes, keys=self._node.keys, sockets=parts.sockets),
                 parts.regions,
-                pool_of_group,
+                parts.layout.pool_of_group,
                 parts.landing,
                 parts.sockets,
                 self._attempts,

@@ -17,7 +17,6 @@ from disagg.engine.commands import (
     Command,
     EngineEvent,
     FailedEvent,
-    FinalUnit,
     FinishedEvent,
     PromptComputedEvent,
     ReservedEvent,
@@ -26,6 +25,7 @@ from disagg.engine.commands import (
     UnitsFinalEvent,
 )
 from disagg.engine.engine import Engine, EngineConfig
+from disagg.transceiver.layout.units import SourceUnit
 from disagg.transceiver.protocol.actions import Verified
 from disagg.transceiver.wire.messages.values import Sampling
 
@@ -73,7 +73,7 @@ class TestedEngine(Engine):
         self.cache = KVCache(layout, num_slots, hasher=hasher)
         self.runner = FakeRunner(self.cache, poison)
         self.events: list[EngineEvent] = []
-        self.bytes_when_final: dict[FinalUnit, bytes] = {}
+        self.bytes_when_final: dict[SourceUnit, bytes] = {}
         self.events_of: defaultdict[AttemptKey, list[EngineEvent]] = defaultdict(list)
         limits = (max_num_seqs, max_num_batched_tokens, max_model_len)
         config = EngineConfig(role, *limits, True, 40, swa_scratch, prefix_recheck_s)
@@ -93,7 +93,7 @@ class TestedEngine(Engine):
                 self.bytes_when_final |= {unit: self.bytes_of(unit) for unit in event.units}
         return events
 
-    def bytes_of(self, unit: FinalUnit) -> bytes:
+    def bytes_of(self, unit: SourceUnit) -> bytes:
         return self.cache.group_view(unit.group)[unit.slot].numpy().tobytes()
 
     def run(self) -> list[EngineEvent]:
@@ -129,7 +129,7 @@ class TestedEngine(Engine):
     def num_used(self) -> int:
         return self.stats().num_used_slots
 
-    def final_units(self, wanted: AttemptKey, compute_id: int) -> list[FinalUnit]:
+    def final_units(self, wanted: AttemptKey, compute_id: int) -> list[SourceUnit]:
         events = [e for e in self.of(wanted, UnitsFinalEvent) if isinstance(e, UnitsFinalEvent)]
         return [unit for event in events if event.compute_id == compute_id for unit in event.units]
 

@@ -16,7 +16,6 @@ from support.wrong import Wrong
 
 from disagg.engine.commands import (
     AttemptKey,
-    FinalUnit,
     FinishedEvent,
     PinnedEvent,
     PromptComputedEvent,
@@ -24,6 +23,7 @@ from disagg.engine.commands import (
     TokensEvent,
     UnitsFinalEvent,
 )
+from disagg.transceiver.layout.units import SourceUnit
 from disagg.transceiver.memory.regions import LandingJob
 from disagg.transceiver.protocol.events import ComputeFailed
 from disagg.transceiver.protocol.state import Role, State
@@ -338,13 +338,13 @@ class Cell:
     def _is_bent(self, unit: Any) -> bool:
         """Does the slot of a unit hold other bytes than when the unit became final?"""
         engine = self.trio.prefill.engine
-        final = FinalUnit(unit.group, unit.ordinal, unit.slot, unit.generation)
+        final = SourceUnit(unit.group, unit.ordinal, unit.pool, unit.slot, unit.generation)
         return bool(engine.bytes_of(final) != engine.bytes_when_final[final])
 
-    def _final_unit(self, index: int) -> FinalUnit:
+    def _final_unit(self, index: int) -> SourceUnit:
         """A unit of the attempt in the order in which they became final."""
         events = self.trio.prefill.engine.of(self.key, UnitsFinalEvent)
-        units: list[FinalUnit] = [unit for event in events for unit in event.units]
+        units: list[SourceUnit] = [unit for event in events for unit in event.units]
         return units[index]
 
     def _hashed_unit(self) -> Any:

@@ -12,9 +12,10 @@ from support.element_walk import element
 
 from disagg.transceiver.layout.cut import pair_units, required_ordinals
 from disagg.transceiver.layout.strides import Layout
+from disagg.transceiver.layout.units import SourceUnit
 from disagg.transceiver.memory.foreign_layout import ForeignLayer, foreign_layout
 from disagg.transceiver.memory.gather import Area, Packer, digests, flat
-from disagg.transceiver.memory.regions import PoolRegion, SourceUnit
+from disagg.transceiver.memory.regions import PoolRegion
 from disagg.transceiver.planes.tcp.source import TcpSourcePlane
 from disagg.transceiver.wire.keys import ClusterKeys
 from disagg.transceiver.wire.messages.values import GroupSemantics

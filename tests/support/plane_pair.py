@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 import pytest
 from support.pools import close_pools, make_pools
 
-from disagg.transceiver.memory.regions import Destination, LandingJob, PoolRegion, SourceUnit
+from disagg.transceiver.layout.units import SourceUnit
+from disagg.transceiver.memory.regions import Destination, LandingJob, PoolRegion
 from disagg.transceiver.planes.base import LandingPlane, SourcePlane
 from disagg.transceiver.planes.inproc import InprocHub, InprocLandingPlane, InprocSourcePlane
 from disagg.transceiver.planes.shm.plane import ShmLandingPlane, ShmSourcePlane

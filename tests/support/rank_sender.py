@@ -27,8 +27,9 @@ from disagg.engine.model.kv_dtype import resolve_kv_dtype
 from disagg.engine.model.load import LoadedModel, load_model
 from disagg.engine.run.runner import Chunk, Runner
 from disagg.transceiver.layout.ranks import natural_slot_nbytes, rank_geometry
+from disagg.transceiver.layout.units import SourceUnit
 from disagg.transceiver.library.prefill_ranks import PrefillRank, PrefillRanks
-from disagg.transceiver.memory.regions import PoolRegion, SourceUnit
+from disagg.transceiver.memory.regions import PoolRegion
 from disagg.transceiver.wire.keys import ClusterKeys
 from disagg.transceiver.wire.links import ControlServer
 from disagg.transceiver.wire.messages.router import PeerTarget

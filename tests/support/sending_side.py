@@ -69,7 +69,7 @@ class Prefill:
         node = Node(draw_id(), "prefill", IDENTITY, GEOMETRY, KEYS)
         planes = planes if planes is not None else {"inproc": InprocSourcePlane(hub)}
         host = Host()
-        side = SendingSide(node, server, planes, (0, 0), host)
+        side = SendingSide(node, server, planes, host)
         for plane in planes.values():
             await plane.start(pools())
         running = asyncio.create_task(side.run())

@@ -13,6 +13,7 @@ from support.lossy_link import LossyLink
 
 from disagg.transceiver.layout.ranks import Part
 from disagg.transceiver.layout.required import needed_units, required_units
+from disagg.transceiver.layout.units import HashedUnit
 from disagg.transceiver.protocol.actions import (
     Action,
     AskPin,
@@ -38,7 +39,6 @@ from disagg.transceiver.protocol.events import (
     Reserved,
     SliceLanded,
     Tick,
-    Unit,
     UnitsFinal,
 )
 from disagg.transceiver.protocol.receiver import Order, Receiver
@@ -81,11 +81,11 @@ def digest_of(group: int, ordinal: int, epoch: int = 0) -> int:
     return int.from_bytes(blake2b(f"{group} {ordinal} {epoch}".encode(), digest_size=8).digest())
 
 
-def final_unit(group: int, ordinal: int, epoch: int = 0) -> Unit:
-    return Unit(group, ordinal, slot=10 + ordinal, generation=3, digest=digest_of(group, ordinal, epoch))
+def final_unit(group: int, ordinal: int, epoch: int = 0) -> HashedUnit:
+    return HashedUnit(group, ordinal, pool=0, slot=10 + ordinal, generation=3, digest=digest_of(group, ordinal, epoch))
 
 
-def needed_of(geometry: Geometry = GEOMETRY, prompt: tuple[int, ...] = PROMPT) -> tuple[Unit, ...]:
+def needed_of(geometry: Geometry = GEOMETRY, prompt: tuple[int, ...] = PROMPT) -> tuple[HashedUnit, ...]:
     need = needed_units(geometry.groups, len(prompt), geometry.block_size)
     return tuple(final_unit(entry.group, ordinal) for entry in need for ordinal in entry.ordinals)
 
@@ -264,7 +264,7 @@ class TransferPair:
         self.required = event.required
         self.feed(self.receiver, event)
 
-    def compute(self, units: tuple[Unit, ...] | None = None, compute_id: int = COMPUTE_ID) -> None:
+    def compute(self, units: tuple[HashedUnit, ...] | None = None, compute_id: int = COMPUTE_ID) -> None:
         self.feed(self.sender, UnitsFinal(compute_id, needed_of() if units is None else units))
 
     def pin(self, compute_id: int = COMPUTE_ID) -> None:

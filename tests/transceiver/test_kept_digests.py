@@ -7,9 +7,8 @@ from dataclasses import replace
 import pytest
 from support.event_loop import in_event_loop
 
+from disagg.transceiver.layout.units import HashedUnit, SourceUnit
 from disagg.transceiver.memory.kept_digests import KeptDigests
-from disagg.transceiver.memory.regions import SourceUnit
-from disagg.transceiver.protocol.events import Unit
 from disagg.transceiver.wire.errors import SourceChanged
 
 
@@ -19,9 +18,11 @@ class Hasher:
     def __init__(self) -> None:
         self.asked: list[SourceUnit] = []
 
-    async def __call__(self, units: Sequence[SourceUnit]) -> tuple[Unit, ...]:
+    async def __call__(self, units: Sequence[SourceUnit]) -> tuple[HashedUnit, ...]:
         self.asked += units
-        return tuple(Unit(u.group, u.ordinal, u.slot, u.generation, 2**63 + len(self.asked)) for u in units)
+        return tuple(
+            HashedUnit(u.group, u.ordinal, u.pool, u.slot, u.generation, 2**63 + len(self.asked)) for u in units
+        )
 
 
 @in_event_loop
@@ -41,7 +42,7 @@ async def test_a_block_is_hashed_once_per_generation_wherever_it_is_reused() -> 
 
 @in_event_loop
 async def test_a_hash_that_fails_keeps_nothing() -> None:
-    async def gone(units: Sequence[SourceUnit]) -> tuple[Unit, ...]:
+    async def gone(units: Sequence[SourceUnit]) -> tuple[HashedUnit, ...]:
         raise SourceChanged("given away")
 
     kept, hasher, unit = KeptDigests((10,)), Hasher(), SourceUnit(0, 3, 0, 4, 1)
@@ -57,8 +58,10 @@ class Memory:
     def __init__(self, **digests: int) -> None:
         self.digests = digests
 
-    async def __call__(self, units: Sequence[SourceUnit]) -> tuple[Unit, ...]:
-        return tuple(Unit(u.group, u.ordinal, u.slot, u.generation, self.digests[f"slot{u.slot}"]) for u in units)
+    async def __call__(self, units: Sequence[SourceUnit]) -> tuple[HashedUnit, ...]:
+        return tuple(
+            HashedUnit(u.group, u.ordinal, u.pool, u.slot, u.generation, self.digests[f"slot{u.slot}"]) for u in units
+        )
 
 
 @in_event_loop
@@ -80,7 +83,7 @@ class Held(Hasher):
         super().__init__()
         self.may_go = asyncio.Event()
 
-    async def __call__(self, units: Sequence[SourceUnit]) -> tuple[Unit, ...]:
+    async def __call__(self, units: Sequence[SourceUnit]) -> tuple[HashedUnit, ...]:
         found = await super().__call__(units)
         await self.may_go.wait()
         return found
@@ -112,10 +115,10 @@ async def test_a_recheck_compares_with_what_another_one_kept_while_it_hashed() -
 async def test_a_slot_cut_into_units_is_hashed_once_and_has_a_digest_for_each() -> None:
     asked: list[SourceUnit] = []
 
-    async def by_halves(slots: Sequence[SourceUnit]) -> tuple[Unit, ...]:
+    async def by_halves(slots: Sequence[SourceUnit]) -> tuple[HashedUnit, ...]:
         asked.extend(slots)
         return tuple(
-            Unit(s.group, 2 * s.ordinal + half, s.slot, s.generation, 10 * s.slot + half)
+            HashedUnit(s.group, 2 * s.ordinal + half, s.pool, s.slot, s.generation, 10 * s.slot + half)
             for s in slots
             for half in (0, 1)
         )

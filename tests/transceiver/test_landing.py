@@ -16,12 +16,13 @@ from support.plane_pair import PlanePair, Receiver, plane_pair
 from support.pools import close_pools, make_pools
 
 from disagg.kernels import native
+from disagg.transceiver.layout.units import HashedUnit, SourceUnit
 from disagg.transceiver.memory.hashing import PIECE_NBYTES
-from disagg.transceiver.memory.regions import Destination, LandingJob, PoolRegion, SourceUnit
+from disagg.transceiver.memory.regions import Destination, LandingJob, PoolRegion
 from disagg.transceiver.peers.landing_threads import AfterCopy, LandingThread
 from disagg.transceiver.planes.base import LandingPlane
 from disagg.transceiver.planes.inproc import InprocLandingPlane
-from disagg.transceiver.protocol.events import LandedUnit, Unit
+from disagg.transceiver.protocol.events import LandedUnit
 from disagg.transceiver.wire.errors import SourceChanged
 
 DTYPES = ("float32", "float16")
@@ -102,8 +103,8 @@ async def test_units_of_the_sender_are_hashed_and_keep_their_slot_and_generation
     landing = LandingThread(pools, ["float32"])
     units = await within(landing.digest_units([SourceUnit(0, 7, 0, 2, 102), SourceUnit(0, 8, 0, 1, 101)]))
     assert units == (
-        Unit(0, 7, 2, 102, xxhash.xxh3_64_intdigest(pools[0].slots[2].tobytes())),
-        Unit(0, 8, 1, 101, xxhash.xxh3_64_intdigest(pools[0].slots[1].tobytes())),
+        HashedUnit(0, 7, 0, 2, 102, xxhash.xxh3_64_intdigest(pools[0].slots[2].tobytes())),
+        HashedUnit(0, 8, 0, 1, 101, xxhash.xxh3_64_intdigest(pools[0].slots[1].tobytes())),
     )
     with pytest.raises(SourceChanged, match="block 7"):
         await within(landing.digest_units([SourceUnit(0, 7, 0, 2, 99)]))

@@ -91,7 +91,7 @@ async def state_of_link(identity: Identity, geometry: Geometry) -> tuple[str, st
     source, server = InprocSourcePlane(hub), ControlServer.bind("tcp://127.0.0.1:0", KEYS, sockets)
     ours = Node(draw_id(), "prefill", IDENTITY, BASE, KEYS)
     await source.start(pools(BASE))
-    side = SendingSide(ours, server, {"inproc": source}, (0, 1), Host(), pools(BASE))
+    side = SendingSide(ours, server, {"inproc": source}, Host(), pools(BASE))
     link = PeerLink(
         Node(draw_id(), "decode", identity, geometry, KEYS),
         PeerTarget(ours.incarnation, "prefill", server.endpoint, BASE),

@@ -20,15 +20,14 @@ from support.pools import close_pools, make_pools
 from support.unchecked import changed
 
 from disagg.transceiver.layout.pairing import geometry_difference
-from disagg.transceiver.layout.units import geometry_by_units, peer_unit
+from disagg.transceiver.layout.units import HashedUnit, SourceUnit, geometry_by_units, peer_unit
 from disagg.transceiver.memory import gather as packed
 from disagg.transceiver.memory.peer_cuts import PeerCuts
-from disagg.transceiver.memory.regions import Destination, LandingJob, PoolRegion, SourceUnit
+from disagg.transceiver.memory.regions import Destination, LandingJob, PoolRegion
 from disagg.transceiver.memory.slot_units import SlotUnits, by_group
 from disagg.transceiver.peers.landing_threads import LandingThread
 from disagg.transceiver.planes import probe, reshaping
 from disagg.transceiver.planes.reshaping import ReshapingPlane
-from disagg.transceiver.protocol.events import Unit
 from disagg.transceiver.wire.errors import LocalProtocolError, RemoteProtocolError, SourceChanged
 from disagg.transceiver.wire.messages.values import Geometry, GroupSemantics, UnitName
 
@@ -168,7 +167,7 @@ async def test_every_token_lands_in_its_place_and_nothing_else_changes(kind: str
 async def test_sender_and_receiver_hash_the_same_bytes(kind: str) -> None:
     async with ends(kind, 16, 8) as e:
         at_source = LandingThread(e.sources, ["float32"] * 3)
-        mine: tuple[Unit, ...] = await at_source.digest_units(e.units(SOURCE_SLOTS), e.cut)
+        mine: tuple[HashedUnit, ...] = await at_source.digest_units(e.units(SOURCE_SLOTS), e.cut)
         await at_source.close()
         units = list(e.cut.split(e.units(SOURCE_SLOTS)))
         assert [(u.group, u.ordinal, u.slot, u.generation) for u in mine] == [

@@ -9,7 +9,8 @@ from support.sample_messages import HEADER
 from support.unchecked import raw
 
 from disagg.transceiver.layout.slice_size import SLICE_NBYTES
-from disagg.transceiver.protocol.events import LandedUnit, Unit
+from disagg.transceiver.layout.units import HashedUnit
+from disagg.transceiver.protocol.events import LandedUnit
 from disagg.transceiver.protocol.inbox import BadSliceError, Inbox
 from disagg.transceiver.protocol.outbox import BYTE_WINDOW, READ_SLICE_NBYTES, REPEAT_BURST, Outbox
 from disagg.transceiver.protocol.sender import unit_runs
@@ -17,8 +18,8 @@ from disagg.transceiver.wire.messages.peer import Slice
 from disagg.transceiver.wire.messages.values import ManifestEntry, UnitName, UnitRun
 
 
-def unit(ordinal: int, group: int = 0) -> Unit:
-    return Unit(group, ordinal, 100 + ordinal, 1, 7 * ordinal)
+def unit(ordinal: int, group: int = 0) -> HashedUnit:
+    return HashedUnit(group, ordinal, 0, 100 + ordinal, 1, 7 * ordinal)
 
 
 def keys(count: int, group: int = 0) -> list[tuple[int, int]]:

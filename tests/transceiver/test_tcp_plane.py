@@ -15,7 +15,8 @@ from support.event_loop import in_event_loop, within
 from support.plane_pair import KEYS, PlanePair, Receiver, plane_pair
 from support.pools import close_pools, make_pool
 
-from disagg.transceiver.memory.regions import Destination, LandingJob, SourceUnit
+from disagg.transceiver.layout.units import SourceUnit
+from disagg.transceiver.memory.regions import Destination, LandingJob
 from disagg.transceiver.planes import door, greeting
 from disagg.transceiver.planes.greeting import parse_greeting
 from disagg.transceiver.planes.slice_stream import HEADER, WELCOME, SliceHeader, advance, split_address, wire_name

@@ -120,7 +120,8 @@ def test_a_pushing_plane_sends_each_payload_once_and_stays_within_its_window(mon
     pair.settle()
     assert pair.verdicts == [Verified(TRANSFER_ID, 0, FIRST)]
     assert [payload.number for payload in pair.payloads] == [0, 1, 2, 3, 4]
-    assert pair.payloads[0].sources[0] == (0, 0, 10, 3)
+    first = pair.payloads[0].units[0]
+    assert (first.group, first.ordinal, first.slot, first.generation) == (0, 0, 10, 3)
 
 
 def test_done_waits_for_slices_it_overtook() -> None:

@@ -24,8 +24,9 @@ from support.plane_pair import KEYS, Receiver, plane_pair
 from support.pools import close_pools, make_pool
 from xxhash import xxh3_64_intdigest
 
+from disagg.transceiver.layout.units import SourceUnit
 from disagg.transceiver.memory.hashing import Hasher
-from disagg.transceiver.memory.regions import Destination, LandingJob, SourceUnit
+from disagg.transceiver.memory.regions import Destination, LandingJob
 from disagg.transceiver.planes import door, greeting
 from disagg.transceiver.planes.slice_stream import split_address
 from disagg.transceiver.planes.ucx import library as ucx_library
@@ -299,7 +300,8 @@ import asyncio, json, sys
 from support.pools import make_pool
 from disagg.transceiver.wire.keys import ClusterKeys
 from disagg.transceiver.wire.messages.values import PlaneOffer
-from disagg.transceiver.memory.regions import Destination, LandingJob, SourceUnit
+from disagg.transceiver.layout.units import SourceUnit
+from disagg.transceiver.memory.regions import Destination, LandingJob
 from disagg.transceiver.planes.ucx.source import UcxSourcePlane
 from disagg.transceiver.planes.ucx.landing import UcxLandingPlane
 

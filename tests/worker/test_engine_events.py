@@ -16,21 +16,20 @@ from support.shell_pair import until
 
 from disagg.engine.commands import (
     AttemptKey,
-    FinalUnit,
     PrefixHitEvent,
     PromptComputedEvent,
     SuspectEvent,
     TokensEvent,
     UnitsFinalEvent,
 )
+from disagg.transceiver.layout.units import SourceUnit
 from disagg.transceiver.memory.kept_digests import KeptDigests
-from disagg.transceiver.memory.regions import SourceUnit
 from disagg.transceiver.peers.landing_threads import LandingThread
 from disagg.transceiver.wire.messages.values import FirstToken, SamplingState
 from disagg.worker.engine_events import EngineEvents
 
 FIRST = FirstToken(1, None, SamplingState(0, ()))
-BLOCKS = tuple(FinalUnit(0, ordinal, 2 + ordinal, 102 + ordinal) for ordinal in range(3))
+BLOCKS = tuple(SourceUnit(0, ordinal, 0, 2 + ordinal, 102 + ordinal) for ordinal in range(3))
 
 
 class Heard:
@@ -72,7 +71,6 @@ class Story:
             layout=SimpleNamespace(slot_nbytes=(64,)),
             metrics=SimpleNamespace(count_rehashed=lambda *a: None),
             model=SimpleNamespace(submit=self.commands.append),
-            sources=lambda units: [SourceUnit(u.group, u.ordinal, 0, u.slot, u.generation) for u in units],
         )
         self.events = EngineEvents(self.parts, self.heard)  # type: ignore[arg-type]
 

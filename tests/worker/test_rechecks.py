@@ -16,7 +16,6 @@ from support.fake_runner import reference_tokens
 from disagg.cache.prefix_cache import Chain
 from disagg.engine.commands import (
     Command,
-    FinalUnit,
     Pin,
     Prefill,
     PrefixChecked,
@@ -30,7 +29,7 @@ from disagg.engine.commands import (
 )
 from disagg.engine.recheck import PrefixRecheck
 from disagg.transceiver.memory.kept_digests import KeptDigests
-from disagg.transceiver.memory.regions import PoolRegion, SourceUnit
+from disagg.transceiver.memory.regions import PoolRegion
 from disagg.transceiver.peers.landing_threads import LandingThread
 from disagg.transceiver.wire.messages.values import UnitName
 from disagg.worker.rechecks import Rechecks
@@ -57,14 +56,10 @@ class Worker:
             landing=LandingThread(regions, [group.dtype for group in LAYOUT.groups]),
             metrics=SimpleNamespace(count_rehashed=lambda why, result, n: self.counts.update({(why, result): n})),
             model=SimpleNamespace(submit=self.commands.append),
-            sources=self.sources,
         )
         self.rechecks = Rechecks(self.parts)
         self.num_seen = 0
         self.num_hits = 0
-
-    def sources(self, units: tuple[FinalUnit, ...]) -> list[SourceUnit]:
-        return [SourceUnit(u.group, u.ordinal, LAYOUT.pool_of_group[u.group], u.slot, u.generation) for u in units]
 
     async def hear(self) -> None:
         """Everything the engine said since, in order, as the event loop takes it."""
@@ -72,7 +67,7 @@ class Worker:
             event = self.engine.events[self.num_seen]
             self.num_seen += 1
             if isinstance(event, UnitsFinalEvent):
-                await self.parts.cuts.kept.digest_units(self.sources(event.units), self.parts.landing.digest_units)
+                await self.parts.cuts.kept.digest_units(event.units, self.parts.landing.digest_units)
             elif isinstance(event, PrefixHitEvent):
                 self.num_hits += 1
                 await self.rechecks.check_hit(event)

@@ -1,12 +1,30 @@
-"""The unit of a transfer between two geometries."""
+"""The unit of a transfer: its size between two geometries, where one lies at its source, and what it hashes to."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from disagg.transceiver.layout.cut import unit_size
 from disagg.transceiver.wire.errors import RemoteProtocolError
 from disagg.transceiver.wire.messages.values import Geometry
+
+
+@dataclass(frozen=True, slots=True)
+class SourceUnit:
+    """A unit that later steps will not change: group, ordinal, and its slot of a pool in one generation."""
+
+    group: int
+    ordinal: int
+    pool: int
+    slot: int
+    generation: int
+
+
+@dataclass(frozen=True, slots=True)
+class HashedUnit(SourceUnit):
+    """One whose bytes there have this xxh3-64 digest."""
+
+    digest: int
 
 
 def geometry_by_units(geometry: Geometry, unit: int) -> Geometry:

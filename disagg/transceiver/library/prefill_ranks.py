@@ -12,9 +12,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from disagg.transceiver.layout.ranks import Part
-from disagg.transceiver.layout.units import geometry_by_units, peer_unit
-from disagg.transceiver.memory.foreign_pools import moves_slots, pool_numbers
-from disagg.transceiver.memory.regions import PoolRegion, SourceUnit
+from disagg.transceiver.layout.units import SourceUnit, geometry_by_units, peer_unit
+from disagg.transceiver.memory.foreign_pools import moves_slots
+from disagg.transceiver.memory.regions import PoolRegion
 from disagg.transceiver.memory.slot_units import SlotUnits
 from disagg.transceiver.peers.landing_threads import LandingThread
 from disagg.transceiver.peers.prefill_side import SendingSide
@@ -55,12 +55,7 @@ class PrefillRanks:
         """`on_released`: a part, named by `part_key`, needs its sources no more."""
         self._ranks, self._on_released = tuple(ranks), on_released
         self._landing = [LandingThread(rank.pools, ()) for rank in self._ranks]
-        self._sides = [
-            SendingSide(
-                rank.node, rank.server, rank.planes, pool_numbers(rank.node.geometry, rank.pools), self, rank.pools
-            )
-            for rank in self._ranks
-        ]
+        self._sides = [SendingSide(rank.node, rank.server, rank.planes, self, rank.pools) for rank in self._ranks]
 
     async def run(self) -> None:
         """Serve until cancelled."""

@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from disagg.cache.window import needed_ordinals
-from disagg.transceiver.layout.units import peer_unit
+from disagg.transceiver.layout.units import SourceUnit, peer_unit
 from disagg.transceiver.library.decode_ranks import DecodeRank, DecodeRanks
 from disagg.transceiver.library.prefill_ranks import DecodePeer, PrefillRank, PrefillRanks
 from disagg.transceiver.memory.foreign_pools import ForeignPools
-from disagg.transceiver.memory.regions import PoolRegion, SourceUnit
+from disagg.transceiver.memory.regions import PoolRegion
 from disagg.transceiver.peers.decode_side import TransferRecord
 from disagg.transceiver.planes.reshaping import probe_pools
 from disagg.transceiver.planes.tcp.landing import TcpLandingPlane

@@ -6,10 +6,9 @@ from collections.abc import Awaitable, Callable, Sequence
 
 import numpy as np
 
-from disagg.transceiver.memory.regions import SourceUnit
-from disagg.transceiver.protocol.events import Unit
+from disagg.transceiver.layout.units import HashedUnit, SourceUnit
 
-Hash = Callable[[Sequence[SourceUnit]], Awaitable[tuple[Unit, ...]]]
+Hash = Callable[[Sequence[SourceUnit]], Awaitable[tuple[HashedUnit, ...]]]
 """`LandingThread.digest_units`."""
 
 
@@ -27,7 +26,7 @@ class KeptDigests:
         ]  # 0 = nothing kept: never a unit's
         self._digests = [np.zeros((count, per_slot), dtype=np.uint64) for count in num_slots]
 
-    async def digest_units(self, slots: Sequence[SourceUnit], hash_units: Hash) -> tuple[Unit, ...]:
+    async def digest_units(self, slots: Sequence[SourceUnit], hash_units: Hash) -> tuple[HashedUnit, ...]:
         """The units of `slots` with their digests, in order; those of slots that are unknown are hashed and kept.
 
         What was known is taken before the wait: a slot that is given away meanwhile has another block's digests then.
@@ -50,18 +49,18 @@ class KeptDigests:
                 self._keep(slot, units)
         return tuple(None if before is None else before == units for units, before in zip(hashed, known, strict=True))
 
-    def _by_slot(self, units: Sequence[Unit]) -> list[tuple[Unit, ...]]:
+    def _by_slot(self, units: Sequence[HashedUnit]) -> list[tuple[HashedUnit, ...]]:
         return [tuple(units[first : first + self._per_slot]) for first in range(0, len(units), self._per_slot)]
 
-    def _keep(self, slot: SourceUnit, units: Sequence[Unit]) -> None:
+    def _keep(self, slot: SourceUnit, units: Sequence[HashedUnit]) -> None:
         self._generations[slot.pool][slot.slot] = slot.generation
         self._digests[slot.pool][slot.slot] = [unit.digest for unit in units]
 
-    def _find(self, slot: SourceUnit) -> tuple[Unit, ...] | None:
+    def _find(self, slot: SourceUnit) -> tuple[HashedUnit, ...] | None:
         if int(self._generations[slot.pool][slot.slot]) != slot.generation:
             return None
         first = slot.ordinal * self._per_slot
         return tuple(
-            Unit(slot.group, first + part, slot.slot, slot.generation, digest)
+            HashedUnit(slot.group, first + part, slot.pool, slot.slot, slot.generation, digest)
             for part, digest in enumerate(self._digests[slot.pool][slot.slot].tolist())
         )

@@ -26,17 +26,6 @@ class PoolRegion:
 
 
 @dataclass(frozen=True, slots=True)
-class SourceUnit:
-    """A unit at the sender: group, ordinal, the pool that holds the group, its slot and the generation planned."""
-
-    group: int
-    ordinal: int
-    pool: int
-    slot: int
-    generation: int
-
-
-@dataclass(frozen=True, slots=True)
 class Destination:
     """Where one unit of a slice lands, and where it comes from (-1 on planes whose sender pushes the bytes)."""
 

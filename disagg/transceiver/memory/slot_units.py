@@ -18,11 +18,12 @@ from disagg.transceiver.layout.ranks import rank_layout, rectangles
 from disagg.transceiver.layout.runs import Ints, ints
 from disagg.transceiver.layout.slice_size import units_per_slice
 from disagg.transceiver.layout.strides import Layout
+from disagg.transceiver.layout.units import SourceUnit
 from disagg.transceiver.memory.convert import wire_dtype
 from disagg.transceiver.memory.copying import check_generations
 from disagg.transceiver.memory.foreign_pools import ForeignPools, pool_numbers
 from disagg.transceiver.memory.gather import Area, Buffer, Packer, Unpacker
-from disagg.transceiver.memory.regions import Bytes, Destination, PoolRegion, SourceUnit
+from disagg.transceiver.memory.regions import Bytes, Destination, PoolRegion
 from disagg.transceiver.wire.messages.values import Geometry, UnitName
 
 

@@ -15,11 +15,12 @@ from typing import Any, Final
 
 from disagg.kernels import native
 from disagg.kernels.digest import digest
+from disagg.transceiver.layout.units import HashedUnit, SourceUnit
 from disagg.transceiver.memory.hashing import AfterCopy, Hasher, NoHasher
-from disagg.transceiver.memory.regions import LandingJob, PoolRegion, SourceUnit
+from disagg.transceiver.memory.regions import LandingJob, PoolRegion
 from disagg.transceiver.memory.slot_units import SlotUnits
 from disagg.transceiver.planes.base import LandingPlane
-from disagg.transceiver.protocol.events import LandedUnit, Unit
+from disagg.transceiver.protocol.events import LandedUnit
 from disagg.transceiver.wire.errors import SourceChanged
 
 
@@ -102,7 +103,7 @@ class LandingThread:
         self._heard.add(future)
         future.add_done_callback(ended)
 
-    async def digest_units(self, units: Sequence[SourceUnit], cut: SlotUnits | None = None) -> tuple[Unit, ...]:
+    async def digest_units(self, units: Sequence[SourceUnit], cut: SlotUnits | None = None) -> tuple[HashedUnit, ...]:
         """Hash final units of this process; with `cut`, slots of it as units of a peer whose blocks differ.
 
         Raises `SourceChanged` when a slot was given away meanwhile.
@@ -144,20 +145,27 @@ class LandingThread:
         num_saturated = plane.land_and_hash(job, hasher)
         return Landed(hasher.landed(), plane.num_copies(job), num_saturated)
 
-    def _digest(self, units: Sequence[SourceUnit], cut: SlotUnits | None) -> tuple[Unit, ...]:
+    def _digest(self, units: Sequence[SourceUnit], cut: SlotUnits | None) -> tuple[HashedUnit, ...]:
         if cut is None:
             return tuple(self._digest_unit(unit) for unit in units)
         return tuple(
-            Unit(unit.group, unit.ordinal, unit.slot, unit.generation, digest(row.data) if self._digests else 0)
+            HashedUnit(
+                unit.group,
+                unit.ordinal,
+                unit.pool,
+                unit.slot,
+                unit.generation,
+                digest(row.data) if self._digests else 0,
+            )
             for few in cut.slices(cut.split(units))
             for unit, row in cut.pack(few).pairs(few)
         )
 
-    def _digest_unit(self, unit: SourceUnit) -> Unit:
+    def _digest_unit(self, unit: SourceUnit) -> HashedUnit:
         pool = self._pools[unit.pool]
         value = digest(pool.slots[unit.slot]) if self._digests else 0
         if int(pool.generations[unit.slot]) != unit.generation:  # after: a change during the hash counts too
             raise SourceChanged(
                 f"group {unit.group}, block {unit.ordinal}: its slot was given away before it was hashed"
             )
-        return Unit(unit.group, unit.ordinal, unit.slot, unit.generation, value)
+        return HashedUnit(unit.group, unit.ordinal, unit.pool, unit.slot, unit.generation, value)

@@ -15,9 +15,9 @@ from functools import partial
 from typing import Final, Protocol, cast
 
 from disagg.transceiver.layout.pairing import Difference, differing_field, geometry_difference
-from disagg.transceiver.layout.units import peer_unit
+from disagg.transceiver.layout.units import SourceUnit, peer_unit
 from disagg.transceiver.memory.foreign_pools import moves_slots
-from disagg.transceiver.memory.regions import PoolRegion, SourceUnit
+from disagg.transceiver.memory.regions import PoolRegion
 from disagg.transceiver.memory.slot_units import SlotUnits
 from disagg.transceiver.peers.live import Transfers
 from disagg.transceiver.planes.base import SourcePlane
@@ -93,7 +93,6 @@ class SendingSide:
         node: Node,
         server: ControlServer,
         planes: Mapping[str, SourcePlane],
-        pool_of_group: Sequence[int],
         host: SourceHost,
         pools: Sequence[PoolRegion] = (),
         faults: PeerFaults | None = None,
@@ -104,7 +103,6 @@ class SendingSide:
         self._pools = pools
         self._server = server
         self._planes = planes
-        self._pool_of_group = pool_of_group
         self._host = host
         self._transfers = Transfers(node.incarnation, self._perform)
         self._peers: dict[str, _Peer] = {}
@@ -341,17 +339,13 @@ class SendingSide:
         plane, peer = self._plane_of.get(key), self._peers.get(self._transfers.peer_of(key))
         if plane is None or peer is None:
             return
-        units = [
-            SourceUnit(group, ordinal, self._pool_of_group[group], slot, generation)
-            for group, ordinal, slot, generation in action.sources
-        ]
         slice_name = peer.hello.incarnation, key.transfer_id, key.epoch, action.number
         try:
             if peer.cut is not None:
-                await peer.send_packed(plane, peer.cut, slice_name, units)
+                await peer.send_packed(plane, peer.cut, slice_name, action.units)
             else:
                 async with contextlib.nullcontext() if plane.queues_slices else peer.sending:
-                    await plane.send(*slice_name, units)
+                    await plane.send(*slice_name, action.units)
         except SourceChanged as changed:  # a bug or a hostile writer: this attempt ends, the request may be retried
             self.feed(key, CancelAsked(str(changed)))
         except PeerLost as loss:

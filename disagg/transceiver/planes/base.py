@@ -13,7 +13,8 @@ from collections.abc import Callable, Sequence
 from typing import ClassVar, Protocol
 
 from disagg.transceiver.layout.runs import Ints, adjacent, ints
-from disagg.transceiver.memory.regions import Bytes, LandingJob, PoolRegion, SourceUnit
+from disagg.transceiver.layout.units import SourceUnit
+from disagg.transceiver.memory.regions import Bytes, LandingJob, PoolRegion
 from disagg.transceiver.wire.messages.values import PlaneOffer
 
 

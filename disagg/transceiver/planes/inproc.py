@@ -5,7 +5,8 @@ from __future__ import annotations
 import secrets
 from collections.abc import Sequence
 
-from disagg.transceiver.memory.regions import PoolRegion, SourceUnit
+from disagg.transceiver.layout.units import SourceUnit
+from disagg.transceiver.memory.regions import PoolRegion
 from disagg.transceiver.planes.base import SourcePlane
 from disagg.transceiver.planes.reading import ReadingLandingPlane
 from disagg.transceiver.planes.tokens import Tokens

@@ -14,7 +14,8 @@ from collections.abc import Sequence
 from typing import Final
 
 from disagg.cache.pool import NULL_SLOT, TRASH_SLOT
-from disagg.transceiver.memory.regions import Destination, LandingJob, PoolRegion, SourceUnit
+from disagg.transceiver.layout.units import SourceUnit
+from disagg.transceiver.memory.regions import Destination, LandingJob, PoolRegion
 from disagg.transceiver.planes.base import LandingPlane, SourcePlane
 from disagg.transceiver.wire.errors import PeerLost, SourceChanged
 

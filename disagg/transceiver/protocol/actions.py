@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from disagg.transceiver.layout.units import SourceUnit
 from disagg.transceiver.wire.messages.peer import Refused, Slice, TransferMessage
 from disagg.transceiver.wire.messages.values import FirstToken, UnitName
 
@@ -17,10 +18,10 @@ class Send:
 
 @dataclass(frozen=True, slots=True)
 class SendPayload:
-    """Sender, byte-sending planes only: send this slice once. `sources` = (group, ordinal, slot, generation)."""
+    """Sender, byte-sending planes only: send the units of this slice once."""
 
     number: int
-    sources: tuple[tuple[int, int, int, int], ...]
+    units: tuple[SourceUnit, ...]
 
 
 @dataclass(frozen=True, slots=True)

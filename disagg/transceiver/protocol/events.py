@@ -7,19 +7,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from disagg.transceiver.layout.units import HashedUnit
 from disagg.transceiver.wire.messages.peer import Refused, TransferMessage
 from disagg.transceiver.wire.messages.values import FirstToken, GroupRuns, UnitName
-
-
-@dataclass(frozen=True, slots=True)
-class Unit:
-    """One block of one group that will not change any more: where it lies here, and its xxh3-64 digest."""
-
-    group: int
-    ordinal: int
-    slot: int
-    generation: int
-    digest: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +74,7 @@ class UnitsFinal:
     """Units of computation `compute_id` became final; those of another computation are stale and ignored."""
 
     compute_id: int
-    units: tuple[Unit, ...]
+    units: tuple[HashedUnit, ...]
 
 
 @dataclass(frozen=True, slots=True)

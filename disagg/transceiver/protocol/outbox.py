@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from typing import Final
 
 from disagg.transceiver.layout.slice_size import SLICE_NBYTES
-from disagg.transceiver.protocol.events import Unit
+from disagg.transceiver.layout.units import HashedUnit
 
 READ_SLICE_NBYTES: Final = 32 << 20
 """The same where the receiver reads the bytes for itself: nothing is under way that it would have to drain, and a copy
@@ -32,11 +32,11 @@ class Outbox:
         self._unit_nbytes = unit_nbytes
         self._window = BYTE_WINDOW if pushes_bytes else None
         self._slice_nbytes = SLICE_NBYTES if pushes_bytes else READ_SLICE_NBYTES
-        self._pending: list[Unit] = []
-        self._slices: list[tuple[Unit, ...]] = []
+        self._pending: list[HashedUnit] = []
+        self._slices: list[tuple[HashedUnit, ...]] = []
         self._acknowledged = 0
 
-    def add(self, units: Iterable[Unit]) -> None:
+    def add(self, units: Iterable[HashedUnit]) -> None:
         """Units that are final now. A unit counts once, however often it is reported."""
         for unit in units:
             if (unit.group, unit.ordinal) in self._missing:
@@ -59,7 +59,7 @@ class Outbox:
         self._acknowledged = max(self._acknowledged, number + 1)
         return is_news
 
-    def slice_units(self, number: int) -> tuple[Unit, ...]:
+    def slice_units(self, number: int) -> tuple[HashedUnit, ...]:
         return self._slices[number]
 
     @property
@@ -81,7 +81,7 @@ class Outbox:
         return not self._missing and not self._pending
 
     @property
-    def announced(self) -> tuple[Unit, ...]:
+    def announced(self) -> tuple[HashedUnit, ...]:
         return tuple(unit for units in self._slices for unit in units)
 
     @property

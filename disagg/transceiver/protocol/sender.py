@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 
 from disagg.transceiver.layout.ranks import Part
 from disagg.transceiver.layout.required import check_required
+from disagg.transceiver.layout.units import HashedUnit
 from disagg.transceiver.protocol.actions import AskPin, ReleaseSource, SendPayload, UnregisterUnits
 from disagg.transceiver.protocol.events import (
     CancelAsked,
@@ -24,7 +25,6 @@ from disagg.transceiver.protocol.events import (
     PromptComputed,
     SoftDropped,
     Tick,
-    Unit,
     UnitsFinal,
 )
 from disagg.transceiver.protocol.manifest import seal
@@ -55,7 +55,7 @@ from disagg.transceiver.wire.timing import LEASE_S
 
 @dataclass(slots=True)
 class _Computation:
-    units: list[Unit] = field(default_factory=list)
+    units: list[HashedUnit] = field(default_factory=list)
     first_token: FirstToken | None = None
 
 
@@ -154,7 +154,8 @@ class Sender(Transfer):
 
     def _accept_again(self, fetch: Fetch) -> None:
         """One was admitted: this must be its repeat."""
-        if self._fetch is not None and replace(fetch, header=self._fetch.header) == self._fetch:
+        assert self._fetch is not None
+        if replace(fetch, header=self._fetch.header) == self._fetch:
             self._send(Accepted(self._header(), 0))
         else:
             self._refuse("required", "one FETCH per epoch", "another FETCH")
@@ -198,8 +199,7 @@ class Sender(Transfer):
         for number in numbers:
             self._send_slice(number)
             if self._pushes_bytes:
-                units = self._outbox.slice_units(number)
-                self._do(SendPayload(number, tuple((u.group, u.ordinal, u.slot, u.generation) for u in units)))
+                self._do(SendPayload(number, self._outbox.slice_units(number)))
         if numbers and self._slice_repeat.at is None:
             self._slice_repeat.start(self._now)
 
@@ -412,9 +412,9 @@ class Sender(Transfer):
     }
 
 
-def unit_runs(units: tuple[Unit, ...], with_slots: bool) -> tuple[UnitRun, ...]:
+def unit_runs(units: tuple[HashedUnit, ...], with_slots: bool) -> tuple[UnitRun, ...]:
     """Units in slice order as runs of consecutive ordinals of one group; slots and generations where they are read."""
-    runs: list[list[Unit]] = []
+    runs: list[list[HashedUnit]] = []
     for unit in units:
         if runs and (unit.group, unit.ordinal) == (runs[-1][-1].group, runs[-1][-1].ordinal + 1):
             runs[-1].append(unit)
@@ -423,7 +423,7 @@ def unit_runs(units: tuple[Unit, ...], with_slots: bool) -> tuple[UnitRun, ...]:
     return tuple(_run(run, with_slots) for run in runs)
 
 
-def _run(units: list[Unit], with_slots: bool) -> UnitRun:
+def _run(units: list[HashedUnit], with_slots: bool) -> UnitRun:
     slots = tuple(u.slot for u in units) if with_slots else ()
     generations = tuple(u.generation for u in units) if with_slots else ()
     return UnitRun(units[0].group, units[0].ordinal, len(units), slots, generations)

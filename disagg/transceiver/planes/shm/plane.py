@@ -14,7 +14,8 @@ import secrets
 import socket
 from collections.abc import Sequence
 
-from disagg.transceiver.memory.regions import PoolRegion, SourceUnit
+from disagg.transceiver.layout.units import SourceUnit
+from disagg.transceiver.memory.regions import PoolRegion
 from disagg.transceiver.planes.base import SourcePlane
 from disagg.transceiver.planes.greeting import GREETING_S, HANDSHAKE_S, MAX_SILENT, parse_greeting
 from disagg.transceiver.planes.reading import ReadingLandingPlane

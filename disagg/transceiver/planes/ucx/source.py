@@ -19,8 +19,9 @@ from typing import Any
 import numpy as np
 
 from disagg.transceiver.layout.runs import ints
+from disagg.transceiver.layout.units import SourceUnit
 from disagg.transceiver.memory.copying import check_generations
-from disagg.transceiver.memory.regions import PoolRegion, SourceUnit
+from disagg.transceiver.memory.regions import PoolRegion
 from disagg.transceiver.planes.base import SourcePlane
 from disagg.transceiver.planes.door import Door
 from disagg.transceiver.planes.probe import send_probe

@@ -17,8 +17,9 @@ import numpy as np
 import zmq
 
 from disagg.transceiver.layout.runs import adjacent, ints
+from disagg.transceiver.layout.units import SourceUnit
 from disagg.transceiver.memory.copying import check_generations, copy_rows
-from disagg.transceiver.memory.regions import Bytes, PoolRegion, SourceUnit
+from disagg.transceiver.memory.regions import Bytes, PoolRegion
 from disagg.transceiver.planes.base import SourcePlane
 from disagg.transceiver.planes.probe import send_probe
 from disagg.transceiver.planes.tokens import Tokens

@@ -35,10 +35,6 @@ from disagg.transceiver.wire.messages.ranges import (
     check_size,
     fail,
 )
-
-MAX_LABELS: Final = 64
-"""Labels of a metric, and stages of a request: each has a handful."""
-
 from disagg.transceiver.wire.messages.sampling_limits import (
     LARGEST_INT64,
     LARGEST_LOGIT,
@@ -52,6 +48,9 @@ from disagg.transceiver.wire.messages.sampling_limits import (
     check_ids,
     check_number,
 )
+
+MAX_LABELS: Final = 64
+"""Labels of a metric, and stages of a request: each has a handful."""
 
 Run = tuple[int, int]
 """(first ordinal, number of ordinals)"""
