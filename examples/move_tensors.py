@@ -1,4 +1,6 @@
-"""Move KV between plain torch tensors of two processes, without our engine: `python examples/move_tensors.py`.
+"""Move KV between plain torch tensors of two processes, without our engine.
+
+    .venv/bin/python examples/move_tensors.py
 
 One process holds bfloat16 pages as vLLM lays them out, `(block, head, token, K dims then V dims)` in blocks of 16; the
 other float32 tensors of K and V apart, `(block, token, head, dim)` in blocks of 8. Both know the cluster's secret and

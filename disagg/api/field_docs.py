@@ -1,4 +1,4 @@
-"""The page `docs/request-fields.md`, from the table: `python -m disagg.api.field_docs > docs/request-fields.md`."""
+"""The page `docs/request-fields.md`, from the table; its head names the command that writes it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ HEADER = """\
 Every field of the OpenAI and vLLM APIs is honoured or refused with status 400 whose error names it in `param`; none is
 ignored. A field that is in neither table is refused too. `null` means unset.
 
-This page is written by `python -m disagg.api.field_docs`; edit `disagg/api/fields.py`.
+This page is written by `.venv/bin/python -P -m disagg.api.field_docs > docs/request-fields.md`; edit
+`disagg/api/fields.py`.
 """
 
 

@@ -236,7 +236,14 @@ def test_a_developers_command_adds_the_tools(make: Make, target: str) -> None:
 
 def test_make_check_runs_every_gate(make: Make) -> None:
     lines = make("-s", "check").stdout.splitlines()
-    assert lines[2:] == ["ruff check", "ruff format --check", "mypy", "lint-imports", "python tools/check_sizes.py"]
+    assert lines[2:] == [
+        "ruff check",
+        "ruff format --check",
+        "mypy",
+        "lint-imports",
+        "python tools/check_sizes.py",
+        "python tools/check_dependencies.py",
+    ]
 
 
 def test_make_alone_lists_the_commands(make: Make) -> None:

@@ -1,4 +1,4 @@
-"""Writes docs/faults.md from the table: `cd tests && python -m support.fault_docs > ../docs/faults.md`."""
+"""Writes docs/faults.md from the table: `cd tests && ../.venv/bin/python -m support.fault_docs > ../docs/faults.md`."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from support.fault_table import FAULTS, HALTED_BY, IMPOSSIBLE, ROWS, allowed
 
 HEAD = """# What happens on a fault
 
-Written from `tests/support/fault_table.py` by `cd tests && python -m support.fault_docs > ../docs/faults.md`: edit the
-table. `make faults` lets each of these faults happen in each state of a transfer and fails on a cell that is empty.
+Written from `tests/support/fault_table.py` by
+`cd tests && ../.venv/bin/python -m support.fault_docs > ../docs/faults.md`: edit the table. `make faults` lets each of
+these faults happen in each state of a transfer and fails on a cell that is empty.
 
 ## What you can rely on
 

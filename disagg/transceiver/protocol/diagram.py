@@ -9,7 +9,7 @@ from disagg.transceiver.protocol.state import TRANSITIONS, Kind, Role, State, na
 _HEAD = """# States of a transfer
 
 Drawn from the table in `disagg/transceiver/protocol/state.py`: edit the table, then run
-`python -m disagg.transceiver.protocol.diagram > docs/transfer-states.md`.
+`.venv/bin/python -P -m disagg.transceiver.protocol.diagram > docs/transfer-states.md`.
 Events that leave the state as it is are not drawn.
 """
 
