@@ -8,6 +8,8 @@ import io
 import json
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import AsyncIterator
 
 import pytest
@@ -18,7 +20,7 @@ from support.tokenizers import DEMO_FOLDER
 from disagg.api import bodies, helpers
 from disagg.api.errors import ApiError
 from disagg.api.fields import CHAT, COMPLETIONS, DETOKENIZE, TOKENIZE
-from disagg.api.helper_frames import pack_error, pack_prepared, unpack_error, unpack_prepared
+from disagg.api.helper_frames import JOB, frame, pack, pack_error, pack_prepared, unpack_error, unpack_prepared
 from disagg.api.helpers import INLINE_NBYTES, Helpers
 from disagg.api.preparation import Preparer
 from disagg.api.settings import ApiSettings
@@ -64,7 +66,7 @@ async def test_a_helper_gives_what_the_loop_would(
     outcomes: list[object] = []
     for read in (here, there):
         try:
-            found = read(endpoint, body + (PADDING.encode() if read == there else b""), 256)
+            found = read(endpoint, [body, PADDING.encode()] if read == there else body, 256)
             found = await found if inspect.iscoroutine(found) else found
             outcomes.append(b"".join(found) if is_text else found)  # type: ignore[arg-type]
         except ApiError as error:
@@ -120,9 +122,9 @@ async def test_the_same_bodies_on_the_loop_do_hold_it(tokenizer: ModelTokenizer)
 async def test_ordinary_bodies_do_not_wait_for_the_largest(pool: Helpers) -> None:
     largest = json.dumps({"prompt": "some words " * (LARGEST // 12)}).encode()
     ordinary = json.dumps({"prompt": "some words " * 1000}).encode()
-    long = [asyncio.create_task(pool.text(TOKENIZE, largest, None)) for _ in range(4)]
+    long = [asyncio.create_task(pool.text(TOKENIZE, [largest], None)) for _ in range(4)]
     await asyncio.sleep(0)
-    await pool.text(TOKENIZE, ordinary, None)
+    await pool.text(TOKENIZE, [ordinary], None)
     assert not all(task.done() for task in long)
     for task in long:
         task.cancel()
@@ -132,32 +134,32 @@ async def test_ordinary_bodies_do_not_wait_for_the_largest(pool: Helpers) -> Non
 async def test_a_client_that_leaves_costs_no_helper(pool: Helpers) -> None:
     body = json.dumps({"prompt": "some words " * 100_000}).encode()
     for _ in range(3):
-        task = asyncio.create_task(pool.text(TOKENIZE, body, None))
+        task = asyncio.create_task(pool.text(TOKENIZE, [body], None))
         await asyncio.sleep(0.02)
         task.cancel()
         await asyncio.wait([task])
-    assert await pool.text(TOKENIZE, json.dumps({"prompt": "x" + PADDING}).encode(), None)
+    assert await pool.text(TOKENIZE, [json.dumps({"prompt": "x" + PADDING}).encode()], None)
 
 
 async def test_a_helper_that_dies_fails_its_request_only(pool: Helpers) -> None:
     body = json.dumps({"prompt": "some words " * 200_000}).encode()
     small = json.dumps({"prompt": "x" + PADDING}).encode()
-    await pool.text(TOKENIZE, small, None)
+    await pool.text(TOKENIZE, [small], None)
     (helper,) = pool._idle
-    task = asyncio.create_task(pool.text(TOKENIZE, body, None))
+    task = asyncio.create_task(pool.text(TOKENIZE, [body], None))
     await asyncio.sleep(0.05)
     os.kill(helper._process.pid, signal.SIGKILL)
     with pytest.raises(ApiError) as raised:
         await task
     assert raised.value.status == 500
-    assert await pool.text(TOKENIZE, small, None)
+    assert await pool.text(TOKENIZE, [small], None)
 
 
 async def test_a_text_that_takes_too_long_is_the_requests_fault(pool: Helpers) -> None:
     small = json.dumps({"prompt": "x" + PADDING}).encode()
-    await pool.text(TOKENIZE, small, None)
+    await pool.text(TOKENIZE, [small], None)
     (helper,) = pool._idle
-    task = asyncio.create_task(pool.text(TOKENIZE, json.dumps({"prompt": "some words " * 200_000}).encode(), None))
+    task = asyncio.create_task(pool.text(TOKENIZE, [json.dumps({"prompt": "some words " * 200_000}).encode()], None))
     await asyncio.sleep(0.05)
     os.kill(helper._process.pid, signal.SIGALRM)  # what its own alarm sends
     with pytest.raises(ApiError, match="to tokenize") as raised:
@@ -167,17 +169,17 @@ async def test_a_text_that_takes_too_long_is_the_requests_fault(pool: Helpers) -
 
 async def test_a_helper_that_died_while_idle_is_replaced(pool: Helpers) -> None:
     small = json.dumps({"prompt": "x" + PADDING}).encode()
-    await pool.text(TOKENIZE, small, None)
+    await pool.text(TOKENIZE, [small], None)
     (helper,) = pool._idle
     os.kill(helper._process.pid, signal.SIGKILL)
     await helper._process.wait()
-    assert await pool.text(TOKENIZE, small, None)
+    assert await pool.text(TOKENIZE, [small], None)
 
 
 async def test_more_than_may_wait_are_told_to_come_back(pool: Helpers, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(helpers, "MAX_WAITING", 0)
     with pytest.raises(ApiError) as raised:
-        await pool.text(TOKENIZE, json.dumps({"prompt": "x" + PADDING}).encode(), None)
+        await pool.text(TOKENIZE, [json.dumps({"prompt": "x" + PADDING}).encode()], None)
     assert raised.value.status == 503
 
 
@@ -226,3 +228,20 @@ async def test_a_long_prompt_comes_back_whole(tokenizer: ModelTokenizer) -> None
         events = (await api.post(COMPLETIONS, {**ask, "stream": True})).events
         assert events[0]["choices"][0]["prompt_token_ids"] == ids
         assert events[-1] == "[DONE]"
+
+
+async def test_a_helper_ends_with_its_parent() -> None:
+    """However the parent ends, the pipe is closed."""
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-P", "-m", "disagg.api.helper"),
+        stdin=asyncio.subprocess.PIPE,
+        stdout=asyncio.subprocess.PIPE,
+    )
+    out, _ = await asyncio.wait_for(process.communicate(frame(JOB, pack((str(DEMO_FOLDER), "demo", 1)))), 30)
+    assert (process.returncode, out) == (0, b"")
+
+
+def test_a_helper_loads_neither_torch_nor_the_server() -> None:
+    script = "import sys, disagg.api.helper; print(*{'torch', 'numpy', 'uvicorn', 'starlette'} & sys.modules.keys())"
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert run.stdout.split() == []
