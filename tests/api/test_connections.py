@@ -38,9 +38,26 @@ def test_strangers_give_way_first_then_idle_ones_then_bodies_and_requests_never(
     assert not clients[Stage.ANSWERING].is_dropped
 
 
+def test_a_body_that_stalls_gives_way_before_an_idle_client() -> None:
+    now = [0.0]
+    book, uploading, idle, other = Connections(3, clock=lambda: now[0]), Client(), Client(), Client()
+    book.place(uploading, Stage.RECEIVING)
+    book.place(idle, Stage.IDLE)
+    book.place(other, Stage.ANSWERING)
+    now[0] = 1.9
+    book.place(uploading, Stage.RECEIVING)
+    now[0] = 3
+    assert book.drop_oldest()
+    assert (uploading.is_dropped, idle.is_dropped) == (False, True)
+    book.place(Client(), Stage.IDLE)
+    now[0] = 3.9
+    assert book.drop_oldest()
+    assert uploading.is_dropped
+
+
 @given(st.lists(st.tuples(st.integers(0, 9), st.sampled_from([*Stage, None]))), st.integers(1, 5))
 def test_the_oldest_of_its_stage_goes_as_a_plain_list_has_it(steps: list[tuple[int, Stage | None]], bound: int) -> None:
-    book, clients, oracle = Connections(bound), [Client() for _ in range(10)], list[tuple[int, Stage]]()
+    book, clients, oracle = Connections(bound, lambda: 0), [Client() for _ in range(10)], list[tuple[int, Stage]]()
     for number, stage in steps:
         oracle = [entry for entry in oracle if entry[0] != number]
         if stage is None:
