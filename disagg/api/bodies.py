@@ -13,6 +13,7 @@ from disagg.api.errors import ApiError
 
 BODY_TIMEOUT_S: Final = 30.0  # a client that takes longer for a few MiB is stalled or hostile
 MAX_HELD_NBYTES: Final = 256 * 1024 * 1024  # of bodies being read or waiting for a helper: 32 of the largest
+PART_NBYTES: Final = 32 * 1024  # a part is at least so large, so that there are few
 
 
 class Bodies:
@@ -24,8 +25,11 @@ class Bodies:
         self.num_held_nbytes = 0
 
     @contextlib.asynccontextmanager
-    async def read(self, request: Request) -> AsyncIterator[bytes]:
-        """The body, counted while the block runs. Raises ApiError 408 (too slow), 413 (too large) or 503 (too many)."""
+    async def read(self, request: Request) -> AsyncIterator[list[bytes]]:
+        """The body in parts, counted while the block runs.
+
+        Raises ApiError 408 (too slow), 413 (too large) or 503 (too many at once).
+        """
         parts: list[bytes] = []
         try:
             try:
@@ -33,7 +37,7 @@ class Bodies:
                     await self._read(request, parts)
             except TimeoutError:
                 raise ApiError(408, f"the request body did not arrive within {BODY_TIMEOUT_S:g} s") from None
-            yield b"".join(parts)
+            yield parts
         finally:
             self.num_held_nbytes -= sum(map(len, parts))
 
@@ -49,7 +53,10 @@ class Bodies:
                     raise too_large("larger", self._max_nbytes)
                 if self.num_held_nbytes + len(part) > self._max_held_nbytes:
                     raise ApiError(503, "the server is reading as many large requests as it may", retry_after_s=5)
-                parts.append(part)
+                if parts and len(parts[-1]) < PART_NBYTES:  # a body may come byte by byte
+                    parts[-1] += part
+                else:
+                    parts.append(part)
                 self.num_held_nbytes += len(part)
         except ClientDisconnect:
             raise ApiError(400, "the client left before its request was complete") from None

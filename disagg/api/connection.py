@@ -161,6 +161,8 @@ class Connection(H11Protocol):
         stage = self._find_stage()
         has_begun = self.conn.has_begun_head
         if self._stage == (stage, has_begun):
+            if stage is Stage.RECEIVING:
+                self._book.place(self, stage)  # a part of the body came
             return
         self._stage = stage, has_begun
         self._book.place(self, stage)

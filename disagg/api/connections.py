@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 import logging
+import math
 import time
 from collections import OrderedDict
 from collections.abc import Callable
@@ -14,6 +15,7 @@ FEWEST_CONNECTIONS: Final = 16
 RESERVED: Final = 128
 """Descriptors not for clients: listeners, pipes and ZeroMQ's own (about 40), one per worker, accepts in flight."""
 LOG_EVERY_S: Final = 60.0
+STALLED_S: Final = 2.0  # a body of which nothing came for so long is missed less than an idle client
 
 log: Final = logging.getLogger(__name__)
 
@@ -45,17 +47,17 @@ class Connections:
         self.bound = bound
         self._clock = clock
         self._stages: dict[Droppable, Stage] = {}
-        self._by_stage: dict[Stage, OrderedDict[Droppable, None]] = {stage: OrderedDict() for stage in Stage}
+        self._by_stage: dict[Stage, OrderedDict[Droppable, float]] = {stage: OrderedDict() for stage in Stage}
         self._logged_at = float("-inf")
 
     def __len__(self) -> int:
         return len(self._stages)
 
     def place(self, connection: Droppable, stage: Stage) -> None:
-        """It is in this stage from now on. A connection enters with its first stage."""
+        """It is in this stage, and did something just now. A connection enters with its first stage."""
         self.remove(connection)
         self._stages[connection] = stage
-        self._by_stage[stage][connection] = None
+        self._by_stage[stage][connection] = self._clock()
 
     def remove(self, connection: Droppable) -> None:
         if (stage := self._stages.pop(connection, None)) is not None:
@@ -70,9 +72,15 @@ class Connections:
 
     def drop_oldest(self) -> bool:
         """Close the connection that is missed least. False when all of them have running requests."""
-        for stage in (Stage.SILENT, Stage.IDLE, Stage.RECEIVING):
-            if self._by_stage[stage]:
-                connection = next(iter(self._by_stage[stage]))
+        stalled_since = self._clock() - STALLED_S
+        for stage, since in (
+            (Stage.SILENT, math.inf),
+            (Stage.RECEIVING, stalled_since),
+            (Stage.IDLE, math.inf),
+            (Stage.RECEIVING, math.inf),
+        ):
+            connection, active_at = next(iter(self._by_stage[stage].items()), (None, math.inf))
+            if connection is not None and active_at <= since:
                 self.remove(connection)
                 connection.drop()
                 return True

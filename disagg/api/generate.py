@@ -57,7 +57,9 @@ class GenerateEndpoint:
             body = await held.enter_async_context(self._bodies.read(request))
             await while_connected(receive, self._prepare(body, held, scope, receive, send))
 
-    async def _prepare(self, body: bytes, held: AsyncExitStack, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _prepare(
+        self, body: Sequence[bytes], held: AsyncExitStack, scope: Scope, receive: Receive, send: Send
+    ) -> None:
         try:
             prepared = await self._helpers.generation(self._endpoint, body, self._backend.max_model_len())
         except ApiError as exc:

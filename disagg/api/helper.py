@@ -58,7 +58,7 @@ def _read(jobs: BinaryIO) -> bytes:
 
 
 def main() -> None:
-    for number in (signal.SIGINT, signal.SIGHUP):  # a terminal sends them to all; the parent decides
+    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM):  # sent to a whole group at times; the parent decides
         signal.signal(number, signal.SIG_IGN)
     serve(sys.stdin.buffer, sys.stdout.buffer)
 

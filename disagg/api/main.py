@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -62,6 +63,8 @@ async def _serve(settings: RouterSettings, folder: Path, keys: ClusterKeys, anno
             public = await stack.enter_async_context(serve(app, settings.host, settings.port, connections=clients))
         except OSError as exc:
             raise ConfigError(str(exc.strerror or exc)) from exc
+        gc.collect()
+        gc.freeze()  # what was imported and read stays: each full collection would look at all of it, 20 ms
         stack.callback(router.shut_down)  # first on the way out: streams end before their listeners wait for them
         announce(
             {"event": "ready", "url": public.url, "admin": admin.url, "control": router.endpoint, "pid": os.getpid()}

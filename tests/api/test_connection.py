@@ -173,6 +173,29 @@ async def send_chunks(client: Client, count: int) -> None:
         await client.writer.drain()
 
 
+@pytest.mark.parametrize("value", [b"close", b"Close", b"foo, CLOSE", b" close "])
+async def test_a_client_that_asks_for_the_end_gets_it_in_any_case(value: bytes) -> None:
+    async with running() as server:
+        client = await server.connect()
+        assert await client.ask(REQUEST.replace(b"Host: x", b"Host: x\r\nConnection:" + value)) == 200
+        assert await client.is_closed(1)
+
+
+@pytest.mark.parametrize("value", [b"application/json", b"Application/JSON; Charset=UTF-8", b"text/plain", b""])
+async def test_the_type_of_a_body_is_not_asked_for(value: bytes) -> None:
+    """vLLM and OpenAI take JSON whatever it is called; curl calls it a form."""
+    async with running() as server:
+        client = await server.connect()
+        assert await client.ask(REQUEST.replace(b"Host: x", b"Host: x\r\nContent-Type: " + value)) == 200
+
+
+async def test_spaces_around_a_header_mean_nothing(server: Server) -> None:
+    client = await server.connect()
+    named = REQUEST.replace(b"Host: x", b"Host: x\r\nAuthorization: \t Bearer  key \r\nX-Request-Id:   mine \t")
+    assert await client.ask(named) == 200
+    assert server.backend.requests[-1].request_id == "mine"
+
+
 async def test_a_client_that_never_stops_sending_is_cut(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(connection, "LINGER_NBYTES", 1_000_000)
     client = await server.connect()
