@@ -5,11 +5,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from disagg.worker.transfer_factory import TransferFactory
 from support.engine_pair import LAYOUT, TestedEngine
 from support.event_loop import in_event_loop
 from support.extreme_messages import extremes_of
@@ -25,6 +25,7 @@ from disagg.transceiver.wire.node import Node
 from disagg.worker.attempts import Attempts
 from disagg.worker.engine_events import EngineEvents
 from disagg.worker.metrics import WorkerMetrics
+from disagg.worker.pairing import Pairing
 from disagg.worker.registration import Registration
 from disagg.worker.router_link import RouterLost
 
@@ -63,8 +64,8 @@ class Worker:
         self.said: list[Any] = []
         node = Node("me", role, Identity(1, "f", "a", "float32", 200, "h"), GEOMETRY, ClusterKeys.published())
         metrics = WorkerMetrics(["a", "b", "c"])
-        factory = TransferFactory(node, LAYOUT, {"shm": False})
-        self.attempts = Attempts(self.submit, self.said.append, factory, metrics, fetch_wait_s=1.0)
+        pair = partial(Pairing, node, LAYOUT, {"shm": False})
+        self.attempts = Attempts(self.submit, self.said.append, pair, metrics, fetch_wait_s=1.0)
         if role == "prefill":
             self.attempts.sending = Side()  # type: ignore[assignment]
         if role == "decode":
