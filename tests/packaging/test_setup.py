@@ -243,6 +243,8 @@ def test_make_check_runs_every_gate(make: Make) -> None:
         "lint-imports",
         "python tools/check_sizes.py",
         "python tools/check_dependencies.py",
+        "python tools/check_house.py",
+        "python tools/check_router.py",
     ]
 
 

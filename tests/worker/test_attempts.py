@@ -41,7 +41,8 @@ def test_an_attempt_that_is_over_is_held_until_its_suspect_blocks_were_looked_at
 def test_a_request_that_the_engine_gave_up_is_answered_with_the_engines_status_and_words() -> None:
     messages: list[Any] = []
     metrics: Any = SimpleNamespace()
-    attempts = Attempts(lambda command: None, messages.append, None, metrics, fetch_wait_s=1.0)  # type: ignore[arg-type]
+    pairing: Any = lambda dispatch: SimpleNamespace()  # noqa: E731
+    attempts = Attempts(lambda command: None, messages.append, pairing, metrics, fetch_wait_s=1.0)
     for number in (1, 2):
         transfer_id, epoch = key(number).transfer_id, key(number).epoch
         attempts.take_message(Dispatch(transfer_id, epoch, "r", "serve", (1,), Sampling(max_tokens=1), 60.0))
