@@ -83,20 +83,17 @@ async def _register_until_drained(parts: WorkerParts, stopped: asyncio.Future[in
             await Registration(parts, node).run()
         except (RouterLost, RegistrationRefused, Shortage, ExceptionGroup) as end:
             cause = first_cause(end)
-            if not (isinstance(cause, RouterLost) or is_short(cause)):
+            if not isinstance(cause, RouterLost | Shortage):
                 raise cause from end
             # A cancellation that meets a loss in a task group is not heard: do not begin anew. A worker that drains
             # has nothing to finish any more: its requests ended with the router.
             if stopped.done() or parts.drain.asked.is_set() or parts.drain.over.is_set():
                 return
-            log.warning("%s: %s; registering again", "short" if is_short(cause) else "lost the router", cause)
-            if is_short(cause):
+            if isinstance(cause, Shortage):
+                log.warning("%s; registering again in %g s", cause, SHORT_S)
                 await asyncio.sleep(SHORT_S)
-
-
-def is_short(cause: BaseException) -> bool:
-    """Whether this process had no room for a socket: it is not ready, and will be when there is some."""
-    return isinstance(cause, Shortage)
+            else:
+                log.warning("lost the router: %s; registering again", cause)
 
 
 @contextlib.asynccontextmanager

@@ -8,6 +8,7 @@ import random
 import secrets
 import socket
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -20,6 +21,7 @@ from hypothesis import strategies as st
 from support.fault_cells import Cell, outcome_of
 from support.impostor import Impostor
 from support.shell_pair import IDENTITY, ShellTrio, until
+from support.unchecked import changed, raw
 from support.wrong import never_late
 
 from disagg.engine.commands import ReservedEvent
@@ -183,23 +185,23 @@ async def honest_request_beside_early(trio: ShellTrio) -> None:
 HALTS = [(Role.SENDER, State.PINNING), (Role.SENDER, State.SENDING), (Role.SENDER, State.DECIDED)]
 INTEGERS = st.sampled_from([-(2**63), -1, 0, 1, 2, 5, 63, 64, 2**31, 2**32, 2**63 - 1])
 RUNS = st.lists(st.tuples(INTEGERS, INTEGERS), max_size=3).map(tuple)
-REQUIRED = st.lists(st.builds(GroupRuns, INTEGERS, RUNS), max_size=3).map(tuple)
-UNITS = st.lists(st.builds(UnitName, INTEGERS, INTEGERS), max_size=3).map(tuple)
+REQUIRED = st.lists(st.builds(partial(raw, GroupRuns), INTEGERS, RUNS), max_size=3).map(tuple)
+UNITS = st.lists(st.builds(partial(raw, UnitName), INTEGERS, INTEGERS), max_size=3).map(tuple)
 REASONS = st.sampled_from(["digest", "non-finite", "cancelled", "", "x" * 1000])
-ANY = st.just(p.Header("", "", "", 0, 1))
+ANY = st.just(raw(p.Header, "", "", "", 0, 1))
 """Replaced when the message is sent."""
 BYTES = st.binary(max_size=40)
 WORDS = st.one_of(
-    st.builds(p.Fetch, ANY, BYTES, INTEGERS, REQUIRED, st.sampled_from(["shm", "zmq", ""])),
-    st.builds(p.Received, ANY, INTEGERS),
-    st.builds(p.Ack, ANY),
-    st.builds(p.Cancel, ANY, REASONS, UNITS),
-    st.builds(p.Done, ANY, INTEGERS, INTEGERS, INTEGERS, st.just(()), st.none(), BYTES),
-    st.builds(p.Closed, ANY),
-    st.builds(p.Failed, ANY, REASONS, UNITS),
-    st.builds(p.Slice, ANY, INTEGERS, st.just(())),
-    st.builds(p.Refused, st.sampled_from(["stale_peer", "unknown_peer", "ticket", ""]), REASONS, REASONS),
-    st.builds(p.Heartbeat, st.just(""), st.just(""), st.just(())),
+    st.builds(partial(raw, p.Fetch), ANY, BYTES, INTEGERS, REQUIRED, st.sampled_from(["shm", "zmq", ""])),
+    st.builds(partial(raw, p.Received), ANY, INTEGERS),
+    st.builds(partial(raw, p.Ack), ANY),
+    st.builds(partial(raw, p.Cancel), ANY, REASONS, UNITS),
+    st.builds(partial(raw, p.Done), ANY, INTEGERS, INTEGERS, INTEGERS, st.just(()), st.none(), BYTES),
+    st.builds(partial(raw, p.Closed), ANY),
+    st.builds(partial(raw, p.Failed), ANY, REASONS, UNITS),
+    st.builds(partial(raw, p.Slice), ANY, INTEGERS, st.just(())),
+    st.builds(partial(raw, p.Refused), st.sampled_from(["stale_peer", "unknown_peer", "ticket", ""]), REASONS, REASONS),
+    st.builds(partial(raw, p.Heartbeat), st.just(""), st.just(""), st.just(())),
     st.none(),  # the victim's own FETCH, with its ticket
 )
 SAYINGS = st.lists(st.tuples(st.integers(0, 2), st.booleans(), WORDS), min_size=1, max_size=6)
@@ -210,11 +212,11 @@ def spoken(word: Any, header: p.Header, victim: str) -> Any:
     """`word` about the transfer of `header`: what names no transfer by itself is made to mean it and its receiver."""
     match word:
         case p.Refused():
-            return replace(word, destination=victim, transfer_id=header.transfer_id, epoch=header.epoch)
+            return changed(word, destination=victim, transfer_id=header.transfer_id, epoch=header.epoch)
         case p.Heartbeat():
             return p.Heartbeat(header.source, header.destination, ((header.transfer_id, header.epoch),))
         case _:
-            return replace(word, header=header)
+            return changed(word, header=header)
 
 
 @given(sayings=SAYINGS, halt=st.sampled_from(HALTS))
@@ -346,23 +348,23 @@ class Lie:
         units, at = message.units, self.at % len(message.units)
         match self.kind:
             case "number":
-                return replace(message, number=self.number)
+                return changed(message, number=self.number)
             case "twice":
-                return replace(message, units=units + units[at : at + 1])
+                return changed(message, units=units + units[at : at + 1])
             case "stranger":
-                return replace(message, units=(*units, UnitRun(0, self.number, 1, (2,), (1,))))
+                return changed(message, units=(*units, raw(UnitRun, 0, self.number, 1, (2,), (1,))))
             case "nothing":
-                return replace(message, units=())
+                return changed(message, units=())
             case "reordered":
-                return replace(message, units=units[::-1])
+                return changed(message, units=units[::-1])
             case _:
-                return replace(message, units=(*units[:at], self._bend(units[at]), *units[at + 1 :]))
+                return changed(message, units=(*units[:at], self._bend(units[at]), *units[at + 1 :]))
 
     def _bend(self, run: UnitRun) -> UnitRun:
         if self.kind in ("group", "first", "count"):
-            return replace(run, **{self.kind: self.number})
+            return changed(run, **{self.kind: self.number})
         kept = getattr(run, self.kind)[:-1] if self.keeps_length else ()
-        return replace(run, **{self.kind: (*kept, *(self.numbers[:1] if self.keeps_length else self.numbers))})
+        return changed(run, **{self.kind: (*kept, *(self.numbers[:1] if self.keeps_length else self.numbers))})
 
 
 KINDS = ("number", "twice", "stranger", "nothing", "reordered", "group", "first", "count", "slots", "generations")

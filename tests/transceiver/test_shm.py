@@ -166,6 +166,24 @@ async def test_who_says_nothing_is_cut_off(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 @in_event_loop
+async def test_a_crowd_of_silent_connections_keeps_nobody_out() -> None:
+    async with plane_pair("shm") as pair:
+        address = "\0disagg-" + pair.source.offer(ME).address
+        crowd: list[socket.socket] = []
+        for _ in range(4):
+            for _ in range(90):  # fewer than wait to be accepted
+                stranger = socket.socket(socket.AF_UNIX)
+                stranger.connect(address)
+                crowd.append(stranger)
+            await asyncio.sleep(0.01)
+            await pair.move(await pair.receiver(), RUN)
+        assert isinstance(pair.source, shm.ShmSourcePlane)
+        assert len(pair.source._silent) <= shm.MAX_SILENT
+        for stranger in crowd:
+            stranger.close()
+
+
+@in_event_loop
 async def test_another_users_process_is_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
     async with plane_pair("shm") as pair:
         receiver = await pair.receiver()
