@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import inspect
 import io
 import json
@@ -10,7 +11,8 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import AsyncIterator
+import time
+from collections.abc import AsyncIterator, Iterator
 
 import pytest
 from support.fake_backend import FakeBackend
@@ -25,7 +27,6 @@ from disagg.api.helpers import INLINE_NBYTES, Helpers
 from disagg.api.preparation import Preparer
 from disagg.api.settings import ApiSettings
 from disagg.api.tokenizer import ModelTokenizer
-from disagg.loop_lag import LoopLag
 
 pytestmark = pytest.mark.anyio
 
@@ -41,6 +42,24 @@ async def pool(tokenizer: ModelTokenizer) -> AsyncIterator[Helpers]:
     await pool.close()
 
 
+@pytest.fixture
+def longest(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[float]]:
+    """Seconds of processor that the longest turn of the loop took: no other process's load is in them."""
+    found, run = [0.0], asyncio.events.Handle._run
+
+    def timed(handle: asyncio.Handle) -> None:
+        started = time.thread_time()
+        run(handle)
+        found[0] = max(found[0], time.thread_time() - started)
+
+    gc.disable()  # a test process has far more objects to look at than a router
+    monkeypatch.setattr(asyncio.events.Handle, "_run", timed)
+    yield found
+    gc.enable()
+
+
+HELD_S = 0.08
+"""Far over the 5 ms that a turn may take, far under what reading such a body takes: no slow machine turns the test."""
 BODIES = [
     (COMPLETIONS, {"prompt": "héllo 🦊 " * 20, "echo": True, "stop": ["a", "b"], "logit_bias": {"5": 1.5}}),
     (COMPLETIONS, {"prompt": [[1, 2, 3], [4]], "n": 2, "seed": -(2**63), "stream": True}),
@@ -91,32 +110,21 @@ def test_frames_carry_every_field(tokenizer: ModelTokenizer) -> None:
     ],
     ids=["ids", "nested", "messages"],
 )
-async def test_the_largest_bodies_do_not_hold_the_loop(body: bytes) -> None:
-    """Beside other load a loop may be late now and then: what is looked at is how late it is mostly."""
+async def test_the_largest_bodies_do_not_hold_the_loop(longest: list[float], body: bytes) -> None:
     async with served(SETTINGS) as api:
-        lag = LoopLag()
-        watching = asyncio.create_task(lag.run())
-        replies = await asyncio.gather(
-            *(
-                api.request("POST", CHAT if b"messages" in body else COMPLETIONS, data=io.BytesIO(body))
-                for _ in range(4)
-            )
-        )
-        watching.cancel()
+        path = CHAT if b"messages" in body else COMPLETIONS
+        replies = await asyncio.gather(*(api.request("POST", path, data=io.BytesIO(body)) for _ in range(4)))
         assert {reply.status for reply in replies} == {400}
-        assert lag.quantile(0.9) <= 0.1
+    assert longest[0] < HELD_S
 
 
-async def test_the_same_bodies_on_the_loop_do_hold_it(tokenizer: ModelTokenizer) -> None:
+async def test_the_same_bodies_on_the_loop_do_hold_it(longest: list[float], tokenizer: ModelTokenizer) -> None:
     """The control: the measure shows what it is to show."""
-    lag = LoopLag()
-    watching = asyncio.create_task(lag.run())
-    await asyncio.sleep(0.05)
+    await asyncio.sleep(0)
     with pytest.raises(ApiError):
         Preparer(SETTINGS, tokenizer).generation(COMPLETIONS, b'{"prompt":[' + b"1.5," * (LARGEST // 4) + b"1]}", 256)
-    await asyncio.sleep(0.05)
-    watching.cancel()
-    assert lag.quantile(0.9) > 0.05
+    await asyncio.sleep(0)
+    assert longest[0] > HELD_S
 
 
 async def test_ordinary_bodies_do_not_wait_for_the_largest(pool: Helpers) -> None:
