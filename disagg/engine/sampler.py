@@ -4,12 +4,14 @@ Order, as in vLLM: mask stop tokens until `min_tokens`, logit bias, repetition, 
 at temperature 0 the argmax, else temperature, min-p, top-k, top-p and a Gumbel-max draw. Reported log-probabilities are
 those of the raw logits, before all of it. Nothing mixes rows, so a token does not depend on its batch.
 
-All rows of a step are one call: of the compiled helper where it is built, else of NumPy; `sampling.rows` says in
-which numbers, and both give the same token. What goes wrong with a row is that row's: the others have their tokens.
+All rows of a step are one call: in Triton where the logits lie on a CUDA device, else of the compiled helper where it
+is built, else of NumPy. `sampling.rows` says in which numbers, and all give the same token. What goes wrong with a row
+is that row's: the others have their tokens.
 """
 
 from __future__ import annotations
 
+import importlib
 import logging
 from collections.abc import Callable, Sequence
 
@@ -17,6 +19,7 @@ import torch
 
 from disagg.engine.sampling import native, plain
 from disagg.engine.sampling.rows import GREEDY, Sampled, SampleInput, SampleRow, plan_row
+from disagg.kernels.dispatch import backend
 
 __all__ = ["SampleInput", "Sampled", "sample"]
 
@@ -47,16 +50,23 @@ def _plan(given: SampleInput, vocab_size: int) -> SampleRow | str:
 
 def _sample(rows: Sequence[SampleRow], logits: torch.Tensor) -> list[Sampled]:
     """The batch in one call; should that fail, each row by itself, to find the one that it is."""
-    if logits.device.type != "cpu":
-        if all(_is_plain(row) for row in rows):
-            return _likeliest(logits)
-        logits = logits.cpu()
-    implementation = native.sample if native.is_loaded() else plain.sample
+    if logits.device.type != "cpu" and all(_is_plain(row) for row in rows):
+        return _likeliest(logits)
+    implementation = _implementation(logits.device)
     try:
         return implementation(logits.float(), rows)
     except Exception:
         log.warning("sampling %d rows at once failed: they are sampled one by one", len(rows))
         return [_sample_alone(implementation, logits[i : i + 1].float(), row) for i, row in enumerate(rows)]
+
+
+def _implementation(device: torch.device) -> Implementation:
+    if device.type == "cpu":
+        return native.sample if native.is_loaded() else plain.sample
+    if device.type == "cuda" and backend(device).NAME == "triton":
+        found: Implementation = importlib.import_module("disagg.engine.sampling.triton").sample
+        return found
+    return plain.sample
 
 
 def _sample_alone(implementation: Implementation, logits: torch.Tensor, row: SampleRow) -> Sampled:

@@ -38,7 +38,7 @@ def assert_fit_for_speed(found: dict[str, dict[str, int | bool]]) -> None:
 
 
 def test_kernels_compile_for_hopper(tmp_path: Path) -> None:
-    names = ["decode split", "prefill", "preprocess_qkv fp8", "copy_units", "gather_slots"]
+    names = ["decode split", "prefill", "preprocess_qkv fp8", "copy_units", "gather_slots", "sampling"]
     assert_fit_for_speed(compiled(tmp_path, "90", *names))
 
 

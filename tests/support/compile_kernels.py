@@ -20,6 +20,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from disagg.engine.sampling import triton as sampling
 from disagg.kernels.triton.attention import attention_kernel, merge_kernel
 from disagg.kernels.triton.backend import COPY_BLOCK, QUERIES_PER_PROGRAM
 from disagg.kernels.triton.copies import rows_kernel, units_kernel, write_kernel
@@ -38,6 +39,8 @@ POINTERS = {
     "target_at": "i64",
     "counter": "i64",
 }
+SAMPLING = dict.fromkeys(("drawn", "seeds", "positions", "top_ks"), "i64") | {"keys": "i32", "limits": "i32"}
+SAMPLING |= {"top_ps": "fp64"}
 FLOAT_POINTERS = (
     "sink_logits key_scales value_scales split_out split_max split_sum source_scales target_scales gains cos sin"
 )
@@ -155,6 +158,7 @@ def variants() -> dict[str, tuple[Any, dict[str, object], dict[str, str], int]]:
         "prefill int8": attention("bf16", decode=False, pool="i8", scales=True),
         "prefill fp32": attention("fp32", decode=False, head_dim=64, window=True),
         "merge_splits": (merge_kernel, merge, {"out": "bf16"}, 4),
+        "sampling": (sampling.sample_kernel, {"BLOCK": sampling.BLOCK}, SAMPLING, sampling.NUM_WARPS),
         **copies(),
     }
 

@@ -1,1 +1,1 @@
-"""Sampling a whole step's rows at once: `rows` says what a row means, `native` and `plain` compute it alike."""
+"""Sampling a whole step's rows: `rows` says what a row means, `native`, `triton` and `plain` compute it alike."""
