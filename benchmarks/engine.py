@@ -29,6 +29,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import inspect
 import logging
 import os
 import statistics
@@ -244,6 +245,8 @@ class Generate:
         self.name = f"generate, {cache}"
         self._model, self._cache_name = model, cache
         self._filled: dict[Load, Any] = {}
+        arguments = inspect.signature(model.module.forward).parameters
+        self._cache_argument = "cache" if "cache" in arguments else "past_key_values"  # as transformers 5.24 renamed it
 
     def run(self, load: Load) -> Seconds:
         module: Any = self._model.module
@@ -255,7 +258,7 @@ class Generate:
         module.generate(
             torch.full(mask.shape, 5),
             attention_mask=mask,
-            past_key_values=copy.deepcopy(self._cache(load)),
+            **{self._cache_argument: copy.deepcopy(self._cache(load))},
             do_sample=False,
             max_new_tokens=load.num_steps + 1,
             min_new_tokens=load.num_steps + 1,

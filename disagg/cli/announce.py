@@ -2,7 +2,8 @@
 
 - `{"event": "progress", "stage": "loading model"}` while it starts;
 - `{"event": "ready", ...}` when it serves. Router: `url`, `admin`, `control`, `pid`. Worker: `worker_id`, `memory`
-  (KV bytes), `threads`, `max_model_len`, `device`, `pid`;
+  (KV bytes), `threads`, `max_model_len`, `device`, `pid`, and where prefixes are kept `reuse` (the room for them, in
+  words) and `reuse_advice` (a sentence, when there is none);
 - `{"event": "error", "message": ...}` when what the user gave cannot be used; the child then exits with code 2.
 """
 

@@ -14,9 +14,10 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
-from disagg.cache.budget import largest_model_len, num_seated, num_seated_by_length, split_budget
+from disagg.cache.budget import largest_model_len, num_seated, num_seated_by_length
 from disagg.cache.errors import BudgetTooSmall
 from disagg.cache.layout import CacheLayout, derive_layout
+from disagg.cache.reuse_room import ReuseRoom
 from disagg.config.errors import ConfigError
 from disagg.config.quantities import format_nbytes
 from disagg.config.settings import EngineSettings, PlanSettings
@@ -24,6 +25,7 @@ from disagg.engine.footprint import Footprint, GroupFootprint, footprint
 from disagg.engine.model.checkpoint import ModelRefused, resolve_model
 from disagg.engine.model.kv_dtype import resolve_kv_dtype
 from disagg.engine.model.load import Skeleton, check_model_len, read_skeleton, resolve_dtype
+from disagg.engine.reuse_words import CacheSize, advice, room_in_words
 from disagg.transceiver.layout.required import runs_of
 
 COLUMNS: Final = (
@@ -40,6 +42,7 @@ class Seats:
 
     `sequences`: by our split, with room for a step of `max_num_batched_tokens` prompt tokens; 0 leaves that room out.
     `default_sequences`: with the room that a worker keeps by default, for steps of `default_max_num_batched_tokens`.
+    `reuse`: what pools for `max_num_seqs` sequences leave for prefixes; `reuse_advice`: a sentence, when it is nothing.
     `sequences_by_length`: with every layer at full length and no such room.
     """
 
@@ -50,6 +53,9 @@ class Seats:
     default_max_num_batched_tokens: int
     default_sequences: int
     sequences_by_length: int
+    max_num_seqs: int
+    reuse: tuple[ReuseRoom, ...]
+    reuse_advice: str | None
 
 
 def plan(settings: PlanSettings, *, json: bool | None) -> int:
@@ -67,7 +73,7 @@ def plan(settings: PlanSettings, *, json: bool | None) -> int:
             max_num_batched_tokens=settings.max_num_batched_tokens,
             swa_scratch=settings.swa_scratch,
         )
-        seats = [seats_of(layout, nbytes, max_model_len, settings.max_num_batched_tokens) for nbytes in settings.budget]
+        seats = [seats_of(layout, nbytes, max_model_len, settings) for nbytes in settings.budget]
     except BudgetTooSmall as refusal:  # the sentence of a worker that is given so little
         raise ConfigError(str(refusal).replace("--kv-cache-memory", "--budget")) from refusal
     except (ModelRefused, ValueError) as refusal:
@@ -106,10 +112,14 @@ def _dtype(folder: Path, skeleton: Skeleton, dtype: str) -> str:
         raise ModelRefused(f"`{folder / 'config.json'}` names no dtype: give one with `--dtype`") from refusal
 
 
-def seats_of(layout: CacheLayout, nbytes: int, max_model_len: int, max_num_batched_tokens: int | None) -> Seats:
+def seats_of(layout: CacheLayout, nbytes: int, max_model_len: int, settings: PlanSettings) -> Seats:
     """Raises BudgetTooSmall where a worker that is told this length would."""
+    max_num_batched_tokens = settings.max_num_batched_tokens
     step = max_num_batched_tokens or DEFAULT_STEP
-    split_budget(layout, nbytes=nbytes, max_model_len=max_model_len, max_num_seqs=1, max_num_batched_tokens=step)
+    size = CacheSize(
+        max_model_len=max_model_len, max_num_seqs=settings.max_num_seqs, max_num_batched_tokens=step, step_tokens=step
+    )
+    num_slots = size.slots(layout, nbytes)
     return Seats(
         budget=nbytes,
         max_model_len=max_model_len,
@@ -118,6 +128,9 @@ def seats_of(layout: CacheLayout, nbytes: int, max_model_len: int, max_num_batch
         default_max_num_batched_tokens=DEFAULT_STEP,
         default_sequences=_num_seated(layout, nbytes, max_model_len, DEFAULT_STEP),
         sequences_by_length=num_seated_by_length(layout, nbytes, max_model_len=max_model_len),
+        max_num_seqs=settings.max_num_seqs,
+        reuse=size.room(layout, num_slots),
+        reuse_advice=advice(layout, size, nbytes),
     )
 
 
@@ -152,6 +165,7 @@ def _print_tables(found: Footprint, seats: Sequence[Seats]) -> None:
     )
     for one in seats:
         console.print(_seats_line(one), soft_wrap=True)
+        console.print(_reuse_line(one), soft_wrap=True)
 
 
 def _seats_line(seats: Seats) -> str:
@@ -162,6 +176,13 @@ def _seats_line(seats: Seats) -> str:
         f"{seats.default_sequences} with a worker's default steps of {seats.default_max_num_batched_tokens}; "
         f"with every layer at full length {seats.sequences_by_length}"
     )
+
+
+def _reuse_line(seats: Seats) -> str:
+    said = (
+        f"  --max-num-seqs {seats.max_num_seqs}, for prefixes beside one running sequence: {room_in_words(seats.reuse)}"
+    )
+    return said if seats.reuse_advice is None else f"{said}\n  note: {seats.reuse_advice}"
 
 
 def _row(group: GroupFootprint) -> tuple[str, ...]:

@@ -7,7 +7,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -218,14 +218,22 @@ def summary(settings: UpSettings, router: Ready, workers: Sequence[Ready], pairs
     """What is running, and how to ask it something."""
     return [
         f"serving `{settings.served_name}` at {router['url']} (admin: {router['admin']})",
-        *(
-            f"  {worker['worker_id']}: {worker['device']}, {worker['threads']} of {num_cores()} cores, "
-            f"{format_nbytes(worker['memory'])} of KV cache, max-model-len {worker['max_model_len']}"
-            for worker in workers
-        ),
+        *(line for worker in workers for line in _worker_lines(worker)),
         *(f"  {pair.prefill} -> {pair.decode}: {pair.plane}" for pair in pairs),
         curl(settings, router["url"]),
     ]
+
+
+def _worker_lines(worker: Ready) -> Iterator[str]:
+    """What it runs on, and what its KV cache leaves for prefixes where it keeps any."""
+    yield (
+        f"  {worker['worker_id']}: {worker['device']}, {worker['threads']} of {num_cores()} cores, "
+        f"{format_nbytes(worker['memory'])} of KV cache, max-model-len {worker['max_model_len']}"
+    )
+    if "reuse" in worker:
+        yield f"    for prefixes beside one running sequence: {worker['reuse']}"
+    if "reuse_advice" in worker:
+        yield f"    note: {worker['reuse_advice']}"
 
 
 def curl(settings: UpSettings, url: str) -> str:

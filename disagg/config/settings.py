@@ -84,6 +84,9 @@ class PlanSettings(ModelSettings):
         description="Prompt tokens computed in one step, for which `--budget` leaves room [default: the whole prompt, "
         "and `--budget` leaves none]",
     )
+    max_num_seqs: Count = Field(
+        64, description="As of a worker, for `--budget`: sequences that its KV cache is made for"
+    )
     cached: GroupTokens = Field(
         (), description="GROUP=TOKENS,...: what the decode worker holds of the prompt already, such as full=512"
     )

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from disagg.cache.budget import largest_model_len, split_budget
+from disagg.cache.budget import largest_model_len
 from disagg.cache.cache import KVCache
 from disagg.cache.identity import BlockHasher
 from disagg.cache.layout import CacheLayout, derive_layout
@@ -20,6 +20,7 @@ from disagg.engine.engine import Engine, EngineConfig
 from disagg.engine.model.checkpoint import fingerprint, resolve_model
 from disagg.engine.model.load import LoadedModel, check_model_len, load_model
 from disagg.engine.model.packed_linear import pack_linears
+from disagg.engine.reuse_words import CacheSize, advice, room_in_words
 from disagg.engine.run.graphs.cuda import CudaGraphs
 from disagg.engine.run.graphs.decode import DecodeGraphs, GraphMaker, GraphRunner
 from disagg.engine.run.graphs.use import GraphUse
@@ -56,13 +57,13 @@ def make_engine(
         max_model_len=max_model_len,
         uses_scratch=swa_scratch != "off",
     )
-    num_slots = split_budget(
-        layout,
-        nbytes=budget,
+    size = CacheSize(
         max_model_len=max_model_len,
         max_num_seqs=settings.max_num_seqs,
         max_num_batched_tokens=settings.max_num_batched_tokens,
+        step_tokens=1 if role == "decode" else settings.max_num_batched_tokens,  # it computes prompts only for others
     )
+    num_slots = size.slots(layout, budget)
     model_fingerprint = fingerprint(folder, verify_weights=settings.verify_weights)
     hasher = BlockHasher(keys.prefix_hash, model_fingerprint) if settings.enable_prefix_caching else None
     cache = KVCache(layout, num_slots, settings.device, hasher)
@@ -85,6 +86,8 @@ def make_engine(
         hash_key_id=keys.hash_key_id,
     )
     ready = _ready(settings, role, layout, num_slots, max_model_len)
+    if settings.enable_prefix_caching:
+        ready |= _reuse(size, layout, num_slots, budget)
     runner, graphs = make_runner(settings, role, model, cache, max_model_len, progress)
     if settings.torch_compile or backend(model.device).NAME == "triton":
         progress("compiling")
@@ -192,6 +195,16 @@ def _default_budget(settings: WorkerSettings) -> int:
     free, total = torch.cuda.mem_get_info(settings.device)
     available = max(0, free - int(total * (1 - CUDA_MEMORY_FRACTION)))
     return max(1, int(available * settings.memory_share))
+
+
+def _reuse(size: CacheSize, layout: CacheLayout, num_slots: tuple[int, ...], budget: int) -> dict[str, str]:
+    """What is left for prefixes beside one running sequence, also logged, and what to change when that is nothing."""
+    found = {"reuse": room_in_words(size.room(layout, num_slots))}
+    log.info("for prefixes beside one running sequence: %s", found["reuse"])
+    if (sentence := advice(layout, size, budget)) is not None:
+        log.warning("%s", sentence)
+        found["reuse_advice"] = sentence
+    return found
 
 
 def _ready(

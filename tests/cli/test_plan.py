@@ -59,6 +59,17 @@ def layer_facts(name: str) -> tuple[dict[tuple[Any, int, int], list[int]], dict[
     return groups, producers
 
 
+def test_a_budget_says_what_is_left_for_prefixes(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "--budget", "8GiB", "--max-num-seqs", "1"]) == 0
+    poor = capsys.readouterr().out
+    assert "give `--max-num-seqs` 2 or more" in poor
+    assert main(["plan", "--budget", "8GiB"]) == 0
+    rich = capsys.readouterr().out
+    for shown in (poor, rich):
+        assert "for prefixes beside one running sequence: " in shown
+    assert "note:" not in rich
+
+
 def walk(window: int | None, prompt_len: int, block_size: int, cached: int) -> tuple[set[int], set[int], set[int]]:
     """(ordinals that must move, live when the prompt is computed, scratch when it is one step)."""
     complete = {token // block_size for token in range(cached) if (token + 1) % block_size == 0}
@@ -127,6 +138,7 @@ GROUP_KEYS = {
 BUDGET_KEYS = {
     *("budget", "max_model_len", "max_num_batched_tokens", "sequences"),
     *("default_max_num_batched_tokens", "default_sequences", "sequences_by_length"),
+    *("max_num_seqs", "reuse", "reuse_advice"),
 }
 
 

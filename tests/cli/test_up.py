@@ -151,6 +151,16 @@ def test_the_summary_says_where_what_and_how() -> None:
     assert lines[3].startswith("curl http://127.0.0.1:8000/v1/completions")
 
 
+def test_the_summary_says_what_is_left_for_prefixes_and_what_to_change_when_it_is_nothing() -> None:
+    worker = {"worker_id": "decode-0", "device": "cpu", "threads": 1, "memory": 5 << 20, "max_model_len": 2048}
+    said = {"reuse": "0 of 256 blocks of full", "reuse_advice": "no prefix is kept"}
+    lines = summary(UpSettings(), ROUTER, [worker | said], [])
+    assert lines[2:4] == [
+        "    for prefixes beside one running sequence: 0 of 256 blocks of full",
+        "    note: no prefix is kept",
+    ]
+
+
 class FailingSupervisor:
     def __init__(self, exc: Exception) -> None:
         self.exc = exc
