@@ -14,6 +14,7 @@ from disagg.transceiver.wire.messages.values import (
     TokenLogprobs,
     UnitName,
 )
+from disagg.transceiver.wire.schema import PackedInts
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,7 +135,7 @@ class Dispatch:
     epoch: int
     request_id: str
     mode: str
-    prompt: tuple[int, ...]
+    prompt: PackedInts
     sampling: Sampling
     deadline_s: float
     peer: PeerTarget | None = None
