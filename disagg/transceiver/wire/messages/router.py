@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Final
 
 from disagg.transceiver.wire.messages.values import (
     Geometry,
@@ -88,6 +89,8 @@ DRAINING = "draining"
 """`state` of the leases of a worker that finishes what it has and wants nothing new."""
 LEAVING = "leaving"
 """`state` of a worker's last lease: it ends its registration itself, so nobody has to find out."""
+YOUNG_TOKENS: Final = 8
+"""A request that emitted so many was in as many steps of this worker and ended none: what ends one now is another."""
 BROKEN = "broken"
 """As LEAVING, of a worker whose model thread died: `requests` are the new ones of the step that it died in."""
 
