@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Final
 
 from disagg.cache.cache import KVCache
 from disagg.engine.announce import newly_final_units, units_at
@@ -51,12 +50,10 @@ from disagg.engine.sequence import (
     state_of,
 )
 from disagg.engine.stats import EngineCounters, EngineStats
+from disagg.transceiver.wire.messages.router import YOUNG_TOKENS
 from disagg.transceiver.wire.messages.values import TokenLogprobs
 
 ROLES = ("prefill", "decode", "both")
-
-YOUNG_TOKENS: Final = 8
-"""A request that emitted so many here was in as many steps and ended none: what ends one now is another request."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -38,11 +38,12 @@ from disagg.router.attempt_events import (
     Tick,
     WorkerLost,
 )
-from disagg.router.charges import YOUNG_TOKENS, Charges, NothingKnown, Vitals, incarnations
+from disagg.router.charges import Charges, NothingKnown, WorkerNews, incarnations
 from disagg.router.choose import RETRY_BUSY_S, Placement, Unplaceable
 from disagg.router.generation import GenerationEnd, GenerationRequest, TokenChunk
 from disagg.router.record import AttemptRecord, RequestRecord
 from disagg.transceiver.wire.messages.router import (
+    YOUNG_TOKENS,
     CancelRequest,
     Dispatch,
     Finished,
@@ -84,7 +85,7 @@ class Attempts:
         max_attempts: int,
         timeout_s: float,
         now: float,
-        vitals: Vitals | None = None,
+        news: WorkerNews | None = None,
     ) -> None:
         self.request = request
         self.transfer_id = transfer_id
@@ -95,7 +96,7 @@ class Attempts:
         self.num_tokens = 0
         self.is_over = False
         self.sides: dict[str, int] = {}
-        self._charges = Charges(transfer_id, vitals or NothingKnown())
+        self._charges = Charges(transfer_id, news or NothingKnown())
         self._waiting: Callable[[float], None] | None = None
         self._placer = placer
         self._mint = mint

@@ -17,11 +17,8 @@ from disagg.router.registry import PROOF_S
 MAX_CHARGES: Final = 2
 """One death may be a coincidence, a third worker is too many."""
 
-YOUNG_TOKENS: Final = 8
-"""After so many tokens from one worker a request is no suspect there: it was in as many steps and ended none."""
 
-
-class Vitals(Protocol):
+class WorkerNews(Protocol):
     """What is known of workers beside their registration."""
 
     def is_in_step(self, incarnation: str, transfer_id: str) -> bool:
@@ -50,9 +47,9 @@ class NothingKnown:
 class Charges:
     """Of one request. `workers`: names of the workers whose death it is charged with."""
 
-    def __init__(self, transfer_id: str, vitals: Vitals) -> None:
+    def __init__(self, transfer_id: str, news: WorkerNews) -> None:
         self.workers: list[str] = []
-        self._transfer_id, self._vitals = transfer_id, vitals
+        self._transfer_id, self._news = transfer_id, news
         self._failed_at: float | None = None
 
     @property
@@ -69,7 +66,7 @@ class Charges:
     @property
     def taken(self) -> frozenset[str]:
         """Where this request must not go now: only a charged one keeps its distance."""
-        return self._vitals.taken(self._transfer_id) if self.workers else frozenset()
+        return self._news.taken(self._transfer_id) if self.workers else frozenset()
 
     def must_wait(self, parties: Iterable[str], now: float) -> bool:
         """Whether an attempt that failed may have ended one of its workers: until that is known nothing is tried.
@@ -85,8 +82,8 @@ class Charges:
         return False
 
     def _is_in_doubt(self, incarnation: str, failed_at: float) -> bool:
-        sign_at = self._vitals.sign_at(incarnation)
-        if sign_at is None or not self._vitals.is_in_step(incarnation, self._transfer_id):
+        sign_at = self._news.sign_at(incarnation)
+        if sign_at is None or not self._news.is_in_step(incarnation, self._transfer_id):
             return False
         return sign_at < failed_at + PROOF_S
 

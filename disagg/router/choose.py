@@ -121,8 +121,11 @@ def _best_pair(prefills: Sequence[_Option], decodes: Sequence[_Option]) -> tuple
     """The linked pair of the lowest (rank, load), both summed; of equals the first. Both come in that order."""
     best: tuple[Worker, Worker] | None = None
     best_cost = (_WORST, 0)
+    places = {option[2].incarnation: place for place, option in enumerate(prefills)}
     for decode_rank, decode_load, decode in decodes:
-        for prefill_rank, prefill_load, prefill in prefills:
+        if not prefills or (decode_rank + prefills[0][0], decode_load + prefills[0][1]) >= best_cost:
+            break  # not even with the best prefill worker
+        for prefill_rank, prefill_load, prefill in _within_reach(prefills, places, decode):
             rank, load = prefill_rank + decode_rank, prefill_load + decode_load
             if (rank, load) >= best_cost:
                 break  # what follows of this rank costs no less, and of the next rank more
@@ -130,7 +133,16 @@ def _best_pair(prefills: Sequence[_Option], decodes: Sequence[_Option]) -> tuple
             if link is None or (rank + link, load) >= best_cost:
                 continue
             best, best_cost = (prefill, decode), (rank + link, load)
+            if link == 0:
+                break  # as above
     return best
+
+
+def _within_reach(prefills: Sequence[_Option], places: Mapping[str, int], decode: Worker) -> Sequence[_Option]:
+    """In order; where a decode worker has few links, only what they lead to: nobody looks at pairs that are none."""
+    if len(decode.link_states) >= len(prefills):
+        return prefills
+    return [prefills[place] for place in sorted(places[peer] for peer in decode.link_states if peer in places)]
 
 
 def link_rank(prefill: Worker, decode: Worker) -> int | None:

@@ -209,7 +209,7 @@ class Router:
             max_attempts=self.options.max_attempts,
             timeout_s=self.options.request_timeout_s,
             now=now,
-            vitals=self,
+            news=self,
         )
         self._records.add(attempts.record)
         stream = _Stream(attempts)
@@ -302,7 +302,7 @@ class Router:
         self._turn += 1
         return Fleet(list(self.cluster.registry), self._clock(), self._load, self._turn, self.options.max_queued)
 
-    # --- Vitals: what a request asks before it is tried again ---------------------------------------------------
+    # --- WorkerNews: what a request asks before it is tried again ---------------------------------------------------
 
     def is_in_step(self, incarnation: str, transfer_id: str) -> bool:
         return transfer_id in self.cluster.in_step(incarnation)

@@ -18,7 +18,7 @@ from urllib.parse import urlsplit
 import zmq
 
 from disagg.engine.commands import AttemptKey
-from disagg.transceiver.wire.errors import EndpointRefused
+from disagg.transceiver.wire.errors import TransceiverError
 from disagg.transceiver.wire.messages.router import Pulse
 from disagg.transceiver.wire.pulse import LoopTurns, PulseThread, Route, open_pulse_socket, send_pulse
 from disagg.transceiver.wire.sockets import Sockets, bracketed
@@ -138,7 +138,7 @@ class Vitals:
         try:
             opened = [self._connect(endpoint, port)]
             return opened[0], self._connect(endpoint, port)
-        except (zmq.ZMQError, EndpointRefused) as exc:
+        except (zmq.ZMQError, TransceiverError) as exc:
             log.warning("no pulses: %s; while this process is busy it counts as lost after %g s", exc, LOST_S)
             for socket in opened:
                 socket.close()

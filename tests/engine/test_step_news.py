@@ -5,7 +5,7 @@ from __future__ import annotations
 from support.engine_pair import TestedEngine, greedy, key, prompt_of
 
 from disagg.engine.commands import Prefill, Serve
-from disagg.engine.engine import YOUNG_TOKENS
+from disagg.transceiver.wire.messages.router import YOUNG_TOKENS
 
 
 def test_a_request_is_young_until_it_emitted_eight_tokens() -> None:

@@ -195,7 +195,7 @@ def test_every_schedule_has_one_end_and_leaves_nothing_dispatched(
     steps: list[tuple[Said | Event, float]], shape: tuple[int, int, int], max_attempts: int, max_tokens: int, told: Told
 ) -> None:
     placer = ListPlacer(WORKERS[0 : shape[0]], WORKERS[2 : 2 + shape[1]], WORKERS[4 : 4 + shape[2]])
-    attempts = make_attempts(placer, max_attempts=max_attempts, max_tokens=max_tokens, timeout_s=30.0, vitals=told)
+    attempts = make_attempts(placer, max_attempts=max_attempts, max_tokens=max_tokens, timeout_s=30.0, news=told)
     model, now = Model(), 0.0
     model.see(attempts.start(now))
     for step, pause in [*steps, (Tick(), 60.0)]:

@@ -8,9 +8,9 @@ from support.router_harness import ListPlacer, make_attempts
 
 from disagg.router.attempt import Attempts
 from disagg.router.attempt_events import Action, Answered, Fail, Send, Tick, WorkerLost
-from disagg.router.charges import YOUNG_TOKENS
 from disagg.router.registry import PROOF_S
 from disagg.transceiver.wire.messages.router import (
+    YOUNG_TOKENS,
     Dispatch,
     PrefillLocally,
     RequestFailed,
@@ -43,7 +43,7 @@ class Known:
 def started(known: Known, **placer: list[str]) -> tuple[Attempts, ListPlacer]:
     names = {"prefills": ["p0", "p1", "p2"], "decodes": ["d0", "d1", "d2"]} | placer
     placing = ListPlacer(**names)
-    attempts = make_attempts(placing, vitals=known, max_tokens=16)
+    attempts = make_attempts(placing, news=known, max_tokens=16)
     attempts.start(0.0)
     return attempts, placing
 

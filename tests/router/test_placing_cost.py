@@ -43,6 +43,7 @@ def test_one_placement_among_64_and_64_linked_workers_takes_under_two_ms() -> No
 
 def test_one_among_512_and_512_takes_under_twenty_ms() -> None:
     assert seconds_to_place(large_fleet(512)) < 0.020
+    assert seconds_to_place(large_fleet(512, linked=False)) < 0.020
 
 
 def test_a_fleet_without_links_names_a_few_pairs_and_counts_the_rest() -> None:

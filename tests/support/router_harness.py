@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 
 from disagg.router.attempt import Attempts
-from disagg.router.charges import Vitals
+from disagg.router.charges import WorkerNews
 from disagg.router.choose import Placement, Unplaceable
 from disagg.router.generation import GenerationRequest
 from disagg.transceiver.wire.messages.router import Lease, PeerLink, PeerTarget, Register
@@ -113,7 +113,7 @@ def make_attempts(
     max_tokens: int = 4,
     max_attempts: int = 3,
     timeout_s: float = 60.0,
-    vitals: Vitals | None = None,
+    news: WorkerNews | None = None,
 ) -> Attempts:
     """A request received at time 0 whose tickets spell what they admit."""
     return Attempts(
@@ -124,5 +124,5 @@ def make_attempts(
         max_attempts=max_attempts,
         timeout_s=timeout_s,
         now=0.0,
-        vitals=vitals,
+        news=news,
     )

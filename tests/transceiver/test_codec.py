@@ -54,8 +54,8 @@ def test_unknown_fields_of_a_later_minor_version_are_ignored() -> None:
 
 
 def test_another_major_version_is_refused_naming_both() -> None:
-    with pytest.raises(RemoteProtocolError, match=r"protocol 2\.5, this process 1\.0"):
-        decode(packed(11, fields_of(Ack(HEADER)), (2, 5)))
+    with pytest.raises(RemoteProtocolError, match=r"protocol 3\.5, this process 2\.0"):
+        decode(packed(11, fields_of(Ack(HEADER)), (3, 5)))
 
 
 def test_a_missing_field_takes_its_default() -> None:
@@ -187,9 +187,29 @@ def test_a_message_above_the_cap_is_refused_on_both_sides() -> None:
 
 
 def test_the_longest_prompt_and_its_manifest_fit_the_cap() -> None:
-    dispatch = Dispatch("t" * 32, 0, "r" * 64, "decode", (2**31,) * 2**20, SAMPLING, 600.0)
+    dispatch = Dispatch("t" * 32, 0, "r" * 64, "decode", (2**31 - 1,) * 2**20, SAMPLING, 600.0)
     assert len(encode(dispatch)) <= MAX_MESSAGE_NBYTES
     assert MAX_MANIFEST_ENTRIES > 2**17
+
+
+def test_a_prompt_is_packed_as_int32_and_comes_back_as_it_was() -> None:
+    prompt = (0, 1, 2**31 - 1, -(2**31))
+    dispatch = Dispatch("t" * 32, 0, "r", "serve", prompt, SAMPLING, 600.0)
+    assert fields_of(dispatch)["prompt"] == b"".join(token.to_bytes(4, "little", signed=True) for token in prompt)
+    assert decode(encode(dispatch)) == dispatch
+
+
+@pytest.mark.parametrize("prompt", [(2**31,), (1.5,), ("1",), [1]], ids=str)
+def test_a_prompt_that_is_no_tuple_of_int32_is_not_sent(prompt: object) -> None:
+    with pytest.raises(LocalProtocolError, match=r"Dispatch\.prompt"):
+        encode(Dispatch("t" * 32, 0, "r", "serve", prompt, SAMPLING, 600.0))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("data", [b"\0" * 5, [1], "text", None], ids=str)
+def test_a_prompt_of_other_bytes_is_refused(data: object) -> None:
+    fields = fields_of(Dispatch("t" * 32, 0, "r", "serve", (1,), SAMPLING, 600.0)) | {"prompt": data}
+    with pytest.raises(RemoteProtocolError, match=r"Dispatch\.prompt"):
+        decode(packed(36, fields))
 
 
 def test_a_manifest_of_as_many_units_as_are_admitted_fits_the_cap_and_one_of_an_eighth_more_does_not() -> None:

@@ -21,13 +21,13 @@ from disagg.transceiver.wire.schema import Record, ShapeError
 
 Message = PeerMessage | RouterMessage
 
-PROTOCOL: Final = (1, 0)
+PROTOCOL: Final = (2, 0)
 """(major, minor). Identity carries the major: workers of another one are refused by name."""
 
 MAX_MESSAGE_NBYTES: Final = 16 << 20
 """The largest legal message is DONE of 2**20 tokens, the longest context of a published model: at 16 tokens per block
 and two layer groups 131072 manifest entries of at most 75 bytes, 9.4 MiB. DISPATCH of the same prompt has 2**20 token
-ids of at most 5 bytes, 5 MiB. 16 MiB holds both with room for later fields."""
+ids of 4 bytes, 4 MiB. 16 MiB holds both with room for later fields."""
 
 MAX_MANIFEST_ENTRIES: Final = (MAX_MESSAGE_NBYTES - (64 << 10)) // 75
 """More units than one DONE can name are not fetched in one transfer: 222 822. An entry has at most 75 bytes; 64 KiB are

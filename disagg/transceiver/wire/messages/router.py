@@ -37,6 +37,7 @@ from disagg.transceiver.wire.messages.values import (
     TokenLogprobs,
     UnitName,
 )
+from disagg.transceiver.wire.schema import PackedInts
 
 MODES: Final = ("serve", "prefill", "decode")
 
@@ -149,6 +150,8 @@ DRAINING = "draining"
 """`state` of the leases of a worker that finishes what it has and wants nothing new."""
 LEAVING = "leaving"
 """`state` of a worker's last lease: it ends its registration itself, so nobody has to find out."""
+YOUNG_TOKENS: Final = 8
+"""A request that emitted so many was in as many steps of this worker and ended none: what ends one now is another."""
 BROKEN = "broken"
 """As LEAVING, of a worker whose model thread died: `requests` are the new ones of the step that it died in."""
 
@@ -214,7 +217,7 @@ class Dispatch:
     epoch: int
     request_id: str
     mode: str
-    prompt: tuple[int, ...]
+    prompt: PackedInts
     sampling: Sampling
     deadline_s: float
     peer: PeerTarget | None = None
