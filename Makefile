@@ -54,7 +54,7 @@ test-slow: $(READY)  ## the long tests
 test-gpu: $(READY)  ## the tests that need a CUDA device
 	$(BIN)/pytest -m gpu --durations=15
 
-faults: $(READY)  ## every fault in every state of a transfer, on every data plane and at true times; print the tables; abuse
+faults: $(READY)  ## every fault in every state of a transfer, on every plane and at true times, with tables; a pair under abuse
 	$(BIN)/pytest tests/faults tests/abuse --durations=15
 
 fuzz: $(READY)  ## bytes that coverage chooses, into whatever reads a peer's bytes; FUZZ_SECONDS for each reader

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
-from disagg.api.checks import Boolean, Check, Exactly, Integer, ListOf, Number, Text
+from disagg.api.checks import Boolean, Check, Exactly, Integer, Number, Text
 from disagg.api.errors import ApiError
 from disagg.api.fields import BY_ENDPOINT, Field
 from disagg.api.request_checks import LogitBias, Messages, Prompts, Stops, StreamOptions, TemplateArguments
@@ -49,7 +49,7 @@ def _candidates(check: Check) -> Iterator[Any]:
             yield from (number * sign for number in NUMBERS for sign in (1, -1))
         case Text():
             yield from _texts(check.min_length, check.max_length)
-        case ListOf():
+        case _ if hasattr(check, "item"):
             yield from _lists(check)
         case _:
             yield from _own_candidates(check)
@@ -65,7 +65,8 @@ def _texts(shortest: int, longest: int) -> Iterator[str]:
     yield from ("x" * shortest, "x" * longest, "\U0010ffff" * longest, "\0" * longest)
 
 
-def _lists(check: ListOf) -> Iterator[list[Any]]:
+def _lists(check: Any) -> Iterator[list[Any]]:
+    """Of a check of lists, whatever its class: one that has an `item` and a `max_length`."""
     items = [item for item in _candidates(check.item) if isinstance(item, int) and 0 <= item < VOCAB_SIZE]
     items = items or [0, VOCAB_SIZE - 1]
     longest = min(check.max_length, MANY)

@@ -22,6 +22,8 @@ class Vitals:
     num_threads: int
     rss_nbytes: int
     fds: Counter[str]
+    unrun_s: float
+    """How long the main thread, which is the event loop's, was ready to run and had no core."""
 
     @classmethod
     def of(cls, pid: int) -> Vitals:
@@ -30,7 +32,11 @@ class Vitals:
         status = Path(f"/proc/{pid}/status").read_text()
         number = {name: int(value) for name, value in re.findall(r"^(\w+):\s+(\d+)", status, re.MULTILINE)}
         started_at = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
-        return cls(pid, started_at, fds.total(), number["Threads"], number["VmRSS"] * 1024, fds)
+        return cls(pid, started_at, fds.total(), number["Threads"], number["VmRSS"] * 1024, fds, _unrun_s(pid))
+
+
+def _unrun_s(pid: int) -> float:
+    return int(Path(f"/proc/{pid}/task/{pid}/schedstat").read_text().split()[1]) / 1e9
 
 
 def fd_kinds(pid: int) -> Counter[str]:

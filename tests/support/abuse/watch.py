@@ -95,8 +95,9 @@ def watching(pair: Pair, asks: Sequence[Ask], baseline_s: float) -> Iterator[Wat
     before, incarnations = pair.vitals(), _incarnations(pair)
     honest = Honest(pair.api.url, asks)
     try:
+        quiet = LoopLags.read(pair.api.get("/metrics"))
         time.sleep(baseline_s)
-        watch = Watch(pair, began_at=time.monotonic())
+        watch, at_start = Watch(pair, began_at=time.monotonic()), pair.vitals()
         lags = LoopLags.read(pair.api.get("/metrics"))
         try:
             yield watch
@@ -107,15 +108,17 @@ def watching(pair: Pair, asks: Sequence[Ask], baseline_s: float) -> Iterator[Wat
         ended_at = time.monotonic()
         if ended := pair.ended():
             raise Wrong("\n".join(ended))
-        metrics = pair.api.get("/metrics")
+        during, at_end = LoopLags.read(pair.api.get("/metrics")).since(lags), pair.vitals()
         seen = honest.stop()
         report = judge_streams(seen, began_at=watch.began_at)
-        wrong, late = judge_lags(LoopLags.read(metrics).since(lags))
+        wrong, late = judge_lags(during)
         report.wrong += watch.wrong + wrong
         report.late += watch.late + late
         report.figures |= _figures(seen, watch, ended_at) | watch.figures
-        for loop, p99_s in LoopLags.read(metrics).since(lags).p99_s().items():
-            report.figures[f"lag p99 of {dict(loop).get('worker', 'router')}"] = p99_s
+        report.figures |= _lag_figures(lags.since(quiet), during)
+        for name, now in at_end.items():
+            share = (now.unrun_s - at_start[name].unrun_s) / (ended_at - watch.began_at)
+            report.figures[f"{name}'s loop had no core"] = f"{share:.0%} of the time"
         _judge_rest(pair, report, before)
         if _incarnations(pair) != incarnations:
             report.late.append(f"a worker lost its registration: {incarnations} before, {_incarnations(pair)} after")
@@ -139,6 +142,14 @@ def _figures(seen: Seen, watch: Watch, ended_at: float) -> dict[str, float | str
         "longest wait for a first token before": round(seen.longest_first_s(0, watch.began_at), 2),
         "during ": round(seen.longest_first_s(watch.began_at), 2),
         "longest pause of the honest clients' own process": round(seen.longest_pause_s(0), 2),
+    }
+
+
+def _lag_figures(before: LoopLags, during: LoopLags) -> dict[str, float | str]:
+    quiet = before.p99_s()
+    return {
+        f"lag p99 of {dict(loop).get('worker', 'router')}": f"{quiet.get(loop, 0):g} before, {p99_s:g} during"
+        for loop, p99_s in during.p99_s().items()
     }
 
 
