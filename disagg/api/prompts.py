@@ -5,9 +5,10 @@ from __future__ import annotations
 from array import array
 from collections.abc import Sequence
 
+from disagg.api.checks import UnexpectedValueError
 from disagg.api.errors import bad_request
 from disagg.api.params import RequestParams
-from disagg.api.request_checks import Prompt
+from disagg.api.request_checks import TOKEN_IDS, Prompt
 from disagg.api.sampling import check_room, check_token_ids
 from disagg.api.template import TemplateError
 from disagg.api.tokenizer import ModelTokenizer
@@ -46,6 +47,8 @@ class PromptEncoder:
         check_room(params, len(ids), max_model_len)
         if isinstance(prompt, str):
             return array("i", ids), prompt if params.echo else ""
+        if isinstance(prompt, list):
+            ids = _checked(prompt)
         check_token_ids(ids, self._tokenizer.vocab_size, "prompt")
         return ids, self._tokenizer.decode(ids, skip_special_tokens=params.skip_special_tokens) if params.echo else ""
 
@@ -77,3 +80,11 @@ class PromptEncoder:
     def _check_length(self, params: RequestParams, text: str, max_model_len: int | None) -> None:
         if max_model_len is not None and self._tokenizer.is_longer(text, max_model_len):
             check_room(params, 2 * max_model_len, max_model_len, is_least=True)
+
+
+def _checked(ids: list[int]) -> Sequence[int]:
+    """A list whose length fits the model, with its items looked at."""
+    try:
+        return TOKEN_IDS(ids)
+    except UnexpectedValueError as exc:
+        raise bad_request(f"`prompt{exc.path}`: {exc}", f"prompt{exc.path}") from exc

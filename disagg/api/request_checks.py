@@ -25,7 +25,8 @@ MAX_STOPS: Final = 4  # OpenAI's limit
 MAX_STOP_LENGTH: Final = 1024  # every token's text is compared with each: a bound on that work
 TOKEN_ID: Final = Integer(0, 2**31 - 1)  # the vocabulary is checked when the model is known
 
-MAX_PROMPT_IDS: Final = 2**20  # in all prompts of a request: no model is longer; checking them takes 50 ms
+MAX_PROMPT_IDS: Final = 2**22  # in all prompts of a request: what a body of the largest size can hold
+NUM_IDS_CHECKED_LATE: Final = 2**17  # a longer prompt is looked at once its length is known to fit the model
 MAX_PROMPTS: Final = 2048  # OpenAI's limit; fewer choices are given, which is said with their number
 MAX_MESSAGES: Final = 2**14  # turns of a conversation, parts of a turn: each takes a few microseconds
 
@@ -36,7 +37,10 @@ TOKEN_IDS: Final = Integers(TOKEN_ID, MAX_PROMPT_IDS)
 
 @dataclass(frozen=True, slots=True)
 class Prompts:
-    """OpenAI's four forms of `prompt`, as a tuple of texts or of token ids."""
+    """OpenAI's four forms of `prompt`, as a tuple of texts or of token ids.
+
+    Ids are an array, or the list as it came, of which only the length was looked at (`NUM_IDS_CHECKED_LATE`).
+    """
 
     def __call__(self, value: Any) -> tuple[Prompt, ...]:
         if isinstance(value, str):
@@ -66,7 +70,7 @@ def _one_prompt(value: Any) -> Prompt:
         raise UnexpectedValueError("a string or a list of token ids", value)
     if not value:
         raise UnexpectedValueError("at least one token id", value)
-    return TOKEN_IDS(value)
+    return value if len(value) > NUM_IDS_CHECKED_LATE else TOKEN_IDS(value)
 
 
 @dataclass(frozen=True, slots=True)
