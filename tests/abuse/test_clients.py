@@ -7,6 +7,7 @@ import resource
 from collections.abc import Iterator
 
 import pytest
+from support.abuse.aside import aside
 from support.abuse.clients import READING_KINDS, SILENT_KINDS, Newcomers, crowd, newcomers
 from support.abuse.honest import Ask
 from support.abuse.pair import NUM_FILES, Door, Pair
@@ -53,7 +54,8 @@ def test_a_crowd_of_idle_and_slow_clients(pair: Pair, asks: list[Ask], door: str
     with watching(pair, asks, BASELINE_S) as watch:
         num_lines = len(pair.parts["router"].log)
         where = pair.door_of_http() if door == "http" else pair.door_of_admin()
-        asyncio.run(crowd_the_door(watch, where, seconds, NUM_READING if door == "http" else 0))
+        crowding = crowd_the_door(watch, where, seconds, NUM_READING if door == "http" else 0)
+        aside(lambda: asyncio.run(crowding))
         new_lines = [line for line in pair.parts["router"].log[num_lines:] if "request `" not in line]
         watch.figures["log lines"] = len(new_lines)
         if len(new_lines) > MAX_LOG_LINES:

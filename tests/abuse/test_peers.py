@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import zmq
+from support.abuse.aside import aside
 from support.abuse.guest import Guests, guests
 from support.abuse.honest import Ask
 from support.abuse.insider import (
@@ -73,7 +74,7 @@ def test_strangers_at_every_door(pair: Pair, asks: list[Ask], seconds: float) ->
             knocks = knock(doors, rng, num_rounds=100_000, num_held=NUM_SILENT, seconds=seconds)
             watch.figures["knocks"] = f"{knocks} at {len(doors)} doors"
 
-        asyncio.run(while_guests_come(watch, work))
+        aside(lambda: asyncio.run(while_guests_come(watch, work)))
 
 
 def test_peers_of_another_cluster_get_no_word_in(pair: Pair, asks: list[Ask]) -> None:
@@ -95,8 +96,8 @@ def test_any_message_to_the_router(pair: Pair, asks: list[Ask], count: int) -> N
             insider.send(encode(registration(pair, "insider")))
             registered = next_of(insider, Registered)
             words = some_messages(registered.incarnation, registered.router_incarnation, count)
-            watch.figures["messages"] = say(insider, words)
-        watch.figures["registrations"] = _register_ghosts(pair, count)
+            watch.figures["messages"] = aside(lambda: say(insider, words))
+        watch.figures["registrations"] = aside(lambda: _register_ghosts(pair, count))
 
 
 def some_messages(incarnation: str, destination: str, count: int) -> list[bytes]:
@@ -138,7 +139,7 @@ def test_any_message_to_the_prefill_worker(pair: Pair, asks: list[Ask], count: i
                 watch.figures["messages"] = say(insider, some_messages(mine.incarnation, known["incarnation"], count))
             watch.figures["greetings"] = _greet(pair, known["endpoint"], count)
 
-        asyncio.run(while_guests_come(watch, work))
+        aside(lambda: asyncio.run(while_guests_come(watch, work)))
 
 
 def _greet(pair: Pair, endpoint: str, count: int) -> int:
@@ -159,9 +160,7 @@ def test_any_message_to_the_decode_worker(pair: Pair, asks: list[Ask], count: in
         words = welcomes + some_messages(peer.incarnation, theirs.incarnation, 100_000)
         if len(words) > count:
             words = random.Random(5).sample(words, count)
-        for data in words:
-            peer.say(data)
-            time.sleep(0.005)
+        aside(lambda: peer.say_all(words))
         watch.figures["messages"] = len(words)
 
 
