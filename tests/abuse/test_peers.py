@@ -25,15 +25,15 @@ from support.abuse.insider import (
     speaking_to,
     worker,
 )
-from support.abuse.mutants import Change, changes, mutants, pack, packed_form
+from support.abuse.mutants import Change, changes, largest, mutants, pack, packed_form
 from support.abuse.pair import Pair
 from support.abuse.rogue import rogue
 from support.abuse.strangers import knock
 from support.abuse.watch import Watch, watching
 
 from disagg.transceiver.wire.codec import encode
-from disagg.transceiver.wire.messages.peer import Hello, Refused, Welcome
-from disagg.transceiver.wire.messages.router import Register, Registered
+from disagg.transceiver.wire.messages.peer import Fetch, Heartbeat, Hello, Refused, Welcome
+from disagg.transceiver.wire.messages.router import LEAVING, READY, Lease, Register, Registered, Tokens
 from disagg.transceiver.wire.node import draw_id
 
 pytestmark = pytest.mark.processes
@@ -43,6 +43,7 @@ NUM_SILENT = 150  # per door: more than any door keeps waiting
 PLANES = ("tcp", "shm", "zmq", "ucx")
 MAX_GHOSTS = 24  # registrations at once whose lease nothing renews; they are gone after 3 s
 GHOSTS_GONE_S = 4.0
+SETTLE_S = 1.0
 ASK_AGAIN_MS, MAX_ASKS = 500, 10
 SHORT, LONG = 60, 100_000
 SCALES = [
@@ -164,6 +165,27 @@ def test_any_message_to_the_decode_worker(pair: Pair, asks: list[Ask], count: in
             words = random.Random(5).sample(words, count)
         aside(lambda: peer.say_all(words))
         watch.figures["messages"] = len(words)
+
+
+@pytest.mark.parametrize("to", ["router", "prefill-0"])
+def test_messages_as_long_as_a_message_may_be(pair: Pair, asks: list[Ask], to: str) -> None:
+    endpoint = pair.control if to == "router" else worker(pair, to)["endpoint"]
+    kinds = (Lease, Tokens) if to == "router" else (Heartbeat, Fetch)
+    words = [data for kind, form in forms(draw_id(), draw_id()) if kind in kinds for data in largest(kind, form)]
+    with watching(pair, asks, BASELINE_S) as watch, speaking_to(endpoint) as insider:
+        watch.figures["messages"] = aside(lambda: say(insider, words))
+        time.sleep(SETTLE_S)
+
+
+def test_words_in_the_name_of_another_worker(pair: Pair, asks: list[Ask]) -> None:
+    """That it leaves, that it holds nothing: they count on the worker's own connection only."""
+    with watching(pair, asks, BASELINE_S), speaking_to(pair.control) as insider:
+        insider.send(encode(registration(pair, "insider")))
+        router = next_of(insider, Registered).router_incarnation
+        for worker_id in ("prefill-0", "decode-0"):
+            for state in (READY, LEAVING):
+                insider.send(encode(Lease(worker(pair, worker_id)["incarnation"], router, state=state)))
+                time.sleep(SETTLE_S)
 
 
 def ask_until_answered(insider: zmq.Socket[bytes], register: bytes) -> Refused:
