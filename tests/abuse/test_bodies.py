@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+from functools import partial
 
 import pytest
+from support.abuse.aside import aside
 from support.abuse.bodies import KINDS, post_at_once
 from support.abuse.honest import Ask
 from support.abuse.pair import Pair
@@ -29,7 +31,8 @@ LONG_ROUNDS = [[name] * NUM_AT_ONCE for name in NAMES] + [OF_EACH_KIND, NAMES[-N
 def test_the_largest_bodies_at_once(pair: Pair, asks: list[Ask], rounds: list[list[str]]) -> None:
     with watching(pair, asks, BASELINE_S) as watch:
         for names in rounds:
-            answers = asyncio.run(post_at_once(pair.api.url, names))
+            posting = post_at_once(pair.api.url, names)
+            answers = aside(partial(asyncio.run, posting))
             watch.wrong += answers.wrong
             watch.late += answers.late
             seconds, slowest = answers.slowest

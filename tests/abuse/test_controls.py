@@ -7,11 +7,13 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 
 import pytest
 from support.abuse import guest
+from support.abuse.aside import NICENESS, aside
 from support.abuse.bodies import KINDS, NUM_BYTES
 from support.abuse.clients import newcomers
 from support.abuse.flawed_server import BREAKS, LIES, REFUSES, STALLS, STOPS, flawed_server
@@ -242,3 +244,11 @@ def test_messages_have_each_field_at_its_extremes() -> None:
     found = [(c.path[-1], c.value) for _, form in forms("a" * 32, "b" * 32) for c in changes(form)]
     assert ("num_kv_heads", 0) in found
     assert ("deadline_s", float("inf")) in found
+
+
+def test_an_abuse_yields_the_cores_and_the_test_itself_does_not() -> None:
+    own = os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+    assert aside(lambda: os.getpriority(os.PRIO_PROCESS, threading.get_native_id())) == NICENESS
+    assert os.getpriority(os.PRIO_PROCESS, threading.get_native_id()) == own
+    with pytest.raises(ZeroDivisionError):
+        aside(lambda: 1 // 0)

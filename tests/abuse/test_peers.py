@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import random
 import time
 from collections.abc import Callable
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 import zmq
+from support.abuse.aside import aside
 from support.abuse.guest import Guests, guests
 from support.abuse.honest import Ask
 from support.abuse.insider import (
@@ -23,15 +25,15 @@ from support.abuse.insider import (
     speaking_to,
     worker,
 )
-from support.abuse.mutants import Change, changes, mutants, pack, packed_form
+from support.abuse.mutants import Change, changes, largest, mutants, pack, packed_form
 from support.abuse.pair import Pair
 from support.abuse.rogue import rogue
 from support.abuse.strangers import knock
 from support.abuse.watch import Watch, watching
 
 from disagg.transceiver.wire.codec import encode
-from disagg.transceiver.wire.messages.peer import Hello, Refused, Welcome
-from disagg.transceiver.wire.messages.router import Register, Registered
+from disagg.transceiver.wire.messages.peer import Fetch, Heartbeat, Hello, Refused, Welcome
+from disagg.transceiver.wire.messages.router import LEAVING, READY, Lease, Register, Registered, Tokens
 from disagg.transceiver.wire.node import draw_id
 
 pytestmark = pytest.mark.processes
@@ -41,6 +43,8 @@ NUM_SILENT = 150  # per door: more than any door keeps waiting
 PLANES = ("tcp", "shm", "zmq", "ucx")
 MAX_GHOSTS = 24  # registrations at once whose lease nothing renews; they are gone after 3 s
 GHOSTS_GONE_S = 4.0
+SETTLE_S = 1.0
+ASK_AGAIN_MS, MAX_ASKS = 500, 10
 SHORT, LONG = 60, 100_000
 SCALES = [
     pytest.param(SHORT, id="short"),
@@ -73,7 +77,7 @@ def test_strangers_at_every_door(pair: Pair, asks: list[Ask], seconds: float) ->
             knocks = knock(doors, rng, num_rounds=100_000, num_held=NUM_SILENT, seconds=seconds)
             watch.figures["knocks"] = f"{knocks} at {len(doors)} doors"
 
-        asyncio.run(while_guests_come(watch, work))
+        aside(lambda: asyncio.run(while_guests_come(watch, work)))
 
 
 def test_peers_of_another_cluster_get_no_word_in(pair: Pair, asks: list[Ask]) -> None:
@@ -95,8 +99,8 @@ def test_any_message_to_the_router(pair: Pair, asks: list[Ask], count: int) -> N
             insider.send(encode(registration(pair, "insider")))
             registered = next_of(insider, Registered)
             words = some_messages(registered.incarnation, registered.router_incarnation, count)
-            watch.figures["messages"] = say(insider, words)
-        watch.figures["registrations"] = _register_ghosts(pair, count)
+            watch.figures["messages"] = aside(lambda: say(insider, words))
+        watch.figures["registrations"] = aside(lambda: _register_ghosts(pair, count))
 
 
 def some_messages(incarnation: str, destination: str, count: int) -> list[bytes]:
@@ -138,7 +142,7 @@ def test_any_message_to_the_prefill_worker(pair: Pair, asks: list[Ask], count: i
                 watch.figures["messages"] = say(insider, some_messages(mine.incarnation, known["incarnation"], count))
             watch.figures["greetings"] = _greet(pair, known["endpoint"], count)
 
-        asyncio.run(while_guests_come(watch, work))
+        aside(lambda: asyncio.run(while_guests_come(watch, work)))
 
 
 def _greet(pair: Pair, endpoint: str, count: int) -> int:
@@ -159,10 +163,40 @@ def test_any_message_to_the_decode_worker(pair: Pair, asks: list[Ask], count: in
         words = welcomes + some_messages(peer.incarnation, theirs.incarnation, 100_000)
         if len(words) > count:
             words = random.Random(5).sample(words, count)
-        for data in words:
-            peer.say(data)
-            time.sleep(0.005)
+        aside(lambda: peer.say_all(words))
         watch.figures["messages"] = len(words)
+
+
+@pytest.mark.parametrize("to", ["router", "prefill-0"])
+def test_messages_as_long_as_a_message_may_be(pair: Pair, asks: list[Ask], to: str) -> None:
+    endpoint = pair.control if to == "router" else worker(pair, to)["endpoint"]
+    kinds = (Lease, Tokens) if to == "router" else (Heartbeat, Fetch)
+    words = [data for kind, form in forms(draw_id(), draw_id()) if kind in kinds for data in largest(kind, form)]
+    with watching(pair, asks, BASELINE_S) as watch, speaking_to(endpoint) as insider:
+        watch.figures["messages"] = aside(lambda: say(insider, words))
+        time.sleep(SETTLE_S)
+
+
+def test_words_in_the_name_of_another_worker(pair: Pair, asks: list[Ask]) -> None:
+    """That it leaves, that it holds nothing: they count on the worker's own connection only."""
+    with watching(pair, asks, BASELINE_S), speaking_to(pair.control) as insider:
+        insider.send(encode(registration(pair, "insider")))
+        router = next_of(insider, Registered).router_incarnation
+        for worker_id in ("prefill-0", "decode-0"):
+            for state in (READY, LEAVING):
+                insider.send(encode(Lease(worker(pair, worker_id)["incarnation"], router, state=state)))
+                time.sleep(SETTLE_S)
+
+
+def ask_until_answered(insider: zmq.Socket[bytes], register: bytes) -> Refused:
+    """REGISTER is repeated until it is answered: a name that is taken is asked for again."""
+    insider.setsockopt(zmq.RCVTIMEO, ASK_AGAIN_MS)
+    for _ in range(MAX_ASKS):
+        insider.send(register)
+        with contextlib.suppress(zmq.Again):
+            refused: Refused = next_of(insider, Refused)
+            return refused
+    raise AssertionError(f"a twin asked {MAX_ASKS} times for a name that is taken, and was not refused")
 
 
 def test_registrations_said_again_by_another_process(pair: Pair, asks: list[Ask]) -> None:
@@ -172,8 +206,7 @@ def test_registrations_said_again_by_another_process(pair: Pair, asks: list[Ask]
             replayed = registration_of(pair, worker_id)
             twin = replace(replayed, incarnation=draw_id())
             with speaking_to(pair.control) as insider:
-                insider.send(encode(twin))
-                refused = next_of(insider, Refused)
+                refused = ask_until_answered(insider, encode(twin))
                 assert refused.field == "worker_id", refused
                 for _ in range(3):
                     insider.send(encode(replayed))

@@ -7,6 +7,7 @@ import random
 from itertools import chain
 
 import pytest
+from support.abuse.aside import aside
 from support.abuse.extremes import extremes, honoured
 from support.abuse.fuzz import REQUIRED, any_extremes, every_extreme, fire
 from support.abuse.honest import Ask
@@ -34,7 +35,8 @@ def test_accepted_requests_at_the_ends_of_every_field(
     rng.shuffle(alone)  # a short run sees some of each field, the long one all of them
     with watching(pair, asks, BASELINE_S) as watch:
         shots = chain(alone, any_extremes(rng))
-        tally = asyncio.run(fire(pair.api.url, shots, num_shots=num_shots, seconds=seconds, patience_s=patience_s))
+        firing = fire(pair.api.url, shots, num_shots=num_shots, seconds=seconds, patience_s=patience_s)
+        tally = aside(lambda: asyncio.run(firing))
         watch.wrong += tally.wrong
         watch.late += tally.late
         watch.figures["requests"] = str(dict(tally.statuses))

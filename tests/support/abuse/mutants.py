@@ -9,11 +9,12 @@ from typing import Any
 
 import msgpack
 
-from disagg.transceiver.wire.codec import PROTOCOL, TAGS
+from disagg.transceiver.wire.codec import MAX_MESSAGE_NBYTES, PROTOCOL, TAGS
 from disagg.transceiver.wire.schema import Record
 
 TAG_OF = {kind: tag for tag, kind in TAGS.items()}
 MANY = 20_000  # entries of a list: far more than any message has, far from the largest message
+ROOM_NBYTES = 4096  # for all fields but one
 INTEGERS = (-(2**63), -1, 0, 1, 2**31, 2**32, 2**63 - 1, 2**64 - 1)
 FLOATS = (float("nan"), float("inf"), float("-inf"), -1.0, 0.0, 5e-324, 1e308)
 TEXTS = (
@@ -67,6 +68,14 @@ def mutants(kind: type, form: dict[str, Any]) -> Iterator[bytes]:
     yield pack(kind, form)
     for change in changes(form):
         yield pack(kind, change.applied_to(form))
+
+
+def largest(kind: type, form: dict[str, Any]) -> Iterator[bytes]:
+    """The message with one of its lists, or a list that no version knows, as long as a message may be."""
+    items = {name: value[0] for name, value in form.items() if isinstance(value, list) and value} | {"unknown": []}
+    for name, item in items.items():
+        count = (MAX_MESSAGE_NBYTES - ROOM_NBYTES) // len(msgpack.packb(item))
+        yield pack(kind, form | {name: [item] * count})
 
 
 def _paths(value: Any, keep: frozenset[str], here: Path = ()) -> Iterator[Path]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import zmq
@@ -19,6 +19,7 @@ from disagg.transceiver.wire.timing import HEARTBEAT_S
 
 POLL_MS = 100
 CONTACT_TIMEOUT_S = 10.0
+BREATH_S = 0.005
 
 
 @dataclass
@@ -45,10 +46,12 @@ class Rogue:
             if isinstance(message, Hello):
                 self.hello = message
 
-    def say(self, data: bytes) -> None:
-        self.listen()
-        with contextlib.suppress(zmq.ZMQError):  # it hung up, or reads nothing
-            self.socket.send_multipart([self.route, data], flags=zmq.NOBLOCK)
+    def say_all(self, words: Sequence[bytes]) -> None:
+        for data in words:
+            self.listen()
+            with contextlib.suppress(zmq.ZMQError):  # it hung up, or reads nothing
+                self.socket.send_multipart([self.route, data], flags=zmq.NOBLOCK)
+            time.sleep(BREATH_S)
 
 
 @contextlib.contextmanager
