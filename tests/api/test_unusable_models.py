@@ -213,10 +213,10 @@ def test_the_router_ends_with_one_sentence_and_exit_code_2(
 def test_an_error_that_no_reader_foresaw_is_the_folders_too(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def fail(*_: object) -> None:
+    def fail(*_: object, **__: object) -> None:
         raise ZeroDivisionError("of a library")
 
-    monkeypatch.setattr("disagg.api.main.create_app", fail)
+    monkeypatch.setattr("disagg.api.main.open_app", fail)
     ports = ("--port", "0", "--admin-port", "0", "--control-port", "0")
     assert main(["router", "--insecure", "--model", str(folder), *ports]) == 2
     assert "cannot be used: ZeroDivisionError: of a library" in capsys.readouterr().err
