@@ -424,6 +424,11 @@ def seeds(target: str, golden: Sequence[bytes]) -> list[bytes]:
         header = tcp_wire.SliceHeader(tcp_wire.wire_name(TRANSFER_ID, 1), 2, 4096)
         return [header.pack() * 2, greeting.greeting(PREFILL, bytes(16))]
     if target == "zmq":
-        heads = (frames.Hello(DECODE, bytes(16)), frames.Credit(3), frames.Probe(), frames.SliceHead("t", 1, 2, 4096))
+        heads = (
+            frames.DataHello(DECODE, bytes(16)),
+            frames.Credit(3),
+            frames.ProbeRequest(),
+            frames.SliceHead("t", 1, 2, 4096),
+        )
         return [data for head in heads for data in (frames.pack(head), frames.pack(head)[:-4])]
     return [bytes(range(start, start + 64)) for start in range(0, 192, 16)]

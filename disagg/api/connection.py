@@ -16,7 +16,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from uvicorn.server import ServerState
 
 from disagg.api.bodies import BODY_TIMEOUT_S
-from disagg.api.connections import Connections, Stage
+from disagg.api.connections import Activity, Connections
 from disagg.api.errors import ApiError
 from disagg.api.h11_connection import MAX_HEAD_LINES, MAX_HEAD_NBYTES, BoundedH11
 from disagg.api.wire import raw_response
@@ -30,7 +30,7 @@ LINGER_NBYTES: Final = 128 * 1024 * 1024  # 16 times the largest body; discardin
 READ_NBYTES: Final = 64 * 1024  # of one read, and so about what one handler looks at
 
 
-class Connection(H11Protocol):
+class HttpConnection(H11Protocol):
     """`book` knows every connection of the listener by its stage."""
 
     def __init__(self, config: Config, server_state: ServerState, book: Connections, *, is_refused: bool) -> None:
@@ -40,7 +40,7 @@ class Connection(H11Protocol):
         self._is_refused = is_refused
         self._is_lingering = False
         self._num_discardable = LINGER_NBYTES
-        self._stage: tuple[Stage, bool] | None = None
+        self._stage: tuple[Activity, bool] | None = None
         self._limit: asyncio.TimerHandle | None = None
         self._quiet: asyncio.TimerHandle | None = None
         self._stall: asyncio.TimerHandle | None = None
@@ -125,7 +125,7 @@ class Connection(H11Protocol):
         self._unset_keepalive_if_required()
         self._socket.write_eof()
         self._socket.resume_reading()
-        self._book.place(self, Stage.SILENT)
+        self._book.place(self, Activity.SILENT)
         self._set("_limit", LINGER_S)
         self._set("_quiet", LINGER_QUIET_S)
 
@@ -161,20 +161,20 @@ class Connection(H11Protocol):
         stage = self._find_stage()
         has_begun = self.conn.has_begun_head
         if self._stage == (stage, has_begun):
-            if stage is Stage.RECEIVING:
+            if stage is Activity.RECEIVING:
                 self._book.place(self, stage)  # a part of the body came
             return
         self._stage = stage, has_begun
         self._book.place(self, stage)
-        waits = {Stage.SILENT: HEAD_TIMEOUT_S, Stage.IDLE: KEEP_ALIVE_S, Stage.ANSWERING: None}
+        waits = {Activity.SILENT: HEAD_TIMEOUT_S, Activity.IDLE: KEEP_ALIVE_S, Activity.ANSWERING: None}
         self._set("_limit", HEAD_TIMEOUT_S if has_begun else waits.get(stage, 2 * BODY_TIMEOUT_S))
 
-    def _find_stage(self) -> Stage:
+    def _find_stage(self) -> Activity:
         if self.cycle is None:
-            return Stage.SILENT
+            return Activity.SILENT
         if self.conn.their_state is h11.SEND_BODY:  # a limit of twice the application's own: it answers first
-            return Stage.RECEIVING
-        return Stage.IDLE if self.cycle.response_complete else Stage.ANSWERING
+            return Activity.RECEIVING
+        return Activity.IDLE if self.cycle.response_complete else Activity.ANSWERING
 
     def _set(self, timer: str, seconds: float | None) -> None:
         """Start a timer anew, or stop it."""
@@ -187,7 +187,7 @@ class Connection(H11Protocol):
 class _LingeringTransport:
     """The transport as uvicorn sees it: closing it lets the client finish."""
 
-    def __init__(self, transport: asyncio.Transport, connection: Connection) -> None:
+    def __init__(self, transport: asyncio.Transport, connection: HttpConnection) -> None:
         self._transport = transport
         self._connection = connection
 

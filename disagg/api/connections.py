@@ -26,7 +26,7 @@ def connections_within(descriptors: int) -> int:
     return max(FEWEST_CONNECTIONS, min(left, MOST_CONNECTIONS))
 
 
-class Stage(enum.Enum):
+class Activity(enum.Enum):
     """What a connection does. All but `ANSWERING` give way, in this order: a stranger first, a request last."""
 
     SILENT = "no request came yet, or the connection is being closed"
@@ -46,14 +46,14 @@ class Connections:
     def __init__(self, bound: int = MOST_CONNECTIONS, clock: Callable[[], float] = time.monotonic) -> None:
         self.bound = bound
         self._clock = clock
-        self._stages: dict[Droppable, Stage] = {}
-        self._by_stage: dict[Stage, OrderedDict[Droppable, float]] = {stage: OrderedDict() for stage in Stage}
+        self._stages: dict[Droppable, Activity] = {}
+        self._by_stage: dict[Activity, OrderedDict[Droppable, float]] = {stage: OrderedDict() for stage in Activity}
         self._logged_at = float("-inf")
 
     def __len__(self) -> int:
         return len(self._stages)
 
-    def place(self, connection: Droppable, stage: Stage) -> None:
+    def place(self, connection: Droppable, stage: Activity) -> None:
         """It is in this stage, and did something just now. A connection enters with its first stage."""
         self.remove(connection)
         self._stages[connection] = stage
@@ -74,10 +74,10 @@ class Connections:
         """Close the connection that is missed least. False when all of them have running requests."""
         stalled_since = self._clock() - STALLED_S
         for stage, since in (
-            (Stage.SILENT, math.inf),
-            (Stage.RECEIVING, stalled_since),
-            (Stage.IDLE, math.inf),
-            (Stage.RECEIVING, math.inf),
+            (Activity.SILENT, math.inf),
+            (Activity.RECEIVING, stalled_since),
+            (Activity.IDLE, math.inf),
+            (Activity.RECEIVING, math.inf),
         ):
             connection, active_at = next(iter(self._by_stage[stage].items()), (None, math.inf))
             if connection is not None and active_at <= since:

@@ -132,7 +132,7 @@ def _checked_keys(value: dict[str, Any], checks: dict[str, Check]) -> dict[str, 
 
 
 @dataclass(frozen=True, slots=True)
-class Role:
+class MessageRole:
     """Which roles a conversation may have is the template's to say; that it is a role is ours."""
 
     def __call__(self, value: Any) -> str:
@@ -164,7 +164,7 @@ def _text_part(value: Any) -> dict[str, str]:
     return part
 
 
-MESSAGE_KEYS: Final[dict[str, Check]] = {"role": Role(), "content": _content, "name": Text(max_length=64)}
+MESSAGE_KEYS: Final[dict[str, Check]] = {"role": MessageRole(), "content": _content, "name": Text(max_length=64)}
 # What answers carry and clients send back with the history. They say nothing, so there is nothing to pass on.
 REPLAYED_KEYS: Final[dict[str, Check]] = {"tool_calls": Exactly([]), "annotations": Exactly([])}
 

@@ -13,7 +13,7 @@ import uvicorn
 from starlette.types import ASGIApp
 
 from disagg.api.acceptor import BACKLOG, accept
-from disagg.api.connection import KEEP_ALIVE_S, Connection
+from disagg.api.connection import KEEP_ALIVE_S, HttpConnection
 from disagg.api.connections import Connections
 
 
@@ -61,8 +61,8 @@ async def serve(
     config = _config(app, shutdown_timeout_s)
     server, book = _Server(config), Connections() if connections is None else connections
 
-    def make(is_refused: bool) -> Connection:
-        return Connection(config, server.server_state, book, is_refused=is_refused)
+    def make(is_refused: bool) -> HttpConnection:
+        return HttpConnection(config, server.server_state, book, is_refused=is_refused)
 
     task = asyncio.create_task(server.serve([bound]), name=f"http {host}:{port}")
     await server.accepts.wait()

@@ -13,7 +13,7 @@ from disagg.api.params import RequestParams
 from disagg.api.tokenizer import ModelTokenizer
 
 
-class Shape(Protocol):
+class AnswerShape(Protocol):
     """How one endpoint writes choices. `prefix` begins ids; `kind`, `event_kind` are `object` whole and streamed."""
 
     prefix: str
@@ -33,7 +33,7 @@ class Shape(Protocol):
         """What stands beside `choices` in a whole answer and in a choice's first event."""
 
 
-def shape_for(params: RequestParams, tokenizer: ModelTokenizer) -> Shape:
+def shape_for(params: RequestParams, tokenizer: ModelTokenizer) -> AnswerShape:
     logprobs = LogprobFormat(tokenizer, as_token_ids=params.return_tokens_as_token_ids)
     shape = ChatShape if params.endpoint == CHAT else CompletionShape
     return shape(logprobs, params.return_token_ids)

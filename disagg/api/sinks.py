@@ -14,7 +14,7 @@ from disagg.api.answer import Delta
 from disagg.api.choices import Choice
 from disagg.api.errors import ApiError
 from disagg.api.json_pieces import blocks, encode_json, json_pieces, paced
-from disagg.api.shapes import Shape, usage
+from disagg.api.shapes import AnswerShape, usage
 
 
 class ClientStalledError(Exception):
@@ -24,7 +24,7 @@ class ClientStalledError(Exception):
 class Head:
     """What every body or event of one answer says: id, time, model."""
 
-    def __init__(self, shape: Shape, request_id: str, model: str) -> None:
+    def __init__(self, shape: AnswerShape, request_id: str, model: str) -> None:
         self._id = f"{shape.prefix}-{request_id}"
         self._created = int(time.time())
         self._model = model
@@ -43,7 +43,7 @@ class Head:
 class WholeSink:
     """Collects the answer; `send` is called once, at the end."""
 
-    def __init__(self, send: Send, head: Head, shape: Shape) -> None:
+    def __init__(self, send: Send, head: Head, shape: AnswerShape) -> None:
         self._send = send
         self._head = head
         self._shape = shape
@@ -68,7 +68,7 @@ class WholeSink:
 class EventSink:
     """Sends each step as an event. Status and headers go with the first, so that failures before it have a status."""
 
-    def __init__(self, send: Send, head: Head, shape: Shape, *, includes_usage: bool, timeout_s: float) -> None:
+    def __init__(self, send: Send, head: Head, shape: AnswerShape, *, includes_usage: bool, timeout_s: float) -> None:
         self._raw_send = send
         self._head = head
         self._shape = shape

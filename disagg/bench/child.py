@@ -19,12 +19,12 @@ import numpy as np
 
 from disagg.bench.cases import CASES
 from disagg.bench.contenders import make_side
-from disagg.bench.side import Side, wait_until
+from disagg.bench.side import ContenderSide, wait_until
 
 MAX_LINE_NBYTES: Final = 64 << 20  # 13312 hashes of 20 digits are a third of a MiB; this is no bound that matters
 
 
-async def serve(side: Side, sock: socket.socket) -> None:
+async def serve(side: ContenderSide, sock: socket.socket) -> None:
     """Until the controller hangs up."""
     reader, writer = await asyncio.open_connection(sock=sock, limit=MAX_LINE_NBYTES)
     while line := await reader.readline():
@@ -38,7 +38,7 @@ async def serve(side: Side, sock: socket.socket) -> None:
     os._exit(0)  # a controller that died asked for no `close`: threads of libzmq or NIXL would keep this process
 
 
-async def _answer(side: Side, request: dict[str, Any]) -> Any:
+async def _answer(side: ContenderSide, request: dict[str, Any]) -> Any:
     blocks = np.array(request.get("mine", ()), dtype=np.int64)
     match request["do"]:
         case "open":
@@ -66,7 +66,7 @@ async def _answer(side: Side, request: dict[str, Any]) -> Any:
     raise ValueError(request["do"])
 
 
-async def _move(side: Side, at: float) -> dict[str, Any]:
+async def _move(side: ContenderSide, at: float) -> dict[str, Any]:
     await wait_until(at)
     cpu = time.process_time()
     num_operations = await side.move()

@@ -13,7 +13,7 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-from disagg.bench.side import Side
+from disagg.bench.side import ContenderSide
 from disagg.bench.workers import BLOCK_SIZE, FIRST_TOKEN, WorkerDestination, WorkerSide, WorkerSource
 from disagg.transceiver.layout.slice_size import units_per_slice
 from disagg.transceiver.layout.units import SourceUnit
@@ -30,7 +30,7 @@ def name_of(plane: str, model: str, overlapped: bool, chunk_s: float) -> str:
     return f"{PREFIX}{plane}:{model}:{'on' if overlapped else 'off'}:{chunk_s}"
 
 
-def make_chunked_side(name: str, is_source: bool) -> Side:
+def make_chunked_side(name: str, is_source: bool) -> ContenderSide:
     """The side that `name_of` named."""
     plane, model, overlapped, chunk_s = name.removeprefix(PREFIX).split(":")
     if is_source:

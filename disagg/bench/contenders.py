@@ -7,7 +7,7 @@ from typing import Final
 
 from disagg.bench.chunked import PREFIX, make_chunked_side
 from disagg.bench.peers import Memcpy, Mooncake, Nixl
-from disagg.bench.side import Side
+from disagg.bench.side import ContenderSide
 from disagg.bench.workers import WorkerDestination, WorkerSource
 
 OURS: Final = ("shm", "tcp", "ucx", "zmq")
@@ -40,7 +40,7 @@ def missing_package(plane: str) -> str | None:
     return package if package is not None and importlib.util.find_spec(package) is None else None
 
 
-def make_side(plane: str, is_source: bool, digests: bool) -> Side:
+def make_side(plane: str, is_source: bool, digests: bool) -> ContenderSide:
     """`plane`: a name of `ALL`, or one that `chunked.name_of` made."""
     if plane.startswith(PREFIX):
         return make_chunked_side(plane, is_source)

@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from disagg.bench.cases import Case
-from disagg.bench.side import Side
+from disagg.bench.side import ContenderSide
 from disagg.transceiver.planes.shm.handshake import PoolShape
 from disagg.transceiver.planes.shm.mapping import PoolMapping
 
@@ -35,7 +35,7 @@ MOONCAKE_BATCH: Final = 2048
 """One batch of 13312 entries fails with EFAULT in its writeBody."""
 
 
-class PeerSide(Side):
+class PeerSide(ContenderSide):
     """Flat anonymous memory, cut by layer as engines do, or into slots as ours for an equal comparison."""
 
     def __init__(self, is_source: bool, plane: str) -> None:

@@ -18,7 +18,7 @@ FINITE_BITS = np.uint8(0x3F)  # no float of any width whose bytes are all below 
 PAGE_WORDS = 512  # of 8 bytes: one line in 64 is touched, so that refreshing warms no cache for the transfer
 
 
-class Side(ABC):
+class ContenderSide(ABC):
     """A contender's source or destination. `memory`: uint8 `[pool_nbytes]` or fewer; `by_layer`: how it is cut."""
 
     by_layer: bool

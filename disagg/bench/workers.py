@@ -10,13 +10,13 @@ import numpy as np
 import numpy.typing as npt
 
 from disagg.bench.cases import Case
-from disagg.bench.side import Side
+from disagg.bench.side import ContenderSide
 from disagg.cache.pool import SlotPool
 from disagg.transceiver.layout.ranks import Part
 from disagg.transceiver.layout.units import HashedUnit, SourceUnit
 from disagg.transceiver.memory.regions import PoolRegion
 from disagg.transceiver.peers.decode_side import ReceivingSide, TransferRecord
-from disagg.transceiver.peers.landing_threads import LANDING_THREADS, LandingThread
+from disagg.transceiver.peers.landing_threads import LANDING_THREADS, LandingThreads
 from disagg.transceiver.peers.prefill_side import SendingSide
 from disagg.transceiver.protocol.actions import ReportFailed, Verified
 from disagg.transceiver.protocol.events import Pinned, PromptComputed, Reserved, UnitsFinal
@@ -47,7 +47,7 @@ DEADLINE_S = 60.0
 FIRST_TOKEN = FirstToken(0, None, SamplingState(0, ()))
 
 
-class WorkerSide(Side):
+class WorkerSide(ContenderSide):
     """What both ends have: a pool, keys, an identity, a landing thread."""
 
     by_layer = False
@@ -68,7 +68,7 @@ class WorkerSide(Side):
         self.geometry = Geometry(BLOCK_SIZE, DTYPE, (group,), (case.slot_nbytes,))
         identity = Identity(1, "bench", "full", DTYPE, case.num_blocks * BLOCK_SIZE, self.keys.hash_key_id)
         self.node = Node(draw_id(), "source" if self.is_source else "destination", identity, self.geometry, self.keys)
-        self.landing = LandingThread(self.regions, [DTYPE], digests=self._digests, num_threads=LANDING_THREADS)
+        self.landing = LandingThreads(self.regions, [DTYPE], digests=self._digests, num_threads=LANDING_THREADS)
         self.sockets = Sockets(self.keys)
 
     def _key(self, number: int) -> AttemptKey:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from disagg.cache.identity import BlockHasher, token_bytes
 from disagg.cache.layout import CacheLayout
 from disagg.cache.pool import SlotPool
-from disagg.cache.prefix import NO_SLOT, Node, PrefixTree
+from disagg.cache.prefix import NO_SLOT, PrefixNode, PrefixTree
 from disagg.cache.reuse import Resident
 from disagg.cache.table import Table
 
@@ -26,7 +26,7 @@ class Chain:
     """Where a sequence stands in the tree: `path[o]` is the node of its ordinal o. The last one is pinned."""
 
     salt: str
-    path: list[Node] = field(default_factory=list)
+    path: list[PrefixNode] = field(default_factory=list)
     is_stopped: bool = False
     """Nothing of this sequence is registered any more: a name was taken, or a block before it lost trust."""
     precision: str = ""
@@ -45,7 +45,7 @@ class ReuseCount:
 class Match:
     """The longest known prefix. `slots[g]`: int32 [n], where group g has each of its n blocks, or -1."""
 
-    path: list[Node]
+    path: list[PrefixNode]
     slots: tuple[NDArray[np.int32], ...]
 
     @property
@@ -59,7 +59,7 @@ class PrefixCache:
     def __init__(self, layout: CacheLayout, pools: Sequence[SlotPool], hasher: BlockHasher) -> None:
         self._layout, self._pools = layout, pools
         self.tree = PrefixTree(hasher, layout.num_groups)
-        self._owner: list[dict[int, tuple[Node, int]]] = [{} for _ in pools]
+        self._owner: list[dict[int, tuple[PrefixNode, int]]] = [{} for _ in pools]
         for number, pool in enumerate(pools):
             pool.on_evict = lambda slots, number=number: self._forget(number, slots)  # type: ignore[misc]
         self.counts = tuple(ReuseCount() for _ in layout.groups)
@@ -71,7 +71,7 @@ class PrefixCache:
         slots = flat.reshape(len(path), self._layout.num_groups)
         return Match(path, tuple(np.ascontiguousarray(column) for column in slots.T))
 
-    def follow(self, chain: Chain, path: list[Node]) -> None:
+    def follow(self, chain: Chain, path: list[PrefixNode]) -> None:
         """A sequence that stands nowhere yet takes this path."""
         assert not chain.path
         chain.path = path
@@ -101,12 +101,12 @@ class PrefixCache:
                 owner[slot] = (node, group)
         return len(nodes)
 
-    def node_at(self, pool: int, slot: int) -> Node | None:
+    def node_at(self, pool: int, slot: int) -> PrefixNode | None:
         """The block that is registered in this slot."""
         owner = self._owner[pool].get(slot)
         return owner[0] if owner is not None else None
 
-    def unregister(self, top: Node) -> int:
+    def unregister(self, top: PrefixNode) -> int:
         """Take a block and all that extends it out of reach, in every group. Returns how many slots that were."""
         slots: list[list[int]] = [[] for _ in self._pools]
         for node in self.tree.cut(top):
@@ -144,7 +144,7 @@ class PrefixCache:
                 num_blocks = next((n for n, slot in enumerate(column[:num_blocks]) if slot in tainted), num_blocks)
         return num_blocks
 
-    def _walk(self, chain: Chain, ordinal: int, blocks: Sequence[bytes]) -> list[Node]:
+    def _walk(self, chain: Chain, ordinal: int, blocks: Sequence[bytes]) -> list[PrefixNode]:
         """The living nodes of these blocks, fewer if one is not to be had; the chain stands on the last, or beyond."""
         if chain.path and chain.path[-1].is_dead:  # the death of any node of a path is that of its last
             return []

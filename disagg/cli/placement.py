@@ -19,7 +19,7 @@ def check_told_devices(settings: UpSettings) -> None:
         devices.check_devices(told or (), flag)
 
 
-class Placement:
+class DeviceAssignment:
     """Devices by role, dealt in turn: as told, else the GPUs of this machine, else the CPU."""
 
     def __init__(self, settings: UpSettings) -> None:

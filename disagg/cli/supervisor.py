@@ -32,7 +32,7 @@ Ready = Mapping[str, Any]
 Work = Callable[[Ready, Sequence[Ready]], Awaitable[int]]
 
 
-class Cluster(Protocol):
+class StartPlan(Protocol):
     """What to start."""
 
     def router(self, ready: Ready | None) -> ChildSpec:
@@ -47,7 +47,7 @@ class ClusterError(Exception):
 
 
 class Supervisor:
-    def __init__(self, cluster: Cluster, secret: bytes, display: Display, *, grace_s: float = GRACE_S) -> None:
+    def __init__(self, cluster: StartPlan, secret: bytes, display: Display, *, grace_s: float = GRACE_S) -> None:
         self.children: dict[str, Child] = {}
         self._cluster = cluster
         self._secret = secret

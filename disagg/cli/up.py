@@ -15,7 +15,7 @@ import aiohttp
 
 from disagg.cli.child import ChildSpec
 from disagg.cli.display import display
-from disagg.cli.placement import Placement, check_told_devices
+from disagg.cli.placement import DeviceAssignment, check_told_devices
 from disagg.cli.ports import LOOPBACK, Address, require_free_ports
 from disagg.cli.supervisor import ClusterError, Ready, Supervisor
 from disagg.config.errors import ConfigError
@@ -38,7 +38,7 @@ POLL_S: Final = 0.1  # below what a person notices, and two leases long enough n
 
 
 @dataclass(frozen=True, slots=True)
-class Pair:
+class WorkerPair:
     """What one decode worker says of its link to one prefill worker."""
 
     prefill: str
@@ -48,7 +48,7 @@ class Pair:
     detail: str
 
 
-Work = Callable[[Ready, Sequence[Ready], Sequence[Pair]], Awaitable[int]]
+Work = Callable[[Ready, Sequence[Ready], Sequence[WorkerPair]], Awaitable[int]]
 
 
 class LocalCluster:
@@ -58,7 +58,7 @@ class LocalCluster:
         self._settings = settings
         self._shared = {field: getattr(settings, field) for field in Settings.model_fields} | {"model": model}
         self._threads = _threads(settings)
-        self.placement = Placement(settings)
+        self.placement = DeviceAssignment(settings)
         # Measured once: workers that measured for themselves, or after a restart, would find different amounts free,
         # derive different lengths from them and be refused as different workers.
         self._cpu_kv_nbytes = default_kv_cache_nbytes()
@@ -157,7 +157,7 @@ def child_environment(environ: Mapping[str, str]) -> dict[str, str]:
     return passed | {"PYTHONIOENCODING": "utf-8:backslashreplace"}
 
 
-async def wait_for_pairs(settings: UpSettings, url: str) -> list[Pair]:
+async def wait_for_pairs(settings: UpSettings, url: str) -> list[WorkerPair]:
     """Until the router can place a request and every prefill worker is linked with every decode worker.
 
     Raises ClusterError with the reason of one missing pair after LINKS_TIMEOUT_S.
@@ -175,7 +175,7 @@ async def wait_for_pairs(settings: UpSettings, url: str) -> list[Pair]:
             await asyncio.sleep(POLL_S)
 
 
-async def _placeable(session: aiohttp.ClientSession, url: str) -> tuple[bool, list[Pair]]:
+async def _placeable(session: aiohttp.ClientSession, url: str) -> tuple[bool, list[WorkerPair]]:
     """`GET /ready` and `GET /workers`."""
     try:
         async with session.get(f"{url}/ready") as response:
@@ -187,7 +187,7 @@ async def _placeable(session: aiohttp.ClientSession, url: str) -> tuple[bool, li
         return False, []
 
 
-def _missing(pairs: Sequence[Pair]) -> str:
+def _missing(pairs: Sequence[WorkerPair]) -> str:
     start = f"workers started but cannot serve after {LINKS_TIMEOUT_S:.0f} s"
     for pair in pairs:
         if pair.state != "ready":
@@ -196,7 +196,7 @@ def _missing(pairs: Sequence[Pair]) -> str:
 
 
 def _serve_forever(settings: UpSettings) -> Work:
-    async def work(router: Ready, workers: Sequence[Ready], pairs: Sequence[Pair]) -> int:
+    async def work(router: Ready, workers: Sequence[Ready], pairs: Sequence[WorkerPair]) -> int:
         for line in summary(settings, router, workers, pairs):
             print(line, flush=True)  # noqa: T201 (this is the command's result)
         await asyncio.Event().wait()
@@ -205,16 +205,16 @@ def _serve_forever(settings: UpSettings) -> Work:
     return work
 
 
-def pairs_of(body: Mapping[str, Any]) -> list[Pair]:
+def pairs_of(body: Mapping[str, Any]) -> list[WorkerPair]:
     """The links in the answer of `GET /workers`."""
     return [
-        Pair(link["worker"], worker["id"], link["plane"], link["state"], link["detail"])
+        WorkerPair(link["worker"], worker["id"], link["plane"], link["state"], link["detail"])
         for worker in body["workers"]
         for link in worker["links"]
     ]
 
 
-def summary(settings: UpSettings, router: Ready, workers: Sequence[Ready], pairs: Sequence[Pair]) -> list[str]:
+def summary(settings: UpSettings, router: Ready, workers: Sequence[Ready], pairs: Sequence[WorkerPair]) -> list[str]:
     """What is running, and how to ask it something."""
     return [
         f"serving `{settings.served_name}` at {router['url']} (admin: {router['admin']})",

@@ -13,7 +13,7 @@ from disagg.transceiver.layout.units import SourceUnit
 from disagg.transceiver.wire.messages.values import UnitName
 
 
-def newly_final_units(cache: KVCache, prompt: PromptSequence) -> tuple[SourceUnit, ...]:
+def publish_final_units(cache: KVCache, prompt: PromptSequence) -> tuple[SourceUnit, ...]:
     """Units of `prompt` that became final since the last call, by group and ordinal; they count as announced after it.
 
     They are published: peers may read them from here on.

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from disagg.cache.cache import KVCache
-from disagg.engine.announce import newly_final_units, units_at
+from disagg.engine.announce import publish_final_units, units_at
 from disagg.engine.batch import Work
 from disagg.engine.commands import (
     AttemptKey,
@@ -290,7 +290,7 @@ class Engine:
         self._scheduler.advance(piece)
         self._counters.prompt_tokens_computed += len(piece.token_ids)
         events: list[EngineEvent] = []
-        if not prompt.serves and (units := newly_final_units(self._cache, prompt)):
+        if not prompt.serves and (units := publish_final_units(self._cache, prompt)):
             self._recheck.note(units)
             events.append(UnitsFinalEvent(prompt.key, prompt.compute_id, units))
         return events + (self._end_prompt(prompt, result) if result else [])

@@ -30,7 +30,7 @@ from disagg.cache.budget import MAX_PREFILLS_PER_STEP
 from disagg.cache.cache import KVCache
 from disagg.cache.scratch import scratch_until
 from disagg.cache.window import needed_ordinals
-from disagg.engine.announce import newly_final_units
+from disagg.engine.announce import publish_final_units
 from disagg.engine.batch import Work, share_tokens
 from disagg.engine.commands import (
     AttemptKey,
@@ -293,7 +293,7 @@ class Scheduler:
         if prompt.num_cached_tokens is None:
             prompt.num_cached_tokens = prompt.num_computed
         prompt.num_announced = [0] * self._layout.num_groups
-        if not prompt.serves and (units := newly_final_units(self._cache, prompt)):
+        if not prompt.serves and (units := publish_final_units(self._cache, prompt)):
             return [UnitsFinalEvent(prompt.key, prompt.compute_id, units)]  # what is reused is final
         return []
 

@@ -34,8 +34,8 @@ from disagg.router.attempt_events import (
     Fail,
     OrderMessage,
     RouterClosing,
-    Send,
-    Tick,
+    SendOrder,
+    TimePassed,
     WorkerLost,
 )
 from disagg.router.charges import Charges, NothingKnown, WorkerNews, incarnations
@@ -52,7 +52,7 @@ from disagg.transceiver.wire.messages.router import (
     RequestFailed,
     Retarget,
     Tokens,
-    TransferFailed,
+    TransferFailure,
     TransferReport,
 )
 
@@ -72,7 +72,7 @@ class Placer(Protocol):
     def prefill_for(self, decode: str, exclude: frozenset[str]) -> PeerTarget | None: ...
 
 
-class Attempts:
+class RoutedRequest:
     """All attempts of one request. `handle` is the only way in; `record` says what happened, for `/requests/{id}`."""
 
     def __init__(
@@ -184,7 +184,7 @@ class Attempts:
             case Answered(source, message):
                 if message.epoch == self.epoch:
                     self._hear(source, message, now)
-            case Tick():
+            case TimePassed():
                 self._check_prefill(now)
 
     def _hear(self, source: str, message: object, now: float) -> None:
@@ -204,7 +204,7 @@ class Attempts:
                 self._server_failed(message.message, now)
             case RequestFailed():
                 self._fail(true_status(message.status), message.message, now)
-            case TransferFailed():
+            case TransferFailure():
                 self._transfer_failed(f"the transfer failed: {message.reason}", now)
 
     def _hear_prefill(self, message: object, now: float) -> None:
@@ -430,12 +430,12 @@ class Attempts:
 
     def _order(self, worker: PeerTarget, message: OrderMessage) -> None:
         self.sides[worker.incarnation] = self.epoch
-        self._actions.append(Send(worker.incarnation, message))
+        self._actions.append(SendOrder(worker.incarnation, message))
 
     def _cancel(self, incarnation: str, reason: str) -> None:
         epoch = self.sides.pop(incarnation, None)
         if epoch is not None:
-            self._actions.append(Send(incarnation, CancelRequest(self.transfer_id, epoch, reason)))
+            self._actions.append(SendOrder(incarnation, CancelRequest(self.transfer_id, epoch, reason)))
 
     def _cancel_all(self, reason: str) -> None:
         for incarnation in tuple(self.sides):

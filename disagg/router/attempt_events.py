@@ -14,11 +14,11 @@ from disagg.transceiver.wire.messages.router import (
     RequestFailed,
     Retarget,
     Tokens,
-    TransferFailed,
+    TransferFailure,
     TransferReport,
 )
 
-AnswerMessage = Tokens | Finished | RequestFailed | TransferFailed | TransferReport
+AnswerMessage = Tokens | Finished | RequestFailed | TransferFailure | TransferReport
 """What a worker may say of one attempt."""
 
 OrderMessage = Dispatch | Retarget | PrefillLocally | CancelRequest
@@ -59,18 +59,18 @@ class RouterClosing:
 
 
 @dataclass(frozen=True, slots=True)
-class Tick:
+class TimePassed:
     """Time passed: act on what is overdue."""
 
 
-Event = Answered | WorkerLost | ClientGone | RouterClosing | Tick
+Event = Answered | WorkerLost | ClientGone | RouterClosing | TimePassed
 
 
 # --- actions ------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
-class Send:
+class SendOrder:
     """Give `message` to the worker of incarnation `to`."""
 
     to: str
@@ -93,4 +93,4 @@ class Fail:
     retry_after_s: float | None = None
 
 
-Action = Send | Emit | Fail
+Action = SendOrder | Emit | Fail

@@ -1,6 +1,6 @@
 """The router below HTTP: workers register here, requests are placed, their tokens come back. Implements `Backend`.
 
-A thin asyncio shell: the registry knows the workers, `choose` picks among them, `Attempts` decides what each request
+A thin asyncio shell: the registry knows the workers, `choose` picks among them, `RoutedRequest` decides what a request
 does next, `Cluster` holds the connections; this file hands events and actions between them. Everything but `generate`
 is a plain function on the event loop, so no state is seen half changed.
 """
@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from disagg.loop_lag import LoopLag
-from disagg.router.attempt import Attempts
+from disagg.router.attempt import RoutedRequest
 from disagg.router.attempt_events import (
     Action,
     Answered,
@@ -27,8 +27,8 @@ from disagg.router.attempt_events import (
     Event,
     Fail,
     RouterClosing,
-    Send,
-    Tick,
+    SendOrder,
+    TimePassed,
     WorkerLost,
 )
 from disagg.router.charges import MAX_CHARGES
@@ -69,7 +69,7 @@ class RouterOptions:
 class _Stream:
     """One request in progress and what its client has not read yet: at most max_tokens items and an end."""
 
-    attempts: Attempts
+    attempts: RoutedRequest
     load: tuple[str, ...] = ()
     """What of it is counted in the router's load."""
     last_token_at: float | None = None
@@ -201,7 +201,7 @@ class Router:
                 key, transfer_id=transfer_id, epoch=epoch, prefill=prefill, decode=decode, prompt=prompt, ttl_s=ttl_s
             )
 
-        attempts = Attempts(
+        attempts = RoutedRequest(
             request,
             transfer_id,
             self._fleet,
@@ -239,7 +239,7 @@ class Router:
     def _perform(self, stream: _Stream, actions: list[Action], now: float) -> None:
         for action in actions:
             match action:
-                case Send(to, message):
+                case SendOrder(to, message):
                     self.cluster.order(to, message)
                 case Emit(item):
                     self._measure(stream, item, now)
@@ -333,4 +333,4 @@ class Router:
         return stream is not None and incarnation in stream.attempts.sides
 
     def time_passed(self) -> None:
-        self._apply_to_all(Tick())
+        self._apply_to_all(TimePassed())

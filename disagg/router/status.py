@@ -9,7 +9,7 @@ from typing import Any
 
 from disagg.router.pairing import traits_difference
 from disagg.router.registry import Worker
-from disagg.transceiver.wire.messages.router import PeerLink
+from disagg.transceiver.wire.messages.router import LinkStatus
 
 
 def describe_worker(worker: Worker, fleet: Sequence[Worker], load: Mapping[str, int], now: float) -> dict[str, Any]:
@@ -46,7 +46,7 @@ def _describe_blocks(worker: Worker) -> list[dict[str, int]]:
     ]
 
 
-def _describe_link(link: PeerLink) -> dict[str, Any]:
+def _describe_link(link: LinkStatus) -> dict[str, Any]:
     return {
         "worker": link.worker_id,
         "incarnation": link.incarnation,

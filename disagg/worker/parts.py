@@ -14,7 +14,7 @@ from disagg.engine.commands import EngineEvent
 from disagg.engine.engine import Engine
 from disagg.transceiver.memory.peer_cuts import PeerCuts
 from disagg.transceiver.memory.regions import PoolRegion
-from disagg.transceiver.peers.landing_threads import LANDING_THREADS, LandingThread
+from disagg.transceiver.peers.landing_threads import LANDING_THREADS, LandingThreads
 from disagg.transceiver.wire.faults import PeerFaults
 from disagg.transceiver.wire.keys import ClusterKeys
 from disagg.transceiver.wire.messages.values import Geometry, GroupSemantics, Identity
@@ -78,7 +78,7 @@ class WorkerParts:
         self.regions = made.regions
         self.num_slots = tuple(pool.num_slots for pool in made.cache.pools)
         self.sockets = Sockets(keys)
-        self.landing = LandingThread(
+        self.landing = LandingThreads(
             self.regions, [group.dtype for group in made.layout.groups], num_threads=LANDING_THREADS
         )
         self.cuts = PeerCuts(made.geometry, self.regions)

@@ -22,7 +22,7 @@ from disagg.transceiver.wire.messages.router import (
     RequestFailed,
     RouterMessage,
     Tokens,
-    TransferFailed,
+    TransferFailure,
 )
 from disagg.transceiver.wire.node import Node
 from disagg.transceiver.wire.sockets import Sockets
@@ -235,14 +235,14 @@ class RouterLink:
             closed.cancel()
 
 
-def shorter(message: RouterMessage, fault: str) -> TransferFailed | RequestFailed | None:
+def shorter(message: RouterMessage, fault: str) -> TransferFailure | RequestFailed | None:
     """What stands for a message that cannot be sent; None for one that decides no attempt."""
     why = f"this worker cannot say what became of it: {fault}"
     match message:
-        case TransferFailed(
+        case TransferFailure(
             transfer_id=transfer_id, epoch=epoch, reason=reason
         ):  # the router may try again, as it would have
-            return TransferFailed(transfer_id, epoch, f"{_plain(reason)}; {why}")
+            return TransferFailure(transfer_id, epoch, f"{_plain(reason)}; {why}")
         case RequestFailed(transfer_id=transfer_id, epoch=epoch, status=status, message=said):
             return RequestFailed(transfer_id, epoch, status, f"{_plain(said)}; {why}")
         case Tokens(transfer_id, epoch) | Finished(transfer_id, epoch):

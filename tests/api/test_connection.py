@@ -139,7 +139,7 @@ async def test_a_refusal_is_lost_if_the_connection_is_closed_at_once(
     server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The control for the test above."""
-    monkeypatch.setattr(connection.Connection, "may_be_sending", False)
+    monkeypatch.setattr(connection.HttpConnection, "may_be_sending", False)
     url = server.listener.url + "/v1/nothing"
     seen = {await asyncio.to_thread(urllib_status, url, b"a" * 5_000_000, KEY) for _ in range(5)}
     assert seen & {"ConnectionResetError", "BrokenPipeError"}
@@ -279,13 +279,13 @@ async def test_garbage_in_the_middle_of_a_body_ends_that_request_only(caplog: py
 
 async def test_a_body_of_tiny_chunks_is_taken_in_many_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     turns: list[int] = []
-    look = connection.Connection.handle_events
+    look = connection.HttpConnection.handle_events
 
-    def counted(self: connection.Connection) -> None:
+    def counted(self: connection.HttpConnection) -> None:
         turns.append(len(turns))
         look(self)
 
-    monkeypatch.setattr(connection.Connection, "handle_events", counted)
+    monkeypatch.setattr(connection.HttpConnection, "handle_events", counted)
     async with running() as server:
         body = b" " * 20_000 + BODY
         head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\ntransfer-encoding: CHUNKED\r\n\r\n"

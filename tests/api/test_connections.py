@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from disagg.api.connections import Connections, Stage, connections_within
+from disagg.api.connections import Activity, Connections, connections_within
 
 
 class Client:
@@ -27,37 +27,39 @@ def test_clients_get_what_workers_and_the_process_do_not_need(descriptors: int, 
 
 
 def test_strangers_give_way_first_then_idle_ones_then_bodies_and_requests_never() -> None:
-    book, clients = Connections(4), {stage: Client() for stage in Stage}
-    for stage in reversed(Stage):
+    book, clients = Connections(4), {stage: Client() for stage in Activity}
+    for stage in reversed(Activity):
         book.place(clients[stage], stage)
-    for stage in (Stage.SILENT, Stage.IDLE, Stage.RECEIVING):
+    for stage in (Activity.SILENT, Activity.IDLE, Activity.RECEIVING):
         assert book.make_room()
         assert clients[stage].is_dropped
-        book.place(Client(), Stage.ANSWERING)
+        book.place(Client(), Activity.ANSWERING)
     assert not book.make_room()
-    assert not clients[Stage.ANSWERING].is_dropped
+    assert not clients[Activity.ANSWERING].is_dropped
 
 
 def test_a_body_that_stalls_gives_way_before_an_idle_client() -> None:
     now = [0.0]
     book, uploading, idle, other = Connections(3, clock=lambda: now[0]), Client(), Client(), Client()
-    book.place(uploading, Stage.RECEIVING)
-    book.place(idle, Stage.IDLE)
-    book.place(other, Stage.ANSWERING)
+    book.place(uploading, Activity.RECEIVING)
+    book.place(idle, Activity.IDLE)
+    book.place(other, Activity.ANSWERING)
     now[0] = 1.9
-    book.place(uploading, Stage.RECEIVING)
+    book.place(uploading, Activity.RECEIVING)
     now[0] = 3
     assert book.drop_oldest()
     assert (uploading.is_dropped, idle.is_dropped) == (False, True)
-    book.place(Client(), Stage.IDLE)
+    book.place(Client(), Activity.IDLE)
     now[0] = 3.9
     assert book.drop_oldest()
     assert uploading.is_dropped
 
 
-@given(st.lists(st.tuples(st.integers(0, 9), st.sampled_from([*Stage, None]))), st.integers(1, 5))
-def test_the_oldest_of_its_stage_goes_as_a_plain_list_has_it(steps: list[tuple[int, Stage | None]], bound: int) -> None:
-    book, clients, oracle = Connections(bound, lambda: 0), [Client() for _ in range(10)], list[tuple[int, Stage]]()
+@given(st.lists(st.tuples(st.integers(0, 9), st.sampled_from([*Activity, None]))), st.integers(1, 5))
+def test_the_oldest_of_its_stage_goes_as_a_plain_list_has_it(
+    steps: list[tuple[int, Activity | None]], bound: int
+) -> None:
+    book, clients, oracle = Connections(bound, lambda: 0), [Client() for _ in range(10)], list[tuple[int, Activity]]()
     for number, stage in steps:
         oracle = [entry for entry in oracle if entry[0] != number]
         if stage is None:
@@ -65,7 +67,7 @@ def test_the_oldest_of_its_stage_goes_as_a_plain_list_has_it(steps: list[tuple[i
             continue
         book.remove(clients[number])
         if len(oracle) >= bound:
-            order = [entry for kind in list(Stage)[:3] for entry in oracle if entry[1] is kind]
+            order = [entry for kind in list(Activity)[:3] for entry in oracle if entry[1] is kind]
             assert book.make_room() is bool(order)
             if not order:
                 continue
@@ -81,7 +83,7 @@ def test_a_flood_is_logged_once_and_a_later_one_again(caplog: pytest.LogCaptureF
     book = Connections(1, clock=lambda: now[0])
     for at in (0, 1, 59, 61):
         now[0] = at
-        book.place(Client(), Stage.SILENT)
+        book.place(Client(), Activity.SILENT)
         book.make_room()
     assert [record.levelno for record in caplog.records] == [logging.WARNING] * 2
     assert "ulimit -n" in caplog.text

@@ -17,7 +17,7 @@ from disagg.bench.circumstances import commit
 from disagg.bench.contenders import missing_package
 from disagg.bench.overlap import Overlap, measure_overlap
 from disagg.bench.pair import BenchError, Pair, Sample
-from disagg.bench.side import Side
+from disagg.bench.side import ContenderSide
 from disagg.bench.transfer import contenders_of, summarise
 from disagg.cli.main import main
 
@@ -82,7 +82,7 @@ def test_one_run_of_the_command_moves_and_compares_every_byte(capsys: pytest.Cap
     assert all(r["operations"] <= 8 for r in results if r["plane"] in ("shm", "tcp"))
 
 
-class Memory(Side):
+class Memory(ContenderSide):
     """Anonymous memory, cut into slots."""
 
     by_layer = False

@@ -13,7 +13,7 @@ import pytest
 from disagg.cli import up as up_module
 from disagg.cli.child import ChildSpec
 from disagg.cli.supervisor import ClusterError
-from disagg.cli.up import LocalCluster, Pair, child_environment, curl, pairs_of, summary
+from disagg.cli.up import LocalCluster, WorkerPair, child_environment, curl, pairs_of, summary
 from disagg.config.load import SWITCHES, unknown_variables
 from disagg.config.resources import num_cores, threads_by_role
 from disagg.config.settings import UpSettings
@@ -139,12 +139,12 @@ def test_the_environment_passes_proxies_on_for_model_downloads_only(monkeypatch:
 def test_links_are_read_from_the_list_of_workers() -> None:
     link = {"worker": "prefill-0", "plane": "shm", "state": "ready", "detail": "", "gb_per_s": 1.0}
     body = {"workers": [{"id": "prefill-0", "links": []}, {"id": "decode-0", "links": [link]}]}
-    assert pairs_of(body) == [Pair("prefill-0", "decode-0", "shm", "ready", "")]
+    assert pairs_of(body) == [WorkerPair("prefill-0", "decode-0", "shm", "ready", "")]
 
 
 def test_the_summary_says_where_what_and_how() -> None:
     worker = {"worker_id": "decode-0", "device": "cpu", "threads": 1, "memory": 5 << 20, "max_model_len": 2048}
-    lines = summary(UpSettings(), ROUTER, [worker], [Pair("prefill-0", "decode-0", "shm", "ready", "")])
+    lines = summary(UpSettings(), ROUTER, [worker], [WorkerPair("prefill-0", "decode-0", "shm", "ready", "")])
     assert lines[0] == "serving `demo` at http://127.0.0.1:8000 (admin: http://127.0.0.1:41000)"
     assert lines[1] == f"  decode-0: cpu, 1 of {num_cores()} cores, 5 MiB of KV cache, max-model-len 2048"
     assert lines[2] == "  prefill-0 -> decode-0: shm"

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 from disagg.cli.main import main
-from disagg.cli.placement import Placement
+from disagg.cli.placement import DeviceAssignment
 from disagg.config import devices
 from disagg.config.errors import ConfigError
 from disagg.config.load import load
@@ -26,7 +26,7 @@ def gpus(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
 
 
 def dealt(*roles: str, **told: object) -> list[str]:
-    placement = Placement(UpSettings.model_validate({"prefill": roles.count("prefill"), "both": 1, **told}))
+    placement = DeviceAssignment(UpSettings.model_validate({"prefill": roles.count("prefill"), "both": 1, **told}))
     return [placement.next_device(role) for role in roles]  # type: ignore[arg-type]
 
 
@@ -41,20 +41,22 @@ def test_workers_take_the_gpus_in_turn_by_default_and_up_says_so(gpus: SimpleNam
     ]
     gpus.count = 1
     assert dealt("prefill", "decode") == ["cuda:0", "cuda:0"]
-    assert Placement(UpSettings()).sentence.startswith("one GPU found, workers use cuda:0: `--prefill-devices cpu")
+    assert DeviceAssignment(UpSettings()).sentence.startswith(
+        "one GPU found, workers use cuda:0: `--prefill-devices cpu"
+    )
 
 
 def test_devices_that_were_told_come_before_gpus(gpus: SimpleNamespace) -> None:
     assert dealt("prefill", "decode", prefill_devices="cpu") == ["cpu", "cuda:1"]
     told = UpSettings.model_validate({"prefill_devices": "cpu", "decode_devices": "cpu"})
-    assert Placement(told).sentence == ""
+    assert DeviceAssignment(told).sentence == ""
 
 
 @pytest.mark.parametrize(("count", "build"), [(0, "cuda"), (2, "cpu")])
 def test_without_a_gpu_that_torch_can_use_workers_take_the_cpu(gpus: SimpleNamespace, count: int, build: str) -> None:
     gpus.count, gpus.build = count, build
     assert dealt("prefill", "decode") == ["cpu", "cpu"]
-    assert Placement(UpSettings()).sentence == ""
+    assert DeviceAssignment(UpSettings()).sentence == ""
 
 
 @pytest.mark.parametrize(
@@ -78,7 +80,7 @@ def test_a_device_that_is_not_there_is_refused_before_a_process_starts(
 def test_a_device_that_only_torch_can_count_is_left_to_the_worker(gpus: SimpleNamespace) -> None:
     gpus.build = "hip"
     devices.check_devices(("cuda:7",), "--prefill-devices")
-    assert Placement(UpSettings()).sentence == ""
+    assert DeviceAssignment(UpSettings()).sentence == ""
 
 
 @pytest.mark.parametrize("name", ["xpu", "mps", "cuda:", "cuda:-1", "cuda:01", "cuda:x", "CUDA", "cpu:0", "", "cuda:²"])

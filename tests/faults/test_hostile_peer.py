@@ -126,7 +126,7 @@ def test_the_data_port_serves_nobody_without_the_token(arena: Any) -> None:
             dealer.setsockopt(zmq.LINGER, 0)
             dealer.connect(trio.links.data.target)
             for name in (victim, draw_id(), "x"):
-                await dealer.send(frames.pack(frames.Hello(name, secrets.token_bytes(16))))
+                await dealer.send(frames.pack(frames.DataHello(name, secrets.token_bytes(16))))
                 async with asyncio.timeout(5):
                     assert await dealer.recv_multipart() == [frames.REFUSED]
             await dealer.send(frames.pack(frames.Credit(2**32 - 1)))

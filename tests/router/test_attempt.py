@@ -6,7 +6,7 @@ import pytest
 from support.router_harness import ListPlacer, make_attempts, target
 from support.unchecked import raw
 
-from disagg.router.attempt import PREFILL_LOST_GRACE_S, Attempts
+from disagg.router.attempt import PREFILL_LOST_GRACE_S, RoutedRequest
 from disagg.router.attempt_events import (
     Action,
     Answered,
@@ -14,8 +14,8 @@ from disagg.router.attempt_events import (
     Emit,
     Fail,
     RouterClosing,
-    Send,
-    Tick,
+    SendOrder,
+    TimePassed,
     WorkerLost,
 )
 from disagg.router.generation import GenerationEnd, TokenChunk
@@ -27,21 +27,21 @@ from disagg.transceiver.wire.messages.router import (
     RequestFailed,
     Retarget,
     Tokens,
-    TransferFailed,
+    TransferFailure,
 )
 from disagg.transceiver.wire.messages.values import TokenLogprobs
 
 ID = "t" * 32
 
 
-def started(placer: ListPlacer | None = None, **options: object) -> Attempts:
+def started(placer: ListPlacer | None = None, **options: object) -> RoutedRequest:
     attempts = make_attempts(placer or ListPlacer(["p0", "p1"], ["d0", "d1"]), **options)  # type: ignore[arg-type]
     attempts.start(0.0)
     attempts.check_invariants()
     return attempts
 
 
-def say(attempts: Attempts, source: str, message: object, now: float = 1.0) -> list[Action]:
+def say(attempts: RoutedRequest, source: str, message: object, now: float = 1.0) -> list[Action]:
     actions = attempts.handle(Answered(source, message), now)  # type: ignore[arg-type]
     attempts.check_invariants()
     return actions
@@ -56,7 +56,7 @@ def summary(actions: list[Action]) -> list[tuple[object, ...]]:
     lines: list[tuple[object, ...]] = []
     for action in actions:
         match action:
-            case Send(to, message):
+            case SendOrder(to, message):
                 lines.append((to, type(message), message.epoch))
             case Fail(status):
                 lines.append((Fail, status))
@@ -71,8 +71,8 @@ def summary(actions: list[Action]) -> list[tuple[object, ...]]:
 def test_both_sides_are_dispatched_at_once_with_one_ticket() -> None:
     attempts = make_attempts(ListPlacer(["p0"], ["d0"]))
     prefill, decode = attempts.start(10.0)
-    assert isinstance(prefill, Send)
-    assert isinstance(decode, Send)
+    assert isinstance(prefill, SendOrder)
+    assert isinstance(decode, SendOrder)
     assert isinstance(prefill.message, Dispatch)
     assert isinstance(decode.message, Dispatch)
     assert (prefill.to, prefill.message.mode, prefill.message.peer) == ("p0", "prefill", target("d0"))
@@ -86,7 +86,7 @@ def test_both_sides_are_dispatched_at_once_with_one_ticket() -> None:
 def test_one_token_is_served_by_a_prefill_worker_alone() -> None:
     attempts = make_attempts(ListPlacer(["p0"], ["d0"]), max_tokens=1)
     (send,) = attempts.start(0.0)
-    assert isinstance(send, Send)
+    assert isinstance(send, SendOrder)
     assert isinstance(send.message, Dispatch)
     assert (send.to, send.message.mode, send.message.peer, send.message.ticket) == ("p0", "serve", None, b"")
 
@@ -152,10 +152,10 @@ def test_a_fault_in_the_stream_is_502_and_cancels_everywhere(message: object) ->
     assert sorted(lines[1:], key=str) == [("d0", CancelRequest, 1), ("p0", CancelRequest, 1)]
 
 
-@pytest.mark.parametrize("message", [tokens(0, 9), Finished(ID, 1, 0, "stop"), TransferFailed(ID, 1, "late")])
+@pytest.mark.parametrize("message", [tokens(0, 9), Finished(ID, 1, 0, "stop"), TransferFailure(ID, 1, "late")])
 def test_messages_of_an_old_epoch_change_nothing(message: object) -> None:
     attempts = started()
-    say(attempts, "d0", TransferFailed(ID, 1, "digest"))
+    say(attempts, "d0", TransferFailure(ID, 1, "digest"))
     assert say(attempts, "d0", message) == []
     assert say(attempts, "p0", message) == []
     assert not attempts.is_over
@@ -173,7 +173,7 @@ def test_a_first_token_that_ends_the_answer_comes_from_prefill_and_cancels_decod
     actions = say(attempts, "p0", Finished(ID, 1, 1, "stop", 5))
     assert actions == [
         Emit(TokenChunk(0, (5,))),
-        Send("d0", CancelRequest(ID, 1, "finished")),
+        SendOrder("d0", CancelRequest(ID, 1, "finished")),
         Emit(GenerationEnd("stop", 5)),
     ]
     assert attempts.is_over
@@ -183,7 +183,7 @@ def test_a_held_first_token_is_forgotten_when_its_worker_is_lost_before_finished
     attempts = started()
     say(attempts, "p0", tokens(0, 5))
     attempts.handle(WorkerLost("p0", "killed"), 1.0)
-    say(attempts, "d0", TransferFailed(ID, 1, "lost"))
+    say(attempts, "d0", TransferFailure(ID, 1, "lost"))
     assert say(attempts, "d0", tokens(0, 6, epoch=2)) == [Emit(TokenChunk(0, (6,)))]
 
 
@@ -192,12 +192,12 @@ def test_a_held_first_token_is_forgotten_when_its_worker_is_lost_before_finished
 
 def test_a_failed_transfer_goes_to_another_prefill_worker_then_local_then_503() -> None:
     attempts = started(max_attempts=3)
-    assert summary(say(attempts, "d0", TransferFailed(ID, 1, "digest"))) == [
+    assert summary(say(attempts, "d0", TransferFailure(ID, 1, "digest"))) == [
         ("p0", CancelRequest, 1),
         ("p1", Dispatch, 2),
         ("d0", Retarget, 2),
     ]
-    assert summary(say(attempts, "d0", TransferFailed(ID, 2, "digest"))) == [
+    assert summary(say(attempts, "d0", TransferFailure(ID, 2, "digest"))) == [
         ("p1", CancelRequest, 2),
         ("d0", PrefillLocally, 3),
     ]
@@ -209,9 +209,9 @@ def test_a_failed_transfer_goes_to_another_prefill_worker_then_local_then_503() 
 
 def test_the_ticket_of_a_retarget_admits_the_new_pair_and_epoch_for_what_time_is_left() -> None:
     attempts = started()
-    _, dispatch, retarget = say(attempts, "d0", TransferFailed(ID, 1, "lost"), now=20.0)
-    assert isinstance(dispatch, Send)
-    assert isinstance(retarget, Send)
+    _, dispatch, retarget = say(attempts, "d0", TransferFailure(ID, 1, "lost"), now=20.0)
+    assert isinstance(dispatch, SendOrder)
+    assert isinstance(retarget, SendOrder)
     assert isinstance(dispatch.message, Dispatch)
     assert retarget.message == Retarget(ID, 2, target("p1"), b"2:p1>d0:40")
     assert (dispatch.message.mode, dispatch.message.ticket, dispatch.message.deadline_s) == (
@@ -223,7 +223,7 @@ def test_the_ticket_of_a_retarget_admits_the_new_pair_and_epoch_for_what_time_is
 
 def test_a_failed_transfer_without_another_prefill_worker_is_computed_at_decode() -> None:
     attempts = started(ListPlacer(["p0"], ["d0"]))
-    assert summary(say(attempts, "d0", TransferFailed(ID, 1, "lost"))) == [
+    assert summary(say(attempts, "d0", TransferFailure(ID, 1, "lost"))) == [
         ("p0", CancelRequest, 1),
         ("d0", PrefillLocally, 2),
     ]
@@ -232,7 +232,7 @@ def test_a_failed_transfer_without_another_prefill_worker_is_computed_at_decode(
 
 def test_one_attempt_means_no_retry() -> None:
     attempts = started(max_attempts=1)
-    actions = say(attempts, "d0", TransferFailed(ID, 1, "digest"))
+    actions = say(attempts, "d0", TransferFailure(ID, 1, "digest"))
     assert sorted(summary(actions), key=str) == sorted(
         [(Fail, 503), ("p0", CancelRequest, 1), ("d0", CancelRequest, 1)], key=str
     )
@@ -274,7 +274,7 @@ def test_the_only_decode_worker_lost_is_503_and_names_it() -> None:
     [
         WorkerLost("d0", "killed"),
         Answered("d0", RequestFailed(ID, 1, 503, "out of room")),
-        Answered("d0", TransferFailed(ID, 1, "too late")),
+        Answered("d0", TransferFailure(ID, 1, "too late")),
     ],
     ids=["lost", "failed", "transfer failed"],
 )
@@ -290,8 +290,8 @@ def test_nothing_is_retried_after_the_first_token(event: WorkerLost | Answered) 
 def test_a_lost_prefill_worker_is_for_decode_to_report() -> None:
     attempts = started()
     assert attempts.handle(WorkerLost("p0", "killed"), 1.0) == []
-    assert attempts.handle(Tick(), 1.0 + PREFILL_LOST_GRACE_S / 2) == []
-    assert summary(say(attempts, "d0", TransferFailed(ID, 1, "lost"), 1.6)) == [
+    assert attempts.handle(TimePassed(), 1.0 + PREFILL_LOST_GRACE_S / 2) == []
+    assert summary(say(attempts, "d0", TransferFailure(ID, 1, "lost"), 1.6)) == [
         ("p1", Dispatch, 2),
         ("d0", Retarget, 2),
     ]
@@ -300,14 +300,17 @@ def test_a_lost_prefill_worker_is_for_decode_to_report() -> None:
 def test_a_lost_prefill_worker_that_nobody_reports_is_replaced_after_a_grace() -> None:
     attempts = started()
     attempts.handle(WorkerLost("p0", "killed"), 1.0)
-    assert summary(attempts.handle(Tick(), 1.0 + PREFILL_LOST_GRACE_S)) == [("p1", Dispatch, 2), ("d0", Retarget, 2)]
+    assert summary(attempts.handle(TimePassed(), 1.0 + PREFILL_LOST_GRACE_S)) == [
+        ("p1", Dispatch, 2),
+        ("d0", Retarget, 2),
+    ]
 
 
 def test_prefill_lost_after_the_first_token_changes_nothing() -> None:
     attempts = started()
     say(attempts, "d0", tokens(0, 5))
     assert attempts.handle(WorkerLost("p0", "killed"), 1.0) == []
-    assert attempts.handle(Tick(), 50.0) == []
+    assert attempts.handle(TimePassed(), 50.0) == []
     assert say(attempts, "d0", Finished(ID, 1, 1, "length"), 51.0) == [Emit(GenerationEnd("length"))]
 
 
@@ -337,8 +340,8 @@ def test_the_deadline_is_504_before_and_after_the_first_token(num_tokens: int) -
     attempts = started(timeout_s=5.0)
     if num_tokens:
         say(attempts, "d0", tokens(0, 5))
-    assert attempts.handle(Tick(), 4.9) == []
-    assert (Fail, 504) in summary(attempts.handle(Tick(), 5.0))
+    assert attempts.handle(TimePassed(), 4.9) == []
+    assert (Fail, 504) in summary(attempts.handle(TimePassed(), 5.0))
 
 
 def test_a_closing_router_ends_the_request_with_503() -> None:
@@ -357,5 +360,5 @@ def test_load_counts_prefill_until_the_first_token_and_the_server_until_the_end(
 def test_a_first_token_of_an_abandoned_prefill_worker_never_ends_the_answer() -> None:
     attempts = started()
     say(attempts, "p0", tokens(0, 5))
-    say(attempts, "d0", TransferFailed(ID, 1, "lost"))
+    say(attempts, "d0", TransferFailure(ID, 1, "lost"))
     assert (Fail, 502) in summary(say(attempts, "p1", Finished(ID, 2, 1, "stop", 5)))

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.router_harness import ListPlacer, make_attempts
 
-from disagg.router.attempt import Attempts
+from disagg.router.attempt import RoutedRequest
 from disagg.router.attempt_events import (
     Action,
     Answered,
@@ -18,8 +18,8 @@ from disagg.router.attempt_events import (
     Event,
     Fail,
     RouterClosing,
-    Send,
-    Tick,
+    SendOrder,
+    TimePassed,
     WorkerLost,
 )
 from disagg.router.charges import MAX_CHARGES
@@ -32,7 +32,7 @@ from disagg.transceiver.wire.messages.router import (
     RequestFailed,
     Retarget,
     Tokens,
-    TransferFailed,
+    TransferFailure,
 )
 
 ID = "t" * 32
@@ -61,7 +61,7 @@ class Said:
     count: int
     status: int
 
-    def events(self, attempts: Attempts) -> list[Answered]:
+    def events(self, attempts: RoutedRequest) -> list[Answered]:
         source, epoch = self._source(attempts), max(1, attempts.epoch - self.epochs_old)
         index = max(0, attempts.num_tokens + self.index_offset)
         match self.kind:
@@ -74,10 +74,10 @@ class Said:
             case "failed":
                 messages = [RequestFailed(ID, epoch, self.status, "x")]
             case _:
-                messages = [TransferFailed(ID, epoch, "digest")]
+                messages = [TransferFailure(ID, epoch, "digest")]
         return [Answered(source, message) for message in messages]
 
-    def _source(self, attempts: Attempts) -> str:
+    def _source(self, attempts: RoutedRequest) -> str:
         placement = attempts.placement
         if placement is None or self.who in WORKERS:
             return self.who if self.who in WORKERS else "d0"
@@ -96,7 +96,7 @@ said = st.builds(
 )
 in_steps = st.sampled_from([{}, {ID: 1}])
 losses = st.builds(WorkerLost, st.sampled_from(WORKERS), st.just("killed"), in_steps)
-rare = st.sampled_from([ClientGone(), RouterClosing(), Tick()])
+rare = st.sampled_from([ClientGone(), RouterClosing(), TimePassed()])
 steps = st.lists(st.tuples(st.one_of(said, said, said, said, losses, rare), st.floats(0, 4)), max_size=25)
 
 
@@ -136,9 +136,9 @@ class Model:
 
     def see(self, actions: list[Action]) -> None:
         for action in actions:
-            assert self.num_ends == 0 or isinstance(action, Send), "something reached the client after its end"
+            assert self.num_ends == 0 or isinstance(action, SendOrder), "something reached the client after its end"
             match action:
-                case Send(to, message):
+                case SendOrder(to, message):
                     self._see_send(to, message)
                 case Emit(TokenChunk() as chunk):
                     self._see_tokens(chunk)
@@ -198,7 +198,7 @@ def test_every_schedule_has_one_end_and_leaves_nothing_dispatched(
     attempts = make_attempts(placer, max_attempts=max_attempts, max_tokens=max_tokens, timeout_s=30.0, news=told)
     model, now = Model(), 0.0
     model.see(attempts.start(now))
-    for step, pause in [*steps, (Tick(), 60.0)]:
+    for step, pause in [*steps, (TimePassed(), 60.0)]:
         now += pause
         told.now = now
         for event in step.events(attempts) if isinstance(step, Said) else [step]:

@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 
 from support.router_harness import ListPlacer, make_attempts
 
-from disagg.router.attempt import Attempts
-from disagg.router.attempt_events import Action, Answered, Fail, Send, Tick, WorkerLost
+from disagg.router.attempt import RoutedRequest
+from disagg.router.attempt_events import Action, Answered, Fail, SendOrder, TimePassed, WorkerLost
 from disagg.router.registry import PROOF_S
 from disagg.transceiver.wire.messages.router import (
     YOUNG_TOKENS,
@@ -16,7 +16,7 @@ from disagg.transceiver.wire.messages.router import (
     RequestFailed,
     Retarget,
     Tokens,
-    TransferFailed,
+    TransferFailure,
 )
 
 ID = "t" * 32
@@ -40,7 +40,7 @@ class Known:
         return self.others
 
 
-def started(known: Known, **placer: list[str]) -> tuple[Attempts, ListPlacer]:
+def started(known: Known, **placer: list[str]) -> tuple[RoutedRequest, ListPlacer]:
     names = {"prefills": ["p0", "p1", "p2"], "decodes": ["d0", "d1", "d2"]} | placer
     placing = ListPlacer(**names)
     attempts = make_attempts(placing, news=known, max_tokens=16)
@@ -48,13 +48,13 @@ def started(known: Known, **placer: list[str]) -> tuple[Attempts, ListPlacer]:
     return attempts, placing
 
 
-def lose(attempts: Attempts, placer: ListPlacer, name: str, *, charged: bool, now: float = 1.0) -> list[Action]:
+def lose(attempts: RoutedRequest, placer: ListPlacer, name: str, *, charged: bool, now: float = 1.0) -> list[Action]:
     placer.lose(name)
     return attempts.handle(WorkerLost(name, "killed", {ID: attempts.epoch} if charged else {}), now)
 
 
 def sent(actions: list[Action], kind: type) -> list[str]:
-    return [action.to for action in actions if isinstance(action, Send) and isinstance(action.message, kind)]
+    return [action.to for action in actions if isinstance(action, SendOrder) and isinstance(action.message, kind)]
 
 
 def test_two_deaths_in_its_own_new_step_end_a_request_with_500_and_it_goes_nowhere() -> None:
@@ -87,7 +87,7 @@ def test_a_death_after_eight_tokens_is_not_charged() -> None:
 
 def test_the_death_of_an_earlier_attempt_s_worker_is_charged_when_it_is_heard_later() -> None:
     attempts, placer = started(Known())
-    attempts.handle(Answered("d0", TransferFailed(ID, 1, "lost")), 0.1)  # nothing was known of p0's step
+    attempts.handle(Answered("d0", TransferFailure(ID, 1, "lost")), 0.1)  # nothing was known of p0's step
     assert attempts.epoch == 2
     placer.lose("p0")
     attempts.handle(WorkerLost("p0", "killed", {ID: 1}), 0.5)
@@ -98,9 +98,9 @@ def test_the_death_of_an_earlier_attempt_s_worker_is_charged_when_it_is_heard_la
 def test_a_retry_waits_until_the_worker_that_computed_the_request_is_lost_or_speaks() -> None:
     known = Known(steps={"p0": {ID}}, signs={"p0": 0.0})
     attempts, placer = started(known)
-    assert attempts.handle(Answered("d0", TransferFailed(ID, 1, "lost")), 1.0) == []
+    assert attempts.handle(Answered("d0", TransferFailure(ID, 1, "lost")), 1.0) == []
     known.signs["p0"] = 1.0 + PROOF_S - 0.01
-    assert attempts.handle(Tick(), 1.3) == [], "said before it could have died since"
+    assert attempts.handle(TimePassed(), 1.3) == [], "said before it could have died since"
     assert attempts.is_waiting
     attempts.check_invariants()
     known.signs.clear()
@@ -113,9 +113,9 @@ def test_a_retry_waits_until_the_worker_that_computed_the_request_is_lost_or_spe
 def test_a_retry_goes_on_when_the_worker_that_computed_the_request_lives() -> None:
     known = Known(steps={"p0": {ID}}, signs={"p0": 0.0})
     attempts, _ = started(known)
-    attempts.handle(Answered("d0", TransferFailed(ID, 1, "digest")), 1.0)
+    attempts.handle(Answered("d0", TransferFailure(ID, 1, "digest")), 1.0)
     known.signs["p0"] = 1.0 + PROOF_S
-    assert sent(attempts.handle(Tick(), 1.5), Retarget) == ["d0"]
+    assert sent(attempts.handle(TimePassed(), 1.5), Retarget) == ["d0"]
     assert not attempts.is_waiting
 
 
@@ -123,7 +123,7 @@ def test_two_prefill_workers_that_die_are_two_charges_though_the_decode_worker_s
     known = Known(steps={"p0": {ID}, "p1": {ID}}, signs={"p0": 0.0, "p1": 0.0})
     attempts, placer = started(known)
     for epoch, name in ((1, "p0"), (2, "p1")):
-        assert attempts.handle(Answered("d0", TransferFailed(ID, epoch, "lost")), float(epoch)) == []
+        assert attempts.handle(Answered("d0", TransferFailure(ID, epoch, "lost")), float(epoch)) == []
         placer.lose(name)
         del known.signs[name]
         actions = attempts.handle(WorkerLost(name, "killed", {ID: epoch}), epoch + 0.3)
@@ -134,10 +134,10 @@ def test_two_prefill_workers_that_die_are_two_charges_though_the_decode_worker_s
 def test_a_server_lost_while_the_retry_waits_has_the_request_placed_anew() -> None:
     known = Known(steps={"p0": {ID}}, signs={"p0": 0.0})
     attempts, placer = started(known)
-    attempts.handle(Answered("d0", TransferFailed(ID, 1, "lost")), 1.0)
+    attempts.handle(Answered("d0", TransferFailure(ID, 1, "lost")), 1.0)
     lose(attempts, placer, "d0", charged=False, now=1.1)
     known.signs["p0"] = 2.0
-    assert sent(attempts.handle(Tick(), 2.0), Dispatch) == ["p1", "d1"]
+    assert sent(attempts.handle(TimePassed(), 2.0), Dispatch) == ["p1", "d1"]
     attempts.check_invariants()
 
 
@@ -153,9 +153,9 @@ def test_where_only_such_workers_are_left_it_waits_for_them() -> None:
     attempts, placer = started(known, decodes=["d0", "d1"])
     assert lose(attempts, placer, "d0", charged=True) == []
     assert attempts.is_waiting
-    assert attempts.handle(Tick(), 1.5) == []
+    assert attempts.handle(TimePassed(), 1.5) == []
     known.others = frozenset()
-    assert sent(attempts.handle(Tick(), 2.0), Dispatch) == ["p0", "d1"]
+    assert sent(attempts.handle(TimePassed(), 2.0), Dispatch) == ["p0", "d1"]
     attempts.check_invariants()
 
 
@@ -163,7 +163,7 @@ def test_a_request_that_waits_ends_at_its_deadline_with_all_it_held() -> None:
     known = Known(others=frozenset({"d1"}))
     attempts, placer = started(known, decodes=["d0", "d1"])
     lose(attempts, placer, "d0", charged=True)
-    assert [action.status for action in attempts.handle(Tick(), 60.0) if isinstance(action, Fail)] == [504]
+    assert [action.status for action in attempts.handle(TimePassed(), 60.0) if isinstance(action, Fail)] == [504]
     assert not attempts.is_waiting
     attempts.check_invariants()
 

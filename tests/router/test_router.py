@@ -23,7 +23,7 @@ from disagg.transceiver.wire.messages.router import (
     RequestFailed,
     Retarget,
     Tokens,
-    TransferFailed,
+    TransferFailure,
     TransferReport,
 )
 from disagg.transceiver.wire.messages.values import GroupBytes, MetricSample, StageTimes
@@ -229,13 +229,13 @@ def test_a_failed_transfer_is_retargeted_then_computed_locally() -> None:
             await until(lambda: len(decode.links) == 2 and s.router.is_ready())
             answer = asyncio.create_task(collect(s.router, make_request(max_tokens=1 + 1)))
             dispatch = await decode.expect(Dispatch)
-            await decode.say(TransferFailed(dispatch.transfer_id, 1, "digest"))
+            await decode.say(TransferFailure(dispatch.transfer_id, 1, "digest"))
             retarget = await decode.expect(Retarget)
             assert dispatch.peer is not None
             assert {dispatch.peer.incarnation, retarget.peer.incarnation} == {"p0", "p1"}
             again = await prefills[retarget.peer.incarnation].expect(Dispatch)
             assert (again.epoch, again.ticket) == (2, retarget.ticket)
-            await decode.say(TransferFailed(dispatch.transfer_id, 2, "digest"))
+            await decode.say(TransferFailure(dispatch.transfer_id, 2, "digest"))
             local = await decode.expect(PrefillLocally)
             await decode.answer(replace(dispatch, epoch=local.epoch), 3, 4)
             assert (await answer)[0] == [3, 4]

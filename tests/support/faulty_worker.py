@@ -43,7 +43,7 @@ def flip_source(faults: Faults) -> None:
     """At the sender, after its digest."""
     from disagg.transceiver.peers import landing_threads as landing
 
-    plain = landing.LandingThread._digest_unit
+    plain = landing.LandingThreads._digest_unit
 
     def digest_unit(self: Any, unit: Any) -> Any:
         done = plain(self, unit)
@@ -52,7 +52,7 @@ def flip_source(faults: Faults) -> None:
             slot[byte] ^= 1
         return done
 
-    landing.LandingThread._digest_unit = digest_unit
+    landing.LandingThreads._digest_unit = digest_unit
 
 
 def flip_copy(faults: Faults) -> None:
@@ -95,7 +95,7 @@ def use_landing_hook(faults: Faults) -> None:
                 pools[unit.pool].slots[unit.slot][byte] ^= 1
         faults.pause("pause_landing")
 
-    class HookedLanding(parts.LandingThread):  # type: ignore[misc, name-defined]
+    class HookedLanding(parts.LandingThreads):  # type: ignore[misc, name-defined]
         @property
         def _after_copy(self) -> Any:
             return after_copy if faults.names_any("flip_landed", "pause_landing") else None
@@ -103,7 +103,7 @@ def use_landing_hook(faults: Faults) -> None:
         @_after_copy.setter
         def _after_copy(self, hook: None) -> None: ...
 
-    parts.LandingThread = HookedLanding
+    parts.LandingThreads = HookedLanding
 
 
 def meet_poison(faults: Faults, chunks: Sequence[Any]) -> None:

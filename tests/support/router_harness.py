@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-from disagg.router.attempt import Attempts
+from disagg.router.attempt import RoutedRequest
 from disagg.router.charges import WorkerNews
 from disagg.router.choose import Placement, Unplaceable
 from disagg.router.generation import GenerationRequest
-from disagg.transceiver.wire.messages.router import Lease, PeerLink, PeerTarget, Register
+from disagg.transceiver.wire.messages.router import Lease, LinkStatus, PeerTarget, Register
 from disagg.transceiver.wire.messages.values import Geometry, GroupSemantics, Identity, Sampling
 
 IDENTITY = Identity(
@@ -53,8 +53,8 @@ def make_register(
     )
 
 
-def make_link(incarnation: str, state: str = "ready") -> PeerLink:
-    return PeerLink(incarnation, incarnation, "shm", state, 3.5)
+def make_link(incarnation: str, state: str = "ready") -> LinkStatus:
+    return LinkStatus(incarnation, incarnation, "shm", state, 3.5)
 
 
 def make_lease(incarnation: str, *, links: Collection[str] = (), state: str = "ready", num_running: int = 0) -> Lease:
@@ -114,9 +114,9 @@ def make_attempts(
     max_attempts: int = 3,
     timeout_s: float = 60.0,
     news: WorkerNews | None = None,
-) -> Attempts:
+) -> RoutedRequest:
     """A request received at time 0 whose tickets spell what they admit."""
-    return Attempts(
+    return RoutedRequest(
         make_request(max_tokens),
         "t" * 32,
         lambda: placer,

@@ -29,7 +29,7 @@ from disagg.config.settings import WorkerSettings
 from disagg.engine.commands import AttemptKey, ReservedEvent, UnitsFinalEvent
 from disagg.router.generation import GenerationEnd, GenerationError, GenerationRequest
 from disagg.router.router import Router, RouterOptions
-from disagg.transceiver.peers.landing_threads import LandingThread
+from disagg.transceiver.peers.landing_threads import LandingThreads
 from disagg.transceiver.planes import probe
 from disagg.transceiver.planes.base import SourcePlane
 from disagg.transceiver.planes.inproc import InprocHub, InprocLandingPlane, InprocSourcePlane
@@ -199,7 +199,7 @@ class ShellWorker:
         made = EngineParts(role, settings, IDENTITY, layout, self.engine.cache, self.engine, {})
         self.parts = WorkerParts(made, KEYS, lambda ready: None)
         self.parts.shell = self  # type: ignore[attr-defined]
-        self.parts.landing = LandingThread(
+        self.parts.landing = LandingThreads(
             self.parts.regions, [group.dtype for group in layout.groups], after_copy=self.landing
         )
         self.events.put = self.parts.take_events

@@ -15,14 +15,14 @@ from support.event_loop import in_event_loop, within
 from disagg.transceiver.planes import door
 from disagg.transceiver.planes.door import Door, knock
 from disagg.transceiver.planes.greeting import greeting
-from disagg.transceiver.planes.tokens import Tokens
+from disagg.transceiver.planes.tokens import OneTimeTokens
 from disagg.transceiver.wire.messages.values import PlaneOffer
 
 PEER = "d" * 32
 
 
 def open_door() -> tuple[Door, int, PlaneOffer, asyncio.Queue[socket.socket]]:
-    tokens, guests = Tokens(), asyncio.Queue[socket.socket]()
+    tokens, guests = OneTimeTokens(), asyncio.Queue[socket.socket]()
     one = Door("tcp", tokens, lambda sock, peer, token: guests.put_nowait(sock))
     port = one.open("127.0.0.1", 0)
     return one, port, PlaneOffer("tcp", f"tcp://127.0.0.1:{port}", tokens.mint(PEER)), guests

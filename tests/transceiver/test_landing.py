@@ -19,7 +19,7 @@ from disagg.kernels import native
 from disagg.transceiver.layout.units import HashedUnit, SourceUnit
 from disagg.transceiver.memory.hashing import PIECE_NBYTES
 from disagg.transceiver.memory.regions import Destination, LandingJob, PoolRegion
-from disagg.transceiver.peers.landing_threads import AfterCopy, LandingThread
+from disagg.transceiver.peers.landing_threads import AfterCopy, LandingThreads
 from disagg.transceiver.planes.base import LandingPlane
 from disagg.transceiver.planes.inproc import InprocLandingPlane
 from disagg.transceiver.protocol.events import LandedUnit
@@ -32,13 +32,13 @@ PAIRS = [(0, 4, 10), (0, 5, 11), (1, 3, 2), (0, 9, 0)]
 @asynccontextmanager
 async def a_landing(
     kind: str = "inproc", after_copy: AfterCopy | None = None
-) -> AsyncIterator[tuple[PlanePair, Receiver, LandingThread]]:
+) -> AsyncIterator[tuple[PlanePair, Receiver, LandingThreads]]:
     """A plane whose source slots hold zeros, so that they are finite in any dtype; then slot s is filled with s."""
     async with plane_pair(kind) as pair:
         for pool in pair.pools:
             pool.slots[:] = np.arange(len(pool.slots), dtype=np.uint8)[:, None]
         receiver = await pair.receiver()
-        landing = LandingThread(receiver.pools, DTYPES, after_copy=after_copy)
+        landing = LandingThreads(receiver.pools, DTYPES, after_copy=after_copy)
         try:
             yield pair, receiver, landing
         finally:
@@ -100,7 +100,7 @@ async def test_an_error_of_the_copy_reaches_who_submitted() -> None:
 @in_event_loop
 async def test_units_of_the_sender_are_hashed_and_keep_their_slot_and_generation() -> None:
     pools = make_pools([(4, 4096)])
-    landing = LandingThread(pools, ["float32"])
+    landing = LandingThreads(pools, ["float32"])
     units = await within(landing.digest_units([SourceUnit(0, 7, 0, 2, 102), SourceUnit(0, 8, 0, 1, 101)]))
     assert units == (
         HashedUnit(0, 7, 0, 2, 102, xxhash.xxh3_64_intdigest(pools[0].slots[2].tobytes())),
@@ -151,10 +151,10 @@ class GatedPlane(LandingPlane):
 
 
 @asynccontextmanager
-async def a_gated_landing() -> AsyncIterator[tuple[LandingThread, GatedPlane]]:
+async def a_gated_landing() -> AsyncIterator[tuple[LandingThreads, GatedPlane]]:
     pools = make_pools([(4, 64)])
     pools[0].slots[:] = 0
-    landing, plane = LandingThread(pools, ["float32"]), GatedPlane()
+    landing, plane = LandingThreads(pools, ["float32"]), GatedPlane()
     try:
         yield landing, plane
     finally:
@@ -248,7 +248,7 @@ async def test_slots_of_many_pieces_are_hashed_whole_and_one_bad_number_is_found
             sources[0].slots[slot, at : at + 4].view(np.float32)[:] = np.inf
         plane = InprocLandingPlane(pair.hub)
         plane._open(sources, pools)
-        landing = LandingThread(pools, DTYPES, num_threads=num_threads)
+        landing = LandingThreads(pools, DTYPES, num_threads=num_threads)
         jobs = [
             LandingJob("source", "t", 1, number, (Destination(0, number, 0, 5 - number, number, 100 + number),))
             for number in range(5)

@@ -15,8 +15,8 @@ from support.element_walk import HOLE, Cut, ModelGroup, Rank, expected, make_ran
 
 from disagg.transceiver.layout.cut import (
     Copies,
+    ModelCut,
     Rectangle,
-    Side,
     finer,
     inconvertible_field,
     minimum_nbytes,
@@ -87,7 +87,7 @@ class Share:
     sender: int
 
 
-def shares(groups: Sequence[GroupSemantics], sender: Side, receiver: Side) -> tuple[Share, ...]:
+def shares(groups: Sequence[GroupSemantics], sender: ModelCut, receiver: ModelCut) -> tuple[Share, ...]:
     """Between all pairs of ranks."""
     found = [
         Share(to, number, part, source)
@@ -98,8 +98,8 @@ def shares(groups: Sequence[GroupSemantics], sender: Side, receiver: Side) -> tu
     return tuple(sorted(found))
 
 
-def side_of(cut: Cut) -> Side:
-    return Side(cut.block_size, cut.dtype, cut.stages, cut.tensor_ranks)
+def side_of(cut: Cut) -> ModelCut:
+    return ModelCut(cut.block_size, cut.dtype, cut.stages, cut.tensor_ranks)
 
 
 def semantics(group: ModelGroup) -> GroupSemantics:
@@ -235,8 +235,8 @@ FULL = GroupSemantics(None, 0, 4, 8, (0, 1, 2, 3))
 def test_upstreams_example_of_more_receiving_ranks() -> None:
     plan = shares(
         [replace(FULL, num_kv_heads=8)],
-        Side(32, "bfloat16", ((0, 1, 2, 3),), 2),
-        Side(32, "bfloat16", ((0, 1, 2, 3),), 4),
+        ModelCut(32, "bfloat16", ((0, 1, 2, 3),), 2),
+        ModelCut(32, "bfloat16", ((0, 1, 2, 3),), 4),
     )
     assert Share(3, 0, (0, 4, 6, 2), 1) in plan
     assert [share.sender for share in plan] == [0, 0, 1, 1]
@@ -244,16 +244,16 @@ def test_upstreams_example_of_more_receiving_ranks() -> None:
 
 def test_replicated_senders_take_turns() -> None:
     """4 heads on 8 sending ranks: every head lies on two ranks, and each serves one of the two receivers of it."""
-    plan = shares([FULL], Side(16, "float32", ((0, 1, 2, 3),), 8), Side(16, "float32", ((0, 1, 2, 3),), 8))
+    plan = shares([FULL], ModelCut(16, "float32", ((0, 1, 2, 3),), 8), ModelCut(16, "float32", ((0, 1, 2, 3),), 8))
     assert [(share.receiver, share.sender) for share in plan] == [(rank, rank) for rank in range(8)]
-    plan = shares([FULL], Side(16, "float32", ((0, 1, 2, 3),), 8), Side(16, "float32", ((0, 1, 2, 3),), 4))
+    plan = shares([FULL], ModelCut(16, "float32", ((0, 1, 2, 3),), 8), ModelCut(16, "float32", ((0, 1, 2, 3),), 4))
     assert [share.sender for share in plan] == [0, 3, 4, 7]
 
 
 def test_upstreams_example_of_stages() -> None:
     layers = tuple(range(32))
     halves, quarters = (layers[:16], layers[16:]), tuple(layers[i : i + 8] for i in range(0, 32, 8))
-    plan = shares([replace(FULL, layers=layers)], Side(16, "float16", halves), Side(16, "float16", quarters))
+    plan = shares([replace(FULL, layers=layers)], ModelCut(16, "float16", halves), ModelCut(16, "float16", quarters))
     assert [(share.receiver, share.sender, share.rectangle[:2]) for share in plan] == [
         (0, 0, (0, 8)),
         (1, 0, (8, 8)),
@@ -299,7 +299,7 @@ def test_unequal_blocks_move_less_than_the_coarser_would() -> None:
     assert unit_nbytes(group, (0, 2, 0, 1), 8, "float16") == 2 * 2 * 1 * 8 * 8 * 2
 
 
-ONE = Side(16, "float32", ((0, 1, 2, 3),))
+ONE = ModelCut(16, "float32", ((0, 1, 2, 3),))
 
 
 @pytest.mark.parametrize(
@@ -313,7 +313,7 @@ ONE = Side(16, "float32", ((0, 1, 2, 3),))
         ("pipeline_parallel_size", replace(ONE, stages=((0, 1), (1, 2, 3)))),
     ],
 )
-def test_what_does_not_convert_is_named(field: str, other: Side) -> None:
+def test_what_does_not_convert_is_named(field: str, other: ModelCut) -> None:
     assert inconvertible_field([FULL], ONE, other) == field
     assert inconvertible_field([FULL], other, ONE) == field
 
@@ -327,7 +327,7 @@ def test_block_sizes_must_divide() -> None:
 
 def test_ranks_beyond_the_heads_hold_copies_of_them() -> None:
     """Four tensor ranks of two heads: consecutive ranks share one, and with as many ranks as heads each has its own."""
-    side = Side(4, "float32", ((0, 1),), 4)
+    side = ModelCut(4, "float32", ((0, 1),), 4)
     assert [list(side.heads(rank, 2)) for rank in range(4)] == [[0], [0], [1], [1]]
     assert [list(side.heads(rank, 4)) for rank in range(4)] == [[0], [1], [2], [3]]
     assert [list(side.heads(rank, 8)) for rank in range(4)] == [[0, 1], [2, 3], [4, 5], [6, 7]]

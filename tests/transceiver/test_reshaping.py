@@ -25,7 +25,7 @@ from disagg.transceiver.memory import gather as packed
 from disagg.transceiver.memory.peer_cuts import PeerCuts
 from disagg.transceiver.memory.regions import Destination, LandingJob, PoolRegion
 from disagg.transceiver.memory.slot_units import SlotUnits, by_group
-from disagg.transceiver.peers.landing_threads import LandingThread
+from disagg.transceiver.peers.landing_threads import LandingThreads
 from disagg.transceiver.planes import probe, reshaping
 from disagg.transceiver.planes.reshaping import ReshapingPlane
 from disagg.transceiver.wire.errors import LocalProtocolError, RemoteProtocolError, SourceChanged
@@ -69,7 +69,7 @@ class Ends:
     destinations: tuple[PoolRegion, ...]
     sizes: tuple[int, int]
     cut: SlotUnits
-    landing: LandingThread
+    landing: LandingThreads
 
     @property
     def unit(self) -> int:
@@ -116,7 +116,7 @@ async def ends(kind: str, sender: int, receiver: int) -> AsyncIterator[Ends]:
         await pair.source.start(sources)
         unit = min(sender, receiver)
         plane = ReshapingPlane(pair.make_landing(), geometry(sender), geometry(receiver), destinations)
-        landing = LandingThread(destinations, ["float32"] * len(GROUPS))
+        landing = LandingThreads(destinations, ["float32"] * len(GROUPS))
         try:
             await plane.connect("me", pair.source.offer("me"), plane.probe_pools)
             cut = SlotUnits(geometry(sender), sources, unit, geometry(receiver))
@@ -166,7 +166,7 @@ async def test_every_token_lands_in_its_place_and_nothing_else_changes(kind: str
 @in_event_loop
 async def test_sender_and_receiver_hash_the_same_bytes(kind: str) -> None:
     async with ends(kind, 16, 8) as e:
-        at_source = LandingThread(e.sources, ["float32"] * 3)
+        at_source = LandingThreads(e.sources, ["float32"] * 3)
         mine: tuple[HashedUnit, ...] = await at_source.digest_units(e.units(SOURCE_SLOTS), e.cut)
         await at_source.close()
         units = list(e.cut.split(e.units(SOURCE_SLOTS)))
@@ -198,7 +198,7 @@ async def test_a_slot_given_away_is_noticed(kind: str) -> None:
         e.sources[0].generations[3] += 1
         with pytest.raises(SourceChanged):
             await within(e.move(job, units))
-        at_source = LandingThread(e.sources, ["float32"] * 3)
+        at_source = LandingThreads(e.sources, ["float32"] * 3)
         with pytest.raises(SourceChanged):
             await at_source.digest_units([SourceUnit(0, 0, 0, 3, 0)], e.cut)
         await at_source.close()
@@ -319,7 +319,7 @@ async def test_numbers_beyond_the_receivers_format_are_counted_with_the_job_that
         await pair.source.start(sources)
         plane = ReshapingPlane(pair.make_landing(), theirs, ours, destinations)
         await plane.connect("me", pair.source.offer("me"), plane.probe_pools)
-        landing = LandingThread(destinations, ["float16"] * 3, num_threads=2)
+        landing = LandingThreads(destinations, ["float16"] * 3, num_threads=2)
         jobs = [
             LandingJob("source", "t", 1, slot, (Destination(0, slot, 0, slot, slot, 100 + slot),)) for slot in (3, 4, 5)
         ]
@@ -403,7 +403,7 @@ async def test_each_geometry_of_peers_has_one_cut_whose_digests_and_counts_outli
     cut, kept = cuts.of_peer(geometry(8))
     assert cuts.of_peer(geometry(8)) == (cut, kept) != cuts.of_peer(geometry(4))
     assert cut is not None
-    landing = LandingThread(pools, ["float32"] * 3)
+    landing = LandingThreads(pools, ["float32"] * 3)
     slots = [SourceUnit(0, 0, 0, 5, int(pools[0].generations[5]))]
     hash_units = functools.partial(landing.digest_units, cut=cut)
     first = await kept.digest_units(slots, hash_units)

@@ -20,7 +20,7 @@ from support.zmtp_proxy import ZmtpProxy
 
 from disagg.transceiver.planes.zmq import frames
 from disagg.transceiver.planes.zmq import landing as zmq_landing
-from disagg.transceiver.planes.zmq.frames import WINDOW, Credit, Hello, SliceHead, pack, parse
+from disagg.transceiver.planes.zmq.frames import WINDOW, Credit, DataHello, SliceHead, pack, parse
 from disagg.transceiver.planes.zmq.landing import ZmqLandingPlane
 from disagg.transceiver.planes.zmq.source import ZmqSourcePlane
 from disagg.transceiver.wire.connection import Connection
@@ -206,7 +206,7 @@ async def test_nonsense_from_a_connected_peer_is_counted_and_disturbs_nobody() -
         nonsense = [[b""], [b"?"], [b"H"], [b"C"], [b"S"], [b"a", b"b"], [pack(Credit(9))], [b"H" + b"\xff" * 40]]
         for message in [*nonsense, [pack(SliceHead("t", 1, 0, 0))]]:
             stranger.send(message)
-        stranger.send([pack(Hello(receiver.incarnation, bytes(16)))])
+        stranger.send([pack(DataHello(receiver.incarnation, bytes(16)))])
         assert [frame.bytes for frame in await within(stranger.receive())] == [frames.REFUSED]
         assert pair.source.num_malformed == len(nonsense) + 1
         await within(pair.move(receiver, PAIRS))
@@ -306,5 +306,9 @@ def test_any_bytes_parse_or_are_refused(data: bytes) -> None:
 
 @given(st.text(max_size=40), st.integers(0, 2**32 - 1), st.integers(0, 2**32 - 1), st.integers(0, 2**64 - 1))
 def test_heads_come_back_as_they_were(transfer_id: str, epoch: int, number: int, nbytes: int) -> None:
-    for head in (SliceHead(transfer_id, epoch, number, nbytes), Credit(number), Hello("x" + transfer_id, b"t" * 16)):
+    for head in (
+        SliceHead(transfer_id, epoch, number, nbytes),
+        Credit(number),
+        DataHello("x" + transfer_id, b"t" * 16),
+    ):
         assert parse(pack(head)) == head

@@ -24,7 +24,7 @@ from disagg.engine.commands import (
 )
 from disagg.transceiver.layout.units import SourceUnit
 from disagg.transceiver.memory.kept_digests import KeptDigests
-from disagg.transceiver.peers.landing_threads import LandingThread
+from disagg.transceiver.peers.landing_threads import LandingThreads
 from disagg.transceiver.wire.messages.values import FirstToken, SamplingState
 from disagg.worker.engine_events import EngineEvents
 
@@ -62,7 +62,7 @@ class Story:
         self.pools = make_pools([(8, 64)])
         self.heard, self.commands = Heard(), []
         self._may_go = threading.Event()
-        self.landing = LandingThread(self.pools, ["float32"] * LAYOUT.num_groups)
+        self.landing = LandingThreads(self.pools, ["float32"] * LAYOUT.num_groups)
         kept = KeptDigests([8])
         self.parts: Any = SimpleNamespace(
             cuts=SimpleNamespace(of_peer=lambda geometry: (None, kept), kept=kept),

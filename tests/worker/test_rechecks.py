@@ -30,7 +30,7 @@ from disagg.engine.commands import (
 from disagg.engine.recheck import PrefixRecheck
 from disagg.transceiver.memory.kept_digests import KeptDigests
 from disagg.transceiver.memory.regions import PoolRegion
-from disagg.transceiver.peers.landing_threads import LandingThread
+from disagg.transceiver.peers.landing_threads import LandingThreads
 from disagg.transceiver.wire.messages.values import UnitName
 from disagg.worker.rechecks import Rechecks
 
@@ -53,7 +53,7 @@ class Worker:
         self.commands: list[Command] = []
         self.parts: Any = SimpleNamespace(
             cuts=SimpleNamespace(kept=KeptDigests([pool.num_slots for pool in pools])),
-            landing=LandingThread(regions, [group.dtype for group in LAYOUT.groups]),
+            landing=LandingThreads(regions, [group.dtype for group in LAYOUT.groups]),
             metrics=SimpleNamespace(count_rehashed=lambda why, result, n: self.counts.update({(why, result): n})),
             model=SimpleNamespace(submit=self.commands.append),
         )

@@ -101,8 +101,8 @@ UNSENDABLE = {
     "logprobs": (r.Tokens("t", 1, 0, (1,), (raw(TokenLogprobs, 0.0, ((2**70, 0.0),)),)), r.RequestFailed),
     "the end": (raw(r.Finished, "t", 1, 2**70, "stop"), r.RequestFailed),
     "a failure": (r.RequestFailed("t", 1, 503, "no room for \udc80"), r.RequestFailed),
-    "a long failure": (raw(r.TransferFailed, "t", 1, "x" * (17 << 20)), r.TransferFailed),
-    "many units": (r.TransferFailed("t", 1, "digest", (raw(UnitName, 2**70, 1),)), r.TransferFailed),
+    "a long failure": (raw(r.TransferFailure, "t", 1, "x" * (17 << 20)), r.TransferFailure),
+    "many units": (r.TransferFailure("t", 1, "digest", (raw(UnitName, 2**70, 1),)), r.TransferFailure),
 }
 
 
@@ -116,7 +116,7 @@ async def test_what_no_frame_can_carry_ends_its_own_attempt_and_the_worker_goes_
         instead = await router.hear()
         assert type(instead) is kind
         assert (instead.transfer_id, instead.epoch) == ("t", 1)
-        assert "cannot" in (instead.reason if isinstance(instead, r.TransferFailed) else instead.message)
+        assert "cannot" in (instead.reason if isinstance(instead, r.TransferFailure) else instead.message)
         assert getattr(instead, "status", 500) == getattr(message, "status", 500)
         assert await router.hear() == r.Finished("other", 1, 3, "length")
 

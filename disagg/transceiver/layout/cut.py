@@ -39,7 +39,7 @@ class Attends(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Side:
+class ModelCut:
     """How one side cuts the model. Flat rank = stage * tensor_parallel_size + tensor rank.
 
     `stages`: the model layer indexes of each pipeline stage. Heads are split evenly where there are at least as many
@@ -79,7 +79,7 @@ class Copies:
         return len(self.ordinals)
 
 
-def unit_size(sender: Side | int, receiver: Side | int) -> int:
+def unit_size(sender: ModelCut | int, receiver: ModelCut | int) -> int:
     """Tokens per unit: the finer block size. Raises `ValueError` unless it divides the other."""
     sizes = [side if isinstance(side, int) else side.block_size for side in (sender, receiver)]
     if min(sizes) < 1 or max(sizes) % min(sizes):
@@ -87,7 +87,7 @@ def unit_size(sender: Side | int, receiver: Side | int) -> int:
     return min(sizes)
 
 
-def inconvertible_field(groups: Sequence[GroupSemantics], sender: Side, receiver: Side) -> str | None:
+def inconvertible_field(groups: Sequence[GroupSemantics], sender: ModelCut, receiver: ModelCut) -> str | None:
     """Name of the first field for which no plan exists, or None: these two sides can serve each other."""
     if min(sender.block_size, receiver.block_size) < 1 or _is_uneven(sender.block_size, receiver.block_size):
         return "block_size"
@@ -110,7 +110,9 @@ def _is_uneven(a: int, b: int) -> bool:
 # --- layers and heads ---------------------------------------------------------------------------------------------
 
 
-def rectangle(group: GroupSemantics, sender: Side, source_rank: int, receiver: Side, rank: int) -> Rectangle | None:
+def rectangle(
+    group: GroupSemantics, sender: ModelCut, source_rank: int, receiver: ModelCut, rank: int
+) -> Rectangle | None:
     """What one rank sends to another of a group: over all pairs of ranks, each receiver's part of it exactly once.
 
     Stages are runs of layers, so that two of them share one run at most. Both ranks are flat.

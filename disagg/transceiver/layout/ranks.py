@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from disagg.transceiver.layout.cut import Rectangle, Side, rectangle, whole_group
+from disagg.transceiver.layout.cut import ModelCut, Rectangle, rectangle, whole_group
 from disagg.transceiver.layout.required import needed_units
 from disagg.transceiver.layout.strides import ELEMENT_NBYTES, Layout, slot_strides
 from disagg.transceiver.wire.messages.values import Geometry, GroupRuns, GroupSemantics, LayerScales
@@ -67,11 +67,11 @@ class Part:
         )
 
 
-def side_of(geometry: Geometry) -> Side:
+def side_of(geometry: Geometry) -> ModelCut:
     """How a worker cuts the model."""
     every = tuple(sorted(layer for group in geometry.groups for layer in group.layers))
     stages = geometry.stages or (every,)
-    return Side(geometry.block_size, geometry.kv_dtype, stages, geometry.tensor_parallel_size)
+    return ModelCut(geometry.block_size, geometry.kv_dtype, stages, geometry.tensor_parallel_size)
 
 
 def held_groups(geometry: Geometry) -> tuple[HeldGroup, ...]:

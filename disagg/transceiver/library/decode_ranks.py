@@ -19,7 +19,7 @@ from disagg.transceiver.layout.units import geometry_by_units, peer_unit
 from disagg.transceiver.memory.foreign_pools import pool_numbers
 from disagg.transceiver.memory.regions import PoolRegion
 from disagg.transceiver.peers.decode_side import ReceivingSide, TransferRecord
-from disagg.transceiver.peers.landing_threads import LandingThread
+from disagg.transceiver.peers.landing_threads import LandingThreads
 from disagg.transceiver.planes.base import LandingPlane
 from disagg.transceiver.protocol.actions import FreeReservation, PartVerified, ReportFailed, Verified
 from disagg.transceiver.protocol.events import CancelAsked, Reserved
@@ -69,7 +69,7 @@ class DecodeRanks:
         self._attempts: dict[AttemptKey, _Attempt] = {}
         self._parts: dict[AttemptKey, tuple[AttemptKey, Pair]] = {}
         self._landing = [
-            LandingThread(r.pools, [r.node.geometry.kv_dtype] * len(r.node.geometry.groups)) for r in self._ranks
+            LandingThreads(r.pools, [r.node.geometry.kv_dtype] * len(r.node.geometry.groups)) for r in self._ranks
         ]
         self._sides = [
             ReceivingSide(

@@ -16,7 +16,7 @@ from disagg.transceiver.layout.units import SourceUnit, geometry_by_units, peer_
 from disagg.transceiver.memory.foreign_pools import moves_slots
 from disagg.transceiver.memory.regions import PoolRegion
 from disagg.transceiver.memory.slot_units import SlotUnits
-from disagg.transceiver.peers.landing_threads import LandingThread
+from disagg.transceiver.peers.landing_threads import LandingThreads
 from disagg.transceiver.peers.prefill_side import SendingSide
 from disagg.transceiver.planes.base import SourcePlane
 from disagg.transceiver.protocol.events import Pinned, PromptComputed, UnitsFinal
@@ -54,7 +54,7 @@ class PrefillRanks:
     def __init__(self, ranks: Sequence[PrefillRank], on_released: Callable[[AttemptKey], None]) -> None:
         """`on_released`: a part, named by `part_key`, needs its sources no more."""
         self._ranks, self._on_released = tuple(ranks), on_released
-        self._landing = [LandingThread(rank.pools, ()) for rank in self._ranks]
+        self._landing = [LandingThreads(rank.pools, ()) for rank in self._ranks]
         self._sides = [SendingSide(rank.node, rank.server, rank.planes, self, rank.pools) for rank in self._ranks]
 
     async def run(self) -> None:

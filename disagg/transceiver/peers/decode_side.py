@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Final, Protocol
 
 from disagg.transceiver.memory.regions import Destination, LandingJob, PoolRegion
-from disagg.transceiver.peers.landing_threads import Landed, LandingThread
+from disagg.transceiver.peers.landing_threads import Landed, LandingThreads
 from disagg.transceiver.peers.link import LinkSpeed, PeerLink
 from disagg.transceiver.peers.live import Transfers
 from disagg.transceiver.planes.base import LandingPlane
@@ -35,7 +35,7 @@ from disagg.transceiver.wire import reasons
 from disagg.transceiver.wire.errors import PeerLost, TransceiverError
 from disagg.transceiver.wire.faults import PeerFaults
 from disagg.transceiver.wire.messages.peer import Received, Refused, Slice, TransferMessage
-from disagg.transceiver.wire.messages.router import PeerLink as LinkReport
+from disagg.transceiver.wire.messages.router import LinkStatus as LinkReport
 from disagg.transceiver.wire.messages.router import PeerTarget
 from disagg.transceiver.wire.messages.values import AttemptKey
 from disagg.transceiver.wire.node import Node
@@ -96,7 +96,7 @@ class ReceivingSide:
         planes: Mapping[str, Callable[[], LandingPlane]],
         pools: Sequence[PoolRegion],
         pool_of_group: Sequence[int],
-        landing: LandingThread,
+        landing: LandingThreads,
         sockets: Sockets,
         host: LandingHost,
         on_part: Callable[[AttemptKey, PartVerified, TransferRecord], None] | None = None,

@@ -41,7 +41,7 @@ Python's lock, and on two cores the second takes the one that event loops and li
 OnEnd = Callable[[LandingJob, "Future[Landed]"], None]
 
 
-class LandingThread:
+class LandingThreads:
     """Runs landing and digest jobs in the order they were submitted. Use it from one event loop."""
 
     def __init__(

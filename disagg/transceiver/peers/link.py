@@ -38,7 +38,7 @@ from disagg.transceiver.wire.messages.peer import (
     TransferMessage,
     Welcome,
 )
-from disagg.transceiver.wire.messages.router import PeerLink as LinkReport
+from disagg.transceiver.wire.messages.router import LinkStatus as LinkReport
 from disagg.transceiver.wire.messages.router import PeerTarget
 from disagg.transceiver.wire.messages.values import AttemptKey, Geometry, PlaneOffer
 from disagg.transceiver.wire.node import Node

@@ -13,7 +13,7 @@ from typing import Final
 
 from disagg.transceiver.planes.greeting import GREETING_S, HANDSHAKE_S, MAX_SILENT, greeting, parse_greeting
 from disagg.transceiver.planes.slice_stream import WELCOME, split_address
-from disagg.transceiver.planes.tokens import Tokens
+from disagg.transceiver.planes.tokens import OneTimeTokens
 from disagg.transceiver.wire.errors import EndpointRefused, PeerLost, PlaneRefused
 from disagg.transceiver.wire.messages.values import PlaneOffer
 from disagg.transceiver.wire.sockets import SHORT, shortage
@@ -61,7 +61,7 @@ class Door:
     never dropped for strangers.
     """
 
-    def __init__(self, plane: str, tokens: Tokens, on_guest: OnGuest) -> None:
+    def __init__(self, plane: str, tokens: OneTimeTokens, on_guest: OnGuest) -> None:
         self._plane, self._tokens, self._on_guest = plane, tokens, on_guest
         self._visitors: dict[_Visitor, None] = {}
         """The oldest first."""

@@ -9,7 +9,7 @@ from disagg.transceiver.layout.units import SourceUnit
 from disagg.transceiver.memory.regions import PoolRegion
 from disagg.transceiver.planes.base import SourcePlane
 from disagg.transceiver.planes.reading import ReadingLandingPlane
-from disagg.transceiver.planes.tokens import Tokens
+from disagg.transceiver.planes.tokens import OneTimeTokens
 from disagg.transceiver.wire.errors import LocalProtocolError, PlaneRefused
 from disagg.transceiver.wire.messages.values import PlaneOffer
 
@@ -28,7 +28,7 @@ class InprocSourcePlane(SourcePlane):
     def __init__(self, hub: InprocHub) -> None:
         self._hub = hub
         self._address = secrets.token_hex(8)
-        self._tokens = Tokens()
+        self._tokens = OneTimeTokens()
         self._readers: dict[str, InprocLandingPlane] = {}
         self.pools: tuple[PoolRegion, ...] = ()
 

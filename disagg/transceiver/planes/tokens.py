@@ -10,7 +10,7 @@ TOKEN_NBYTES: Final = 16
 """128 random bits cannot be guessed within a peer's life."""
 
 
-class Tokens:
+class OneTimeTokens:
     """Tokens of offers that nobody has used yet."""
 
     def __init__(self) -> None:

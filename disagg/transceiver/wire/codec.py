@@ -56,7 +56,7 @@ TAGS: Final[dict[int, type]] = {
     37: router.Tokens,
     38: router.Finished,
     39: router.RequestFailed,
-    40: router.TransferFailed,
+    40: router.TransferFailure,
     41: router.Retarget,
     42: router.PrefillLocally,
     43: router.CancelRequest,

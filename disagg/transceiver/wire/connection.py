@@ -19,7 +19,7 @@ MAX_AT_ONCE: Final = 64
 """Messages taken without letting the loop do anything else: 2 ms of a flood, which may hold up nothing for longer."""
 
 
-class Receiver:
+class FrameReader:
     """Receives from one socket so that a cancelled `receive` loses no message: it stays for the next call."""
 
     def __init__(self, socket: zmq.asyncio.Socket) -> None:
@@ -79,7 +79,7 @@ class Connection:
         except zmq.ZMQError as exc:
             self._socket.close()
             raise shortage("the watch of a connection", exc) from exc
-        self._receiver = Receiver(self._socket)
+        self._receiver = FrameReader(self._socket)
         self._ready = asyncio.Event()
         self._lost = asyncio.Event()
         try:

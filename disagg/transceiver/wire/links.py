@@ -15,7 +15,7 @@ from typing import Any, Final
 import zmq
 
 from disagg.transceiver.wire.codec import MAX_MESSAGE_NBYTES, Message, decode, encode
-from disagg.transceiver.wire.connection import Connection, Receiver
+from disagg.transceiver.wire.connection import Connection, FrameReader
 from disagg.transceiver.wire.errors import PeerLost, ProtocolDiffers, RemoteProtocolError
 from disagg.transceiver.wire.keys import ClusterKeys
 from disagg.transceiver.wire.messages.peer import Refused
@@ -69,7 +69,7 @@ class ControlServer:
         self.sockets = sockets
         self._socket = sockets.open(zmq.ROUTER, max_message_nbytes=MAX_MESSAGE_NBYTES, high_water_mark=HIGH_WATER_MARK)
         self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)  # an unroutable message is an error, never dropped silently
-        self._receiver = Receiver(self._socket)
+        self._receiver = FrameReader(self._socket)
         self._inlet = _Inlet()
         try:
             self.endpoint = sockets.bind(self._socket, endpoint)

@@ -91,7 +91,7 @@ class Many(Shape):
         return self.is_ints and set(map(type, values)) <= {int}
 
 
-class Packed(Shape):
+class PackedShape(Shape):
     """`PackedInts`: one `bytes`, read and written without looking at each item in Python."""
 
     def write(self, value: Any, path: str) -> bytes:
@@ -173,7 +173,7 @@ def shape_of(hint: Any) -> Shape:
     if is_dataclass(hint):
         return Record(typing.cast(type, hint))
     if hint == PackedInts:
-        return Packed()
+        return PackedShape()
     arguments = get_args(hint)
     if get_origin(hint) is tuple:
         return Many(shape_of(arguments[0])) if arguments[-1] is Ellipsis else Fixed(tuple(map(shape_of, arguments)))

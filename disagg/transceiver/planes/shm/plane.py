@@ -21,7 +21,7 @@ from disagg.transceiver.planes.greeting import GREETING_S, HANDSHAKE_S, MAX_SILE
 from disagg.transceiver.planes.reading import ReadingLandingPlane
 from disagg.transceiver.planes.shm.handshake import check_shareable, peer_uid, request_pools, send_pools
 from disagg.transceiver.planes.shm.mapping import PoolMapping
-from disagg.transceiver.planes.tokens import Tokens
+from disagg.transceiver.planes.tokens import OneTimeTokens
 from disagg.transceiver.wire.errors import LocalProtocolError, PeerLost, PlaneRefused, Shortage
 from disagg.transceiver.wire.messages.values import PlaneOffer
 from disagg.transceiver.wire.sockets import SHORT
@@ -38,7 +38,7 @@ class ShmSourcePlane(SourcePlane):
     def __init__(self) -> None:
         self._address = secrets.token_hex(16)
         self._nonce = secrets.token_bytes(16)
-        self._tokens = Tokens()
+        self._tokens = OneTimeTokens()
         self._pools: tuple[PoolRegion, ...] = ()
         self._server: asyncio.Server | None = None
         self._doors: set[_Door] = set()

@@ -25,7 +25,7 @@ from disagg.transceiver.planes.door import Door
 from disagg.transceiver.planes.probe import send_probe
 from disagg.transceiver.planes.slice_stream import SliceHeader, run_views, wire_name
 from disagg.transceiver.planes.tcp.stream import Stream
-from disagg.transceiver.planes.tokens import Tokens
+from disagg.transceiver.planes.tokens import OneTimeTokens
 from disagg.transceiver.wire.errors import PeerLost
 from disagg.transceiver.wire.keys import ClusterKeys
 from disagg.transceiver.wire.messages.values import PlaneOffer
@@ -43,7 +43,7 @@ class TcpSourcePlane(SourcePlane):
         """Listen on `host` (port 0 = any free one); peers are told `advertised_host` where that differs."""
         self._host, self._port, self._advertised_host = host, port, advertised_host or host
         self._keys = keys
-        self._tokens = Tokens()
+        self._tokens = OneTimeTokens()
         self._door = Door(self.name, self._tokens, self._admit)
         self._pools: tuple[PoolRegion, ...] = ()
         self._streams: dict[str, Stream] = {}

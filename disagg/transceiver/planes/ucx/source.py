@@ -26,7 +26,7 @@ from disagg.transceiver.planes.base import SourcePlane
 from disagg.transceiver.planes.door import Door
 from disagg.transceiver.planes.probe import send_probe
 from disagg.transceiver.planes.slice_stream import SliceHeader, run_views, wire_name
-from disagg.transceiver.planes.tokens import Tokens
+from disagg.transceiver.planes.tokens import OneTimeTokens
 from disagg.transceiver.planes.ucx.library import library
 from disagg.transceiver.planes.ucx.sender import UcxSender
 from disagg.transceiver.planes.ucx.thread import UcxThread
@@ -47,7 +47,7 @@ class UcxSourcePlane(SourcePlane):
         """Listen on `host` (port 0 = any free one); peers are told `advertised_host` where that differs."""
         self._host, self._port, self._advertised_host = host, port, advertised_host or host
         self._keys = keys
-        self._tokens = Tokens()
+        self._tokens = OneTimeTokens()
         self._door = Door(self.name, self._tokens, self._admit)
         self._pools: tuple[PoolRegion, ...] = ()
         self._senders: dict[str, UcxSender] = {}

@@ -33,7 +33,7 @@ _SLICE_HEAD: Final = struct.Struct("<IIQ")
 
 
 @dataclass(frozen=True, slots=True)
-class Hello:
+class DataHello:
     incarnation: str
     token: bytes
 
@@ -44,7 +44,7 @@ class Credit:
 
 
 @dataclass(frozen=True, slots=True)
-class Probe:
+class ProbeRequest:
     """Asked for once per connection."""
 
 
@@ -56,7 +56,7 @@ class SliceHead:
     nbytes: int
 
 
-def pack(head: Hello | Credit | Probe | SliceHead) -> bytes:
+def pack(head: DataHello | Credit | ProbeRequest | SliceHead) -> bytes:
     return seal(_pack(head))
 
 
@@ -65,19 +65,19 @@ def seal(body: bytes) -> bytes:
     return body + _COUNT.pack(zlib.crc32(body))
 
 
-def _pack(head: Hello | Credit | Probe | SliceHead) -> bytes:
+def _pack(head: DataHello | Credit | ProbeRequest | SliceHead) -> bytes:
     match head:
-        case Hello(incarnation, token):
+        case DataHello(incarnation, token):
             return _HELLO + token + incarnation.encode()
         case Credit(num_slices):
             return _CREDIT + _COUNT.pack(num_slices)
-        case Probe():
+        case ProbeRequest():
             return _PROBE
         case SliceHead(transfer_id, epoch, number, nbytes):
             return _SLICE + _SLICE_HEAD.pack(epoch, number, nbytes) + transfer_id.encode()
 
 
-def parse(data: bytes) -> Hello | Credit | Probe | SliceHead:
+def parse(data: bytes) -> DataHello | Credit | ProbeRequest | SliceHead:
     """The head in `data`. Raises `RemoteProtocolError`."""
     data, check = data[: -_COUNT.size], data[-_COUNT.size :]
     if _COUNT.pack(zlib.crc32(data)) != check:
@@ -85,11 +85,11 @@ def parse(data: bytes) -> Hello | Credit | Probe | SliceHead:
     kind, body = data[:1], data[1:]
     try:
         if kind == _HELLO and len(body) > TOKEN_NBYTES:
-            return Hello(body[TOKEN_NBYTES:].decode(), body[:TOKEN_NBYTES])
+            return DataHello(body[TOKEN_NBYTES:].decode(), body[:TOKEN_NBYTES])
         if kind == _CREDIT:
             return Credit(*_COUNT.unpack(body))
         if data == _PROBE:
-            return Probe()
+            return ProbeRequest()
         if kind == _SLICE:
             epoch, number, nbytes = _SLICE_HEAD.unpack_from(body)
             return SliceHead(body[_SLICE_HEAD.size :].decode(), epoch, number, nbytes)

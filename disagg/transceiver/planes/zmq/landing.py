@@ -19,7 +19,17 @@ from disagg.transceiver.memory.copying import copy_rows
 from disagg.transceiver.memory.regions import Bytes, LandingJob, PoolRegion
 from disagg.transceiver.planes.base import LandingPlane
 from disagg.transceiver.planes.unasked import KEEP_S, EndedEpochs
-from disagg.transceiver.planes.zmq.frames import REFUSED, WELCOME, WINDOW, Credit, Hello, Probe, SliceHead, pack, parse
+from disagg.transceiver.planes.zmq.frames import (
+    REFUSED,
+    WELCOME,
+    WINDOW,
+    Credit,
+    DataHello,
+    ProbeRequest,
+    SliceHead,
+    pack,
+    parse,
+)
 from disagg.transceiver.wire.connection import Connection
 from disagg.transceiver.wire.errors import (
     EndpointRefused,
@@ -112,7 +122,7 @@ class ZmqLandingPlane(LandingPlane):
         try:
             async with asyncio.timeout(OPEN_S):
                 await connection.ready()
-                connection.send([pack(Hello(me, token))])
+                connection.send([pack(DataHello(me, token))])
                 answer = await connection.receive()
         except TimeoutError as exc:
             raise PeerLost(f"zmq: {connection.endpoint} did not answer within {OPEN_S:g} s") from exc
@@ -120,7 +130,7 @@ class ZmqLandingPlane(LandingPlane):
             raise PlaneRefused("zmq: the token is not the one offered to this peer, or was used before")
 
     async def ask_probe(self) -> None:
-        self._say(pack(Probe()))
+        self._say(pack(ProbeRequest()))
 
     def _say(self, head: bytes) -> None:
         if self._connection is not None:

@@ -22,9 +22,19 @@ from disagg.transceiver.memory.copying import check_generations, copy_rows
 from disagg.transceiver.memory.regions import Bytes, PoolRegion
 from disagg.transceiver.planes.base import SourcePlane
 from disagg.transceiver.planes.probe import send_probe
-from disagg.transceiver.planes.tokens import Tokens
-from disagg.transceiver.planes.zmq.frames import REFUSED, WELCOME, WINDOW, Credit, Hello, Probe, SliceHead, pack, parse
-from disagg.transceiver.wire.connection import Receiver
+from disagg.transceiver.planes.tokens import OneTimeTokens
+from disagg.transceiver.planes.zmq.frames import (
+    REFUSED,
+    WELCOME,
+    WINDOW,
+    Credit,
+    DataHello,
+    ProbeRequest,
+    SliceHead,
+    pack,
+    parse,
+)
+from disagg.transceiver.wire.connection import FrameReader
 from disagg.transceiver.wire.errors import PeerLost, RemoteProtocolError
 from disagg.transceiver.wire.keys import ClusterKeys
 from disagg.transceiver.wire.messages.values import PlaneOffer
@@ -57,7 +67,7 @@ class ZmqSourcePlane(SourcePlane):
         self._bind_to = f"tcp://{bracketed(host)}:{port}"
         self._advertised_host, self._advertised_port = advertised_host or host, advertised_port
         self._keys = keys
-        self._tokens = Tokens()
+        self._tokens = OneTimeTokens()
         self._pools: tuple[PoolRegion, ...] = ()
         self._receivers: dict[str, _Window] = {}
         self._peer_of: dict[bytes, str] = {}
@@ -79,7 +89,7 @@ class ZmqSourcePlane(SourcePlane):
             zmq.ROUTER, max_message_nbytes=_MAX_RECEIVED_NBYTES, high_water_mark=2 * WINDOW, carries_data=True
         )
         self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
-        self._incoming = Receiver(self._socket)
+        self._incoming = FrameReader(self._socket)
         try:
             endpoint = sockets.bind(self._socket, self._bind_to)
         except BaseException:
@@ -201,14 +211,18 @@ class ZmqSourcePlane(SourcePlane):
             self._reply(routing_id, REFUSED)
             self._lose(peer)
 
-    def _take(self, routing_id: bytes, head: Hello | Credit | Probe | SliceHead) -> None:
+    def _may_probe(self, routing_id: bytes) -> bool:
+        peer = self._peer_of.get(routing_id)
+        return peer is not None and self._receivers[peer].may_probe()
+
+    def _take(self, routing_id: bytes, head: DataHello | Credit | ProbeRequest | SliceHead) -> None:
         match head:
-            case Hello(incarnation, token):
+            case DataHello(incarnation, token):
                 self._reply(routing_id, WELCOME if self._admit(routing_id, incarnation, token) else REFUSED)
             case Credit(num_slices) if (peer := self._peer_of.get(routing_id)) is not None:
                 self._receivers[peer].give(num_slices)
-            case Probe() if (peer := self._peer_of.get(routing_id)) is not None and self._receivers[peer].may_probe():
-                self._spawn(send_probe(self, peer, self._pools))
+            case ProbeRequest() if self._may_probe(routing_id):
+                self._spawn(send_probe(self, self._peer_of[routing_id], self._pools))
             case _:
                 raise RemoteProtocolError("a receiver sent a slice, a second probe, or credit before its hello")
 

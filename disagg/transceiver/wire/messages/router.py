@@ -123,7 +123,7 @@ class Peers:
 
 
 @dataclass(frozen=True, slots=True)
-class PeerLink:
+class LinkStatus:
     """What a worker says of one peer.
 
     `state` is `ready`, `suspect`, `lost`, `connecting` or `refused`; `detail` names the field that differs.
@@ -186,7 +186,7 @@ class Lease:
     num_queued: int = 0
     blocks_used: tuple[int, ...] = ()
     blocks_free: tuple[int, ...] = ()
-    links: tuple[PeerLink, ...] = ()
+    links: tuple[LinkStatus, ...] = ()
 
     def __post_init__(self) -> None:
         check_id("incarnation", self.incarnation)
@@ -286,7 +286,7 @@ class RequestFailed:
 
 
 @dataclass(frozen=True, slots=True)
-class TransferFailed:
+class TransferFailure:
     """Decode -> router: this epoch's KV did not arrive whole. The router owns what happens next."""
 
     transfer_id: str
@@ -368,7 +368,7 @@ RouterMessage = (
     | Tokens
     | Finished
     | RequestFailed
-    | TransferFailed
+    | TransferFailure
     | Retarget
     | PrefillLocally
     | CancelRequest
