@@ -16,7 +16,7 @@ BACKLOG: Final = 2048  # clients that the kernel keeps waiting for us; uvicorn's
 EXHAUSTED: Final = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 
 MakeProtocol = Callable[[bool], asyncio.Protocol]
-"""The protocol of one client, who is to be refused if true."""
+"""The protocol of one client; true where the client is to be refused."""
 
 
 async def accept(listening: socket.socket, make: MakeProtocol, connections: Connections) -> None:

@@ -21,7 +21,7 @@ from disagg.api.errors import ApiError
 from disagg.api.h11_connection import MAX_HEAD_LINES, MAX_HEAD_NBYTES, BoundedH11
 from disagg.api.wire import raw_response
 
-KEEP_ALIVE_S: Final = 75  # over the 60 s of common load balancers, so that it is they who close idle connections
+KEEP_ALIVE_S: Final = 75  # over the 60 s of common load balancers, so that those close idle connections first
 HEAD_TIMEOUT_S: Final = 20.0  # a head is one packet; 20 s forgive some lost ones
 STALL_TIMEOUT_S: Final = 60.0  # a client that reads nothing for so long is gone
 LINGER_S: Final = 30.0  # a client that sends 8 MiB at 2 Mbit/s has then sent it

@@ -92,7 +92,7 @@ def base_seed(params: RequestParams) -> int:
 
 
 def prefix_salt(tenant: str | None, cache_salt: str | None) -> str:
-    """Who shares cached KV: requests of one tenant (its API key) that name the same salt. Reveals neither."""
+    """Cached KV is shared by requests of one tenant (its API key) that name the same salt. Reveals neither."""
     if tenant is None and cache_salt is None:
         return ""
     state = blake2b(digest_size=16, person=b"disagg-salt")

@@ -18,7 +18,7 @@ from disagg.api.shapes import AnswerShape, usage
 
 
 class ClientStalledError(Exception):
-    """The client stopped reading; there is nobody to tell."""
+    """The client stopped reading; no error can reach it."""
 
 
 class Head:

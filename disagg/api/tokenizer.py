@@ -83,7 +83,7 @@ class ModelTokenizer:
         )
 
     def is_longer(self, text: str, num_tokens: int) -> bool:
-        """Whether the text is clearly longer, told by its beginning: seconds of work that nobody can use are saved."""
+        """Whether the text is clearly longer, told by its beginning: seconds of useless work are saved."""
         beginning = text[: BEGINNING_CHARS * (num_tokens + 1)]
         if len(beginning) == len(text):
             return False

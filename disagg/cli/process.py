@@ -61,7 +61,7 @@ def run_worker(
 def _serve(
     settings: SecretSettings, serve: Callable[[bytes, Announce], int], announce_fd: int | None, secret_fd: int | None
 ) -> int:
-    """Exit code of the process. A user's mistake is announced, or printed when nobody listens."""
+    """Exit code of the process. A user's mistake is announced, or printed where no parent listens."""
     announce = announcer(announce_fd)
     try:
         return serve(_secret(settings, secret_fd), announce)

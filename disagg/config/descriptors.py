@@ -5,7 +5,7 @@ from __future__ import annotations
 import resource
 from typing import Final
 
-MOST_DESCRIPTORS: Final = 1 << 20  # Linux's own default ceiling; more serves nobody and slows tools that walk the range
+MOST_DESCRIPTORS: Final = 1 << 20  # Linux's own default ceiling; more has no use and slows tools that walk the range
 
 
 def raise_descriptor_limit() -> int:

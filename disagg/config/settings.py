@@ -284,9 +284,7 @@ class UpSettings(HttpSettings, EngineSettings):
     @model_validator(mode="after")
     def _can_serve(self) -> Self:
         if not self.both and not (self.prefill and self.decode):
-            raise ValueError(
-                "prefill: nobody could answer a request: start a prefill and a decode worker, or `--both 1`"
-            )
+            raise ValueError("prefill: no worker could answer: start a prefill and a decode worker, or `--both 1`")
         return self
 
     @property

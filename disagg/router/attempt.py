@@ -65,7 +65,7 @@ Mint = Callable[[int, str, str, float], bytes]
 
 
 class Placer(Protocol):
-    """Who could serve now; `disagg.router.choose.Fleet` answers."""
+    """Which workers could serve now; `disagg.router.choose.Fleet` answers."""
 
     def place(self, max_tokens: int, exclude: frozenset[str] = frozenset()) -> Placement | Unplaceable: ...
 
@@ -145,7 +145,7 @@ class RoutedRequest:
     # --- the way in -----------------------------------------------------------------------------------------
 
     def start(self, now: float) -> list[Action]:
-        """Dispatch the first attempt, or fail: nobody can take it."""
+        """Dispatch the first attempt, or fail where no worker can take it."""
         placed = self._placer().place(self.request.sampling.max_tokens)
         if isinstance(placed, Unplaceable):
             self._fail(503, placed.reason, now, placed.retry_after_s)

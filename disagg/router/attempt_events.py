@@ -50,7 +50,7 @@ class WorkerLost:
 
 @dataclass(frozen=True, slots=True)
 class ClientGone:
-    """The client closed the stream: nobody reads the answer."""
+    """The client closed the stream: the answer has no reader."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -39,7 +39,7 @@ class Placement:
 
 @dataclass(frozen=True, slots=True)
 class Unplaceable:
-    """Nobody can take the request now, with the reason and when to ask again."""
+    """No worker can take the request now, with the reason and when to ask again."""
 
     reason: str
     retry_after_s: float
@@ -139,7 +139,7 @@ def _best_pair(prefills: Sequence[_Option], decodes: Sequence[_Option]) -> tuple
 
 
 def _within_reach(prefills: Sequence[_Option], places: Mapping[str, int], decode: Worker) -> Sequence[_Option]:
-    """In order; where a decode worker has few links, only what they lead to: nobody looks at pairs that are none."""
+    """In order; where a decode worker has few links, only what they lead to, not all pairs."""
     if len(decode.link_states) >= len(prefills):
         return prefills
     return [prefills[place] for place in sorted(places[peer] for peer in decode.link_states if peer in places)]

@@ -44,7 +44,7 @@ MAX_BLAMED: Final = 1024
 
 
 class ClusterListener(Protocol):
-    """Who is told. All calls come from the event loop, one at a time."""
+    """What is told of workers. All calls come from the event loop, one at a time."""
 
     def answered(self, source: str, message: AnswerMessage) -> None:
         """The registered worker of incarnation `source` spoke of a request."""
@@ -132,7 +132,7 @@ class Cluster:
     def _hear(self, route: bytes, message: object) -> None:
         try:
             self._take(route, message)
-        except Exception as fault:  # whatever a peer's message brings about here costs that peer, and nobody else
+        except Exception as fault:  # whatever a peer's message brings about here costs that peer alone
             self._blame(route, message, fault)
 
     def _take(self, route: bytes, message: object) -> None:
@@ -180,7 +180,7 @@ class Cluster:
         return self._welcome(message, answer.superseded) if is_new else None
 
     def _probe(self, rival: Worker, route: bytes, message: Register) -> None:
-        """Say something to whoever has the name: if its connection is gone, that tells, and the claimant gets in."""
+        """Say something to the holder of the name: if its connection is gone, that tells, and the claimant gets in."""
         self._claims[rival.incarnation] = route, message
         self._post(self._route_of[rival.incarnation], Lease(self.incarnation, self.incarnation))
 

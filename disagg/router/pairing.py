@@ -1,4 +1,4 @@
-"""Who may serve together: the first field in which two workers differ, named with both values."""
+"""Which workers may serve together: the first field in which two workers differ, named with both values."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def record_difference(ours: Identity, theirs: Identity) -> Difference | None:
 
 
 class PairTraits:
-    """What decides who may pair with a worker. Its hash is computed once: a geometry has thousands of numbers."""
+    """What decides which peers a worker may have. Its hash is computed once: a geometry has thousands of numbers."""
 
     __slots__ = ("_hash", "geometry", "planes")
 

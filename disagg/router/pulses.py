@@ -1,4 +1,4 @@
-"""The workers' pulses as the router hears them, off its event loop: who lives, and what is in the step that runs."""
+"""The workers' pulses as the router hears them, off its event loop: which live, and what is in the step that runs."""
 
 from __future__ import annotations
 

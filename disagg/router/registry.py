@@ -144,7 +144,7 @@ class Registry:
         return Admitted(rival)
 
     def _judge(self, rival: Worker, message: Register, now: float) -> Refused | Claimed | None:
-        """What `rival`, who has the name, means for the one that asks for it; None = it is dead and gives way."""
+        """What `rival`, which has the name, means for the one that asks for it; None = it is dead and gives way."""
         sign_at = self.sign_at(rival)
         if now - sign_at >= SUSPECT_S:
             return None

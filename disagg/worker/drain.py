@@ -33,7 +33,7 @@ class Drain:
         self._num_open: Callable[[], int] | None = None
 
     def ask(self) -> None:
-        """End soon; at once when asked before, or when this worker is not registered and so serves nobody."""
+        """End soon; at once when asked before, or when this worker is not registered and so serves no request."""
         if self._num_open is None or self.asked.is_set():
             self.over.set()
             return

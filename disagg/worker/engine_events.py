@@ -1,8 +1,8 @@
 """What the engine says, on its way to the attempts: in order within an attempt, while blocks of others are hashed.
 
-Final units are hashed before their transfer hears of them, and blocks that somebody doubts before the engine goes on.
-That takes its turn on the landing thread, so what an attempt says meanwhile waits in a lane of its own; whoever has
-nothing to be hashed waits for nobody.
+Final units are hashed before their transfer hears of them, and doubted blocks before the engine goes on.
+That takes its turn on the landing thread, so what an attempt says meanwhile waits in a lane of its own; an attempt
+with nothing to be hashed waits for no other.
 """
 
 from __future__ import annotations

@@ -48,7 +48,7 @@ class Rechecks:
         parts = self._parts
         try:
             return await parts.cuts.kept.recheck(units, parts.landing.digest_units)
-        except SourceChanged:  # who asked has let go of them, and somebody else writes there
+        except SourceChanged:  # the caller has let go of them, and another sequence writes there
             return (None,) * len(units)
 
     def _count(self, why: str, results: Sequence[bool | None]) -> None:

@@ -187,7 +187,7 @@ class Registration:
         )
 
     async def _release_all(self) -> None:
-        """The registration is over: nobody waits for its requests. Landing jobs end before their slots are freed."""
+        """The registration is over, and so are its requests. Landing jobs end before their slots are freed."""
         receiving = self._attempts.receiving
         # A cancelled attempt is forgotten at once, while its landing jobs may still be joined.
         for key in {*self._attempts.held, *(receiving.held if receiving is not None else ())}:

@@ -51,7 +51,7 @@ class StepNews:
             self._aim, self._told = (incarnation, socket, otherwise), ()
 
     def rest(self) -> None:
-        """The registration is over: nobody is told anything. Closes the socket."""
+        """The registration is over: no router is told anything. Closes the socket."""
         with self._lock:
             aim, self._aim = self._aim, None
             if aim is not None and aim[1] is not None:

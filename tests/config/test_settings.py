@@ -190,7 +190,7 @@ def test_an_empty_variable_counts_as_not_set() -> None:
         (RouterSettings, {"port": "70000"}, "`--port` is `70000`: expected less than or equal to 65535"),
         (RouterSettings, {"log_level": "loud"}, "`--log-level` is `loud`: expected 'debug', 'info'"),
         (RouterSettings, {"model": ""}, "`--model` is ``: expected a value"),
-        (UpSettings, {"decode": "0"}, "nobody could answer a request"),
+        (UpSettings, {"decode": "0"}, "no worker could answer"),
         (UpSettings, {"prefill_devices": "cpu,gpu"}, "`--prefill-devices` is `cpu,gpu`: expected `cpu`, `cuda`"),
         (UpSettings, {"prefill_devices": ""}, "`--prefill-devices` is ``: expected a value"),
     ],

@@ -20,7 +20,7 @@ these faults happen in each state of a transfer and fails on a cell that is empt
   times in all: another prefill worker if one is linked, else the decode worker computes the prompt itself. After the
   first token nothing is tried again, since a second answer could contradict the first: a stream ends with an error
   event and without `[DONE]`, any other request gets 502.
-- **Nothing is left behind.** Blocks of both sides are free again, and whoever survived serves the next request as it
+- **Nothing is left behind.** Blocks of both sides are free again, and each survivor serves the next request as it
   is. A worker or router that is started again at the same address is found by itself.
 
 ## What ends what
@@ -41,7 +41,7 @@ a word take the 3 s.
   be built upon. On an accelerator, whose memory is not hashed in place, it is not looked at again.
 - Without CURVE (`--insecure`, loopback only) damage in flight on `zmq` is found by checksums and digests, not by a key:
   they detect accidents. A damaged head of a data message ends its connection at once, a damaged payload its attempt.
-- Who holds the cluster's secret can speak as any worker: it can end others' transfers by taking their name, and seal
+- A holder of the cluster's secret can speak as any worker: it can end others' transfers by taking their name, and seal
   what it likes. What it says cannot crash a process or make it write outside the blocks it reserved for that transfer:
   a process's pools are written by itself only, and every number from a peer is checked against its own tables.
 """
@@ -79,7 +79,7 @@ ENDINGS = (
     ),
     (
         "a message is lost, late, doubled, out of order or damaged",
-        "nobody needs to",
+        "no one needs to",
         "it is repeated after 0.2 s, doubling to 2 s, until answered",
     ),
     (
@@ -98,7 +98,7 @@ ENDINGS = (
         "504",
     ),
 )
-"""(fault, who notices and when, what follows)"""
+"""(fault, noticed by and when, what follows)"""
 
 PROCESSES = """## kill -9
 
@@ -125,7 +125,7 @@ def render() -> str:
 
 
 def _endings() -> str:
-    lines = ["| fault | who notices, and when | what follows |", "|---|---|---|"]
+    lines = ["| fault | noticed by, and when | what follows |", "|---|---|---|"]
     return "\n".join([*lines, *("| " + " | ".join(ending) + " |" for ending in ENDINGS)])
 
 

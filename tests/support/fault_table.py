@@ -28,7 +28,7 @@ class Fault:
     means: str
 
 
-KILLED = Fault("peer killed", "every connection of the peer is reset and nobody listens there any more")
+KILLED = Fault("peer killed", "every connection of the peer is reset and nothing listens there any more")
 REPLACED = Fault("peer replaced", "the peer is killed, and a new process takes its name and address at once")
 CONTROL_CUT = Fault("control link cut", "the peers' control connection is reset; both live on")
 CONTROL_SILENT = Fault(

@@ -166,7 +166,7 @@ class ReceivingSide:
 
     @property
     def held(self) -> tuple[AttemptKey, ...]:
-        """Attempts whose reservation is not given back yet, those included that nobody waits for any more."""
+        """Attempts whose reservation is not given back yet, those included that no request waits for any more."""
         return tuple(self._incoming)
 
     def is_ready(self, peer: str) -> bool:
@@ -229,7 +229,7 @@ class ReceivingSide:
             case Verified():
                 self._host.decode(key, action, self._end(key))
             case PartVerified():
-                assert self._on_part is not None, "a part that nobody joins"
+                assert self._on_part is not None, "a part that no leader joins"
                 self._on_part(key, action, self._end(key))
             case ReportFailed():
                 self._host.transfer_failed(key, action, self._end(key))

@@ -115,7 +115,7 @@ class LandingThreads:
         key = (transfer_id, epoch)
         self._heard -= self._jobs.get(key, set())
         running = [future for future in self._jobs.get(key, ()) if not future.cancel()]
-        # Whoever submitted hears of errors; here only the end matters.
+        # The caller of `submit` hears of errors; here only the end matters.
         await asyncio.gather(*map(asyncio.wrap_future, running), return_exceptions=True)
         self._jobs.pop(key, None)
 

@@ -174,7 +174,7 @@ class PeerLink:
                 tasks.create_task(self._send_queued(client))
                 tasks.create_task(self._beat())
                 tasks.create_task(self._watch(client.lost(), "control connection"))
-                # Under heartbeats: a plane that nobody answers, or a large mapping, may take longer than `LOST_S`, and
+                # Under heartbeats: a plane without an answer, or a large mapping, may take longer than `LOST_S`, and
                 # after that much silence the peer takes back the tokens of every plane that it offered.
                 await self._open_plane(welcome)
                 tasks.create_task(self._watch(self._plane_lost.wait(), "data plane"))
@@ -301,7 +301,7 @@ class PeerLink:
                 log.warning("peer sent %s, which no decode worker takes", type(message).__name__)
 
     def _take(self, header: Header, message: TransferMessage) -> None:
-        """A wrong incarnation changes nothing; who speaks to another one is told so."""
+        """A wrong incarnation changes nothing; a peer that speaks to another one is told so."""
         me = self._node.incarnation
         if header.destination != me:
             self.send(Refused("stale_peer", me, clipped(header.destination), clipped(header.destination)))

@@ -34,7 +34,7 @@ class Transfers:
         return key in self._live
 
     def add(self, key: AttemptKey, transfer: Transfer) -> None:
-        """Take over `transfer`, whose key nobody `knows` yet."""
+        """Take over `transfer`, whose key is not known yet."""
         assert not self.knows(key), key
         self._live[key] = transfer
 

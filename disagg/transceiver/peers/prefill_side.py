@@ -110,7 +110,7 @@ class SendingSide:
         self._unpinned: dict[AttemptKey, None] = {}
         """Accepted and not pinned yet, in the order of their FETCHes."""
         self._early: dict[tuple[str, AttemptKey], tuple[Fetch, float]] = {}
-        """By (peer, attempt): nobody else's FETCH takes the place of the one that the router will name."""
+        """By (peer, attempt): no other peer's FETCH takes the place of the one that the router will name."""
         self._closing: dict[str, int] = {}
         """Incarnations whose streams are being closed, each with how many of these tasks run."""
         self._hellos: dict[str, tuple[bytes, Hello]] = {}
@@ -244,7 +244,7 @@ class SendingSide:
         if isinstance(message, Fetch):
             self._accept_plane(key, message)
         elif isinstance(message, Cancel):
-            self._early.pop((header.source, key), None)  # else DISPATCH would serve what nobody wants any more
+            self._early.pop((header.source, key), None)  # else DISPATCH would serve what is not wanted any more
         if (answer := self._transfers.take(message)) is not None:
             self._post(routing_id, answer)
 
@@ -410,7 +410,7 @@ class SendingSide:
         self._close_streams(incarnation, self._planes.values())
 
     def _close_streams(self, incarnation: str, planes: Iterable[SourcePlane]) -> None:
-        """In a task of its own: what closes slowly delays the next HELLO of its incarnation and nobody else."""
+        """In a task of its own: what closes slowly delays the next HELLO of its own incarnation only."""
         self._closing[incarnation] = self._closing.get(incarnation, 0) + 1
         self._tasks.create_task(self._drop(incarnation, tuple(planes)))
 

@@ -62,7 +62,7 @@ class SourcePlane(ABC):
 
 
 class UnitHasher(Protocol):
-    """Whom a plane shows what landed: `disagg.transceiver.memory.hashing.Hasher`. On the landing thread."""
+    """What a plane shows the units that landed: `disagg.transceiver.memory.hashing.Hasher`. On the landing thread."""
 
     def copy(
         self,
@@ -72,7 +72,7 @@ class UnitHasher(Protocol):
         slots: Ints,
         source_slots: Ints,
     ) -> None:
-        """Copy each unit, and hash it where it now lies unless somebody is to see it in between."""
+        """Copy each unit, and hash it where it now lies unless a test is to see it in between."""
 
     def look(self) -> None:
         """Hash the units in their slots, unless `copy` has."""
@@ -91,7 +91,7 @@ class LandingPlane(ABC):
     reads_sources: bool = False
     """Whether it reads the sender's slots itself: then a `Destination` names its source slot and generation."""
     is_private: bool = True
-    """Whether who can read the network between two hosts learns nothing of the KV."""
+    """True if an eavesdropper between the hosts learns nothing about the KV."""
     lane: str = ""
     """What the plane runs over, where it does not say that by its name."""
     num_operations: int = 0
@@ -123,7 +123,7 @@ class LandingPlane(ABC):
     async def arrive(self, job: LandingJob) -> None:
         """Wait until `fetch` of the same job waits for nothing but these bytes: for no other slice of this plane.
 
-        Who has room for a few slices only gives it to those that have arrived. `job` need not name its slots yet.
+        A plane with room for a few slices only gives it to those that have arrived. `job` need not name its slots yet.
         Raises as `fetch`. Cancellable at any point.
         """
         await self.fetch(job)

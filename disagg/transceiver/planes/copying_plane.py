@@ -21,7 +21,7 @@ class CopyingLandingPlane(LandingPlane):
         """As `LandingPlane.land`, by `copy` where it is given."""
 
     def land_and_hash(self, job: LandingJob, hasher: UnitHasher) -> int:
-        """Units are hashed as they are copied, unless somebody is to see them in between."""
+        """Units are hashed as they are copied, unless a test is to see them in between."""
         self.land(job, hasher.copy)
         hasher.look()
         return 0

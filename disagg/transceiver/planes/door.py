@@ -1,4 +1,4 @@
-"""Where receivers of a plane knock: a listening socket that lets in who shows its token in time, and how to knock."""
+"""Where receivers of a plane knock: a listening socket that lets in a peer with its token in time, and how to knock."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ class Door:
         return int(self._listener.getsockname()[1])
 
     async def close(self) -> None:
-        """Hang up on everybody who was not let in. Safe to repeat."""
+        """Hang up on every peer that was not let in. Safe to repeat."""
         if self._listener is None:
             return
         self._loop.remove_reader(self._listener)
@@ -102,11 +102,11 @@ class Door:
         self._loop.add_reader(self._listener, self._accept, self._listener)
 
     def _accept(self, listener: socket.socket) -> None:
-        """Called where somebody waits: no await in which a cancellation could lose the new socket."""
+        """Called where a caller waits: no await in which a cancellation could lose the new socket."""
         for _ in range(ACCEPTS_PER_TURN):
             try:
                 sock, address = listener.accept()
-            except (BlockingIOError, InterruptedError, ConnectionAbortedError):  # who waited has left
+            except (BlockingIOError, InterruptedError, ConnectionAbortedError):  # the waiting caller has left
                 return
             except OSError as exc:  # descriptors or memory: they wait in the backlog, and the loop must not spin
                 self._pause(listener, exc)

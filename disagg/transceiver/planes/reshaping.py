@@ -225,7 +225,7 @@ class _Staging:
             raise RemoteProtocolError(f"a slice of {len(groups)} units does not fit in staging")
 
     async def take(self, groups: Sequence[int]) -> tuple[tuple[int, int], ...]:
-        """(group, row) for each; waits behind whoever waits already."""
+        """(group, row) for each; waits behind those that wait already."""
         rows: asyncio.Future[tuple[tuple[int, int], ...]] = asyncio.get_running_loop().create_future()
         self._waiting.append((list(groups), rows))
         self._serve()

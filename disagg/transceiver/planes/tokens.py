@@ -11,7 +11,7 @@ TOKEN_NBYTES: Final = 16
 
 
 class OneTimeTokens:
-    """Tokens of offers that nobody has used yet."""
+    """Tokens of offers that were not used yet."""
 
     def __init__(self) -> None:
         self._unused: dict[str, bytes] = {}

@@ -1,4 +1,4 @@
-"""Slices that nobody asks for: how long they are kept, and which epochs' are dropped as they come."""
+"""Slices that were not asked for: how long they are kept, and which epochs' are dropped as they come."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Hashable
 from typing import Final, Generic, TypeVar
 
 KEEP_S: Final = 10.0
-"""A slice's announcement and its bytes leave together; one that nobody asks for as long as a lease lasts belongs to no
+"""A slice's announcement and its bytes leave together; one that is not asked for as long as a lease lasts belongs to no
 live transfer and is dropped, so that it cannot stand in the way of others."""
 
 MAX_ENDED: Final = 1024

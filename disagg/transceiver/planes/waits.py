@@ -1,4 +1,4 @@
-"""How a thread of a plane ends the wait of somebody on the loop."""
+"""How a thread of a plane ends a wait on the loop."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import asyncio
 
 
 def end_wait(here: asyncio.Future[None], error: Exception | None) -> None:
-    """On the loop. Whoever waits may be gone by now, or have heard of the connection's end."""
+    """On the loop. The caller may be gone by now, or have heard of the connection's end."""
     if here.done():
         return
     if error is None:

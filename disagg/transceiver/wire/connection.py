@@ -102,7 +102,7 @@ class Connection:
         await self._lost.wait()
 
     def send(self, frames: list[bytes]) -> None:
-        """Queue one message. Raises `PeerLost` when nobody is connected or the queue is full; never blocks."""
+        """Queue one message. Raises `PeerLost` when no peer is connected or the queue is full; never blocks."""
         if not self.is_lost:
             sent = asyncio.ensure_future(self._socket.send_multipart(frames, flags=zmq.DONTWAIT))
             error = sent.exception()  # DONTWAIT: the future is done when it is made

@@ -43,7 +43,7 @@ class _Inlet:
         self.num_malformed = 0
 
     def read(self, frame: zmq.Frame) -> Any | None:
-        """The message, or None. Raises `ProtocolDiffers`: who speaks so is told, or can be given up."""
+        """The message, or None. Raises `ProtocolDiffers`: such a peer is told, or can be given up."""
         try:
             return decode(frame.buffer)
         except ProtocolDiffers as exc:
@@ -81,7 +81,7 @@ class ControlServer:
     def bind(cls, endpoint: str, keys: ClusterKeys, sockets: Sockets | None = None) -> ControlServer:
         """Listen at tcp://HOST:PORT; port 0 takes a free one, `.endpoint` names it. Raises `EndpointRefused`.
 
-        `sockets` is shared with the caller, who closes it later; without one the server owns its own.
+        `sockets` is shared with the caller, which closes it later; without one the server owns its own.
         """
         return cls(endpoint, keys, sockets)
 
@@ -93,7 +93,7 @@ class ControlServer:
     async def recv(self) -> tuple[bytes, Any]:
         """The next (routing id, message). Cancel-safe. Malformed messages are counted and dropped here.
 
-        Who speaks another major version is told ours, in our own form: to it too that form names both.
+        A peer on another major version is sent REFUSED, which every version can read, naming both.
         """
         while True:
             frames = await self._receiver.receive()

@@ -1,4 +1,4 @@
-"""Who this process is to its peers, for one registration."""
+"""What this process is to its peers, for one registration."""
 
 from __future__ import annotations
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Final
 
 FINISHED: Final = "finished"  # the first token ended the answer: nothing had to move
-CANCELLED: Final = "cancelled"  # somebody who may asked for it
+CANCELLED: Final = "cancelled"  # an authorised party asked for it
 DEADLINE: Final = "deadline"  # the request's own time is over
 LEASE: Final = "lease"  # the receiver stopped naming the transfer in its heartbeats
 LOST: Final = "lost"  # the peer is gone, or did not answer in time

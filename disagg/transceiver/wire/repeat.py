@@ -1,4 +1,4 @@
-"""When to say an unanswered message again: after 0.2 s, doubling to 2 s, until somebody stops it."""
+"""When to say an unanswered message again: after 0.2 s, doubling to 2 s, until it is stopped."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """ZeroMQ sockets as this project opens them: one context per process, the same options and lock on every door.
 
 Unless the keys are insecure every connection is CURVE: the server's key pair is the cluster's, a client owns the same
-pair, and a ZAP handler admits exactly that public key. Who does not hold the secret is cut off in the handshake, before
+pair, and a ZAP handler admits exactly that public key. A process without the secret is cut off in the handshake, before
 one frame reaches this process. Insecure sockets stay on loopback.
 """
 
@@ -40,7 +40,7 @@ HANDSHAKE_TIMEOUT_MS: Final = 10_000
 """A handshake ends in the gate's Python thread, which may wait for the GIL while a model loads: longer than `lost`."""
 
 RECONNECT_INTERVAL_MS: Final = 100
-"""Until the first handshake libzmq retries this often: who starts late is found at once by a person's measure."""
+"""Until the first handshake libzmq retries this often: a peer that starts late is found in well under a second."""
 
 FRAME_OVERHEAD_NBYTES: Final = 1024
 """What CURVE's box, flags and our headers may add to a frame on top of the payload a limit speaks of."""

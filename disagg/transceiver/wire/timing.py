@@ -30,4 +30,4 @@ DISPATCH_GRACE_S: Final = 2.0
 """How long a FETCH may precede the router's DISPATCH: they travel on different links, and a router answers in less."""
 
 FETCH_WAIT_S: Final = 30.0
-"""Blocks that nobody fetched by now are worth less than room for a request that somebody waits for."""
+"""Blocks that were not fetched by now are worth less than room for a request that a client waits for."""

@@ -122,7 +122,7 @@ def _parse_answer(data: bytes, fds: list[int], nonce: bytes) -> list[tuple[int, 
     shapes = [PoolShape(*POOL.unpack_from(data, at)) for at in range(ANSWER.size, len(data), POOL.size)]
     if len(fds) != len(shapes) + 1:
         raise PlaneRefused(f"shm: expected {len(shapes) + 1} descriptors, got {len(fds)}")
-    # The nonce came over the control link, so who can show it in shared memory is the peer itself, on this host.
+    # The nonce came over the control link, so a process that shows it in shared memory is the peer, on this host.
     if os.pread(fds[0], len(nonce), 0) != nonce:
         raise PlaneRefused("shm: the process at that address is not the peer that made the offer")
     for fd, shape in zip(fds[1:], shapes, strict=True):

@@ -76,7 +76,7 @@ class TcpLandingPlane(LandingPlane):
         self._is_listening, self._heard_at = False, 0.0  # written by the thread, for `_check_silence`
         self._is_awaiting = False  # written by the thread: whether it waits for a `fetch`
         self._next: tuple[Name, int] | None = None  # written by the thread: what it waits for
-        # Held by the thread for one read that does not block, so that who holds it knows that no slot is written.
+        # Held by the thread for one read that does not block, so that its holder knows that no slot is written.
         self._turn = threading.Condition()
         self.num_discarded = 0
 
@@ -127,7 +127,7 @@ class TcpLandingPlane(LandingPlane):
         try:
             await self._until(expected.here, asked_at)
         except BaseException:
-            expected.here.cancel()  # nobody waits any more
+            expected.here.cancel()  # no caller waits any more
             with self._turn:
                 expected.views = None
             raise
@@ -245,7 +245,7 @@ class TcpLandingPlane(LandingPlane):
             self._heard_at, self._is_listening = time.monotonic(), False
 
     def _await_slots(self, header: SliceHeader) -> _Expected | None:
-        """What `fetch` said of this slice, or None when nobody wants it. Raises `OSError` when the plane is closed."""
+        """What `fetch` said of this slice, or None when it is not wanted. Raises `OSError` when the plane is closed."""
         key = header.name, header.number
         until = time.monotonic() + KEEP_S
         with self._turn:

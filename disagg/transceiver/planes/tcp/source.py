@@ -2,9 +2,9 @@
 
 `sendmsg` over the slots themselves: the kernel copies them once, into its own buffers, and no byte of payload passes
 through Python or through memory of ours. Each receiver has one connection and one thread that sends on it, so a slow
-receiver delays nobody else and the event loop never copies.
+receiver delays no other and the event loop never copies.
 
-Nothing is encrypted: who can read the network between the hosts can read KV. The token keeps strangers from being
+Nothing is encrypted: a reader of the network between the hosts can read KV. The token keeps strangers from being
 served, the manifest's MAC and digests keep forged bytes from being decoded.
 """
 
@@ -117,7 +117,7 @@ class TcpSourcePlane(SourcePlane):
         )
 
     def _lose(self, peer: str, stream: Stream) -> None:
-        """The receiver hung up. It is dropped by whoever hears of it."""
+        """The receiver hung up. It is dropped by the first that hears of it."""
         if self._streams.get(peer) is stream and self.on_peer_lost is not None:
             self.on_peer_lost(peer)
 

@@ -22,7 +22,7 @@ SETTINGS: Final = {
     # sender that gave its peer up may refill a buffer that the peer, which still lives, is reading. Nothing here
     # relies on that: what was read is decoded only if its digest, sealed before, is right.
     "CMA_MEMORY_INVALIDATE": "y",
-    # The receiver reads; nobody writes into another process's memory. A receive that has completed, however it ended,
+    # The receiver reads; no process writes into another's memory. A receive that has completed, however it ended,
     # has no writer left, so its staging can be used again; a late one-sided write would need a fence for that.
     "RNDV_SCHEME": "get_zcopy",
     # The kernel tells a death over a socket at once. UCX's shared memory lanes only ask for signs of life, 20 s apart
@@ -32,7 +32,7 @@ SETTINGS: Final = {
 """What UCX would choose otherwise. An operator's `UCX_*` variable of the same name wins."""
 
 LOOPBACK_SETTINGS: Final = {"NET_DEVICES": "lo"}
-"""Where nobody but this host may connect: UCX listens on all its devices."""
+"""Where only this host may connect: UCX listens on all its devices."""
 
 
 @cache

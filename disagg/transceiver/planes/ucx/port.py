@@ -76,7 +76,7 @@ class Port:
             )
 
     def shut_out_strangers(self) -> None:
-        """Call when the peer has connected: nobody else can from here on. Raises `PeerLost` where that cannot be."""
+        """Call when the peer has connected: no other process can any more. Raises `PeerLost` where that cannot be."""
         self._own_ports.shut()
 
     def send(self, data: Bytes, tag: int, on_done: OnDone) -> None:
@@ -116,7 +116,7 @@ class Port:
         """Cancel every message and wait until it has completed: afterwards UCX touches no memory of ours."""
         with contextlib.suppress(self._core.UCXError):
             if self._endpoint is not None:
-                # With error handling a close is forced: it completes what is under way, with an error, and asks nobody.
+                # With error handling a close is forced: it completes what is under way, with an error.
                 self._endpoint.close_blocking(_CLOSE_PERIOD_NS, 1)
         until = time.monotonic() + CLOSE_S
         while any(not m.request.completed for m in self._messages) and time.monotonic() < until:

@@ -96,12 +96,12 @@ class UcxReceiver(UcxThread):
         return here
 
     def unwant(self, key: Key) -> None:
-        """Nobody waits any more; a slice that is here waits to be claimed, or to be forgotten."""
+        """No caller waits any more; a slice that is here waits to be claimed, or to be forgotten."""
         with self._lock:
             self._wanted.pop(key, None)
 
     def forsake(self, key: Key) -> None:
-        """Whoever waited was cancelled: the slice counts as not asked for."""
+        """The waiting caller was cancelled: the slice counts as not asked for."""
         with self._lock:
             self._wanted.pop(key, None)
             if key in self._here:
@@ -120,7 +120,7 @@ class UcxReceiver(UcxThread):
         return self._staging[arrival.row, : arrival.nbytes]
 
     def release(self, arrival: Arrival) -> None:
-        """Nobody uses the row of a claimed slice any more."""
+        """The row of a claimed slice is free again."""
         with self._lock:
             self._free.append(arrival.row)
             is_starved, self._is_starved = self._is_starved, False
@@ -154,14 +154,14 @@ class UcxReceiver(UcxThread):
         return time.monotonic() if self._is_starved else self.heard_at
 
     def ask_probe(self) -> None:
-        with contextlib.suppress(OSError):  # the source left: who fetches hears of it too
+        with contextlib.suppress(OSError):  # the source left: callers that fetch hear of it too
             self._sock.send(PROBE)
 
     def _ended(self, error: PeerLost) -> None:
         self.fail_waiting(str(error))
 
     def fail_waiting(self, reason: str) -> None:
-        """On the loop: whoever waits for a slice hears `PeerLost`."""
+        """On the loop: a caller that waits for a slice hears `PeerLost`."""
         with self._lock:
             waiting, self._wanted = list(self._wanted.values()), {}
         for here in waiting:

@@ -84,7 +84,7 @@ class UcxSender(UcxThread):
     # --- on the thread ----------------------------------------------------------------------------------------
 
     def _settle(self, port: Port) -> None:
-        # Ready before the receiver, so that nobody is lost here of whom nobody hears.
+        # Ready before the receiver, so that no receiver is lost here unnoticed.
         self._call(end_wait, self.opened, None)
         self._say(READY)
 

@@ -44,7 +44,7 @@ class OwnPorts:
             self._fds = frozenset(fd for fd, port in opened.items() if port.to_bytes(2, "big") in named)
 
     def shut(self) -> None:
-        """Let nobody else connect. Raises `PeerLost` where the kernel cannot do that: then the plane is not used."""
+        """Let no other process connect. Raises `PeerLost` where the kernel cannot: then the plane is not used."""
         for fd in self._fds:
             with socket.socket(fileno=os.dup(fd)) as listener:
                 drop_all(listener)

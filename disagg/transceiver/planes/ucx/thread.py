@@ -102,7 +102,7 @@ class UcxThread(ABC):
             error = PeerLost(str(exc))
             log.debug("ucx: a connection ended: %s", exc)
         finally:
-            self._call(self._end, error)  # first: whoever waits for the dead should not wait for the funeral too
+            self._call(self._end, error)  # wakes the waiters before tearing down, so that they do not wait for that too
             if port is not None:
                 port.close()
 
@@ -161,7 +161,7 @@ class UcxThread(ABC):
     def _end(self, error: PeerLost) -> None:
         if not self.opened.done():
             self.opened.set_exception(error)
-            self.opened.exception()  # whoever waits hears of it; nobody has to
+            self.opened.exception()  # a waiting caller hears of it; none has to
         self._ended(error)
         self._on_end(self)
 

@@ -5,7 +5,7 @@ slices by which a first contact is measured.
 sender -> receiver: `welcome`, `refused`, `slice` (transfer, epoch, number, payload bytes).
 
 A head ends with the CRC-32 of all before it. What is damaged in a payload is found by its digests; a damaged head would
-be a slice or a credit that somebody waits for in vain, so it ends the connection at once. Under CURVE none arrives.
+be a slice or a credit that a caller waits for in vain, so it ends the connection at once. Under CURVE none arrives.
 """
 
 from __future__ import annotations

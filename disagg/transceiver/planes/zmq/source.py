@@ -178,7 +178,7 @@ class ZmqSourcePlane(SourcePlane):
         return payload
 
     def _send_slice(self, peer: str, window: _Window, head: bytes, payload: Bytes) -> None:
-        # copy=False is safe: the buffer was made for this message, nobody writes it again, and pyzmq keeps it alive
+        # copy=False is safe: the buffer was made for this message, it is not written again, and pyzmq keeps it alive
         # until libzmq has sent or dropped it. Sending slots themselves would not be: they may be freed before then.
         sent = asyncio.ensure_future(
             self._socket.send_multipart([window.routing_id, head, payload.data], flags=zmq.DONTWAIT, copy=False)
@@ -276,7 +276,7 @@ class _Window:
         """Wait for credit. Raises `PeerLost`."""
         await self._free.acquire()
         if self.is_lost:
-            self._free.release()  # wakes the next who waits in vain
+            self._free.release()  # wakes the next, which waits in vain
             raise PeerLost("the decode worker is gone")
         self._num_taken += 1
 

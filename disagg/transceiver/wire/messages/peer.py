@@ -73,7 +73,7 @@ class Hello:
 
 @dataclass(frozen=True, slots=True)
 class Welcome:
-    """Answers HELLO: who answers, and how to open each plane both sides can use."""
+    """Answers HELLO: which incarnation answers, and how to open each plane both sides can use."""
 
     incarnation: str
     worker_id: str

@@ -149,7 +149,7 @@ READY = "ready"
 DRAINING = "draining"
 """`state` of the leases of a worker that finishes what it has and wants nothing new."""
 LEAVING = "leaving"
-"""`state` of a worker's last lease: it ends its registration itself, so nobody has to find out."""
+"""`state` of a worker's last lease: it ends its registration itself, so no timeout has to find out."""
 YOUNG_TOKENS: Final = 8
 """A request that emitted so many was in as many steps of this worker and ended none: what ends one now is another."""
 BROKEN = "broken"

@@ -1,4 +1,4 @@
-"""Values that messages carry: who a worker is, how its cache is cut, how to sample.
+"""Values that messages carry: what a worker is, how its cache is cut, how to sample.
 
 Frozen and validated where they are built, so that a decoded message is a legal one. Ids are lower-case hex
 strings (32 digits, 128 random bits) so that logs, JSON and the wire show the same name.
