@@ -1,8 +1,8 @@
 """Shared memory on one host: the reader maps the owner's pools read-only and copies slots for itself.
 
 One memcpy per byte and no system call per slot. Nothing has a name on disk: pools are memfds, the socket that passes
-them lives in the abstract namespace, and the kernel frees both with their last holder. A peer that may map a pool can read
-all of it: the boundary is the one-time token, which needs the cluster's secret, and the user id.
+them lives in the abstract namespace, and the kernel frees both with their last holder. A peer that may map a pool
+can read all of it: the boundary is the one-time token, which needs the cluster's secret, and the user id.
 """
 
 from __future__ import annotations

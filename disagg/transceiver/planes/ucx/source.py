@@ -1,7 +1,8 @@
 """The sender's end of the ucx plane: packed chunks through UCX, over whatever UCX finds between the two.
 
-RDMA, cuda_ipc, process_vm_readv on one host, or TCP. Next to each pair of endpoints lies an ordinary socket: a peer that
-shows its token there is served, and its end is the peer's death. Each receiver has one thread, which gathers and sends.
+RDMA, cuda_ipc, process_vm_readv on one host, or TCP. Next to each pair of endpoints lies an ordinary socket: a peer
+that shows its token there is served, and its end is the peer's death. Each receiver has one thread, which gathers and
+sends.
 
 Nothing is encrypted: a reader of the network between the hosts can read KV. A process that reaches UCX's own ports can
 speak to UCX, whose protocol knows no strangers, but gets no KV: that is sent to endpoints of peers that showed a token.
@@ -120,8 +121,8 @@ class UcxSourcePlane(SourcePlane):
         )
 
     def _lose(self, peer: str, sender: UcxThread) -> None:
-        """The receiver hung up: it is dropped by the first that hears of it. One that never got as far is forgotten here:
-        it goes on to its next plane."""
+        """The receiver hung up: it is dropped by the first that hears of it. One that never got as far is forgotten
+        here: it goes on to its next plane."""
         if self._senders.get(peer) is not sender:
             return
         if not sender.is_open:
