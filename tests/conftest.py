@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, settings
-from support.wrong import Wrong, wrong_in
+from support.faults.wrong import Wrong, wrong_in
 
 faulthandler.enable()
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 from support.abuse.honest import Ask
 from support.abuse.pair import MAX_MODEL_LEN, Pair, running_pair
-from support.families import MIN_GAP, reference_generate
-from support.wrong import Wrong
+from support.faults.wrong import Wrong
+from support.model.families import MIN_GAP, reference_generate
 
 from disagg.config.demo import demo_model_folder
 from disagg.engine.model.hf import transformers as hf

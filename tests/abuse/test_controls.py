@@ -26,7 +26,7 @@ from support.abuse.mutants import changes
 from support.abuse.pair import Door, doors_of
 from support.abuse.vitals import MAX_MORE_FDS, MAX_MORE_RSS_NBYTES, MAX_MORE_THREADS, Vitals, leaks
 from support.abuse.watch import MAX_GAP_S, Report, judge_lags, judge_processes, judge_streams
-from support.wrong import Wrong
+from support.faults.wrong import Wrong
 
 from disagg.transceiver.wire.messages.peer import Hello
 from disagg.transceiver.wire.messages.values import Geometry, Identity

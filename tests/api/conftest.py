@@ -6,9 +6,9 @@ from collections.abc import AsyncIterator
 
 import openai
 import pytest
-from support.fake_backend import FakeBackend
-from support.openai_client import Api, served, stock_client
-from support.tokenizers import DEMO_FOLDER
+from support.cluster.fake_backend import FakeBackend
+from support.cluster.openai_client import Api, served, stock_client
+from support.model.small_tokenizers import DEMO_FOLDER
 
 from disagg.api.settings import ApiSettings
 from disagg.api.tokenizer import ModelTokenizer

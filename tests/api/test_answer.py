@@ -5,8 +5,8 @@ from functools import cache
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from support.fake_backend import answer
-from support.tokenizers import DEMO_FOLDER
+from support.cluster.fake_backend import answer
+from support.model.small_tokenizers import DEMO_FOLDER
 
 from disagg.api.answer import Answer, Finish
 from disagg.api.stops import StopMatcher

@@ -12,8 +12,8 @@ from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
 import pytest
-from support.fake_backend import FakeBackend
-from support.tokenizers import DEMO_FOLDER
+from support.cluster.fake_backend import FakeBackend
+from support.model.small_tokenizers import DEMO_FOLDER
 
 from disagg.api import connection
 from disagg.api.app import open_app

@@ -17,8 +17,8 @@ import pytest
 SERVER = """
 import asyncio, logging, resource, sys
 resource.setrlimit(resource.RLIMIT_NOFILE, (int(sys.argv[1]), int(sys.argv[2])))
-from support.fake_backend import FakeBackend
-from support.tokenizers import DEMO_FOLDER
+from support.cluster.fake_backend import FakeBackend
+from support.model.small_tokenizers import DEMO_FOLDER
 from disagg.api.app import open_app
 from disagg.api.connections import Connections, connections_within
 from disagg.api.server import serve

@@ -5,7 +5,7 @@ from functools import cache
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from support.tokenizers import byte_fallback, byte_level, metaspace
+from support.model.small_tokenizers import byte_fallback, byte_level, metaspace
 
 from disagg.api.detokenizer import MAX_WINDOW
 from disagg.api.tokenizer import ModelTokenizer

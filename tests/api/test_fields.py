@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from support.fake_backend import FakeBackend, answer
-from support.openai_client import Api, Reply
+from support.cluster.fake_backend import FakeBackend, answer
+from support.cluster.openai_client import Api, Reply
 
 from disagg.api.errors import ApiError
 from disagg.api.field_docs import render

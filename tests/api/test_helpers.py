@@ -15,9 +15,9 @@ import time
 from collections.abc import AsyncIterator, Iterator
 
 import pytest
-from support.fake_backend import FakeBackend
-from support.openai_client import served
-from support.tokenizers import DEMO_FOLDER
+from support.cluster.fake_backend import FakeBackend
+from support.cluster.openai_client import served
+from support.model.small_tokenizers import DEMO_FOLDER
 
 from disagg.api import bodies, helpers
 from disagg.api.errors import ApiError

@@ -13,9 +13,9 @@ from typing import Any
 
 import aiohttp
 import pytest
-from support.fake_backend import FakeBackend, Step, answer
-from support.openai_client import Api, Reply, served
-from support.tokenizers import DEMO_FOLDER, byte_level, write_folder
+from support.cluster.fake_backend import FakeBackend, Step, answer
+from support.cluster.openai_client import Api, Reply, served
+from support.model.small_tokenizers import DEMO_FOLDER, byte_level, write_folder
 
 from disagg.api.app import create_admin_app, open_app
 from disagg.api.sampling import prefix_salt

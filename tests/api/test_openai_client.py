@@ -6,8 +6,8 @@ from typing import Any
 
 import openai
 import pytest
-from support.fake_backend import answer
-from support.openai_client import Api
+from support.cluster.fake_backend import answer
+from support.cluster.openai_client import Api
 
 from disagg.api.tokenizer import ModelTokenizer
 from disagg.router.generation import GenerationError, TokenChunk

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from support.tokenizers import DEMO_FOLDER, add_bos, byte_fallback, byte_level, write_folder
+from support.model.small_tokenizers import DEMO_FOLDER, add_bos, byte_fallback, byte_level, write_folder
 
 from disagg.api.template import ChatTemplate, TemplateError
 from disagg.api.tokenizer import ModelTokenizer

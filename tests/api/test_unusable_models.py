@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.checkpoints import edit_json
-from support.tokenizers import DEMO_FOLDER
+from support.model.checkpoints import edit_json
+from support.model.small_tokenizers import DEMO_FOLDER
 
 from disagg.api.sampling import check_defaults
 from disagg.api.template import find_template

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from support.fake_backend import answer
-from support.openai_client import Api
+from support.cluster.fake_backend import answer
+from support.cluster.openai_client import Api
 
 from disagg.router.generation import GenerationRequest
 

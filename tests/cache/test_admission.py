@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.cache_oracle import resident_blocks, tiny_layout
+from support.oracles.cache_oracle import resident_blocks, tiny_layout
 
 from disagg.cache.admission import Promises, peak_slots
 

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import settings
-from support.cache_oracle import attends
-from support.prefix_machine import PrefixMachine, T
+from support.oracles.cache_oracle import attends
+from support.oracles.prefix_machine import PrefixMachine, T
 
 from disagg.cache.scratch import Scratch
 from disagg.kernels import ops

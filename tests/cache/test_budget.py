@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from support.cache_oracle import num_seats, tiny_layout
+from support.oracles.cache_oracle import num_seats, tiny_layout
 
 from disagg.cache.admission import peak_slots
 from disagg.cache.budget import largest_model_len, num_seated, split_budget

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
-from support.cache_oracle import resident_blocks, tiny_layout
+from support.oracles.cache_oracle import resident_blocks, tiny_layout
 
 from disagg.cache.cache import KVCache
 from disagg.cache.table import HOLE

@@ -8,7 +8,7 @@ import os
 import numpy as np
 import pytest
 import torch
-from support.cache_oracle import tiny_layout
+from support.oracles.cache_oracle import tiny_layout
 
 from disagg.cache import slot_memory
 from disagg.cache.errors import PoolExhausted, PoolMemoryShort

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support.cache_oracle import tiny_layout
+from support.oracles.cache_oracle import tiny_layout
 
 from disagg.cache.cache import KVCache
 from disagg.cache.identity import BlockHasher

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 from hypothesis import settings
-from support.prefix_machine import PrefixMachine, T
+from support.oracles.prefix_machine import PrefixMachine, T
 
 from disagg.cache.identity import BlockHasher
 from disagg.cache.pool import SlotPool

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.cache_oracle import needed_blocks, readable_later, tiny_layout
+from support.oracles.cache_oracle import needed_blocks, readable_later, tiny_layout
 
 from disagg.cache.identity import IDENTITY_NBYTES, BlockHasher, token_bytes
 from disagg.cache.reuse import held_ordinals, longest_common

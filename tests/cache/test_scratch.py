@@ -5,7 +5,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
-from support.cache_oracle import outdated_blocks, resident_blocks
+from support.oracles.cache_oracle import outdated_blocks, resident_blocks
 
 from disagg.cache.admission import peak_slots
 from disagg.cache.budget import split_budget

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 import torch
-from support.interpreter import missing_interpreter
+from support.model.interpreter import missing_interpreter
 
 from disagg.cache import staging
 from disagg.cache.slot_memory import SlotMemory

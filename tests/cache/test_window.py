@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from support.cache_oracle import needed_blocks, readable_later
+from support.oracles.cache_oracle import needed_blocks, readable_later
 
 from disagg.cache.window import live_slots_bound, needed_ordinals, sink_blocks, stale_range
 

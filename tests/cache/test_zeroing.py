@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from support.cache_oracle import needed_blocks, tiny_layout
+from support.oracles.cache_oracle import needed_blocks, tiny_layout
 
 from disagg.cache.cache import CachedSequence, KVCache
 from disagg.cache.layout import CacheLayout

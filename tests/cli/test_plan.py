@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.families import BASE, FAMILIES, MAX_POSITIONS, build_family
-from support.token_walk import attends, needed_blocks
+from support.model.families import BASE, FAMILIES, MAX_POSITIONS, build_family
+from support.oracles.token_walk import attends, needed_blocks
 
 from disagg.cache.layout import LayerSpec, derive_layout
 from disagg.cli.main import main, spell_out

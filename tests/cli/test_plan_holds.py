@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.families import FAMILIES, VOCAB_SIZE, save_family
+from support.model.families import FAMILIES, VOCAB_SIZE, save_family
 
 from disagg.cache.cache import CachedSequence, KVCache
 from disagg.cache.identity import BlockHasher

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.checkpoints import edit_json
-from support.families import save_family
+from support.model.checkpoints import edit_json
+from support.model.families import save_family
 
 from disagg.cli.main import main
 

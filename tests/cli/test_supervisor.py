@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
-from support.fake_children import (
+from support.cluster.fake_children import (
     DYING,
     LOGGING,
     READY_THEN_DYING,
@@ -284,7 +284,7 @@ def test_announcements_that_are_none_are_passed_over(shown: Recording) -> None:
 
 SUPERVISOR_PROCESS = """
 import asyncio, sys
-from support.fake_children import FakeCluster, SECRET, STUBBORN
+from support.cluster.fake_children import FakeCluster, SECRET, STUBBORN
 from disagg.cli.display import PlainDisplay
 from disagg.cli.supervisor import Supervisor
 

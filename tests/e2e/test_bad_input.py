@@ -10,8 +10,8 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
-from support.families import VOCAB_SIZE, save_family
-from support.system import System, running
+from support.cluster.system import System, running
+from support.model.families import VOCAB_SIZE, save_family
 
 pytestmark = pytest.mark.processes
 

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import pytest
-from support.families import Reference, build_family, safe_prompts, save_family
-from support.hand_started import Cluster, cluster
-from support.wrong import same
+from support.cluster.hand_started import Cluster, cluster
+from support.faults.wrong import same
+from support.model.families import Reference, build_family, safe_prompts, save_family
 
 pytestmark = pytest.mark.processes
 

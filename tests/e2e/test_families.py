@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.families import FAMILIES, VOCAB_SIZE, WINDOW, Reference, build_family, safe_prompts, save_family
-from support.system import System, running
-from support.token_walk import StoredLayer, minimum_nbytes, stored_layers
-from support.wrong import same
+from support.cluster.system import System, running
+from support.faults.wrong import same
+from support.model.families import FAMILIES, VOCAB_SIZE, WINDOW, Reference, build_family, safe_prompts, save_family
+from support.oracles.token_walk import StoredLayer, minimum_nbytes, stored_layers
 
 from disagg.cli.main import main
 

@@ -16,8 +16,8 @@ from typing import Any
 
 import openai
 import pytest
-from support.families import build_family, save_family
-from support.system import System, running
+from support.cluster.system import System, running
+from support.model.families import build_family, save_family
 
 from disagg.config.secret import INSECURE_SECRET
 from disagg.config.settings import WorkerSettings

@@ -15,12 +15,12 @@ from typing import Any
 
 import aiohttp
 import pytest
-from support.calls import Call, until
-from support.families import Reference, build_family, safe_prompts, save_family
-from support.faults import Faults
-from support.hand_started import FAULTY
-from support.system import System, children_of, start, stop, wait_for_start
-from support.wrong import never_late, same
+from support.cluster.calls import Call, until
+from support.cluster.hand_started import FAULTY
+from support.cluster.system import System, children_of, start, stop, wait_for_start
+from support.faults.switches import Faults
+from support.faults.wrong import never_late, same
+from support.model.families import Reference, build_family, safe_prompts, save_family
 
 from disagg.transceiver.wire.timing import LOST_S
 

@@ -15,11 +15,11 @@ from uuid import uuid4
 
 import pytest
 import torch
-from support.families import VOCAB_SIZE, Reference, build_family, reference_generate, save_family
-from support.mixed_cluster import START_TIMEOUT_S, mixed_cluster
-from support.system import System
-from support.token_walk import StoredLayer, minimum_nbytes, stored_layers
-from support.wrong import same
+from support.cluster.mixed_cluster import START_TIMEOUT_S, mixed_cluster
+from support.cluster.system import System
+from support.faults.wrong import same
+from support.model.families import VOCAB_SIZE, Reference, build_family, reference_generate, save_family
+from support.oracles.token_walk import StoredLayer, minimum_nbytes, stored_layers
 
 pytestmark = [pytest.mark.slow, pytest.mark.processes, pytest.mark.timeout(2 * START_TIMEOUT_S)]
 

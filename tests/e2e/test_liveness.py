@@ -11,9 +11,9 @@ from typing import Any
 import aiohttp
 import pytest
 import torch
-from support.calls import Call, until
-from support.families import BASE, VOCAB_SIZE, save_tokenizer
-from support.system import System, running
+from support.cluster.calls import Call, until
+from support.cluster.system import System, running
+from support.model.families import BASE, VOCAB_SIZE, save_tokenizer
 
 from disagg.engine.model.hf import transformers as hf
 

@@ -8,9 +8,9 @@ from typing import Any
 
 import openai
 import pytest
-from support.system import System, running
-from support.tokenizers import DEMO_FOLDER
-from support.wrong import same
+from support.cluster.system import System, running
+from support.faults.wrong import same
+from support.model.small_tokenizers import DEMO_FOLDER
 
 pytestmark = pytest.mark.processes
 

@@ -6,9 +6,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from support.faults import Faults
-from support.hand_started import FAULTY
-from support.system import System, running
+from support.cluster.hand_started import FAULTY
+from support.cluster.system import System, running
+from support.faults.switches import Faults
 
 pytestmark = [pytest.mark.processes, pytest.mark.slow]
 

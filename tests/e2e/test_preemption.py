@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.families import VOCAB_SIZE, build_family, save_family
-from support.system import System, running
-from support.wrong import same
+from support.cluster.system import System, running
+from support.faults.wrong import same
+from support.model.families import VOCAB_SIZE, build_family, save_family
 
 from disagg.cache.admission import peak_slots
 from disagg.cache.layout import LayerSpec, derive_layout

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.families import build_family, save_family
-from support.system import System, running
-from support.token_walk import StoredLayer, minimum_nbytes, needed_blocks, stored_layers
+from support.cluster.system import System, running
+from support.model.families import build_family, save_family
+from support.oracles.token_walk import StoredLayer, minimum_nbytes, needed_blocks, stored_layers
 
 pytestmark = pytest.mark.processes
 

@@ -10,16 +10,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from support.families import save_family
-from support.trio import SECRET, SERVES, Part, Trio, running_trio
+from support.cluster.three_processes import SECRET, SERVES, Part, Trio, running_trio
+from support.model.families import save_family
 
 from disagg.transceiver.wire.codec import PROTOCOL
 
 pytestmark = pytest.mark.processes
 
-ODD_WORKER = str(Path(__file__).parents[1] / "support" / "odd_worker.py")
+ODD_WORKER = str(Path(__file__).parents[1] / "support" / "cluster" / "odd_worker.py")
 FLAGS = ("--dtype", "float32", "--block-size", "8", "--max-model-len", "128", "--kv-cache-memory", "4MiB")
-LATER_WORKER = str(Path(__file__).parents[1] / "support" / "later_worker.py")
+LATER_WORKER = str(Path(__file__).parents[1] / "support" / "cluster" / "later_worker.py")
 STILL_ASKING = re.compile("no answer from the router yet, still asking")
 
 

@@ -8,11 +8,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from support.families import build_family, safe_prompts, save_family
-from support.faults import Faults
-from support.hand_started import FAULTY
-from support.system import running
-from support.wrong import same
+from support.cluster.hand_started import FAULTY
+from support.cluster.system import running
+from support.faults.switches import Faults
+from support.faults.wrong import same
+from support.model.families import build_family, safe_prompts, save_family
 
 pytestmark = [pytest.mark.processes, pytest.mark.slow]
 

@@ -12,10 +12,10 @@ from typing import Any
 
 import aiohttp
 import pytest
-from support.calls import Call, until
-from support.families import Reference, build_family, safe_prompts, save_family
-from support.trio import Part, Trio, running_trio
-from support.wrong import same
+from support.cluster.calls import Call, until
+from support.cluster.three_processes import Part, Trio, running_trio
+from support.faults.wrong import same
+from support.model.families import Reference, build_family, safe_prompts, save_family
 
 pytestmark = [pytest.mark.processes, pytest.mark.slow, pytest.mark.timeout(300)]
 

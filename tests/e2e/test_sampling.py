@@ -13,10 +13,10 @@ from itertools import product
 from typing import Any
 
 import pytest
-from support.families import VOCAB_SIZE, build_family, save_family
-from support.sampling_reference import check_answer, to_sampling
-from support.system import System, running
-from support.wrong import same
+from support.cluster.system import System, running
+from support.faults.wrong import same
+from support.model.families import VOCAB_SIZE, build_family, save_family
+from support.oracles.sampling_reference import check_answer, to_sampling
 
 pytestmark = pytest.mark.processes
 

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import pytest
-from support.families import Reference, build_family, safe_prompts, save_family
-from support.faults import STAGED, Faults
-from support.hand_started import Cluster, cluster
-from support.token_walk import minimum_nbytes, stored_layers
-from support.wrong import same
+from support.cluster.hand_started import Cluster, cluster
+from support.faults.switches import STAGED, Faults
+from support.faults.wrong import same
+from support.model.families import Reference, build_family, safe_prompts, save_family
+from support.oracles.token_walk import minimum_nbytes, stored_layers
 
 pytestmark = pytest.mark.processes
 

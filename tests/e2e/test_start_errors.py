@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from support.checkpoints import edit_json
-from support.families import save_family
+from support.model.checkpoints import edit_json
+from support.model.families import save_family
 
 pytestmark = pytest.mark.processes
 

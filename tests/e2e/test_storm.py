@@ -9,10 +9,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
-from support.families import Reference, build_family, safe_prompts, save_family
-from support.storm import Outcome, Shot, phases_left_in, storm
-from support.system import System, running
-from support.wrong import same
+from support.cluster.storm import Outcome, Shot, phases_left_in, storm
+from support.cluster.system import System, running
+from support.faults.wrong import same
+from support.model.families import Reference, build_family, safe_prompts, save_family
 
 pytestmark = [pytest.mark.processes, pytest.mark.timeout(240)]  # up to three storms, on cores that may be shared
 

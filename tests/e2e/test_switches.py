@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from support.interpreter import missing_interpreter
-from support.system import running
+from support.cluster.system import running
+from support.model.interpreter import missing_interpreter
 
 from disagg.kernels import native_attention
 

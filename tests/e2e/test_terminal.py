@@ -12,7 +12,7 @@ import urllib.request
 from pathlib import Path
 
 import pytest
-from support.system import ON_CPU, START_TIMEOUT_S, STOP_TIMEOUT_S, children_of
+from support.cluster.system import ON_CPU, START_TIMEOUT_S, STOP_TIMEOUT_S, children_of
 
 pytestmark = pytest.mark.processes
 

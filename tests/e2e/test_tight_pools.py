@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from support.families import Reference, build_family, safe_prompts, save_family
-from support.storm import Shot, storm
-from support.system import System, running
-from support.wrong import same
+from support.cluster.storm import Shot, storm
+from support.cluster.system import System, running
+from support.faults.wrong import same
+from support.model.families import Reference, build_family, safe_prompts, save_family
 
 from disagg.cache.admission import peak_slots
 from disagg.cache.layout import derive_layout

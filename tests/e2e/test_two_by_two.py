@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import pytest
-from support.families import Reference, build_family, safe_prompts, save_family
-from support.system import System, running
-from support.token_walk import StoredLayer, minimum_nbytes, stored_layers
-from support.wrong import same
+from support.cluster.system import System, running
+from support.faults.wrong import same
+from support.model.families import Reference, build_family, safe_prompts, save_family
+from support.oracles.token_walk import StoredLayer, minimum_nbytes, stored_layers
 
 pytestmark = pytest.mark.processes
 

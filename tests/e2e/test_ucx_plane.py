@@ -6,10 +6,10 @@ import importlib.util
 from pathlib import Path
 
 import pytest
-from support.families import build_family, safe_prompts, save_family
-from support.system import running
-from support.token_walk import minimum_nbytes, stored_layers
-from support.wrong import same
+from support.cluster.system import running
+from support.faults.wrong import same
+from support.model.families import build_family, safe_prompts, save_family
+from support.oracles.token_walk import minimum_nbytes, stored_layers
 
 pytestmark = [
     pytest.mark.processes,

@@ -8,11 +8,11 @@ from itertools import product
 from typing import Any
 
 import pytest
-from support.families import MIN_GAP, Reference, build_family, reference_generate, safe_prompts, save_family
-from support.mixed_cluster import START_TIMEOUT_S, mixed_cluster
-from support.system import System
-from support.token_walk import StoredLayer, minimum_nbytes, stored_layers
-from support.wrong import same
+from support.cluster.mixed_cluster import START_TIMEOUT_S, mixed_cluster
+from support.cluster.system import System
+from support.faults.wrong import same
+from support.model.families import MIN_GAP, Reference, build_family, reference_generate, safe_prompts, save_family
+from support.oracles.token_walk import StoredLayer, minimum_nbytes, stored_layers
 
 pytestmark = [pytest.mark.processes, pytest.mark.timeout(START_TIMEOUT_S + 60)]
 

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 
 import pytest
 import torch
-from support.cache_oracle import num_seats
-from support.engine_pair import greedy, key, prompt_of
-from support.families import MIN_GAP, VOCAB_SIZE, save_family
+from support.model.engine_pair import greedy, key, prompt_of
+from support.model.families import MIN_GAP, VOCAB_SIZE, save_family
+from support.oracles.cache_oracle import num_seats
 
 from disagg.cache.budget import num_seated, num_seated_by_length, split_budget
 from disagg.cache.cache import KVCache

@@ -9,8 +9,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from support.checkpoints import edit_json, shard
-from support.families import save_family
+from support.model.checkpoints import edit_json, shard
+from support.model.families import save_family
 
 from disagg.engine.model.checkpoint import (
     GenerationDefaults,

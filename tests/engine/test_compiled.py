@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from support.continuous import greedy, largest_error, make_cache
-from support.graphed import load_case, num_equal
+from support.model.continuous import greedy, largest_error, make_cache
+from support.model.graphed import load_case, num_equal
 
 from disagg.engine.model import opaque_attention
 from disagg.engine.model.load import LoadedModel

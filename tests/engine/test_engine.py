@@ -4,9 +4,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.cache_oracle import tiny_layout
-from support.engine_pair import LAYOUT, TestedEngine, greedy, key, prompt_of
-from support.fake_runner import reference_tokens
+from support.model.engine_pair import LAYOUT, TestedEngine, greedy, key, prompt_of
+from support.model.fake_runner import reference_tokens
+from support.oracles.cache_oracle import tiny_layout
 
 from disagg.cache.table import HOLE
 from disagg.engine import sampler

@@ -8,8 +8,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.engine_pair import HASHER, LAYOUT, TestedEngine, greedy, key, prompt_of, transfer
-from support.fake_runner import reference_tokens
+from support.model.engine_pair import HASHER, LAYOUT, TestedEngine, greedy, key, prompt_of, transfer
+from support.model.fake_runner import reference_tokens
 
 from disagg.cache.admission import peak_slots
 from disagg.engine.commands import (

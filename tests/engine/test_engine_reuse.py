@@ -6,9 +6,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.cache_oracle import needed_blocks
-from support.engine_pair import HASHER, LAYOUT, TestedEngine, greedy, key, prompt_of, transfer
-from support.fake_runner import reference_tokens
+from support.model.engine_pair import HASHER, LAYOUT, TestedEngine, greedy, key, prompt_of, transfer
+from support.model.fake_runner import reference_tokens
+from support.oracles.cache_oracle import needed_blocks
 
 from disagg.cache.prefix_cache import blocks_of
 from disagg.engine import scheduler

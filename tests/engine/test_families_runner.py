@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.continuous import Live, greedy, largest_error, make_cache
-from support.families import FAMILIES, WINDOW, Reference, safe_prompts, save_family
+from support.model.continuous import Live, greedy, largest_error, make_cache
+from support.model.families import FAMILIES, WINDOW, Reference, safe_prompts, save_family
 
 from disagg.engine.model import attention
 from disagg.engine.model import packed_linear as packed

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.continuous import Live, greedy, make_cache
-from support.families import WINDOW, Reference, safe_prompts, save_family
+from support.model.continuous import Live, greedy, make_cache
+from support.model.families import WINDOW, Reference, safe_prompts, save_family
 
 from disagg.cache.layout import CacheLayout
 from disagg.cache.scratch import Scratch

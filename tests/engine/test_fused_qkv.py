@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from support.continuous import greedy, make_cache
-from support.families import FAMILIES, WINDOW, save_family
-from support.graphed import GraphedRunner, load_case, num_equal
-from support.interpreter import missing_interpreter
+from support.model.continuous import greedy, make_cache
+from support.model.families import FAMILIES, WINDOW, save_family
+from support.model.graphed import GraphedRunner, load_case, num_equal
+from support.model.interpreter import missing_interpreter
 
 from disagg.engine.model import fused_qkv
 from disagg.engine.model.attention import WindowMismatch

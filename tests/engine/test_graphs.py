@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 import torch
-from support.continuous import greedy, largest_error, make_cache, poison_free_slots
-from support.fake_graph import CaptureFailed, FakeGraph
-from support.families import FAMILIES
-from support.graphed import GraphedRunner, load_case, num_equal
-from support.interpreter import missing_interpreter
+from support.model.continuous import greedy, largest_error, make_cache, poison_free_slots
+from support.model.fake_graph import CaptureFailed, FakeGraph
+from support.model.families import FAMILIES
+from support.model.graphed import GraphedRunner, load_case, num_equal
+from support.model.interpreter import missing_interpreter
 
 from disagg.cache.pool import TRASH_SLOT
 from disagg.cache.scratch import Scratch

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support.continuous import Live, greedy, make_cache
-from support.families import Reference, safe_prompts, save_family
-from support.interpreter import missing_interpreter
+from support.model.continuous import Live, greedy, make_cache
+from support.model.families import Reference, safe_prompts, save_family
+from support.model.interpreter import missing_interpreter
 
 from disagg.cache.layout import LayerSpec, derive_layout
 from disagg.engine.model.kv_dtype import check_kv_dtype

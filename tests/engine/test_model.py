@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support.checkpoints import (
+from support.model.checkpoints import (
     edit_json,
     save_gemma3_wrapper,
     save_mxfp4_gpt_oss,
@@ -19,8 +19,8 @@ from support.checkpoints import (
     shard,
     wrap_text_model,
 )
-from support.continuous import greedy, largest_error, make_cache
-from support.families import FAMILIES, WINDOW, build_family, reference_generate, safe_prompts, save_family
+from support.model.continuous import greedy, largest_error, make_cache
+from support.model.families import FAMILIES, WINDOW, build_family, reference_generate, safe_prompts, save_family
 
 from disagg.cache.layout import LayerSpec
 from disagg.engine.model import hf

@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from support.continuous import greedy, largest_error, make_cache
-from support.fake_graph import CaptureFailed, FakeGraphs
-from support.families import FAMILIES
-from support.graphed import load_case, num_equal
-from support.interpreter import missing_interpreter
+from support.model.continuous import greedy, largest_error, make_cache
+from support.model.fake_graph import CaptureFailed, FakeGraphs
+from support.model.families import FAMILIES
+from support.model.graphed import load_case, num_equal
+from support.model.interpreter import missing_interpreter
 
 from disagg.engine.model import opaque_attention
 from disagg.engine.model.attention import CURRENT_STEP, LayerCall

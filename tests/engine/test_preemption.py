@@ -8,8 +8,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.engine_pair import LAYOUT, TestedEngine, greedy, key, prompt_of, transfer
-from support.fake_runner import reference_tokens
+from support.model.engine_pair import LAYOUT, TestedEngine, greedy, key, prompt_of, transfer
+from support.model.fake_runner import reference_tokens
 
 from disagg.cache.admission import Promises, peak_slots
 from disagg.cache.identity import BlockHasher

@@ -7,8 +7,8 @@ import re
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.cache_oracle import tiny_layout
-from support.engine_pair import HASHER, TestedEngine, greedy, key, prompt_of
+from support.model.engine_pair import HASHER, TestedEngine, greedy, key, prompt_of
+from support.oracles.cache_oracle import tiny_layout
 
 from disagg.cache.layout import CacheLayout
 from disagg.engine.commands import Serve

@@ -10,8 +10,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.sampling_oracle import choose
-from support.sampling_rows import implementations, inputs, logits, widest
+from support.oracles.sampling_oracle import choose
+from support.oracles.sampling_rows import implementations, inputs, logits, widest
 
 from disagg.api.fields import parse_params
 from disagg.engine import philox

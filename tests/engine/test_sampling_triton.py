@@ -7,8 +7,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.interpreter import missing_interpreter
-from support.sampling_rows import inputs
+from support.model.interpreter import missing_interpreter
+from support.oracles.sampling_rows import inputs
 
 from disagg.engine.sampling import plain
 from disagg.engine.sampling.rows import SampleInput, plan_row

@@ -3,7 +3,7 @@ from __future__ import annotations
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.engine_pair import TestedEngine, greedy, key, prompt_of
+from support.model.engine_pair import TestedEngine, greedy, key, prompt_of
 
 from disagg.engine.batch import share_tokens
 from disagg.engine.commands import Pin, Prefill, Release, Reserve, Serve, TokensEvent

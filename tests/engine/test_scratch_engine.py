@@ -10,9 +10,9 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from support.cache_oracle import needed_blocks
-from support.engine_pair import LAYOUT, TestedEngine, greedy, key, prompt_of, transfer
-from support.fake_runner import reference_tokens
+from support.model.engine_pair import LAYOUT, TestedEngine, greedy, key, prompt_of, transfer
+from support.model.fake_runner import reference_tokens
+from support.oracles.cache_oracle import needed_blocks
 
 from disagg.cache.admission import peak_slots
 from disagg.cache.cache import KVCache

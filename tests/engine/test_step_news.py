@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from support.engine_pair import TestedEngine, greedy, key, prompt_of
+from support.model.engine_pair import TestedEngine, greedy, key, prompt_of
 
 from disagg.engine.commands import Prefill, Serve
 from disagg.transceiver.wire.messages.router import YOUNG_TOKENS

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import torch
-from support.continuous import make_cache
-from support.families import save_family
+from support.model.continuous import make_cache
+from support.model.families import save_family
 
 from disagg.engine.model.load import load_model
 from disagg.engine.run.runner import Chunk, Runner

@@ -8,9 +8,9 @@ from collections.abc import Callable, Coroutine, Iterator
 from typing import Any
 
 import pytest
-from support.fault_table import FAULTS, ROWS, Fault, Row, render
-from support.shell_pair import ShellTrio, trio_context
-from support.wrong import Wrong, wrong_in
+from support.faults.table import FAULTS, ROWS, Fault, Row, render
+from support.faults.wrong import Wrong, wrong_in
+from support.links.shell_pair import ShellTrio, trio_context
 
 PAUSE_S = 0.1
 """An event loop that has work and is not run for so long shares its core with somebody."""

@@ -7,9 +7,9 @@ import random
 from typing import Any
 
 import pytest
-from support.lossy_link import LossyLink
-from support.shell_pair import ShellTrio
-from support.transfer_pair import COMPUTE_ID, DEADLINE_S, TransferPair, needed_of
+from support.links.lossy_link import LossyLink
+from support.links.shell_pair import ShellTrio
+from support.links.transfer_pair import COMPUTE_ID, DEADLINE_S, TransferPair, needed_of
 
 from disagg.transceiver.protocol.actions import Verified
 from disagg.transceiver.protocol.events import CancelAsked, ComputeFailed, FinishedEarly, PeerGone, SoftDropped

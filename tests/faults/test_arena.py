@@ -8,8 +8,8 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from support.shell_pair import ShellTrio
-from support.wrong import Wrong
+from support.faults.wrong import Wrong
+from support.links.shell_pair import ShellTrio
 
 PAUSE_S = 0.15
 MAX_TRIES = 4
@@ -73,7 +73,7 @@ def test_a_story_in_which_anything_was_wrong_is_told_once(arena: Any, fail: Call
 
 @PLANE
 def test_slots_that_are_never_given_back_are_not_late(arena: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("support.shell_pair.LEAKED_S", 0.1)
+    monkeypatch.setattr("support.links.shell_pair.LEAKED_S", 0.1)
     monkeypatch.setattr(ShellTrio, "leftovers", lambda self: {"decode": {"slots": 1}})
     tellings = []
 

@@ -7,13 +7,13 @@ from dataclasses import fields
 from typing import Any
 
 import pytest
-import support.fault_table as table
+import support.faults.table as table
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from support.fault_cells import Cell, outcome_of
-from support.impostor import Impostor
-from support.shell_pair import IDENTITY, ShellTrio
-from support.unchecked import changed
+from support.faults.cells import Cell, outcome_of
+from support.links.impostor import Impostor
+from support.links.shell_pair import IDENTITY, ShellTrio
+from support.links.unchecked import changed
 
 from disagg.transceiver.layout.ranks import natural_slot_nbytes
 from disagg.transceiver.protocol.state import Role, State

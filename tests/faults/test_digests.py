@@ -11,10 +11,10 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-import support.fault_table as table
-from support.fault_cells import Cell, outcome_of
-from support.shell_pair import KEYS, ShellTrio
-from support.wrong import Wrong
+import support.faults.table as table
+from support.faults.cells import Cell, outcome_of
+from support.faults.wrong import Wrong
+from support.links.shell_pair import KEYS, ShellTrio
 
 from disagg.transceiver.memory.regions import LandingJob
 from disagg.transceiver.protocol.manifest import seal

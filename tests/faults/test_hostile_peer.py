@@ -13,16 +13,16 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
-import support.fault_table as table
+import support.faults.table as table
 import zmq
 import zmq.asyncio
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from support.fault_cells import Cell, outcome_of
-from support.impostor import Impostor
-from support.shell_pair import IDENTITY, ShellTrio, until
-from support.unchecked import changed, raw
-from support.wrong import never_late
+from support.faults.cells import Cell, outcome_of
+from support.faults.wrong import never_late
+from support.links.impostor import Impostor
+from support.links.shell_pair import IDENTITY, ShellTrio, until
+from support.links.unchecked import changed, raw
 
 from disagg.engine.commands import ReservedEvent
 from disagg.transceiver.planes.zmq import frames

@@ -8,10 +8,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import pytest
-from support.families import Reference, build_family, safe_prompts, save_family
-from support.storm import Outcome, Shot, phases_left_in, storm
-from support.system import System, running
-from support.wrong import same
+from support.cluster.storm import Outcome, Shot, phases_left_in, storm
+from support.cluster.system import System, running
+from support.faults.wrong import same
+from support.model.families import Reference, build_family, safe_prompts, save_family
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]  # a thousand requests, on cores that may be shared
 

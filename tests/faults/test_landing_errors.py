@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from support.fault_cells import outcome_of
-from support.shell_pair import ShellTrio, until
+from support.faults.cells import outcome_of
+from support.links.shell_pair import ShellTrio, until
 
 
 @pytest.mark.parametrize("plane", ["shm", "zmq"])  # begun without a task, and fetched by one

@@ -12,14 +12,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import pytest
-from support import namespaces as ns
-from support.families import Reference, build_family, safe_prompts, save_family
-from support.faults import Faults
-from support.hand_started import FAULTY
-from support.namespaces import Namespace, namespaces
-from support.system import System
-from support.trio import LISTENS, Part
-from support.wrong import same
+from support.cluster import namespaces as ns
+from support.cluster.hand_started import FAULTY
+from support.cluster.namespaces import Namespace, namespaces
+from support.cluster.system import System
+from support.cluster.three_processes import LISTENS, Part
+from support.faults.switches import Faults
+from support.faults.wrong import same
+from support.model.families import Reference, build_family, safe_prompts, save_family
 
 pytestmark = [pytest.mark.processes, pytest.mark.slow, pytest.mark.timeout(240)]
 

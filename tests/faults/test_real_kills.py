@@ -2,7 +2,7 @@
 
 `test_table.py` lets every fault happen in every state inside one process, where a kill is the end of its sockets. Here
 router, prefill and decode worker are processes of their own, a transfer of theirs is stopped in the same states
-(`support/kill_cells.py`), and one of them gets SIGKILL.
+(`support/faults/kill_cells.py`), and one of them gets SIGKILL.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from dataclasses import dataclass
 
 import aiohttp
 import pytest
-from support import kill_cells as kills
-from support.calls import Call
-from support.families import Reference, build_family, safe_prompts, save_family
-from support.fault_table import ROWS, Row
-from support.faults import Faults
-from support.hand_started import FAULTY
-from support.system import System, running
-from support.wrong import same
+from support.cluster.calls import Call
+from support.cluster.hand_started import FAULTY
+from support.cluster.system import System, running
+from support.faults import kill_cells as kills
+from support.faults.switches import Faults
+from support.faults.table import ROWS, Row
+from support.faults.wrong import same
+from support.model.families import Reference, build_family, safe_prompts, save_family
 
 from disagg.transceiver.protocol.state import Role, State
 

@@ -8,10 +8,10 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-import support.fault_table as table
-from support.fault_table import ROWS, VERIFIED, Row
-from support.shell_pair import ShellTrio
-from support.shell_spare import SPARE, RetargetCell, SpareTrio
+import support.faults.table as table
+from support.faults.table import ROWS, VERIFIED, Row
+from support.links.shell_pair import ShellTrio
+from support.links.shell_spare import SPARE, RetargetCell, SpareTrio
 
 from disagg.transceiver.protocol.state import Role
 

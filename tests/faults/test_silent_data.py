@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-import support.fault_table as table
-from support.fault_cells import Cell, outcome_of
-from support.fault_table import Row
-from support.shell_pair import REPLY_S, ShellTrio
+import support.faults.table as table
+from support.faults.cells import Cell, outcome_of
+from support.faults.table import Row
+from support.links.shell_pair import REPLY_S, ShellTrio
 
 from disagg.transceiver.protocol.state import Role, State
 

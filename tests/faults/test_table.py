@@ -1,7 +1,7 @@
 """Every fault in every state of a transfer, through the real shells: the answer is right, or there is an error in time.
 
 Each cell halts a request's transfer in its state, lets one fault happen there, and asserts that it happened, that the
-client then gets what `support.fault_table` allows within 5 s, that no slot stays used on either side, and that the
+client then gets what `support.faults.table` allows within 5 s, that no slot stays used on either side, and that the
 next request is answered by the survivors as they are.
 """
 
@@ -10,8 +10,8 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from support.fault_cells import Cell
-from support.fault_table import FAULTS, IMPOSSIBLE, QUICK_FAULTS, ROWS, Fault, Row, allowed, cells
+from support.faults.cells import Cell
+from support.faults.table import FAULTS, IMPOSSIBLE, QUICK_FAULTS, ROWS, Fault, Row, allowed, cells
 
 from disagg.transceiver.protocol.state import TRANSITIONS
 

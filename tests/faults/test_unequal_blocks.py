@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-import support.fault_table as table
-from support.fault_cells import Cell
-from support.fault_table import Fault, Row
-from support.shell_pair import REPLY_S, ShellTrio
-from support.shell_unequal import UnequalTrio, patched_slices
+import support.faults.table as table
+from support.faults.cells import Cell
+from support.faults.table import Fault, Row
+from support.links.shell_pair import REPLY_S, ShellTrio
+from support.links.shell_unequal import UnequalTrio, patched_slices
 
 from disagg.transceiver.protocol.state import Role, State
 

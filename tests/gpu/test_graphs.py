@@ -8,9 +8,9 @@ from types import ModuleType
 
 import pytest
 import torch
-from support.continuous import greedy, make_cache
-from support.families import FAMILIES
-from support.graphed import LENGTHS, MAX_MODEL_LEN, load_case
+from support.model.continuous import greedy, make_cache
+from support.model.families import FAMILIES
+from support.model.graphed import LENGTHS, MAX_MODEL_LEN, load_case
 from support.tools import load_script
 
 from disagg.cache.cache import KVCache

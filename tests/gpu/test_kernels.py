@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from support.attention_world import CASES, MIXED, Case, World
+from support.oracles.attention_world import CASES, MIXED, Case, World
 
 from disagg.kernels import ops
 from disagg.kernels.batch import PagedBatch, QueryRun

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.families import build_family, safe_prompts, save_family
-from support.system import running
-from support.token_walk import minimum_nbytes, stored_layers
-from support.wrong import same
+from support.cluster.system import running
+from support.faults.wrong import same
+from support.model.families import build_family, safe_prompts, save_family
+from support.oracles.token_walk import minimum_nbytes, stored_layers
 
 pytestmark = [pytest.mark.gpu, pytest.mark.processes, pytest.mark.timeout(600)]  # Triton compiles at first use
 

@@ -6,7 +6,7 @@ from types import ModuleType
 
 import pytest
 import torch
-from support.interpreter import missing_interpreter
+from support.model.interpreter import missing_interpreter
 from support.tools import load_script
 
 from disagg.kernels import native_attention

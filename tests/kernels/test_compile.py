@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-SCRIPT = Path(__file__).resolve().parents[1] / "support/compile_kernels.py"
+SCRIPT = Path(__file__).resolve().parents[1] / "support/model/compile_kernels.py"
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 
 

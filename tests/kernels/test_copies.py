@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 import torch
-from support.interpreter import missing_interpreter
+from support.model.interpreter import missing_interpreter
 
 from disagg.kernels import ops
 from disagg.kernels.dispatch import CALLS, forced

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from support.interpreter import missing_interpreter
+from support.model.interpreter import missing_interpreter
 
 from disagg.kernels import dispatch, ops, reference
 from disagg.kernels.dispatch import CALLS, backend, forced

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from support.continuous import greedy, largest_error, make_cache
-from support.families import FAMILIES, WINDOW, safe_prompts, save_family
-from support.interpreter import missing_interpreter
+from support.model.continuous import greedy, largest_error, make_cache
+from support.model.families import FAMILIES, WINDOW, safe_prompts, save_family
+from support.model.interpreter import missing_interpreter
 
 from disagg.engine.model.load import load_model
 from disagg.engine.run.runner import Runner

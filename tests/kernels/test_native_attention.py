@@ -12,7 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.attention_world import CASES, MIXED, Case, World
+from support.oracles.attention_world import CASES, MIXED, Case, World
 
 from disagg.kernels import native, native_attention, ops, reference
 from disagg.kernels.batch import PagedBatch

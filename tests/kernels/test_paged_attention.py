@@ -13,8 +13,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from support.attention_world import CASES, MIXED, Case, World
-from support.interpreter import missing_interpreter
+from support.model.interpreter import missing_interpreter
+from support.oracles.attention_world import CASES, MIXED, Case, World
 
 from disagg.cache.pool import NULL_SLOT as CACHE_NULL_SLOT
 from disagg.cache.pool import TRASH_SLOT as CACHE_TRASH_SLOT

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from support.interpreter import missing_interpreter
+from support.model.interpreter import missing_interpreter
 
 import disagg.engine.model.hf  # noqa: F401  transformers is imported behind its guard
 from disagg.kernels import ops

@@ -11,8 +11,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.attention_world import CASES, MIXED, Case, World
-from support.interpreter import missing_interpreter
+from support.model.interpreter import missing_interpreter
+from support.oracles.attention_world import CASES, MIXED, Case, World
 
 from disagg.kernels import ops
 from disagg.kernels.device_plan import DevicePlan

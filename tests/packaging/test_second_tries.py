@@ -8,14 +8,14 @@ import subprocess
 import sys
 
 import pytest
+from support.faults.wrong import Wrong, never_late, same, wrong_in
 from support.tools import ROOT
-from support.wrong import Wrong, never_late, same, wrong_in
 
 FAILING_ONCE = """
 from pathlib import Path
 
 import pytest
-from support.wrong import Wrong, never_late, same
+from support.faults.wrong import Wrong, never_late, same
 
 
 def raise_once(name, error):

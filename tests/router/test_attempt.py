@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from support.router_harness import ListPlacer, make_attempts, target
-from support.unchecked import raw
+from support.cluster.router_harness import ListPlacer, make_attempts, target
+from support.links.unchecked import raw
 
 from disagg.router.attempt import PREFILL_LOST_GRACE_S, RoutedRequest
 from disagg.router.attempt_events import (

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.router_harness import ListPlacer, make_attempts
+from support.cluster.router_harness import ListPlacer, make_attempts
 
 from disagg.router.attempt import RoutedRequest
 from disagg.router.attempt_events import (

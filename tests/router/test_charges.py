@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from support.router_harness import ListPlacer, make_attempts
+from support.cluster.router_harness import ListPlacer, make_attempts
 
 from disagg.router.attempt import RoutedRequest
 from disagg.router.attempt_events import Action, Answered, Fail, SendOrder, TimePassed, WorkerLost

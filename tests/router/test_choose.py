@@ -6,7 +6,7 @@ from collections import Counter
 from dataclasses import replace
 
 import pytest
-from support.router_harness import GEOMETRY, make_lease, make_link, make_register
+from support.cluster.router_harness import GEOMETRY, make_lease, make_link, make_register
 
 from disagg.router.choose import RETRY_BUSY_S, RETRY_WORKER_S, Fleet, Placement, Unplaceable
 from disagg.router.registry import Registry, Worker

@@ -11,11 +11,11 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from support.cluster.fake_worker import FakeWorker
+from support.cluster.router_harness import GEOMETRY, make_request
 from support.event_loop import in_event_loop, within
-from support.extreme_messages import extremes_of
-from support.fake_worker import FakeWorker
-from support.router_harness import GEOMETRY, make_request
-from support.sample_messages import SAMPLES
+from support.links.extreme_messages import extremes_of
+from support.links.sample_messages import SAMPLES
 
 from disagg.router.generation import GenerationEnd, GenerationError, GenerationRequest
 from disagg.router.router import Router

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 from prometheus_client.parser import text_string_to_metric_families
-from support.router_harness import make_lease, make_register
+from support.cluster.router_harness import make_lease, make_register
 
 from disagg.router.metrics import RouterMetrics
 from disagg.router.registry import Worker

@@ -9,7 +9,7 @@ from itertools import product
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.router_harness import GEOMETRY, make_lease, make_link, make_register
+from support.cluster.router_harness import GEOMETRY, make_lease, make_link, make_register
 
 from disagg.router.choose import MAX_PAIRS_TOLD, Fleet, Placement, Unplaceable, link_rank
 from disagg.router.generation import GenerationRequest

@@ -8,7 +8,7 @@ import math
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from support.router_harness import make_request, target
+from support.cluster.router_harness import make_request, target
 
 from disagg.router.choose import Placement
 from disagg.router.record import MAX_REPORTS, AttemptRecord, RecordStore, RequestRecord

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.router_harness import GEOMETRY, IDENTITY, make_lease, make_register
+from support.cluster.router_harness import GEOMETRY, IDENTITY, make_lease, make_register
 
 from disagg.router.pairing import pair_difference
 from disagg.router.registry import MAX_CLAIMANTS, PROOF_S, Admitted, Claimed, Registry, WorkerState

@@ -10,8 +10,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
-from support.fake_worker import FakeWorker, Rejected
-from support.router_harness import GEOMETRY, IDENTITY, make_request
+from support.cluster.fake_worker import FakeWorker, Rejected
+from support.cluster.router_harness import GEOMETRY, IDENTITY, make_request
 
 from disagg.router.generation import GenerationEnd, GenerationError, GenerationRequest, TokenChunk
 from disagg.router.router import Router, RouterOptions

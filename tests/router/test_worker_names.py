@@ -7,8 +7,8 @@ import contextlib
 import time
 
 import pytest
+from support.cluster.fake_worker import FakeWorker, Rejected
 from support.event_loop import in_event_loop, within
-from support.fake_worker import FakeWorker, Rejected
 
 from disagg.router.router import Router
 from disagg.transceiver.wire.keys import ClusterKeys

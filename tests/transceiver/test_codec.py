@@ -7,8 +7,8 @@ import msgpack
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.sample_messages import HEADER, SAMPLES, SAMPLING
-from support.unchecked import raw
+from support.links.sample_messages import HEADER, SAMPLES, SAMPLING
+from support.links.unchecked import raw
 
 from disagg.transceiver.wire import codec
 from disagg.transceiver.wire.codec import MAX_MANIFEST_ENTRIES, MAX_MESSAGE_NBYTES, PROTOCOL, TAGS, decode, encode

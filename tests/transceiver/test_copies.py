@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import Phase, find, given, settings
 from hypothesis import strategies as st
-from support.list_oracle import Listed, ListedGroup, ListedPrompt, Place, expected, is_read_later, num_runs
+from support.oracles.list_oracle import Listed, ListedGroup, ListedPrompt, Place, expected, is_read_later, num_runs
 
 from disagg.transceiver.layout import block_lists as compact
 from disagg.transceiver.library import plan_copies as copies

@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 from support.event_loop import in_event_loop
-from support.extremes import messages
-from support.sample_messages import PEER_SAMPLES, SAMPLES
-from support.sending_side import IDENTITY, Peer, Prefill, new_key
-from support.transfer_pair import GEOMETRY
-from support.unchecked import changed
+from support.links.extremes import messages
+from support.links.sample_messages import PEER_SAMPLES, SAMPLES
+from support.links.sending_side import IDENTITY, Peer, Prefill, new_key
+from support.links.transfer_pair import GEOMETRY
+from support.links.unchecked import changed
 
 from disagg.transceiver.layout.pairing import geometry_difference
 from disagg.transceiver.peers.prefill_side import SendingSide

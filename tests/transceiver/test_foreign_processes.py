@@ -9,7 +9,7 @@ from multiprocessing.connection import Connection
 import numpy as np
 import pytest
 import torch
-from support import foreign_sender as foreign
+from support.links import foreign_sender as foreign
 
 from disagg.transceiver.memory.gather import Unpacker, digests
 from disagg.transceiver.memory.regions import Destination, LandingJob, PoolRegion

@@ -3,8 +3,8 @@ from __future__ import annotations
 from dataclasses import fields, replace
 
 import pytest
-from support.sample_messages import GEOMETRY, IDENTITY
-from support.unchecked import raw
+from support.links.sample_messages import GEOMETRY, IDENTITY
+from support.links.unchecked import raw
 
 from disagg.transceiver.layout.pairing import differing_field, geometry_difference
 from disagg.transceiver.wire.errors import MAX_TOLD_CHARS

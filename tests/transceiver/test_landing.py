@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import xxhash
 from support.event_loop import in_event_loop, within
-from support.plane_pair import PlanePair, Receiver, plane_pair
-from support.pools import close_pools, make_pools
+from support.links.plane_pair import PlanePair, Receiver, plane_pair
+from support.links.pools import close_pools, make_pools
 
 from disagg.kernels import native
 from disagg.transceiver.layout.units import HashedUnit, SourceUnit

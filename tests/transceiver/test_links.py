@@ -13,7 +13,7 @@ import msgpack
 import pytest
 import zmq
 from support.event_loop import in_event_loop, within
-from support.unchecked import raw
+from support.links.unchecked import raw
 
 from disagg.transceiver.wire.codec import PROTOCOL, decode, encode
 from disagg.transceiver.wire.connection import Connection

@@ -5,8 +5,8 @@ from dataclasses import replace
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from support.sample_messages import FIRST, GEOMETRY, HEADER
-from support.unchecked import changed
+from support.links.sample_messages import FIRST, GEOMETRY, HEADER
+from support.links.unchecked import changed
 
 from disagg.transceiver.layout.cut import whole_group
 from disagg.transceiver.protocol.manifest import is_sealed, seal

@@ -12,12 +12,12 @@ from typing import Any
 import msgpack
 import pytest
 from support.event_loop import in_event_loop
-from support.extremes import messages
-from support.sample_messages import PEER_SAMPLES
-from support.sending_side import IDENTITY, Prefill, pools
-from support.shell_pair import patched_timing, until
-from support.transfer_pair import GEOMETRY, KEYS, TRANSFER_ID
-from support.unchecked import raw
+from support.links.extremes import messages
+from support.links.sample_messages import PEER_SAMPLES
+from support.links.sending_side import IDENTITY, Prefill, pools
+from support.links.shell_pair import patched_timing, until
+from support.links.transfer_pair import GEOMETRY, KEYS, TRANSFER_ID
+from support.links.unchecked import raw
 
 from disagg.transceiver.memory.regions import LandingJob, PoolRegion
 from disagg.transceiver.peers import link as peer_link

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from support.token_walk import needed_blocks
-from support.unchecked import raw
+from support.links.unchecked import raw
+from support.oracles.token_walk import needed_blocks
 
 from disagg.transceiver.layout.required import (
     check_required,

@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from support.event_loop import in_event_loop, within
-from support.plane_pair import PLANES, SHAPES, PlanePair, Receiver, plane_pair
+from support.links.plane_pair import PLANES, SHAPES, PlanePair, Receiver, plane_pair
 
 from disagg.cache.pool import NULL_SLOT, TRASH_SLOT
 from disagg.transceiver.layout.runs import adjacent, ints

@@ -10,8 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from support.families import gemma3_config, hf, save_family, save_tokenizer
-from support.rank_sender import (
+from support.links.rank_sender import (
     DEADLINE_S,
     KEYS,
     Cut,
@@ -26,6 +25,7 @@ from support.rank_sender import (
     needed_ordinals,
     needed_tokens,
 )
+from support.model.families import gemma3_config, hf, save_family, save_tokenizer
 
 from disagg.cache.cache import KVCache
 from disagg.engine.model.load import LoadedModel

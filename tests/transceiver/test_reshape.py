@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.element_walk import HOLE, Cut, ModelGroup, Rank, expected, make_ranks, needed_tokens, store
+from support.oracles.element_walk import HOLE, Cut, ModelGroup, Rank, expected, make_ranks, needed_tokens, store
 
 from disagg.transceiver.layout.cut import (
     Copies,

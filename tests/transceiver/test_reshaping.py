@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 import torch
 from support.event_loop import in_event_loop, within
-from support.plane_pair import PLANES, PlanePair, plane_pair
-from support.pools import close_pools, make_pools
-from support.unchecked import changed
+from support.links.plane_pair import PLANES, PlanePair, plane_pair
+from support.links.pools import close_pools, make_pools
+from support.links.unchecked import changed
 
 from disagg.transceiver.layout.pairing import geometry_difference
 from disagg.transceiver.layout.units import HashedUnit, SourceUnit, geometry_by_units, peer_unit

@@ -8,8 +8,8 @@ from dataclasses import replace
 import msgpack
 import pytest
 from support.event_loop import in_event_loop, within
-from support.sending_side import IDENTITY, Peer, Prefill, new_key
-from support.transfer_pair import GEOMETRY
+from support.links.sending_side import IDENTITY, Peer, Prefill, new_key
+from support.links.transfer_pair import GEOMETRY
 
 from disagg.transceiver.planes.inproc import InprocHub, InprocSourcePlane
 from disagg.transceiver.protocol.events import Pinned

@@ -17,8 +17,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from support.event_loop import in_event_loop, within
-from support.plane_pair import SHAPES, plane_pair
-from support.pools import close_pools, make_pool, make_pools
+from support.links.plane_pair import SHAPES, plane_pair
+from support.links.pools import close_pools, make_pool, make_pools
 
 from disagg.transceiver.memory.regions import Destination, LandingJob, PoolRegion
 from disagg.transceiver.planes.shm import handshake as shm_handshake
@@ -286,7 +286,7 @@ async def fetch_until_refused(plane: object, job: LandingJob) -> None:
 
 SOURCE_PROCESS = """
 import asyncio, sys
-from support.pools import make_pools
+from support.links.pools import make_pools
 from disagg.transceiver.planes.shm.plane import ShmSourcePlane
 
 async def main():

@@ -14,7 +14,7 @@ import pytest
 import zmq
 import zmq.asyncio
 from support.event_loop import in_event_loop
-from support.transfer_pair import KEYS
+from support.links.transfer_pair import KEYS
 
 from disagg.transceiver.peers import link as peer_link
 from disagg.transceiver.peers.link import PeerLink
@@ -31,7 +31,7 @@ TESTS = Path(__file__).parents[1]
 def test_running_out_of_descriptors_costs_the_new_link_and_no_other(plane: str) -> None:
     if plane == "ucx" and importlib.util.find_spec("ucxx") is None:
         pytest.skip("ucxx is not installed")
-    command = [sys.executable, "-m", "support.short_of_files", plane, *map(str, (0, 1, 2, 5, 7, 9))]
+    command = [sys.executable, "-m", "support.cluster.short_of_files", plane, *map(str, (0, 1, 2, 5, 7, 9))]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(TESTS), *filter(None, sys.path)])}
     ended = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
     assert ended.returncode == 0, ended.stderr

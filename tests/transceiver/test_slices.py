@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from support.sample_messages import HEADER
-from support.unchecked import raw
+from support.links.sample_messages import HEADER
+from support.links.unchecked import raw
 
 from disagg.transceiver.layout.slice_size import SLICE_NBYTES
 from disagg.transceiver.layout.units import HashedUnit

@@ -3,8 +3,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from support.transfer_pair import make_sender
-from support.transfer_states import picture, reach, sample_event
+from support.links.transfer_pair import make_sender
+from support.links.transfer_states import picture, reach, sample_event
 
 from disagg.transceiver.protocol import events
 from disagg.transceiver.protocol.diagram import render

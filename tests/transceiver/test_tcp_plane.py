@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from support.event_loop import in_event_loop, within
-from support.plane_pair import KEYS, PlanePair, Receiver, plane_pair
-from support.pools import close_pools, make_pool
+from support.links.plane_pair import KEYS, PlanePair, Receiver, plane_pair
+from support.links.pools import close_pools, make_pool
 
 from disagg.transceiver.layout.units import SourceUnit
 from disagg.transceiver.memory.regions import Destination, LandingJob

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-from support.element_walk import element
 from support.event_loop import in_event_loop, within
-from support.pools import close_pools, make_pools
+from support.links.pools import close_pools, make_pools
+from support.oracles.element_walk import element
 
 from disagg.transceiver.library.tensor_ends import Model, TensorDestination, TensorSource
 from disagg.transceiver.memory.foreign_layout import ForeignLayer

@@ -3,7 +3,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from support.sample_messages import HEADER, SAMPLES
+from support.links.sample_messages import HEADER, SAMPLES
 
 from disagg.transceiver.protocol.tombstones import EXPIRE_S, Tombstones, answer_unknown
 from disagg.transceiver.wire import reasons

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from support.transfer_pair import (
+from support.links.transfer_pair import (
     DECODE,
     FIRST,
     PREFILL,
@@ -18,8 +18,8 @@ from support.transfer_pair import (
     make_ticket,
     needed_of,
 )
-from support.transfer_states import arrived, fetch, header, honest_done, landed, picture, reach, slice_message
-from support.unchecked import raw
+from support.links.transfer_states import arrived, fetch, header, honest_done, landed, picture, reach, slice_message
+from support.links.unchecked import raw
 
 from disagg.transceiver.protocol.actions import AskPin, Land, ReportFailed, Send, Verified
 from disagg.transceiver.protocol.events import (

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from support.transfer_pair import (
+from support.links.transfer_pair import (
     COMPUTE_ID,
     DEADLINE_S,
     TransferPair,
@@ -12,7 +12,7 @@ from support.transfer_pair import (
     make_sender,
     needed_of,
 )
-from support.transfer_states import arrived, fetch, header, honest_done, reach, slice_message
+from support.links.transfer_states import arrived, fetch, header, honest_done, reach, slice_message
 
 from disagg.transceiver.protocol.actions import FreeReservation, ReleaseSource, ReportFailed, Send, StopLanding
 from disagg.transceiver.protocol.events import (

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from support.transfer_pair import (
+from support.links.transfer_pair import (
     COMPUTE_ID,
     FIRST,
     KEYS,
@@ -16,8 +16,8 @@ from support.transfer_pair import (
     make_ticket,
     needed_of,
 )
-from support.transfer_states import arrived, fetch, header, honest_done, landed, reach, slice_message
-from support.unchecked import changed
+from support.links.transfer_states import arrived, fetch, header, honest_done, landed, reach, slice_message
+from support.links.unchecked import changed
 
 from disagg.transceiver.protocol.actions import ReportFailed, Send, UnregisterUnits, Verified
 from disagg.transceiver.protocol.events import (

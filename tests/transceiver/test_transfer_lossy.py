@@ -8,8 +8,8 @@ from __future__ import annotations
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.lossy_link import LossyLink
-from support.transfer_pair import COMPUTE_ID, DEADLINE_S, FIRST, TRANSFER_ID, TransferPair, needed_of
+from support.links.lossy_link import LossyLink
+from support.links.transfer_pair import COMPUTE_ID, DEADLINE_S, FIRST, TRANSFER_ID, TransferPair, needed_of
 
 from disagg.transceiver.protocol.actions import FreeReservation, ReportFailed, Verified
 from disagg.transceiver.protocol.events import CancelAsked, ComputeFailed, FinishedEarly, PeerGone, SoftDropped

@@ -20,8 +20,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from support.event_loop import in_event_loop, within
-from support.plane_pair import KEYS, Receiver, plane_pair
-from support.pools import close_pools, make_pool
+from support.links.plane_pair import KEYS, Receiver, plane_pair
+from support.links.pools import close_pools, make_pool
 from xxhash import xxh3_64_intdigest
 
 from disagg.transceiver.layout.units import SourceUnit
@@ -297,7 +297,7 @@ def test_a_transfers_bits_need_the_token() -> None:
 
 CHILD = """
 import asyncio, json, sys
-from support.pools import make_pool
+from support.links.pools import make_pool
 from disagg.transceiver.wire.keys import ClusterKeys
 from disagg.transceiver.wire.messages.values import PlaneOffer
 from disagg.transceiver.layout.units import SourceUnit

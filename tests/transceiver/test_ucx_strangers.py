@@ -15,8 +15,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from support.event_loop import in_event_loop, within
-from support.plane_pair import plane_pair
-from support.ucx_stranger import WRITTEN
+from support.links.plane_pair import plane_pair
+from support.links.ucx_stranger import WRITTEN
 
 import disagg
 from disagg.transceiver.memory.regions import Bytes
@@ -42,7 +42,7 @@ def port() -> Iterator[Port]:
 
 def stranger(*told: object) -> subprocess.Popen[str]:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(TESTS), *filter(None, sys.path)])}
-    command = [sys.executable, "-m", "support.ucx_stranger", *map(str, told)]
+    command = [sys.executable, "-m", "support.links.ucx_stranger", *map(str, told)]
     return subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment, start_new_session=True
     )

@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from support.counting_proxy import CountingProxy
 from support.event_loop import in_event_loop, within
-from support.flipping_proxy import FlippingProxy
-from support.plane_pair import KEYS, SHAPES, PlanePair, Receiver, plane_pair
-from support.pools import make_pools
-from support.zmtp_proxy import ZmtpProxy
+from support.links.counting_proxy import CountingProxy
+from support.links.flipping_proxy import FlippingProxy
+from support.links.plane_pair import KEYS, SHAPES, PlanePair, Receiver, plane_pair
+from support.links.pools import make_pools
+from support.links.zmtp_proxy import ZmtpProxy
 
 from disagg.transceiver.planes.zmq import frames
 from disagg.transceiver.planes.zmq import landing as zmq_landing

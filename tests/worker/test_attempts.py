@@ -5,7 +5,7 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
-from support.engine_pair import key
+from support.model.engine_pair import key
 
 from disagg.engine.commands import FailedEvent, Release, Unregister
 from disagg.transceiver.peers.decode_side import TransferRecord

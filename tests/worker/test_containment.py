@@ -10,10 +10,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from support.engine_pair import LAYOUT, TestedEngine
 from support.event_loop import in_event_loop
-from support.extreme_messages import extremes_of
-from support.sample_messages import ID, SAMPLES, SAMPLING
+from support.links.extreme_messages import extremes_of
+from support.links.sample_messages import ID, SAMPLES, SAMPLING
+from support.model.engine_pair import LAYOUT, TestedEngine
 
 from disagg.engine.commands import Command
 from disagg.transceiver.wire.codec import decode

@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from support.continuous import make_cache
-from support.fake_graph import CaptureFailed, FakeGraph, FakeGraphs
-from support.families import save_family
-from support.interpreter import missing_interpreter
-from support.plan_attention import plan_attention
+from support.model.continuous import make_cache
+from support.model.fake_graph import CaptureFailed, FakeGraph, FakeGraphs
+from support.model.families import save_family
+from support.model.interpreter import missing_interpreter
+from support.oracles.plan_attention import plan_attention
 
 from disagg.config.settings import Role, WorkerSettings
 from disagg.engine.model.load import LoadedModel, load_model

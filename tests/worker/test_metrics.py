@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from support.engine_pair import TestedEngine
+from support.model.engine_pair import TestedEngine
 
 from disagg.transceiver.peers.link import LinkSpeed
 from disagg.transceiver.wire.messages.values import MetricSample

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from support.token_walk import attends
+from support.oracles.token_walk import attends
 
 from disagg.cache.layout import LayerSpec, derive_layout
 from disagg.cache.window import needed_ordinals

@@ -10,8 +10,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from support.engine_pair import HASHER, LAYOUT, TestedEngine, greedy, key, prompt_of
-from support.fake_runner import reference_tokens
+from support.model.engine_pair import HASHER, LAYOUT, TestedEngine, greedy, key, prompt_of
+from support.model.fake_runner import reference_tokens
 
 from disagg.cache.prefix_cache import Chain
 from disagg.engine.commands import (

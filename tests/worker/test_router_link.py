@@ -10,9 +10,9 @@ from typing import Any
 
 import msgpack
 import pytest
+from support.cluster.router_harness import GEOMETRY, IDENTITY, make_register
 from support.event_loop import in_event_loop, within
-from support.router_harness import GEOMETRY, IDENTITY, make_register
-from support.unchecked import raw
+from support.links.unchecked import raw
 
 from disagg.transceiver.wire.codec import PROTOCOL, encode
 from disagg.transceiver.wire.keys import ClusterKeys

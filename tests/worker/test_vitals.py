@@ -10,8 +10,8 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any
 
 import pytest
+from support.cluster.router_harness import GEOMETRY, IDENTITY, make_register
 from support.event_loop import in_event_loop
-from support.router_harness import GEOMETRY, IDENTITY, make_register
 
 from disagg.engine.commands import AttemptKey
 from disagg.router.router import Router

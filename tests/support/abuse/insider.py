@@ -11,7 +11,7 @@ from typing import Any
 import zmq
 from support.abuse.mutants import packed_form
 from support.abuse.pair import KEYS, Pair
-from support.sample_messages import SAMPLES
+from support.links.sample_messages import SAMPLES
 
 from disagg.transceiver.wire.codec import decode
 from disagg.transceiver.wire.messages.peer import Header, Hello, Welcome

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from support.abuse.vitals import Vitals
-from support.system import START_TIMEOUT_S, System
-from support.trio import SECRET, SERVES, Part, Trio, running_trio
+from support.cluster.system import START_TIMEOUT_S, System
+from support.cluster.three_processes import SECRET, SERVES, Part, Trio, running_trio
 
 from disagg.transceiver.wire.keys import ClusterKeys
 

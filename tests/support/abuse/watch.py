@@ -11,7 +11,7 @@ from support.abuse.honest import Ask, Honest, Seen
 from support.abuse.loop_lag import LoopLags
 from support.abuse.pair import Pair
 from support.abuse.vitals import Vitals, leaks
-from support.wrong import Wrong
+from support.faults.wrong import Wrong
 
 MAX_GAP_S = 1.0
 MAX_LAG_P99_S = 0.05
