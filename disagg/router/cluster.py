@@ -158,12 +158,23 @@ class Cluster:
             self._blamed.add(name)
             log.error("a %s of worker `%s` cannot be taken: %s", kind, clipped(name), told, exc_info=fault)
         incarnation = getattr(message, "incarnation", "")
-        self._post(route, Refused("stale_peer", self.incarnation, incarnation, incarnation))
-        if isinstance(message, Register) and (worker := self.registry.remove(incarnation)):
+        self._turn_away(route, incarnation)
+        may_end = isinstance(message, Register) and self._is_own(incarnation, route)
+        if may_end and (worker := self.registry.remove(incarnation)):
             self._forget(worker, f"its {kind} cannot be taken: {told}")
         self._lose_route(route, f"its {kind} cannot be taken: {told}")
 
+    def _is_own(self, incarnation: str, route: bytes) -> bool:
+        """Whether this connection may speak as `incarnation`: it registered it, or nothing is registered so.
+
+        A worker that must connect anew draws another incarnation, so another connection is another process, or a
+        message said again.
+        """
+        return self._route_of.get(incarnation, route) == route
+
     def _register(self, route: bytes, message: Register) -> None:
+        if not self._is_own(message.incarnation, route):
+            return self._turn_away(route, message.incarnation)
         is_new = self.registry.get(message.incarnation) is None
         answer = self.registry.register(message, self._clock())
         if isinstance(answer, Claimed):
@@ -185,9 +196,7 @@ class Cluster:
         self._post(self._route_of[rival.incarnation], Lease(self.incarnation, self.incarnation))
 
     def _know(self, incarnation: str, route: bytes) -> None:
-        if self._route_of.get(incarnation) != route:
-            self._incarnation_of.pop(self._route_of.get(incarnation, b""), None)
-            self._route_of[incarnation] = route
+        self._route_of[incarnation] = route
         self._incarnation_of[route] = incarnation
 
     def _welcome(self, message: Register, superseded: Worker | None) -> None:
@@ -198,12 +207,16 @@ class Cluster:
             self._introduce(worker)
 
     def _take_lease(self, route: bytes, lease: Lease) -> None:
-        if lease.router_incarnation != self.incarnation or not self.registry.renew(lease, self._clock()):
-            return self._post(route, Refused("stale_peer", self.incarnation, lease.incarnation, lease.incarnation))
+        is_ours = lease.router_incarnation == self.incarnation and self._is_own(lease.incarnation, route)
+        if not is_ours or not self.registry.renew(lease, self._clock()):
+            return self._turn_away(route, lease.incarnation)
         if lease.state in (LEAVING, BROKEN) and (worker := self.registry.remove(lease.incarnation)):
             return self._say_farewell(worker, lease)
-        self._know(lease.incarnation, route)
         return self._cancel_unknown(lease)
+
+    def _turn_away(self, route: bytes, incarnation: str) -> None:
+        """This connection does not speak for `incarnation` here: a worker that hears so registers anew."""
+        self._post(route, Refused("stale_peer", self.incarnation, incarnation, incarnation))
 
     def _say_farewell(self, worker: Worker, lease: Lease) -> None:
         if lease.state == LEAVING:

@@ -12,6 +12,7 @@ from support.event_loop import in_event_loop, within
 
 from disagg.router.router import Router
 from disagg.transceiver.wire.keys import ClusterKeys
+from disagg.transceiver.wire.messages.router import LEAVING, Lease
 
 KEYS = ClusterKeys.from_secret(b"a secret of the tests, long enough")
 
@@ -54,3 +55,26 @@ async def test_a_worker_that_stands_still_gives_its_name_to_a_restart_within_two
         await within(workers.enter_async_context(opened), 3.0)
         assert [worker["incarnation"] for worker in router.workers()] == ["second"]
         await asyncio.sleep(0)
+
+
+@in_event_loop
+async def test_another_connection_cannot_speak_as_a_registered_worker() -> None:
+    """REGISTER said again, or a lease that says LEAVING: both are of another process, and change nothing."""
+    async with (
+        Router.open("tcp://127.0.0.1:0", KEYS) as router,
+        FakeWorker.open(router.endpoint, KEYS, "p0", "prefill", incarnation="first") as first,
+        FakeWorker.open(router.endpoint, KEYS, "d0", "decode", incarnation="other") as other,
+    ):
+        route = router.cluster._route_of["first"]
+        await other.say(first.register)
+        await other.say(Lease("first", router.cluster.incarnation, state=LEAVING))
+        await within(refused(other, 2), 3.0)
+        assert router.cluster._route_of["first"] == route
+        assert [worker["incarnation"] for worker in router.workers()] == ["first", "other"]
+        assert first.num_refusals == 0
+        router.check_invariants()
+
+
+async def refused(worker: FakeWorker, count: int) -> None:
+    while worker.num_refusals < count:  # noqa: ASYNC110  the fake counts what it hears, and has no event
+        await asyncio.sleep(0.01)
