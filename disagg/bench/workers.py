@@ -39,7 +39,7 @@ from disagg.transceiver.wire.messages.values import (
 )
 from disagg.transceiver.wire.node import Node, draw_id
 from disagg.transceiver.wire.sockets import Sockets
-from disagg.worker.planes import landing_planes, source_planes
+from disagg.worker.plane_classes import landing_planes, source_planes
 
 BLOCK_SIZE = 16
 DTYPE = "bfloat16"

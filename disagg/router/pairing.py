@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Final
 
-from disagg.transceiver.layout.pairing import differing_field, geometry_difference
+from disagg.transceiver.layout.compatibility import differing_field, geometry_difference
 from disagg.transceiver.wire.messages.router import Register
 from disagg.transceiver.wire.messages.values import Geometry, Identity
 

@@ -35,7 +35,7 @@ from disagg.worker.attempts import Attempts
 from disagg.worker.engine_events import EngineEvents
 from disagg.worker.pairing import Pairing
 from disagg.worker.parts import WorkerParts
-from disagg.worker.planes import landing_planes, source_planes
+from disagg.worker.plane_classes import landing_planes, source_planes
 from disagg.worker.router_link import RouterLink, RouterLost
 
 log = logging.getLogger(__name__)

@@ -19,7 +19,7 @@ from support.links.sample_messages import SAMPLES
 
 from disagg.router.generation import GenerationEnd, GenerationError, GenerationRequest
 from disagg.router.router import Router
-from disagg.transceiver.layout.pairing import geometry_difference
+from disagg.transceiver.layout.compatibility import geometry_difference
 from disagg.transceiver.wire.keys import ClusterKeys
 from disagg.transceiver.wire.messages import router as r
 

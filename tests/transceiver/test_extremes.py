@@ -15,7 +15,7 @@ from support.links.sending_side import IDENTITY, Peer, Prefill, new_key
 from support.links.transfer_pair import GEOMETRY
 from support.links.unchecked import changed
 
-from disagg.transceiver.layout.pairing import geometry_difference
+from disagg.transceiver.layout.compatibility import geometry_difference
 from disagg.transceiver.peers.prefill_side import SendingSide
 from disagg.transceiver.wire.codec import decode, encode
 from disagg.transceiver.wire.errors import RemoteProtocolError

@@ -38,7 +38,7 @@ from disagg.transceiver.protocol.leader import Outcome, Pair, part_key
 from disagg.transceiver.wire import ticket
 from disagg.transceiver.wire.node import Node, draw_id
 from disagg.transceiver.wire.sockets import Sockets
-from disagg.worker.planes import landing_planes
+from disagg.worker.plane_classes import landing_planes
 
 pytestmark = [pytest.mark.processes, pytest.mark.timeout(150)]
 

@@ -19,7 +19,7 @@ from support.links.plane_pair import PLANES, PlanePair, plane_pair
 from support.links.pools import close_pools, make_pools
 from support.links.unchecked import changed
 
-from disagg.transceiver.layout.pairing import geometry_difference
+from disagg.transceiver.layout.compatibility import geometry_difference
 from disagg.transceiver.layout.units import HashedUnit, SourceUnit, geometry_by_units, peer_unit
 from disagg.transceiver.memory import gather as packed
 from disagg.transceiver.memory.peer_cuts import PeerCuts

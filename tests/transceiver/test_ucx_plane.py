@@ -44,7 +44,7 @@ from disagg.transceiver.wire.errors import (
 )
 from disagg.transceiver.wire.keys import ClusterKeys
 from disagg.transceiver.wire.messages.values import PlaneOffer
-from disagg.worker.planes import landing_planes, source_planes
+from disagg.worker.plane_classes import landing_planes, source_planes
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("ucxx") is None, reason="ucxx is not installed")
 

@@ -2,8 +2,9 @@
 
 An engine that keeps per-sequence lists instead of tables gives, per layer group, the resident suffix of [0, end) and
 a count c_g of cached whole blocks. A *table* is the form everything is decided in: index = ordinal, entry = slot or -1,
-length ceil(P/T). `copies.transfer_plan` pairs two of them by token position where both hold a slot, for what the
-*logical* window needs: what is resident is not what is needed, since a sender may not have evicted yet.
+length ceil(P/T). `disagg.transceiver.library.plan_copies.transfer_plan` pairs two of them by token position where both
+hold a slot, for what the *logical* window needs: what is resident is not what is needed, since a sender may not have
+evicted yet.
 
 The offset of a list is inferred from its length, which is right only when what it lacks is exactly a prefix. Sinks
 break that (the hole lies behind them): a list without an anchor is legal only when S = 0, a group with sinks gives

@@ -7,7 +7,8 @@ of *units*, blocks of the finer of the two block sizes. A rank's own numbers app
     sender       = the stage that holds the layer; of ranks that hold the same heads, one per receiver, in turn
     least bytes  = sum over groups: required units x tokens per unit x layers x 2 x heads x dim x wire element
 
-Pure; slots come in as tables (index = ordinal of that side, entry = slot or -1), as in `compact`.
+Pure; slots come in as tables (index = ordinal of that side, entry = slot or -1), as in
+`disagg.transceiver.layout.block_lists`.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, S
 from dataclasses import dataclass
 from typing import Any, Final, cast
 
-from disagg.transceiver.layout.pairing import differing_field, geometry_difference
+from disagg.transceiver.layout.compatibility import differing_field, geometry_difference
 from disagg.transceiver.memory.foreign_pools import moves_slots
 from disagg.transceiver.memory.regions import PoolRegion
 from disagg.transceiver.planes.base import LandingPlane

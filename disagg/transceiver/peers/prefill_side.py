@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Final, Protocol, cast
 
-from disagg.transceiver.layout.pairing import Difference, differing_field, geometry_difference
+from disagg.transceiver.layout.compatibility import Difference, differing_field, geometry_difference
 from disagg.transceiver.layout.units import SourceUnit, peer_unit
 from disagg.transceiver.memory.foreign_pools import moves_slots
 from disagg.transceiver.memory.regions import PoolRegion

@@ -16,7 +16,7 @@ from disagg.transceiver.wire.links import ControlClient
 from disagg.transceiver.wire.messages.peer import Hello, Welcome
 from disagg.transceiver.wire.messages.values import PlaneOffer
 from disagg.transceiver.wire.node import draw_id
-from disagg.worker.planes import landing_planes
+from disagg.worker.plane_classes import landing_planes
 
 NUM_SLOTS = 4
 CONTACT_TIMEOUT_S = 10.0  # a plane's own handshake has 5 s

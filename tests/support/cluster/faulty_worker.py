@@ -210,7 +210,7 @@ class Wire(ZmtpProxy):
 
 
 def tap_the_wire(faults: Faults) -> None:
-    from disagg.worker import planes
+    from disagg.worker import plane_classes as planes
 
     plain = planes.ZmqLandingPlane
 

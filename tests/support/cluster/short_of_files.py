@@ -23,7 +23,7 @@ from disagg.transceiver.peers.link import PeerLink
 from disagg.transceiver.wire.messages.router import PeerTarget
 from disagg.transceiver.wire.node import Node, draw_id
 from disagg.transceiver.wire.sockets import Sockets
-from disagg.worker.planes import landing_planes, source_planes
+from disagg.worker.plane_classes import landing_planes, source_planes
 
 LIMIT = 256
 TRY_S = 7.0

@@ -43,7 +43,7 @@ from disagg.transceiver.wire.messages.values import (
 )
 from disagg.transceiver.wire.node import Node, draw_id
 from disagg.transceiver.wire.sockets import Sockets
-from disagg.worker.planes import source_planes
+from disagg.worker.plane_classes import source_planes
 
 KEYS = ClusterKeys.from_secret(b"the secret of ranks")
 MAX_MODEL_LEN = 256

@@ -113,7 +113,8 @@ class Identity:
 
 @dataclass(frozen=True, slots=True)
 class Geometry:
-    """How a worker lays its cache out. May differ where units convert it: see `identity.geometry_difference`.
+    """How a worker lays its cache out. May differ where units convert it, as
+    `disagg.transceiver.layout.compatibility.geometry_difference` says.
 
     `groups` and `kv_scales` are the whole model's; `slot_nbytes` those of the pools of this `rank`. `kv_scales[g]`:
     one entry per layer of group g, or none where all are 1.0; `()` when that is so everywhere. `stages`: the model

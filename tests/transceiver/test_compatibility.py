@@ -6,7 +6,7 @@ import pytest
 from support.links.sample_messages import GEOMETRY, IDENTITY
 from support.links.unchecked import raw
 
-from disagg.transceiver.layout.pairing import differing_field, geometry_difference
+from disagg.transceiver.layout.compatibility import differing_field, geometry_difference
 from disagg.transceiver.wire.errors import MAX_TOLD_CHARS
 from disagg.transceiver.wire.messages.values import Geometry, GroupSemantics
 
