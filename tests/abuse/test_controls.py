@@ -16,7 +16,7 @@ from support.abuse import guest
 from support.abuse.aside import NICENESS, aside
 from support.abuse.bodies import KINDS, NUM_BYTES
 from support.abuse.clients import newcomers
-from support.abuse.flawed_server import BREAKS, LIES, REFUSES, STALLS, STOPS, flawed_server
+from support.abuse.flawed_server import BREAKS, LIES, REFUSES, STALL_S, STALLS, STOPS, flawed_server
 from support.abuse.fuzz import fault_of
 from support.abuse.guest import Guests
 from support.abuse.honest import Ask, Honest
@@ -31,7 +31,7 @@ from support.wrong import Wrong
 from disagg.transceiver.wire.messages.peer import Hello
 from disagg.transceiver.wire.messages.values import Geometry, Identity
 
-RUN_S = 3.5  # an answer of 50 tokens, its stall and the beginning of the next
+RUN_S = 4.0  # until a client runs, an answer of 50 tokens, its stall and the beginning of the next
 ASKS = [Ask((1, 2, 3), 50, tuple(range(5)))] * 2
 
 
@@ -42,7 +42,7 @@ def watched(flaw: str) -> Report:
     with flawed_server(flaw) as url:
         honest = Honest(url, ASKS)
         try:
-            time.sleep(RUN_S)
+            time.sleep(RUN_S if flaw == STALLS else RUN_S - STALL_S)
             return judge_streams(honest.stop(), began_at=0)
         finally:
             honest.kill()
