@@ -18,7 +18,7 @@ pytestmark = pytest.mark.processes
 NUM_SILENT = NUM_FILES + 176  # more than there are descriptors for, none of which is free
 NUM_READING = 4
 NUM_OWN_FILES = NUM_SILENT + 500
-BASELINE_S = 2.0
+BASELINE_S = 1.0
 MAX_LOG_LINES = 50  # of warnings and worse: a crowd is told of once, not once for each
 
 
@@ -45,11 +45,11 @@ async def crowd_the_door(watch: Watch, door: Door, seconds: float, num_reading: 
 @pytest.mark.parametrize(
     "seconds",
     [
-        pytest.param(5, id="short"),
+        pytest.param(3, id="short"),
         pytest.param(90, id="long", marks=[pytest.mark.slow, pytest.mark.timeout(240)]),
     ],  # 90: past every time limit
 )
-@pytest.mark.parametrize("door", ["http", "admin"])
+@pytest.mark.parametrize("door", ["http", pytest.param("admin", marks=pytest.mark.slow)])
 def test_a_crowd_of_idle_and_slow_clients(pair: Pair, asks: list[Ask], door: str, seconds: float) -> None:
     with watching(pair, asks, BASELINE_S) as watch:
         num_lines = len(pair.parts["router"].log)

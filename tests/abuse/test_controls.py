@@ -16,7 +16,7 @@ from support.abuse import guest
 from support.abuse.aside import NICENESS, aside
 from support.abuse.bodies import KINDS, NUM_BYTES
 from support.abuse.clients import newcomers
-from support.abuse.flawed_server import BREAKS, LIES, REFUSES, STALLS, STOPS, flawed_server
+from support.abuse.flawed_server import BREAKS, LIES, REFUSES, STALL_S, STALLS, STOPS, flawed_server
 from support.abuse.fuzz import fault_of
 from support.abuse.guest import Guests
 from support.abuse.honest import Ask, Honest
@@ -27,11 +27,11 @@ from support.abuse.pair import Door, doors_of
 from support.abuse.vitals import MAX_MORE_FDS, MAX_MORE_RSS_NBYTES, MAX_MORE_THREADS, Vitals, leaks
 from support.abuse.watch import MAX_GAP_S, Report, judge_lags, judge_processes, judge_streams
 from support.faults.wrong import Wrong
+from support.links.sample_messages import GEOMETRY, IDENTITY
 
 from disagg.transceiver.wire.messages.peer import Hello
-from disagg.transceiver.wire.messages.values import Geometry, Identity
 
-RUN_S = 3.5  # an answer of 50 tokens, its stall and the beginning of the next
+RUN_S = 4.0  # until a client runs, an answer of 50 tokens, its stall and the beginning of the next
 ASKS = [Ask((1, 2, 3), 50, tuple(range(5)))] * 2
 
 
@@ -42,7 +42,7 @@ def watched(flaw: str) -> Report:
     with flawed_server(flaw) as url:
         honest = Honest(url, ASKS)
         try:
-            time.sleep(RUN_S)
+            time.sleep(RUN_S if flaw == STALLS else RUN_S - STALL_S)
             return judge_streams(honest.stop(), began_at=0)
         finally:
             honest.kill()
@@ -229,11 +229,10 @@ def test_a_newcomer_that_gets_no_answer_is_found() -> None:
 @pytest.mark.processes
 def test_a_guest_that_is_not_welcomed_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(guest, "CONTACT_TIMEOUT_S", 0.3)
-    identity, geometry = Identity(1, "f", "full", "float32", 64, "k"), Geometry(16, "float32", (), ())
     seen = Guests()
     with socket.create_server(("127.0.0.1", 0)) as deaf:
         endpoint = f"tcp://127.0.0.1:{deaf.getsockname()[1]}"
-        asyncio.run(guest.visit(endpoint, Hello("0" * 32, "guest", identity, geometry, ("tcp",)), seen))
+        asyncio.run(guest.visit(endpoint, Hello("0" * 32, "guest", IDENTITY, GEOMETRY, ("tcp",)), seen))
     assert seen.faults
 
 

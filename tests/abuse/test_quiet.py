@@ -13,5 +13,5 @@ pytestmark = pytest.mark.processes
 
 
 def test_without_abuse_honest_streams_are_whole_and_on_time(pair: Pair, asks: list[Ask]) -> None:
-    with watching(pair, asks, baseline_s=2):
-        time.sleep(3)
+    with watching(pair, asks, baseline_s=1):
+        time.sleep(2)

@@ -16,14 +16,14 @@ from support.abuse.watch import watching
 
 SEED = 20
 MIN_ACCEPTED = 0.9  # of what was sent: the rest are combinations that one sentence refuses
-BASELINE_S = 2.0
+BASELINE_S = 1.0
 
 
 @pytest.mark.processes
 @pytest.mark.parametrize(
     ("num_shots", "seconds", "patience_s"),
     [
-        pytest.param(300, 6, 6, id="short"),
+        pytest.param(200, 4, 4, id="short"),
         pytest.param(5000, 600, 45, id="long", marks=[pytest.mark.slow, pytest.mark.timeout(900)]),
     ],
 )

@@ -37,10 +37,16 @@ class LoopLags:
             }
         )
 
+    def num_ticks(self, loop: Loop) -> float:
+        return max(self.counts.get(loop, {}).values(), default=0)
+
+    def all_ticks(self) -> dict[Loop, float]:
+        return {loop: self.num_ticks(loop) for loop in self.counts}
+
     def p99_s(self) -> dict[Loop, float]:
         """Per loop the least bound that holds 99 % of its ticks."""
         found = {}
         for loop, counts in self.counts.items():
-            total = max(counts.values())
+            total = self.num_ticks(loop)
             found[loop] = min(bound for bound, count in counts.items() if count >= 0.99 * total)
         return found

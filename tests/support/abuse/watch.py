@@ -15,6 +15,7 @@ from support.faults.wrong import Wrong
 
 MAX_GAP_S = 1.0
 MAX_LAG_P99_S = 0.05
+TICK_TIMEOUT_S, TICK_LOOK_S = 60.0, 0.1
 IDLE_TIMEOUT_S = 30.0  # whatever held a transfer, a request or a connection has timed out by then
 
 
@@ -95,10 +96,10 @@ def watching(pair: Pair, asks: Sequence[Ask], baseline_s: float) -> Iterator[Wat
     before, incarnations = pair.vitals(), _incarnations(pair)
     honest = Honest(pair.api.url, asks)
     try:
-        quiet = LoopLags.read(pair.api.get("/metrics"))
+        quiet = _lags_now(pair)
         time.sleep(baseline_s)
         watch, at_start = Watch(pair, began_at=time.monotonic()), pair.vitals()
-        lags = LoopLags.read(pair.api.get("/metrics"))
+        lags = _lags_now(pair)
         try:
             yield watch
         except Exception as error:
@@ -108,7 +109,7 @@ def watching(pair: Pair, asks: Sequence[Ask], baseline_s: float) -> Iterator[Wat
         ended_at = time.monotonic()
         if ended := pair.ended():
             raise Wrong("\n".join(ended))
-        during, at_end = LoopLags.read(pair.api.get("/metrics")).since(lags), pair.vitals()
+        during, at_end = _lags_now(pair).since(lags), pair.vitals()
         seen = honest.stop()
         report = judge_streams(seen, began_at=watch.began_at)
         wrong, late = judge_lags(during)
@@ -143,6 +144,21 @@ def _figures(seen: Seen, watch: Watch, ended_at: float) -> dict[str, float | str
         "during ": round(seen.longest_first_s(watch.began_at), 2),
         "longest pause of the honest clients' own process": round(seen.longest_pause_s(0), 2),
     }
+
+
+def _lags_now(pair: Pair) -> LoopLags:
+    """Of all loops, once each has ticked again: what a worker's loop did reaches the router with its next lease, and
+    one that is held sends none. Raises TimeoutError."""
+    deadline = time.monotonic() + TICK_TIMEOUT_S
+    first = None
+    while time.monotonic() < deadline:
+        with contextlib.suppress(OSError):  # the router's own loop is held for longer than a client waits
+            now = LoopLags.read(pair.api.get("/metrics"))
+            first = first or now
+            if all(now.num_ticks(loop) > count for loop, count in first.all_ticks().items()):
+                return now
+        time.sleep(TICK_LOOK_S)
+    raise TimeoutError(f"a loop did not tick for {TICK_TIMEOUT_S:g} s")
 
 
 def _lag_figures(before: LoopLags, during: LoopLags) -> dict[str, float | str]:
