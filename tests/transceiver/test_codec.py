@@ -11,12 +11,13 @@ from support.links.sample_messages import HEADER, SAMPLES, SAMPLING
 from support.links.unchecked import raw
 
 from disagg.transceiver.wire import codec
-from disagg.transceiver.wire.codec import MAX_MANIFEST_ENTRIES, MAX_MESSAGE_NBYTES, PROTOCOL, TAGS, decode, encode
+from disagg.transceiver.wire.codec import PROTOCOL, TAGS, decode, encode
 from disagg.transceiver.wire.errors import LocalProtocolError, RemoteProtocolError
 from disagg.transceiver.wire.messages.peer import Accepted, Ack, Closed, Done, PeerMessage, Received
 from disagg.transceiver.wire.messages.router import Dispatch, RouterMessage, Tokens
 from disagg.transceiver.wire.messages.values import FirstToken, ManifestEntry, Sampling, SamplingState, TokenLogprobs
 from disagg.transceiver.wire.schema import shape_of
+from disagg.transceiver.wire.sizes import MAX_MANIFEST_ENTRIES, MAX_MESSAGE_NBYTES
 
 GOLDEN = dict(line.split() for line in (Path(__file__).parent / "golden_messages.txt").read_text().splitlines())
 
@@ -298,9 +299,9 @@ def decode_or_refuse(data: bytes) -> None:
 
 
 def test_running_out_of_memory_on_a_message_is_the_peers_fault(monkeypatch: pytest.MonkeyPatch) -> None:
-    def exhausted(data: bytes) -> None:
+    def exhausted(data: bytes, **_limits: object) -> None:
         raise MemoryError
 
     monkeypatch.setattr(codec.msgpack, "unpackb", exhausted)
     with pytest.raises(RemoteProtocolError, match="MemoryError"):
-        decode(b"\x90")
+        decode(packed(11, {}))

@@ -60,7 +60,7 @@ MAX_ORDINAL: Final = 1 << 24
 """Blocks of one sequence: 16 million tokens at one token per block, above the longest context of any model."""
 
 MAX_UNITS: Final = 1 << 18
-"""Units that one message names: above the 222,822 that one DONE can hold (`codec.MAX_MANIFEST_ENTRIES`)."""
+"""Units that one message names: above the 222,822 that one DONE can hold (`sizes.MAX_MANIFEST_ENTRIES`)."""
 
 MAX_ITEMS: Final = 1 << 16
 """Workers, live requests, samples in one message: tens of times those of the largest cluster of one router."""
