@@ -19,7 +19,7 @@ from disagg.transceiver.wire.messages.peer import PeerMessage
 from disagg.transceiver.wire.messages.ranges import MAX_UNITS
 from disagg.transceiver.wire.messages.router import RouterMessage
 from disagg.transceiver.wire.schema import Record, ShapeError
-from disagg.transceiver.wire.sizes import MAX_FIELDS, MAX_MESSAGE_NBYTES, ContainerCount, limit_of
+from disagg.transceiver.wire.sizes import MAX_FIELDS, MAX_MESSAGE_NBYTES, Contents, limit_of
 
 Message = PeerMessage | RouterMessage
 
@@ -127,7 +127,7 @@ def _unpack(data: bytes | memoryview, kind: type) -> Any:
     limit = limit_of(kind)
     if len(data) > limit.nbytes:
         raise RemoteProtocolError(f"{kind.__name__}: {len(data)} bytes, at most {limit.nbytes}")
-    count = ContainerCount(limit.num_containers)
+    count = Contents(limit).add
     try:
         return msgpack.unpackb(
             data, list_hook=count, object_hook=count, max_array_len=MAX_UNITS, max_map_len=MAX_FIELDS
