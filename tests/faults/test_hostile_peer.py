@@ -27,11 +27,11 @@ from support.links.unchecked import changed, raw
 from disagg.engine.commands import ReservedEvent
 from disagg.transceiver.planes.zmq import frames
 from disagg.transceiver.protocol.state import Role, State
-from disagg.transceiver.wire.codec import MAX_MESSAGE_NBYTES
 from disagg.transceiver.wire.errors import LocalProtocolError
 from disagg.transceiver.wire.messages import peer as p
 from disagg.transceiver.wire.messages.values import AttemptKey, GroupRuns, UnitName, UnitRun
 from disagg.transceiver.wire.node import draw_id
+from disagg.transceiver.wire.sizes import MAX_MESSAGE_NBYTES
 
 SHM, ZMQ = pytest.param("shm", 0.2), pytest.param("zmq", 0.2)
 SHARED_ARENA = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])

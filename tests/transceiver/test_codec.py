@@ -11,12 +11,13 @@ from support.links.sample_messages import HEADER, SAMPLES, SAMPLING
 from support.links.unchecked import raw
 
 from disagg.transceiver.wire import codec
-from disagg.transceiver.wire.codec import MAX_MANIFEST_ENTRIES, MAX_MESSAGE_NBYTES, PROTOCOL, TAGS, decode, encode
+from disagg.transceiver.wire.codec import PROTOCOL, TAGS, decode, encode
 from disagg.transceiver.wire.errors import LocalProtocolError, RemoteProtocolError
 from disagg.transceiver.wire.messages.peer import Accepted, Ack, Closed, Done, PeerMessage, Received
 from disagg.transceiver.wire.messages.router import Dispatch, RouterMessage, Tokens
 from disagg.transceiver.wire.messages.values import FirstToken, ManifestEntry, Sampling, SamplingState, TokenLogprobs
 from disagg.transceiver.wire.schema import shape_of
+from disagg.transceiver.wire.sizes import MAX_MANIFEST_ENTRIES, MAX_MESSAGE_NBYTES
 
 GOLDEN = dict(line.split() for line in (Path(__file__).parent / "golden_messages.txt").read_text().splitlines())
 
@@ -189,7 +190,7 @@ def test_a_message_above_the_cap_is_refused_on_both_sides() -> None:
 def test_the_longest_prompt_and_its_manifest_fit_the_cap() -> None:
     dispatch = Dispatch("t" * 32, 0, "r" * 64, "decode", (2**31 - 1,) * 2**20, SAMPLING, 600.0)
     assert len(encode(dispatch)) <= MAX_MESSAGE_NBYTES
-    assert MAX_MANIFEST_ENTRIES > 2**17
+    assert MAX_MANIFEST_ENTRIES > 2**16
 
 
 def test_a_prompt_is_packed_as_int32_and_comes_back_as_it_was() -> None:
@@ -212,14 +213,14 @@ def test_a_prompt_of_other_bytes_is_refused(data: object) -> None:
         decode(packed(36, fields))
 
 
-def test_a_manifest_of_as_many_units_as_are_admitted_fits_the_cap_and_one_of_an_eighth_more_does_not() -> None:
-    largest = raw(ManifestEntry, 2**16, 2**20, (2**16, 2**16, 2**16, 2**16), 2**64 - 1)
-    top = tuple((2**31, -1.5) for _ in range(50))
-    first = FirstToken(2**31, raw(TokenLogprobs, -1.5, top), SamplingState(2**63, ((1, 1),)), 2**20)
-    done = Done(replace(HEADER, source="p" * 32, destination="d" * 32), 0, 1, 2**20, (), first, bytes(32))
-    per_entry = len(encode(replace(done, manifest=(largest,)))) - len(encode(done))
-    assert per_entry * MAX_MANIFEST_ENTRIES + len(encode(done)) <= MAX_MESSAGE_NBYTES
-    assert per_entry * (MAX_MANIFEST_ENTRIES * 9 // 8) > MAX_MESSAGE_NBYTES
+def test_a_manifest_of_as_many_units_as_are_admitted_comes_back_and_one_more_does_not() -> None:
+    largest = ManifestEntry(255, 2**24 - 1, (2**16, 2**16, 2**16, 2**16), 2**64 - 1)
+    top = tuple((2**31 - 1, -1.5) for _ in range(50))
+    first = FirstToken(2**31 - 1, TokenLogprobs(-1.5, top), SamplingState(2**63, ((1, 1),)), 2**20)
+    done = Done(HEADER, 0, 1, 2**20, (largest,) * MAX_MANIFEST_ENTRIES, first, bytes(32))
+    assert decode(encode(done)) == done
+    with pytest.raises(RemoteProtocolError, match=f"Done: .*{MAX_MANIFEST_ENTRIES + 1}"):
+        decode(encode(raw(Done, HEADER, 0, 1, 1, (largest,) * (MAX_MANIFEST_ENTRIES + 1), None, bytes(32))))
 
 
 @pytest.mark.parametrize(
@@ -298,9 +299,9 @@ def decode_or_refuse(data: bytes) -> None:
 
 
 def test_running_out_of_memory_on_a_message_is_the_peers_fault(monkeypatch: pytest.MonkeyPatch) -> None:
-    def exhausted(data: bytes) -> None:
+    def exhausted(data: bytes, **_limits: object) -> None:
         raise MemoryError
 
     monkeypatch.setattr(codec.msgpack, "unpackb", exhausted)
     with pytest.raises(RemoteProtocolError, match="MemoryError"):
-        decode(b"\x90")
+        decode(packed(11, {}))

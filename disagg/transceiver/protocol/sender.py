@@ -32,7 +32,6 @@ from disagg.transceiver.protocol.outbox import Outbox
 from disagg.transceiver.protocol.state import Decision, Role, State
 from disagg.transceiver.protocol.transfer import Ends, Reactions, Transfer
 from disagg.transceiver.wire import reasons, ticket
-from disagg.transceiver.wire.codec import MAX_MANIFEST_ENTRIES
 from disagg.transceiver.wire.errors import RemoteProtocolError, TicketRefused
 from disagg.transceiver.wire.keys import ClusterKeys
 from disagg.transceiver.wire.messages.peer import (
@@ -50,6 +49,7 @@ from disagg.transceiver.wire.messages.peer import (
 )
 from disagg.transceiver.wire.messages.values import FirstToken, Geometry, ManifestEntry, UnitName, UnitRun
 from disagg.transceiver.wire.repeat import Repeat
+from disagg.transceiver.wire.sizes import MAX_MANIFEST_ENTRIES
 from disagg.transceiver.wire.timing import LEASE_S
 
 

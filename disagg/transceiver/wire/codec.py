@@ -16,22 +16,15 @@ import msgpack
 from disagg.transceiver.wire.errors import LocalProtocolError, ProtocolDiffers, RemoteProtocolError
 from disagg.transceiver.wire.messages import peer, router
 from disagg.transceiver.wire.messages.peer import PeerMessage
+from disagg.transceiver.wire.messages.ranges import MAX_UNITS
 from disagg.transceiver.wire.messages.router import RouterMessage
 from disagg.transceiver.wire.schema import Record, ShapeError
+from disagg.transceiver.wire.sizes import MAX_FIELDS, MAX_MESSAGE_NBYTES, Contents, limit_of
 
 Message = PeerMessage | RouterMessage
 
 PROTOCOL: Final = (2, 0)
 """(major, minor). Identity carries the major: workers of another one are refused by name."""
-
-MAX_MESSAGE_NBYTES: Final = 16 << 20
-"""The largest legal message is DONE of 2**20 tokens, the longest context of a published model: at 16 tokens per block
-and two layer groups 131072 manifest entries of at most 75 bytes, 9.4 MiB. DISPATCH of the same prompt has 2**20 token
-ids of 4 bytes, 4 MiB. 16 MiB holds both with room for later fields."""
-
-MAX_MANIFEST_ENTRIES: Final = (MAX_MESSAGE_NBYTES - (64 << 10)) // 75
-"""More units than one DONE can name are not fetched in one transfer: 222 822. An entry has at most 75 bytes; 64 KiB are
-for the rest, a first token with its logprobs."""
 
 TAGS: Final[dict[int, type]] = {
     1: peer.Hello,
@@ -64,6 +57,19 @@ TAGS: Final[dict[int, type]] = {
     45: router.Pulse,
 }
 
+HEAD_NBYTES: Final = 32
+"""The head of an array and three integers have at most 5 + 3 * 9."""
+
+_NO_MESSAGE: Final = "not a message: expected [major, minor, tag, fields]"
+_UNREADABLE: Final = (
+    ValueError,  # msgpack documents it for bad input; the others are what hostile nesting, keys and sizes yield
+    TypeError,
+    OverflowError,
+    RecursionError,
+    MemoryError,
+    msgpack.UnpackException,
+)
+
 _SHAPES: Final = {tag: Record(kind) for tag, kind in TAGS.items()}
 _TAG_OF: Final = {kind: tag for tag, kind in TAGS.items()}
 
@@ -77,37 +83,54 @@ def encode(message: Message) -> bytes:
         data = msgpack.packb([*PROTOCOL, tag, _SHAPES[tag].write(message, type(message).__name__)])
     except (ShapeError, OverflowError, UnicodeEncodeError) as exc:
         raise LocalProtocolError(f"cannot encode {type(message).__name__}: {exc}") from exc
-    if len(data) > MAX_MESSAGE_NBYTES:
-        raise LocalProtocolError(f"{type(message).__name__}: {len(data)} bytes, at most {MAX_MESSAGE_NBYTES}")
+    most = min(limit_of(type(message)).nbytes, MAX_MESSAGE_NBYTES)
+    if len(data) > most:
+        raise LocalProtocolError(f"{type(message).__name__}: {len(data)} bytes, at most {most}")
     return bytes(data)
 
 
 def decode(data: bytes | memoryview) -> Any:
-    """The message in `data`, an instance of one of `TAGS`. Raises `RemoteProtocolError` and nothing else."""
-    tag, body = _envelope(_unpack(data))
+    """The message in `data`, an instance of one of `TAGS`. Raises `RemoteProtocolError` and nothing else.
+
+    The tag is read first: what is too large for its kind is refused before any of it is built.
+    """
+    if len(data) > MAX_MESSAGE_NBYTES:
+        raise RemoteProtocolError(f"message of {len(data)} bytes, at most {MAX_MESSAGE_NBYTES}")
+    tag = _tag(data[:HEAD_NBYTES])
     shape = _SHAPES.get(tag)
     if shape is None:
         raise RemoteProtocolError(f"message tag {tag} is unknown to protocol {PROTOCOL[0]}.{PROTOCOL[1]}")
+    body = _unpack(data, shape.kind)[3]
     try:
         return shape.read(body, shape.kind.__name__)
     except ShapeError as exc:
         raise RemoteProtocolError(f"malformed message: {exc}") from exc
 
 
-def _unpack(data: bytes | memoryview) -> Any:
-    if len(data) > MAX_MESSAGE_NBYTES:
-        raise RemoteProtocolError(f"message of {len(data)} bytes, at most {MAX_MESSAGE_NBYTES}")
+def _tag(head: bytes | memoryview) -> int:
+    unpacker = msgpack.Unpacker(read_size=HEAD_NBYTES, max_buffer_size=HEAD_NBYTES)
+    unpacker.feed(head)
     try:
-        return msgpack.unpackb(data)
-    # msgpack documents ValueError for bad input; the others are what hostile nesting, keys, sizes and timestamps yield.
-    except (ValueError, TypeError, OverflowError, RecursionError, MemoryError) as exc:
-        raise RemoteProtocolError(f"not msgpack: {type(exc).__name__}") from exc
-
-
-def _envelope(value: Any) -> tuple[int, Any]:
-    if type(value) is not list or len(value) != 4 or any(type(part) is not int for part in value[:3]):
-        raise RemoteProtocolError("not a message: expected [major, minor, tag, fields]")
-    major, minor, tag, body = value
+        num_parts = unpacker.read_array_header()
+        parts = [unpacker.unpack() for _ in range(3)]
+    except _UNREADABLE as exc:
+        raise RemoteProtocolError(f"{_NO_MESSAGE}: {type(exc).__name__}") from exc
+    if num_parts != 4 or any(type(part) is not int for part in parts):
+        raise RemoteProtocolError(_NO_MESSAGE)
+    major, minor, tag = parts
     if major != PROTOCOL[0]:
         raise ProtocolDiffers(f"{PROTOCOL[0]}.{PROTOCOL[1]}", f"{major}.{minor}")
-    return tag, body
+    return int(tag)
+
+
+def _unpack(data: bytes | memoryview, kind: type) -> Any:
+    limit = limit_of(kind)
+    if len(data) > limit.nbytes:
+        raise RemoteProtocolError(f"{kind.__name__}: {len(data)} bytes, at most {limit.nbytes}")
+    count = Contents(limit).add
+    try:
+        return msgpack.unpackb(
+            data, list_hook=count, object_hook=count, max_array_len=MAX_UNITS, max_map_len=MAX_FIELDS
+        )
+    except _UNREADABLE as exc:
+        raise RemoteProtocolError(f"{kind.__name__}: not msgpack of its limits: {type(exc).__name__}: {exc}") from exc

@@ -14,11 +14,12 @@ from typing import Any, Final
 
 import zmq
 
-from disagg.transceiver.wire.codec import MAX_MESSAGE_NBYTES, Message, decode, encode
+from disagg.transceiver.wire.codec import Message, decode, encode
 from disagg.transceiver.wire.connection import Connection, FrameReader
 from disagg.transceiver.wire.errors import PeerLost, ProtocolDiffers, RemoteProtocolError
 from disagg.transceiver.wire.keys import ClusterKeys
 from disagg.transceiver.wire.messages.peer import Refused
+from disagg.transceiver.wire.sizes import MAX_MESSAGE_NBYTES
 from disagg.transceiver.wire.sockets import Sockets, reason
 
 log = logging.getLogger(__name__)

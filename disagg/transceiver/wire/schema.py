@@ -71,10 +71,14 @@ class Optional(Shape):
 
 
 class Many(Shape):
-    """`tuple[X, ...]`. Plain integers take a short cut: a prompt has up to a million of them."""
+    """`Annotated[tuple[X, ...], most]`: a longer one is refused before an item is looked at.
 
-    def __init__(self, item: Shape) -> None:
+    Plain integers take a short cut: a slice names thousands of slots.
+    """
+
+    def __init__(self, item: Shape, most: int) -> None:
         self.item = item
+        self.most = most
         self.is_ints = isinstance(item, Scalar) and item.kind is int
 
     def write(self, value: Any, path: str) -> list[Any]:
@@ -85,7 +89,12 @@ class Many(Shape):
     def read(self, value: Any, path: str) -> tuple[Any, ...]:
         if type(value) is not list:
             raise ShapeError(f"{path}: {type(value).__name__}, expected array")
-        return tuple(value) if self._all_ints(value) else tuple(self.item.read(item, f"{path}[]") for item in value)
+        if len(value) > self.most:
+            raise ShapeError(f"{path}: {len(value)} long, expected a length of 0 to {self.most}")
+        if self._all_ints(value):
+            return tuple(value)
+        read, inner = self.item.read, f"{path}[]"
+        return tuple([read(item, inner) for item in value])
 
     def _all_ints(self, values: typing.Sequence[Any]) -> bool:
         return self.is_ints and set(map(type, values)) <= {int}
@@ -117,10 +126,11 @@ def _little(items: array[int]) -> array[int]:
 
 
 class Fixed(Shape):
-    """`tuple[X, Y]`."""
+    """`tuple[X, Y]`. One of plain values is checked in one look: a FETCH has thousands of runs."""
 
     def __init__(self, items: tuple[Shape, ...]) -> None:
         self.items = items
+        self.kinds = list(map(_plain_kind, items))
 
     def write(self, value: Any, path: str) -> list[Any]:
         self._check(value, tuple, path)
@@ -130,6 +140,8 @@ class Fixed(Shape):
 
     def read(self, value: Any, path: str) -> tuple[Any, ...]:
         self._check(value, list, path)
+        if list(map(type, value)) == self.kinds:
+            return tuple(value)
         pairs = zip(self.items, value, strict=True)
         return tuple(shape.read(item, f"{path}[{i}]") for i, (shape, item) in enumerate(pairs))
 
@@ -145,6 +157,7 @@ class Record(Shape):
         hints = get_type_hints(kind, include_extras=True)
         self.kind = kind
         self.members = tuple((f.name, shape_of(hints[f.name]), _is_required(f)) for f in fields(kind))
+        self.kinds = tuple((name, shape, _plain_kind(shape)) for name, shape, _ in self.members)
 
     def write(self, value: Any, path: str) -> dict[str, Any]:
         if type(value) is not self.kind:
@@ -154,14 +167,27 @@ class Record(Shape):
     def read(self, value: Any, path: str) -> Any:
         if type(value) is not dict:
             raise ShapeError(f"{path}: {type(value).__name__}, expected map")
-        present = {name: s.read(value[name], f"{path}.{name}") for name, s, _ in self.members if name in value}
-        missing = [name for name, _, is_required in self.members if is_required and name not in present]
-        if missing:
-            raise ShapeError(f"{path}.{missing[0]}: missing")
+        present = {
+            name: value[name] if type(value[name]) is kind else shape.read(value[name], f"{path}.{name}")
+            for name, shape, kind in self.kinds
+            if name in value
+        }
+        if len(present) < len(self.members):
+            self._check_required(present, path)
         try:
             return self.kind(**present)
         except ValueError as exc:  # the dataclass's own validation
             raise ShapeError(f"{path}: {exc}") from exc
+
+    def _check_required(self, present: dict[str, Any], path: str) -> None:
+        missing = [name for name, _, is_required in self.members if is_required and name not in present]
+        if missing:
+            raise ShapeError(f"{path}.{missing[0]}: missing")
+
+
+def _plain_kind(shape: Shape) -> type | None:
+    """The type whose values are read as they are, without a call: a DONE has a hundred thousand such fields."""
+    return shape.kind if isinstance(shape, Scalar) else None
 
 
 def shape_of(hint: Any) -> Shape:
@@ -174,12 +200,21 @@ def shape_of(hint: Any) -> Shape:
         return Record(typing.cast(type, hint))
     if hint == PackedInts:
         return PackedShape()
+    if get_origin(hint) is Annotated:
+        return _many(*get_args(hint))
     arguments = get_args(hint)
-    if get_origin(hint) is tuple:
-        return Many(shape_of(arguments[0])) if arguments[-1] is Ellipsis else Fixed(tuple(map(shape_of, arguments)))
+    if get_origin(hint) is tuple and Ellipsis not in arguments:
+        return Fixed(tuple(map(shape_of, arguments)))
     if get_origin(hint) in (Union, types.UnionType) and len(arguments) == 2 and arguments[1] is type(None):
         return Optional(shape_of(arguments[0]))
     raise TypeError(f"no wire shape for {hint!r}")
+
+
+def _many(hint: Any, most: Any) -> Many:
+    item, rest = get_args(hint)
+    if get_origin(hint) is not tuple or rest is not Ellipsis or type(most) is not int:
+        raise TypeError(f"no wire shape for {hint!r} of {most!r}")
+    return Many(shape_of(item), most)
 
 
 def _is_required(field: Field[Any]) -> bool:

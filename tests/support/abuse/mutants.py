@@ -9,8 +9,9 @@ from typing import Any
 
 import msgpack
 
-from disagg.transceiver.wire.codec import MAX_MESSAGE_NBYTES, PROTOCOL, TAGS
+from disagg.transceiver.wire.codec import PROTOCOL, TAGS
 from disagg.transceiver.wire.schema import Record
+from disagg.transceiver.wire.sizes import MAX_MESSAGE_NBYTES
 
 TAG_OF = {kind: tag for tag, kind in TAGS.items()}
 MANY = 20_000  # entries of a list: far more than any message has, far from the largest message

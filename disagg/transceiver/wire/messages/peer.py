@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Final
+from typing import Annotated, Final
 
 from disagg.transceiver.wire.messages.ranges import (
     MAX_GROUPS,
     MAX_INT32,
     MAX_INT64,
+    MAX_ITEMS,
     MAX_NAME_CHARS,
     MAX_ORDINAL,
     MAX_PLANES,
@@ -34,7 +35,7 @@ from disagg.transceiver.wire.messages.values import (
 )
 
 MAX_REQUIRED: Final = MAX_ORDINAL
-"""More than one transfer may name (`codec.MAX_MANIFEST_ENTRIES`) is refused by its field; this bounds the look."""
+"""More than one transfer may name (`sizes.MAX_MANIFEST_ENTRIES`) is refused by its field; this bounds the look."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +63,7 @@ class Hello:
     worker_id: str
     identity: Identity
     geometry: Geometry
-    planes: tuple[str, ...]
+    planes: Annotated[tuple[str, ...], MAX_PLANES]
 
     def __post_init__(self) -> None:
         check_id("incarnation", self.incarnation)
@@ -79,7 +80,7 @@ class Welcome:
     worker_id: str
     identity: Identity
     geometry: Geometry
-    planes: tuple[PlaneOffer, ...]
+    planes: Annotated[tuple[PlaneOffer, ...], MAX_PLANES]
 
     def __post_init__(self) -> None:
         check_id("incarnation", self.incarnation)
@@ -116,7 +117,7 @@ class Fetch:
     header: Header
     ticket: bytes
     prompt_len: int
-    required: tuple[GroupRuns, ...]
+    required: Annotated[tuple[GroupRuns, ...], MAX_GROUPS]
     plane: str
 
     def __post_init__(self) -> None:
@@ -147,7 +148,7 @@ class Slice:
 
     header: Header
     number: int
-    units: tuple[UnitRun, ...]
+    units: Annotated[tuple[UnitRun, ...], MAX_UNITS]
 
     def __post_init__(self) -> None:
         check_int("number", self.number, 0, MAX_INT32)
@@ -174,7 +175,7 @@ class Done:
     rank: int
     num_ranks: int
     num_slices: int
-    manifest: tuple[ManifestEntry, ...]
+    manifest: Annotated[tuple[ManifestEntry, ...], MAX_UNITS]
     first_token: FirstToken | None
     mac: bytes
 
@@ -192,7 +193,7 @@ class Failed:
 
     header: Header
     reason: str
-    units: tuple[UnitName, ...] = ()
+    units: Annotated[tuple[UnitName, ...], MAX_UNITS] = ()
 
     def __post_init__(self) -> None:
         check_size("reason", self.reason, MAX_TEXT_CHARS)
@@ -223,7 +224,7 @@ class Cancel:
 
     header: Header
     reason: str
-    units: tuple[UnitName, ...] = ()
+    units: Annotated[tuple[UnitName, ...], MAX_UNITS] = ()
 
     def __post_init__(self) -> None:
         check_size("reason", self.reason, MAX_TEXT_CHARS)
@@ -243,7 +244,7 @@ class Heartbeat:
 
     source: str
     destination: str
-    transfers: tuple[tuple[str, int], ...]
+    transfers: Annotated[tuple[tuple[str, int], ...], MAX_ITEMS]
 
     def __post_init__(self) -> None:
         check_id("source", self.source)

@@ -59,11 +59,12 @@ MAX_SLOT_NBYTES: Final = 1 << 40
 MAX_ORDINAL: Final = 1 << 24
 """Blocks of one sequence: 16 million tokens at one token per block, above the longest context of any model."""
 
-MAX_UNITS: Final = 1 << 18
-"""Units that one message names: above the 222,822 that one DONE can hold (`codec.MAX_MANIFEST_ENTRIES`)."""
+MAX_UNITS: Final = (1 << 16) + (1 << 13)
+"""Units that one message, and so one transfer, names: 2**20 tokens, the longest context of a published model, at 16
+tokens per block in one group of full attention, and 8,192 blocks for the windows of the other groups."""
 
-MAX_ITEMS: Final = 1 << 16
-"""Workers, live requests, samples in one message: tens of times those of the largest cluster of one router."""
+MAX_ITEMS: Final = 1 << 14
+"""Workers, live requests, samples in one message: several times those of the largest cluster of one router."""
 
 MAX_PLANES: Final = 16
 """There are four."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Final
+from typing import Annotated, Final
 
 from disagg.transceiver.wire.messages.ranges import (
     MAX_ADDRESS_CHARS,
@@ -51,13 +51,13 @@ class Register:
     role: str
     identity: Identity
     geometry: Geometry
-    planes: tuple[str, ...]
+    planes: Annotated[tuple[str, ...], MAX_PLANES]
     peer_endpoint: str
     pid: int
     host: str
     device: str
-    num_slots: tuple[int, ...]
-    eos_token_ids: tuple[int, ...] = ()
+    num_slots: Annotated[tuple[int, ...], MAX_GROUPS]
+    eos_token_ids: Annotated[tuple[int, ...], MAX_ITEMS] = ()
 
     def __post_init__(self) -> None:
         check_id("incarnation", self.incarnation)
@@ -114,8 +114,8 @@ class Peers:
     `gone`: incarnations of earlier ones that are no peers any more. A registration's first message names all there are.
     """
 
-    peers: tuple[PeerTarget, ...]
-    gone: tuple[str, ...] = ()
+    peers: Annotated[tuple[PeerTarget, ...], MAX_ITEMS]
+    gone: Annotated[tuple[str, ...], MAX_ITEMS] = ()
 
     def __post_init__(self) -> None:
         check_size("peers", self.peers, MAX_ITEMS)
@@ -165,7 +165,7 @@ class Pulse:
     """
 
     incarnation: str
-    in_step: tuple[tuple[str, int], ...] | None = None
+    in_step: Annotated[tuple[tuple[str, int], ...], MAX_ITEMS] | None = None
 
     def __post_init__(self) -> None:
         check_id("incarnation", self.incarnation)
@@ -180,13 +180,13 @@ class Lease:
     incarnation: str
     router_incarnation: str
     state: str = READY
-    metrics: tuple[MetricSample, ...] = ()
-    requests: tuple[tuple[str, int], ...] = ()
+    metrics: Annotated[tuple[MetricSample, ...], MAX_ITEMS] = ()
+    requests: Annotated[tuple[tuple[str, int], ...], MAX_ITEMS] = ()
     num_running: int = 0
     num_queued: int = 0
-    blocks_used: tuple[int, ...] = ()
-    blocks_free: tuple[int, ...] = ()
-    links: tuple[LinkStatus, ...] = ()
+    blocks_used: Annotated[tuple[int, ...], MAX_GROUPS] = ()
+    blocks_free: Annotated[tuple[int, ...], MAX_GROUPS] = ()
+    links: Annotated[tuple[LinkStatus, ...], MAX_ITEMS] = ()
 
     def __post_init__(self) -> None:
         check_id("incarnation", self.incarnation)
@@ -242,8 +242,8 @@ class Tokens:
     transfer_id: str
     epoch: int
     index: int
-    token_ids: tuple[int, ...]
-    logprobs: tuple[TokenLogprobs, ...] = ()
+    token_ids: Annotated[tuple[int, ...], MAX_ITEMS]
+    logprobs: Annotated[tuple[TokenLogprobs, ...], MAX_ITEMS] = ()
     num_cached_tokens: int = 0
 
     def __post_init__(self) -> None:
@@ -292,7 +292,7 @@ class TransferFailure:
     transfer_id: str
     epoch: int
     reason: str
-    units: tuple[UnitName, ...] = ()
+    units: Annotated[tuple[UnitName, ...], MAX_UNITS] = ()
 
     def __post_init__(self) -> None:
         check_attempt(self.transfer_id, self.epoch)
@@ -346,7 +346,7 @@ class TransferReport:
     epoch: int
     worker_id: str
     plane: str
-    groups: tuple[GroupBytes, ...]
+    groups: Annotated[tuple[GroupBytes, ...], MAX_GROUPS]
     times: StageTimes
     num_operations: int = 0
 

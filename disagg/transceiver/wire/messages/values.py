@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Final
+from typing import Annotated, Final
 
 from disagg.transceiver.wire.messages.ranges import (
     MAX_ADDRESS_CHARS,
@@ -55,7 +55,8 @@ MAX_LABELS: Final = 64
 Run = tuple[int, int]
 """(first ordinal, number of ordinals)"""
 
-LayerScales = tuple[tuple[float, ...], tuple[float, ...]]
+HeadScales = Annotated[tuple[float, ...], MAX_HEADS]
+LayerScales = tuple[HeadScales, HeadScales]
 """What a stored number of a layer is worth: (of K, of V), one per KV head."""
 
 
@@ -75,7 +76,7 @@ class GroupSemantics:
     num_sink_tokens: int
     num_kv_heads: int
     head_dim: int
-    layers: tuple[int, ...]
+    layers: Annotated[tuple[int, ...], MAX_LAYERS]
 
     def __post_init__(self) -> None:
         if self.window is not None:
@@ -99,7 +100,7 @@ class Identity:
     compute_dtype: str
     max_model_len: int
     hash_key_id: str
-    adapter_ids: tuple[str, ...] = ()
+    adapter_ids: Annotated[tuple[str, ...], MAX_ITEMS] = ()
 
     def __post_init__(self) -> None:
         check_int("protocol_major", self.protocol_major, 0, MAX_INT32)
@@ -123,13 +124,13 @@ class Geometry:
 
     block_size: int
     kv_dtype: str
-    groups: tuple[GroupSemantics, ...]
-    slot_nbytes: tuple[int, ...]
+    groups: Annotated[tuple[GroupSemantics, ...], MAX_GROUPS]
+    slot_nbytes: Annotated[tuple[int, ...], MAX_GROUPS]
     tensor_parallel_size: int = 1
     pipeline_parallel_size: int = 1
     slot_layout: str = "layer-kv-head-token-dim"
-    kv_scales: tuple[tuple[LayerScales, ...], ...] = ()
-    stages: tuple[tuple[int, ...], ...] = ()
+    kv_scales: Annotated[tuple[Annotated[tuple[LayerScales, ...], MAX_LAYERS], ...], MAX_GROUPS] = ()
+    stages: Annotated[tuple[Annotated[tuple[int, ...], MAX_LAYERS], ...], MAX_RANKS] = ()
     rank: int = 0
 
     def __post_init__(self) -> None:
@@ -180,7 +181,7 @@ class GroupRuns:
     """Ordinals of one layer group as (first, count) runs, ascending and apart."""
 
     group: int
-    runs: tuple[Run, ...]
+    runs: Annotated[tuple[Run, ...], MAX_UNITS]
 
     def __post_init__(self) -> None:
         check_int("group", self.group, 0, MAX_GROUPS - 1)
@@ -203,8 +204,8 @@ class UnitRun:
     group: int
     first: int
     count: int
-    slots: tuple[int, ...] = ()
-    generations: tuple[int, ...] = ()
+    slots: Annotated[tuple[int, ...], MAX_UNITS] = ()
+    generations: Annotated[tuple[int, ...], MAX_UNITS] = ()
 
     def __post_init__(self) -> None:
         check_int("group", self.group, 0, MAX_GROUPS - 1)
@@ -262,7 +263,7 @@ class TokenLogprobs:
     """Log-probability of the chosen token and of the most likely ones, most likely first."""
 
     logprob: float
-    top: tuple[tuple[int, float], ...] = ()
+    top: Annotated[tuple[tuple[int, float], ...], MAX_ITEMS] = ()
 
     def __post_init__(self) -> None:
         check_size("top", self.top, MAX_ITEMS)
@@ -278,7 +279,7 @@ class SamplingState:
     """What sampling must carry across a transfer: the seed, and counts of generated tokens for penalties."""
 
     seed: int
-    output_counts: tuple[tuple[int, int], ...] = ()
+    output_counts: Annotated[tuple[tuple[int, int], ...], MAX_ITEMS] = ()
     version: int = 1
 
     def __post_init__(self) -> None:
@@ -325,11 +326,11 @@ class Sampling:
     repetition_penalty: float = 1.0
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
-    logit_bias: tuple[tuple[int, float], ...] = ()
+    logit_bias: Annotated[tuple[tuple[int, float], ...], MAX_BIASES] = ()
     min_tokens: int = 0
     ignore_eos: bool = False
-    eos_token_ids: tuple[int, ...] = ()
-    stop_token_ids: tuple[int, ...] = ()
+    eos_token_ids: Annotated[tuple[int, ...], MAX_STOP_TOKEN_IDS] = ()
+    stop_token_ids: Annotated[tuple[int, ...], MAX_STOP_TOKEN_IDS] = ()
     num_logprobs: int | None = None
     cache_salt: str = ""
 
@@ -362,7 +363,7 @@ class MetricSample:
 
     name: str
     kind: str
-    labels: tuple[tuple[str, str], ...]
+    labels: Annotated[tuple[tuple[str, str], ...], MAX_LABELS]
     value: float
 
     def __post_init__(self) -> None:
@@ -396,7 +397,7 @@ class GroupBytes:
 class StageTimes:
     """Seconds a worker spent on one request, on its own clock, by stage name such as `queue`, `prefill`, `wire`."""
 
-    stages: tuple[tuple[str, float], ...] = field(default=())
+    stages: Annotated[tuple[tuple[str, float], ...], MAX_LABELS] = field(default=())
 
     def __post_init__(self) -> None:
         check_size("stages", self.stages, MAX_LABELS)

@@ -1,0 +1,84 @@
+"""How large each message may be: bytes, and containers within it. Both are looked at before a field is.
+
+Reading costs by what is built: a byte of the wire can be an empty array of its own, which takes fifty times as long as
+a byte of text. So each kind of message has a bound of its own on both, by the longest that a deployment sends.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Final
+
+from disagg.transceiver.wire.messages import peer, router
+from disagg.transceiver.wire.messages.ranges import MAX_UNITS
+
+MAX_MESSAGE_NBYTES: Final = 16 << 20
+"""Of any kind, which the sockets enforce: DISPATCH of nearly 2**22 token ids of 4 bytes, four times the longest context
+of a published model."""
+
+MAX_MANIFEST_ENTRIES: Final = MAX_UNITS
+"""More units than one DONE can name are not fetched in one transfer."""
+
+ENTRY_NBYTES: Final = 75
+"""Of a manifest entry, at most."""
+
+MAX_FIELDS: Final = 256
+"""Of one record: those of today have at most 16; later minor versions may add some."""
+
+ITEMS_PER_CONTAINER: Final = 8
+"""On average: records and pairs have 2 to 16 items. Beside them a message has the slots and generations of its units,
+as plain numbers."""
+
+
+@dataclass(frozen=True, slots=True)
+class SizeLimit:
+    """`num_containers`: arrays and maps, each of them once, at any depth."""
+
+    nbytes: int
+    num_containers: int
+
+    @property
+    def num_items(self) -> int:
+        return ITEMS_PER_CONTAINER * self.num_containers + 2 * MAX_UNITS
+
+
+class Contents:
+    """Told of each array and map as it is complete; raises `ValueError` at one too many."""
+
+    def __init__(self, limit: SizeLimit) -> None:
+        self.containers = limit.num_containers
+        self.items = limit.num_items
+
+    def add(self, container: Any) -> Any:
+        self.containers -= 1
+        self.items -= len(container)
+        if self.containers < 0 or self.items < 0:
+            raise ValueError("too many arrays, maps or items")
+        return container
+
+
+CONTROL: Final = SizeLimit(1 << 20, 1 << 15)
+"""What has no long list: registrations, leases with thousands of samples and requests, the tokens of one step."""
+
+_UNIT_NAMES: Final = SizeLimit(3 << 20, MAX_UNITS + 64)
+"""Every unit of the largest transfer by name, in at most 24 bytes each, and a reason."""
+
+_LARGE: Final = {
+    # Runs of at most 11 bytes: 47,000 of them. Blocks are fetched in one or two runs per group, more where some failed.
+    peer.Fetch: SizeLimit(512 << 10, 1 << 16),
+    # 14 bytes a unit with its slot and generation; three containers a run: 21,000 runs, where a slice has 32 MiB.
+    peer.Slice: SizeLimit(2 << 20, 1 << 16),
+    # Two containers an entry; the rest is a first token with its logprobs and the counts of what was generated.
+    peer.Done: SizeLimit(ENTRY_NBYTES * MAX_UNITS + (512 << 10), 2 * MAX_UNITS + (1 << 14)),
+    peer.Failed: _UNIT_NAMES,
+    peer.Cancel: _UNIT_NAMES,
+    router.TransferFailure: _UNIT_NAMES,
+    # A prompt is one string of bytes: the longest has few containers beside it.
+    router.Dispatch: SizeLimit(MAX_MESSAGE_NBYTES, 1 << 15),
+    # A thousand workers, each with its geometry and the scales of its layers.
+    router.Peers: SizeLimit(2 << 20, 1 << 16),
+}
+
+
+def limit_of(kind: type) -> SizeLimit:
+    return _LARGE.get(kind, CONTROL)
