@@ -86,6 +86,7 @@ class Watch:
     wrong: list[str] = field(default_factory=list)
     late: list[str] = field(default_factory=list)
     figures: dict[str, float | str] = field(default_factory=dict)
+    judges_lag: bool = True
 
 
 @contextlib.contextmanager
@@ -114,7 +115,7 @@ def watching(pair: Pair, asks: Sequence[Ask], baseline_s: float) -> Iterator[Wat
         report = judge_streams(seen, began_at=watch.began_at)
         wrong, late = judge_lags(during)
         report.wrong += watch.wrong + wrong
-        report.late += watch.late + late
+        report.late += watch.late + (late if watch.judges_lag else [])
         report.figures |= _figures(seen, watch, ended_at) | watch.figures
         report.figures |= _lag_figures(lags.since(quiet), during)
         for name, now in at_end.items():
