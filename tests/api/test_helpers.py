@@ -19,9 +19,9 @@ from support.cluster.fake_backend import FakeBackend
 from support.cluster.openai_client import served
 from support.model.small_tokenizers import DEMO_FOLDER
 
+from disagg.api.helpers import pool as helpers
 from disagg.api.helpers.frames import JOB, frame, pack, pack_error, pack_prepared, unpack_error, unpack_prepared
 from disagg.api.helpers.pool import INLINE_NBYTES, Helpers
-from disagg.api.helpers.pool import pool as helpers
 from disagg.api.http import bodies
 from disagg.api.http.errors import ApiError
 from disagg.api.request.fields import CHAT, COMPLETIONS, DETOKENIZE, TOKENIZE
