@@ -38,9 +38,7 @@ def tree(tmp_path: Path) -> Path:
 
 
 def test_a_class_that_is_named_but_not_there_is_a_complaint(house: ModuleType, tree: Path) -> None:
-    (tree / "disagg" / "a.py").write_text(
-        '"""As `Side` and `b.Side.end` say, not `Sides.end`; raises `ValueError`."""\n'
-    )
+    (tree / "disagg" / "a.py").write_text('"""As `b.Side.end` says, not `Sides.end`; raises `ValueError`."""\n')
     assert house.complaints(tree) == ["disagg/a.py:1: there is no `Sides`"]
 
 
