@@ -10,16 +10,16 @@ from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.routing import BaseRoute, Route
 
-from disagg.api.bodies import Bodies
-from disagg.api.edge import Edge, http_exception
-from disagg.api.fields import CHAT, COMPLETIONS, DETOKENIZE, TOKENIZE
 from disagg.api.generate import GenerateEndpoint
-from disagg.api.helpers import Helpers
-from disagg.api.sampling import check_defaults
+from disagg.api.helpers.pool import Helpers
+from disagg.api.http.bodies import Bodies
+from disagg.api.http.edge import Edge, http_exception
+from disagg.api.request.fields import CHAT, COMPLETIONS, DETOKENIZE, TOKENIZE
+from disagg.api.request.sampling import check_defaults
 from disagg.api.settings import ApiSettings
 from disagg.api.status import AdminRoutes, StatusRoutes
+from disagg.api.text.tokenizer import ModelTokenizer
 from disagg.api.tokenize import TokenizeRoutes
-from disagg.api.tokenizer import ModelTokenizer
 from disagg.router.generation import Backend
 
 

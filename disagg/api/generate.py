@@ -11,21 +11,21 @@ from typing import Any, Final
 from starlette.requests import Request
 from starlette.types import Receive, Scope, Send
 
-from disagg.api.answer import Answer
-from disagg.api.bodies import Bodies
-from disagg.api.choices import Choice, generate_all
-from disagg.api.edge import request_id_of
-from disagg.api.errors import ApiError, from_generation, no_workers
-from disagg.api.helpers import Helpers
-from disagg.api.params import RequestParams
-from disagg.api.preparation import Prepared
-from disagg.api.sampling import answer_tokens, base_seed, build_sampling
+from disagg.api.answers.answer import Answer
+from disagg.api.answers.choices import Choice, generate_all
+from disagg.api.answers.shapes import shape_for
+from disagg.api.answers.sinks import ClientStalledError, EventSink, Head, Sink, WholeSink
+from disagg.api.helpers.pool import Helpers
+from disagg.api.http.bodies import Bodies
+from disagg.api.http.edge import request_id_of
+from disagg.api.http.errors import ApiError, from_generation, no_workers
+from disagg.api.http.responses import error_response
+from disagg.api.request.params import RequestParams
+from disagg.api.request.preparation import Prepared
+from disagg.api.request.sampling import answer_tokens, base_seed, build_sampling
 from disagg.api.settings import ApiSettings
-from disagg.api.shapes import shape_for
-from disagg.api.sinks import ClientStalledError, EventSink, Head, Sink, WholeSink
-from disagg.api.stops import StopMatcher
-from disagg.api.tokenizer import ModelTokenizer
-from disagg.api.wire import error_response
+from disagg.api.text.stops import StopMatcher
+from disagg.api.text.tokenizer import ModelTokenizer
 from disagg.router.generation import Backend, GenerationError, GenerationRequest
 from disagg.transceiver.wire.messages.values import Sampling
 

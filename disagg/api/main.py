@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from disagg.api.app import create_admin_app, open_app
-from disagg.api.connections import Connections, connections_within
-from disagg.api.server import serve
+from disagg.api.http.connections import Connections, connections_within
+from disagg.api.http.server import serve
 from disagg.api.settings import ApiSettings
 from disagg.config.descriptors import raise_descriptor_limit
 from disagg.config.errors import ConfigError, found_in

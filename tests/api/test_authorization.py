@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from disagg.api.authorization import BearerKey
+from disagg.api.http.authorization import BearerKey
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from disagg.api.edge import Edge
+from disagg.api.http.edge import Edge
 
 pytestmark = pytest.mark.anyio
 

@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 from support.cluster.fake_backend import FakeBackend, answer
 from support.cluster.openai_client import Api, Reply
 
-from disagg.api.errors import ApiError
-from disagg.api.field_docs import render
-from disagg.api.fields import (
+from disagg.api.http.errors import ApiError
+from disagg.api.request.field_docs import render
+from disagg.api.request.fields import (
     BY_ENDPOINT,
     CHAT,
     COMPLETIONS,
@@ -29,8 +29,8 @@ from disagg.api.fields import (
     Field,
     parse_params,
 )
-from disagg.api.params import RequestParams
-from disagg.api.sampling import prefix_salt
+from disagg.api.request.params import RequestParams
+from disagg.api.request.sampling import prefix_salt
 
 pytestmark = pytest.mark.anyio
 
@@ -388,7 +388,7 @@ def test_every_field_of_the_stock_client_is_in_the_table() -> None:
 
 
 def test_the_page_of_fields_is_fresh() -> None:
-    assert PAGE.read_text() == render(), "run: python -m disagg.api.field_docs > docs/request-fields.md"
+    assert PAGE.read_text() == render(), "run: python -m disagg.api.request.field_docs > docs/request-fields.md"
 
 
 JSON = st.recursive(

@@ -18,8 +18,8 @@ from support.cluster.openai_client import Api, Reply, served
 from support.model.small_tokenizers import DEMO_FOLDER, byte_level, write_folder
 
 from disagg.api.app import create_admin_app, open_app
-from disagg.api.sampling import prefix_salt
-from disagg.api.server import serve
+from disagg.api.http.server import serve
+from disagg.api.request.sampling import prefix_salt
 from disagg.api.settings import ApiSettings
 from disagg.engine.model.checkpoint import GenerationDefaults
 from disagg.engine.model.weights import ModelRefused

@@ -15,7 +15,7 @@ import aiohttp
 from support.abuse.extremes import extremes, honoured
 from support.abuse.pair import MAX_MODEL_LEN
 
-from disagg.api.fields import CHAT, COMPLETIONS, DETOKENIZE, GENERATE, TOKENIZE
+from disagg.api.request.fields import CHAT, COMPLETIONS, DETOKENIZE, GENERATE, TOKENIZE
 
 Body = dict[str, Any]
 REQUIRED: dict[str, Body] = {

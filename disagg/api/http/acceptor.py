@@ -9,7 +9,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Final
 
-from disagg.api.connections import Connections
+from disagg.api.http.connections import Connections
 
 RETRY_S: Final = 0.1  # after which a descriptor may be free again
 BACKLOG: Final = 2048  # clients that the kernel keeps waiting for us; uvicorn's default

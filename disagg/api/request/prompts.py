@@ -5,13 +5,13 @@ from __future__ import annotations
 from array import array
 from collections.abc import Sequence
 
-from disagg.api.checks import UnexpectedValueError
-from disagg.api.errors import bad_request
-from disagg.api.params import RequestParams
-from disagg.api.request_checks import TOKEN_IDS, Prompt
-from disagg.api.sampling import check_room, check_token_ids
-from disagg.api.template import TemplateError
-from disagg.api.tokenizer import ModelTokenizer
+from disagg.api.http.errors import bad_request
+from disagg.api.request.checks import UnexpectedValueError
+from disagg.api.request.params import RequestParams
+from disagg.api.request.request_checks import TOKEN_IDS, Prompt
+from disagg.api.request.sampling import check_room, check_token_ids
+from disagg.api.text.template import TemplateError
+from disagg.api.text.tokenizer import ModelTokenizer
 
 Encoded = tuple[Sequence[int], str]
 """Token ids as an array, and the text to echo (empty unless asked for)."""

@@ -6,12 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from disagg.api.request_checks import Message, Prompt
+from disagg.api.request.request_checks import Prompt
+from disagg.api.text.content_format import Message
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RequestParams:
-    """One attribute per field of `disagg.api.fields` that a request can choose; None leaves it to the server."""
+    """One attribute per field of `disagg.api.request.fields`; None leaves the choice to the server."""
 
     endpoint: str
     model: str | None = None

@@ -15,11 +15,11 @@ from uvicorn import Config
 from uvicorn.protocols.http.h11_impl import H11Protocol
 from uvicorn.server import ServerState
 
-from disagg.api.bodies import BODY_TIMEOUT_S
-from disagg.api.connections import Activity, Connections
-from disagg.api.errors import ApiError
-from disagg.api.h11_connection import MAX_HEAD_LINES, MAX_HEAD_NBYTES, BoundedH11
-from disagg.api.wire import raw_response
+from disagg.api.http.bodies import BODY_TIMEOUT_S
+from disagg.api.http.connections import Activity, Connections
+from disagg.api.http.errors import ApiError
+from disagg.api.http.h11_connection import MAX_HEAD_LINES, MAX_HEAD_NBYTES, BoundedH11
+from disagg.api.http.responses import raw_response
 
 KEEP_ALIVE_S: Final = 75  # over the 60 s of common load balancers, so that those close idle connections first
 HEAD_TIMEOUT_S: Final = 20.0  # a head is one packet; 20 s forgive some lost ones

@@ -9,8 +9,8 @@ from typing import Any
 
 from starlette.responses import Response, StreamingResponse
 
-from disagg.api.errors import ApiError
-from disagg.api.json_pieces import encode_json, paced
+from disagg.api.http.errors import ApiError
+from disagg.api.http.json_pieces import encode_json, paced
 
 JSON = "application/json"
 

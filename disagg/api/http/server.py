@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import uvicorn
 from starlette.types import ASGIApp
 
-from disagg.api.acceptor import BACKLOG, accept
-from disagg.api.connection import KEEP_ALIVE_S, HttpConnection
-from disagg.api.connections import Connections
+from disagg.api.http.acceptor import BACKLOG, accept
+from disagg.api.http.connection import KEEP_ALIVE_S, HttpConnection
+from disagg.api.http.connections import Connections
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,8 +14,7 @@ from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from disagg.api.content_format import find_format
-from disagg.api.request_checks import Message
+from disagg.api.text.content_format import Message, find_format
 from disagg.engine.model.weights import ModelRefused, read_json
 
 OTHER_FILES: Final[tuple[type[nodes.Node], ...]] = (nodes.Include, nodes.Import, nodes.FromImport, nodes.Extends)

@@ -9,10 +9,20 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Final
 
-from disagg.api.checks import Boolean, Check, Exactly, Integer, ListOf, Number, Object, Text, UnexpectedValueError
-from disagg.api.errors import bad_request
-from disagg.api.params import RequestParams
-from disagg.api.request_checks import (
+from disagg.api.http.errors import bad_request
+from disagg.api.request.checks import (
+    Boolean,
+    Check,
+    Exactly,
+    Integer,
+    ListOf,
+    Number,
+    Object,
+    Text,
+    UnexpectedValueError,
+)
+from disagg.api.request.params import RequestParams
+from disagg.api.request.request_checks import (
     TOKEN_ID,
     TOKEN_IDS,
     LogitBias,

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Final
 
-from disagg.api.answer import AnswerToken
-from disagg.api.tokenizer import ModelTokenizer
+from disagg.api.answers.answer import AnswerToken
+from disagg.api.text.tokenizer import ModelTokenizer
 from disagg.transceiver.wire.messages.values import TokenLogprobs
 
 LOWEST: Final = -9999.0  # JSON has no minus infinity; vLLM's stand-in

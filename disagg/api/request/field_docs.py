@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 
-from disagg.api.fields import FIELDS, Field
+from disagg.api.request.fields import FIELDS, Field
 
 HEADER = """\
 # Request fields
@@ -13,8 +13,8 @@ HEADER = """\
 Every field of the OpenAI and vLLM APIs is honoured or refused with status 400 whose error names it in `param`; none is
 ignored. A field that is in neither table is refused too. `null` means unset.
 
-This page is written by `.venv/bin/python -P -m disagg.api.field_docs > docs/request-fields.md`; edit
-`disagg/api/fields.py`.
+This page is written by `.venv/bin/python -P -m disagg.api.request.field_docs > docs/request-fields.md`; edit
+`disagg/api/request/fields.py`.
 """
 
 

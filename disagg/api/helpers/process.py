@@ -1,7 +1,7 @@
 """A helper process of the API: reads large bodies, one at a time, until its parent closes the pipe.
 
 A JSON parser holds the interpreter's lock for as long as a body is large, so that a thread would stop the event loop
-all the same. `python -m disagg.api.helper` speaks frames over stdin and stdout.
+all the same. `python -m disagg.api.helpers.process` speaks frames over stdin and stdout.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ import sys
 from pathlib import Path
 from typing import BinaryIO, Final
 
-from disagg.api.errors import ApiError
-from disagg.api.fields import GENERATE
-from disagg.api.helper_frames import BODY, END, ERROR, HEAD, PREPARED, frame, pack_error, pack_prepared, unpack
-from disagg.api.preparation import Preparer
+from disagg.api.helpers.frames import BODY, END, ERROR, HEAD, PREPARED, frame, pack_error, pack_prepared, unpack
+from disagg.api.http.errors import ApiError
+from disagg.api.request.fields import GENERATE
+from disagg.api.request.preparation import Preparer
 from disagg.api.settings import ApiSettings
-from disagg.api.tokenizer import ModelTokenizer
+from disagg.api.text.tokenizer import ModelTokenizer
 
 JOB_TIMEOUT_S: Final = 60  # ten times what 8 MiB of text take; a text that a tokenizer cannot cope with ends here
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-from disagg.api.checks import (
+from disagg.api.request.checks import (
     Boolean,
     Check,
     Exactly,
@@ -19,6 +19,7 @@ from disagg.api.checks import (
     is_integer,
     within,
 )
+from disagg.api.text.content_format import Message
 from disagg.transceiver.wire.messages.sampling_limits import MAX_BIAS, MAX_BIASES
 
 MAX_STOPS: Final = 4  # OpenAI's limit
@@ -31,7 +32,6 @@ MAX_PROMPTS: Final = 2048  # OpenAI's limit; fewer choices are given, which is s
 MAX_MESSAGES: Final = 2**14  # turns of a conversation, parts of a turn: each takes a few microseconds
 
 Prompt = Sequence[int] | str
-Message = dict[str, Any]
 TOKEN_IDS: Final = Integers(TOKEN_ID, MAX_PROMPT_IDS)
 
 

@@ -9,8 +9,8 @@ from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any, cast
 
-from disagg.api.answer import Answer, Delta, Finish
-from disagg.api.json_pieces import Encoded, encode_json
+from disagg.api.answers.answer import Answer, Delta, Finish
+from disagg.api.http.json_pieces import Encoded, encode_json
 from disagg.router.generation import Backend, GenerationEnd, GenerationError, GenerationRequest, TokenChunk
 
 

@@ -9,14 +9,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Final
 
-from disagg.api.errors import ApiError, bad_request
-from disagg.api.fields import CHAT, TOKENIZE, parse_params
-from disagg.api.json_pieces import blocks, json_pieces
-from disagg.api.params import RequestParams
-from disagg.api.prompts import Encoded, PromptEncoder
-from disagg.api.sampling import check_together, check_token_ids, check_vocabulary
+from disagg.api.http.errors import ApiError, bad_request
+from disagg.api.http.json_pieces import blocks, json_pieces
+from disagg.api.request.fields import CHAT, TOKENIZE, parse_params
+from disagg.api.request.params import RequestParams
+from disagg.api.request.prompts import Encoded, PromptEncoder
+from disagg.api.request.sampling import check_together, check_token_ids, check_vocabulary
 from disagg.api.settings import ApiSettings
-from disagg.api.tokenizer import ModelTokenizer
+from disagg.api.text.tokenizer import ModelTokenizer
 
 SPENT: Final = ("prompt", "messages", "tokens", "chat_template_kwargs")  # what `Prepared.prompts` was made of
 

@@ -10,8 +10,8 @@ from typing import Any, Final
 
 from tokenizers import Tokenizer
 
-from disagg.api.detokenizer import ByteDetokenizer, Detokenizer, WindowDetokenizer
-from disagg.api.template import ChatTemplate, find_template
+from disagg.api.text.detokenizer import ByteDetokenizer, Detokenizer, WindowDetokenizer
+from disagg.api.text.template import ChatTemplate, find_template
 from disagg.engine.model.weights import ModelRefused, read_config, read_json
 
 SPECIAL_NAMES: Final = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")

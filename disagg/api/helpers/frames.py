@@ -8,9 +8,9 @@ from typing import Any, Final
 
 import msgpack
 
-from disagg.api.errors import ApiError
-from disagg.api.params import RequestParams
-from disagg.api.preparation import Prepared, chosen
+from disagg.api.http.errors import ApiError
+from disagg.api.request.params import RequestParams
+from disagg.api.request.preparation import Prepared, chosen
 
 HEAD: Final = struct.Struct("=cI")
 JOB: Final = b"J"  # settings (first), then (endpoint, max_model_len) before each body

@@ -16,12 +16,12 @@ import sys
 from collections.abc import Sequence
 from typing import Final
 
-from disagg.api.errors import ApiError
-from disagg.api.helper import JOB_TIMEOUT_S
-from disagg.api.helper_frames import BODY, ERROR, HEAD, JOB, PREPARED, frame, pack, unpack_error, unpack_prepared
-from disagg.api.preparation import Prepared, Preparer
+from disagg.api.helpers.frames import BODY, ERROR, HEAD, JOB, PREPARED, frame, pack, unpack_error, unpack_prepared
+from disagg.api.helpers.process import JOB_TIMEOUT_S
+from disagg.api.http.errors import ApiError
+from disagg.api.request.preparation import Prepared, Preparer
 from disagg.api.settings import ApiSettings
-from disagg.api.tokenizer import ModelTokenizer
+from disagg.api.text.tokenizer import ModelTokenizer
 
 INLINE_NBYTES: Final = 4096  # reading so much takes about a millisecond: what handing it over may cost
 LONG_NBYTES: Final = 512 * 1024  # takes a tenth of a second and more; a prompt of 100k tokens is of this size
@@ -166,7 +166,7 @@ class _Helper:
     @classmethod
     async def start(cls, settings: ApiSettings) -> _Helper:
         process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-P", "-m", "disagg.api.helper"),
+            *(sys.executable, "-P", "-m", "disagg.api.helpers.process"),
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
             limit=READ_NBYTES,

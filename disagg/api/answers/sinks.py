@@ -10,11 +10,11 @@ from typing import Any
 
 from starlette.types import Message, Send
 
-from disagg.api.answer import Delta
-from disagg.api.choices import Choice
-from disagg.api.errors import ApiError
-from disagg.api.json_pieces import blocks, encode_json, json_pieces, paced
-from disagg.api.shapes import AnswerShape, usage
+from disagg.api.answers.answer import Delta
+from disagg.api.answers.choices import Choice
+from disagg.api.answers.shapes import AnswerShape, usage
+from disagg.api.http.errors import ApiError
+from disagg.api.http.json_pieces import blocks, encode_json, json_pieces, paced
 
 
 class ClientStalledError(Exception):

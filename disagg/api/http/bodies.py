@@ -9,7 +9,7 @@ from typing import Final
 
 from starlette.requests import ClientDisconnect, Request
 
-from disagg.api.errors import ApiError
+from disagg.api.http.errors import ApiError
 
 BODY_TIMEOUT_S: Final = 30.0  # a client that takes longer for a few MiB is stalled or hostile
 MAX_HELD_NBYTES: Final = 256 * 1024 * 1024  # of bodies being read or waiting for a helper: 32 of the largest

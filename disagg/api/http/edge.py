@@ -14,9 +14,9 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from disagg.api.authorization import BearerKey
-from disagg.api.errors import ApiError, shutting_down
-from disagg.api.wire import error_response
+from disagg.api.http.authorization import BearerKey
+from disagg.api.http.errors import ApiError, shutting_down
+from disagg.api.http.responses import error_response
 
 HEADER: Final = "x-request-id"
 MAX_ID_LENGTH: Final = 128  # it is logged on every line and crosses the wire with each attempt

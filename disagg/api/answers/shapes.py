@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
-from disagg.api.answer import Delta, Finish
-from disagg.api.choices import Choice
-from disagg.api.fields import CHAT
-from disagg.api.logprobs import LogprobFormat
-from disagg.api.params import RequestParams
-from disagg.api.tokenizer import ModelTokenizer
+from disagg.api.answers.answer import Delta, Finish
+from disagg.api.answers.choices import Choice
+from disagg.api.answers.logprobs import LogprobFormat
+from disagg.api.request.fields import CHAT
+from disagg.api.request.params import RequestParams
+from disagg.api.text.tokenizer import ModelTokenizer
 
 
 class AnswerShape(Protocol):

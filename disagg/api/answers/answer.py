@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from disagg.api.detokenizer import Detokenizer
-from disagg.api.stops import StopMatcher
+from disagg.api.text.detokenizer import Detokenizer
+from disagg.api.text.stops import StopMatcher
 from disagg.router.generation import GenerationEnd, TokenChunk
 from disagg.transceiver.wire.messages.values import Sampling, TokenLogprobs
 

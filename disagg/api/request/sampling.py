@@ -7,9 +7,9 @@ from collections.abc import Iterable
 from hashlib import blake2b
 from typing import Final, TypeVar
 
-from disagg.api.errors import bad_request
-from disagg.api.fields import CHAT, COMPLETIONS
-from disagg.api.params import RequestParams
+from disagg.api.http.errors import bad_request
+from disagg.api.request.fields import CHAT, COMPLETIONS
+from disagg.api.request.params import RequestParams
 from disagg.engine.model.checkpoint import GenerationDefaults
 from disagg.engine.model.weights import ModelRefused
 from disagg.transceiver.wire.messages.values import Sampling
