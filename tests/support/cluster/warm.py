@@ -50,7 +50,7 @@ class WarmParent:
         return pid, told
 
     def end(self) -> None:
-        """Without more requests it ends; its forks live on."""
+        """Without more requests it ends, and its forks with it."""
         self._control.close()
         self.process.wait(LOAD_TIMEOUT_S)
 

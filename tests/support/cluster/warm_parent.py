@@ -31,11 +31,11 @@ MAX_FDS: Final = 16  # of one request: stdin, stdout, stderr, and where the end 
 HIGHEST_FD: Final = 1 << 16  # more than a test's process has open
 
 PYTHON: Final = [sys.executable, "-P"]
-COMMANDS: Final = {("-m", "disagg"), ("-m", "disagg.api.helper")}
+COMMANDS: Final = {("-m", "disagg"), ("-m", "disagg.api.helpers.process")}
 PROGRAMS: Final = {"faulty_worker.py", "describe_process.py"}  # they patch what is loaded, or nothing
 READ_AT_IMPORT: Final = ("DISAGG_KERNELS", "DISAGG_FUSED_QKV", "DISAGG_NATIVE", "TRITON_INTERPRET", "LD_PRELOAD")
 MODULES: Final = (
-    *("disagg.cli.main", "disagg.cli.up", "disagg.api.main", "disagg.api.helper", "disagg.worker.main"),
+    *("disagg.cli.main", "disagg.cli.up", "disagg.api.main", "disagg.api.helpers.process", "disagg.worker.main"),
     *("uvicorn.protocols.http.h11_impl", "uvicorn.lifespan.off", "safetensors.torch"),
 )
 """What a router, a helper of the API and a worker load, at once or when they need it first."""
@@ -178,8 +178,8 @@ def load() -> None:
     assert len(os.listdir("/proc/self/task")) == 1, "a fork has only the thread that forks"
 
 
-def serve(control: socket.socket) -> None:
-    """Fork as asked, and tell each fork's end, until the test's process is gone."""
+def serve(control: socket.socket) -> list[int]:
+    """Fork as asked, and tell each fork's end, until the test's process is gone. Returns the forks that still run."""
     watch = select.poll()
     watch.register(control, select.POLLIN)
     running: dict[int, tuple[int, int]] = {}  # by descriptor of the process: its id, and where its end is told
@@ -188,7 +188,7 @@ def serve(control: socket.socket) -> None:
         for fd, _ in watch.poll():
             if fd == control.fileno():
                 if (started := fork(control)) is None:
-                    return
+                    return [pid for pid, _ in running.values()]
                 pid, told = started
                 process = os.pidfd_open(pid)
                 running[process] = pid, told
@@ -230,4 +230,5 @@ def tell_end(pid: int, told: int) -> None:
 if __name__ == "__main__":
     asking = socket.socket(fileno=int(sys.argv[1]))
     load()
-    serve(asking)
+    for left in serve(asking):
+        os.kill(left, signal.SIGKILL)  # and with it, what it started: see disagg/cli/lifeline.py
