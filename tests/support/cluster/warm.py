@@ -13,7 +13,7 @@ import threading
 from pathlib import Path
 from typing import Any, Final
 
-from support.cluster.warm_parent import PIPES, PYTHON, REQUEST_NBYTES, as_named, can_stand_for, stdio_of
+from support.cluster.warm_parent import PIPES, PYTHON, REQUEST_NBYTES, as_named, can_stand_for, descriptors_of
 
 PROGRAM: Final = Path(__file__).with_name("warm_parent.py")
 LOAD_TIMEOUT_S: Final = 60.0  # seconds alone, many times that between busy neighbours
@@ -39,12 +39,12 @@ class WarmParent:
             )
         assert self._control.recv(16) == b"ready", "the warm parent ended"
 
-    def fork(self, argv: list[str], env: dict[str, str], cwd: str, session: bool, stdio: list[int]) -> tuple[int, int]:
+    def fork(self, fds: dict[int, int], **asked: Any) -> tuple[int, int]:
         """The new process's id, and a descriptor on which its exit code comes."""
         told, theirs = os.pipe()
-        request = json.dumps({"argv": argv, "env": env, "cwd": cwd, "session": session})
+        request = json.dumps({"fds": list(fds), **asked})
         with self._lock:
-            socket.send_fds(self._control, [request.encode()], [*stdio, theirs])
+            socket.send_fds(self._control, [request.encode()], [*fds.values(), theirs])
             pid = int(self._control.recv(16))
         os.close(theirs)
         return pid, told
@@ -79,9 +79,13 @@ class WarmPopen(subprocess.Popen[Any]):
         if not (can_stand_for(given["args"], env) and parent().is_on_my_network()):
             super()._execute_child(*values)  # type: ignore[misc]
             return
-        argv = list(given["args"][len(PYTHON) :])
-        cwd = str(given["cwd"] or os.getcwd())
-        self.pid, self._told = parent().fork(argv, env, cwd, given["start_new_session"], stdio_of(given))
+        self.pid, self._told = parent().fork(
+            descriptors_of(given),
+            argv=list(given["args"][len(PYTHON) :]),
+            env=env,
+            cwd=str(given["cwd"] or os.getcwd()),
+            session=given["start_new_session"],
+        )
         self._child_created = True
         self._close_pipe_fds(*(given[name] for name in PIPES))  # type: ignore[attr-defined]
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import ctypes
+import fcntl
 import gc
 import importlib
 import inspect
@@ -27,18 +28,20 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Final, NoReturn
 
 REQUEST_NBYTES: Final = 1 << 18  # a command line and an environment
-MAX_FDS: Final = 16  # of one request: stdin, stdout, stderr, and where the end is told
+MAX_FDS: Final = 16  # of one request: stdin, stdout, stderr, where the end is told, and what the command line names
 HIGHEST_FD: Final = 1 << 16  # more than a test's process has open
+SPARE_FD: Final = 1000  # from here on: above what a command line names
 
 PYTHON: Final = [sys.executable, "-P"]
-COMMANDS: Final = {("-m", "disagg"), ("-m", "disagg.api.helpers.process")}
+COMMANDS: Final = {("-m", "disagg"), ("-m", "disagg.api.helpers.process"), ("-m", "disagg.bench.child")}
 PROGRAMS: Final = {"faulty_worker.py", "describe_process.py"}  # they patch what is loaded, or nothing
 READ_AT_IMPORT: Final = ("DISAGG_KERNELS", "DISAGG_FUSED_QKV", "DISAGG_NATIVE", "TRITON_INTERPRET", "LD_PRELOAD")
 MODULES: Final = (
     *("disagg.cli.main", "disagg.cli.up", "disagg.api.main", "disagg.api.helpers.process", "disagg.worker.main"),
     *("uvicorn.protocols.http.h11_impl", "uvicorn.lifespan.off", "safetensors.torch"),
+    *("disagg.bench.child",),
 )
-"""What a router, a helper of the API and a worker load, at once or when they need it first."""
+"""What a router, a helper of the API, a worker and a side of a benchmark load, at once or when they need it first."""
 CLASSES: Final = ("LlamaForCausalLM", "Gemma3ForCausalLM", "PreTrainedTokenizerFast", "AutoTokenizer")
 """What transformers loads when it is asked for."""
 
@@ -57,13 +60,14 @@ def can_stand_for(argv: Any, environ: Mapping[str, str]) -> bool:
 # --- the life of a fork ---------------------------------------------------------------------------------------
 
 
-def live(argv: Sequence[str], environ: Mapping[str, str], stdio: Sequence[int], keep: Collection[int]) -> NoReturn:
-    """As a process that `python -P ARGV...` started, with three descriptors for stdio and some more."""
+def live(argv: Sequence[str], environ: Mapping[str, str], given: Mapping[int, int]) -> NoReturn:
+    """As a process that `python -P ARGV...` started. `given`: its descriptors, stdio among them, by their number."""
     code = 1
     try:
-        for fd, source in enumerate([os.dup(fd) for fd in stdio]):  # the copies: one of them may be 0, 1 or 2
-            os.dup2(source, fd)
-        forget(keep)
+        copies = {fd: fcntl.fcntl(source, fcntl.F_DUPFD, SPARE_FD) for fd, source in given.items()}
+        for fd, copy in copies.items():  # a source may have the number of another
+            os.dup2(copy, fd)
+        forget(given)
         os.environ.clear()
         os.environ.update(environ)
         open_streams(environ)
@@ -86,7 +90,7 @@ def forget(keep: Collection[int]) -> None:
         if callable(signal.getsignal(number)):
             signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
     first = 3
-    for fd in (*sorted(keep), HIGHEST_FD):
+    for fd in (*sorted(fd for fd in keep if fd >= first), HIGHEST_FD):
         os.closerange(first, fd)
         first = fd + 1
 
@@ -142,7 +146,7 @@ class Forked(Popen[Any]):
         if self.pid == 0:
             if (group := given.get("process_group", -1)) != -1:
                 os.setpgid(0, group)
-            live(given["args"][len(PYTHON) :], environ, stdio_of(given), given["pass_fds"])
+            live(given["args"][len(PYTHON) :], environ, descriptors_of(given))
         self._child_created = True
         self._close_pipe_fds(*(given[name] for name in PIPES))  # type: ignore[attr-defined]
 
@@ -156,10 +160,11 @@ def as_named(popen: Popen[Any], values: Sequence[Any]) -> dict[str, Any]:
     return dict(zip(names, (popen, *values), strict=True))
 
 
-def stdio_of(given: Mapping[str, Any]) -> list[int]:
-    """The child's ends; what was not asked for is its parent's."""
+def descriptors_of(given: Mapping[str, Any]) -> dict[int, int]:
+    """The child's descriptors and what they are here; streams that were not asked for are its parent's."""
     ends = (given["p2cread"], given["c2pwrite"], given["errwrite"])
-    return [fd if end == -1 else end for fd, end in enumerate(ends)]
+    stdio = {fd: fd if end == -1 else end for fd, end in enumerate(ends)}
+    return stdio | {fd: fd for fd in given["pass_fds"]}
 
 
 # --- the parent -----------------------------------------------------------------------------------------------
@@ -206,15 +211,15 @@ def fork(control: socket.socket) -> tuple[int, int] | None:
     if not data:
         return None
     asked = json.loads(data)
-    *stdio, told = fds
+    *sources, told = fds
     pid = os.fork()
     if pid == 0:
         if asked["session"]:
             os.setsid()
         os.chdir(asked["cwd"])
         control.detach()
-        live(asked["argv"], asked["env"], stdio, ())
-    for fd in stdio:
+        live(asked["argv"], asked["env"], dict(zip(asked["fds"], sources, strict=True)))
+    for fd in sources:
         os.close(fd)
     control.send(str(pid).encode())
     return pid, told
