@@ -24,7 +24,7 @@ from support.abuse.insider import forms
 from support.abuse.loop_lag import LoopLags
 from support.abuse.mutants import changes
 from support.abuse.pair import Door, doors_of
-from support.abuse.vitals import MAX_MORE_FDS, MAX_MORE_NBYTES, MAX_MORE_THREADS, Vitals, leaks
+from support.abuse.vitals import MAX_MORE_FDS, MAX_MORE_NBYTES, MAX_MORE_THREADS, MAX_MORE_WARM_NBYTES, Vitals, leaks
 from support.abuse.watch import MAX_GAP_S, Report, judge_lags, judge_processes, judge_streams
 from support.faults.wrong import Wrong
 from support.links.sample_messages import GEOMETRY, IDENTITY
@@ -139,6 +139,15 @@ def test_a_leak_is_found_past_what_a_process_may_keep(leaker: Leaker, what: str,
     assert not leaks("it", before, leaker.keep(what, allowed))
     (leak,) = leaks("it", before, leaker.keep(what, 16))
     assert found in leak
+
+
+def test_a_warm_process_may_grow_by_less(leaker: Leaker) -> None:
+    before = Vitals.of(leaker.process.pid)
+    warm = leaker.keep("bytes", 100)
+    assert not leaks("it", before, leaker.keep("bytes", (MAX_MORE_WARM_NBYTES >> 20) - 8), warm)
+    after = leaker.keep("bytes", 16)
+    assert leaks("it", before, after, warm)
+    assert not leaks("it", before, after)
 
 
 def test_another_process_under_a_name_is_found(leaker: Leaker) -> None:

@@ -53,7 +53,9 @@ def judge_streams(seen: Seen, *, began_at: float, ended_at: float = float("inf")
     return report
 
 
-def judge_processes(before: Mapping[str, Vitals], after: Mapping[str, Vitals]) -> list[str]:
+def judge_processes(
+    before: Mapping[str, Vitals], after: Mapping[str, Vitals], warm: Mapping[str, Vitals] | None = None
+) -> list[str]:
     """Another process under a name, or more held than before."""
     faults = []
     for name, was in before.items():
@@ -61,7 +63,7 @@ def judge_processes(before: Mapping[str, Vitals], after: Mapping[str, Vitals]) -
         if (was.pid, was.started_at) != (now.pid, now.started_at):
             faults.append(f"{name} is another process: pid {was.pid} before, {now.pid} after")
         else:
-            faults += leaks(name, was, now)
+            faults += leaks(name, was, now, warm[name] if warm else None)
     return faults
 
 
@@ -86,6 +88,11 @@ class Watch:
     wrong: list[str] = field(default_factory=list)
     late: list[str] = field(default_factory=list)
     figures: dict[str, float | str] = field(default_factory=dict)
+    warm: Mapping[str, Vitals] | None = None
+
+    def note_warm(self) -> None:
+        """From here on the abuse repeats itself: what the processes hold now they may hold, and little more."""
+        self.warm = self.pair.vitals()
 
 
 @contextlib.contextmanager
@@ -120,7 +127,7 @@ def watching(pair: Pair, asks: Sequence[Ask], baseline_s: float) -> Iterator[Wat
         for name, now in at_end.items():
             share = (now.unrun_s - at_start[name].unrun_s) / (ended_at - watch.began_at)
             report.figures[f"{name}'s loop had no core"] = f"{share:.0%} of the time"
-        _judge_rest(pair, report, before)
+        _judge_rest(watch, report, before)
         if _incarnations(pair) != incarnations:
             report.late.append(f"a worker lost its registration: {incarnations} before, {_incarnations(pair)} after")
         print(report)
@@ -183,10 +190,11 @@ def _lag_figures(before: Lags, during: Lags) -> dict[str, float | str]:
     }
 
 
-def _judge_rest(pair: Pair, report: Report, before: Mapping[str, Vitals]) -> None:
+def _judge_rest(watch: Watch, report: Report, before: Mapping[str, Vitals]) -> None:
     """Once everybody left: nothing is open, nothing is used, nothing grew."""
+    pair = watch.pair
     deadline = time.monotonic() + IDLE_TIMEOUT_S
-    while (held := [*_held(pair), *judge_processes(before, pair.vitals())]) and time.monotonic() < deadline:
+    while (held := [*_held(pair), *judge_processes(before, pair.vitals(), watch.warm)]) and time.monotonic() < deadline:
         time.sleep(0.5)
     report.wrong += held + pair.ended()
     after = pair.vitals()
@@ -196,6 +204,7 @@ def _judge_rest(pair: Pair, report: Report, before: Mapping[str, Vitals]) -> Non
             f"{now.num_fds - was.num_fds} descriptors, {now.num_threads - was.num_threads} threads, "
             f"{(now.nbytes - was.nbytes) >> 20} MiB; "
             f"{(now.shared_nbytes - was.shared_nbytes) >> 20} MiB of its pool were used for the first time"
+            + (f"; {(now.nbytes - watch.warm[name].nbytes) >> 20} MiB since it was warm" if watch.warm else "")
         )
 
 
