@@ -27,6 +27,7 @@ from disagg.transceiver.wire.messages.router import (
 from disagg.transceiver.wire.node import Node
 from disagg.transceiver.wire.sockets import Sockets
 from disagg.transceiver.wire.timing import HEARTBEAT_S, LOST_S
+from disagg.transceiver.wire.turns import TurnQueue
 from disagg.worker.vitals import RouterPulse, Vitals
 
 log = logging.getLogger(__name__)
@@ -75,7 +76,7 @@ class RouterLink:
         self._node = node
         self._make_lease = make_lease
         self._heard_at = time.monotonic()
-        self._outbox: asyncio.Queue[RouterMessage] = asyncio.Queue()
+        self._outbox: TurnQueue[RouterMessage] = TurnQueue()
         self.router_incarnation = ""
 
     @classmethod
