@@ -15,6 +15,7 @@ from disagg.config.errors import ConfigError, found_in
 from disagg.config.settings import Role, WorkerSettings
 from disagg.config.signals import heeded_signals
 from disagg.engine.model.checkpoint import ModelRefused
+from disagg.engine.step_memory import StepMemoryShort
 from disagg.transceiver.wire.errors import EndpointRefused, Shortage, first_cause
 from disagg.transceiver.wire.keys import ClusterKeys
 from disagg.transceiver.wire.node import Node, draw_id
@@ -29,7 +30,10 @@ log = logging.getLogger(__name__)
 
 EXIT_BROKEN = 1
 
-REFUSALS: Final = (ModelRefused, BudgetTooSmall, PoolMemoryShort, EndpointRefused, RegistrationRefused, ConfigError)
+REFUSALS: Final = (
+    *(ModelRefused, BudgetTooSmall, StepMemoryShort, PoolMemoryShort),
+    *(EndpointRefused, RegistrationRefused, ConfigError),
+)
 """What can never succeed however often this worker is started."""
 
 SHORT_S: Final = 1.0
