@@ -21,6 +21,7 @@ from disagg.cache.pool import NUM_RESERVED_SLOTS, SlotPool
 from disagg.cache.prefix_cache import Chain, Match, PrefixCache, ReuseCount, blocks_of
 from disagg.cache.reuse import held_ordinals, longest_common
 from disagg.cache.scratch import Scratch, num_scratch_slots, scratch_range
+from disagg.cache.slot_memory import OnFilled, ignore
 from disagg.cache.table import HOLE, Table, TableChange, change_table, grow_table, is_in, only
 from disagg.cache.window import received_whole, stale_range
 
@@ -93,17 +94,18 @@ class KVCache:
         hasher: BlockHasher | None = None,
         *,
         is_staged: bool = False,
+        on_filled: OnFilled = ignore,
     ) -> None:
         """`num_slots[p]` slots in pool p, the reserved two included. Raises PoolMemoryShort.
 
-        `hasher` names blocks for reuse; without one nothing is reused. `is_staged`: see `SlotMemory`.
+        `hasher` names blocks for reuse; without one nothing is reused. `is_staged`, `on_filled`: see `SlotMemory`.
         """
         assert len(num_slots) == layout.num_pools
         self.layout = layout
         self.pools: tuple[SlotPool, ...] = ()
         for nbytes, count in zip(layout.slot_nbytes, num_slots, strict=True):
             try:
-                self.pools += (SlotPool(nbytes, count, device, is_staged=is_staged),)
+                self.pools += (SlotPool(nbytes, count, device, is_staged=is_staged, on_filled=on_filled),)
             except Exception:
                 self.close()  # a later pool that does not fit must not leave the earlier ones open
                 raise

@@ -14,6 +14,7 @@ from disagg.cache.budget import largest_model_len
 from disagg.cache.cache import KVCache
 from disagg.cache.identity import BlockHasher
 from disagg.cache.layout import CacheLayout, derive_layout
+from disagg.config.quantities import format_nbytes
 from disagg.config.resources import num_cores
 from disagg.config.settings import Role, WorkerSettings
 from disagg.engine.engine import Engine, EngineConfig
@@ -31,7 +32,7 @@ from disagg.kernels.dispatch import backend
 from disagg.transceiver.wire.codec import PROTOCOL
 from disagg.transceiver.wire.keys import ClusterKeys
 from disagg.transceiver.wire.messages.values import Identity
-from disagg.worker.device import check_device
+from disagg.worker.device import check_device, use_device
 from disagg.worker.device_memory import (
     capture_short,
     captures_graphs,
@@ -50,6 +51,7 @@ def make_engine(
 ) -> EngineParts:
     """Load the model and cut the pools. Raises ModelRefused, BudgetTooSmall, StepMemoryShort or PoolMemoryShort."""
     check_device(settings.device)
+    use_device(settings.device)
     torch.set_num_threads(settings.threads or num_cores())
     folder = resolve_model(settings.model)
     progress("loading model")
@@ -76,7 +78,8 @@ def make_engine(
     num_slots = size.slots(layout, budget)
     model_fingerprint = fingerprint(folder, verify_weights=settings.verify_weights)
     hasher = BlockHasher(keys.prefix_hash, model_fingerprint) if settings.enable_prefix_caching else None
-    cache = KVCache(layout, num_slots, settings.device, hasher)
+    filling = Filling(layout, num_slots, progress)
+    cache = KVCache(layout, num_slots, settings.device, hasher, on_filled=filling.add)
     config = EngineConfig(
         role=role,
         max_num_seqs=settings.max_num_seqs,
@@ -106,6 +109,19 @@ def make_engine(
         warm_up(runner, cache, max_model_len)
     engine = Engine(runner, cache, config, graphs)
     return EngineParts(role, settings, identity, layout, cache, engine, ready, lambda: int(model.saturated))
+
+
+class Filling:
+    """Says how much of the KV cache is there, while its pools are made."""
+
+    def __init__(self, layout: CacheLayout, num_slots: tuple[int, ...], progress: Callable[[str], None]) -> None:
+        nbytes = sum(count * size for count, size in zip(num_slots, layout.slot_nbytes, strict=True))
+        self._total, self._done, self._progress = nbytes, 0, progress
+
+    def add(self, nbytes: int) -> None:
+        self._done += nbytes
+        done, total = format_nbytes(min(self._done, self._total)), format_nbytes(self._total)
+        self._progress(f"allocating KV cache: {done} of {total}")
 
 
 def _load(settings: WorkerSettings, folder: Path) -> LoadedModel:

@@ -20,6 +20,7 @@ from disagg.transceiver.wire.errors import EndpointRefused, Shortage, first_caus
 from disagg.transceiver.wire.keys import ClusterKeys
 from disagg.transceiver.wire.node import Node, draw_id
 from disagg.worker.build import make_engine
+from disagg.worker.device import use_device
 from disagg.worker.drain import Drain
 from disagg.worker.model_thread import ModelThread
 from disagg.worker.parts import EngineParts, WorkerParts
@@ -111,7 +112,12 @@ async def _running(
     news = parts.vitals.news
     made.engine.on_step = news.tell
     parts.model = ModelThread(
-        made.engine, loop, parts.take_events, lambda death: _stop(stopped, EXIT_BROKEN), on_rest=lambda: news.tell(())
+        made.engine,
+        loop,
+        parts.take_events,
+        lambda death: _stop(stopped, EXIT_BROKEN),
+        on_rest=lambda: news.tell(()),
+        on_begin=lambda: use_device(made.settings.device),
     )
     parts.model.start()
     try:
