@@ -225,11 +225,14 @@ def summary(settings: UpSettings, router: Ready, workers: Sequence[Ready], pairs
 
 
 def _worker_lines(worker: Ready) -> Iterator[str]:
-    """What it runs on, and what its KV cache leaves for prefixes where it keeps any."""
+    """What it runs on, what it takes, and what its KV cache leaves for prefixes where it keeps any."""
+    steps = f", {format_nbytes(worker['step_memory'])} for steps" if worker.get("step_memory") else ""
     yield (
         f"  {worker['worker_id']}: {worker['device']}, {worker['threads']} of {num_cores()} cores, "
-        f"{format_nbytes(worker['memory'])} of KV cache, max-model-len {worker['max_model_len']}"
+        f"{format_nbytes(worker['memory'])} of KV cache{steps}, max-model-len {worker['max_model_len']}"
     )
+    if "eager" in worker:
+        yield f"    note: steps run without CUDA graphs: {worker['eager']}"
     if "reuse" in worker:
         yield f"    for prefixes beside one running sequence: {worker['reuse']}"
     if "reuse_advice" in worker:

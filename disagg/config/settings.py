@@ -91,6 +91,8 @@ class PlanSettings(ModelSettings):
         (), description="GROUP=TOKENS,...: what the decode worker holds of the prompt already, such as full=512"
     )
     swa_scratch: Scratch = Field("off", description="As of a prefill worker: windowed blocks in scratch slots")
+    enforce_eager: bool = Field(False, description="As of a worker on a GPU: no CUDA graphs take memory")
+    piecewise_graphs: bool = Field(False, description="As of a worker on a GPU: pieces of prompt steps take memory too")
     budget: Sizes = Field(
         (), description="Count the sequences that so much KV memory of one worker seats, such as 8GiB,70GiB"
     )

@@ -156,6 +156,7 @@ class Engine:
             live_keys=tuple(scheduler.live),
             released=tuple(sorted(self._counters.released.items())),
             reuse=self._cache.reuse_counts(),
+            num_outdated=self._cache.num_outdated,
             graphs=replace(self._graphs),
         )
 

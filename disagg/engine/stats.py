@@ -37,6 +37,7 @@ class EngineStats:
     `scratch`: per pool, the most slots that were scratch during one step, since start; none is between steps.
     `graphs`: captured graphs; all 0 where steps run eager.
     `reuse`: per layer group, blocks that requests asked the prefix cache for and found; empty without one.
+    `num_outdated`: per layer group, blocks that running sequences let go because their window moved past them.
     """
 
     pools: tuple[PoolUsage, ...]
@@ -51,6 +52,7 @@ class EngineStats:
     live_keys: tuple[AttemptKey, ...]
     released: tuple[tuple[str, int], ...] = ()
     reuse: tuple[ReuseCount, ...] = ()
+    num_outdated: tuple[int, ...] = ()
     num_preemptions: int = 0
     scratch: tuple[int, ...] = ()
     graphs: GraphUse = field(default_factory=GraphUse)

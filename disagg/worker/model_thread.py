@@ -33,7 +33,8 @@ class StepEngine(Protocol):
 class ModelThread:
     """Runs `engine` until closed.
 
-    `on_events` and `on_death` are called on `loop`, `on_rest` on this thread before it sleeps. A thread that dies
+    `on_events` and `on_death` are called on `loop`, `on_begin` on this thread before all else and `on_rest` before it
+    sleeps. A thread that dies
     reports once and runs no more: the cache may be half changed, so its process must end.
     """
 
@@ -44,12 +45,14 @@ class ModelThread:
         on_events: Callable[[Sequence[EngineEvent]], None],
         on_death: Callable[[BaseException], None],
         on_rest: Callable[[], None] = lambda: None,
+        on_begin: Callable[[], None] = lambda: None,
     ) -> None:
         self._engine = engine
         self._loop = loop
         self._on_events = on_events
         self._on_death = on_death
         self._on_rest = on_rest
+        self._on_begin = on_begin
         self.is_dead = False
         """An exception ended the thread; any thread may read it."""
         self._inbox: queue.SimpleQueue[Command | None] = queue.SimpleQueue()
@@ -87,6 +90,7 @@ class ModelThread:
 
     def _run(self) -> None:
         try:
+            self._on_begin()
             while self.step():
                 pass
         except BaseException as death:  # reported, then the process ends: nothing may go on with this cache

@@ -48,10 +48,14 @@ OVERHEAD_NBYTES = GIB // 2
 
 @dataclass(frozen=True, slots=True)
 class Skeleton:
-    """A model known by its configuration alone: no weights were read. `num_parameters` counts tied ones once."""
+    """A model known by its configuration alone: no weights were read. `num_parameters` counts tied ones once.
+
+    `module`: in bfloat16 on the meta device, where a forward pass takes no memory.
+    """
 
     architecture: Architecture
     config: Any
+    module: torch.nn.Module
     calls: tuple[AttentionCall, ...]
     num_parameters: int
     is_quantised: bool
@@ -125,7 +129,7 @@ def read_skeleton(folder: Path) -> Skeleton:
         raise ModelRefused(f"`{path}` does not describe a model that can be built: {_first_line(exc)}") from exc
     _check_calls(calls)
     num_parameters = sum(parameter.numel() for parameter in module.parameters())
-    return Skeleton(architecture, config, calls, num_parameters, is_quantised)
+    return Skeleton(architecture, config, module, calls, num_parameters, is_quantised)
 
 
 def check_model_len(asked: int, limit: int) -> None:
