@@ -24,6 +24,7 @@ from disagg.engine.model.architecture import (
     needs_dequantising,
     rope_by_layer_type,
 )
+from disagg.engine.model.deferred_compiler import compiler_deferred
 from disagg.engine.model.fused_qkv import fuse
 from disagg.engine.model.kv_dtype import (
     NO_SCALES,
@@ -108,6 +109,7 @@ class LoadedModel:
     saturated: torch.Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.int64))
 
 
+@compiler_deferred()  # torch's own functions for shapes without data name it too
 def read_skeleton(folder: Path) -> Skeleton:
     """The model's structure from its configuration, built on the meta device. Raises ModelRefused."""
     raw = read_config(folder)
@@ -178,6 +180,7 @@ def _weights_dtype(folder: Path) -> str:
     return nbytes.most_common(1)[0][0] if nbytes else "float32"
 
 
+@compiler_deferred()
 def load_model(
     folder: Path,
     *,
