@@ -229,7 +229,8 @@ def summary(settings: UpSettings, router: Ready, workers: Sequence[Ready], pairs
 def _worker_lines(worker: Ready) -> Iterator[str]:
     """What it runs on, and what its KV cache leaves for prefixes where it keeps any."""
     yield (
-        f"  {worker['worker_id']}: {worker['device']}, {worker['threads']} of {num_cores()} cores, "
+        f"  {worker['worker_id']}: {worker['device']} in {worker['dtype']}, "
+        f"{worker['threads']} of {num_cores()} cores, "
         f"{format_nbytes(worker['memory'])} of KV cache, max-model-len {worker['max_model_len']}"
     )
     if "reuse" in worker:

@@ -145,16 +145,18 @@ def test_links_are_read_from_the_list_of_workers() -> None:
 
 
 def test_the_summary_says_where_what_and_how() -> None:
-    worker = {"worker_id": "decode-0", "device": "cpu", "threads": 1, "memory": 5 << 20, "max_model_len": 2048}
+    worker = {"worker_id": "decode-0", "device": "cpu", "dtype": "float32"}
+    worker |= {"threads": 1, "memory": 5 << 20, "max_model_len": 2048}
     lines = summary(UpSettings(), ROUTER, [worker], [WorkerPair("prefill-0", "decode-0", "shm", "ready", "")])
     assert lines[0] == "serving `demo` at http://127.0.0.1:8000 (admin: http://127.0.0.1:41000)"
-    assert lines[1] == f"  decode-0: cpu, 1 of {num_cores()} cores, 5 MiB of KV cache, max-model-len 2048"
+    assert lines[1] == f"  decode-0: cpu in float32, 1 of {num_cores()} cores, 5 MiB of KV cache, max-model-len 2048"
     assert lines[2] == "  prefill-0 -> decode-0: shm"
     assert lines[3].startswith("curl http://127.0.0.1:8000/v1/completions")
 
 
 def test_the_summary_says_what_is_left_for_prefixes_and_what_to_change_when_it_is_nothing() -> None:
-    worker = {"worker_id": "decode-0", "device": "cpu", "threads": 1, "memory": 5 << 20, "max_model_len": 2048}
+    worker = {"worker_id": "decode-0", "device": "cpu", "dtype": "float32"}
+    worker |= {"threads": 1, "memory": 5 << 20, "max_model_len": 2048}
     said = {"reuse": "0 of 256 blocks of full", "reuse_advice": "no prefix is kept"}
     lines = summary(UpSettings(), ROUTER, [worker | said], [])
     assert lines[2:4] == [
