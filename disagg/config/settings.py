@@ -154,7 +154,11 @@ class RouterSettings(HttpSettings, SecretSettings):
 class EngineSettings(Settings):
     """What a worker computes with. `up` hands them to all of its workers."""
 
-    dtype: Dtype = Field("auto", description="Type that the model computes in; auto as its config.json says")
+    dtype: Dtype = Field(
+        "auto",
+        description="Type that the model computes in; auto as its config.json says, on a CPU float32 where the "
+        "processor multiplies that faster and memory allows it",
+    )
     kv_cache_dtype: KvDtype = Field("auto", description=KV_DTYPE_HELP)
     kv_scales: Path | None = Field(
         None, description="JSON file with fp8 or int8 scales per layer [default: the checkpoint's, else 1.0]"

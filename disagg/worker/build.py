@@ -18,6 +18,7 @@ from disagg.config.quantities import format_nbytes
 from disagg.config.resources import num_cores
 from disagg.config.settings import Role, WorkerSettings
 from disagg.engine.engine import Engine, EngineConfig
+from disagg.engine.model import cpu_dtype
 from disagg.engine.model.checkpoint import fingerprint, resolve_model
 from disagg.engine.model.load import LoadedModel, check_model_len, load_model
 from disagg.engine.model.packed_linear import pack_linears
@@ -98,7 +99,8 @@ def make_engine(
         max_model_len=max_model_len,
         hash_key_id=keys.hash_key_id,
     )
-    ready = _ready(settings, role, layout, num_slots, max_model_len) | {"step_memory": steps.total}
+    ready = _ready(settings, role, layout, num_slots, max_model_len)
+    ready |= {"dtype": model.dtype, "step_memory": steps.total}
     if settings.enable_prefix_caching:
         ready |= _reuse(size, layout, num_slots, budget)
     runner, graphs = make_runner(settings, role, model, cache, max_model_len, progress, steps)
@@ -131,10 +133,23 @@ def _load(settings: WorkerSettings, folder: Path) -> LoadedModel:
         device=settings.device,
         kv_cache_dtype=settings.kv_cache_dtype,
         kv_scales=settings.kv_scales,
+        prefer=_prefer(settings) if torch.device(settings.device).type == "cpu" else None,
     )
     if model.device.type == "cpu" and not settings.torch_compile:  # a compiler has its own order of weights
         log.info("packed the weights of %d linear layers", pack_linears(model.module))
     return model
+
+
+def _prefer(settings: WorkerSettings) -> Callable[[str, int], str]:
+    """What a CPU worker computes in without `--dtype`, and says that it does."""
+    prefer = cpu_dtype.preferred_dtype(cpu_dtype.this_processor(), cpu_dtype.share_of_memory(settings.memory_share))
+
+    def chosen(checkpoint: str, num_parameters: int) -> str:
+        dtype = prefer(checkpoint, num_parameters)
+        cpu_dtype.say_choice(checkpoint, dtype)
+        return dtype
+
+    return chosen
 
 
 def make_runner(
