@@ -76,6 +76,7 @@ def make_engine(
         vocab_size=model.vocab_size,
         prefix_recheck_s=settings.prefix_recheck_s if settings.device == "cpu" else None,  # hashed where memory is ours
         swa_scratch=swa_scratch,
+        steps_ahead=_steps_ahead(settings, model),
     )
     identity = Identity(
         protocol_major=PROTOCOL[0],
@@ -94,6 +95,14 @@ def make_engine(
         warm_up(runner, cache, max_model_len)
     engine = Engine(runner, cache, config, graphs)
     return EngineParts(role, settings, identity, layout, cache, engine, ready, lambda: int(model.saturated))
+
+
+def _steps_ahead(settings: WorkerSettings, model: LoadedModel) -> int:
+    """Where the host itself computes the steps, there is nothing to overlap."""
+    if settings.overlap_steps and model.device.type != "cuda":
+        log.warning("`--overlap-steps`: this worker's host computes its steps, one after another")
+        return 0
+    return int(settings.overlap_steps)
 
 
 def _load(settings: WorkerSettings, folder: Path) -> LoadedModel:
