@@ -179,6 +179,9 @@ class EngineSettings(Settings):
     piecewise_graphs: bool = Field(
         False, description="On CUDA, capture steps with prompt tokens too, in pieces between attentions"
     )
+    overlap_steps: bool = Field(
+        False, description="On CUDA, launch a step before the last one's tokens are read; no GPU has run it yet"
+    )
     torch_compile: bool = Field(
         False, description="Compile the model with torch.compile at start: a minute, a C++ compiler on CPUs"
     )

@@ -90,6 +90,7 @@ def make_engine(
         vocab_size=model.vocab_size,
         prefix_recheck_s=settings.prefix_recheck_s if settings.device == "cpu" else None,  # hashed where memory is ours
         swa_scratch=swa_scratch,
+        steps_ahead=_steps_ahead(settings, model),
     )
     identity = Identity(
         protocol_major=PROTOCOL[0],
@@ -124,6 +125,14 @@ class Filling:
         self._done += nbytes
         done, total = format_nbytes(min(self._done, self._total)), format_nbytes(self._total)
         self._progress(f"allocating KV cache: {done} of {total}")
+
+
+def _steps_ahead(settings: WorkerSettings, model: LoadedModel) -> int:
+    """Where the host itself computes the steps, there is nothing to overlap."""
+    if settings.overlap_steps and model.device.type != "cuda":
+        log.warning("`--overlap-steps`: this worker's host computes its steps, one after another")
+        return 0
+    return int(settings.overlap_steps)
 
 
 def _load(settings: WorkerSettings, folder: Path) -> LoadedModel:

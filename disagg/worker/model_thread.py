@@ -1,4 +1,4 @@
-"""The thread that owns engine and cache. The event loop posts commands; replies come back in one batch per step."""
+"""The thread that owns engine and cache. The event loop posts commands; events come back when they are made."""
 
 from __future__ import annotations
 
@@ -74,16 +74,18 @@ class ModelThread:
             await asyncio.to_thread(self._thread.join)
 
     def step(self) -> bool:
-        """One turn: drain the commands, compute a step, reply. Sleeps while only a command can change anything.
+        """One turn: drain the commands, then compute a step. Sleeps while only a command can change anything.
 
+        What a command brought about is told before the step: a first token would else wait while others' are computed.
         Returns False when told to close.
         """
         if not self._engine.has_work:
             self._on_rest()
         commands = self._drain(wait=not self._engine.has_work)
-        events = [event for command in commands if command is not None for event in self._engine.handle(command)]
-        if self._engine.has_work:
-            events += self._engine.step()
+        for command in commands:
+            if command is not None:
+                self._reply(self._engine.handle(command))
+        events = self._engine.step() if self._engine.has_work else []
         self.stats = self._engine.stats()
         self._reply(events)
         return CLOSE not in commands
