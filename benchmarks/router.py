@@ -217,7 +217,9 @@ async def nginx(upstream: int) -> AsyncIterator[str | None]:
         port = 20_000 + os.getpid() % 20_000
         config = Path(folder) / "nginx.conf"
         config.write_text(NGINX.format(folder=folder, upstream=upstream, port=port))
-        process = await asyncio.create_subprocess_exec(binary, "-p", folder, "-c", str(config), stderr=subprocess.DEVNULL)
+        process = await asyncio.create_subprocess_exec(
+            binary, "-p", folder, "-c", str(config), stderr=subprocess.DEVNULL
+        )
         await asyncio.sleep(0.5)
         try:
             yield f"http://127.0.0.1:{port}"

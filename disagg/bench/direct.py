@@ -1,4 +1,4 @@
-"""A worker's own HTTP stream, as small as it can be: one event per step to every client. What a proxy adds is beside it.
+"""A worker's own HTTP stream, as small as it can be: one event per step to every client. The floor for a proxy.
 
 The body of a request is read and answered with as many events as its `max_tokens`.
 """

@@ -36,7 +36,9 @@ def request(path: str, num_prompt: int, max_tokens: int, seed: int) -> bytes:
     prompt = [300 + seed % 1000, *(300 + i % 1000 for i in range(1, num_prompt))]
     fields = {"prompt": prompt, "max_tokens": max_tokens, "stream": True, "ignore_eos": True, "temperature": 0}
     body = json.dumps(fields, separators=(",", ":")).encode()
-    head = f"POST {path} HTTP/1.1\r\nhost: bench\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n"
+    head = (
+        f"POST {path} HTTP/1.1\r\nhost: bench\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n"
+    )
     return head.encode() + body
 
 
