@@ -111,6 +111,8 @@ class PackedShape(Shape):
         self.code, self.expected, self.nbytes = code, expected, array(code).itemsize
 
     def write(self, value: Any, path: str) -> bytes:
+        if type(value) is array and value.typecode == self.code and sys.byteorder == "little":
+            return value.tobytes()  # a prompt of a million ids takes no time that an event loop would miss
         if type(value) is not tuple:
             raise ShapeError(f"{path}: {type(value).__name__}, expected tuple")
         try:
