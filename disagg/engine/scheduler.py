@@ -407,7 +407,8 @@ class Scheduler:
 
     def _preempt(self, sequence: LiveSequence) -> None:
         """Take its blocks; it goes on from the head of the line, where the oldest of several ends up first."""
-        assert isinstance(sequence, (PromptSequence, DecodingSequence)) and sequence.cached is not None
+        assert isinstance(sequence, (PromptSequence, DecodingSequence))
+        assert sequence.cached is not None
         self.num_preemptions += 1
         prompt = sequence
         if isinstance(sequence, DecodingSequence):

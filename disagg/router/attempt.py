@@ -23,7 +23,7 @@ until its FINISHED so that losing that worker between the two is still before th
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Protocol
+from typing import Protocol, cast
 
 from disagg.router.attempt_events import (
     Action,
@@ -55,6 +55,7 @@ from disagg.transceiver.wire.messages.router import (
     TransferFailure,
     TransferReport,
 )
+from disagg.transceiver.wire.schema import PackedInts
 
 PREFILL_LOST_GRACE_S = 1.0
 """How long the decode worker has to report the loss of its prefill worker itself, which it sees at the same time as
@@ -160,6 +161,23 @@ class RoutedRequest:
         elif not self.is_over:
             self._react(event, now)
         return self._take_actions()
+
+    def next_chunk(self, source: str, tokens: Tokens, now: float) -> TokenChunk | None:
+        """What `handle` would emit for the next tokens of an answer that has begun, for a fifth of its cost.
+
+        None, with nothing done, where anything else follows or is wrong: then `handle` decides.
+        """
+        index, token_ids = self.num_tokens, tokens.token_ids
+        if self.is_over or self._waiting is not None or self.placement is None or not index or now >= self.deadline:
+            return None
+        is_next = tokens.index == index and tokens.epoch == self.epoch and not tokens.num_cached_tokens
+        if not (is_next and token_ids and source == self.placement.server.incarnation):
+            return None
+        end = index + len(token_ids)
+        if end > self.request.sampling.max_tokens or (tokens.logprobs and len(tokens.logprobs) != len(token_ids)):
+            return None
+        self.num_tokens = self.record.num_tokens = end
+        return TokenChunk(index, token_ids, tokens.logprobs)
 
     def _take_actions(self) -> list[Action]:
         actions, self._actions = self._actions, []
@@ -416,7 +434,7 @@ class RoutedRequest:
             epoch=self.epoch,
             request_id=self.request.request_id,
             mode=mode,
-            prompt=self.request.prompt,
+            prompt=cast(PackedInts, self.request.prompt),  # an array is packed as it is
             sampling=self.request.sampling,
             deadline_s=self._remaining_s(now),  # the ticket's ttl_s too: the prefill worker checks it with this value
             peer=peer,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -11,10 +11,13 @@ from disagg.transceiver.wire.messages.values import Sampling, TokenLogprobs
 
 @dataclass(frozen=True, slots=True)
 class GenerationRequest:
-    """One answer to generate. `request_id` is the client's X-Request-Id or one the HTTP layer drew."""
+    """One answer to generate. `request_id` is the client's X-Request-Id or one the HTTP layer drew.
+
+    `prompt`: a tuple, or better an array of int32, which is looked at nowhere on its way to the workers.
+    """
 
     request_id: str
-    prompt: tuple[int, ...]
+    prompt: Sequence[int]
     sampling: Sampling
 
 

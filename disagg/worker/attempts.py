@@ -73,7 +73,7 @@ class Attempts:
     def __init__(
         self,
         submit: Callable[[Command], None],
-        send: Callable[[RouterMessage], None],
+        send: Callable[[RouterMessage | Tokens], None],
         pair: Callable[[Dispatch], Pairing],
         metrics: WorkerMetrics,
         *,
