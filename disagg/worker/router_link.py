@@ -17,6 +17,7 @@ from disagg.transceiver.wire.messages.router import (
     LEAVING,
     Finished,
     Lease,
+    PromptScores,
     Register,
     Registered,
     RequestFailed,
@@ -245,7 +246,7 @@ def shorter(message: RouterMessage, fault: str) -> TransferFailure | RequestFail
             return TransferFailure(transfer_id, epoch, f"{_plain(reason)}; {why}")
         case RequestFailed(transfer_id=transfer_id, epoch=epoch, status=status, message=said):
             return RequestFailed(transfer_id, epoch, status, f"{_plain(said)}; {why}")
-        case Tokens(transfer_id, epoch) | Finished(transfer_id, epoch):
+        case Tokens(transfer_id, epoch) | Finished(transfer_id, epoch) | PromptScores(transfer_id, epoch):
             return RequestFailed(transfer_id, epoch, 500, why)
         case _:
             return None

@@ -49,6 +49,7 @@ class WholeSink:
         self._shape = shape
 
     async def emit(self, choice: Choice, delta: Delta) -> None:
+        await self._shape.take_prompt(choice, delta)
         self._shape.add(choice, delta)
         choice.has_begun = choice.has_begun or bool(delta.tokens)
 
@@ -78,6 +79,7 @@ class EventSink:
         self._has_started = False
 
     async def emit(self, choice: Choice, delta: Delta) -> None:
+        await self._shape.take_prompt(choice, delta)
         extras = {} if choice.has_begun else self._shape.extras(choice)
         value = self._head.around(self._shape.event_kind, [self._shape.event(choice, delta)], **extras, **self._usage)
         if choice.has_begun:

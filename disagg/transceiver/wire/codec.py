@@ -55,6 +55,7 @@ TAGS: Final[dict[int, type]] = {
     43: router.CancelRequest,
     44: router.TransferReport,
     45: router.Pulse,
+    46: router.PromptScores,
 }
 
 HEAD_NBYTES: Final = 32

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Final
 
+from disagg.transceiver.wire.messages.prompt_logprobs import PromptLogprobs
 from disagg.transceiver.wire.messages.ranges import (
     MAX_ADDRESS_CHARS,
     MAX_GROUPS,
@@ -254,6 +255,21 @@ class Tokens:
 
 
 @dataclass(frozen=True, slots=True)
+class PromptScores:
+    """Log-probabilities of the prompt's tokens, from the worker that computes it, in order and before its last word.
+
+    They are repeated from the first position on when the prompt is computed anew within an attempt.
+    """
+
+    transfer_id: str
+    epoch: int
+    scores: PromptLogprobs
+
+    def __post_init__(self) -> None:
+        check_attempt(self.transfer_id, self.epoch)
+
+
+@dataclass(frozen=True, slots=True)
 class Finished:
     """The answer ended with the token before `index`. `reason`: `stop` (`stop_token_id` if a token did), `length`."""
 
@@ -373,4 +389,5 @@ RouterMessage = (
     | PrefillLocally
     | CancelRequest
     | TransferReport
+    | PromptScores
 )
