@@ -108,7 +108,8 @@ class GenerateEndpoint:
     ) -> Choice:
         detokenizer = self._tokenizer.detokenizer(skip_special_tokens=params.skip_special_tokens)
         stops = StopMatcher(params.stop, include=params.include_stop_str_in_output)
-        answer = Answer(detokenizer, stops, sampling, include_stop=params.include_stop_str_in_output)
+        include_stop, is_empty = params.include_stop_str_in_output, params.answer_limit == 0
+        answer = Answer(detokenizer, stops, sampling, include_stop=include_stop, is_empty=is_empty)
         return Choice(index, index // params.n, GenerationRequest(name, prompt, sampling), answer, echo)
 
     def _sink(self, params: RequestParams, request_id: str, send: Send) -> Sink:

@@ -34,7 +34,7 @@ def chunk_of(piece: Work, before: Flight | None) -> Chunk:
     if token_ids[0] == UNKNOWN:
         assert before is not None
         token_ids = (-1 - before.rows[piece.sequence.key],)
-    return Chunk(cached.tables, token_ids, piece.start, piece.wants_logits, cached.scratch)
+    return Chunk(cached.tables, token_ids, piece.start, piece.wants_logits, cached.scratch, piece.scoring)
 
 
 def sample_input(piece: Work) -> SampleInput:

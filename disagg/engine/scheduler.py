@@ -32,7 +32,7 @@ from disagg.cache.cache import KVCache
 from disagg.cache.scratch import scratch_until
 from disagg.cache.window import needed_ordinals
 from disagg.engine.announce import publish_final_units
-from disagg.engine.batch import Work, share_tokens
+from disagg.engine.batch import Work, scoring_of, share_tokens
 from disagg.engine.commands import (
     AttemptKey,
     EngineEvent,
@@ -272,7 +272,8 @@ class Scheduler:
     def _reuse(self, prompt: PromptSequence) -> list[EngineEvent]:
         """Begin with what is cached of the prompt, or wait until those of its blocks that are due were checked."""
         assert prompt.cached is not None
-        self._cache.reuse_prefix(prompt.cached, prompt.token_ids, counts=not prompt.has_looked)
+        if not prompt.is_scored:  # what is reused has no logits
+            self._cache.reuse_prefix(prompt.cached, prompt.token_ids, counts=not prompt.has_looked)
         if due := self._recheck.due(prompt.cached):
             prompt.enter(Stage.CHECKING)
             prompt.check_id += 1
@@ -427,7 +428,7 @@ class Scheduler:
         end = start + count
         until = scratch_until(self._swa_scratch, len(prompt.token_ids), end, self._cache.layout.block_size)
         self._size(prompt, capacity=end, history=start, scratch_until=until)
-        return Work(prompt, prompt.token_ids[start:end], start)
+        return Work(prompt, prompt.token_ids[start:end], start, scoring_of(prompt, start, end))
 
     def _size(self, sequence: LiveSequence, *, capacity: int, history: int, scratch_until: int = 0) -> None:
         assert sequence.cached is not None

@@ -130,6 +130,11 @@ class PromptSequence:
         return self.claim is Claim.SOFT
 
     @property
+    def is_scored(self) -> bool:
+        """Its tokens' own log-probabilities are asked for, and were not all said before: every position is computed."""
+        return self.request.sampling.num_prompt_logprobs is not None and self.answer is None
+
+    @property
     def has_looked(self) -> bool:
         """Its request has looked for a cached prefix: hit rates count the first look only."""
         return self.answer is not None or self.check_id > 0 or self.num_cached_tokens is not None

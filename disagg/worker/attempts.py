@@ -26,6 +26,7 @@ from disagg.engine.commands import (
     PinnedEvent,
     Prefill,
     PromptComputedEvent,
+    PromptScoredEvent,
     Release,
     Reserve,
     ReservedEvent,
@@ -52,6 +53,7 @@ from disagg.transceiver.wire.messages.router import (
     Peers,
     PeerTarget,
     PrefillLocally,
+    PromptScores,
     RequestFailed,
     Retarget,
     RouterMessage,
@@ -200,6 +202,8 @@ class Attempts:
                 if index == 0 and state.dispatch.mode == "serve":
                     self._report(state, state.since_arrival("prefill"))
                 self._send(Tokens(key.transfer_id, key.epoch, index, token_ids, logprobs, num_cached_tokens))
+            case PromptScoredEvent(key, scores):
+                self._send(PromptScores(key.transfer_id, key.epoch, scores))
             case FinishedEvent(key=key, index=index, reason=reason, stop_token_id=stop_token_id):
                 self._send(Finished(key.transfer_id, key.epoch, index, reason, stop_token_id))
                 self._forget(key)

@@ -54,6 +54,7 @@ class WholeSink:
         self._shape = shape
 
     async def emit(self, choice: Choice, delta: Delta) -> None:
+        await self._shape.take_prompt(choice, delta)
         self._shape.add(choice, delta)
         choice.has_begun = choice.has_begun or bool(delta.tokens)
 
@@ -84,6 +85,7 @@ class EventSink:
         self._has_started = False
 
     async def emit(self, choice: Choice, delta: Delta) -> None:
+        await self._shape.take_prompt(choice, delta)
         event = self._shape.event(choice, delta)
         if choice.has_begun:
             async with self._lock:  # its headers are out: the choice has begun

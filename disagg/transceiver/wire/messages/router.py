@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Annotated, Final
 
+from disagg.transceiver.wire.messages.prompt_logprobs import PromptLogprobs
 from disagg.transceiver.wire.messages.ranges import (
     MAX_ADDRESS_CHARS,
     MAX_GROUPS,
@@ -388,6 +389,21 @@ class Credit:
 
 
 @dataclass(frozen=True, slots=True)
+class PromptScores:
+    """Log-probabilities of the prompt's tokens, from the worker that computes it, in order and before its last word.
+
+    They are repeated from the first position on when the prompt is computed anew within an attempt.
+    """
+
+    transfer_id: str
+    epoch: int
+    scores: PromptLogprobs
+
+    def __post_init__(self) -> None:
+        check_attempt(self.transfer_id, self.epoch)
+
+
+@dataclass(frozen=True, slots=True)
 class Finished:
     """The answer ended with the token before `index`. `reason`: `stop` (`stop_token_id` if a token did), `length`."""
 
@@ -508,4 +524,5 @@ RouterMessage = (
     | PrefillLocally
     | CancelRequest
     | TransferReport
+    | PromptScores
 )
