@@ -20,6 +20,7 @@ class Serve:
     prompt: tuple[int, ...]
     sampling: Sampling
     urgent: bool = False
+    priority: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +30,7 @@ class Prefill:
     key: AttemptKey
     prompt: tuple[int, ...]
     sampling: Sampling
+    priority: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +51,7 @@ class Reserve:
     prompt: tuple[int, ...]
     sampling: Sampling
     precision: str = ""
+    priority: int = 0
 
 
 @dataclass(frozen=True, slots=True)

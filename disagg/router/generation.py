@@ -11,11 +11,19 @@ from disagg.transceiver.wire.messages.values import Sampling, TokenLogprobs
 
 @dataclass(frozen=True, slots=True)
 class GenerationRequest:
-    """One answer to generate. `request_id` is the client's X-Request-Id or one the HTTP layer drew."""
+    """One answer to generate. `request_id` is the client's X-Request-Id or one the HTTP layer drew.
+
+    `priority`: lower ones are served first, here and by the workers. `tenant`: the name of the client's API key, ""
+    where there are no keys; the order between tenants is fair. `timeout_s`: the client's own limit; None = the
+    router's.
+    """
 
     request_id: str
     prompt: tuple[int, ...]
     sampling: Sampling
+    priority: int = 0
+    tenant: str = ""
+    timeout_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
