@@ -126,6 +126,11 @@ class HttpSettings(Settings):
     port: Port = Field(8000, description="Port of the HTTP API; 0 takes a free one")
     served_model_name: Line | None = Field(None, description="Model name in the API [default: as given to --model]")
     api_key: Key | None = Field(None, description="Bearer key that clients must send", min_length=1, repr=False)
+    api_key_file: Path | None = Field(
+        None,
+        description="File with lines of TENANT KEY [weight=N] [max_requests=N] [max_tokens=N], beside or instead of "
+        "--api-key; readable by its owner only",
+    )
     max_attempts: Count = Field(3, description="Attempts per request in all; 1 means no retry")
     request_timeout_s: Seconds = Field(600.0, description="Seconds after which a request is given up")
     max_queued: Count = Field(1024, description="Requests that may wait; more get 503 with Retry-After")

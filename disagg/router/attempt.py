@@ -36,6 +36,7 @@ from disagg.router.attempt_events import (
     RouterClosing,
     SendOrder,
     TimePassed,
+    TurnedAway,
     WorkerLost,
 )
 from disagg.router.charges import Charges, NothingKnown, WorkerNews, incarnations
@@ -183,6 +184,8 @@ class RoutedRequest:
         match event:
             case ClientGone():
                 self._close("cancelled", now, "the client went away")
+            case TurnedAway(status, message):
+                self._fail(status, message, now)
             case _ if now >= self.deadline:
                 self._fail(504, "the request's deadline passed", now)
             case RouterClosing():
@@ -481,6 +484,7 @@ class RoutedRequest:
             deadline_s=self._remaining_s(now),  # the ticket's ttl_s too: the prefill worker checks it with this value
             peer=peer,
             ticket=ticket,
+            priority=self.request.priority,
         )
 
     def _remaining_s(self, now: float) -> float:

@@ -64,7 +64,15 @@ class TimePassed:
     """Time passed: act on what is overdue."""
 
 
-Event = Answered | WorkerLost | ClientGone | RouterClosing | TimePassed
+@dataclass(frozen=True, slots=True)
+class TurnedAway:
+    """The request was refused while it waited for its turn; no worker has heard of it."""
+
+    status: int
+    message: str
+
+
+Event = Answered | WorkerLost | ClientGone | RouterClosing | TimePassed | TurnedAway
 
 
 # --- actions ------------------------------------------------------------------------------------------------

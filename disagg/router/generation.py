@@ -15,11 +15,17 @@ class GenerationRequest:
     """One answer to generate. `request_id` is the client's X-Request-Id or one the HTTP layer drew.
 
     `prompt`: a tuple, or better an array of int32, which is looked at nowhere on its way to the workers.
+    `priority`: lower ones are served first, here and by the workers. `tenant`: the name of the client's API key, ""
+    where there are no keys; the order between tenants is fair. `timeout_s`: the client's own limit; None = the
+    router's.
     """
 
     request_id: str
     prompt: Sequence[int]
     sampling: Sampling
+    priority: int = 0
+    tenant: str = ""
+    timeout_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -225,7 +225,8 @@ class Dispatch:
     - `prefill`: compute the prompt and hand its KV to `peer`;
     - `decode`: receive the KV from `peer`, then emit tokens.
 
-    `deadline_s` is a duration counted from receipt, so that no two clocks are compared.
+    `deadline_s` is a duration counted from receipt, so that no two clocks are compared. Requests of lower `priority`
+    are admitted first.
     """
 
     transfer_id: str
@@ -237,9 +238,11 @@ class Dispatch:
     deadline_s: float
     peer: PeerTarget | None = None
     ticket: bytes = b""
+    priority: int = 0
 
     def __post_init__(self) -> None:
         check_attempt(self.transfer_id, self.epoch)
+        check_int("priority", self.priority, -MAX_INT32 - 1, MAX_INT32)
         check_size("request_id", self.request_id, MAX_ADDRESS_CHARS)
         check_one_of("mode", self.mode, MODES)
         check_size("ticket", self.ticket, MAX_SECRET_NBYTES)
