@@ -83,7 +83,6 @@ class RouterLink:
         # Bounded by what enters: leases, and a few messages per attempt. Tokens wait in `tokens`, for credit.
         self._outbox: TurnQueue[RouterMessage] = TurnQueue()
         self.tokens = TokenOutbox(self._outbox.put_nowait, on_hold)
-        self._loop = asyncio.get_running_loop()
         self.router_incarnation = ""
 
     @classmethod
@@ -123,7 +122,7 @@ class RouterLink:
             if not self.tokens.follow(message):
                 self._outbox.put_nowait(message)
         elif self.tokens.add(message):
-            self._loop.call_soon(self.tokens.flush)
+            asyncio.get_running_loop().call_soon(self.tokens.flush)
 
     def renew(self) -> None:
         """Queue a lease now, beside those that go out every heartbeat."""
