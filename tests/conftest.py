@@ -63,9 +63,7 @@ def logging_as_it_was() -> Iterator[None]:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests in real time get a second try, which the report shows: on a shared machine a process that is not run for
     three seconds *is* lost, and says so. What is `Wrong` is so at once; every other test has one try."""
-    items.sort(
-        key=lambda item: "abuse" in item.path.parts
-    )  # judged by delays: last, when nothing runs beside
+    items.sort(key=lambda item: "abuse" in item.path.parts)  # judged by delays: last, when nothing runs beside
     for item in items:
         if "faults" in item.path.parts:
             item.add_marker(pytest.mark.processes)
