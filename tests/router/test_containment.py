@@ -132,7 +132,7 @@ async def test_a_message_that_raises_costs_its_connection_is_logged_once_by_name
         assert b"disagg_peer_faults_total 1.0" in router.metrics()
         told = [record for record in caplog.records if record.levelno == logging.ERROR]
         assert len(told) == 1
-        assert "a Tokens of worker `d0` cannot be taken" in told[0].getMessage()
+        assert "a StepTokens of worker `d0` cannot be taken" in told[0].getMessage()
 
 
 @pytest.mark.parametrize(

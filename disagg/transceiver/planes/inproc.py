@@ -1,4 +1,4 @@
-"""Both ends in one process: the sender's pools are plain memory here. For tests, and to time everything else."""
+"""Both ends in one process: the sender's pools are plain memory here. For tests, and to time all but the copying."""
 
 from __future__ import annotations
 
