@@ -173,7 +173,9 @@ class EngineSettings(Settings):
     enable_prefix_caching: bool = Field(True, description="Keep blocks of finished requests and reuse equal prefixes")
     enforce_eager: bool = Field(False, description="Capture no CUDA graphs: every step runs the model's Python")
     piecewise_graphs: bool = Field(
-        False, description="On CUDA, capture steps with prompt tokens too, in pieces between attentions"
+        False,
+        description="On CUDA, capture steps with prompt tokens too, in pieces between attentions; off by default, as no "
+        "GPU has yet shown that its tokens are those of eager steps",
     )
     torch_compile: bool = Field(
         False, description="Compile the model with torch.compile at start: a minute, a C++ compiler on CPUs"

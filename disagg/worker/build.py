@@ -90,14 +90,7 @@ def make_engine(
         prefix_recheck_s=settings.prefix_recheck_s if settings.device == "cpu" else None,  # hashed where memory is ours
         swa_scratch=swa_scratch,
     )
-    identity = Identity(
-        protocol_major=PROTOCOL[0],
-        model_fingerprint=model_fingerprint,
-        attention=model.attention,
-        compute_dtype=model.dtype,
-        max_model_len=max_model_len,
-        hash_key_id=keys.hash_key_id,
-    )
+    identity = _identity(model, model_fingerprint, max_model_len, keys)
     ready = _ready(settings, role, layout, num_slots, max_model_len) | {"step_memory": steps.total}
     if settings.enable_prefix_caching:
         ready |= _reuse(size, layout, num_slots, budget)
@@ -109,6 +102,17 @@ def make_engine(
         warm_up(runner, cache, max_model_len)
     engine = Engine(runner, cache, config, graphs)
     return EngineParts(role, settings, identity, layout, cache, engine, ready, lambda: int(model.saturated))
+
+
+def _identity(model: LoadedModel, model_fingerprint: str, max_model_len: int, keys: ClusterKeys) -> Identity:
+    return Identity(
+        protocol_major=PROTOCOL[0],
+        model_fingerprint=model_fingerprint,
+        attention=model.attention,
+        compute_dtype=model.dtype,
+        max_model_len=max_model_len,
+        hash_key_id=keys.hash_key_id,
+    )
 
 
 class Filling:
