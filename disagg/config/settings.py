@@ -174,7 +174,7 @@ class EngineSettings(Settings):
     enforce_eager: bool = Field(False, description="Capture no CUDA graphs: every step runs the model's Python")
     piecewise_graphs: bool = Field(
         False,
-        description="On CUDA, capture steps with prompt tokens too, in pieces between attentions; off by default, as no "
+        description="On CUDA, capture steps with prompt tokens too, in pieces between attentions; off, as no "
         "GPU has yet shown that its tokens are those of eager steps",
     )
     torch_compile: bool = Field(
@@ -187,7 +187,8 @@ class EngineSettings(Settings):
     swa_scratch: Scratch = Field(
         "off",
         description="Prefill workers: windowed blocks that a step outdates share scratch slots, so more prompts fit; "
-        "`reuse` keeps those that the same prompt, asked again, begins with; without a value: on",
+        "`reuse` keeps those that the same prompt, asked again, begins with; without a value: on. Off by default, as "
+        "prompts that share a beginning lose its reuse",
     )
     fetch_wait_s: Seconds = Field(
         30.0, description="Seconds that computed KV waits for the decode worker to ask for it"
