@@ -55,6 +55,9 @@ class ClusterListener(Protocol):
     def answered(self, source: str, message: AnswerMessage) -> None:
         """The registered worker of incarnation `source` spoke of a request."""
 
+    def registered(self, worker: Worker) -> None:
+        """A worker is registered."""
+
     def lost(self, incarnation: str, reason: str, in_step: Steps) -> None:
         """A worker is no longer registered; if it died, these were the new requests of its step."""
 
@@ -224,6 +227,7 @@ class Cluster:
         if superseded is not None:
             self._forget(superseded, "a new process registered under its name")
         if (worker := self.registry.get(message.incarnation)) is not None:
+            self._listener.registered(worker)
             self._introduce(worker)
 
     def _take_lease(self, route: bytes, lease: Lease) -> None:
@@ -327,9 +331,9 @@ class Cluster:
             self._forget(worker, f"no lease for {LOST_S:g} s")
 
     def _lose_route(self, route: bytes, reason: str) -> None:
-        for incarnation, known in list(self._route_of.items()):
-            if known == route and (worker := self.registry.remove(incarnation)):
-                self._forget(worker, reason)
+        incarnation = self._incarnation_of.get(route)
+        if incarnation is not None and (worker := self.registry.remove(incarnation)):
+            self._forget(worker, reason)
 
     def _forget(self, worker: Worker, reason: str, in_step: Steps | None = None, level: int = logging.WARNING) -> None:
         """`worker` has left the registry: tell the listener, and decode workers that it is no peer any more.

@@ -25,6 +25,7 @@ from disagg.transceiver.wire.messages.router import (
 from disagg.transceiver.wire.node import Node
 from disagg.transceiver.wire.sockets import Sockets
 from disagg.transceiver.wire.timing import HEARTBEAT_S, LOST_S
+from disagg.worker.lease_news import LeaseNews
 from disagg.worker.token_outbox import TokenOutbox, shorter
 from disagg.worker.vitals import RouterPulse, Vitals
 
@@ -82,6 +83,7 @@ class RouterLink:
         # Bounded by what enters: leases, and a few messages per attempt. Tokens wait in `tokens`, for credit.
         self._outbox: asyncio.Queue[RouterMessage] = asyncio.Queue()
         self.tokens = TokenOutbox(self._outbox.put_nowait, on_hold)
+        self._news = LeaseNews(time.monotonic)
         self._loop = asyncio.get_running_loop()
         self.router_incarnation = ""
 
@@ -126,7 +128,7 @@ class RouterLink:
 
     def renew(self) -> None:
         """Queue a lease now, beside those that go out every heartbeat."""
-        self.send(self._make_lease(self.router_incarnation))
+        self.send(self._news.of(self._make_lease(self.router_incarnation)))
 
     async def flushed(self) -> None:
         """Wait until every queued message was handed to the socket."""

@@ -189,31 +189,34 @@ class Pulse:
 
 @dataclass(frozen=True, slots=True)
 class Lease:
-    """Both ways, every 0.5 s. A worker's carries its figures and live requests, the router's only its incarnation."""
+    """Both ways, every 0.5 s. A worker's carries its figures and live requests, the router's only its incarnation.
+
+    `metrics` and `links` None: as in the last lease that had them. They are most of it, and seldom change.
+    """
 
     incarnation: str
     router_incarnation: str
     state: str = READY
-    metrics: Annotated[tuple[MetricSample, ...], MAX_ITEMS] = ()
+    metrics: Annotated[tuple[MetricSample, ...], MAX_ITEMS] | None = None
     requests: Annotated[tuple[tuple[str, int], ...], MAX_ITEMS] = ()
     num_running: int = 0
     num_queued: int = 0
     blocks_used: Annotated[tuple[int, ...], MAX_GROUPS] = ()
     blocks_free: Annotated[tuple[int, ...], MAX_GROUPS] = ()
-    links: Annotated[tuple[LinkStatus, ...], MAX_ITEMS] = ()
+    links: Annotated[tuple[LinkStatus, ...], MAX_ITEMS] | None = None
 
     def __post_init__(self) -> None:
         check_id("incarnation", self.incarnation)
         check_size("router_incarnation", self.router_incarnation, MAX_NAME_CHARS)
         check_size("state", self.state, MAX_NAME_CHARS)
-        check_size("metrics", self.metrics, MAX_ITEMS)
+        check_size("metrics", self.metrics or (), MAX_ITEMS)
         check_transfers("requests", self.requests)
         check_int("num_running", self.num_running, 0, MAX_INT32)
         check_int("num_queued", self.num_queued, 0, MAX_INT32)
         for name in ("blocks_used", "blocks_free"):
             check_size(name, getattr(self, name), MAX_GROUPS)
             check_ints(name, getattr(self, name), 0, MAX_INT32)
-        check_size("links", self.links, MAX_ITEMS)
+        check_size("links", self.links or (), MAX_ITEMS)
 
 
 @dataclass(frozen=True, slots=True)
