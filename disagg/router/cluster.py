@@ -32,6 +32,7 @@ from disagg.transceiver.wire.messages.router import (
 )
 from disagg.transceiver.wire.node import draw_id
 from disagg.transceiver.wire.timing import HEARTBEAT_S, LOST_S, SUSPECT_S
+from disagg.transceiver.wire.turns import TurnQueue
 
 log = logging.getLogger(__name__)
 
@@ -96,7 +97,7 @@ class Cluster:
         """By the incarnation that has the name: the last REGISTER that asked for it, with its connection."""
         # Unbounded, because what enters is bounded: a few messages per attempt of requests that are bounded
         # themselves, answers to messages received, and leases. It drains at once: sending never waits.
-        self._outbox: asyncio.Queue[tuple[bytes, Message]] = asyncio.Queue()
+        self._outbox: TurnQueue[tuple[bytes, Message]] = TurnQueue()
 
     @property
     def endpoint(self) -> str:

@@ -29,7 +29,8 @@ _NAME: Final = re.compile(r"[a-zA-Z_][a-zA-Z0-9_]*")
 class RouterMetrics:
     """What the router itself measures, and where every worker's figures are joined to it."""
 
-    def __init__(self, workers: Callable[[], Iterable[Worker]]) -> None:
+    def __init__(self, workers: Callable[[], Iterable[Worker]], *more: Collector) -> None:
+        """`more`: what other parts of the router count."""
         self.ttft = _histogram(
             "time_to_first_token_seconds", "From receipt of a request to its first token", _TTFT_BUCKETS
         )
@@ -52,7 +53,7 @@ class RouterMetrics:
         )
         own = (
             *(self.ttft, self.itl, self.e2e, self.requests, self.attempts, self.running, self.loop_lag),
-            *(self.charged_deaths, self.refused_after_deaths, self.peer_faults),
+            *(self.charged_deaths, self.refused_after_deaths, self.peer_faults, *more),
         )
         self._registry = CollectorRegistry(auto_describe=False)
         self._registry.register(_Everything(own, workers))

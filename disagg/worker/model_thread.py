@@ -1,4 +1,4 @@
-"""The thread that owns engine and cache. The event loop posts commands; replies come back in one batch per step."""
+"""The thread that owns engine and cache. The event loop posts commands; events come back when they are made."""
 
 from __future__ import annotations
 
@@ -40,7 +40,8 @@ class StepEngine(Protocol):
 class ModelThread:
     """Runs `engine` until closed.
 
-    `on_events` and `on_death` are called on `loop`, `on_rest` on this thread before it sleeps. A thread that dies
+    `on_events` and `on_death` are called on `loop`, `on_begin` on this thread before all else and `on_rest` before it
+    sleeps. A thread that dies
     reports once and runs no more: the cache may be half changed, so its process must end.
     """
 
@@ -51,12 +52,14 @@ class ModelThread:
         on_events: Callable[[Sequence[EngineEvent]], None],
         on_death: Callable[[BaseException], None],
         on_rest: Callable[[], None] = lambda: None,
+        on_begin: Callable[[], None] = lambda: None,
     ) -> None:
         self._engine = engine
         self._loop = loop
         self._on_events = on_events
         self._on_death = on_death
         self._on_rest = on_rest
+        self._on_begin = on_begin
         self.is_dead = False
         """An exception ended the thread; any thread may read it."""
         self._is_held = False
@@ -85,21 +88,18 @@ class ModelThread:
             await asyncio.to_thread(self._thread.join)
 
     def step(self) -> bool:
-        """One turn: drain the commands, compute a step, reply. Sleeps while only a command can change anything.
+        """One turn: drain the commands, then compute a step. Sleeps while only a command can change anything.
 
+        What a command brought about is told before the step: a first token would else wait while others' are computed.
         Returns False when told to close.
         """
         if not self._may_step:
             self._on_rest()
         commands = self._drain(wait=not self._may_step)
-        events = [
-            event
-            for command in commands
-            if command is not CLOSE and not isinstance(command, Wake)
-            for event in self._engine.handle(command)
-        ]
-        if self._may_step:
-            events += self._engine.step()
+        for command in commands:
+            if command is not CLOSE and not isinstance(command, Wake):
+                self._reply(self._engine.handle(command))
+        events = self._engine.step() if self._may_step else []
         self.stats = self._engine.stats()
         self._reply(events)
         return CLOSE not in commands
@@ -110,6 +110,7 @@ class ModelThread:
 
     def _run(self) -> None:
         try:
+            self._on_begin()
             while self.step():
                 pass
         except BaseException as death:  # reported, then the process ends: nothing may go on with this cache

@@ -25,6 +25,7 @@ from disagg.transceiver.wire.messages.router import (
 from disagg.transceiver.wire.node import Node
 from disagg.transceiver.wire.sockets import Sockets
 from disagg.transceiver.wire.timing import HEARTBEAT_S, LOST_S
+from disagg.transceiver.wire.turns import TurnQueue
 from disagg.worker.lease_news import LeaseNews
 from disagg.worker.token_outbox import TokenOutbox, shorter
 from disagg.worker.vitals import RouterPulse, Vitals
@@ -81,7 +82,7 @@ class RouterLink:
         self._make_lease = make_lease
         self._heard_at = time.monotonic()
         # Bounded by what enters: leases, and a few messages per attempt. Tokens wait in `tokens`, for credit.
-        self._outbox: asyncio.Queue[RouterMessage] = asyncio.Queue()
+        self._outbox: TurnQueue[RouterMessage] = TurnQueue()
         self.tokens = TokenOutbox(self._outbox.put_nowait, on_hold)
         self._news = LeaseNews(time.monotonic)
         self._loop = asyncio.get_running_loop()

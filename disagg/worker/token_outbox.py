@@ -14,6 +14,7 @@ from typing import Final
 from disagg.transceiver.wire.errors import clipped
 from disagg.transceiver.wire.messages.router import (
     Finished,
+    PromptScores,
     RequestFailed,
     RouterMessage,
     StepTokens,
@@ -139,7 +140,11 @@ def shorter(message: RouterMessage | Tokens, fault: str) -> TransferFailure | Re
             return TransferFailure(transfer_id, epoch, f"{_plain(reason)}; {why}")
         case RequestFailed(transfer_id=transfer_id, epoch=epoch, status=status, message=said):
             return RequestFailed(transfer_id, epoch, status, f"{_plain(said)}; {why}")
-        case Tokens(transfer_id=transfer_id, epoch=epoch) | Finished(transfer_id=transfer_id, epoch=epoch):
+        case (
+            Tokens(transfer_id=transfer_id, epoch=epoch)
+            | Finished(transfer_id=transfer_id, epoch=epoch)
+            | PromptScores(transfer_id=transfer_id, epoch=epoch)
+        ):
             return RequestFailed(transfer_id, epoch, 500, why)
         case _:
             return None

@@ -56,6 +56,7 @@ TAGS: Final[dict[int, type]] = {
     44: router.TransferReport,
     45: router.Pulse,
     46: router.Credit,
+    47: router.PromptScores,
 }
 
 HEAD_NBYTES: Final = 32

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Annotated, Final
 
+from disagg.transceiver.wire.messages.prompt_logprobs import PromptLogprobs
 from disagg.transceiver.wire.messages.ranges import (
     MAX_ADDRESS_CHARS,
     MAX_GROUPS,
@@ -227,7 +228,8 @@ class Dispatch:
     - `prefill`: compute the prompt and hand its KV to `peer`;
     - `decode`: receive the KV from `peer`, then emit tokens.
 
-    `deadline_s` is a duration counted from receipt, so that no two clocks are compared.
+    `deadline_s` is a duration counted from receipt, so that no two clocks are compared. Requests of lower `priority`
+    are admitted first.
     """
 
     transfer_id: str
@@ -239,9 +241,11 @@ class Dispatch:
     deadline_s: float
     peer: PeerTarget | None = None
     ticket: bytes = b""
+    priority: int = 0
 
     def __post_init__(self) -> None:
         check_attempt(self.transfer_id, self.epoch)
+        check_int("priority", self.priority, -MAX_INT32 - 1, MAX_INT32)
         check_size("request_id", self.request_id, MAX_ADDRESS_CHARS)
         check_one_of("mode", self.mode, MODES)
         check_size("ticket", self.ticket, MAX_SECRET_NBYTES)
@@ -391,6 +395,21 @@ class Credit:
 
 
 @dataclass(frozen=True, slots=True)
+class PromptScores:
+    """Log-probabilities of the prompt's tokens, from the worker that computes it, in order and before its last word.
+
+    They are repeated from the first position on when the prompt is computed anew within an attempt.
+    """
+
+    transfer_id: str
+    epoch: int
+    scores: PromptLogprobs
+
+    def __post_init__(self) -> None:
+        check_attempt(self.transfer_id, self.epoch)
+
+
+@dataclass(frozen=True, slots=True)
 class Finished:
     """The answer ended with the token before `index`. `reason`: `stop` (`stop_token_id` if a token did), `length`."""
 
@@ -511,4 +530,5 @@ RouterMessage = (
     | PrefillLocally
     | CancelRequest
     | TransferReport
+    | PromptScores
 )
