@@ -47,7 +47,10 @@ from disagg.router.tenants import QueuedRequest, TenantLimits
 from disagg.router.unread import Unread
 from disagg.transceiver.wire.keys import ClusterKeys
 from disagg.transceiver.wire.links import ControlServer
-from disagg.transceiver.wire.messages.router import Tokens, TransferReport
+from disagg.transceiver.wire.messages.router import (
+    TransferReport,
+)
+from disagg.transceiver.wire.messages.tokens import Tokens
 from disagg.transceiver.wire.node import draw_id
 from disagg.transceiver.wire.ticket import mint
 

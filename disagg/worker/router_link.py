@@ -15,13 +15,12 @@ from disagg.transceiver.wire.messages.peer import Refused
 from disagg.transceiver.wire.messages.router import (
     BROKEN,
     LEAVING,
-    Credit,
     Lease,
     Register,
     Registered,
     RouterMessage,
-    Tokens,
 )
+from disagg.transceiver.wire.messages.tokens import TokenCredit, Tokens
 from disagg.transceiver.wire.node import Node
 from disagg.transceiver.wire.sockets import Sockets
 from disagg.transceiver.wire.timing import HEARTBEAT_S, LOST_S
@@ -149,7 +148,7 @@ class RouterLink:
                         raise RouterLost("another router answers at this endpoint")
                 case Refused(field=field):
                     raise RouterLost(f"the router dropped this registration: {field}")
-                case Credit(limit=limit):
+                case TokenCredit(limit=limit):
                     self.tokens.allow(limit)
                 case _:
                     return message
