@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Awaitable
+from typing import TypeVar
 
 from starlette.requests import Request
 from starlette.responses import Response
@@ -12,6 +14,8 @@ from disagg.api.http.errors import ApiError, no_workers
 from disagg.api.http.responses import json_response
 from disagg.api.settings import ApiSettings
 from disagg.router.generation import Backend
+
+T = TypeVar("T")
 
 
 class StatusRoutes:
@@ -54,10 +58,10 @@ class StatusRoutes:
         return json_response({"version": disagg.__version__})
 
     async def metrics(self, request: Request) -> Response:
-        return Response(self._backend.metrics(), media_type="text/plain; version=0.0.4")
+        return Response(await settled(self._backend.metrics()), media_type="text/plain; version=0.0.4")
 
     async def workers(self, request: Request) -> Response:
-        return _workers(self._backend)
+        return await _workers(self._backend)
 
 
 class AdminRoutes:
@@ -74,8 +78,13 @@ class AdminRoutes:
         return json_response(dict(record))
 
     async def workers(self, request: Request) -> Response:
-        return _workers(self._backend)
+        return await _workers(self._backend)
 
 
-def _workers(backend: Backend) -> Response:
-    return json_response({"workers": backend.workers()})
+async def _workers(backend: Backend) -> Response:
+    return json_response({"workers": await settled(backend.workers())})
+
+
+async def settled(told: T | Awaitable[T]) -> T:
+    """What the router said: at once where it runs in this process."""
+    return await told if isinstance(told, Awaitable) else told
