@@ -134,7 +134,7 @@ async def test_a_killed_process_costs_its_own_clients_and_is_started_again() -> 
 
 async def test_a_client_that_does_not_read_slows_itself_alone() -> None:
     """Its answer stops where it is generated; with what is buffered on the way, far before its end."""
-    async with two_processes() as api:
+    async with two_processes(FakeBackend(2_000_000)) as api:
         taken = 0
 
         def endless(request: GenerationRequest) -> Any:
@@ -144,7 +144,6 @@ async def test_a_client_that_does_not_read_slows_itself_alone() -> None:
                 yield TokenChunk(index, (40,))
             yield GenerationEnd("length")
 
-        api.backend.limit = 2_000_000
         api.backend.script = endless
         body = {**STREAM, "max_tokens": 1_000_000}
         stalled = await api.session.post(api.url + "/v1/completions", json=body, headers=AUTH)
@@ -152,7 +151,8 @@ async def test_a_client_that_does_not_read_slows_itself_alone() -> None:
         while seen != taken:
             seen = taken
             await asyncio.sleep(0.5)
-        assert taken < 200_000
+        assert stalled.status == 200
+        assert 0 < taken < 200_000
         api.backend.script = lambda _: answer([40, 41])
         for _ in range(4):
             reply = await api.post("/v1/completions", {"prompt": "Hello"}, headers=AUTH)
