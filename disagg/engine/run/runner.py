@@ -39,6 +39,8 @@ class Chunk:
     wants_logits: bool
     scratch: tuple[Scratch | None, ...] = ()
     """Per group, the blocks of this step that have no slot of their own; empty when there are none."""
+    owner: object = None
+    """Whose chunk it is: a sequence keeps its row of a captured step from one to the next. None: nothing is kept."""
 
     @property
     def end(self) -> int:

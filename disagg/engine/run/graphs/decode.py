@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
+import numpy as np
 import torch
 
 from disagg.cache.cache import KVCache
@@ -22,6 +23,7 @@ from disagg.engine.run.graphs.inputs import DecodeInputs
 from disagg.engine.run.graphs.use import GraphUse
 from disagg.engine.run.runner import Chunk, StepRunner
 from disagg.kernels.dispatch import CALLS
+from disagg.kernels.upload import upload
 
 log = logging.getLogger(__name__)
 
@@ -114,12 +116,12 @@ class DecodeGraphs:
     @torch.inference_mode()
     def run(self, chunks: Sequence[Chunk], count: int, drawn: torch.Tensor | None = None) -> torch.Tensor:
         """Store KV of all tokens; logits as `Runner.execute` returns them, the caller's to keep."""
-        self._inputs.fill(chunks, count, drawn)
+        rows = np.array(self._inputs.fill(chunks, count, drawn), np.int64)
         captured = self._captured[count]
         captured.graph.replay()
         CALLS["graph:decode"] += 1
         self.use.num_replays += 1
-        return captured.logits[: len(chunks)].clone()
+        return captured.logits.index_select(0, upload(rows, captured.logits.device))
 
     def _capture(self, count: int) -> None:
         graph = self._maker.new()
