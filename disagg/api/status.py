@@ -8,9 +8,9 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 import disagg
-from disagg.api.errors import ApiError, no_workers
+from disagg.api.http.errors import ApiError, no_workers
+from disagg.api.http.responses import json_response
 from disagg.api.settings import ApiSettings
-from disagg.api.wire import json_response
 from disagg.router.generation import Backend
 
 

@@ -23,11 +23,14 @@ Table = NDArray[np.int32]
 class TableChange:
     """`table` as it will be once `missing` (ordinals) have slots and `holes` none; `dropped`: slots it lets go, deepest
     first.
+
+    `num_stale`: how many of the dropped ones the first hole took; a shorter length or another hole took the others.
     """
 
     table: Table
     dropped: Table
     missing: NDArray[np.int64]
+    num_stale: int
     holes: range = range(0)
 
 
@@ -42,7 +45,8 @@ def change_table(table: Table, num_blocks: int, holes: Iterable[range]) -> Table
         changed[hole.start : hole.stop] = HOLE
         is_missing[hole.start : hole.stop] = False
     gone = np.concatenate([*dropped, table[num_blocks:]])[::-1]
-    return TableChange(changed, gone[gone != HOLE], np.flatnonzero(is_missing))
+    num_stale = int((dropped[0] != HOLE).sum()) if dropped else 0
+    return TableChange(changed, gone[gone != HOLE], np.flatnonzero(is_missing), num_stale)
 
 
 def grow_table(table: Table, num_blocks: int, stale_before: range, stale: range) -> TableChange:
@@ -55,10 +59,9 @@ def grow_table(table: Table, num_blocks: int, stale_before: range, stale: range)
     new = np.arange(len(table), num_blocks)
     missing = new if stale.stop <= len(table) else new[(new < stale.start) | (new >= stale.stop)]
     if not len(dropped) and not len(new):
-        return TableChange(table, dropped, missing)
-    return TableChange(
-        _lengthened(table, num_blocks), dropped[::-1].copy(), missing, range(stale_before.stop, stale.stop)
-    )
+        return TableChange(table, dropped, missing, 0)
+    holes = range(stale_before.stop, stale.stop)
+    return TableChange(_lengthened(table, num_blocks), dropped[::-1].copy(), missing, len(dropped), holes)
 
 
 def _lengthened(table: Table, num_blocks: int) -> Table:
@@ -75,3 +78,18 @@ def _lengthened(table: Table, num_blocks: int) -> Table:
 def _with_room(num_blocks: int) -> Table:
     """Holes, in memory with room for an eighth more: tables move so seldom that it costs a few entries a block."""
     return np.full(num_blocks + max(LEAST_ROOM, num_blocks // 8), HOLE, dtype=np.int32)[:num_blocks]
+
+
+def only(table: Table, ordinals: NDArray[np.int64]) -> Table:
+    """The table with the slots of these ordinals alone."""
+    kept = np.full(len(table), HOLE, dtype=np.int32)
+    kept[ordinals] = table[ordinals]
+    return kept
+
+
+def is_in(ordinals: NDArray[np.int64], ranges: Iterable[range]) -> NDArray[np.bool_]:
+    """Which of the ordinals lie in one of the ranges."""
+    found = np.zeros(len(ordinals), dtype=np.bool_)
+    for some in ranges:
+        found |= (ordinals >= some.start) & (ordinals < some.stop)
+    return found

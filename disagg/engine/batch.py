@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from disagg.cache.cache import CachedSequence
+from disagg.engine.run.scoring import Scoring
 from disagg.engine.sequence import DecodingSequence, PromptSequence
 
 
@@ -19,6 +20,8 @@ class Work:
     sequence: PromptSequence | DecodingSequence
     token_ids: tuple[int, ...]
     start: int
+    scoring: Scoring | None = None
+    """Takes the log-probabilities of the prompt's tokens behind these, where they are asked for."""
     cached: CachedSequence | None = field(init=False, compare=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -37,6 +40,13 @@ class Work:
     def wants_logits(self) -> bool:
         """Decode always; of a prompt only the chunk that ends it."""
         return isinstance(self.sequence, DecodingSequence) or self.end == len(self.sequence.token_ids)
+
+
+def scoring_of(prompt: PromptSequence, start: int, end: int) -> Scoring | None:
+    """What the chunk at positions [start, end) is to score; None: nothing. The prompt's first token has no score."""
+    num_top = prompt.request.sampling.num_prompt_logprobs
+    targets = prompt.token_ids[start + 1 : end + 1]
+    return Scoring(start + 1, targets, num_top) if prompt.is_scored and num_top is not None and targets else None
 
 
 def share_tokens(remaining: Sequence[int], budget: int, max_chunks: int) -> list[int]:

@@ -27,6 +27,7 @@ from disagg.engine.commands import (
     Prefill,
     PrefixChecked,
     PromptComputedEvent,
+    PromptScoredEvent,
     Release,
     Reserve,
     ReservedEvent,
@@ -174,6 +175,7 @@ class Engine:
             live_keys=tuple(scheduler.live),
             released=tuple(sorted(self._counters.released.items())),
             reuse=self._cache.reuse_counts(),
+            num_outdated=self._cache.num_outdated,
             graphs=replace(self._graphs),
             num_dropped=self._counters.dropped,
         )
@@ -338,8 +340,7 @@ class Engine:
     def _commit_piece(self, piece: Work, result: Sampled | None) -> list[EngineEvent]:
         sequence = piece.sequence
         if result is not None and not result.finite:
-            self._scheduler.release(sequence, wipe=True)  # what it left behind must never be loaded
-            return [FailedEvent(sequence.key, 500, f"non-finite logits after position {piece.end - 1}")]
+            return self._not_finite(piece)
         if result is not None and result.error is not None:
             self._scheduler.release(sequence)
             return [FailedEvent(sequence.key, 500, f"sampling after position {piece.end - 1} failed: {result.error}")]
@@ -352,10 +353,18 @@ class Engine:
         sequence.output.append(result.token_id)
         return self._emit(sequence, result.logprobs)
 
+    def _not_finite(self, piece: Work) -> list[EngineEvent]:
+        key = piece.sequence.key
+        self._scheduler.release(piece.sequence, wipe=True)  # what it left behind must never be loaded
+        return [FailedEvent(key, 500, f"non-finite logits after position {piece.end - 1}")]
+
     def _commit_chunk(self, prompt: PromptSequence, piece: Work, result: Sampled | None) -> list[EngineEvent]:
         self._scheduler.advance(piece)
         self._counters.prompt_tokens_computed += len(piece.token_ids)
-        events: list[EngineEvent] = []
+        scores = piece.scoring.scores() if piece.scoring is not None else []
+        if scores is None:
+            return self._not_finite(piece)
+        events: list[EngineEvent] = [PromptScoredEvent(prompt.key, some) for some in scores]
         if not prompt.serves and (units := publish_final_units(self._cache, prompt)):
             self._recheck.note(units)
             events.append(UnitsFinalEvent(prompt.key, prompt.compute_id, units))
@@ -429,7 +438,7 @@ def request_refusal(request: Request, max_model_len: int, vocab_size: int | None
 
 
 def _request(command: Serve | Prefill | Reserve) -> Request:
-    return Request(command.key, command.prompt, command.sampling)
+    return Request(command.key, command.prompt, command.sampling, command.priority)
 
 
 def _prompt_computed(prompt: PromptSequence, computed: Computed) -> PromptComputedEvent:

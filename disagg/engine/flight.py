@@ -33,7 +33,8 @@ def chunk_of(piece: Work, before: Flight | None) -> Chunk:
     if token_ids[0] == UNKNOWN:
         assert before is not None
         token_ids = (-1 - before.rows[piece.sequence],)
-    return Chunk(cached.tables, token_ids, piece.start, piece.wants_logits, cached.scratch, cached)
+    wanted = piece.wants_logits
+    return Chunk(cached.tables, token_ids, piece.start, wanted, cached.scratch, piece.scoring, cached)
 
 
 def sample_input(piece: Work) -> SampleInput:

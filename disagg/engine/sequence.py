@@ -30,11 +30,15 @@ class Ending:
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One attempt's prompt and how to sample from it. `seen`: what penalties count, kept from token to token."""
+    """One attempt's prompt and how to sample from it. `seen`: what penalties count, kept from token to token.
+
+    `priority`: lower ones are admitted first and preempted last.
+    """
 
     key: AttemptKey
     prompt: tuple[int, ...]
     sampling: Sampling
+    priority: int = 0
     seen: SeenTokens = field(default_factory=SeenTokens, compare=False, repr=False)
 
     @property
@@ -128,6 +132,11 @@ class PromptSequence:
     @property
     def is_soft(self) -> bool:
         return self.claim is Claim.SOFT
+
+    @property
+    def is_scored(self) -> bool:
+        """Its tokens' own log-probabilities are asked for, and were not all said before: every position is computed."""
+        return self.request.sampling.num_prompt_logprobs is not None and self.answer is None
 
     @property
     def has_looked(self) -> bool:

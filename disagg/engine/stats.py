@@ -40,6 +40,7 @@ class EngineStats:
     result was read; 0 where no step runs ahead.
     `graphs`: captured graphs; all 0 where steps run eager.
     `reuse`: per layer group, blocks that requests asked the prefix cache for and found; empty without one.
+    `num_outdated`: per layer group, blocks that running sequences let go because their window moved past them.
     """
 
     pools: tuple[PoolUsage, ...]
@@ -54,6 +55,7 @@ class EngineStats:
     live_keys: tuple[AttemptKey, ...]
     released: tuple[tuple[str, int], ...] = ()
     reuse: tuple[ReuseCount, ...] = ()
+    num_outdated: tuple[int, ...] = ()
     num_preemptions: int = 0
     scratch: tuple[int, ...] = ()
     graphs: GraphUse = field(default_factory=GraphUse)

@@ -11,6 +11,7 @@ from disagg.transceiver.wire.messages.router import (
     Dispatch,
     Finished,
     PrefillLocally,
+    PromptScores,
     RequestFailed,
     Retarget,
     Tokens,
@@ -18,7 +19,7 @@ from disagg.transceiver.wire.messages.router import (
     TransferReport,
 )
 
-AnswerMessage = Tokens | Finished | RequestFailed | TransferFailure | TransferReport
+AnswerMessage = Tokens | PromptScores | Finished | RequestFailed | TransferFailure | TransferReport
 """What a worker may say of one attempt."""
 
 OrderMessage = Dispatch | Retarget | PrefillLocally | CancelRequest
@@ -63,7 +64,15 @@ class TimePassed:
     """Time passed: act on what is overdue."""
 
 
-Event = Answered | WorkerLost | ClientGone | RouterClosing | TimePassed
+@dataclass(frozen=True, slots=True)
+class TurnedAway:
+    """The request was refused while it waited for its turn; no worker has heard of it."""
+
+    status: int
+    message: str
+
+
+Event = Answered | WorkerLost | ClientGone | RouterClosing | TimePassed | TurnedAway
 
 
 # --- actions ------------------------------------------------------------------------------------------------

@@ -26,6 +26,7 @@ from disagg.engine.commands import (
     PinnedEvent,
     Prefill,
     PromptComputedEvent,
+    PromptScoredEvent,
     Release,
     Reserve,
     ReservedEvent,
@@ -52,6 +53,7 @@ from disagg.transceiver.wire.messages.router import (
     Peers,
     PeerTarget,
     PrefillLocally,
+    PromptScores,
     RequestFailed,
     Retarget,
     RouterMessage,
@@ -73,7 +75,7 @@ class Attempts:
     def __init__(
         self,
         submit: Callable[[Command], None],
-        send: Callable[[RouterMessage], None],
+        send: Callable[[RouterMessage | Tokens], None],
         pair: Callable[[Dispatch], Pairing],
         metrics: WorkerMetrics,
         *,
@@ -139,7 +141,7 @@ class Attempts:
 
     def _dispatch(self, dispatch: Dispatch, *, urgent: bool = False) -> None:
         state = RequestState(dispatch, self._pair(dispatch))
-        key, sampling = state.key, dispatch.sampling
+        key, sampling, priority = state.key, dispatch.sampling, dispatch.priority
         if key in self._live or self._was_here(key) or self._is_misplaced(state):
             log.warning("ignored a dispatch of mode %s", dispatch.mode, extra=_of(state))
             return
@@ -149,11 +151,13 @@ class Attempts:
             "%s: %d prompt tokens, attempt %d", dispatch.mode, len(dispatch.prompt), dispatch.epoch, extra=_of(state)
         )
         if dispatch.mode == "serve":
-            self._submit(Serve(key, dispatch.prompt, sampling, urgent))
+            self._submit(Serve(key, dispatch.prompt, sampling, urgent, priority))
         elif dispatch.mode == "decode":
-            self._submit(Reserve(key, dispatch.prompt, sampling, state.pairing.precision))
+            self._submit(Reserve(key, dispatch.prompt, sampling, state.pairing.precision, priority))
         elif self.sending is not None and dispatch.peer is not None:
-            self._submit(Prefill(key, dispatch.prompt, sampling))  # first: a FETCH that came early pins it at once
+            self._submit(
+                Prefill(key, dispatch.prompt, sampling, priority)
+            )  # first: a FETCH that came early pins it at once
             self.sending.start(key, state.pairing.sender())
 
     def _was_here(self, key: AttemptKey) -> bool:
@@ -200,6 +204,8 @@ class Attempts:
                 if index == 0 and state.dispatch.mode == "serve":
                     self._report(state, state.since_arrival("prefill"))
                 self._send(Tokens(key.transfer_id, key.epoch, index, token_ids, logprobs, num_cached_tokens))
+            case PromptScoredEvent(key, scores):
+                self._send(PromptScores(key.transfer_id, key.epoch, scores))
             case FinishedEvent(key=key, index=index, reason=reason, stop_token_id=stop_token_id):
                 self._send(Finished(key.transfer_id, key.epoch, index, reason, stop_token_id))
                 self._forget(key)

@@ -15,8 +15,10 @@ import torch
 from disagg.cache.cache import KVCache
 from disagg.cache.scratch import Scratch, page_table
 from disagg.engine.model.attention import CURRENT_STEP, LayerCall, Step
+from disagg.engine.model.head import layers_kept
 from disagg.engine.model.kv_dtype import kernel_scales
 from disagg.engine.model.load import LoadedModel
+from disagg.engine.run.scoring import Scoring, in_pieces
 from disagg.kernels import ops
 from disagg.kernels.batch import PagedBatch, QueryRun
 from disagg.kernels.upload import upload
@@ -39,6 +41,8 @@ class Chunk:
     wants_logits: bool
     scratch: tuple[Scratch | None, ...] = ()
     """Per group, the blocks of this step that have no slot of their own; empty when there are none."""
+    scoring: Scoring | None = None
+    """Told the logits of the chunk's first `scoring.num_rows` tokens, some rows at a time."""
     owner: object = None
     """Whose chunk it is: a sequence keeps its row of a captured step from one to the next. None: nothing is kept."""
 
@@ -87,7 +91,10 @@ class Runner:
         positions = np.fromiter(chain.from_iterable(range(chunk.start, chunk.end) for chunk in chunks), np.int64)
         current = CURRENT_STEP.set(self._step(chunks))
         try:
-            return self._forward(filled_in(token_ids, drawn, self.model.device), positions, last)
+            ids = filled_in(token_ids, drawn, self.model.device)
+            if any(chunk.scoring for chunk in chunks):
+                return self._forward_scored(ids, positions, last, chunks)
+            return self._forward(ids, positions, last)
         finally:
             CURRENT_STEP.reset(current)
 
@@ -104,6 +111,25 @@ class Runner:
             logits_to_keep=upload(last, device),
         )
         logits: torch.Tensor = output.logits[0].float()
+        return logits
+
+    @torch.inference_mode()
+    def _forward_scored(
+        self,
+        token_ids: torch.Tensor,
+        positions: npt.NDArray[np.int64],
+        last: npt.NDArray[np.int64],
+        chunks: Sequence[Chunk],
+    ) -> torch.Tensor:
+        """`_forward`, eager; then the model's head alone over the rows to be scored, never all of their logits."""
+        with layers_kept(self.model.module) as head:
+            logits = Runner._forward(self, token_ids, positions, last)
+            first = 0
+            for chunk in chunks:
+                if chunk.scoring is not None:
+                    for rows in in_pieces(first, chunk.scoring.num_rows, self.model.vocab_size):
+                        chunk.scoring.add(head(torch.arange(rows.start, rows.stop, device=self.model.device)).float())
+                first += len(chunk.token_ids)
         return logits
 
     def _step(self, chunks: Sequence[Chunk]) -> Step:

@@ -24,16 +24,13 @@ def drawn_here(sampled: Sequence[Sampled], device: torch.device) -> Drawn:
     return Drawn(token_ids, lambda: sampled)
 
 
-def _event() -> torch.cuda.Event:
-    return torch.cuda.Event()  # type: ignore[no-untyped-call]
-
-
 class Readback:
     """Copies of tensors on the host, queued behind what computes them; `read` waits for these and nothing later."""
 
     def __init__(self, tensors: Sequence[torch.Tensor]) -> None:
         self._there = [tensor.to("cpu", non_blocking=True) for tensor in tensors]
-        self._done = _event() if tensors and tensors[0].device.type == "cuda" else None
+        is_cuda = bool(tensors) and tensors[0].device.type == "cuda"
+        self._done = torch.cuda.Event() if is_cuda else None  # type: ignore[no-untyped-call]
         if self._done is not None:
             self._done.record(torch.cuda.current_stream(tensors[0].device))
 

@@ -44,6 +44,10 @@ class FakeRunner:
             for chunk, found in zip(chunks, readings, strict=True):
                 self._run_layer(chunk, layer, number, position, found)
         rows = [_row(found) for found in readings]
+        for chunk, found in zip(chunks, readings, strict=True):
+            if chunk.scoring is not None:
+                for end in range(1, chunk.scoring.num_rows + 1):
+                    chunk.scoring.add(_row(found[:end])[None])
         wanted = [row for chunk, row in zip(chunks, rows, strict=True) if chunk.wants_logits]
         return torch.stack(wanted) if wanted else torch.empty(0, VOCAB_SIZE)
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
 import numpy as np
@@ -61,12 +60,6 @@ def batch_buckets(max_num_seqs: int) -> tuple[int, ...]:
     return (*(1 << i for i in range(most.bit_length()) if 1 << i < most), most)
 
 
-@dataclass(frozen=True, slots=True)
-class _Captured:
-    graph: Graph
-    logits: torch.Tensor
-
-
 class DecodeGraphs:
     """The graphs of one runner. The cache's pools must stay where they are."""
 
@@ -85,7 +78,9 @@ class DecodeGraphs:
         self.use = use or GraphUse()
         self._model, self._maker = model, maker
         self._inputs = DecodeInputs(model, cache, max_rows=self.buckets[-1], max_model_len=max_model_len)
-        self._captured: dict[int, _Captured] = {}
+        # One for all graphs, each of which writes its rows of it: outputs of their own would add up over the buckets.
+        self._logits = torch.zeros(self.buckets[-1], model.vocab_size, dtype=torch.float32, device=model.device)
+        self._captured: dict[int, Graph] = {}
 
     @torch.inference_mode()
     def capture(self) -> None:
@@ -117,20 +112,20 @@ class DecodeGraphs:
     def run(self, chunks: Sequence[Chunk], count: int, drawn: torch.Tensor | None = None) -> torch.Tensor:
         """Store KV of all tokens; logits as `Runner.execute` returns them, the caller's to keep."""
         rows = np.array(self._inputs.fill(chunks, count, drawn), np.int64)
-        captured = self._captured[count]
-        captured.graph.replay()
+        self._captured[count].replay()
         CALLS["graph:decode"] += 1
         self.use.num_replays += 1
-        return captured.logits.index_select(0, upload(rows, captured.logits.device))
+        return self._logits.index_select(0, upload(rows, self._logits.device))
 
     def _capture(self, count: int) -> None:
         graph = self._maker.new()
-        self._captured[count] = _Captured(graph, graph.capture(lambda: self._forward(count)))
+        graph.capture(lambda: self._forward(count))
+        self._captured[count] = graph
 
-    def _forward(self, count: int) -> torch.Tensor:
+    def _forward(self, count: int) -> None:
         current = CURRENT_STEP.set(self._inputs.step(count))
         try:
-            return self._inputs.forward(count)
+            self._logits[:count].copy_(self._inputs.forward(count))
         finally:
             CURRENT_STEP.reset(current)
 

@@ -60,14 +60,14 @@ class DecodeInputs:
         }
 
     def forward(self, count: int) -> torch.Tensor:
-        """The model over the buffers' first `count` rows: float32 logits `[count, vocab_size]`."""
+        """The model over the buffers' first `count` rows: logits `[count, vocab_size]` in its own type."""
         output = self._model.module(
             input_ids=self._there[0, None, :count],
             position_ids=self._there[1, None, :count],
             use_cache=False,
             logits_to_keep=self._last[:count],
         )
-        logits: torch.Tensor = output.logits[0].float()
+        logits: torch.Tensor = output.logits[0]
         return logits
 
     def fill(self, chunks: Sequence[Chunk], count: int, drawn: torch.Tensor | None = None) -> list[int]:
