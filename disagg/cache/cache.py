@@ -431,6 +431,7 @@ class KVCache:
             if len(change.dropped):
                 pool.free(change.dropped.tolist())
         for change, pool, ranges in zip(changes, pools, overwritten, strict=True):
+            change.table[change.holes.start : change.holes.stop] = HOLE
             if len(missing := change.missing):
                 change.table[missing] = pool.allocate(len(missing), overwritten=is_in(missing, ranges))
         sequence.tables = tuple(change.table for change in changes)

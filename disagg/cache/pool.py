@@ -67,6 +67,8 @@ class SlotPool:
         self.on_evict: Callable[[Sequence[int]], None] = _forget_nothing
         self.num_evicted = 0
         self.peak_used = 0
+        self._lowest = 0
+        """No slot before it is empty."""
 
     @property
     def memory(self) -> torch.Tensor:
@@ -190,6 +192,7 @@ class SlotPool:
         cached[list(self._cached)] = True
         assert not self._is_empty[:NUM_RESERVED_SLOTS].any(), "a reserved slot is free"
         assert int(self._is_empty.sum()) == self._num_empty, "the empty slots are miscounted"
+        assert not self._is_empty[: self._lowest].any(), "an empty slot would never be found"
         assert not self.generations[:NUM_RESERVED_SLOTS].any(), "a reserved slot changed hands"
         assert ((self.generations[own] % 2 == 0) == self._is_empty[own]).all(), "a generation missed a change"
         assert (refs >= 0).all()
@@ -215,12 +218,14 @@ class SlotPool:
             self.sides.zero(np.array(sorted(tainted)))
             self.tainted -= tainted
         self._is_empty[slots] = True
+        self._lowest = min(self._lowest, int(slots.min()))
         self._num_empty += len(slots)
 
     def _choose(self, count: int) -> NDArray[np.int64]:
         """First run of `count` empty slots, else the lowest ones: runs make transfers and copies few and large."""
         if count == 1:
-            return np.array([self._is_empty.argmax()])  # stops at the first
+            self._lowest += int(self._is_empty[self._lowest :].argmax())  # stops at the first
+            return np.array([self._lowest])
         free = np.flatnonzero(self._is_empty)
         starts = np.flatnonzero(free[count - 1 :] - free[: len(free) - count + 1] == count - 1)
         first = starts[0] if len(starts) else 0

@@ -8,15 +8,21 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from disagg.kernels.table_rows import memory_of
+
 HOLE = -1
 """Table value of an ordinal that has no slot: stale, or never allocated."""
+
+LEAST_ROOM = 16
+"""Entries that a table may grow by before it moves, at least."""
 
 Table = NDArray[np.int32]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class TableChange:
-    """`table` as it will be once `missing` (ordinals) have slots; `dropped`: slots it lets go, deepest first.
+    """`table` as it will be once `missing` (ordinals) have slots and `holes` none; `dropped`: slots it lets go, deepest
+    first.
 
     `num_stale`: how many of the dropped ones the first hole took; a shorter length or another hole took the others.
     """
@@ -25,11 +31,12 @@ class TableChange:
     dropped: Table
     missing: NDArray[np.int64]
     num_stale: int
+    holes: range = range(0)
 
 
 def change_table(table: Table, num_blocks: int, holes: Iterable[range]) -> TableChange:
     """The table with `num_blocks` ordinals, of which exactly those in `holes` (ascending) have no slot."""
-    changed = np.full(num_blocks, HOLE, dtype=np.int32)
+    changed = _with_room(num_blocks)
     changed[: len(table)] = table[:num_blocks]
     is_missing = changed < 0
     dropped = []
@@ -43,17 +50,34 @@ def change_table(table: Table, num_blocks: int, holes: Iterable[range]) -> Table
 
 
 def grow_table(table: Table, num_blocks: int, stale_before: range, stale: range) -> TableChange:
-    """`change_table` of a table that holds all but `stale_before` and does not get shorter: most have little to do."""
+    """`change_table` of a table that holds all but `stale_before` and does not get shorter: most have little to do.
+
+    The table stays in its memory while that has room, so that what a step changes costs what it changes; a table that
+    changes otherwise gets new memory. Until the change is applied, what the table held is as it was.
+    """
     dropped = table[stale_before.stop : stale.stop]
     new = np.arange(len(table), num_blocks)
     missing = new if stale.stop <= len(table) else new[(new < stale.start) | (new >= stale.stop)]
     if not len(dropped) and not len(new):
         return TableChange(table, dropped, missing, 0)
-    changed = np.empty(num_blocks, dtype=np.int32)  # written once: a table is as long as the prompt
-    changed[: len(table)] = table
-    changed[len(table) :] = HOLE
-    changed[stale_before.stop : stale.stop] = HOLE
-    return TableChange(changed, dropped[::-1], missing, len(dropped))
+    holes = range(stale_before.stop, stale.stop)
+    return TableChange(_lengthened(table, num_blocks), dropped[::-1].copy(), missing, len(dropped), holes)
+
+
+def _lengthened(table: Table, num_blocks: int) -> Table:
+    """The table with holes at its end."""
+    memory = memory_of(table)
+    if len(memory) < num_blocks:
+        longer = _with_room(num_blocks)
+        longer[: len(table)] = table
+        return longer
+    memory[len(table) : num_blocks] = HOLE
+    return memory[:num_blocks]
+
+
+def _with_room(num_blocks: int) -> Table:
+    """Holes, in memory with room for an eighth more: tables move so seldom that it costs a few entries a block."""
+    return np.full(num_blocks + max(LEAST_ROOM, num_blocks // 8), HOLE, dtype=np.int32)[:num_blocks]
 
 
 def only(table: Table, ordinals: NDArray[np.int64]) -> Table:

@@ -28,6 +28,11 @@ class Work:
         object.__setattr__(self, "cached", self.sequence.cached)
 
     @property
+    def is_current(self) -> bool:
+        """Whether the sequence holds what it held then: it was not released, dropped, preempted or begun anew."""
+        return self.sequence.cached is self.cached and self.cached is not None and self.cached.is_open
+
+    @property
     def end(self) -> int:
         return self.start + len(self.token_ids)
 

@@ -201,12 +201,12 @@ class Engine:
     def _sample(self, work: Sequence[Work], logits: torch.Tensor) -> Flight:
         """Choose a token behind each piece that ends in one, save those of sequences that ended meanwhile."""
         wanting = [piece for piece in work if piece.wants_logits]
-        kept = [row for row, piece in enumerate(wanting) if self._scheduler.is_current(piece)]
+        kept = [row for row, piece in enumerate(wanting) if piece.is_current]
         if len(kept) < len(wanting):
             logits = logits[kept]
         pieces = [wanting[row] for row in kept]
         drawn = self._draw(logits, [sample_input(piece) for piece in pieces])
-        return Flight(work, drawn, {piece.sequence.key: row for row, piece in enumerate(pieces)})
+        return Flight(work, drawn, {piece.sequence: row for row, piece in enumerate(pieces)})
 
     def _finish(self) -> list[EngineEvent]:
         """Read the tokens of the step under way, and do what they decide. Nothing if there is none."""
@@ -330,8 +330,8 @@ class Engine:
         self._counters.steps += 1
         events: list[EngineEvent] = []
         for piece in flight.work:
-            if self._scheduler.is_current(piece):
-                row = flight.rows[piece.sequence.key] if piece.wants_logits else None
+            if piece.is_current:
+                row = flight.rows[piece.sequence] if piece.wants_logits else None
                 events += self._commit_piece(piece, None if row is None else sampled[row])
             else:
                 self._counters.dropped += 1

@@ -6,19 +6,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from disagg.engine.batch import Work
-from disagg.engine.commands import AttemptKey
 from disagg.engine.run.runner import Chunk
 from disagg.engine.sampler import Drawn, SampleInput
-from disagg.engine.sequence import UNKNOWN, PromptSequence
+from disagg.engine.sequence import UNKNOWN, DecodingSequence, PromptSequence
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Flight:
-    """`rows`: which row of `drawn` holds the token of an attempt. Those whose sequence ended meanwhile have none."""
+    """`rows`: which row of `drawn` holds the token of a sequence. Those that ended meanwhile have none."""
 
     work: Sequence[Work]
     drawn: Drawn
-    rows: Mapping[AttemptKey, int]
+    rows: Mapping[PromptSequence | DecodingSequence, int]
 
     @property
     def holds_up(self) -> bool:
@@ -33,8 +32,9 @@ def chunk_of(piece: Work, before: Flight | None) -> Chunk:
     token_ids: tuple[int, ...] = piece.token_ids
     if token_ids[0] == UNKNOWN:
         assert before is not None
-        token_ids = (-1 - before.rows[piece.sequence.key],)
-    return Chunk(cached.tables, token_ids, piece.start, piece.wants_logits, cached.scratch, piece.scoring)
+        token_ids = (-1 - before.rows[piece.sequence],)
+    wanted = piece.wants_logits
+    return Chunk(cached.tables, token_ids, piece.start, wanted, cached.scratch, piece.scoring, cached)
 
 
 def sample_input(piece: Work) -> SampleInput:

@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from disagg.engine.sampling import native, plain
-from disagg.engine.sampling.drawn import Copies, Drawn, drawn_here
+from disagg.engine.sampling.drawn import Drawn, Readback, drawn_here
 from disagg.engine.sampling.rows import GREEDY, Sampled, SampleInput, SampleRow, plan_row
 from disagg.kernels.dispatch import backend
 
@@ -103,7 +103,7 @@ def _is_plain(row: SampleRow) -> bool:
 def _likeliest(logits: torch.Tensor) -> Drawn:
     """The first of each row's largest values: where the logits lie on a device, only the answers come from there."""
     highest, ids = logits.max(-1)
-    copies = Copies([ids, highest.isfinite() & logits.amin(-1).isfinite()])
+    copies = Readback([ids, highest.isfinite() & logits.amin(-1).isfinite()])
 
     def read() -> list[Sampled]:
         pairs = zip(*(copy.tolist() for copy in copies.read()), strict=True)

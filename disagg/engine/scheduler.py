@@ -377,10 +377,6 @@ class Scheduler:
             piece.sequence.num_ahead += len(piece.token_ids)
         return work
 
-    def is_current(self, work: Work) -> bool:
-        """Whether the sequence is as it was when this was scheduled: not released, dropped, preempted or begun anew."""
-        return self._live.get(work.sequence.key) is work.sequence and work.sequence.cached is work.cached
-
     def is_awaited(self, event: ReservedEvent) -> bool:
         """Whether the reservation still waits for the KV of these slots."""
         reservation = self._live.get(event.key)
@@ -451,12 +447,13 @@ class Scheduler:
         prompt = sequence
         if isinstance(sequence, DecodingSequence):
             self._register(sequence, sequence.cached.history)
+            sequence.num_ahead = 0
             prompt = PromptSequence(sequence.request, Claim.OWN, answer=sequence)
             self._put(prompt)
         assert isinstance(prompt, PromptSequence)
         self._cache.close_sequence(sequence.cached)
         self._give_back(sequence.key)
-        prompt.cached, sequence.num_ahead = None, 0
+        prompt.cached, prompt.num_ahead = None, 0
         prompt.enter(Stage.WAITING)
         self._urgent.appendleft(prompt)
 

@@ -1,8 +1,9 @@
-"""A decode step's plan at fixed addresses, for a captured graph: filled each step, copied over in one piece."""
+"""A decode step's plan at fixed addresses, for a captured graph: each step sends what changed in it."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -10,9 +11,20 @@ import torch
 
 from disagg.kernels.batch import NULL_SLOT, TRASH_SLOT, first_blocks
 from disagg.kernels.device_plan import DevicePlan
+from disagg.kernels.table_rows import memory_of
+from disagg.kernels.upload import upload
 from disagg.kernels.workspace import Workspace
 
 Int32 = npt.NDArray[np.int32]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Row:
+    """What a row lists: `length` blocks of the table in `memory`, whose window begins at ordinal `first`."""
+
+    memory: Int32 | None = None
+    first: int = 0
+    length: int = 0
 
 
 class DecodePlan:
@@ -38,26 +50,22 @@ class DecodePlan:
         self._num_sink_tokens = num_sink_tokens if window is not None else 0
         self._num_sink_blocks = -(-self._num_sink_tokens // block_size)
         self._longest = max_tokens if window is None else min(max_tokens, window + self._num_sink_tokens)
-        width = self._width(max_tokens)
+        self._columns = self._width(max_tokens)
         padded = -(-max_rows // 4) * 4  # every piece begins at 16 bytes: kernels are compiled for aligned pointers
-        host = torch.zeros(padded * (6 + width), dtype=torch.int32)
-        # Pinned, the copy is queued and not waited for. The next `fill` finds it done: between two steps their logits
-        # were read.
-        self._staging = host.pin_memory() if device.type == "cuda" else host
-        self._there = torch.zeros_like(host, device=device)
-        self._slots, self._offsets, self._runs, self._table = (
-            piece.numpy() for piece in _pieces(self._staging, padded, width)
-        )
-        self._device_pieces = _pieces(self._there, padded, width)
-        self._head = 6 * padded
-        self._lengths = np.zeros(max_rows, np.int64)  # of the rows of `_table` that are not NULL
+        self._table = np.zeros((padded, self._columns), np.int32)  # as it is on the device
+        self._held: list[_Row] = [_Row() for _ in range(max_rows)]
+        self._heads = torch.zeros(6 * padded, dtype=torch.int32, device=device)
+        self._there = torch.zeros(self._table.shape, dtype=torch.int32, device=device)
+        self._padded = padded
         self._tiles = torch.tensor([[row, 0] for row in range(max_rows)], dtype=torch.int32, device=device)
+        self.num_sent = 0
+        """Entries of tables sent since the beginning."""
 
     def rows(self, count: int) -> DevicePlan:
         """The plan of a graph of `count` rows: its tensors are part of the buffers, and stay where they are."""
-        slots, offsets, runs, table = self._device_pieces
+        slots, offsets, runs = _pieces(self._heads, self._padded)
         return DevicePlan(
-            table[:count],
+            self._there[:count],
             runs[:count],
             slots[:count],
             offsets[:count],
@@ -77,30 +85,53 @@ class DecodePlan:
         end = positions // size + 1
         first, sinks = first_blocks(positions, size, self._window, self._num_sink_tokens)
         lengths = sinks + end - first
-        self._clear(num_rows, count, lengths)
-        table = self._table[:count]
-        bounds = zip(sinks.tolist(), first.tolist(), end.tolist(), strict=True)
-        for row, (own, (sink, low, high)) in enumerate(zip(tables, bounds, strict=True)):
-            table[row, :sink] = own[:sink]
-            table[row, sink : sink + high - low] = own[low:high]
-        written = table[:num_rows, : lengths.max(initial=0)]
-        is_listed = np.arange(written.shape[1]) < lengths[:, None]
-        assert ((written > NULL_SLOT) == is_listed).all(), "a query needs a block that has no slot"
-        self._slots[:num_rows] = table[np.arange(num_rows), lengths - 1]
-        self._offsets[:num_rows] = positions % size
-        self._slots[num_rows:count], self._offsets[num_rows:count] = TRASH_SLOT, 0
-        runs = self._runs[:count]
-        runs[:, 0], runs[:, 1], runs[:, 2:] = np.arange(count), 1, 0
+        bounds = zip(tables, sinks.tolist(), first.tolist(), end.tolist(), strict=True)
+        changed = [(row, self._update(row, *what)) for row, what in enumerate(bounds)]
+        changed += [(row, self._clear(row)) for row in range(num_rows, count)]
+        self._send([(row, columns) for row, columns in changed if columns])
+        heads = np.zeros(6 * self._padded, np.int32)
+        slots, offsets, runs = (piece.numpy() for piece in _pieces(torch.from_numpy(heads), self._padded))
+        slots[:num_rows] = self._table[np.arange(num_rows), lengths - 1]
+        slots[num_rows:] = TRASH_SLOT
+        offsets[:num_rows] = positions % size
+        runs[:, 0], runs[:, 1] = np.arange(self._padded), 1
         runs[:num_rows, 2], runs[:num_rows, 3] = positions, (end - lengths) * size
-        used = self._head + table.size
-        self._there[:used].copy_(self._staging[:used], non_blocking=True)
+        self._heads.copy_(upload(heads, self._heads.device))
 
-    def _clear(self, num_rows: int, count: int, lengths: npt.NDArray[np.int64]) -> None:
-        """NULL where rows were longer than they are to be: a table of all ordinals of a model is seldom used whole."""
-        before = self._lengths[:count].copy()
-        self._lengths[:num_rows], self._lengths[num_rows:count] = lengths, 0
-        for row in np.flatnonzero(before > self._lengths[:count]).tolist():
-            self._table[row, self._lengths[row] : before[row]] = NULL_SLOT
+    def _update(self, row: int, table: Int32, sinks: int, first: int, end: int) -> range:
+        """List the blocks of one sequence in its row; the columns that changed.
+
+        Of a table in the same memory those that were listed are as they were: only what came behind them is new.
+        """
+        held, length, memory = self._held[row], sinks + end - first, memory_of(table)
+        is_longer = held.memory is memory and held.first == first and held.length <= length
+        begin = held.length if is_longer else 0
+        if begin < length:
+            self._table[row, begin:sinks] = table[begin:sinks]
+            at = max(begin, sinks)
+            self._table[row, at:length] = table[first + at - sinks : end]
+            assert (self._table[row, begin:length] > NULL_SLOT).all(), "a query needs a block that has no slot"
+        self._table[row, length : held.length] = NULL_SLOT
+        self._held[row] = _Row(memory, first, length)
+        return range(begin, max(length, held.length))
+
+    def _clear(self, row: int) -> range:
+        """Padding reads the NULL slot."""
+        held, self._held[row] = self._held[row], _Row()
+        self._table[row, : held.length] = NULL_SLOT
+        return range(held.length)
+
+    def _send(self, changed: Sequence[tuple[int, range]]) -> None:
+        """What changed, in one copy: where, and what."""
+        if not changed:
+            return
+        starts = (row * self._columns + columns.start for row, columns in changed)
+        where = np.concatenate(
+            [np.arange(at, at + len(columns)) for at, (_, columns) in zip(starts, changed, strict=True)]
+        )
+        self.num_sent += len(where)
+        places, slots = upload(np.stack([where, self._table.reshape(-1)[where]]), self._there.device)
+        self._there.view(-1)[places] = slots.to(torch.int32)
 
     def _width(self, max_tokens: int) -> int:
         """The most blocks that a query attends to: the sinks', and a window that begins at a block's last token."""
@@ -110,11 +141,6 @@ class DecodePlan:
         return min(blocks, self._num_sink_blocks + -(-(self._window - 1) // self._block_size) + 1)
 
 
-def _pieces(buffer: torch.Tensor, num_rows: int, width: int) -> tuple[torch.Tensor, ...]:
-    """Slots, offsets, runs and tables. Tables come last: a small batch's rows of them end what has to be copied."""
-    return (
-        buffer[:num_rows],
-        buffer[num_rows : 2 * num_rows],
-        buffer[2 * num_rows : 6 * num_rows].view(num_rows, 4),
-        buffer[6 * num_rows :].view(num_rows, width),
-    )
+def _pieces(heads: torch.Tensor, num_rows: int) -> tuple[torch.Tensor, ...]:
+    """Slots, offsets and runs."""
+    return heads[:num_rows], heads[num_rows : 2 * num_rows], heads[2 * num_rows :].view(num_rows, 4)

@@ -9,6 +9,7 @@ import numpy.typing as npt
 import torch
 
 from disagg.kernels.batch import NULL_SLOT, PagedBatch, num_seen
+from disagg.kernels.upload import upload
 from disagg.kernels.workspace import Workspace
 
 Int32 = npt.NDArray[np.int32]
@@ -50,7 +51,7 @@ class DevicePlan:
         if num_queries not in self._tiles:
             tiles = [(run, first) for run, total in self._long for first in range(0, total, num_queries)]
             array = np.array(tiles, np.int32).reshape(-1, 2)
-            self._tiles[num_queries] = torch.from_numpy(array).to(self.table.device)
+            self._tiles[num_queries] = upload(array, self.table.device)
         return self._tiles[num_queries]
 
 
@@ -104,5 +105,5 @@ def _on_device(pieces: list[Int32], device: torch.device) -> list[torch.Tensor]:
     starts = np.cumsum([0, *sizes])
     for start, piece in zip(starts, pieces, strict=False):
         whole[start : start + piece.size] = piece.ravel()
-    there = torch.from_numpy(whole).to(device)
+    there = upload(whole, device)
     return [there[start : start + piece.size].view(piece.shape) for start, piece in zip(starts, pieces, strict=False)]

@@ -85,7 +85,7 @@ def serves(pool: torch.Tensor, dtype: torch.dtype) -> bool:
 class DecodeRows:
     """The decode queries of a step, for every layer of a group.
 
-    `rows` int64 `[n, 5]`: the query's flat index, where its table begins in `tables` (int32, all sequences' on end),
+    `rows` int64 `[n, 5]`: the query's flat index, where its table begins in `tables` (int32, all sequences'),
     the first position of its window, its own, and how many leading positions it attends to beside the window. `cuts`:
     the items (row * num_kv_heads + kv head) of each thread.
     """

@@ -26,6 +26,7 @@ from disagg.kernels import native_attention
 from disagg.kernels.batch import NULL_SLOT, PagedBatch, QueryRun
 from disagg.kernels.qkv import HeadNorms, Rotary
 from disagg.kernels.scales import KVScales, dequantise, quantise, raw
+from disagg.kernels.table_rows import TableRows
 from disagg.kernels.workspace import Workspace
 
 NAME = "torch"
@@ -97,11 +98,13 @@ class Plan:
 
 
 def plan(batch: PagedBatch, pool: torch.Tensor, dtype: torch.dtype, workspace: Workspace) -> Plan:
-    return _Planner(batch, pool, dtype).plan(workspace)
+    group = (pool.data_ptr(), pool.shape, pool.dtype, batch.window, batch.num_sink_tokens)
+    return _Planner(batch, pool, dtype, workspace.table_rows(group)).plan(workspace)
 
 
 def retarget(plan: Plan, batch: PagedBatch, pool: torch.Tensor) -> Plan:
-    return _Planner(batch, pool, pool.dtype).retarget(plan)  # the masks, which are of the queries' dtype, stay
+    # The masks, which are of the queries' dtype, stay; the tables lie beside those of the plan.
+    return _Planner(batch, pool, pool.dtype, TableRows()).retarget(plan)
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,14 +118,15 @@ class _Decodes:
     write_slots: Int64
 
 
-def _decodes(batch: PagedBatch, placed: list[tuple[int, QueryRun]]) -> _Decodes:
-    """All runs at once: a step builds this once per group, for tens of sequences."""
+def _decodes(batch: PagedBatch, placed: list[tuple[int, QueryRun]], kept: TableRows) -> _Decodes:
+    """All runs at once: a step builds this once per group, for tens of sequences. `kept`: their tables so far."""
     at = np.array([at for at, _ in placed], np.int64)
     starts = np.array([run.start for _, run in placed], np.int64)
     lengths = np.array([len(run.table) for _, run in placed], np.int64)
-    tables, own = np.concatenate([run.table for _, run in placed]), starts // batch.block_size
+    own = starts // batch.block_size
     assert (own < lengths).all()
-    offsets = np.cumsum(lengths) - lengths
+    offsets = kept.place([run.table for _, run in placed])
+    tables = kept.entries.reshape(-1)
     write_slots = tables[offsets + own].astype(np.int64)
     assert (write_slots > NULL_SLOT).all(), "a query's own block has no slot"
     return _Decodes(at, starts, offsets, tables, write_slots)
@@ -155,7 +159,7 @@ def _padded(batch: PagedBatch, decodes: _Decodes) -> _Padded:
 
 
 class _Planner:
-    def __init__(self, batch: PagedBatch, pool: torch.Tensor, dtype: torch.dtype) -> None:
+    def __init__(self, batch: PagedBatch, pool: torch.Tensor, dtype: torch.dtype, kept: TableRows) -> None:
         self.batch, self.pool, self.device, self.dtype = batch, pool, pool.device, dtype
         _, _, self.num_kv_heads, self.block_size, head_dim = pool.shape
         assert self.block_size == batch.block_size
@@ -165,7 +169,7 @@ class _Planner:
         placed = [(int(at), run) for at, run in zip(flat, batch.runs, strict=False)]
         decode = [pair for pair in placed if pair[1].num_queries == 1]
         self.long = [pair for pair in placed if pair[1].num_queries > 1]
-        self.decodes = _decodes(batch, decode) if decode else None
+        self.decodes = _decodes(batch, decode, kept) if decode else None
 
     def plan(self, workspace: Workspace) -> Plan:
         is_native = native_attention.serves(self.pool, self.dtype)

@@ -6,7 +6,11 @@ tensor takes ten times as long as into one that was written before.
 
 from __future__ import annotations
 
+from collections.abc import Hashable
+
 import torch
+
+from disagg.kernels.table_rows import TableRows
 
 
 class Workspace:
@@ -14,7 +18,12 @@ class Workspace:
 
     def __init__(self) -> None:
         self._buffers: dict[tuple[str, torch.dtype, torch.device], torch.Tensor] = {}
+        self._table_rows: dict[Hashable, TableRows] = {}
         self._is_frozen = False
+
+    def table_rows(self, group: Hashable) -> TableRows:
+        """Where one layer group's tables lie; good until they are placed anew."""
+        return self._table_rows.setdefault(group, TableRows())
 
     def freeze(self) -> None:
         """From here on buffers stay where they are: captured graphs hold their addresses."""

@@ -187,10 +187,11 @@ def test_tokens_or_positions_that_are_not_copied_are_noticed(
 ) -> None:
     fill = DecodeInputs.fill
 
-    def forgetful(self: DecodeInputs, *args: Any) -> None:
+    def forgetful(self: DecodeInputs, *args: Any) -> list[int]:
         before = self._there[row].clone()
-        fill(self, *args)
+        rows = fill(self, *args)
         self._there[row] = before
+        return rows
 
     monkeypatch.setattr(DecodeInputs, "fill", forgetful)
     equal, count = equal_answers(folder)
@@ -225,9 +226,10 @@ def test_inputs_made_anew_for_each_step_are_noticed(folder: Path, monkeypatch: p
     fill, forward = DecodeInputs.fill, DecodeInputs.forward
     fresh: list[torch.Tensor] = []
 
-    def copying(self: DecodeInputs, *args: Any) -> None:
-        fill(self, *args)
+    def copying(self: DecodeInputs, *args: Any) -> list[int]:
+        rows = fill(self, *args)
         fresh.append(self._there.clone())
+        return rows
 
     def careless(self: DecodeInputs, count: int) -> torch.Tensor:
         static, self._there = self._there, fresh[-1]

@@ -43,6 +43,8 @@ class Chunk:
     """Per group, the blocks of this step that have no slot of their own; empty when there are none."""
     scoring: Scoring | None = None
     """Told the logits of the chunk's first `scoring.num_rows` tokens, some rows at a time."""
+    owner: object = None
+    """Whose chunk it is: a sequence keeps its row of a captured step from one to the next. None: nothing is kept."""
 
     @property
     def end(self) -> int:

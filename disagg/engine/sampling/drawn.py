@@ -24,8 +24,8 @@ def drawn_here(sampled: Sequence[Sampled], device: torch.device) -> Drawn:
     return Drawn(token_ids, lambda: sampled)
 
 
-class Copies:
-    """Copies of tensors on the host, queued behind what computes them; `read` waits for these and for nothing later."""
+class Readback:
+    """Copies of tensors on the host, queued behind what computes them; `read` waits for these and nothing later."""
 
     def __init__(self, tensors: Sequence[torch.Tensor]) -> None:
         self._there = [tensor.to("cpu", non_blocking=True) for tensor in tensors]

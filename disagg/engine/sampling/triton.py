@@ -19,7 +19,7 @@ import torch
 import triton
 import triton.language as tl
 
-from disagg.engine.sampling.drawn import Copies, Drawn
+from disagg.engine.sampling.drawn import Drawn, Readback
 from disagg.engine.sampling.plain import EXCLUDED, HUGE_TEMPERATURE, LARGEST, key_of
 from disagg.engine.sampling.rows import Adjustments, Sampled, SampleRow
 from disagg.kernels.dispatch import CALLS
@@ -160,7 +160,7 @@ def draw(logits: torch.Tensor, rows: Sequence[SampleRow], block: int = BLOCK) ->
         token_ids[at] = _draw(adjusted[at], [rows[i] for i in drawing], block)
     asking = [i for i, row in enumerate(rows) if row.num_logprobs >= 0]
     told = [_logprobs(logits[i], token_ids[i], rows[i].num_logprobs) for i in asking]
-    copies = Copies([token_ids, finite, *chain.from_iterable(told)])
+    copies = Readback([token_ids, finite, *chain.from_iterable(told)])
     return Drawn(token_ids, lambda: _sampled(copies.read(), asking))
 
 

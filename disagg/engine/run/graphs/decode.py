@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Protocol, TypeVar
 
+import numpy as np
 import torch
 
 from disagg.cache.cache import KVCache
@@ -21,6 +22,7 @@ from disagg.engine.run.graphs.inputs import DecodeInputs
 from disagg.engine.run.graphs.use import GraphUse
 from disagg.engine.run.runner import Chunk, StepRunner
 from disagg.kernels.dispatch import CALLS
+from disagg.kernels.upload import upload
 
 log = logging.getLogger(__name__)
 
@@ -109,11 +111,11 @@ class DecodeGraphs:
     @torch.inference_mode()
     def run(self, chunks: Sequence[Chunk], count: int, drawn: torch.Tensor | None = None) -> torch.Tensor:
         """Store KV of all tokens; logits as `Runner.execute` returns them, the caller's to keep."""
-        self._inputs.fill(chunks, count, drawn)
+        rows = np.array(self._inputs.fill(chunks, count, drawn), np.int64)
         self._captured[count].replay()
         CALLS["graph:decode"] += 1
         self.use.num_replays += 1
-        return self._logits[: len(chunks)].clone()
+        return self._logits.index_select(0, upload(rows, self._logits.device))
 
     def _capture(self, count: int) -> None:
         graph = self._maker.new()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from operator import itemgetter
 
 import numpy as np
 import torch
@@ -11,6 +12,7 @@ from disagg.cache.cache import KVCache
 from disagg.engine.model.attention import LayerCall, Step
 from disagg.engine.model.kv_dtype import kernel_scales
 from disagg.engine.model.load import LoadedModel
+from disagg.engine.run.graphs.rows import RowPlaces
 from disagg.engine.run.runner import Chunk, filled_in
 from disagg.kernels.decode_plan import DecodePlan
 from disagg.kernels.workspace import Workspace
@@ -25,6 +27,7 @@ class DecodeInputs:
     def __init__(self, model: LoadedModel, cache: KVCache, *, max_rows: int, max_model_len: int) -> None:
         self.workspace = Workspace()
         self._model, self._cache = model, cache
+        self._places = RowPlaces()
         self._there = torch.zeros(2, max_rows, dtype=torch.int64, device=model.device)
         # A tensor, never a number: Gemma 4 cuts the batch before its KV-sharing layers when it is a number.
         self._last = torch.arange(max_rows, device=model.device)
@@ -67,11 +70,14 @@ class DecodeInputs:
         logits: torch.Tensor = output.logits[0]
         return logits
 
-    def fill(self, chunks: Sequence[Chunk], count: int, drawn: torch.Tensor | None = None) -> None:
-        """One row per chunk of one token; the rows up to `count` are padding, token 0 at position 0."""
+    def fill(self, chunks: Sequence[Chunk], count: int, drawn: torch.Tensor | None = None) -> list[int]:
+        """One row per chunk of one token, returned in their order; others up to `count` are token 0 at position 0."""
+        rows = self._places.place([chunk.owner for chunk in chunks])
+        chunks = [chunk for _, chunk in sorted(zip(rows, chunks, strict=True), key=itemgetter(0))]
         host = np.zeros((2, count), np.int64)
         host[0, : len(chunks)] = [chunk.token_ids[0] for chunk in chunks]
         host[1, : len(chunks)] = positions = [chunk.start for chunk in chunks]
         self._there[:, :count].copy_(filled_in(host, drawn, self._there.device))
         for group, plan in enumerate(self._plans):
             plan.fill([chunk.tables[group] for chunk in chunks], np.array(positions, np.int64), count)
+        return rows
