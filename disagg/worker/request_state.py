@@ -21,6 +21,8 @@ class RequestState:
     is_pinned: bool = False
     soft_dropped: bool = False
     partial_blocks: tuple[UnitName, ...] = ()
+    reserved: tuple[tuple[int, ...], ...] = ()
+    """Per layer group, the slots that its transfer fills."""
 
     @property
     def key(self) -> AttemptKey:
