@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from array import array
 from collections.abc import Coroutine, Sequence
 from contextlib import AsyncExitStack
 from typing import Any, Final
@@ -11,23 +12,23 @@ from typing import Any, Final
 from starlette.requests import Request
 from starlette.types import Receive, Scope, Send
 
-from disagg.api.answer import Answer
-from disagg.api.bodies import Bodies
-from disagg.api.choices import Choice, generate_all
-from disagg.api.edge import request_id_of
-from disagg.api.errors import ApiError, from_generation, no_workers
-from disagg.api.helpers import Helpers
-from disagg.api.params import RequestParams
-from disagg.api.preparation import Prepared
-from disagg.api.sampling import answer_tokens, base_seed, build_sampling
+from disagg.api.answers.answer import Answer
+from disagg.api.answers.choices import Choice, generate_all
+from disagg.api.answers.shapes import shape_for
+from disagg.api.answers.sinks import ClientStalledError, EventSink, Head, Sink, WholeSink
+from disagg.api.helpers.pool import Helpers
+from disagg.api.http.bodies import Bodies
+from disagg.api.http.edge import request_id_of, tenant_of
+from disagg.api.http.errors import ApiError, from_generation, no_workers
+from disagg.api.http.request_timeout import request_timeout_of
+from disagg.api.http.responses import error_response
+from disagg.api.request.params import RequestParams
+from disagg.api.request.preparation import Prepared
+from disagg.api.request.sampling import answer_tokens, base_seed, build_sampling
 from disagg.api.settings import ApiSettings
-from disagg.api.shapes import shape_for
-from disagg.api.sinks import ClientStalledError, EventSink, Head, Sink, WholeSink
-from disagg.api.stops import StopMatcher
-from disagg.api.tokenizer import ModelTokenizer
-from disagg.api.wire import error_response
+from disagg.api.text.stops import StopMatcher
+from disagg.api.text.tokenizer import ModelTokenizer
 from disagg.router.generation import Backend, GenerationError, GenerationRequest
-from disagg.transceiver.wire.messages.values import Sampling
 
 log: Final = logging.getLogger(__name__)
 
@@ -74,7 +75,7 @@ class GenerateEndpoint:
         request_id = request_id_of(scope)
         status, choices = 200, list[Choice]()
         try:
-            choices = await self._choices(prepared, request_id)
+            choices = await self._choices(prepared, request_id, tenant_of(scope), request_timeout_of(scope))
             await self._answer(choices, self._sink(params, request_id, send))
         except ApiError as exc:
             status = exc.status
@@ -84,7 +85,7 @@ class GenerateEndpoint:
         finally:
             log_request(request_id, self._endpoint, params, choices, status)
 
-    async def _choices(self, prepared: Prepared, request_id: str) -> list[Choice]:
+    async def _choices(self, prepared: Prepared, request_id: str, tenant: str, timeout_s: float | None) -> list[Choice]:
         """Choices in order: all of the first prompt, then all of the second."""
         params, max_model_len, choices = prepared.params, self._backend.max_model_len(), list[Choice]()
         if max_model_len is None or not prepared.prompts:
@@ -92,23 +93,23 @@ class GenerateEndpoint:
         seed, is_only = base_seed(params), len(prepared.prompts) * params.n == 1
         for ids, echo in prepared.prompts:
             max_tokens = answer_tokens(params, self._settings.defaults, len(ids), max_model_len)
-            prompt = tuple(ids)
+            prompt = ids if isinstance(ids, array) and ids.typecode == "i" else array("i", ids)
             for i in range(params.n):
                 await asyncio.sleep(0)  # a choice takes up to a millisecond to make: a turn for others between them
                 sampling = build_sampling(
-                    params, self._settings.defaults, max_tokens=max_tokens, seed=seed + i, tenant=self._settings.api_key
+                    params, self._settings.defaults, max_tokens=max_tokens, seed=seed + i, tenant=tenant or None
                 )
                 name = request_id if is_only else f"{request_id}-{len(choices)}"
-                choices.append(self._choice(params, len(choices), name, prompt, sampling, echo))
+                request = GenerationRequest(name, prompt, sampling, params.priority, tenant, timeout_s)
+                choices.append(self._choice(params, len(choices), request, echo))
         return choices
 
-    def _choice(
-        self, params: RequestParams, index: int, name: str, prompt: tuple[int, ...], sampling: Sampling, echo: str
-    ) -> Choice:
+    def _choice(self, params: RequestParams, index: int, request: GenerationRequest, echo: str) -> Choice:
         detokenizer = self._tokenizer.detokenizer(skip_special_tokens=params.skip_special_tokens)
         stops = StopMatcher(params.stop, include=params.include_stop_str_in_output)
-        answer = Answer(detokenizer, stops, sampling, include_stop=params.include_stop_str_in_output)
-        return Choice(index, index // params.n, GenerationRequest(name, prompt, sampling), answer, echo)
+        include_stop, is_empty = params.include_stop_str_in_output, params.answer_limit == 0
+        answer = Answer(detokenizer, stops, request.sampling, include_stop=include_stop, is_empty=is_empty)
+        return Choice(index, index // params.n, request, answer, echo)
 
     def _sink(self, params: RequestParams, request_id: str, send: Send) -> Sink:
         shape = shape_for(params, self._tokenizer)

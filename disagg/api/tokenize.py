@@ -5,10 +5,10 @@ from __future__ import annotations
 from starlette.requests import Request
 from starlette.responses import Response
 
-from disagg.api.bodies import Bodies
-from disagg.api.fields import DETOKENIZE, TOKENIZE
-from disagg.api.helpers import Helpers
-from disagg.api.wire import parts_response
+from disagg.api.helpers.pool import Helpers
+from disagg.api.http.bodies import Bodies
+from disagg.api.http.responses import parts_response
+from disagg.api.request.fields import DETOKENIZE, TOKENIZE
 from disagg.router.generation import Backend
 
 

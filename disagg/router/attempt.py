@@ -23,7 +23,7 @@ until its FINISHED so that losing that worker between the two is still before th
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Protocol
+from typing import cast
 
 from disagg.router.attempt_events import (
     Action,
@@ -36,11 +36,15 @@ from disagg.router.attempt_events import (
     RouterClosing,
     SendOrder,
     TimePassed,
+    TurnedAway,
     WorkerLost,
 )
 from disagg.router.charges import Charges, NothingKnown, WorkerNews, incarnations
 from disagg.router.choose import RETRY_BUSY_S, Placement, Unplaceable
 from disagg.router.generation import GenerationEnd, GenerationRequest, TokenChunk
+from disagg.router.judged import fault_in, plain_chunk, true_status
+from disagg.router.placer import Mint, Placer
+from disagg.router.prompt_scores import ReportedScores
 from disagg.router.record import AttemptRecord, RequestRecord
 from disagg.transceiver.wire.messages.router import (
     YOUNG_TOKENS,
@@ -49,27 +53,18 @@ from disagg.transceiver.wire.messages.router import (
     Finished,
     PeerTarget,
     PrefillLocally,
+    PromptScores,
     RequestFailed,
     Retarget,
-    Tokens,
     TransferFailure,
     TransferReport,
 )
+from disagg.transceiver.wire.messages.tokens import Tokens
+from disagg.transceiver.wire.schema import PackedInts
 
 PREFILL_LOST_GRACE_S = 1.0
 """How long the decode worker has to report the loss of its prefill worker itself, which it sees at the same time as
 the router and with more knowledge (the KV may be verified already). 3 s to the loss + 1 s < the 5 s promised."""
-
-Mint = Callable[[int, str, str, float], bytes]
-"""(epoch, prefill incarnation, decode incarnation, ttl_s) -> ticket"""
-
-
-class Placer(Protocol):
-    """Which workers could serve now; `disagg.router.choose.Fleet` answers."""
-
-    def place(self, max_tokens: int, exclude: frozenset[str] = frozenset()) -> Placement | Unplaceable: ...
-
-    def prefill_for(self, decode: str, exclude: frozenset[str]) -> PeerTarget | None: ...
 
 
 class RoutedRequest:
@@ -102,6 +97,8 @@ class RoutedRequest:
         self._mint = mint
         self._max_attempts = max_attempts
         self._held: Tokens | None = None
+        self._scores = ReportedScores(len(request.prompt), request.sampling.num_prompt_logprobs)
+        self._early: list[Tokens | Finished] = []
         self._num_cached_tokens = 0
         self._retargeted = False
         self._prefill_lost_at: float | None = None
@@ -134,13 +131,10 @@ class RoutedRequest:
         """Nothing is open after the end; before it the current server is; epochs are the attempts counted."""
         assert self.epoch == len(self.record.attempts) <= self._max_attempts
         assert not (self.is_over and self.sides)
-        assert self.is_over or self._waiting or self._has_server
+        placement, sides = self.placement, self.sides
+        assert self.is_over or self._waiting or (placement is not None and placement.server.incarnation in sides)
         assert self.num_tokens <= self.request.sampling.max_tokens
         assert not self._actions
-
-    @property
-    def _has_server(self) -> bool:
-        return self.placement is not None and self.placement.server.incarnation in self.sides
 
     # --- the way in -----------------------------------------------------------------------------------------
 
@@ -161,6 +155,21 @@ class RoutedRequest:
             self._react(event, now)
         return self._take_actions()
 
+    def next_chunk(self, source: str, tokens: Tokens, now: float) -> TokenChunk | None:
+        """What `handle` would emit for the next tokens of an answer that has begun, for a fifth of its cost.
+
+        None, with nothing done, where anything else follows or is wrong: then `handle` decides.
+        """
+        index = self.num_tokens
+        if self.is_over or self._waiting is not None or self.placement is None or not index or now >= self.deadline:
+            return None
+        if tokens.epoch != self.epoch or source != self.placement.server.incarnation:
+            return None
+        chunk = plain_chunk(tokens, index, self.request.sampling.max_tokens)
+        if chunk is not None:
+            self.num_tokens = self.record.num_tokens = index + len(chunk.token_ids)
+        return chunk
+
     def _take_actions(self) -> list[Action]:
         actions, self._actions = self._actions, []
         return actions
@@ -171,6 +180,8 @@ class RoutedRequest:
         match event:
             case ClientGone():
                 self._close("cancelled", now, "the client went away")
+            case TurnedAway(status, message):
+                self._fail(status, message, now)
             case _ if now >= self.deadline:
                 self._fail(504, "the request's deadline passed", now)
             case RouterClosing():
@@ -189,13 +200,17 @@ class RoutedRequest:
 
     def _hear(self, source: str, message: object, now: float) -> None:
         assert self.placement is not None
-        if source == self.placement.server.incarnation:
+        if isinstance(message, PromptScores):
+            self._hear_scores(source, message, now)
+        elif source == self.placement.server.incarnation:
             self._hear_server(message, now)
         elif self.placement.prefill is not None and source == self.placement.prefill.incarnation:
             self._hear_prefill(message, now)
 
     def _hear_server(self, message: object, now: float) -> None:
         match message:
+            case Tokens() | Finished() if not self._scores.is_complete:
+                self._wait_for_scores(message, now)
             case Tokens():
                 self._forward(message, now)
             case Finished():
@@ -216,15 +231,50 @@ class RoutedRequest:
                 self._held = message
             case Finished():
                 self._finish_at_prefill(message, now)
+            case RequestFailed(status=503) if self._early:
+                self._scores_lost(message.message, now)
             case RequestFailed(status=503):
                 self._transfer_failed(message.message, now)
             case RequestFailed():
                 self._fail(true_status(message.status), message.message, now)
 
+    # --- the prompt's scores ----------------------------------------------------------------------------------
+
+    def _hear_scores(self, source: str, message: PromptScores, now: float) -> None:
+        """From the worker that computes the prompt. The first token waits for all of them."""
+        assert self.placement is not None
+        if source != (self.placement.prefill or self.placement.server).incarnation or self.num_tokens:
+            return None
+        if fault := self._scores.add(message.scores):
+            return self._fail(502, f"fault of the worker: {fault}", now)
+        if self._scores.is_complete:
+            early, self._early = self._early, []
+            for word in early:
+                if not self.is_over:
+                    self._hear_server(word, now)
+        return None
+
+    def _wait_for_scores(self, message: Tokens | Finished, now: float) -> None:
+        """What the decode worker says may be here before what the prefill worker said: they come by two ways."""
+        assert self.placement is not None
+        if self.placement.prefill is None:
+            return self._fail(502, "fault of the worker: it answered without the prompt's log-probabilities", now)
+        return self._early.append(message)
+
+    def _scores_lost(self, reason: str, now: float) -> None:
+        """The KV arrived, but the prompt's log-probabilities did not: nothing was sent yet, so all begins anew."""
+        assert self.placement is not None
+        assert self.placement.prefill is not None
+        prefill = self.placement.prefill.incarnation
+        if self._waits_for((prefill,), lambda later: self._scores_lost(reason, later), now):
+            return None
+        self._failed_prefills.add(prefill)
+        return self._give_up(reason, now) if self.epoch >= self._max_attempts else self._begin_anew(reason, now)
+
     # --- tokens ---------------------------------------------------------------------------------------------
 
     def _forward(self, message: Tokens, now: float) -> None:
-        if fault := self._fault_in(message):
+        if fault := fault_in(message, self.num_tokens, self.request):
             return self._fail(502, f"fault of the worker: {fault}", now)
         num_repeated = self.num_tokens - message.index
         token_ids = message.token_ids[num_repeated:]
@@ -233,20 +283,11 @@ class RoutedRequest:
         if self.num_tokens == 0:
             self._num_cached_tokens = message.num_cached_tokens
         num_cached = 0 if self.num_tokens else self._num_cached_tokens
-        self._actions.append(Emit(TokenChunk(self.num_tokens, token_ids, message.logprobs[num_repeated:], num_cached)))
+        scores = () if self.num_tokens else self._scores.parts
+        chunk = TokenChunk(self.num_tokens, token_ids, message.logprobs[num_repeated:], num_cached, scores)
+        self._actions.append(Emit(chunk))
         self.num_tokens += len(token_ids)
         self.record.emitted(self.num_tokens, now)
-        return None
-
-    def _fault_in(self, message: Tokens) -> str | None:
-        if not 0 <= message.index <= self.num_tokens:
-            return f"token {message.index} came where {self.num_tokens} was next"
-        if message.index + len(message.token_ids) > self.request.sampling.max_tokens:
-            return f"more than max_tokens = {self.request.sampling.max_tokens} tokens came"
-        if message.logprobs and len(message.logprobs) != len(message.token_ids):
-            return f"{len(message.token_ids)} tokens came with {len(message.logprobs)} logprobs"
-        if not 0 <= message.num_cached_tokens <= len(self.request.prompt):
-            return f"{message.num_cached_tokens} of {len(self.request.prompt)} prompt tokens were cached"
         return None
 
     def _finish(self, message: Finished, now: float) -> None:
@@ -260,12 +301,15 @@ class RoutedRequest:
     def _finish_at_prefill(self, message: Finished, now: float) -> None:
         """The first token ended the answer. The prefill side is done; the server waits for KV that will not come."""
         assert self.placement is not None
+        if not self._scores.is_complete:
+            return self._fail(502, "fault of the worker: it ended before the prompt's log-probabilities came", now)
         if self._held is not None:
             self._forward(self._held, now)
         if not self.is_over:
             server = self.placement.server.incarnation
             self._cancel(server, "finished")
             self._finish(message, now)
+        return None
 
     # --- deaths and waiting ---------------------------------------------------------------------------------
 
@@ -303,6 +347,8 @@ class RoutedRequest:
             return
         if not self.record.current.has_report_of_server:
             self._transfer_failed("the prefill worker was lost", now)
+        elif not self._scores.is_complete:
+            self._scores_lost("the prefill worker was lost before all log-probabilities of the prompt came", now)
 
     def _server_failed(self, reason: str, now: float) -> None:
         assert self.placement is not None
@@ -403,6 +449,8 @@ class RoutedRequest:
         self.epoch += 1
         self.placement = placement
         self._held = self._prefill_lost_at = None
+        self._early = []
+        self._scores.restart()
         self.record.attempts.append(AttemptRecord(self.epoch, mode, placement, now))
 
     def _ticket(self, placement: Placement, now: float) -> bytes:
@@ -416,11 +464,12 @@ class RoutedRequest:
             epoch=self.epoch,
             request_id=self.request.request_id,
             mode=mode,
-            prompt=self.request.prompt,
+            prompt=cast(PackedInts, self.request.prompt),  # an array is packed as it is
             sampling=self.request.sampling,
             deadline_s=self._remaining_s(now),  # the ticket's ttl_s too: the prefill worker checks it with this value
             peer=peer,
             ticket=ticket,
+            priority=self.request.priority,
         )
 
     def _remaining_s(self, now: float) -> float:
@@ -450,8 +499,3 @@ class RoutedRequest:
         self.is_over, self._waiting = True, None
         self._cancel_all(state)
         self.record.end(state, now, error)
-
-
-def true_status(status: int) -> int:
-    """A worker's status as the client may see it: an error, whatever the worker said."""
-    return status if 400 <= status <= 599 else 500

@@ -18,6 +18,7 @@ from disagg.config.quantities import format_nbytes
 from disagg.config.resources import num_cores
 from disagg.config.settings import Role, WorkerSettings
 from disagg.engine.engine import Engine, EngineConfig
+from disagg.engine.model import cpu_dtype
 from disagg.engine.model.checkpoint import fingerprint, resolve_model
 from disagg.engine.model.load import LoadedModel, check_model_len, load_model
 from disagg.engine.model.packed_linear import pack_linears
@@ -60,9 +61,7 @@ def make_engine(
     progress("allocating KV cache")
     budget = kv_budget(settings, steps)
     max_model_len = _choose_model_len(settings, model, budget)
-    swa_scratch = settings.swa_scratch if role == "prefill" else "off"
-    if swa_scratch != settings.swa_scratch:
-        log.warning("`--swa-scratch`: only prefill workers have scratch slots, this worker's role is `%s`", role)
+    swa_scratch = _swa_scratch(settings, role)
     layout = derive_layout(
         model.layers,
         block_size=settings.block_size,
@@ -92,9 +91,11 @@ def make_engine(
         vocab_size=model.vocab_size,
         prefix_recheck_s=settings.prefix_recheck_s if settings.device == "cpu" else None,  # hashed where memory is ours
         swa_scratch=swa_scratch,
+        steps_ahead=_steps_ahead(settings, model),
     )
     identity = _identity(model, model_fingerprint, max_model_len, keys)
-    ready = _ready(settings, role, layout, num_slots, max_model_len) | {"step_memory": steps.total}
+    ready = _ready(settings, role, layout, num_slots, max_model_len)
+    ready |= {"dtype": model.dtype, "step_memory": steps.total}
     if settings.enable_prefix_caching:
         ready |= _reuse(size, layout, num_slots, budget)
     runner, graphs = make_runner(settings, role, model, cache, max_model_len, progress, steps)
@@ -105,6 +106,13 @@ def make_engine(
         warm_up(runner, cache, max_model_len)
     engine = Engine(runner, cache, config, graphs)
     return EngineParts(role, settings, identity, layout, cache, engine, ready, lambda: int(model.saturated))
+
+
+def _swa_scratch(settings: WorkerSettings, role: Role) -> str:
+    if settings.swa_scratch != "off" and role != "prefill":
+        log.warning("`--swa-scratch`: only prefill workers have scratch slots, this worker's role is `%s`", role)
+        return "off"
+    return settings.swa_scratch
 
 
 def _identity(model: LoadedModel, model_fingerprint: str, max_model_len: int, keys: ClusterKeys) -> Identity:
@@ -131,6 +139,14 @@ class Filling:
         self._progress(f"allocating KV cache: {done} of {total}")
 
 
+def _steps_ahead(settings: WorkerSettings, model: LoadedModel) -> int:
+    """Where the host itself computes the steps, there is nothing to overlap."""
+    if settings.overlap_steps and model.device.type != "cuda":
+        log.warning("`--overlap-steps`: this worker's host computes its steps, one after another")
+        return 0
+    return int(settings.overlap_steps)
+
+
 def _load(settings: WorkerSettings, folder: Path) -> LoadedModel:
     model = load_model(
         folder,
@@ -138,10 +154,23 @@ def _load(settings: WorkerSettings, folder: Path) -> LoadedModel:
         device=settings.device,
         kv_cache_dtype=settings.kv_cache_dtype,
         kv_scales=settings.kv_scales,
+        prefer=_prefer(settings) if torch.device(settings.device).type == "cpu" else None,
     )
     if model.device.type == "cpu" and not settings.torch_compile:  # a compiler has its own order of weights
         log.info("packed the weights of %d linear layers", pack_linears(model.module))
     return model
+
+
+def _prefer(settings: WorkerSettings) -> Callable[[str, int], str]:
+    """What a CPU worker computes in without `--dtype`, and says that it does."""
+    prefer = cpu_dtype.preferred_dtype(cpu_dtype.this_processor(), cpu_dtype.share_of_memory(settings.memory_share))
+
+    def chosen(checkpoint: str, num_parameters: int) -> str:
+        dtype = prefer(checkpoint, num_parameters)
+        cpu_dtype.say_choice(checkpoint, dtype)
+        return dtype
+
+    return chosen
 
 
 def make_runner(

@@ -94,6 +94,7 @@ def _engine_samples(stats: EngineStats) -> Iterator[MetricSample]:
         ("disagg_tokens_generated_total", stats.tokens_generated),
         ("disagg_engine_steps_total", stats.steps),
         ("disagg_preemptions_total", stats.num_preemptions),
+        ("disagg_pieces_dropped_total", stats.num_dropped),
         ("disagg_graph_replays_total", stats.graphs.num_replays),
     ):
         yield MetricSample(name, "counter", (), value)

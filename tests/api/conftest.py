@@ -11,7 +11,7 @@ from support.cluster.openai_client import Api, served, stock_client
 from support.model.small_tokenizers import DEMO_FOLDER
 
 from disagg.api.settings import ApiSettings
-from disagg.api.tokenizer import ModelTokenizer
+from disagg.api.text.tokenizer import ModelTokenizer
 from disagg.engine.model.checkpoint import GenerationDefaults
 
 DEFAULTS = GenerationDefaults(

@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 from support.cluster.fake_backend import answer
 from support.model.small_tokenizers import DEMO_FOLDER
 
-from disagg.api.answer import Answer, Finish
-from disagg.api.stops import StopMatcher
-from disagg.api.tokenizer import ModelTokenizer
+from disagg.api.answers.answer import Answer, Finish
+from disagg.api.text.stops import StopMatcher
+from disagg.api.text.tokenizer import ModelTokenizer
 from disagg.router.generation import GenerationEnd, TokenChunk
 from disagg.transceiver.wire.messages.values import Sampling
 

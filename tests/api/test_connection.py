@@ -15,11 +15,11 @@ import pytest
 from support.cluster.fake_backend import FakeBackend
 from support.model.small_tokenizers import DEMO_FOLDER
 
-from disagg.api import connection
 from disagg.api.app import open_app
-from disagg.api.connections import Connections
-from disagg.api.h11_connection import MAX_EVENTS, MAX_HEAD_LINES
-from disagg.api.server import Listener, serve
+from disagg.api.http import connection
+from disagg.api.http.connections import Connections
+from disagg.api.http.h11_connection import MAX_EVENTS, MAX_HEAD_LINES
+from disagg.api.http.server import Listener, serve
 from disagg.api.settings import ApiSettings
 
 pytestmark = pytest.mark.anyio
@@ -100,7 +100,7 @@ async def running(bound: int = 100, **settings: Any) -> AsyncIterator[Server]:
 
 @pytest.fixture
 async def server() -> AsyncIterator[Server]:
-    async with running(api_key="key") as server:
+    async with running(api_keys={"key": "t"}) as server:
         yield server
 
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from disagg.api.connections import Activity, Connections, connections_within
+from disagg.api.http.connections import Activity, Connections, connections_within
 
 
 class Client:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from disagg.api.request_checks import Messages
-from disagg.api.template import ChatTemplate
+from disagg.api.request.request_checks import Messages
+from disagg.api.text.template import ChatTemplate
 
 PARTS = [{"type": "text", "text": "hello"}]
 LOOP = "{% for p in CONTENT %}{% if p.type == 'text' %}{{ p.text }}{% endif %}{% endfor %}"

@@ -20,8 +20,8 @@ resource.setrlimit(resource.RLIMIT_NOFILE, (int(sys.argv[1]), int(sys.argv[2])))
 from support.cluster.fake_backend import FakeBackend
 from support.model.small_tokenizers import DEMO_FOLDER
 from disagg.api.app import open_app
-from disagg.api.connections import Connections, connections_within
-from disagg.api.server import serve
+from disagg.api.http.connections import Connections, connections_within
+from disagg.api.http.server import serve
 from disagg.api.settings import ApiSettings
 from disagg.config.descriptors import raise_descriptor_limit
 

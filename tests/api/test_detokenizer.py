@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.model.small_tokenizers import byte_fallback, byte_level, metaspace
 
-from disagg.api.detokenizer import MAX_WINDOW
-from disagg.api.tokenizer import ModelTokenizer
+from disagg.api.text.detokenizer import MAX_WINDOW
+from disagg.api.text.tokenizer import ModelTokenizer
 
 KINDS = {"byte_level": byte_level, "byte_fallback": byte_fallback, "metaspace": metaspace}
 

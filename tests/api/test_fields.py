@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 from support.cluster.fake_backend import FakeBackend, answer
 from support.cluster.openai_client import Api, Reply
 
-from disagg.api.errors import ApiError
-from disagg.api.field_docs import render
-from disagg.api.fields import (
+from disagg.api.http.errors import ApiError
+from disagg.api.request.field_docs import render
+from disagg.api.request.fields import (
     BY_ENDPOINT,
     CHAT,
     COMPLETIONS,
@@ -29,8 +29,8 @@ from disagg.api.fields import (
     Field,
     parse_params,
 )
-from disagg.api.params import RequestParams
-from disagg.api.sampling import prefix_salt
+from disagg.api.request.params import RequestParams
+from disagg.api.request.sampling import prefix_salt
 
 pytestmark = pytest.mark.anyio
 
@@ -57,6 +57,10 @@ def first_choice(name: str) -> Look:
 
 def prompt(backend: FakeBackend, reply: Reply) -> Any:
     return backend.requests[-1].prompt
+
+
+def priority(backend: FakeBackend, reply: Reply) -> Any:
+    return backend.requests[-1].priority
 
 
 def text(backend: FakeBackend, reply: Reply) -> Any:
@@ -107,6 +111,7 @@ EFFECTS: dict[str, tuple[Any, Look, dict[str, Any]]] = {
     "include_stop_str_in_output": (True, text, {"stop": ["lo"]}),
     "stop_token_ids": ([40], sampling("stop_token_ids"), {}),
     "ignore_eos": (True, sampling("ignore_eos"), {}),
+    "priority": (-3, priority, {}),
     "cache_salt": ("mine", sampling("cache_salt"), {}),
     "skip_special_tokens": (False, text, {}),
     "top_logprobs": (2, num_top, {"logprobs": True}),
@@ -115,6 +120,7 @@ EFFECTS: dict[str, tuple[Any, Look, dict[str, Any]]] = {
     "stream": (True, media_type, {}),
     "stream_options": ({"include_usage": True}, num_events, {"stream": True}),
     "echo": (True, text, {}),
+    "prompt_logprobs": (1, sampling("num_prompt_logprobs"), {}),
     "add_generation_prompt": (False, prompt, {}),
     "chat_template_kwargs": ({"bos_token": "other"}, prompt, {}),
     "prompt": ("Another", prompt, {}),
@@ -187,8 +193,9 @@ async def test_a_value_of_another_type_is_refused_by_name(api: Api, field: Field
 
 
 WRONG = [
-    ({"max_tokens": -1}, "max_tokens", "an integer, 1 or more, got -1"),
-    ({"max_tokens": 0}, "max_tokens", "got 0"),
+    ({"max_tokens": -1}, "max_tokens", "or more, got -1"),
+    ({"prompt_logprobs": 21}, "prompt_logprobs", "from 0 to 20"),
+    ({"prompt_logprobs": 0, "stream": True}, "prompt_logprobs", "leave `stream` out"),
     ({"max_tokens": 5.0}, "max_tokens", "got 5.0"),
     ({"max_tokens": True}, "max_tokens", "got true"),
     ({"max_tokens": "5"}, "max_tokens", "got '5'"),
@@ -237,11 +244,12 @@ WRONG_COMPLETIONS = [
     ({"best_of": 2}, "best_of", "differs from `n`"),
     ({"logprobs": 21}, "logprobs", "from 0 to 20"),
     ({"logprobs": True}, "logprobs", "got true"),
-    ({"echo": True, "logprobs": 1}, "echo", "not supported"),
+    ({"max_tokens": 0}, "max_tokens", "or `echo`"),
     ({"prompt": ["a"] * 65, "n": 2}, "n", "130 choices"),
     ({"prompt": ["a"] * 129}, "prompt", "129 choices"),
 ]
 WRONG_CHAT = [
+    ({"max_tokens": 0}, "max_tokens", "1 or more, got 0"),
     ({"messages": []}, "messages", "at least one message"),
     ({"messages": None}, "messages", "required"),
     ({"messages": ["hi"]}, "messages[0]", "a message"),
@@ -388,7 +396,7 @@ def test_every_field_of_the_stock_client_is_in_the_table() -> None:
 
 
 def test_the_page_of_fields_is_fresh() -> None:
-    assert PAGE.read_text() == render(), "run: python -m disagg.api.field_docs > docs/request-fields.md"
+    assert PAGE.read_text() == render(), "run: python -m disagg.api.request.field_docs > docs/request-fields.md"
 
 
 JSON = st.recursive(

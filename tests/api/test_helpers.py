@@ -19,14 +19,15 @@ from support.cluster.fake_backend import FakeBackend
 from support.cluster.openai_client import served
 from support.model.small_tokenizers import DEMO_FOLDER
 
-from disagg.api import bodies, helpers
-from disagg.api.errors import ApiError
-from disagg.api.fields import CHAT, COMPLETIONS, DETOKENIZE, TOKENIZE
-from disagg.api.helper_frames import JOB, frame, pack, pack_error, pack_prepared, unpack_error, unpack_prepared
-from disagg.api.helpers import INLINE_NBYTES, Helpers
-from disagg.api.preparation import Preparer
+from disagg.api.helpers import pool as helpers
+from disagg.api.helpers.frames import JOB, frame, pack, pack_error, pack_prepared, unpack_error, unpack_prepared
+from disagg.api.helpers.pool import INLINE_NBYTES, Helpers
+from disagg.api.http import bodies
+from disagg.api.http.errors import ApiError
+from disagg.api.request.fields import CHAT, COMPLETIONS, DETOKENIZE, TOKENIZE
+from disagg.api.request.preparation import Preparer
 from disagg.api.settings import ApiSettings
-from disagg.api.tokenizer import ModelTokenizer
+from disagg.api.text.tokenizer import ModelTokenizer
 
 pytestmark = pytest.mark.anyio
 
@@ -232,7 +233,7 @@ async def test_a_long_prompt_comes_back_whole(tokenizer: ModelTokenizer) -> None
         whole = await api.post(COMPLETIONS, ask)
         assert whole.json["choices"][0]["prompt_token_ids"] == ids
         assert whole.json["choices"][0]["text"].startswith(tokenizer.decode(ids))
-        assert api.backend.requests[0].prompt == tuple(ids)
+        assert list(api.backend.requests[0].prompt) == ids
         events = (await api.post(COMPLETIONS, {**ask, "stream": True})).events
         assert events[0]["choices"][0]["prompt_token_ids"] == ids
         assert events[-1] == "[DONE]"
@@ -241,7 +242,7 @@ async def test_a_long_prompt_comes_back_whole(tokenizer: ModelTokenizer) -> None
 async def test_a_helper_ends_with_its_parent() -> None:
     """However the parent ends, the pipe is closed."""
     process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-P", "-m", "disagg.api.helper"),
+        *(sys.executable, "-P", "-m", "disagg.api.helpers.process"),
         stdin=asyncio.subprocess.PIPE,
         stdout=asyncio.subprocess.PIPE,
     )
@@ -250,6 +251,7 @@ async def test_a_helper_ends_with_its_parent() -> None:
 
 
 def test_a_helper_loads_neither_torch_nor_the_server() -> None:
-    script = "import sys, disagg.api.helper; print(*{'torch', 'numpy', 'uvicorn', 'starlette'} & sys.modules.keys())"
+    unwanted = {"torch", "numpy", "uvicorn", "starlette"}
+    script = f"import sys, disagg.api.helpers.process; print(*{unwanted} & sys.modules.keys())"
     run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert run.stdout.split() == []

@@ -5,8 +5,8 @@ import sys
 
 SCRIPT = """
 import sys
-import disagg.api.app, disagg.api.server
-from disagg.api.tokenizer import ModelTokenizer
+import disagg.api.app, disagg.api.http.server
+from disagg.api.text.tokenizer import ModelTokenizer
 from disagg.config.demo import demo_model_folder
 ModelTokenizer.load(demo_model_folder())
 print(*sorted({'torch', 'transformers', 'numpy'} & sys.modules.keys()))

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from disagg.api.json_pieces import BLOCK_NBYTES, CHARS, Encoded, blocks, encode_json, json_pieces
+from disagg.api.http.json_pieces import BLOCK_NBYTES, CHARS, Encoded, blocks, encode_json, json_pieces
 
 LEAVES = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text()
 VALUES = st.recursive(LEAVES, lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner), max_leaves=20)

@@ -9,7 +9,7 @@ import pytest
 from support.cluster.fake_backend import answer
 from support.cluster.openai_client import Api
 
-from disagg.api.tokenizer import ModelTokenizer
+from disagg.api.text.tokenizer import ModelTokenizer
 from disagg.router.generation import GenerationError, TokenChunk
 
 pytestmark = pytest.mark.anyio

@@ -8,8 +8,8 @@ import aiohttp
 import pytest
 from starlette.types import Receive, Scope, Send
 
-from disagg.api.edge import Edge
-from disagg.api.server import serve
+from disagg.api.http.edge import Edge
+from disagg.api.http.server import serve
 
 pytestmark = pytest.mark.anyio
 

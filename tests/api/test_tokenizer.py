@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 from support.model.small_tokenizers import DEMO_FOLDER, add_bos, byte_fallback, byte_level, write_folder
 
-from disagg.api.template import ChatTemplate, TemplateError
-from disagg.api.tokenizer import ModelTokenizer
+from disagg.api.text.template import ChatTemplate, TemplateError
+from disagg.api.text.tokenizer import ModelTokenizer
 from disagg.engine.model.weights import ModelRefused
 
 BOS = 2  # of the byte-level tokenizer

@@ -12,9 +12,9 @@ import pytest
 from support.model.checkpoints import edit_json
 from support.model.small_tokenizers import DEMO_FOLDER
 
-from disagg.api.sampling import check_defaults
-from disagg.api.template import find_template
-from disagg.api.tokenizer import ModelTokenizer
+from disagg.api.request.sampling import check_defaults
+from disagg.api.text.template import find_template
+from disagg.api.text.tokenizer import ModelTokenizer
 from disagg.cli.main import main
 from disagg.engine.model.checkpoint import fingerprint, generation_defaults, resolve_model
 from disagg.engine.model.load import read_skeleton

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from support.oracles.sampling_oracle import choose
 from support.oracles.sampling_rows import implementations, inputs, logits, widest
 
-from disagg.api.fields import parse_params
+from disagg.api.request.fields import parse_params
 from disagg.engine import philox
 from disagg.engine.sampler import sample
 from disagg.engine.sampling import native, plain

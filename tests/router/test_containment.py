@@ -14,7 +14,7 @@ import pytest
 from support.cluster.fake_worker import FakeWorker
 from support.cluster.router_harness import GEOMETRY, make_request
 from support.event_loop import in_event_loop, within
-from support.links.extreme_messages import extremes_of
+from support.links.extremes import messages
 from support.links.sample_messages import SAMPLES
 
 from disagg.router.generation import GenerationEnd, GenerationError, GenerationRequest
@@ -22,10 +22,11 @@ from disagg.router.router import Router
 from disagg.transceiver.layout.compatibility import geometry_difference
 from disagg.transceiver.wire.keys import ClusterKeys
 from disagg.transceiver.wire.messages import router as r
+from disagg.transceiver.wire.messages.tokens import Tokens
 
 KEYS = ClusterKeys.published()
 BATCH = 25
-ANSWERS = (r.Tokens, r.Finished, r.RequestFailed, r.TransferFailure, r.TransferReport)
+ANSWERS = (Tokens, r.Finished, r.RequestFailed, r.TransferFailure, r.TransferReport)
 
 
 @contextlib.asynccontextmanager
@@ -60,7 +61,7 @@ async def until_heard(router: Router, worker: FakeWorker) -> None:
 
 
 def batches() -> list[list[tuple[str, bytes]]]:
-    every = [one for message in SAMPLES for one in extremes_of(message)]
+    every = [one for message in SAMPLES for one in messages(message)]
     return [every[first : first + BATCH] for first in range(0, len(every), BATCH)]
 
 
@@ -98,7 +99,7 @@ async def test_no_answer_with_any_field_at_its_extremes_ends_the_router() -> Non
             answer = asyncio.create_task(collect(router, make_request(max_tokens=64, num_prompt_tokens=40)))
             dispatch = await within(worker.expect_after_others(r.Dispatch))
             message = replace(sample, transfer_id=dispatch.transfer_id, epoch=dispatch.epoch)
-            for _, data in extremes_of(message):
+            for _, data in messages(message):
                 if answer.done():
                     with contextlib.suppress(GenerationError):
                         answer.result()
@@ -124,7 +125,7 @@ async def test_a_message_that_raises_costs_its_connection_is_logged_once_by_name
         async with FakeWorker.open(router.endpoint, KEYS, "d0", "decode") as evil:
             monkeypatch.setattr(router, "answered", fail)
             for _ in range(3):
-                await evil.say(r.Tokens("t", 1, 0, (1,)))
+                await evil.say(Tokens("t", 1, 0, (1,)))
             async with asyncio.timeout(5):
                 while not evil.num_refusals:  # noqa: ASYNC110
                     await asyncio.sleep(0.002)
@@ -132,7 +133,7 @@ async def test_a_message_that_raises_costs_its_connection_is_logged_once_by_name
         assert b"disagg_peer_faults_total 1.0" in router.metrics()
         told = [record for record in caplog.records if record.levelno == logging.ERROR]
         assert len(told) == 1
-        assert "a Tokens of worker `d0` cannot be taken" in told[0].getMessage()
+        assert "a StepTokens of worker `d0` cannot be taken" in told[0].getMessage()
 
 
 @pytest.mark.parametrize(

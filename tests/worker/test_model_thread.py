@@ -1,4 +1,4 @@
-"""The model thread: commands before steps, one batch of replies per step, sleep without work, death reported once."""
+"""The model thread: commands before steps, events told when they are made, sleep without work, death reported once."""
 
 from __future__ import annotations
 
@@ -81,8 +81,29 @@ def test_all_waiting_commands_are_handled_before_the_next_step() -> None:
     engine = ScriptedEngine()
     batches, deaths = asyncio.run(_drive(engine, 4, [release(1), release(2), release(3)]))
     assert engine.calls == ["handle 1", "handle 2", "handle 3", "step"]
-    assert [len(batch) for batch in batches] == [4], "one batch per turn"
+    assert [len(batch) for batch in batches] == [1, 1, 1, 1], "each command's events, then those of the step"
     assert not deaths
+
+
+def test_what_a_command_brought_about_is_told_while_the_step_behind_it_computes() -> None:
+    class SlowEngine(ScriptedEngine):
+        was_told = threading.Event()
+
+        def step(self) -> list[EngineEvent]:
+            self._note("told" if self.was_told.wait(timeout=5) else "not told")
+            return super().step()
+
+    async def scenario() -> None:
+        engine = SlowEngine()
+        loop = asyncio.get_running_loop()
+        thread = ModelThread(engine, loop, lambda events: engine.was_told.set(), lambda death: None)
+        thread.submit(release(1))
+        thread.start()
+        await asyncio.to_thread(engine.wait_for_calls, 3)
+        await thread.close()
+        assert engine.calls == ["handle 1", "told", "step"]
+
+    asyncio.run(scenario())
 
 
 def test_a_thread_with_work_goes_on_stepping_without_commands() -> None:

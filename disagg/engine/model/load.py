@@ -6,6 +6,7 @@ import json
 import logging
 import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from hashlib import blake2b
 from pathlib import Path
@@ -24,6 +25,7 @@ from disagg.engine.model.architecture import (
     needs_dequantising,
     rope_by_layer_type,
 )
+from disagg.engine.model.deferred_compiler import compiler_deferred
 from disagg.engine.model.fused_qkv import fuse
 from disagg.engine.model.kv_dtype import (
     NO_SCALES,
@@ -112,6 +114,7 @@ class LoadedModel:
     saturated: torch.Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.int64))
 
 
+@compiler_deferred()  # torch's own functions for shapes without data name it too
 def read_skeleton(folder: Path) -> Skeleton:
     """The model's structure from its configuration, built on the meta device. Raises ModelRefused."""
     raw = read_config(folder)
@@ -182,6 +185,7 @@ def _weights_dtype(folder: Path) -> str:
     return nbytes.most_common(1)[0][0] if nbytes else "float32"
 
 
+@compiler_deferred()
 def load_model(
     folder: Path,
     *,
@@ -189,15 +193,19 @@ def load_model(
     device: str = "cpu",
     kv_cache_dtype: str = "auto",
     kv_scales: Path | None = None,
+    prefer: Callable[[str, int], str] | None = None,
 ) -> LoadedModel:
     """Build the model and read its weights. Raises ModelRefused: unsupported, damaged, or too large for the memory.
 
+    `prefer`: with `dtype` auto, what to compute in, from the checkpoint's type and number of parameters.
     `kv_cache_dtype` as the flag names it; `kv_scales` is a file to read in place of the checkpoint's scales.
     The memory is compared before any weight is read; progress goes to the log.
     """
     skeleton = read_skeleton(folder)
     read_tensors(folder)  # whole files, or a sentence, before minutes are spent on them
     dtype_name = resolve_dtype(folder, skeleton, dtype)
+    if dtype == "auto" and prefer is not None:
+        dtype_name = prefer(dtype_name, skeleton.num_parameters)
     torch_dtype: torch.dtype = getattr(torch, dtype_name)
     kv_dtype = resolve_kv_dtype(kv_cache_dtype, dtype_name)
     check_kv_dtype(kv_dtype, torch.device(device))

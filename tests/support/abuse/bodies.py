@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 import aiohttp
 
-from disagg.api.fields import CHAT, COMPLETIONS, DETOKENIZE, TOKENIZE
+from disagg.api.request.fields import CHAT, COMPLETIONS, DETOKENIZE, TOKENIZE
 
 NUM_BYTES = 8 * 1024 * 1024  # the API's own cap
 MAX_ANSWER_S = 120.0  # sixteen of them, one after the other on one core

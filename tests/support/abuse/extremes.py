@@ -7,10 +7,10 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
-from disagg.api.checks import Boolean, Check, Exactly, Integer, Number, Text
-from disagg.api.errors import ApiError
-from disagg.api.fields import BY_ENDPOINT, Field
-from disagg.api.request_checks import LogitBias, Messages, Prompts, Stops, StreamOptions, TemplateArguments
+from disagg.api.http.errors import ApiError
+from disagg.api.request.checks import Boolean, Check, Exactly, Integer, Number, Text
+from disagg.api.request.fields import BY_ENDPOINT, Field
+from disagg.api.request.request_checks import LogitBias, Messages, Prompts, Stops, StreamOptions, TemplateArguments
 
 VOCAB_SIZE = 2048  # of the bundled model
 MANY = 4096  # of what has no bound of its own; the largest bodies have a test of their own

@@ -15,7 +15,7 @@ import aiohttp
 from support.abuse.extremes import extremes, honoured
 from support.abuse.pair import MAX_MODEL_LEN
 
-from disagg.api.fields import CHAT, COMPLETIONS, DETOKENIZE, GENERATE, TOKENIZE
+from disagg.api.request.fields import CHAT, COMPLETIONS, DETOKENIZE, GENERATE, TOKENIZE
 
 Body = dict[str, Any]
 REQUIRED: dict[str, Body] = {
@@ -52,10 +52,6 @@ class Tally:
     statuses: Counter[str] = field(default_factory=Counter)
     wrong: list[str] = field(default_factory=list)
     late: list[str] = field(default_factory=list)
-
-    @property
-    def num_accepted(self) -> int:
-        return self.statuses["200"]
 
 
 def every_extreme() -> Iterator[Shot]:

@@ -20,8 +20,8 @@ from disagg.transceiver.wire.messages.router import (
     Peers,
     Register,
     Registered,
-    Tokens,
 )
+from disagg.transceiver.wire.messages.tokens import StepTokens, TokenCredit, Tokens
 from disagg.transceiver.wire.messages.values import MetricSample
 from disagg.transceiver.wire.timing import HEARTBEAT_S
 
@@ -87,7 +87,8 @@ class FakeWorker:
         return self._orders.empty()
 
     async def say(self, message: Any) -> None:
-        await self._client.send(message)
+        """A message; `Tokens` as the only row of one."""
+        await self._client.send(StepTokens.of([message]) if isinstance(message, Tokens) else message)
 
     async def answer(self, dispatch: Dispatch, *token_ids: int, reason: str = "length") -> None:
         """Emit all tokens one by one, then the end."""
@@ -140,7 +141,7 @@ class FakeWorker:
     async def _read(self) -> None:
         while True:
             match message := await self._client.recv():
-                case Lease():
+                case Lease() | TokenCredit():
                     pass
                 case Refused():
                     self.num_refusals += 1

@@ -13,7 +13,7 @@ import openai
 from support.cluster.fake_backend import FakeBackend
 
 from disagg.api.app import open_app
-from disagg.api.server import serve
+from disagg.api.http.server import serve
 from disagg.api.settings import ApiSettings
 
 

@@ -107,9 +107,9 @@ class DecodeGraphs:
         return next((count for count in self.buckets if count >= len(chunks) and count in self._captured), None)
 
     @torch.inference_mode()
-    def run(self, chunks: Sequence[Chunk], count: int) -> torch.Tensor:
+    def run(self, chunks: Sequence[Chunk], count: int, drawn: torch.Tensor | None = None) -> torch.Tensor:
         """Store KV of all tokens; logits as `Runner.execute` returns them, the caller's to keep."""
-        self._inputs.fill(chunks, count)
+        self._inputs.fill(chunks, count, drawn)
         self._captured[count].replay()
         CALLS["graph:decode"] += 1
         self.use.num_replays += 1
@@ -134,7 +134,7 @@ class GraphRunner:
     def __init__(self, eager: StepRunner, graphs: DecodeGraphs) -> None:
         self._eager, self._graphs = eager, graphs
 
-    def execute(self, chunks: Sequence[Chunk]) -> torch.Tensor:
+    def execute(self, chunks: Sequence[Chunk], drawn: torch.Tensor | None = None) -> torch.Tensor:
         """As `Runner.execute`."""
         count = self._graphs.bucket(chunks)
-        return self._eager.execute(chunks) if count is None else self._graphs.run(chunks, count)
+        return self._eager.execute(chunks, drawn) if count is None else self._graphs.run(chunks, count, drawn)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Final
 
+from disagg.transceiver.wire.messages.prompt_logprobs import PromptLogprobs
 from disagg.transceiver.wire.messages.ranges import (
     MAX_ADDRESS_CHARS,
     MAX_GROUPS,
@@ -27,6 +28,7 @@ from disagg.transceiver.wire.messages.ranges import (
     check_size,
     check_transfers,
 )
+from disagg.transceiver.wire.messages.tokens import TOKENS_WINDOW, StepTokens, TokenCredit
 from disagg.transceiver.wire.messages.values import (
     Geometry,
     GroupBytes,
@@ -34,7 +36,6 @@ from disagg.transceiver.wire.messages.values import (
     MetricSample,
     Sampling,
     StageTimes,
-    TokenLogprobs,
     UnitName,
 )
 from disagg.transceiver.wire.schema import PackedInts
@@ -77,16 +78,21 @@ class Register:
 
 @dataclass(frozen=True, slots=True)
 class Registered:
-    """The router accepts; from here the lease runs. `pulse_port`: where it hears pulses, on its host; 0 = nowhere."""
+    """The router accepts; from here the lease runs. `pulse_port`: where it hears pulses, on its host; 0 = nowhere.
+
+    `credit`: the first limit of STEP_TOKENS messages; each CREDIT raises it.
+    """
 
     router_incarnation: str
     incarnation: str
     pulse_port: int = 0
+    credit: int = TOKENS_WINDOW
 
     def __post_init__(self) -> None:
         check_id("router_incarnation", self.router_incarnation)
         check_id("incarnation", self.incarnation)
         check_int("pulse_port", self.pulse_port, 0, MAX_PORT)
+        check_int("credit", self.credit, 0, MAX_INT64)
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,31 +181,34 @@ class Pulse:
 
 @dataclass(frozen=True, slots=True)
 class Lease:
-    """Both ways, every 0.5 s. A worker's carries its figures and live requests, the router's only its incarnation."""
+    """Both ways, every 0.5 s. A worker's carries its figures and live requests, the router's only its incarnation.
+
+    `metrics` and `links` None: as in the last lease that had them. They are most of it, and seldom change.
+    """
 
     incarnation: str
     router_incarnation: str
     state: str = READY
-    metrics: Annotated[tuple[MetricSample, ...], MAX_ITEMS] = ()
+    metrics: Annotated[tuple[MetricSample, ...], MAX_ITEMS] | None = None
     requests: Annotated[tuple[tuple[str, int], ...], MAX_ITEMS] = ()
     num_running: int = 0
     num_queued: int = 0
     blocks_used: Annotated[tuple[int, ...], MAX_GROUPS] = ()
     blocks_free: Annotated[tuple[int, ...], MAX_GROUPS] = ()
-    links: Annotated[tuple[LinkStatus, ...], MAX_ITEMS] = ()
+    links: Annotated[tuple[LinkStatus, ...], MAX_ITEMS] | None = None
 
     def __post_init__(self) -> None:
         check_id("incarnation", self.incarnation)
         check_size("router_incarnation", self.router_incarnation, MAX_NAME_CHARS)
         check_size("state", self.state, MAX_NAME_CHARS)
-        check_size("metrics", self.metrics, MAX_ITEMS)
+        check_size("metrics", self.metrics or (), MAX_ITEMS)
         check_transfers("requests", self.requests)
         check_int("num_running", self.num_running, 0, MAX_INT32)
         check_int("num_queued", self.num_queued, 0, MAX_INT32)
         for name in ("blocks_used", "blocks_free"):
             check_size(name, getattr(self, name), MAX_GROUPS)
             check_ints(name, getattr(self, name), 0, MAX_INT32)
-        check_size("links", self.links, MAX_ITEMS)
+        check_size("links", self.links or (), MAX_ITEMS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,7 +219,8 @@ class Dispatch:
     - `prefill`: compute the prompt and hand its KV to `peer`;
     - `decode`: receive the KV from `peer`, then emit tokens.
 
-    `deadline_s` is a duration counted from receipt, so that no two clocks are compared.
+    `deadline_s` is a duration counted from receipt, so that no two clocks are compared. Requests of lower `priority`
+    are admitted first.
     """
 
     transfer_id: str
@@ -222,9 +232,11 @@ class Dispatch:
     deadline_s: float
     peer: PeerTarget | None = None
     ticket: bytes = b""
+    priority: int = 0
 
     def __post_init__(self) -> None:
         check_attempt(self.transfer_id, self.epoch)
+        check_int("priority", self.priority, -MAX_INT32 - 1, MAX_INT32)
         check_size("request_id", self.request_id, MAX_ADDRESS_CHARS)
         check_one_of("mode", self.mode, MODES)
         check_size("ticket", self.ticket, MAX_SECRET_NBYTES)
@@ -233,24 +245,18 @@ class Dispatch:
 
 
 @dataclass(frozen=True, slots=True)
-class Tokens:
-    """Generated tokens, the first at `index` (0 = the first token of the answer).
+class PromptScores:
+    """Log-probabilities of the prompt's tokens, from the worker that computes it, in order and before its last word.
 
-    With the first token comes `num_cached_tokens`: tokens of the prompt that were found in a cache and not computed.
+    They are repeated from the first position on when the prompt is computed anew within an attempt.
     """
 
     transfer_id: str
     epoch: int
-    index: int
-    token_ids: Annotated[tuple[int, ...], MAX_ITEMS]
-    logprobs: Annotated[tuple[TokenLogprobs, ...], MAX_ITEMS] = ()
-    num_cached_tokens: int = 0
+    scores: PromptLogprobs
 
     def __post_init__(self) -> None:
         check_attempt(self.transfer_id, self.epoch)
-        check_int("index", self.index, 0, MAX_INT32)
-        check_ints("token_ids", self.token_ids, 0, MAX_INT32)
-        check_int("num_cached_tokens", self.num_cached_tokens, 0, MAX_INT32)
 
 
 @dataclass(frozen=True, slots=True)
@@ -365,7 +371,8 @@ RouterMessage = (
     | Peers
     | Lease
     | Dispatch
-    | Tokens
+    | StepTokens
+    | TokenCredit
     | Finished
     | RequestFailed
     | TransferFailure
@@ -373,4 +380,5 @@ RouterMessage = (
     | PrefillLocally
     | CancelRequest
     | TransferReport
+    | PromptScores
 )

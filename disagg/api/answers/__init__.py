@@ -1,0 +1,1 @@
+"""One answer of several choices: from tokens to JSON and server-sent events."""

@@ -1,0 +1,1 @@
+"""Connections, bodies, keys, errors and responses, whatever the endpoint."""

@@ -1,0 +1,1 @@
+"""What a request asks for: the table of fields, their checks, and what follows from several together."""
