@@ -26,7 +26,8 @@ class TakingIn:
     """Hands commands on to the model thread, `Decode` when its KV is on the device. Event loop only.
 
     What is said of an attempt while its copy runs, such as its release, waits behind the copy: until then no other
-    attempt is given its slots. Commands of other attempts do not wait. Where kernels read what peers write nothing is copied.
+    attempt is given its slots. Commands of other attempts do not wait. Where kernels read what peers write nothing is
+    copied.
     """
 
     def __init__(
