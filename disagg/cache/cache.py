@@ -109,6 +109,8 @@ class KVCache:
             except Exception:
                 self.close()  # a later pool that does not fit must not leave the earlier ones open
                 raise
+        self.is_staged = any(pool.sides.is_staged for pool in self.pools)
+        """Kernels read other memory than peers."""
         self._prefixes = PrefixCache(layout, self.pools, hasher) if hasher is not None else None
         self._sequences: dict[Hashable, CachedSequence] = {}
         self._num_outdated = [0] * layout.num_groups
@@ -279,7 +281,7 @@ class KVCache:
         self.pools[self.layout.pool_of_group[group]].sides.publish(np.asarray(slots, dtype=np.int64))
 
     def take_in(self, group: int, slots: Sequence[int]) -> None:
-        """What a peer sent for these slots of a group was verified: make it visible to kernels."""
+        """What a peer sent for these slots of a group was verified: copy it to where kernels read. For any thread."""
         self.pools[self.layout.pool_of_group[group]].sides.take_in(np.asarray(slots, dtype=np.int64))
 
     def layer_view(self, layer_index: int) -> torch.Tensor:

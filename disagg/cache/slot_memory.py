@@ -71,7 +71,8 @@ class SlotMemory:
         except PoolMemoryShort:
             self.close()
             raise
-        self._staging = Staging(self.slots) if self.is_staged else None
+        self._out = Staging(self.slots) if self.is_staged else None
+        self._in = Staging(self.slots) if self.is_staged else None
 
     def zero(self, slots: Slots) -> None:
         """On both sides. On the host by numpy: torch would wake its threads for a slot or two."""
@@ -88,14 +89,14 @@ class SlotMemory:
 
         A slot that several sequences share is written again with the same bytes, which no reader can tell.
         """
-        if self._staging is not None:
-            for some, rows in self._staging.read(slots):
+        if self._out is not None:
+            for some, rows in self._out.read(slots):
                 self._host_bytes[some] = rows
 
     def take_in(self, slots: Slots) -> None:
-        """Copy landed slots from the host side, in order with the kernels that will read them."""
-        if self._staging is not None:
-            self._staging.write(slots, self._host_bytes)
+        """Copy landed slots from the host side, on the current stream. Another thread than that of `publish` may."""
+        if self._in is not None:
+            self._in.write(slots, self._host_bytes)
 
     def close(self) -> None:
         """Close the memfd. The mapping itself goes when the last view of it does: a tensor must never dangle."""

@@ -193,6 +193,11 @@ def _print_tables(found: Footprint, seats: Sequence[Seats], steps: Mapping[str, 
     )
     for role, memory in steps.items():
         console.print(f"beside KV and weights, a {role} worker on a GPU takes {memory.in_words()}", soft_wrap=True)
+    staging = max(memory.staging for memory in steps.values())
+    console.print(
+        f"of host memory it takes as much as its KV cache, and up to {format_nbytes(staging)} of pinned staging",
+        soft_wrap=True,
+    )
     for one in seats:
         console.print(_seats_line(one), soft_wrap=True)
         console.print(_reuse_line(one), soft_wrap=True)

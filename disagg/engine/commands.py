@@ -57,7 +57,7 @@ class Reserve:
 
 @dataclass(frozen=True, slots=True)
 class Decode:
-    """The reservation's KV arrived and was verified: emit the first token and decode from it.
+    """The reservation's KV arrived, was verified and lies where kernels read it: emit the first token and decode on.
 
     `partial_blocks` received only the tokens that this request reads: no other request may reuse them.
     """

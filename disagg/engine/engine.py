@@ -283,8 +283,6 @@ class Engine:
         if not isinstance(reservation, Reservation) or reservation.cached is None:
             return []  # released meanwhile
         answer = DecodingSequence(reservation.request, reservation.cached, command.verified)
-        for group, pairs in enumerate(reservation.awaited):
-            self._cache.take_in(group, [slot for _, slot in pairs])
         self._cache.mark_partial(reservation.cached, [(unit.group, unit.ordinal) for unit in command.partial_blocks])
         self._scheduler.register_some(answer, answer.num_stored)  # verified, and not a moment before
         return self._begin(answer)

@@ -46,6 +46,7 @@ from disagg.transceiver.protocol.events import (
     PromptComputed,
     SoftDropped,
 )
+from disagg.transceiver.wire.errors import clipped
 from disagg.transceiver.wire.messages.router import (
     CancelRequest,
     Dispatch,
@@ -65,6 +66,7 @@ from disagg.transceiver.wire.messages.values import FirstToken, Geometry, StageT
 from disagg.worker.metrics import WorkerMetrics
 from disagg.worker.pairing import Pairing
 from disagg.worker.request_state import RequestState
+from disagg.worker.taking_in import OnFault, Slots
 
 log = logging.getLogger(__name__)
 
@@ -80,7 +82,10 @@ class Attempts:
         metrics: WorkerMetrics,
         *,
         fetch_wait_s: float,
+        decode: Callable[[Decode, Slots, OnFault], None] | None = None,
     ) -> None:
+        """`decode`: takes a `Decode` with the slots whose KV landed; without it they are there already."""
+        self._decode = decode or (lambda command, slots, on_fault: submit(command))
         self._submit, self._send, self._pair, self._metrics = submit, send, pair, metrics
         self._fetch_wait_s = fetch_wait_s
         self._live: dict[AttemptKey, RequestState] = {}
@@ -225,6 +230,7 @@ class Attempts:
         if self.receiving is None or peer is None:
             return
         state.reserved_at = time.monotonic()
+        state.reserved = tuple(tuple(slot for _, slot in pairs) for pairs in slots)
         transfer = pairing.receiver(self.receiving.plane_of(peer.incarnation))
         destinations = pairing.destinations(slots)
         state.partial_blocks = pairing.partial_blocks(destinations)
@@ -288,10 +294,13 @@ class Attempts:
         self._count(record, "verified")
         if (state := self._live.get(key)) is not None:
             self._report(state, _times(state, record), record)
-            self._submit(Decode(key, verified, state.partial_blocks))
+            self._decode(Decode(key, verified, state.partial_blocks), state.reserved, self._cannot_copy)
             self._send_first_token(key, verified.first_token)  # the engine's next turn is a step away
             state.first_token_sent = True
             log.info("received %d bytes over %s", sum(record.nbytes.values()), record.plane, extra=_of(state))
+
+    def _cannot_copy(self, key: AttemptKey, fault: BaseException) -> None:
+        self.fail(key, f"what was received cannot be copied to the device: {clipped(repr(fault))}")
 
     def transfer_failed(self, key: AttemptKey, failure: ReportFailed, record: TransferRecord) -> None:
         self._count(record, "failed")

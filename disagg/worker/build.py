@@ -79,6 +79,9 @@ def make_engine(
     hasher = BlockHasher(keys.prefix_hash, model_fingerprint) if settings.enable_prefix_caching else None
     filling = Filling(layout, num_slots, progress)
     cache = KVCache(layout, num_slots, settings.device, hasher, on_filled=filling.add)
+    if cache.is_staged:
+        host, staging = format_nbytes(sum(pool.sides.host.nbytes for pool in cache.pools)), format_nbytes(steps.staging)
+        log.info("host memory: %s as the pools' side for peers, up to %s of pinned staging", host, staging)
     config = EngineConfig(
         role=role,
         max_num_seqs=settings.max_num_seqs,

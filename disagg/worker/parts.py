@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +23,7 @@ from disagg.transceiver.wire.turns import TurnQueue
 from disagg.worker.drain import Drain
 from disagg.worker.metrics import WorkerMetrics
 from disagg.worker.model_thread import ModelThread
+from disagg.worker.taking_in import TakingIn
 from disagg.worker.vitals import Vitals
 
 
@@ -89,6 +91,7 @@ class WorkerParts:
         self.metrics.watch_faults(lambda: self.faults.count)
         self.events: TurnQueue[EngineEvent] = TurnQueue()
         self.model: ModelThread
+        self.taking_in = TakingIn(made.cache, self.settings.device, lambda command: self.model.submit(command))
         self.vitals = Vitals(self.sockets, lambda: not self.model.is_dead)
         self.drain = Drain(made.settings.drain_timeout_s)
         self._announce = announce
@@ -106,6 +109,7 @@ class WorkerParts:
 
     async def close(self) -> None:
         """Join the threads, then give sockets and pools back."""
+        await asyncio.to_thread(self.taking_in.close)
         await self.model.close()
         await self.landing.close()
         self.sockets.close()

@@ -153,7 +153,14 @@ class Registration:
         parts = self._parts
         pushes = {name: plane.sends_bytes for name, plane in planes.items()}
         pair = partial(Pairing, self._node, parts.layout, pushes)
-        return Attempts(parts.model.submit, link.send, pair, parts.metrics, fetch_wait_s=parts.settings.fetch_wait_s)
+        return Attempts(
+            parts.taking_in.submit,
+            link.send,
+            pair,
+            parts.metrics,
+            fetch_wait_s=parts.settings.fetch_wait_s,
+            decode=parts.taking_in.decode,
+        )
 
     def _make_register(self, server: ControlServer | None) -> Register:
         node, parts = self._node, self._parts
@@ -193,4 +200,4 @@ class Registration:
         # A cancelled attempt is forgotten at once, while its landing jobs may still be joined.
         for key in {*self._attempts.held, *(receiving.held if receiving is not None else ())}:
             await self._parts.landing.stop(key.transfer_id, key.epoch)
-            self._parts.model.submit(Release(key))
+            self._parts.taking_in.submit(Release(key))

@@ -23,6 +23,8 @@ class RequestState:
     first_token_sent: bool = False
     """The first token came with the transfer, and left when that was verified."""
     partial_blocks: tuple[UnitName, ...] = ()
+    reserved: tuple[tuple[int, ...], ...] = ()
+    """Per layer group, the slots that its transfer fills."""
 
     @property
     def key(self) -> AttemptKey:

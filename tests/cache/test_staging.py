@@ -86,3 +86,55 @@ def test_a_wrong_slot_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     memory.publish(CHOSEN)
     assert not torch.equal(memory.host[CHOSEN], memory.slots[CHOSEN])
     memory.close()
+
+
+class SlowBus:
+    """Copies that arrive when they are waited for, and not before: what is read or overwritten earlier is noticed."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *, reads: bool) -> None:
+        self.log: list[str] = []
+        self.on_the_way: dict[int, torch.Tensor] = {}
+        names: dict[int, str] = {}
+
+        def mark(buffer: staging._Buffer) -> None:
+            name = names.setdefault(id(buffer), str(len(names)))
+            self.log.append(f"queue {name}")
+            self.on_the_way[id(buffer)] = buffer.host.clone()
+            if reads:
+                buffer.host.fill_(0xEE)
+
+        def wait(buffer: staging._Buffer) -> None:
+            self.log.append(f"wait {names.get(id(buffer), '-')}")
+            if (arrived := self.on_the_way.pop(id(buffer), None)) is not None:
+                if not reads:
+                    assert torch.equal(buffer.host, arrived), "a buffer was filled anew while it was on the bus"
+                buffer.host.copy_(arrived)
+
+        monkeypatch.setattr(staging._Buffer, "mark", mark)
+        monkeypatch.setattr(staging._Buffer, "wait", wait)
+        monkeypatch.setattr(staging, "STAGING_NBYTES", 80)
+
+
+def test_one_buffer_is_emptied_while_the_other_is_on_the_bus(monkeypatch: pytest.MonkeyPatch) -> None:
+    bus, memory = SlowBus(monkeypatch, reads=True), make()
+    memory.publish(CHOSEN)
+    assert bus.log == ["queue 0", "queue 1", "wait 0", "queue 0", "wait 1", "wait 0"]
+    assert torch.equal(memory.host[CHOSEN], memory.slots[CHOSEN])
+    memory.close()
+
+
+def test_no_buffer_is_filled_before_its_last_copy_has_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    bus, memory = SlowBus(monkeypatch, reads=False), make()
+    memory.take_in(np.arange(8))
+    assert bus.log == ["wait -", "queue 0", "wait -", "queue 1", "wait 0", "queue 0", "wait 1", "queue 1"]
+    assert torch.equal(memory.slots[:8], memory.host[:8])
+    memory.close()
+
+
+def test_a_copy_that_is_not_waited_for_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    SlowBus(monkeypatch, reads=True)
+    memory = make()
+    monkeypatch.setattr(staging, "_arrived", lambda some, buffer: (some, buffer.host[: len(some)].numpy()))
+    memory.publish(CHOSEN)
+    assert not torch.equal(memory.host[CHOSEN], memory.slots[CHOSEN])
+    memory.close()

@@ -76,6 +76,7 @@ def test_what_steps_take_of_a_gpu_is_said_by_role(capsys: pytest.CaptureFixture[
     shown = capsys.readouterr().out
     assert "a prefill worker on a GPU takes" in shown
     assert "a decode worker on a GPU takes" in shown
+    assert "of host memory it takes as much as its KV cache, and up to " in shown
     plain, pieces, eager = (
         run(demo_model_folder(), *flags)["gpu_steps"] for flags in ((), ("--piecewise-graphs",), ("--enforce-eager",))
     )

@@ -166,7 +166,14 @@ def test_the_summary_says_what_is_left_for_prefixes_and_what_to_change_when_it_i
 
 
 def test_the_summary_says_what_steps_take_of_a_gpu_and_why_there_are_no_graphs() -> None:
-    worker = {"worker_id": "decode-0", "device": "cuda:0", "threads": 1, "memory": 5 << 20, "max_model_len": 2048}
+    worker = {
+        "worker_id": "decode-0",
+        "device": "cuda:0",
+        "dtype": "bfloat16",
+        "threads": 1,
+        "memory": 5 << 20,
+        "max_model_len": 2048,
+    }
     said = {"step_memory": 3 << 20, "eager": "capture failed: item waits for the device"}
     lines = summary(UpSettings(), ROUTER, [worker | said], [])
     assert "5 MiB of KV cache, 3 MiB for steps, max-model-len 2048" in lines[1]

@@ -43,7 +43,7 @@ def token_buckets(max_num_batched_tokens: int) -> tuple[int, ...]:
 
 
 @dataclass(slots=True)
-class Turn:
+class PieceState:
     """What the pieces of one model are told: they are called without arguments of their own."""
 
     phase: Phase = Phase.EAGER
@@ -63,7 +63,7 @@ class _Entry:
 class Piece(torch.nn.Module):
     """What lies between two attentions; one graph per bucket."""
 
-    def __init__(self, name: str, traced: torch.nn.Module, turn: Turn, maker: GraphMaker) -> None:
+    def __init__(self, name: str, traced: torch.nn.Module, turn: PieceState, maker: GraphMaker) -> None:
         super().__init__()
         self.name = name
         self._traced, self._turn, self._maker = traced, turn, maker
@@ -127,7 +127,7 @@ class PiecewiseGraphs:
     """
 
     maker: GraphMaker
-    turn: Turn = field(default_factory=Turn)
+    turn: PieceState = field(default_factory=PieceState)
     pieces: list[Piece] = field(default_factory=list)
     _cut: Any = None
     _args: dict[int, tuple[Any, ...]] = field(default_factory=dict)
