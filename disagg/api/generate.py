@@ -18,8 +18,9 @@ from disagg.api.answers.shapes import shape_for
 from disagg.api.answers.sinks import ClientStalledError, EventSink, Head, Sink, WholeSink
 from disagg.api.helpers.pool import Helpers
 from disagg.api.http.bodies import Bodies
-from disagg.api.http.edge import request_id_of
+from disagg.api.http.edge import request_id_of, tenant_of
 from disagg.api.http.errors import ApiError, from_generation, no_workers
+from disagg.api.http.request_timeout import request_timeout_of
 from disagg.api.http.responses import error_response
 from disagg.api.request.params import RequestParams
 from disagg.api.request.preparation import Prepared
@@ -28,7 +29,6 @@ from disagg.api.settings import ApiSettings
 from disagg.api.text.stops import StopMatcher
 from disagg.api.text.tokenizer import ModelTokenizer
 from disagg.router.generation import Backend, GenerationError, GenerationRequest
-from disagg.transceiver.wire.messages.values import Sampling
 
 log: Final = logging.getLogger(__name__)
 
@@ -75,7 +75,7 @@ class GenerateEndpoint:
         request_id = request_id_of(scope)
         status, choices = 200, list[Choice]()
         try:
-            choices = await self._choices(prepared, request_id)
+            choices = await self._choices(prepared, request_id, tenant_of(scope), request_timeout_of(scope))
             await self._answer(choices, self._sink(params, request_id, send))
         except ApiError as exc:
             status = exc.status
@@ -85,7 +85,7 @@ class GenerateEndpoint:
         finally:
             log_request(request_id, self._endpoint, params, choices, status)
 
-    async def _choices(self, prepared: Prepared, request_id: str) -> list[Choice]:
+    async def _choices(self, prepared: Prepared, request_id: str, tenant: str, timeout_s: float | None) -> list[Choice]:
         """Choices in order: all of the first prompt, then all of the second."""
         params, max_model_len, choices = prepared.params, self._backend.max_model_len(), list[Choice]()
         if max_model_len is None or not prepared.prompts:
@@ -97,20 +97,19 @@ class GenerateEndpoint:
             for i in range(params.n):
                 await asyncio.sleep(0)  # a choice takes up to a millisecond to make: a turn for others between them
                 sampling = build_sampling(
-                    params, self._settings.defaults, max_tokens=max_tokens, seed=seed + i, tenant=self._settings.api_key
+                    params, self._settings.defaults, max_tokens=max_tokens, seed=seed + i, tenant=tenant or None
                 )
                 name = request_id if is_only else f"{request_id}-{len(choices)}"
-                choices.append(self._choice(params, len(choices), name, prompt, sampling, echo))
+                request = GenerationRequest(name, prompt, sampling, params.priority, tenant, timeout_s)
+                choices.append(self._choice(params, len(choices), request, echo))
         return choices
 
-    def _choice(
-        self, params: RequestParams, index: int, name: str, prompt: Sequence[int], sampling: Sampling, echo: str
-    ) -> Choice:
+    def _choice(self, params: RequestParams, index: int, request: GenerationRequest, echo: str) -> Choice:
         detokenizer = self._tokenizer.detokenizer(skip_special_tokens=params.skip_special_tokens)
         stops = StopMatcher(params.stop, include=params.include_stop_str_in_output)
         include_stop, is_empty = params.include_stop_str_in_output, params.answer_limit == 0
-        answer = Answer(detokenizer, stops, sampling, include_stop=include_stop, is_empty=is_empty)
-        return Choice(index, index // params.n, GenerationRequest(name, prompt, sampling), answer, echo)
+        answer = Answer(detokenizer, stops, request.sampling, include_stop=include_stop, is_empty=is_empty)
+        return Choice(index, index // params.n, request, answer, echo)
 
     def _sink(self, params: RequestParams, request_id: str, send: Send) -> Sink:
         shape = shape_for(params, self._tokenizer)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
+from collections.abc import Awaitable, Callable
+from typing import TypeVar
 
 from starlette.requests import Request
 from starlette.responses import Response
@@ -12,6 +15,8 @@ from disagg.api.http.errors import ApiError, no_workers
 from disagg.api.http.responses import json_response
 from disagg.api.settings import ApiSettings
 from disagg.router.generation import Backend
+
+T = TypeVar("T")
 
 
 class StatusRoutes:
@@ -54,10 +59,11 @@ class StatusRoutes:
         return json_response({"version": disagg.__version__})
 
     async def metrics(self, request: Request) -> Response:
-        return Response(self._backend.metrics(), media_type="text/plain; version=0.0.4")
+        text = await settled(self._backend.metrics)
+        return Response(text, media_type="text/plain; version=0.0.4")
 
     async def workers(self, request: Request) -> Response:
-        return _workers(self._backend)
+        return await _workers(self._backend)
 
 
 class AdminRoutes:
@@ -74,8 +80,14 @@ class AdminRoutes:
         return json_response(dict(record))
 
     async def workers(self, request: Request) -> Response:
-        return _workers(self._backend)
+        return await _workers(self._backend)
 
 
-def _workers(backend: Backend) -> Response:
-    return json_response({"workers": backend.workers()})
+async def _workers(backend: Backend) -> Response:
+    return json_response({"workers": await settled(backend.workers)})
+
+
+async def settled(ask: Callable[[], T | Awaitable[T]]) -> T:
+    """The router's answer. Made beside the loop where it runs in this process: of a thousand workers it takes long."""
+    told = await asyncio.to_thread(ask)
+    return await told if isinstance(told, Awaitable) else told

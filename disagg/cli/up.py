@@ -18,6 +18,7 @@ from disagg.cli.display import display
 from disagg.cli.placement import DeviceAssignment, check_told_devices
 from disagg.cli.ports import LOOPBACK, Address, hold_port, require_free_ports
 from disagg.cli.supervisor import ClusterError, Ready, Supervisor
+from disagg.config.api_keys import api_keys
 from disagg.config.errors import ConfigError
 from disagg.config.load import PREFIX, SWITCHES, to_flags, variable_of
 from disagg.config.quantities import format_nbytes
@@ -128,6 +129,7 @@ def serve(settings: UpSettings, work: Work) -> int:
         Address("--control-port", LOOPBACK, settings.control_port),
     )
     check_told_devices(settings)
+    authorization(settings)  # a key file that no router would start with is refused here
     model = _resolved(settings.model)
     secret = INSECURE_SECRET if settings.insecure else draw_secret()
     with hold_port(LOOPBACK, settings.control_port) as held, display() as shown:
@@ -159,12 +161,18 @@ def child_environment(environ: Mapping[str, str]) -> dict[str, str]:
     return passed | {"PYTHONIOENCODING": "utf-8:backslashreplace"}
 
 
+def authorization(settings: HttpSettings) -> dict[str, str]:
+    """The header with which this process asks its own router. Raises ConfigError for a key file without a key."""
+    keys = api_keys(settings.api_key, settings.api_key_file)
+    return {"Authorization": f"Bearer {keys[0].key}"} if keys else {}
+
+
 async def wait_for_pairs(settings: UpSettings, url: str) -> list[WorkerPair]:
     """Until the router can place a request and every prefill worker is linked with every decode worker.
 
     Raises ClusterError with the reason of one missing pair after LINKS_TIMEOUT_S.
     """
-    headers = {"Authorization": f"Bearer {settings.api_key}"} if settings.api_key else {}
+    headers = authorization(settings)
     deadline = time.monotonic() + LINKS_TIMEOUT_S
     async with aiohttp.ClientSession(headers=headers, timeout=aiohttp.ClientTimeout(total=LINKS_TIMEOUT_S)) as session:
         while True:
@@ -245,7 +253,7 @@ def _worker_lines(worker: Ready) -> Iterator[str]:
 def curl(settings: UpSettings, url: str) -> str:
     """A command to paste; the key is left for the user to fill in."""
     body = {"model": settings.served_name, "prompt": "If the file does not exist,", "max_tokens": 48}
-    key = " -H 'Authorization: Bearer YOUR_KEY'" if settings.api_key else ""
+    key = " -H 'Authorization: Bearer YOUR_KEY'" if settings.api_key or settings.api_key_file else ""
     return f"curl {url}/v1/completions -H 'Content-Type: application/json'{key} -d '{json.dumps(body)}'"
 
 

@@ -126,6 +126,18 @@ class HttpSettings(Settings):
     port: Port = Field(8000, description="Port of the HTTP API; 0 takes a free one")
     served_model_name: Line | None = Field(None, description="Model name in the API [default: as given to --model]")
     api_key: Key | None = Field(None, description="Bearer key that clients must send", min_length=1, repr=False)
+    api_key_file: Path | None = Field(
+        None,
+        description="File with lines of TENANT KEY [weight=N] [max_requests=N] [max_tokens=N], beside or instead of "
+        "--api-key; readable by its owner only",
+    )
+    api_processes: int | None = Field(
+        None,
+        ge=0,
+        le=64,
+        description="Processes for HTTP, text and tokens; 0: the router's own does it [default: 0 on up to 4 cores, "
+        "else a quarter of the cores, 8 at most]",
+    )
     max_attempts: Count = Field(3, description="Attempts per request in all; 1 means no retry")
     request_timeout_s: Seconds = Field(600.0, description="Seconds after which a request is given up")
     max_queued: Count = Field(1024, description="Requests that may wait; more get 503 with Retry-After")
@@ -177,7 +189,9 @@ class EngineSettings(Settings):
     enable_prefix_caching: bool = Field(True, description="Keep blocks of finished requests and reuse equal prefixes")
     enforce_eager: bool = Field(False, description="Capture no CUDA graphs: every step runs the model's Python")
     piecewise_graphs: bool = Field(
-        False, description="On CUDA, capture steps with prompt tokens too, in pieces between attentions"
+        False,
+        description="On CUDA, capture steps with prompt tokens too, in pieces between attentions; off, as no "
+        "GPU has yet shown that its tokens are those of eager steps",
     )
     overlap_steps: bool = Field(
         False, description="On CUDA, launch a step before the last one's tokens are read; no GPU has run it yet"
@@ -192,7 +206,8 @@ class EngineSettings(Settings):
     swa_scratch: Scratch = Field(
         "off",
         description="Prefill workers: windowed blocks that a step outdates share scratch slots, so more prompts fit; "
-        "`reuse` keeps those that the same prompt, asked again, begins with; without a value: on",
+        "`reuse` keeps those that the same prompt, asked again, begins with; without a value: on. Off by default, as "
+        "prompts that share a beginning lose its reuse",
     )
     fetch_wait_s: Seconds = Field(
         30.0, description="Seconds that computed KV waits for the decode worker to ask for it"

@@ -438,7 +438,7 @@ def request_refusal(request: Request, max_model_len: int, vocab_size: int | None
 
 
 def _request(command: Serve | Prefill | Reserve) -> Request:
-    return Request(command.key, command.prompt, command.sampling)
+    return Request(command.key, command.prompt, command.sampling, command.priority)
 
 
 def _prompt_computed(prompt: PromptSequence, computed: Computed) -> PromptComputedEvent:

@@ -2,14 +2,18 @@
 
 **Admission.** A sequence starts only when every pool can promise what it will hold. A prompt or a reservation is
 promised its peak, so it never waits midway; an answer only its next few blocks, since most end early.
-Those that must be promised (requests served here, reservations, pinned prompts) stand in one line in order of arrival,
-and none overtakes; an urgent request, one whose transfer failed, stands before them and holds nothing meanwhile.
+Those that must be promised (requests served here, reservations, pinned prompts) stand in one line, by priority, then
+by arrival, with one place in four for the oldest. While its head waits for room, those behind it may start in what is
+left beside it (see `RoomBeside`). An urgent request, one whose transfer failed, stands before them all and holds
+nothing meanwhile; nothing passes it.
 Soft prompts run ahead of their FETCH only while that line is empty; their promise is revoked, newest first,
-when the head of the line needs the room, and they are computed anew when their FETCH comes.
+when the head of the line needs the room, and they are computed anew when their FETCH comes. Others pass one that finds
+no room, until its FETCH gives it a place in the line.
 
 **Growth.** Before a step an answer's promise grows to what the step needs, oldest first. Where that fails, soft prompts
-are dropped, then the newest running request of this worker's own gives way: its blocks go, it stands at the head of
-the line, and is computed anew with the tokens it has generated. Blocks that a peer was told of are never taken.
+are dropped, then the least important running request of this worker's own, of equals the newest, gives way: its blocks
+go, it stands at the head of the line, and is computed anew with the tokens it has generated. Blocks that a peer was
+told of are never taken.
 
 **Steps.** Every answer being decoded gets its one token. What is left of the token budget goes to prompts: half to the
 oldest, the rest to those nearest to their end. So a short prompt does not wait behind a long one, and the long one
@@ -22,7 +26,6 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 
@@ -33,6 +36,7 @@ from disagg.cache.scratch import scratch_until
 from disagg.cache.window import needed_ordinals
 from disagg.engine.announce import publish_final_units
 from disagg.engine.batch import Work, scoring_of, share_tokens
+from disagg.engine.beside import LOOK_BEHIND, RoomBeside
 from disagg.engine.commands import (
     AttemptKey,
     EngineEvent,
@@ -44,6 +48,7 @@ from disagg.engine.commands import (
 )
 from disagg.engine.recheck import PrefixRecheck
 from disagg.engine.sequence import Claim, DecodingSequence, LiveSequence, PromptSequence, Request, Reservation, Stage
+from disagg.waiting_line import WaitingLine
 
 HEADROOM_BLOCKS = 2
 """An answer is let in with room for so many more blocks: one that must give way in its first steps was let in for
@@ -77,8 +82,9 @@ class Scheduler:
         self._live: dict[AttemptKey, LiveSequence] = {}
         self._by_kind: tuple[list[DecodingSequence], list[Promised]] | None = None  # None: a sequence came or went
         self._urgent: deque[Promised] = deque()
-        self._line: deque[Promised] = deque()
-        self._soft_line: deque[PromptSequence] = deque()
+        self._line: WaitingLine[Promised] = WaitingLine()
+        self._soft_line: WaitingLine[PromptSequence] = WaitingLine()
+        self._beside = RoomBeside(self._promises)
         self.num_preemptions = 0
 
     # --- live sequences -------------------------------------------------------------------------------------
@@ -150,17 +156,19 @@ class Scheduler:
         assert sequence.key not in self._live
         self._put(sequence)
         if isinstance(sequence, PromptSequence) and sequence.is_soft:
-            self._soft_line.append(sequence)
+            self._soft_line.add(sequence, sequence.request.priority)
+        elif urgent:
+            self._urgent.append(sequence)
         else:
-            (self._urgent if urgent else self._line).append(sequence)
+            self._line.add(sequence, sequence.request.priority)
 
     def pin(self, prompt: PromptSequence) -> None:
-        """From here the prompt is not soft. One without blocks takes its place at the end of the line."""
+        """From here the prompt is not soft. One without blocks takes its place in the line, as the newest."""
         assert prompt.is_soft
         prompt.claim = Claim.PINNED
         if prompt.cached is None:
             self._leave_lines(prompt)
-            self._line.append(prompt)
+            self._line.add(prompt, prompt.request.priority)
             prompt.enter(Stage.WAITING)
 
     def park(self, prompt: PromptSequence) -> list[EngineEvent]:
@@ -182,7 +190,7 @@ class Scheduler:
             self._register(sequence, sequence.cached.history)
         if sequence.cached is not None:
             self._cache.close_sequence(sequence.cached, wipe=wipe)
-        self._promises.release(sequence.key)
+        self._give_back(sequence.key)
 
     def replace(self, sequence: DecodingSequence) -> None:
         """The prompt or reservation of this key became an answer; its blocks and promise go on."""
@@ -199,15 +207,42 @@ class Scheduler:
     def admit(self) -> list[EngineEvent]:
         """Start all that may start, in order; to be called after whatever frees blocks or adds a sequence."""
         events: list[EngineEvent] = []
-        while line := self._urgent or self._line:
-            if not self._has_seat() or not self._make_room(line[0], events):
+        while self._urgent:
+            if not self._has_seat() or not self._make_room(self._urgent[0], events):
                 return events
-            events += self._start(line.popleft())
-        while self._soft_line and self._has_seat(with_soft=True):
-            if not self._promises.try_promise(self._soft_line[0].key, self._peaks_of(self._soft_line[0])):
-                break
-            events += self._start(self._soft_line.popleft())
+            events += self._start(self._urgent.popleft())
+        while head := self._line.head:
+            if not self._has_seat():
+                return events
+            if not self._make_room(head, events):
+                self._start_beside(head, events)
+                return events
+            events += self._start(self._line.take())
+        self._start_soft(events)
         return events
+
+    def _start_beside(self, head: Promised, events: list[EngineEvent]) -> None:
+        """Start what the head of the line does not have to wait for longer."""
+        need = self._peaks_of(head)
+        for sequence in self._line.behind_head(LOOK_BEHIND):
+            if not self._has_seat():
+                return
+            if self._beside.fits(head.key, need, self._peaks_of(sequence)) and self._make_room(sequence, events):
+                self._line.remove(sequence)
+                self._beside.note(sequence.key)
+                events += self._start(sequence)
+
+    def _start_soft(self, events: list[EngineEvent]) -> None:
+        for prompt in self._soft_line.first(LOOK_BEHIND):
+            if not self._has_seat(with_soft=True):
+                return
+            if self._promises.try_promise(prompt.key, self._peaks_of(prompt)):
+                self._soft_line.remove(prompt)
+                events += self._start(prompt)
+
+    def _give_back(self, key: AttemptKey) -> None:
+        self._promises.release(key)
+        self._beside.forget(key)
 
     def _peaks_of(self, sequence: Promised) -> Peaks:
         """What must be promised before the sequence starts."""
@@ -253,7 +288,7 @@ class Scheduler:
         assert prompt.cached is not None
         prompt.enter(Stage.PARKED)
         self._cache.close_sequence(prompt.cached)
-        self._promises.release(prompt.key)
+        self._give_back(prompt.key)
         dropped = SoftDroppedEvent(prompt.key, prompt.compute_id)
         prompt.cached, prompt.num_ahead = None, 0
         prompt.compute_id += 1
@@ -315,10 +350,11 @@ class Scheduler:
         return ReservedEvent(reservation.key, reservation.awaited)
 
     def _leave_lines(self, sequence: Promised) -> None:
-        lines: tuple[deque[Any], ...] = (self._urgent, self._line, self._soft_line)
-        for line in lines:
-            if sequence in line:
-                line.remove(sequence)
+        if sequence in self._urgent:
+            self._urgent.remove(sequence)
+        self._line.remove(sequence)
+        if isinstance(sequence, PromptSequence):
+            self._soft_line.remove(sequence)
 
     # --- steps ----------------------------------------------------------------------------------------------
 
@@ -395,7 +431,8 @@ class Scheduler:
             if soft:
                 events.append(self._drop(soft.pop()))
                 continue
-            victim = next(s for s in reversed(self._live.values()) if self._is_preemptible(s))
+            able = (s for s in reversed(self._live.values()) if self._is_preemptible(s))
+            victim = max(able, key=lambda sequence: sequence.request.priority)  # of equals the first: the newest
             self._preempt(victim)
             if victim is answer:
                 return False
@@ -418,7 +455,7 @@ class Scheduler:
             self._put(prompt)
         assert isinstance(prompt, PromptSequence)
         self._cache.close_sequence(sequence.cached)
-        self._promises.release(sequence.key)
+        self._give_back(sequence.key)
         prompt.cached, sequence.num_ahead = None, 0
         prompt.enter(Stage.WAITING)
         self._urgent.appendleft(prompt)
@@ -440,6 +477,8 @@ class Scheduler:
     def check_invariants(self) -> None:
         """Promises fit the pools, no sequence holds more than its own, one that waits nothing. Also within a step."""
         self._promises.check_invariants()
+        self._line.check_invariants()
+        self._beside.check_invariants()
         if (kept := self._by_kind) is not None:
             self._by_kind = None
             assert self._kinds() == kept, "a sequence came or went unseen"

@@ -30,11 +30,15 @@ class Ending:
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One attempt's prompt and how to sample from it. `seen`: what penalties count, kept from token to token."""
+    """One attempt's prompt and how to sample from it. `seen`: what penalties count, kept from token to token.
+
+    `priority`: lower ones are admitted first and preempted last.
+    """
 
     key: AttemptKey
     prompt: tuple[int, ...]
     sampling: Sampling
+    priority: int = 0
     seen: SeenTokens = field(default_factory=SeenTokens, compare=False, repr=False)
 
     @property

@@ -36,11 +36,13 @@ from disagg.router.attempt_events import (
     RouterClosing,
     SendOrder,
     TimePassed,
+    TurnedAway,
     WorkerLost,
 )
 from disagg.router.charges import Charges, NothingKnown, WorkerNews, incarnations
 from disagg.router.choose import RETRY_BUSY_S, Placement, Unplaceable
 from disagg.router.generation import GenerationEnd, GenerationRequest, TokenChunk
+from disagg.router.judged import fault_in, plain_chunk, true_status
 from disagg.router.placer import Mint, Placer
 from disagg.router.prompt_scores import ReportedScores
 from disagg.router.record import AttemptRecord, RequestRecord
@@ -54,10 +56,10 @@ from disagg.transceiver.wire.messages.router import (
     PromptScores,
     RequestFailed,
     Retarget,
-    Tokens,
     TransferFailure,
     TransferReport,
 )
+from disagg.transceiver.wire.messages.tokens import Tokens
 from disagg.transceiver.wire.schema import PackedInts
 
 PREFILL_LOST_GRACE_S = 1.0
@@ -129,13 +131,10 @@ class RoutedRequest:
         """Nothing is open after the end; before it the current server is; epochs are the attempts counted."""
         assert self.epoch == len(self.record.attempts) <= self._max_attempts
         assert not (self.is_over and self.sides)
-        assert self.is_over or self._waiting or self._has_server
+        placement, sides = self.placement, self.sides
+        assert self.is_over or self._waiting or (placement is not None and placement.server.incarnation in sides)
         assert self.num_tokens <= self.request.sampling.max_tokens
         assert not self._actions
-
-    @property
-    def _has_server(self) -> bool:
-        return self.placement is not None and self.placement.server.incarnation in self.sides
 
     # --- the way in -----------------------------------------------------------------------------------------
 
@@ -161,17 +160,15 @@ class RoutedRequest:
 
         None, with nothing done, where anything else follows or is wrong: then `handle` decides.
         """
-        index, token_ids = self.num_tokens, tokens.token_ids
+        index = self.num_tokens
         if self.is_over or self._waiting is not None or self.placement is None or not index or now >= self.deadline:
             return None
-        is_next = tokens.index == index and tokens.epoch == self.epoch and not tokens.num_cached_tokens
-        if not (is_next and token_ids and source == self.placement.server.incarnation):
+        if tokens.epoch != self.epoch or source != self.placement.server.incarnation:
             return None
-        end = index + len(token_ids)
-        if end > self.request.sampling.max_tokens or (tokens.logprobs and len(tokens.logprobs) != len(token_ids)):
-            return None
-        self.num_tokens = self.record.num_tokens = end
-        return TokenChunk(index, token_ids, tokens.logprobs)
+        chunk = plain_chunk(tokens, index, self.request.sampling.max_tokens)
+        if chunk is not None:
+            self.num_tokens = self.record.num_tokens = index + len(chunk.token_ids)
+        return chunk
 
     def _take_actions(self) -> list[Action]:
         actions, self._actions = self._actions, []
@@ -183,6 +180,8 @@ class RoutedRequest:
         match event:
             case ClientGone():
                 self._close("cancelled", now, "the client went away")
+            case TurnedAway(status, message):
+                self._fail(status, message, now)
             case _ if now >= self.deadline:
                 self._fail(504, "the request's deadline passed", now)
             case RouterClosing():
@@ -275,7 +274,7 @@ class RoutedRequest:
     # --- tokens ---------------------------------------------------------------------------------------------
 
     def _forward(self, message: Tokens, now: float) -> None:
-        if fault := self._fault_in(message):
+        if fault := fault_in(message, self.num_tokens, self.request):
             return self._fail(502, f"fault of the worker: {fault}", now)
         num_repeated = self.num_tokens - message.index
         token_ids = message.token_ids[num_repeated:]
@@ -289,17 +288,6 @@ class RoutedRequest:
         self._actions.append(Emit(chunk))
         self.num_tokens += len(token_ids)
         self.record.emitted(self.num_tokens, now)
-        return None
-
-    def _fault_in(self, message: Tokens) -> str | None:
-        if not 0 <= message.index <= self.num_tokens:
-            return f"token {message.index} came where {self.num_tokens} was next"
-        if message.index + len(message.token_ids) > self.request.sampling.max_tokens:
-            return f"more than max_tokens = {self.request.sampling.max_tokens} tokens came"
-        if message.logprobs and len(message.logprobs) != len(message.token_ids):
-            return f"{len(message.token_ids)} tokens came with {len(message.logprobs)} logprobs"
-        if not 0 <= message.num_cached_tokens <= len(self.request.prompt):
-            return f"{message.num_cached_tokens} of {len(self.request.prompt)} prompt tokens were cached"
         return None
 
     def _finish(self, message: Finished, now: float) -> None:
@@ -481,6 +469,7 @@ class RoutedRequest:
             deadline_s=self._remaining_s(now),  # the ticket's ttl_s too: the prefill worker checks it with this value
             peer=peer,
             ticket=ticket,
+            priority=self.request.priority,
         )
 
     def _remaining_s(self, now: float) -> float:
@@ -510,8 +499,3 @@ class RoutedRequest:
         self.is_over, self._waiting = True, None
         self._cancel_all(state)
         self.record.end(state, now, error)
-
-
-def true_status(status: int) -> int:
-    """A worker's status as the client may see it: an error, whatever the worker said."""
-    return status if 400 <= status <= 599 else 500

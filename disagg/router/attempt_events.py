@@ -14,10 +14,10 @@ from disagg.transceiver.wire.messages.router import (
     PromptScores,
     RequestFailed,
     Retarget,
-    Tokens,
     TransferFailure,
     TransferReport,
 )
+from disagg.transceiver.wire.messages.tokens import Tokens
 
 AnswerMessage = Tokens | PromptScores | Finished | RequestFailed | TransferFailure | TransferReport
 """What a worker may say of one attempt."""
@@ -64,7 +64,15 @@ class TimePassed:
     """Time passed: act on what is overdue."""
 
 
-Event = Answered | WorkerLost | ClientGone | RouterClosing | TimePassed
+@dataclass(frozen=True, slots=True)
+class TurnedAway:
+    """The request was refused while it waited for its turn; no worker has heard of it."""
+
+    status: int
+    message: str
+
+
+Event = Answered | WorkerLost | ClientGone | RouterClosing | TimePassed | TurnedAway
 
 
 # --- actions ------------------------------------------------------------------------------------------------

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -15,11 +15,17 @@ class GenerationRequest:
     """One answer to generate. `request_id` is the client's X-Request-Id or one the HTTP layer drew.
 
     `prompt`: a tuple, or better an array of int32, which is looked at nowhere on its way to the workers.
+    `priority`: lower ones are served first, here and by the workers. `tenant`: the name of the client's API key, ""
+    where there are no keys; the order between tenants is fair. `timeout_s`: the client's own limit; None = the
+    router's.
     """
 
     request_id: str
     prompt: Sequence[int]
     sampling: Sampling
+    priority: int = 0
+    tenant: str = ""
+    timeout_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +63,10 @@ class GenerationError(Exception):
 
 
 class Backend(Protocol):
-    """The router as the HTTP layer sees it. All methods run on the event loop."""
+    """The router as the HTTP layer sees it. `workers` and `metrics` may be called on any thread, all else on the loop.
+
+    What is awaitable is so where the router is another process.
+    """
 
     def generate(self, request: GenerationRequest) -> AsyncIterator[TokenChunk | GenerationEnd]:
         """Yield chunks, then one `GenerationEnd`. Raises `GenerationError`. Closing the iterator cancels everywhere."""
@@ -68,11 +77,11 @@ class Backend(Protocol):
     def max_model_len(self) -> int | None:
         """Prompt plus answer limit of the registered workers; None while none is registered."""
 
-    def workers(self) -> list[dict[str, Any]]:
+    def workers(self) -> list[dict[str, Any]] | Awaitable[list[dict[str, Any]]]:
         """One JSON object per registered worker, for `GET /workers`."""
 
     def record(self, request_id: str) -> Mapping[str, Any] | None:
         """The record of one request, live or recent, for `GET /requests/{id}`."""
 
-    def metrics(self) -> bytes:
+    def metrics(self) -> bytes | Awaitable[bytes]:
         """Prometheus text of the router and of every worker, labelled."""

@@ -29,7 +29,8 @@ _NAME: Final = re.compile(r"[a-zA-Z_][a-zA-Z0-9_]*")
 class RouterMetrics:
     """What the router itself measures, and where every worker's figures are joined to it."""
 
-    def __init__(self, workers: Callable[[], Iterable[Worker]]) -> None:
+    def __init__(self, workers: Callable[[], Iterable[Worker]], *more: Collector) -> None:
+        """`more`: what other parts of the router count."""
         self.ttft = _histogram(
             "time_to_first_token_seconds", "From receipt of a request to its first token", _TTFT_BUCKETS
         )
@@ -52,10 +53,15 @@ class RouterMetrics:
         )
         own = (
             *(self.ttft, self.itl, self.e2e, self.requests, self.attempts, self.running, self.loop_lag),
-            *(self.charged_deaths, self.refused_after_deaths, self.peer_faults),
+            *(self.charged_deaths, self.refused_after_deaths, self.peer_faults, *more),
         )
+        self._own: list[Collector] = [*own]
         self._registry = CollectorRegistry(auto_describe=False)
-        self._registry.register(_Everything(own, workers))
+        self._registry.register(_Everything(self._own, workers))
+
+    def add(self, collector: Collector) -> None:
+        """Tell what another part of this process counts too."""
+        self._own.append(collector)
 
     def text(self) -> bytes:
         return generate_latest(self._registry)
@@ -87,7 +93,7 @@ def worker_families(workers: Iterable[Worker], reserved: set[str]) -> Iterator[M
     """One family per figure, labelled `worker`. Names get `disagg_`; where the router has one, `disagg_worker_`."""
     found: dict[str, list[tuple[str, MetricSample]]] = defaultdict(list)
     for worker in workers:
-        for sample in (*lease_samples(worker), *worker.lease.metrics):  # the worker's own word is the last
+        for sample in (*lease_samples(worker), *(worker.lease.metrics or ())):  # the worker's own word is the last
             if _NAME.fullmatch(sample.name) and sample.kind in _FAMILIES and not math.isnan(sample.value):
                 found[_series_name(sample, reserved)].append((worker.worker_id, sample))
     return (_family(name, samples) for name, samples in sorted(found.items()))
@@ -95,7 +101,7 @@ def worker_families(workers: Iterable[Worker], reserved: set[str]) -> Iterator[M
 
 def lease_samples(worker: Worker) -> Iterator[MetricSample]:
     """Figures that every lease carries anyway, unless the worker's own metrics say the same under the same name."""
-    own = {sample.name.removeprefix("disagg_") for sample in worker.lease.metrics}
+    own = {sample.name.removeprefix("disagg_") for sample in worker.lease.metrics or ()}
     lease = worker.lease
     figures = [
         *(("kv_blocks_used", (("pool", str(i)),), n) for i, n in enumerate(lease.blocks_used)),

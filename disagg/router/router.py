@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import time
 from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
@@ -29,19 +30,27 @@ from disagg.router.attempt_events import (
     RouterClosing,
     SendOrder,
     TimePassed,
+    TurnedAway,
     WorkerLost,
 )
 from disagg.router.charges import MAX_CHARGES
-from disagg.router.choose import RETRY_BUSY_S, Fleet, Placement
+from disagg.router.choose import Placement
 from disagg.router.cluster import Cluster
+from disagg.router.gate import AHEAD_PER_SERVER, Gate
 from disagg.router.generation import GenerationEnd, GenerationError, GenerationRequest, TokenChunk
 from disagg.router.metrics import RouterMetrics
-from disagg.router.record import RecordStore
-from disagg.router.status import describe_worker
+from disagg.router.placing import Placing
+from disagg.router.record import RecordStore, RequestRecord
+from disagg.router.registry import Worker
+from disagg.router.status import describe_workers
+from disagg.router.tenants import QueuedRequest, TenantLimits
 from disagg.router.unread import Unread
 from disagg.transceiver.wire.keys import ClusterKeys
 from disagg.transceiver.wire.links import ControlServer
-from disagg.transceiver.wire.messages.router import Tokens, TransferReport
+from disagg.transceiver.wire.messages.router import (
+    TransferReport,
+)
+from disagg.transceiver.wire.messages.tokens import Tokens
 from disagg.transceiver.wire.node import draw_id
 from disagg.transceiver.wire.ticket import mint
 
@@ -50,12 +59,17 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class RouterOptions:
-    """`expected_fingerprint`: the model every worker must have; None lets the first worker decide."""
+    """`expected_fingerprint`: the model every worker must have; None lets the first worker decide.
+
+    `tenants`: limits by the names of API keys; others have none. `ahead_per_server`: see `gate`.
+    """
 
     expected_fingerprint: str | None = None
     max_attempts: int = 3
     max_queued: int = 1024
     request_timeout_s: float = 600.0
+    tenants: Mapping[str, TenantLimits] = field(default_factory=dict)
+    ahead_per_server: int = AHEAD_PER_SERVER
 
     def __post_init__(self) -> None:
         if self.max_attempts < 1:
@@ -71,6 +85,7 @@ class _Stream:
     """One request in progress and what its client has not read yet."""
 
     attempts: RoutedRequest
+    turn: QueuedRequest
     load: tuple[str, ...] = ()
     """What of it is counted in the router's load."""
     last_token_at: float | None = None
@@ -91,15 +106,19 @@ class Router:
         self.cluster = Cluster(server, self.options.expected_fingerprint, self, clock)
         self._keys = keys
         self._clock = clock
-        self._metrics = RouterMetrics(lambda: self.cluster.registry)
+        self._gate = Gate(
+            self.options.tenants,
+            max_queued=self.options.max_queued,
+            ahead_per_server=self.options.ahead_per_server,
+            workers=lambda: self.cluster.registry,
+            clock=clock,
+        )
+        self._metrics = RouterMetrics(lambda: list(self.cluster.registry), self._gate)
         self._records = RecordStore()
         self._streams: dict[str, _Stream] = {}
-        self._load: Counter[str] = Counter()
-        """Requests placed per incarnation and not seen end."""
+        self._placing = Placing(self.cluster.registry, self.options.max_queued)
         self._charged: dict[str, _Stream] = {}
         """Requests that a worker may have died of, until each has shown that it was another."""
-        self._turn = 0
-        self._is_closing = False
 
     @classmethod
     @contextlib.asynccontextmanager
@@ -131,20 +150,28 @@ class Router:
     def loop_lag(self) -> LoopLag:
         return self._metrics.loop_lag
 
+    @property
+    def figures(self) -> RouterMetrics:
+        return self._metrics
+
     async def run(self) -> None:
         """Serve until cancelled."""
         await self.cluster.run()
 
     def shut_down(self) -> None:
         """End every request with 503 and take no new one. Workers see the closed socket and drop what they hold."""
-        self._is_closing = True
+        self._gate.close()
         self._apply_to_all(RouterClosing())
 
     def check_invariants(self) -> None:
         """Streams are live requests, each in its own invariants; so are connections and records."""
         self.cluster.check_invariants()
         self._records.check_invariants()
-        assert +self._load == Counter(side for stream in self._streams.values() for side in stream.attempts.load)
+        self._gate.check_invariants()
+        self._placing.check_invariants()
+        assert +self._placing.load == Counter(
+            side for stream in self._streams.values() for side in stream.attempts.load
+        )
         assert self._charged.keys() <= self._streams.keys()
         for transfer_id, stream in self._streams.items():
             assert stream.attempts.transfer_id == transfer_id
@@ -155,9 +182,7 @@ class Router:
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[TokenChunk | GenerationEnd, None]:
         """See `Backend.generate`. The request starts with the first item asked for and is cancelled when closed."""
-        if self._is_closing:
-            raise GenerationError(503, "the router is shutting down", retry_after_s=RETRY_BUSY_S)
-        stream = self._start(request)
+        stream = await self._enter(request)
         try:
             while True:
                 item = await stream.unread.take()  # the clock task owns the deadline: it ends every request
@@ -168,16 +193,16 @@ class Router:
                     return
         finally:
             self._apply(stream, ClientGone())
+            self._gate.leave(stream.turn, stream.attempts.num_tokens)
 
     def is_ready(self) -> bool:
-        return isinstance(self._fleet().place(max_tokens=2), Placement)
+        return isinstance(self._placing.at(self._clock()).place(max_tokens=2), Placement)
 
     def max_model_len(self) -> int | None:
         return min((worker.register.identity.max_model_len for worker in self.cluster.registry), default=None)
 
     def workers(self) -> list[dict[str, Any]]:
-        fleet, load, now = list(self.cluster.registry), self._load, self._clock()
-        return [describe_worker(worker, fleet, load, now) for worker in fleet]
+        return describe_workers(list(self.cluster.registry), self._placing.load, self._clock())
 
     def drain(self, worker_id: str, draining: bool = True) -> bool:
         """Give a worker no new requests, or some again. False when it is not registered."""
@@ -193,7 +218,30 @@ class Router:
 
     # --- requests -------------------------------------------------------------------------------------------
 
-    def _start(self, request: GenerationRequest) -> _Stream:
+    async def _enter(self, request: GenerationRequest) -> _Stream:
+        """Wait for the request's turn and send it to its workers."""
+        attempts = self._routed(request)
+        self._records.add(attempts.record)
+        try:
+            turn = await self._gate.enter(request, attempts.record.received_at, attempts.deadline)
+        except GenerationError as refusal:
+            self._end_unstarted(attempts, TurnedAway(refusal.status, refusal.message))
+            raise
+        except BaseException:
+            self._end_unstarted(attempts, ClientGone())
+            raise
+        try:
+            return self._start(attempts, turn)
+        except BaseException:
+            self._gate.leave(turn, 0)
+            raise
+
+    def _end_unstarted(self, attempts: RoutedRequest, event: Event) -> None:
+        now = self._clock()
+        attempts.handle(event, now)
+        self._note_end(attempts.record, now)
+
+    def _routed(self, request: GenerationRequest) -> RoutedRequest:
         transfer_id, now = draw_id(), self._clock()
 
         def mint_ticket(epoch: int, prefill: str, decode: str, ttl_s: float) -> bytes:
@@ -202,20 +250,21 @@ class Router:
                 key, transfer_id=transfer_id, epoch=epoch, prefill=prefill, decode=decode, prompt=prompt, ttl_s=ttl_s
             )
 
-        attempts = RoutedRequest(
+        return RoutedRequest(
             request,
             transfer_id,
-            self._fleet,
+            lambda: self._placing.at(self._clock()),
             mint_ticket,
             max_attempts=self.options.max_attempts,
-            timeout_s=self.options.request_timeout_s,
+            timeout_s=min(request.timeout_s or math.inf, self.options.request_timeout_s),
             now=now,
             news=self,
         )
-        self._records.add(attempts.record)
-        stream = _Stream(attempts)
+
+    def _start(self, attempts: RoutedRequest, turn: QueuedRequest) -> _Stream:
+        stream, now = _Stream(attempts, turn), self._clock()
         actions = attempts.start(now)
-        self._streams[transfer_id] = stream
+        self._streams[attempts.transfer_id] = stream
         self._perform(stream, actions, now)
         return stream
 
@@ -242,7 +291,7 @@ class Router:
                 self._drop(stream)
 
     def _drop(self, stream: _Stream) -> None:
-        self._load.subtract(stream.load)
+        self._placing.count(stream.load, ())
         self._streams.pop(stream.attempts.transfer_id, None)
         self._charged.pop(stream.attempts.transfer_id, None)
         stream.unread.put(GenerationError(500, "the router failed on this request; its log says how"))
@@ -260,16 +309,12 @@ class Router:
         self._count_load(stream)
         self._note_charges(stream)
         if stream.attempts.is_over and self._streams.pop(stream.attempts.transfer_id, None) is not None:
-            self._note_end(stream, now)
+            self._note_end(stream.attempts.record, now)
 
     def _count_load(self, stream: _Stream) -> None:
         """Bring the count up to date with this one stream: no choice looks at all of them."""
         if stream.load != (load := stream.attempts.load):
-            self._load.subtract(stream.load)
-            self._load.update(load)
-            for incarnation in stream.load:
-                if not self._load[incarnation]:
-                    del self._load[incarnation]
+            self._placing.count(stream.load, load)
             stream.load = load
 
     def _note_charges(self, stream: _Stream) -> None:
@@ -282,14 +327,14 @@ class Router:
         if isinstance(item, GenerationEnd):
             return
         if stream.last_token_at is None:
+            self._gate.began(stream.turn)
             self._metrics.ttft.observe(now - stream.attempts.record.received_at)
         else:
             count = len(item.token_ids)
             self._metrics.itl.note((now - stream.last_token_at) / count, count)
         stream.last_token_at = now
 
-    def _note_end(self, stream: _Stream, now: float) -> None:
-        record = stream.attempts.record
+    def _note_end(self, record: RequestRecord, now: float) -> None:
         self._metrics.e2e.observe(now - record.received_at)
         self._metrics.requests.labels(outcome=record.state).inc()
         self._metrics.charged_deaths.inc(len(record.charged_deaths))
@@ -307,10 +352,6 @@ class Router:
             len(record.attempts),
             f", {record.error}" if record.error else "",
         )
-
-    def _fleet(self) -> Fleet:
-        self._turn += 1
-        return Fleet(list(self.cluster.registry), self._clock(), self._load, self._turn, self.options.max_queued)
 
     # --- WorkerNews: what a request asks before it is tried again ---------------------------------------------------
 
@@ -333,7 +374,11 @@ class Router:
         elif isinstance(message, TransferReport) and (record := self._records.get(message.transfer_id)):
             record.note(source, message)
 
+    def registered(self, worker: Worker) -> None:
+        self._placing.add(worker)
+
     def lost(self, incarnation: str, reason: str, in_step: Mapping[str, int]) -> None:
+        self._placing.remove(incarnation)
         self._apply_to_all(WorkerLost(incarnation, reason, in_step))
 
     def faulted(self) -> None:
@@ -344,4 +389,5 @@ class Router:
         return stream is not None and incarnation in stream.attempts.sides
 
     def time_passed(self) -> None:
+        self._gate.look()
         self._apply_to_all(TimePassed())

@@ -57,10 +57,10 @@ from disagg.transceiver.wire.messages.router import (
     RequestFailed,
     Retarget,
     RouterMessage,
-    Tokens,
     TransferFailure,
     TransferReport,
 )
+from disagg.transceiver.wire.messages.tokens import Tokens
 from disagg.transceiver.wire.messages.values import FirstToken, Geometry, StageTimes, UnitName
 from disagg.worker.metrics import WorkerMetrics
 from disagg.worker.pairing import Pairing
@@ -141,7 +141,7 @@ class Attempts:
 
     def _dispatch(self, dispatch: Dispatch, *, urgent: bool = False) -> None:
         state = RequestState(dispatch, self._pair(dispatch))
-        key, sampling = state.key, dispatch.sampling
+        key, sampling, priority = state.key, dispatch.sampling, dispatch.priority
         if key in self._live or self._was_here(key) or self._is_misplaced(state):
             log.warning("ignored a dispatch of mode %s", dispatch.mode, extra=_of(state))
             return
@@ -151,11 +151,13 @@ class Attempts:
             "%s: %d prompt tokens, attempt %d", dispatch.mode, len(dispatch.prompt), dispatch.epoch, extra=_of(state)
         )
         if dispatch.mode == "serve":
-            self._submit(Serve(key, dispatch.prompt, sampling, urgent))
+            self._submit(Serve(key, dispatch.prompt, sampling, urgent, priority))
         elif dispatch.mode == "decode":
-            self._submit(Reserve(key, dispatch.prompt, sampling, state.pairing.precision))
+            self._submit(Reserve(key, dispatch.prompt, sampling, state.pairing.precision, priority))
         elif self.sending is not None and dispatch.peer is not None:
-            self._submit(Prefill(key, dispatch.prompt, sampling))  # first: a FETCH that came early pins it at once
+            self._submit(
+                Prefill(key, dispatch.prompt, sampling, priority)
+            )  # first: a FETCH that came early pins it at once
             self.sending.start(key, state.pairing.sender())
 
     def _was_here(self, key: AttemptKey) -> bool:
