@@ -61,11 +61,19 @@ class WarmParent:
 
 
 @functools.cache
-def parent() -> WarmParent:
-    """The warm parent of this process's tests, started when it is first needed."""
+def _parent() -> WarmParent:
     made = WarmParent()
     atexit.register(made.end)
     return made
+
+
+STARTING: Final = threading.Lock()
+
+
+def parent() -> WarmParent:
+    """The warm parent of this process's tests, started when it is first needed, by whichever thread."""
+    with STARTING:
+        return _parent()
 
 
 class WarmPopen(subprocess.Popen[Any]):
