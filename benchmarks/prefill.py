@@ -6,7 +6,7 @@ One process, the same weights in float32, the same threads, in turns; the first 
 one request from admission to its first token: scheduling, block tables, steps of at most `--step` tokens, sampling.
 `forward` is one call of transformers' module with sdpa attention over the whole prompt for its last logits, without
 a cache. `full` and `windowed` are the 100M model of benchmarks/engine.py with all layers of that kind (window
-256), `demo` the bundled model. Milliseconds, medians of the turns; `ratio` is forward / ours. The last columns are per token:
+256), `demo` the bundled model. Milliseconds, medians of the turns; `ratio` is forward over ours. Per token too:
 what a windowed layer costs should not grow with it.
 """
 
