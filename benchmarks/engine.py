@@ -68,6 +68,7 @@ OUR_PATH = (
     if native_attention.is_loaded()
     else ("torch", ("torch:paged_attention", "packed_linear"))
 )
+MIXED_KINDS = ["full_attention" if i % 4 == 3 else "sliding_attention" for i in range(12)]
 Seconds = list[float]
 _hf: Any = hf.transformers  # type: ignore[attr-defined]  # through the one module that imports it
 
@@ -110,12 +111,11 @@ def demo_model() -> LoadedModel:
     return load_model(Path(str(files("disagg") / "demo_model")), dtype="float32")
 
 
-def random_gemma3() -> LoadedModel:
-    """100M parameters of Gemma 3: 12 layers, every fourth with full attention, untied head.
+def random_gemma3(kinds: Sequence[str] = MIXED_KINDS) -> LoadedModel:
+    """100M parameters of Gemma 3: 12 layers, as they come every fourth with full attention, untied head.
 
     Normal weights of std 0.02, the class's own: activations stay of order 1 through every norm.
     """
-    kinds = ["full_attention" if i % 4 == 3 else "sliding_attention" for i in range(12)]
     config = _hf.Gemma3TextConfig(
         vocab_size=16384,
         hidden_size=768,
@@ -126,7 +126,7 @@ def random_gemma3() -> LoadedModel:
         head_dim=64,
         query_pre_attn_scalar=64,
         sliding_window=256,
-        layer_types=kinds,
+        layer_types=list(kinds),
         pad_token_id=0,
         eos_token_id=None,
         tie_word_embeddings=False,
