@@ -1,6 +1,6 @@
 """What a router costs: CPU per request, per token and of an idle fleet, beside direct streaming and a plain proxy.
 
-    .venv/bin/python benchmarks/router.py [--case tokens|prompts|fleet|overhead ...] [--pairs 1] [--streams 64] ...
+    .venv/bin/python benchmarks/router.py [--case core|tokens|prompts|fleet|overhead ...] [--pairs 1] [--streams 64] ...
 
 A real router, workers without a model over real sockets (`disagg.bench.fleet`) and clients (`disagg.bench.streams`),
 each a process. CPU seconds are those of the router's process with its helpers, from /proc, so that neighbours on the
@@ -20,6 +20,7 @@ import sys
 import tempfile
 import time
 import urllib.request
+from array import array
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
@@ -27,6 +28,11 @@ from pathlib import Path
 from typing import Any
 
 from disagg.bench.circumstances import circumstances
+from disagg.router.generation import GenerationRequest, TokenChunk
+from disagg.router.router import Router
+from disagg.transceiver.wire.keys import ClusterKeys
+from disagg.transceiver.wire.messages.values import Sampling
+from disagg.transceiver.wire.node import draw_id
 
 TICK_S = 1 / os.sysconf("SC_CLK_TCK")
 START_TIMEOUT_S = 60
@@ -107,8 +113,7 @@ async def router() -> AsyncIterator[Child]:
 
 
 @asynccontextmanager
-async def fleet(router: Child, pairs: int, step_s: float, *more: str) -> AsyncIterator[Child]:
-    control = router.said["control"]
+async def fleet(control: str, pairs: int, step_s: float, *more: str) -> AsyncIterator[Child]:
     arguments = ["--router", control, "--pairs", str(pairs), "--step-s", str(step_s), *more]
     async with started("disagg.bench.fleet", *arguments) as child:
         await asyncio.sleep(1.2)  # until leases told every link
@@ -144,7 +149,7 @@ def loop_lag_ms(url: str) -> tuple[float, int]:
 
 async def tokens(options: argparse.Namespace) -> None:
     """Streams at full speed: CPU per token, and what a worker that can do more is slowed to."""
-    async with router() as hub, fleet(hub, options.pairs, options.step_s) as workers:
+    async with router() as hub, fleet(hub.said["control"], options.pairs, options.step_s) as workers:
         before_mib, before = hub.memory_mib(), hub.cpu_s()
         fleet_before = workers.cpu_s()
         began_at = time.perf_counter()
@@ -161,9 +166,40 @@ async def tokens(options: argparse.Namespace) -> None:
         )
 
 
+async def core(options: argparse.Namespace) -> None:
+    """The router without HTTP, in this process: workers asked for more than it carries, then prompts of many ids."""
+    async with AsyncExitStack() as stack:
+        router = await stack.enter_async_context(Router.open("tcp://127.0.0.1:0", ClusterKeys.published()))
+        await stack.enter_async_context(fleet(router.endpoint, options.pairs, options.core_step_s))
+        before, began_at = time.process_time(), time.perf_counter()
+        length = options.core_tokens
+        work = [_answer(router, array("i", [1]), length) for _ in range(options.core_streams)]
+        found = await asyncio.gather(*work)
+        cpu_s, wall_s = time.process_time() - before, time.perf_counter() - began_at
+        count, asked = sum(found), options.core_streams / options.core_step_s
+        lost = options.core_streams * length - count
+        print(
+            f"core: {options.core_streams} streams, {asked:.0f} tokens/s asked, {count / wall_s:.0f} came, "
+            f"{lost} lost, {len(router.workers())} of {2 * options.pairs} workers registered; "
+            f"{1e6 * cpu_s / count:.1f} us of CPU per token, {count / cpu_s:.0f} tokens/s per core"
+        )
+        for length in options.prompt_lengths:
+            prompt, before = array("i", range(length)), time.process_time()
+            for _ in range(options.prompt_requests):
+                await _answer(router, prompt, 2)
+            cpu_ms = 1e3 * (time.process_time() - before) / options.prompt_requests
+            print(f"core: a prompt of {length} ids: {cpu_ms:.1f} ms of CPU, I/O threads included")
+
+
+async def _answer(router: Router, prompt: array[int], max_tokens: int) -> int:
+    """Read one answer: its number of tokens."""
+    request = GenerationRequest(draw_id(), prompt, Sampling(max_tokens=max_tokens))
+    return sum([len(item.token_ids) async for item in router.generate(request) if isinstance(item, TokenChunk)])
+
+
 async def prompts(options: argparse.Namespace) -> None:
     """Long prompts with one token of answer more than none: CPU of the core and of its helpers per request."""
-    async with router() as hub, fleet(hub, options.pairs, 0.01):
+    async with router() as hub, fleet(hub.said["control"], options.pairs, 0.01):
         for length in options.prompt_lengths:
             await clients(hub.said["url"], 1, 1, 2, length)
             own = _cpu_ticks(hub.process.pid)
@@ -184,7 +220,7 @@ async def idle_fleet(options: argparse.Namespace) -> None:
         before_mib = hub.memory_mib()
         pulses = [] if options.fleet_pairs > 128 else ["--pulses"]
         more = pulses or ["--no-pulses"]
-        async with fleet(hub, options.fleet_pairs, 0.05, *more) as workers:
+        async with fleet(hub.said["control"], options.fleet_pairs, 0.05, *more) as workers:
             registered_s = workers.said["seconds"]
             await asyncio.sleep(1)
             before, began_at = hub.cpu_s(), time.perf_counter()
@@ -232,7 +268,7 @@ async def overhead(options: argparse.Namespace) -> None:
     """Turns of direct streaming, nginx and the router at the same steps: TTFT, tokens/s."""
     async with AsyncExitStack() as stack:
         hub = await stack.enter_async_context(router())
-        workers = await stack.enter_async_context(fleet(hub, 1, options.step_s))
+        workers = await stack.enter_async_context(fleet(hub.said["control"], 1, options.step_s))
         port = workers.said["direct_port"]
         plain = await stack.enter_async_context(nginx(port))
         urls = {"direct": f"http://127.0.0.1:{port}", "nginx": plain, "router": hub.said["url"]}
@@ -249,7 +285,7 @@ async def overhead(options: argparse.Namespace) -> None:
                     )
 
 
-CASES = {"tokens": tokens, "prompts": prompts, "fleet": idle_fleet, "overhead": overhead}
+CASES = {"core": core, "tokens": tokens, "prompts": prompts, "fleet": idle_fleet, "overhead": overhead}
 
 
 async def main(options: argparse.Namespace) -> None:
@@ -266,6 +302,9 @@ if __name__ == "__main__":
     parser.add_argument("--requests", type=int, default=128)
     parser.add_argument("--max-tokens", type=int, default=128)
     parser.add_argument("--step-s", type=float, default=0.01)
+    parser.add_argument("--core-streams", type=int, default=256)
+    parser.add_argument("--core-tokens", type=int, default=512)
+    parser.add_argument("--core-step-s", type=float, default=0.005)
     parser.add_argument("--prompt-lengths", type=int, nargs="*", default=[8192, 131072])
     parser.add_argument("--prompt-requests", type=int, default=20)
     parser.add_argument("--fleet-pairs", type=int, default=64)

@@ -131,8 +131,8 @@ class RoutedRequest:
         """Nothing is open after the end; before it the current server is; epochs are the attempts counted."""
         assert self.epoch == len(self.record.attempts) <= self._max_attempts
         assert not (self.is_over and self.sides)
-        placement, sides = self.placement, self.sides
-        assert self.is_over or self._waiting or (placement is not None and placement.server.incarnation in sides)
+        server = self.placement and self.placement.server.incarnation
+        assert self.is_over or self._waiting or server in self.sides
         assert self.num_tokens <= self.request.sampling.max_tokens
         assert not self._actions
 
@@ -166,8 +166,7 @@ class RoutedRequest:
         if tokens.epoch != self.epoch or source != self.placement.server.incarnation:
             return None
         chunk = plain_chunk(tokens, index, self.request.sampling.max_tokens)
-        if chunk is not None:
-            self.num_tokens = self.record.num_tokens = index + len(chunk.token_ids)
+        self.num_tokens = self.record.num_tokens = index + len(chunk.token_ids if chunk else ())
         return chunk
 
     def _take_actions(self) -> list[Action]:

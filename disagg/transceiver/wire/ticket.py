@@ -46,5 +46,12 @@ def check(
 
 
 def prompt_hash(prompt: Sequence[int]) -> bytes:
-    """blake2b-128 over the token ids as little-endian int64, so that two prompts never share a ticket."""
-    return blake2b(np.asarray(prompt, dtype="<i8").tobytes(), digest_size=16).digest()
+    """blake2b-128 over the token ids as little-endian int32, so that two prompts never share a ticket.
+
+    An id that no message can carry is hashed as int64 with its prompt: what refuses it is the message.
+    """
+    try:
+        ids = np.asarray(prompt, dtype="<i4")
+    except OverflowError:
+        ids = np.asarray(prompt, dtype="<i8")
+    return blake2b(ids.tobytes(), digest_size=16).digest()
