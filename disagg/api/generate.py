@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from array import array
 from collections.abc import Coroutine, Sequence
 from contextlib import AsyncExitStack
 from typing import Any, Final
@@ -92,7 +93,7 @@ class GenerateEndpoint:
         seed, is_only = base_seed(params), len(prepared.prompts) * params.n == 1
         for ids, echo in prepared.prompts:
             max_tokens = answer_tokens(params, self._settings.defaults, len(ids), max_model_len)
-            prompt = tuple(ids)
+            prompt = ids if isinstance(ids, array) and ids.typecode == "i" else array("i", ids)
             for i in range(params.n):
                 await asyncio.sleep(0)  # a choice takes up to a millisecond to make: a turn for others between them
                 sampling = build_sampling(
@@ -106,7 +107,8 @@ class GenerateEndpoint:
     def _choice(self, params: RequestParams, index: int, request: GenerationRequest, echo: str) -> Choice:
         detokenizer = self._tokenizer.detokenizer(skip_special_tokens=params.skip_special_tokens)
         stops = StopMatcher(params.stop, include=params.include_stop_str_in_output)
-        answer = Answer(detokenizer, stops, request.sampling, include_stop=params.include_stop_str_in_output)
+        include_stop, is_empty = params.include_stop_str_in_output, params.answer_limit == 0
+        answer = Answer(detokenizer, stops, request.sampling, include_stop=include_stop, is_empty=is_empty)
         return Choice(index, index // params.n, request, answer, echo)
 
     def _sink(self, params: RequestParams, request_id: str, send: Send) -> Sink:

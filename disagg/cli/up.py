@@ -16,7 +16,7 @@ import aiohttp
 from disagg.cli.child import ChildSpec
 from disagg.cli.display import display
 from disagg.cli.placement import DeviceAssignment, check_told_devices
-from disagg.cli.ports import LOOPBACK, Address, require_free_ports
+from disagg.cli.ports import LOOPBACK, Address, hold_port, require_free_ports
 from disagg.cli.supervisor import ClusterError, Ready, Supervisor
 from disagg.config.api_keys import api_keys
 from disagg.config.errors import ConfigError
@@ -53,9 +53,9 @@ Work = Callable[[Ready, Sequence[Ready], Sequence[WorkerPair]], Awaitable[int]]
 
 
 class LocalCluster:
-    """The processes of one `up`, and what each is told."""
+    """The processes of one `up`, and what each is told. All know the control port beforehand, so none waits."""
 
-    def __init__(self, settings: UpSettings, model: str) -> None:
+    def __init__(self, settings: UpSettings, model: str, control_port: int) -> None:
         self._settings = settings
         self._shared = {field: getattr(settings, field) for field in Settings.model_fields} | {"model": model}
         self._threads = _threads(settings)
@@ -63,21 +63,21 @@ class LocalCluster:
         # Measured once: workers that measured for themselves, or after a restart, would find different amounts free,
         # derive different lengths from them and be refused as different workers.
         self._cpu_kv_nbytes = default_kv_cache_nbytes()
+        self._control_port = control_port
 
     def router(self, ready: Ready | None) -> ChildSpec:
-        """A router that starts again takes the ports it announced: clients and workers know them."""
+        """A router that starts again takes the ports it announced: clients know them."""
         told = {field: getattr(self._settings, field) for field in HttpSettings.model_fields}
         told |= self._shared | {"served_model_name": self._settings.served_name, "control_host": LOOPBACK}
-        told |= {"admin_port": self._settings.admin_port, "control_port": self._settings.control_port}
+        told |= {"admin_port": self._settings.admin_port, "control_port": self._control_port}
         if ready is not None:
             told |= {"port": _port(ready["url"]), "admin_port": _port(ready["admin"])}
-            told |= {"control_port": _port(ready["control"])}
         env = child_environment(os.environ)
         if self._settings.api_key is not None:
             env[variable_of("api_key")] = self._settings.api_key  # not argv, which every user can read
         return _spec("router", "router", to_flags(RouterSettings(**told), hide=("api_key",)), env)
 
-    def workers(self, ready: Ready) -> list[ChildSpec]:
+    def workers(self) -> list[ChildSpec]:
         counts: dict[Role, int] = {
             "prefill": self._settings.prefill,
             "decode": self._settings.decode,
@@ -86,15 +86,16 @@ class LocalCluster:
         devices = self.placement.next_device
         placed = [(role, f"{role}-{n}", devices(role)) for role, count in counts.items() for n in range(count)]
         used = [device for _, _, device in placed]
-        return [self._worker(*place, ready["control"], used.count(place[2])) for place in placed]
+        return [self._worker(*place, used.count(place[2])) for place in placed]
 
-    def _worker(self, role: Role, name: str, device: str, control: str, num_sharing: int) -> ChildSpec:
+    def _worker(self, role: Role, name: str, device: str, num_sharing: int) -> ChildSpec:
         """`num_sharing` workers use this device's memory, this one included."""
         told = {field: getattr(self._settings, field) for field in EngineSettings.model_fields} | self._shared
         if role != "prefill":
             told["swa_scratch"] = "off"
         threads = self._threads[role]
-        told |= {"router": control, "worker_id": name, "device": device, "threads": threads}
+        told |= {"router": f"tcp://{LOOPBACK}:{self._control_port}", "worker_id": name}
+        told |= {"device": device, "threads": threads}
         told |= {"memory_share": round(1 / num_sharing, 4)}
         if self._settings.kv_cache_memory is not None:
             told |= {"kv_cache_memory": self._settings.kv_cache_memory // self._settings.num_workers}
@@ -129,9 +130,10 @@ def serve(settings: UpSettings, work: Work) -> int:
     )
     check_told_devices(settings)
     authorization(settings)  # a key file that no router would start with is refused here
-    cluster = LocalCluster(settings, _resolved(settings.model))
+    model = _resolved(settings.model)
     secret = INSECURE_SECRET if settings.insecure else draw_secret()
-    with display() as shown:
+    with hold_port(LOOPBACK, settings.control_port) as held, display() as shown:
+        cluster = LocalCluster(settings, model, held.getsockname()[1])
         if sentence := cluster.placement.sentence:
             shown.say(sentence)
 
@@ -233,11 +235,15 @@ def summary(settings: UpSettings, router: Ready, workers: Sequence[Ready], pairs
 
 
 def _worker_lines(worker: Ready) -> Iterator[str]:
-    """What it runs on, and what its KV cache leaves for prefixes where it keeps any."""
+    """What it runs on, what it takes, and what its KV cache leaves for prefixes where it keeps any."""
+    steps = f", {format_nbytes(worker['step_memory'])} for steps" if worker.get("step_memory") else ""
     yield (
-        f"  {worker['worker_id']}: {worker['device']}, {worker['threads']} of {num_cores()} cores, "
-        f"{format_nbytes(worker['memory'])} of KV cache, max-model-len {worker['max_model_len']}"
+        f"  {worker['worker_id']}: {worker['device']} in {worker['dtype']}, "
+        f"{worker['threads']} of {num_cores()} cores, "
+        f"{format_nbytes(worker['memory'])} of KV cache{steps}, max-model-len {worker['max_model_len']}"
     )
+    if "eager" in worker:
+        yield f"    note: steps run without CUDA graphs: {worker['eager']}"
     if "reuse" in worker:
         yield f"    for prefixes beside one running sequence: {worker['reuse']}"
     if "reuse_advice" in worker:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from disagg.transceiver.layout.units import SourceUnit
 from disagg.transceiver.protocol.actions import Verified
+from disagg.transceiver.wire.messages.prompt_logprobs import PromptLogprobs
 from disagg.transceiver.wire.messages.values import AttemptKey as AttemptKey
 from disagg.transceiver.wire.messages.values import FirstToken, Sampling, TokenLogprobs, UnitName
 
@@ -165,6 +166,14 @@ class ReservedEvent:
 
 
 @dataclass(frozen=True, slots=True)
+class PromptScoredEvent:
+    """Log-probabilities of prompt tokens, in order from position 1; anew from there if the prompt is computed anew."""
+
+    key: AttemptKey
+    scores: PromptLogprobs
+
+
+@dataclass(frozen=True, slots=True)
 class TokensEvent:
     """Generated tokens; the first has `index` (0 = first token of the answer).
 
@@ -206,6 +215,7 @@ EngineEvent = (
     | SoftDroppedEvent
     | PromptComputedEvent
     | ReservedEvent
+    | PromptScoredEvent
     | TokensEvent
     | FinishedEvent
     | FailedEvent

@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
+import torch
+
 from disagg.cache.cache import KVCache
 from disagg.engine.announce import publish_final_units, units_at
 from disagg.engine.batch import Work
@@ -25,18 +27,21 @@ from disagg.engine.commands import (
     Prefill,
     PrefixChecked,
     PromptComputedEvent,
+    PromptScoredEvent,
     Release,
     Reserve,
+    ReservedEvent,
     Serve,
     SuspectEvent,
     TokensEvent,
     UnitsFinalEvent,
     Unregister,
 )
+from disagg.engine.flight import Flight, chunk_of, sample_input
 from disagg.engine.recheck import PrefixRecheck
 from disagg.engine.run.graphs.use import GraphUse
-from disagg.engine.run.runner import Chunk, StepRunner
-from disagg.engine.sampler import Sampled, SampleInput, sample
+from disagg.engine.run.runner import StepRunner
+from disagg.engine.sampler import Drawn, Sampled, SampleInput, draw
 from disagg.engine.scheduler import Promised, Scheduler
 from disagg.engine.sequence import (
     Claim,
@@ -74,10 +79,14 @@ class EngineConfig:
     prompt begins with. The cache's layout allows it."""
     prefix_recheck_s: float | None = None
     """How long a registered block is trusted to be as it was hashed; None = as long as it is registered."""
+    steps_ahead: int = 0
+    """1: a step is launched before the tokens of the one before it are read. 0 where the host computes the steps."""
 
     def __post_init__(self) -> None:
         if self.role not in ROLES:
             raise ValueError(f"role: `{self.role}`, expected one of {ROLES}")
+        if self.steps_ahead not in (0, 1):
+            raise ValueError(f"steps ahead: {self.steps_ahead}, expected 0 or 1")
         if self.max_num_seqs < 1:
             raise ValueError(f"`--max-num-seqs`: {self.max_num_seqs}, expected at least 1")
         if self.max_model_len < 2:
@@ -93,9 +102,14 @@ class Engine:
     """Continuous batching over one cache. `handle` takes a command, `step` computes; both answer with events."""
 
     def __init__(
-        self, runner: StepRunner, cache: KVCache, config: EngineConfig, graphs: GraphUse | None = None
+        self,
+        runner: StepRunner,
+        cache: KVCache,
+        config: EngineConfig,
+        graphs: GraphUse | None = None,
+        draw: Callable[[torch.Tensor, Sequence[SampleInput]], Drawn] = draw,
     ) -> None:
-        """`graphs`: what the runner tells of the graphs it replays."""
+        """`graphs`: what the runner tells of the graphs it replays. `draw`: how tokens are chosen."""
         self._runner, self._cache, self._config = runner, cache, config
         self._recheck = PrefixRecheck(cache, config.prefix_recheck_s)
         self._scheduler = Scheduler(
@@ -107,34 +121,39 @@ class Engine:
         )
         self._counters = EngineCounters(scratch=cache.num_scratch)
         self._graphs = graphs or GraphUse()
+        self._draw = draw
+        self._flight: Flight | None = None
+        self._untold: list[ReservedEvent] = []
+        """Of reservations made while a step was under way: it may still read or write what their slots held."""
         self.on_step: Callable[[Sequence[AttemptKey]], None] = lambda keys: None
         """Told before each step which attempts in it are young: should the step end the process, it was one of them."""
 
     @property
     def has_work(self) -> bool:
         """Whether `step` would compute something; without it only a command can change anything."""
-        return self._scheduler.has_work
+        return self._flight is not None or self._scheduler.has_work
 
     def step(self) -> list[EngineEvent]:
-        """Compute the next tokens of every sequence that holds blocks. Without work nothing happens."""
-        events: list[EngineEvent] = []
-        work = self._scheduler.schedule(events)
-        self._counters.scratch = tuple(map(max, self._counters.scratch, self._cache.num_scratch))
-        if self._config.check_invariants:
-            self._scheduler.check_invariants()  # now every sequence holds most: new blocks, old ones, and scratch
-        if not work:
-            return events
-        self.on_step([piece.sequence.key for piece in work if _is_young(piece)])
-        logits = self._runner.execute([_chunk(piece) for piece in work])
-        sampled = sample(logits, [_sample_input(piece) for piece in work if piece.wants_logits])
-        events += self._commit(work, sampled)
-        events += self._scheduler.admit()
+        """Compute the next tokens of every sequence that holds blocks. Without work nothing happens.
+
+        With `steps_ahead` the forward pass is launched before the tokens of the step before it are read. All that
+        depends on these comes after: endings, penalties, and which rows are sampled at all.
+        """
+        events = self._finish() if self._flight is not None and self._flight.holds_up else []
+        work = self._schedule(events)
+        logits = self._launch(work) if work else None
+        events += self._finish()
+        if logits is not None:
+            self._flight = self._sample(work, logits)
+        if not self._config.steps_ahead:
+            events += self._finish()
+        events += self._admit()
         self._check()
         return events
 
     def handle(self, command: Command) -> list[EngineEvent]:
         """Apply one command and start what may start now. Commands for unknown or repeated keys change nothing."""
-        events = self._apply(command) + self._scheduler.admit()
+        events = self._apply(command) + self._admit()
         self._check()
         return events
 
@@ -156,8 +175,55 @@ class Engine:
             live_keys=tuple(scheduler.live),
             released=tuple(sorted(self._counters.released.items())),
             reuse=self._cache.reuse_counts(),
+            num_outdated=self._cache.num_outdated,
             graphs=replace(self._graphs),
+            num_dropped=self._counters.dropped,
         )
+
+    # --- a step's parts -------------------------------------------------------------------------------------
+
+    def _schedule(self, events: list[EngineEvent]) -> list[Work]:
+        work = self._scheduler.schedule(events)
+        self._counters.scratch = tuple(map(max, self._counters.scratch, self._cache.num_scratch))
+        if self._config.check_invariants:
+            self._scheduler.check_invariants()  # now every sequence holds most: new blocks, old ones, and scratch
+        return work
+
+    def _launch(self, work: Sequence[Work]) -> torch.Tensor:
+        """The forward pass, behind all that was launched before it."""
+        before = self._flight
+        self.on_step([piece.sequence.key for piece in (*(before.work if before else ()), *work) if _is_young(piece)])
+        chunks = [chunk_of(piece, before) for piece in work]
+        if before is None:
+            return self._runner.execute(chunks)
+        return self._runner.execute(chunks, before.drawn.token_ids)
+
+    def _sample(self, work: Sequence[Work], logits: torch.Tensor) -> Flight:
+        """Choose a token behind each piece that ends in one, save those of sequences that ended meanwhile."""
+        wanting = [piece for piece in work if piece.wants_logits]
+        kept = [row for row, piece in enumerate(wanting) if self._scheduler.is_current(piece)]
+        if len(kept) < len(wanting):
+            logits = logits[kept]
+        pieces = [wanting[row] for row in kept]
+        drawn = self._draw(logits, [sample_input(piece) for piece in pieces])
+        return Flight(work, drawn, {piece.sequence.key: row for row, piece in enumerate(pieces)})
+
+    def _finish(self) -> list[EngineEvent]:
+        """Read the tokens of the step under way, and do what they decide. Nothing if there is none."""
+        flight, self._flight = self._flight, None
+        if flight is None:
+            return []
+        sampled = flight.drawn.read()
+        untold, self._untold = self._untold, []
+        events: list[EngineEvent] = [event for event in untold if self._scheduler.is_awaited(event)]
+        return events + self._commit(flight, sampled)
+
+    def _admit(self) -> list[EngineEvent]:
+        events = self._scheduler.admit()
+        if self._flight is None:
+            return events
+        self._untold += [event for event in events if isinstance(event, ReservedEvent)]
+        return [event for event in events if not isinstance(event, ReservedEvent)]
 
     # --- commands -------------------------------------------------------------------------------------------
 
@@ -259,21 +325,22 @@ class Engine:
 
     # --- commit ---------------------------------------------------------------------------------------------
 
-    def _commit(self, work: Sequence[Work], sampled: Sequence[Sampled]) -> list[EngineEvent]:
-        """Append tokens, report units that became final, end what ended."""
+    def _commit(self, flight: Flight, sampled: Sequence[Sampled]) -> list[EngineEvent]:
+        """Append tokens, report units that became final, end what ended. What was for an ended sequence is dropped."""
         self._counters.steps += 1
-        results = iter(sampled)
         events: list[EngineEvent] = []
-        for piece in work:
-            result = next(results) if piece.wants_logits else None
-            events += self._commit_piece(piece, result)
+        for piece in flight.work:
+            if self._scheduler.is_current(piece):
+                row = flight.rows[piece.sequence.key] if piece.wants_logits else None
+                events += self._commit_piece(piece, None if row is None else sampled[row])
+            else:
+                self._counters.dropped += 1
         return events
 
     def _commit_piece(self, piece: Work, result: Sampled | None) -> list[EngineEvent]:
         sequence = piece.sequence
         if result is not None and not result.finite:
-            self._scheduler.release(sequence, wipe=True)  # what it left behind must never be loaded
-            return [FailedEvent(sequence.key, 500, f"non-finite logits after position {piece.end - 1}")]
+            return self._not_finite(piece)
         if result is not None and result.error is not None:
             self._scheduler.release(sequence)
             return [FailedEvent(sequence.key, 500, f"sampling after position {piece.end - 1} failed: {result.error}")]
@@ -286,10 +353,18 @@ class Engine:
         sequence.output.append(result.token_id)
         return self._emit(sequence, result.logprobs)
 
+    def _not_finite(self, piece: Work) -> list[EngineEvent]:
+        key = piece.sequence.key
+        self._scheduler.release(piece.sequence, wipe=True)  # what it left behind must never be loaded
+        return [FailedEvent(key, 500, f"non-finite logits after position {piece.end - 1}")]
+
     def _commit_chunk(self, prompt: PromptSequence, piece: Work, result: Sampled | None) -> list[EngineEvent]:
         self._scheduler.advance(piece)
         self._counters.prompt_tokens_computed += len(piece.token_ids)
-        events: list[EngineEvent] = []
+        scores = piece.scoring.scores() if piece.scoring is not None else []
+        if scores is None:
+            return self._not_finite(piece)
+        events: list[EngineEvent] = [PromptScoredEvent(prompt.key, some) for some in scores]
         if not prompt.serves and (units := publish_final_units(self._cache, prompt)):
             self._recheck.note(units)
             events.append(UnitsFinalEvent(prompt.key, prompt.compute_id, units))
@@ -380,17 +455,3 @@ def _is_young(piece: Work) -> bool:
     sequence = piece.sequence
     answer = sequence.answer if isinstance(sequence, PromptSequence) else sequence
     return answer is None or len(answer.output) < YOUNG_TOKENS
-
-
-def _chunk(piece: Work) -> Chunk:
-    assert piece.sequence.cached is not None
-    cached = piece.sequence.cached
-    return Chunk(cached.tables, piece.token_ids, piece.start, piece.wants_logits, cached.scratch)
-
-
-def _sample_input(piece: Work) -> SampleInput:
-    """The token to choose stands right after the piece."""
-    request, sequence = piece.sequence.request, piece.sequence
-    answer = sequence.answer if isinstance(sequence, PromptSequence) else sequence
-    output = answer.output if answer is not None else ()
-    return SampleInput(request.sampling, piece.end, request.prompt, output, request.seen)

@@ -17,7 +17,8 @@ told of are never taken.
 
 **Steps.** Every answer being decoded gets its one token. What is left of the token budget goes to prompts: half to the
 oldest, the rest to those nearest to their end. So a short prompt does not wait behind a long one, and the long one
-still advances in every step.
+still advances in every step. A step may be scheduled while the one before it is under way (`num_ahead`): answers go on
+from tokens that are not known yet, up to `max_tokens`; a prompt has one chunk under way at a time.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from disagg.cache.cache import KVCache
 from disagg.cache.scratch import scratch_until
 from disagg.cache.window import needed_ordinals
 from disagg.engine.announce import publish_final_units
-from disagg.engine.batch import Work, share_tokens
+from disagg.engine.batch import Work, scoring_of, share_tokens
 from disagg.engine.beside import LOOK_BEHIND, RoomBeside
 from disagg.engine.commands import (
     AttemptKey,
@@ -289,7 +290,7 @@ class Scheduler:
         self._cache.close_sequence(prompt.cached)
         self._give_back(prompt.key)
         dropped = SoftDroppedEvent(prompt.key, prompt.compute_id)
-        prompt.cached = None
+        prompt.cached, prompt.num_ahead = None, 0
         prompt.compute_id += 1
         return dropped
 
@@ -306,7 +307,8 @@ class Scheduler:
     def _reuse(self, prompt: PromptSequence) -> list[EngineEvent]:
         """Begin with what is cached of the prompt, or wait until those of its blocks that are due were checked."""
         assert prompt.cached is not None
-        self._cache.reuse_prefix(prompt.cached, prompt.token_ids, counts=not prompt.has_looked)
+        if not prompt.is_scored:  # what is reused has no logits
+            self._cache.reuse_prefix(prompt.cached, prompt.token_ids, counts=not prompt.has_looked)
         if due := self._recheck.due(prompt.cached):
             prompt.enter(Stage.CHECKING)
             prompt.check_id += 1
@@ -362,15 +364,27 @@ class Scheduler:
         Appends to `events` what was dropped for their growth.
         """
         for answer in self.answers:
-            if answer.num_stored >= answer.cached.room:  # else its token goes into a block that it has
+            if answer.num_stored >= answer.cached.room and answer.is_continued:  # else it has a block for its token
                 self._begin_block(answer, events)
-        work = [Work(answer, (answer.output[-1],), answer.num_stored) for answer in self.answers]
-        prompts = self.prompts
+        continued = [answer for answer in self.answers if answer.is_continued]
+        work = [Work(answer, (answer.next_input,), answer.num_stored) for answer in continued]
+        prompts = [prompt for prompt in self.prompts if not prompt.num_ahead]
         budget = self._max_num_batched_tokens - len(work)
         max_chunks = min(MAX_PREFILLS_PER_STEP, self._max_num_seqs - len(work))
         shares = share_tokens([prompt.num_remaining for prompt in prompts], budget, max_chunks)
         work += [self._chunk(prompt, count) for prompt, count in zip(prompts, shares, strict=True) if count]
+        for piece in work:
+            piece.sequence.num_ahead += len(piece.token_ids)
         return work
+
+    def is_current(self, work: Work) -> bool:
+        """Whether the sequence is as it was when this was scheduled: not released, dropped, preempted or begun anew."""
+        return self._live.get(work.sequence.key) is work.sequence and work.sequence.cached is work.cached
+
+    def is_awaited(self, event: ReservedEvent) -> bool:
+        """Whether the reservation still waits for the KV of these slots."""
+        reservation = self._live.get(event.key)
+        return isinstance(reservation, Reservation) and reservation.awaited is event.slots
 
     def advance(self, work: Work) -> None:
         """The piece is computed: register the blocks it filled, and let go of what no later query reads.
@@ -378,6 +392,7 @@ class Scheduler:
         An answer lets go of it with its next block.
         """
         sequence, end = work.sequence, work.end
+        sequence.num_ahead -= len(work.token_ids)
         if isinstance(sequence, PromptSequence):
             self._register(sequence, end)
             self._size(sequence, capacity=end, history=end)
@@ -430,6 +445,7 @@ class Scheduler:
 
     def _preempt(self, sequence: LiveSequence) -> None:
         """Take its blocks; it goes on from the head of the line, where the oldest of several ends up first."""
+        assert isinstance(sequence, (PromptSequence, DecodingSequence))
         assert sequence.cached is not None
         self.num_preemptions += 1
         prompt = sequence
@@ -440,7 +456,7 @@ class Scheduler:
         assert isinstance(prompt, PromptSequence)
         self._cache.close_sequence(sequence.cached)
         self._give_back(sequence.key)
-        prompt.cached = None
+        prompt.cached, sequence.num_ahead = None, 0
         prompt.enter(Stage.WAITING)
         self._urgent.appendleft(prompt)
 
@@ -449,7 +465,7 @@ class Scheduler:
         end = start + count
         until = scratch_until(self._swa_scratch, len(prompt.token_ids), end, self._cache.layout.block_size)
         self._size(prompt, capacity=end, history=start, scratch_until=until)
-        return Work(prompt, prompt.token_ids[start:end], start)
+        return Work(prompt, prompt.token_ids[start:end], start, scoring_of(prompt, start, end))
 
     def _size(self, sequence: LiveSequence, *, capacity: int, history: int, scratch_until: int = 0) -> None:
         assert sequence.cached is not None

@@ -16,6 +16,9 @@ from disagg.engine.sampling.seen import SeenTokens
 from disagg.transceiver.protocol.actions import Verified
 from disagg.transceiver.wire.messages.values import FirstToken, Sampling, SamplingState, TokenLogprobs
 
+UNKNOWN: Final = -1
+"""Stands for a token that a launched step draws: no id is negative."""
+
 
 @dataclass(frozen=True, slots=True)
 class Ending:
@@ -107,6 +110,8 @@ class PromptSequence:
     """What is computed: the prompt, and the answer so far."""
     num_announced: list[int] = field(default_factory=list)
     """Per layer group, how many of its needed ordinals were reported final in this computation."""
+    num_ahead: int = 0
+    """Tokens of it that a launched step computes."""
 
     def __post_init__(self) -> None:
         self.token_ids = self.request.prompt + tuple(self.answer.output if self.answer else ())
@@ -127,6 +132,11 @@ class PromptSequence:
     @property
     def is_soft(self) -> bool:
         return self.claim is Claim.SOFT
+
+    @property
+    def is_scored(self) -> bool:
+        """Its tokens' own log-probabilities are asked for, and were not all said before: every position is computed."""
+        return self.request.sampling.num_prompt_logprobs is not None and self.answer is None
 
     @property
     def has_looked(self) -> bool:
@@ -191,6 +201,8 @@ class DecodingSequence:
     cached: CachedSequence
     licence: Verified | Computed
     output: list[int] = field(init=False)
+    num_ahead: int = 0
+    """Launched steps whose tokens are not known yet."""
 
     def __post_init__(self) -> None:
         assert _licensed_key(self.licence) == self.key, f"{self.key}: licensed for {_licensed_key(self.licence)}"
@@ -203,8 +215,18 @@ class DecodingSequence:
 
     @property
     def num_stored(self) -> int:
-        """Tokens whose KV is computed: all but the last. The next step feeds that one at this position."""
-        return self.request.prompt_len + len(self.output) - 1
+        """Tokens whose KV is computed, or will be by launched steps: all but the last, fed next at this position."""
+        return self.request.prompt_len + len(self.output) + self.num_ahead - 1
+
+    @property
+    def next_input(self) -> int:
+        """The token that the next step feeds; `UNKNOWN` while the step that draws it is under way."""
+        return UNKNOWN if self.num_ahead else self.output[-1]
+
+    @property
+    def is_continued(self) -> bool:
+        """Whether a token may follow those known and those under way."""
+        return len(self.output) + self.num_ahead < self.request.sampling.max_tokens
 
     def tokens(self, start: int, stop: int) -> tuple[int, ...]:
         """Those at positions [start, stop), prompt and answer alike."""

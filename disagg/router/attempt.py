@@ -23,7 +23,7 @@ until its FINISHED so that losing that worker between the two is still before th
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Protocol
+from typing import cast
 
 from disagg.router.attempt_events import (
     Action,
@@ -42,6 +42,8 @@ from disagg.router.attempt_events import (
 from disagg.router.charges import Charges, NothingKnown, WorkerNews, incarnations
 from disagg.router.choose import RETRY_BUSY_S, Placement, Unplaceable
 from disagg.router.generation import GenerationEnd, GenerationRequest, TokenChunk
+from disagg.router.placer import Mint, Placer
+from disagg.router.prompt_scores import ReportedScores
 from disagg.router.record import AttemptRecord, RequestRecord
 from disagg.transceiver.wire.messages.router import (
     YOUNG_TOKENS,
@@ -50,27 +52,18 @@ from disagg.transceiver.wire.messages.router import (
     Finished,
     PeerTarget,
     PrefillLocally,
+    PromptScores,
     RequestFailed,
     Retarget,
     Tokens,
     TransferFailure,
     TransferReport,
 )
+from disagg.transceiver.wire.schema import PackedInts
 
 PREFILL_LOST_GRACE_S = 1.0
 """How long the decode worker has to report the loss of its prefill worker itself, which it sees at the same time as
 the router and with more knowledge (the KV may be verified already). 3 s to the loss + 1 s < the 5 s promised."""
-
-Mint = Callable[[int, str, str, float], bytes]
-"""(epoch, prefill incarnation, decode incarnation, ttl_s) -> ticket"""
-
-
-class Placer(Protocol):
-    """Which workers could serve now; `disagg.router.choose.Fleet` answers."""
-
-    def place(self, max_tokens: int, exclude: frozenset[str] = frozenset()) -> Placement | Unplaceable: ...
-
-    def prefill_for(self, decode: str, exclude: frozenset[str]) -> PeerTarget | None: ...
 
 
 class RoutedRequest:
@@ -103,6 +96,8 @@ class RoutedRequest:
         self._mint = mint
         self._max_attempts = max_attempts
         self._held: Tokens | None = None
+        self._scores = ReportedScores(len(request.prompt), request.sampling.num_prompt_logprobs)
+        self._early: list[Tokens | Finished] = []
         self._num_cached_tokens = 0
         self._retargeted = False
         self._prefill_lost_at: float | None = None
@@ -162,6 +157,23 @@ class RoutedRequest:
             self._react(event, now)
         return self._take_actions()
 
+    def next_chunk(self, source: str, tokens: Tokens, now: float) -> TokenChunk | None:
+        """What `handle` would emit for the next tokens of an answer that has begun, for a fifth of its cost.
+
+        None, with nothing done, where anything else follows or is wrong: then `handle` decides.
+        """
+        index, token_ids = self.num_tokens, tokens.token_ids
+        if self.is_over or self._waiting is not None or self.placement is None or not index or now >= self.deadline:
+            return None
+        is_next = tokens.index == index and tokens.epoch == self.epoch and not tokens.num_cached_tokens
+        if not (is_next and token_ids and source == self.placement.server.incarnation):
+            return None
+        end = index + len(token_ids)
+        if end > self.request.sampling.max_tokens or (tokens.logprobs and len(tokens.logprobs) != len(token_ids)):
+            return None
+        self.num_tokens = self.record.num_tokens = end
+        return TokenChunk(index, token_ids, tokens.logprobs)
+
     def _take_actions(self) -> list[Action]:
         actions, self._actions = self._actions, []
         return actions
@@ -192,13 +204,17 @@ class RoutedRequest:
 
     def _hear(self, source: str, message: object, now: float) -> None:
         assert self.placement is not None
-        if source == self.placement.server.incarnation:
+        if isinstance(message, PromptScores):
+            self._hear_scores(source, message, now)
+        elif source == self.placement.server.incarnation:
             self._hear_server(message, now)
         elif self.placement.prefill is not None and source == self.placement.prefill.incarnation:
             self._hear_prefill(message, now)
 
     def _hear_server(self, message: object, now: float) -> None:
         match message:
+            case Tokens() | Finished() if not self._scores.is_complete:
+                self._wait_for_scores(message, now)
             case Tokens():
                 self._forward(message, now)
             case Finished():
@@ -219,10 +235,45 @@ class RoutedRequest:
                 self._held = message
             case Finished():
                 self._finish_at_prefill(message, now)
+            case RequestFailed(status=503) if self._early:
+                self._scores_lost(message.message, now)
             case RequestFailed(status=503):
                 self._transfer_failed(message.message, now)
             case RequestFailed():
                 self._fail(true_status(message.status), message.message, now)
+
+    # --- the prompt's scores ----------------------------------------------------------------------------------
+
+    def _hear_scores(self, source: str, message: PromptScores, now: float) -> None:
+        """From the worker that computes the prompt. The first token waits for all of them."""
+        assert self.placement is not None
+        if source != (self.placement.prefill or self.placement.server).incarnation or self.num_tokens:
+            return None
+        if fault := self._scores.add(message.scores):
+            return self._fail(502, f"fault of the worker: {fault}", now)
+        if self._scores.is_complete:
+            early, self._early = self._early, []
+            for word in early:
+                if not self.is_over:
+                    self._hear_server(word, now)
+        return None
+
+    def _wait_for_scores(self, message: Tokens | Finished, now: float) -> None:
+        """What the decode worker says may be here before what the prefill worker said: they come by two ways."""
+        assert self.placement is not None
+        if self.placement.prefill is None:
+            return self._fail(502, "fault of the worker: it answered without the prompt's log-probabilities", now)
+        return self._early.append(message)
+
+    def _scores_lost(self, reason: str, now: float) -> None:
+        """The KV arrived, but the prompt's log-probabilities did not: nothing was sent yet, so all begins anew."""
+        assert self.placement is not None
+        assert self.placement.prefill is not None
+        prefill = self.placement.prefill.incarnation
+        if self._waits_for((prefill,), lambda later: self._scores_lost(reason, later), now):
+            return None
+        self._failed_prefills.add(prefill)
+        return self._give_up(reason, now) if self.epoch >= self._max_attempts else self._begin_anew(reason, now)
 
     # --- tokens ---------------------------------------------------------------------------------------------
 
@@ -236,7 +287,9 @@ class RoutedRequest:
         if self.num_tokens == 0:
             self._num_cached_tokens = message.num_cached_tokens
         num_cached = 0 if self.num_tokens else self._num_cached_tokens
-        self._actions.append(Emit(TokenChunk(self.num_tokens, token_ids, message.logprobs[num_repeated:], num_cached)))
+        scores = () if self.num_tokens else self._scores.parts
+        chunk = TokenChunk(self.num_tokens, token_ids, message.logprobs[num_repeated:], num_cached, scores)
+        self._actions.append(Emit(chunk))
         self.num_tokens += len(token_ids)
         self.record.emitted(self.num_tokens, now)
         return None
@@ -263,12 +316,15 @@ class RoutedRequest:
     def _finish_at_prefill(self, message: Finished, now: float) -> None:
         """The first token ended the answer. The prefill side is done; the server waits for KV that will not come."""
         assert self.placement is not None
+        if not self._scores.is_complete:
+            return self._fail(502, "fault of the worker: it ended before the prompt's log-probabilities came", now)
         if self._held is not None:
             self._forward(self._held, now)
         if not self.is_over:
             server = self.placement.server.incarnation
             self._cancel(server, "finished")
             self._finish(message, now)
+        return None
 
     # --- deaths and waiting ---------------------------------------------------------------------------------
 
@@ -306,6 +362,8 @@ class RoutedRequest:
             return
         if not self.record.current.has_report_of_server:
             self._transfer_failed("the prefill worker was lost", now)
+        elif not self._scores.is_complete:
+            self._scores_lost("the prefill worker was lost before all log-probabilities of the prompt came", now)
 
     def _server_failed(self, reason: str, now: float) -> None:
         assert self.placement is not None
@@ -406,6 +464,8 @@ class RoutedRequest:
         self.epoch += 1
         self.placement = placement
         self._held = self._prefill_lost_at = None
+        self._early = []
+        self._scores.restart()
         self.record.attempts.append(AttemptRecord(self.epoch, mode, placement, now))
 
     def _ticket(self, placement: Placement, now: float) -> bytes:
@@ -419,7 +479,7 @@ class RoutedRequest:
             epoch=self.epoch,
             request_id=self.request.request_id,
             mode=mode,
-            prompt=self.request.prompt,
+            prompt=cast(PackedInts, self.request.prompt),  # an array is packed as it is
             sampling=self.request.sampling,
             deadline_s=self._remaining_s(now),  # the ticket's ttl_s too: the prefill worker checks it with this value
             peer=peer,

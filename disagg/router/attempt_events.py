@@ -11,6 +11,7 @@ from disagg.transceiver.wire.messages.router import (
     Dispatch,
     Finished,
     PrefillLocally,
+    PromptScores,
     RequestFailed,
     Retarget,
     Tokens,
@@ -18,7 +19,7 @@ from disagg.transceiver.wire.messages.router import (
     TransferReport,
 )
 
-AnswerMessage = Tokens | Finished | RequestFailed | TransferFailure | TransferReport
+AnswerMessage = Tokens | PromptScores | Finished | RequestFailed | TransferFailure | TransferReport
 """What a worker may say of one attempt."""
 
 OrderMessage = Dispatch | Retarget | PrefillLocally | CancelRequest

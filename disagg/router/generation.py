@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from disagg.transceiver.wire.messages.prompt_logprobs import PromptLogprobs
 from disagg.transceiver.wire.messages.values import Sampling, TokenLogprobs
 
 
@@ -13,13 +14,14 @@ from disagg.transceiver.wire.messages.values import Sampling, TokenLogprobs
 class GenerationRequest:
     """One answer to generate. `request_id` is the client's X-Request-Id or one the HTTP layer drew.
 
+    `prompt`: a tuple, or better an array of int32, which is looked at nowhere on its way to the workers.
     `priority`: lower ones are served first, here and by the workers. `tenant`: the name of the client's API key, ""
     where there are no keys; the order between tenants is fair. `timeout_s`: the client's own limit; None = the
     router's.
     """
 
     request_id: str
-    prompt: tuple[int, ...]
+    prompt: Sequence[int]
     sampling: Sampling
     priority: int = 0
     tenant: str = ""
@@ -30,13 +32,15 @@ class GenerationRequest:
 class TokenChunk:
     """Tokens in order, never twice, never with a gap. `logprobs` has one entry per token, or none if not asked for.
 
-    `num_cached_tokens`, with the first token: tokens of the prompt that were found in a cache and not computed.
+    With the first token come `num_cached_tokens`, tokens of the prompt that were found in a cache and not computed, and
+    the prompt's own log-probabilities in order of position, where they were asked for.
     """
 
     index: int
     token_ids: tuple[int, ...]
     logprobs: tuple[TokenLogprobs, ...] = ()
     num_cached_tokens: int = 0
+    prompt_logprobs: tuple[PromptLogprobs, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

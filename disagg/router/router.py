@@ -42,9 +42,10 @@ from disagg.router.metrics import RouterMetrics
 from disagg.router.record import RecordStore, RequestRecord
 from disagg.router.status import describe_worker
 from disagg.router.tenants import QueuedRequest, TenantLimits
+from disagg.router.unread import Unread
 from disagg.transceiver.wire.keys import ClusterKeys
 from disagg.transceiver.wire.links import ControlServer
-from disagg.transceiver.wire.messages.router import TransferReport
+from disagg.transceiver.wire.messages.router import Tokens, TransferReport
 from disagg.transceiver.wire.node import draw_id
 from disagg.transceiver.wire.ticket import mint
 
@@ -76,14 +77,14 @@ class RouterOptions:
 
 @dataclass(slots=True, eq=False)
 class _Stream:
-    """One request in progress and what its client has not read yet: at most max_tokens items and an end."""
+    """One request in progress and what its client has not read yet."""
 
     attempts: RoutedRequest
     turn: QueuedRequest
     load: tuple[str, ...] = ()
     """What of it is counted in the router's load."""
     last_token_at: float | None = None
-    items: asyncio.Queue[TokenChunk | GenerationEnd | GenerationError] = field(default_factory=asyncio.Queue)
+    unread: Unread = field(default_factory=Unread)
 
 
 class Router:
@@ -178,7 +179,7 @@ class Router:
         stream = await self._enter(request)
         try:
             while True:
-                item = await stream.items.get()  # the clock task owns the deadline: it ends every request
+                item = await stream.unread.take()  # the clock task owns the deadline: it ends every request
                 if isinstance(item, GenerationError):
                     raise item
                 yield item
@@ -266,6 +267,16 @@ class Router:
         now = self._clock()
         self._perform(stream, stream.attempts.handle(event, now), now)
 
+    def _go_on(self, stream: _Stream, source: str, tokens: Tokens) -> bool:
+        """The short way for the next tokens of an answer, which change nothing else; False: it is not as plain."""
+        now = self._clock()
+        chunk = None if stream.attempts.is_charged else stream.attempts.next_chunk(source, tokens, now)
+        if chunk is None:
+            return False
+        self._measure(stream, chunk, now)
+        stream.unread.put(chunk)
+        return True
+
     def _apply_to_all(self, event: Event) -> None:
         for stream in list(self._streams.values()):
             try:
@@ -278,7 +289,7 @@ class Router:
         self._load.subtract(stream.load)
         self._streams.pop(stream.attempts.transfer_id, None)
         self._charged.pop(stream.attempts.transfer_id, None)
-        stream.items.put_nowait(GenerationError(500, "the router failed on this request; its log says how"))
+        stream.unread.put(GenerationError(500, "the router failed on this request; its log says how"))
 
     def _perform(self, stream: _Stream, actions: list[Action], now: float) -> None:
         for action in actions:
@@ -287,9 +298,9 @@ class Router:
                     self.cluster.order(to, message)
                 case Emit(item):
                     self._measure(stream, item, now)
-                    stream.items.put_nowait(item)
+                    stream.unread.put(item)
                 case Fail(status, message, retry_after_s):
-                    stream.items.put_nowait(GenerationError(status, message, retry_after_s=retry_after_s))
+                    stream.unread.put(GenerationError(status, message, retry_after_s=retry_after_s))
         self._count_load(stream)
         self._note_charges(stream)
         if stream.attempts.is_over and self._streams.pop(stream.attempts.transfer_id, None) is not None:
@@ -318,9 +329,8 @@ class Router:
             self._gate.began(stream.turn)
             self._metrics.ttft.observe(now - stream.attempts.record.received_at)
         else:
-            gap_s = (now - stream.last_token_at) / len(item.token_ids)
-            for _ in item.token_ids:
-                self._metrics.itl.observe(gap_s)
+            count = len(item.token_ids)
+            self._metrics.itl.note((now - stream.last_token_at) / count, count)
         stream.last_token_at = now
 
     def _note_end(self, record: RequestRecord, now: float) -> None:
@@ -362,7 +372,8 @@ class Router:
 
     def answered(self, source: str, message: AnswerMessage) -> None:
         if stream := self._streams.get(message.transfer_id):
-            self._apply(stream, Answered(source, message))
+            if not (isinstance(message, Tokens) and self._go_on(stream, source, message)):
+                self._apply(stream, Answered(source, message))
         elif isinstance(message, TransferReport) and (record := self._records.get(message.transfer_id)):
             record.note(source, message)
 

@@ -26,6 +26,7 @@ from disagg.engine.commands import (
     PinnedEvent,
     Prefill,
     PromptComputedEvent,
+    PromptScoredEvent,
     Release,
     Reserve,
     ReservedEvent,
@@ -52,6 +53,7 @@ from disagg.transceiver.wire.messages.router import (
     Peers,
     PeerTarget,
     PrefillLocally,
+    PromptScores,
     RequestFailed,
     Retarget,
     RouterMessage,
@@ -59,7 +61,7 @@ from disagg.transceiver.wire.messages.router import (
     TransferFailure,
     TransferReport,
 )
-from disagg.transceiver.wire.messages.values import Geometry, StageTimes, UnitName
+from disagg.transceiver.wire.messages.values import FirstToken, Geometry, StageTimes, UnitName
 from disagg.worker.metrics import WorkerMetrics
 from disagg.worker.pairing import Pairing
 from disagg.worker.request_state import RequestState
@@ -73,7 +75,7 @@ class Attempts:
     def __init__(
         self,
         submit: Callable[[Command], None],
-        send: Callable[[RouterMessage], None],
+        send: Callable[[RouterMessage | Tokens], None],
         pair: Callable[[Dispatch], Pairing],
         metrics: WorkerMetrics,
         *,
@@ -197,9 +199,13 @@ class Attempts:
             case TokensEvent(
                 key=key, index=index, token_ids=token_ids, logprobs=logprobs, num_cached_tokens=num_cached_tokens
             ):
+                if index == 0 and state.first_token_sent:
+                    return
                 if index == 0 and state.dispatch.mode == "serve":
                     self._report(state, state.since_arrival("prefill"))
                 self._send(Tokens(key.transfer_id, key.epoch, index, token_ids, logprobs, num_cached_tokens))
+            case PromptScoredEvent(key, scores):
+                self._send(PromptScores(key.transfer_id, key.epoch, scores))
             case FinishedEvent(key=key, index=index, reason=reason, stop_token_id=stop_token_id):
                 self._send(Finished(key.transfer_id, key.epoch, index, reason, stop_token_id))
                 self._forget(key)
@@ -230,10 +236,13 @@ class Attempts:
         if not event.finished:
             self._feed_sender(key, PromptComputed(event.compute_id, first))
             return
-        logprobs = () if first.logprobs is None else (first.logprobs,)
-        self._send(Tokens(key.transfer_id, key.epoch, 0, (first.token_id,), logprobs, first.num_cached_tokens))
+        self._send_first_token(key, first)
         self._send(Finished(key.transfer_id, key.epoch, 1, "stop", event.stop_token_id))
         self._feed_sender(key, FinishedEarly(event.compute_id))
+
+    def _send_first_token(self, key: AttemptKey, first: FirstToken) -> None:
+        logprobs = () if first.logprobs is None else (first.logprobs,)
+        self._send(Tokens(key.transfer_id, key.epoch, 0, (first.token_id,), logprobs, first.num_cached_tokens))
 
     def _fail(self, key: AttemptKey, status: int, message: str) -> None:
         self._send(RequestFailed(key.transfer_id, key.epoch, status, message))
@@ -280,6 +289,8 @@ class Attempts:
         if (state := self._live.get(key)) is not None:
             self._report(state, _times(state, record), record)
             self._submit(Decode(key, verified, state.partial_blocks))
+            self._send_first_token(key, verified.first_token)  # the engine's next turn is a step away
+            state.first_token_sent = True
             log.info("received %d bytes over %s", sum(record.nbytes.values()), record.plane, extra=_of(state))
 
     def transfer_failed(self, key: AttemptKey, failure: ReportFailed, record: TransferRecord) -> None:

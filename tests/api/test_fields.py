@@ -120,6 +120,7 @@ EFFECTS: dict[str, tuple[Any, Look, dict[str, Any]]] = {
     "stream": (True, media_type, {}),
     "stream_options": ({"include_usage": True}, num_events, {"stream": True}),
     "echo": (True, text, {}),
+    "prompt_logprobs": (1, sampling("num_prompt_logprobs"), {}),
     "add_generation_prompt": (False, prompt, {}),
     "chat_template_kwargs": ({"bos_token": "other"}, prompt, {}),
     "prompt": ("Another", prompt, {}),
@@ -192,8 +193,9 @@ async def test_a_value_of_another_type_is_refused_by_name(api: Api, field: Field
 
 
 WRONG = [
-    ({"max_tokens": -1}, "max_tokens", "an integer, 1 or more, got -1"),
-    ({"max_tokens": 0}, "max_tokens", "got 0"),
+    ({"max_tokens": -1}, "max_tokens", "or more, got -1"),
+    ({"prompt_logprobs": 21}, "prompt_logprobs", "from 0 to 20"),
+    ({"prompt_logprobs": 0, "stream": True}, "prompt_logprobs", "leave `stream` out"),
     ({"max_tokens": 5.0}, "max_tokens", "got 5.0"),
     ({"max_tokens": True}, "max_tokens", "got true"),
     ({"max_tokens": "5"}, "max_tokens", "got '5'"),
@@ -242,11 +244,12 @@ WRONG_COMPLETIONS = [
     ({"best_of": 2}, "best_of", "differs from `n`"),
     ({"logprobs": 21}, "logprobs", "from 0 to 20"),
     ({"logprobs": True}, "logprobs", "got true"),
-    ({"echo": True, "logprobs": 1}, "echo", "not supported"),
+    ({"max_tokens": 0}, "max_tokens", "or `echo`"),
     ({"prompt": ["a"] * 65, "n": 2}, "n", "130 choices"),
     ({"prompt": ["a"] * 129}, "prompt", "129 choices"),
 ]
 WRONG_CHAT = [
+    ({"max_tokens": 0}, "max_tokens", "1 or more, got 0"),
     ({"messages": []}, "messages", "at least one message"),
     ({"messages": None}, "messages", "required"),
     ({"messages": ["hi"]}, "messages[0]", "a message"),

@@ -57,6 +57,7 @@ SAMPLES: dict[str, tuple[str, object, str]] = {
     "verify_weights": ("true", True, "false"),
     "check": ("true", True, "false"),
     "piecewise_graphs": ("true", True, "false"),
+    "overlap_steps": ("true", True, "false"),
     "torch_compile": ("true", True, "false"),
     "enforce_eager": ("true", True, "false"),
     "enable_prefix_caching": ("false", False, "true"),

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from disagg.api.text.detokenizer import Detokenizer
 from disagg.api.text.stops import StopMatcher
 from disagg.router.generation import GenerationEnd, TokenChunk
+from disagg.transceiver.wire.messages.prompt_logprobs import PromptLogprobs
 from disagg.transceiver.wire.messages.values import Sampling, TokenLogprobs
 
 
@@ -34,6 +35,7 @@ class Delta:
     text: str = ""
     tokens: tuple[AnswerToken, ...] = ()
     finish: Finish | None = None
+    prompt_logprobs: tuple[PromptLogprobs, ...] = ()
 
 
 class Answer:
@@ -43,11 +45,21 @@ class Answer:
     the next item says whether it did: what ends an answer leaves no text (unless `include_stop`).
     """
 
-    def __init__(self, detokenizer: Detokenizer, stops: StopMatcher, sampling: Sampling, *, include_stop: bool) -> None:
+    def __init__(
+        self,
+        detokenizer: Detokenizer,
+        stops: StopMatcher,
+        sampling: Sampling,
+        *,
+        include_stop: bool,
+        is_empty: bool = False,
+    ) -> None:
+        """`is_empty`: nothing was asked for but what is known of the prompt; the one token generated is left out."""
         self._detokenizer = detokenizer
         self._stops = stops
         self._sampling = sampling
         self._include_stop = include_stop
+        self._is_empty = is_empty
         self._ending_ids = set(sampling.stop_token_ids) | set(() if sampling.ignore_eos else sampling.eos_token_ids)
         self._parked: int | None = None
         self._text_length = 0
@@ -58,6 +70,9 @@ class Answer:
         """Raises RuntimeError when tokens repeat or are missing: a wrong answer must not pass for a right one."""
         if isinstance(item, GenerationEnd):
             return self._end(item)
+        if self._is_empty:
+            self.num_cached_tokens = max(self.num_cached_tokens, item.num_cached_tokens)
+            return Delta(prompt_logprobs=item.prompt_logprobs)
         if item.index != self.num_tokens:
             raise RuntimeError(f"the backend sent token {item.index}, expected token {self.num_tokens}")
         return self._add(item)
@@ -72,8 +87,8 @@ class Answer:
                 self.num_tokens += 1
                 text += self._place(token_id)
             if self._stops.matched is not None:  # what follows in this chunk is not part of the answer
-                return Delta(text, tuple(tokens), Finish("stop", self._stops.matched))
-        return Delta(text, tuple(tokens))
+                return Delta(text, tuple(tokens), Finish("stop", self._stops.matched), chunk.prompt_logprobs)
+        return Delta(text, tuple(tokens), None, chunk.prompt_logprobs)
 
     def _place(self, token_id: int) -> str:
         if token_id in self._ending_ids:
@@ -94,6 +109,8 @@ class Answer:
 
     def _end(self, end: GenerationEnd) -> Delta:
         self.num_cached_tokens = max(self.num_cached_tokens, end.num_cached_tokens)
+        if self._is_empty:
+            return Delta(finish=Finish("length"))
         text = self._unpark() if self._include_stop or end.reason != "stop" else ""
         if self._stops.matched is None:
             text += self._pass(self._detokenizer.flush())

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, cast
 
 from disagg.api.answers.answer import Answer, Delta, Finish
+from disagg.api.answers.scored_prompt import ScoredPrompt
 from disagg.api.http.json_pieces import Encoded, encode_json
 from disagg.router.generation import Backend, GenerationEnd, GenerationError, GenerationRequest, TokenChunk
 
@@ -31,6 +32,7 @@ class Choice:
     texts: list[str] = field(default_factory=list)
     token_ids: array[int] = field(default_factory=lambda: array("i"))
     logprobs: dict[str, Encoded] = field(default_factory=dict)
+    scored_prompt: ScoredPrompt | None = None
 
     def add(self, delta: Delta, logprobs: Mapping[str, Sequence[Any]] | None) -> None:
         """Keep a step for the whole answer. Its log-probabilities are encoded now, as there may be very many."""
@@ -39,6 +41,11 @@ class Choice:
         self.finish = delta.finish
         for name, items in (logprobs or {}).items():
             self.logprobs.setdefault(name, Encoded()).extend(map(encode_json, items))
+
+    def echoed(self) -> dict[str, Encoded]:
+        """The prompt's part of completions' `logprobs`, a copy."""
+        lists = {} if self.scored_prompt is None else self.scored_prompt.echoed
+        return {name: Encoded(items) for name, items in lists.items()}
 
 
 Emit = Callable[[Choice, Delta], Awaitable[None]]

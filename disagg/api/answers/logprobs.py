@@ -43,6 +43,28 @@ class LogprobFormat:
             "text_offset": [text_start + token.text_offset for token, _ in known],
         }
 
+    def ranked(self, token_id: int, rank: int, logprobs: TokenLogprobs | None, count: int) -> dict[str, Any] | None:
+        """`{id: {logprob, rank, decoded_token}}` of a prompt's token and the `count` likeliest; None for the first."""
+        if logprobs is None:
+            return None
+        entries = {str(token_id): self._rank(token_id, rank, logprobs.logprob)}
+        for place, (id_, value) in enumerate(logprobs.top[:count], 1):
+            entries.setdefault(str(id_), self._rank(id_, place, value))
+        return entries
+
+    def echoed(self, token_id: int, logprobs: TokenLogprobs | None, count: int, offset: int) -> dict[str, Any]:
+        """One item of each list of `completions`, for a prompt's token; the first has no log-probabilities."""
+        top = None if logprobs is None else TokenLogprobs(logprobs.logprob, logprobs.top[:count])
+        return {
+            "tokens": self._name(token_id),
+            "token_logprobs": None if top is None else _finite(top.logprob),
+            "top_logprobs": None if top is None else self._top(token_id, top),
+            "text_offset": offset,
+        }
+
+    def _rank(self, token_id: int, rank: int, logprob: float) -> dict[str, Any]:
+        return {"logprob": _finite(logprob), "rank": rank, "decoded_token": self._text(token_id)}
+
     def _top(self, token_id: int, logprobs: TokenLogprobs) -> dict[str, float]:
         """The most likely tokens and the chosen one; where two have the same name, the likelier counts."""
         top: dict[str, float] = {}
@@ -60,6 +82,9 @@ class LogprobFormat:
     def _name(self, token_id: int) -> str:
         if self._as_token_ids:
             return f"token_id:{token_id}"
+        return self._text(token_id)
+
+    def _text(self, token_id: int) -> str:
         return self._tokenizer.spell(token_id).decode("utf-8", "replace")
 
 

@@ -8,6 +8,8 @@ from typing import Any, Protocol
 from disagg.api.answers.answer import Delta, Finish
 from disagg.api.answers.choices import Choice
 from disagg.api.answers.logprobs import LogprobFormat
+from disagg.api.answers.scored_prompt import ScoredPrompt
+from disagg.api.http.json_pieces import Encoded, encode_json
 from disagg.api.request.fields import CHAT
 from disagg.api.request.params import RequestParams
 from disagg.api.text.tokenizer import ModelTokenizer
@@ -19,6 +21,9 @@ class AnswerShape(Protocol):
     prefix: str
     kind: str
     event_kind: str
+
+    async def take_prompt(self, choice: Choice, delta: Delta) -> None:
+        """Encode the prompt's log-probabilities where a step brings them. To be called before `add` or `event`."""
 
     def add(self, choice: Choice, delta: Delta) -> None:
         """Keep one step of a choice for `whole`."""
@@ -34,20 +39,35 @@ class AnswerShape(Protocol):
 
 
 def shape_for(params: RequestParams, tokenizer: ModelTokenizer) -> AnswerShape:
-    logprobs = LogprobFormat(tokenizer, as_token_ids=params.return_tokens_as_token_ids)
-    shape = ChatShape if params.endpoint == CHAT else CompletionShape
-    return shape(logprobs, params.return_token_ids)
+    return (ChatShape if params.endpoint == CHAT else CompletionShape)(params, tokenizer)
 
 
-class CompletionShape:
+class Scored:
+    """What both shapes do with a prompt's log-probabilities."""
+
+    def __init__(self, params: RequestParams, tokenizer: ModelTokenizer) -> None:
+        self._params, self._tokenizer = params, tokenizer
+        self._logprobs = LogprobFormat(tokenizer, as_token_ids=params.return_tokens_as_token_ids)
+        self._return_token_ids = params.return_token_ids
+
+    async def take_prompt(self, choice: Choice, delta: Delta) -> None:
+        if choice.scored_prompt is None and not choice.has_begun and self._params.num_prompt_logprobs is not None:
+            detokenizer = self._tokenizer.detokenizer(skip_special_tokens=self._params.skip_special_tokens)
+            ids, parts = choice.request.prompt, delta.prompt_logprobs
+            choice.scored_prompt = await ScoredPrompt.of(ids, parts, self._params, self._logprobs, detokenizer)
+
+    def _of_prompt(self, choice: Choice) -> dict[str, Any]:
+        if self._params.prompt_logprobs is None:
+            return {}
+        return {"prompt_logprobs": None if choice.scored_prompt is None else choice.scored_prompt.entries}
+
+
+class CompletionShape(Scored):
     prefix = "cmpl"
     kind = event_kind = "text_completion"
 
-    def __init__(self, logprobs: LogprobFormat, return_token_ids: bool) -> None:
-        self._logprobs = logprobs
-        self._return_token_ids = return_token_ids
-
     def add(self, choice: Choice, delta: Delta) -> None:
+        choice.logprobs = choice.logprobs or choice.echoed()
         choice.add(delta, self._logprobs.completions(delta.tokens, len(choice.echo)))
 
     def whole(self, choice: Choice) -> dict[str, Any]:
@@ -57,7 +77,9 @@ class CompletionShape:
     def event(self, choice: Choice, delta: Delta) -> dict[str, Any]:
         text = delta.text if choice.has_begun else choice.echo + delta.text
         ids = [token.token_id for token in delta.tokens]
-        logprobs = self._logprobs.completions(delta.tokens, len(choice.echo))
+        logprobs: Mapping[str, Any] | None = self._logprobs.completions(delta.tokens, len(choice.echo))
+        if not choice.has_begun and (echoed := choice.echoed()):
+            logprobs = joined(echoed, logprobs or {})
         return self._choice(choice, text, ids, logprobs, delta.finish, with_prompt=not choice.has_begun)
 
     def extras(self, choice: Choice) -> dict[str, Any]:
@@ -74,20 +96,17 @@ class CompletionShape:
         with_prompt: bool,
     ) -> dict[str, Any]:
         result = {"index": choice.index, "text": text, "logprobs": logprobs, **finish_fields(finish)}
+        result |= self._of_prompt(choice) if with_prompt else {}
         if self._return_token_ids:
             result["token_ids"] = token_ids
             result |= {"prompt_token_ids": choice.request.prompt} if with_prompt else {}
         return result
 
 
-class ChatShape:
+class ChatShape(Scored):
     prefix = "chatcmpl"
     kind = "chat.completion"
     event_kind = "chat.completion.chunk"
-
-    def __init__(self, logprobs: LogprobFormat, return_token_ids: bool) -> None:
-        self._logprobs = logprobs
-        self._return_token_ids = return_token_ids
 
     def add(self, choice: Choice, delta: Delta) -> None:
         choice.add(delta, self._logprobs.chat(delta.tokens))
@@ -103,7 +122,8 @@ class ChatShape:
         return self._choice(choice, {"delta": role | content}, ids, self._logprobs.chat(delta.tokens), delta.finish)
 
     def extras(self, choice: Choice) -> dict[str, Any]:
-        return {"prompt_token_ids": choice.request.prompt} if self._return_token_ids else {}
+        ids = {"prompt_token_ids": choice.request.prompt} if self._return_token_ids else {}
+        return ids | self._of_prompt(choice)
 
     def _choice(
         self,
@@ -117,6 +137,11 @@ class ChatShape:
         if self._return_token_ids:
             result["token_ids"] = token_ids
         return result
+
+
+def joined(echoed: Mapping[str, Encoded], answer: Mapping[str, Sequence[Any]]) -> dict[str, Encoded]:
+    """Completions' `logprobs` of a prompt and of the answer's first tokens."""
+    return {name: Encoded([*items, *map(encode_json, answer.get(name, ()))]) for name, items in echoed.items()}
 
 
 def finish_fields(finish: Finish | None) -> dict[str, Any]:

@@ -67,6 +67,6 @@ def _settings(first: ProcessSettings) -> ApiSettings:
 
 async def _tell_vitals(link: ProcessLink, lag: LoopLag, connections: Connections) -> None:
     while True:
-        buckets, sum_s = lag.histogram()
+        buckets, sum_s = lag.lag.histogram()
         link.send(ProcessVitals(tuple(buckets), sum_s, len(connections), time.process_time()))
         await asyncio.sleep(VITALS_EVERY_S)

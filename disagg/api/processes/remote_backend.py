@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from array import array
 from collections.abc import AsyncGenerator, Mapping
 from itertools import count
 from typing import Any, Final
@@ -95,8 +96,8 @@ class RemoteBackend:
 
     def _hear(self, message: Any) -> None:
         match message:
-            case AnswerChunk(number, index, token_ids, logprobs, num_cached_tokens):
-                self._give(number, TokenChunk(index, token_ids, logprobs, num_cached_tokens))
+            case AnswerChunk():
+                self._give(message.number, _chunk(message))
             case AnswerEnd(number, reason, stop_token_id, num_cached_tokens):
                 self._give(number, GenerationEnd(reason, stop_token_id, num_cached_tokens))
             case AnswerError(number, status, told, retry_after_s):
@@ -112,11 +113,15 @@ class RemoteBackend:
             items.put_nowait(item)
 
 
+def _chunk(told: AnswerChunk) -> TokenChunk:
+    return TokenChunk(told.index, told.token_ids, told.logprobs, told.num_cached_tokens, told.prompt_logprobs)
+
+
 def _start(number: int, request: GenerationRequest) -> StartAnswer:
     return StartAnswer(
         number=number,
         request_id=request.request_id,
-        prompt=request.prompt,
+        prompt=array("i", request.prompt).tobytes(),
         sampling=request.sampling,
         credit=CREDIT,
         priority=request.priority,

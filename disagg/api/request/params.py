@@ -40,6 +40,7 @@ class RequestParams:
     skip_special_tokens: bool = True
     logprobs: int | bool | None = None
     top_logprobs: int | None = None
+    prompt_logprobs: int | None = None
     return_tokens_as_token_ids: bool = False
     return_token_ids: bool = False
     stream: bool = False
@@ -59,6 +60,12 @@ class RequestParams:
         if isinstance(self.logprobs, bool):
             return (self.top_logprobs or 0) if self.logprobs else None
         return self.logprobs
+
+    @property
+    def num_prompt_logprobs(self) -> int | None:
+        """As `num_logprobs`, of the prompt's tokens: for `prompt_logprobs`, or for `logprobs` of an echoed prompt."""
+        asked = (self.prompt_logprobs, self.num_logprobs if self.echo else None)
+        return max((count for count in asked if count is not None), default=None)
 
     @property
     def answer_limit(self) -> int | None:

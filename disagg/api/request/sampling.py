@@ -33,8 +33,10 @@ def check_together(params: RequestParams) -> None:
         raise bad_request("`stream_options` needs `stream`: true", "stream_options")
     if params.top_logprobs and not params.logprobs:
         raise bad_request("`top_logprobs` needs `logprobs`: true", "top_logprobs")
-    if params.echo and params.logprobs is not None:
-        raise bad_request("`echo` with `logprobs` is not supported: prompts have no log-probabilities", "echo")
+    if params.stream and params.prompt_logprobs is not None:
+        raise bad_request("`prompt_logprobs` come with whole answers only; leave `stream` out", "prompt_logprobs")
+    if params.answer_limit == 0 and not params.echo:
+        raise bad_request("`max_tokens`: 0 asks for no answer; expected at least 1, or `echo`: true", "max_tokens")
     if None not in (params.max_tokens, params.max_completion_tokens) and params.max_tokens != params.answer_limit:
         raise bad_request("`max_tokens` and `max_completion_tokens` differ; send one", "max_tokens")
 
@@ -57,7 +59,7 @@ def answer_tokens(params: RequestParams, defaults: GenerationDefaults, prompt_le
     if params.answer_limit is None:
         wanted = COMPLETIONS_MAX_TOKENS if params.endpoint == COMPLETIONS else defaults.max_tokens or remaining
         return min(wanted, remaining)
-    return params.answer_limit
+    return max(1, params.answer_limit)  # what was not asked for is generated and left out
 
 
 def check_room(params: RequestParams, prompt_len: int, max_model_len: int | None, *, is_least: bool = False) -> None:
@@ -126,6 +128,7 @@ def build_sampling(
         stop_token_ids=params.stop_token_ids,
         num_logprobs=params.num_logprobs,
         cache_salt=prefix_salt(tenant, params.cache_salt),
+        num_prompt_logprobs=params.num_prompt_logprobs,
     )
 
 

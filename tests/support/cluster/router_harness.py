@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from typing import Any
 
 from disagg.router.attempt import RoutedRequest
 from disagg.router.charges import WorkerNews
@@ -70,8 +71,11 @@ def make_lease(incarnation: str, *, links: Collection[str] = (), state: str = "r
     )
 
 
-def make_request(max_tokens: int = 4, request_id: str = "req-1", num_prompt_tokens: int = 5) -> GenerationRequest:
-    return GenerationRequest(request_id, tuple(range(num_prompt_tokens)), Sampling(max_tokens=max_tokens, seed=7))
+def make_request(
+    max_tokens: int = 4, request_id: str = "req-1", num_prompt_tokens: int = 5, **sampling: Any
+) -> GenerationRequest:
+    chosen = Sampling(max_tokens=max_tokens, seed=7, **sampling)
+    return GenerationRequest(request_id, tuple(range(num_prompt_tokens)), chosen)
 
 
 def target(name: str) -> PeerTarget:
@@ -114,10 +118,11 @@ def make_attempts(
     max_attempts: int = 3,
     timeout_s: float = 60.0,
     news: WorkerNews | None = None,
+    **sampling: Any,
 ) -> RoutedRequest:
     """A request received at time 0 whose tickets spell what they admit."""
     return RoutedRequest(
-        make_request(max_tokens),
+        make_request(max_tokens, **sampling),
         "t" * 32,
         lambda: placer,
         lambda epoch, prefill, decode, ttl_s: f"{epoch}:{prefill}>{decode}:{ttl_s:g}".encode(),

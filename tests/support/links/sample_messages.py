@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import struct
+
 from disagg.transceiver.wire.messages import peer as p
 from disagg.transceiver.wire.messages import router as r
 from disagg.transceiver.wire.messages import values as v
+from disagg.transceiver.wire.messages.prompt_logprobs import PromptLogprobs
 
 ID = "00112233445566778899aabbccddeeff"
 HEADER = p.Header("prefill", "decode", ID, 2, 41)
@@ -25,7 +28,10 @@ GEOMETRY = v.Geometry(
 UNITS = (v.UnitName(1, 7),)
 LOGPROBS = v.TokenLogprobs(-0.25, ((5, -0.25), (6, -1.5)))
 FIRST = v.FirstToken(5, LOGPROBS, v.SamplingState(2**63 + 1, ((5, 1),)), 32)
-SAMPLING = v.Sampling(16, 9, 0.5, 40, 0.9, 0.05, 1.1, 0.2, 0.3, ((1, -100.0),), 2, True, (1, 106), (7,), 5, "salt")
+SAMPLING = v.Sampling(16, 9, 0.5, 40, 0.9, 0.05, 1.1, 0.2, 0.3, ((1, -100.0),), 2, True, (1, 106), (7,), 5, "salt", 3)
+SCORES = PromptLogprobs(
+    7, struct.pack("<2f", -0.5, -1.5), struct.pack("<2i", 1, 2), struct.pack("<2i", 5, 6), struct.pack("<2f", -0.5, -1)
+)
 TARGET = r.PeerTarget(ID, "prefill-0", "tcp://127.0.0.1:5000", GEOMETRY)
 
 SAMPLES = (
@@ -46,7 +52,7 @@ SAMPLES = (
     r.Register(
         ID, "prefill-0", "prefill", IDENTITY, GEOMETRY, ("shm",), "tcp://h:1", 42, "host", "cpu", (64, 128), (1, 106)
     ),
-    r.Registered(ID, ID, 5001),
+    r.Registered(ID, ID, 5001, 32),
     r.Pulse(ID, ((ID, 2),)),
     r.Peers((TARGET,), (ID,)),
     r.Lease(
@@ -62,7 +68,9 @@ SAMPLES = (
         (r.LinkStatus(ID, "prefill-0", "shm", "ready", 9.5, "fine"),),
     ),
     r.Dispatch(ID, 2, "request", "decode", (1, 2, 300), SAMPLING, 600.0, TARGET, b"ticket"),
-    r.Tokens(ID, 2, 0, (5, 6), (LOGPROBS, LOGPROBS), 32),
+    r.StepTokens.of((r.Tokens(ID, 2, 0, (5, 6), (LOGPROBS, LOGPROBS), 32), r.Tokens(ID[::-1], 1, 7, (8,)))),
+    r.Credit(48),
+    r.PromptScores(ID, 2, SCORES),
     r.Finished(ID, 2, 17, "stop", 106),
     r.RequestFailed(ID, 2, 503, "no room"),
     r.TransferFailure(ID, 2, "lost", UNITS),

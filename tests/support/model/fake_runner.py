@@ -36,13 +36,18 @@ class FakeRunner:
         self.places = [(layer, *cache.layout.place(layer)) for layer in layers]
         self.batches: list[list[tuple[int, int, bool]]] = []
 
-    def execute(self, chunks: Sequence[Chunk]) -> torch.Tensor:
+    def execute(self, chunks: Sequence[Chunk], drawn: torch.Tensor | None = None) -> torch.Tensor:
+        assert drawn is None, "a `LateDevice` fills tokens in"
         self.batches.append([(chunk.start, len(chunk.token_ids), chunk.wants_logits) for chunk in chunks])
         readings: list[list[Reading | None]] = [[[] for _ in chunk.token_ids] for chunk in chunks]
         for layer, number, position in self.places:
             for chunk, found in zip(chunks, readings, strict=True):
                 self._run_layer(chunk, layer, number, position, found)
         rows = [_row(found) for found in readings]
+        for chunk, found in zip(chunks, readings, strict=True):
+            if chunk.scoring is not None:
+                for end in range(1, chunk.scoring.num_rows + 1):
+                    chunk.scoring.add(_row(found[:end])[None])
         wanted = [row for chunk, row in zip(chunks, rows, strict=True) if chunk.wants_logits]
         return torch.stack(wanted) if wanted else torch.empty(0, VOCAB_SIZE)
 

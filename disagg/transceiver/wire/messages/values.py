@@ -313,7 +313,8 @@ class Sampling:
 
     Every value within `sampling_limits` is legal and exact. `temperature` 0 is greedy, as is one below what float32
     divides by; `top_k` 0 and `top_p` 1.0 are off. `eos_token_ids` come from the model's generation config and count
-    unless `ignore_eos`. `num_logprobs` None = no logprobs, 0 = only the chosen token's.
+    unless `ignore_eos`. `num_logprobs` None = no logprobs, 0 = only the chosen token's; `num_prompt_logprobs` likewise
+    of the prompt's own tokens.
     `cache_salt`: KV is shared with requests of the same salt only.
     """
 
@@ -333,6 +334,7 @@ class Sampling:
     stop_token_ids: Annotated[tuple[int, ...], MAX_STOP_TOKEN_IDS] = ()
     num_logprobs: int | None = None
     cache_salt: str = ""
+    num_prompt_logprobs: int | None = None
 
     def __post_init__(self) -> None:
         check_count("max_tokens", self.max_tokens, 1, MAX_TOKENS)
@@ -347,6 +349,8 @@ class Sampling:
         check_number("frequency_penalty", self.frequency_penalty, -LARGEST_LOGIT, LARGEST_LOGIT)
         if self.num_logprobs is not None:
             check_count("num_logprobs", self.num_logprobs, 0, MAX_LOGPROBS)
+        if self.num_prompt_logprobs is not None:
+            check_count("num_prompt_logprobs", self.num_prompt_logprobs, 0, MAX_LOGPROBS)
         self._check_ids()
 
     def _check_ids(self) -> None:
