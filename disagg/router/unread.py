@@ -44,4 +44,4 @@ class Unread:
             count += len(chunks[-1].token_ids)
         token_ids = tuple(chain.from_iterable(chunk.token_ids for chunk in chunks))
         logprobs = tuple(chain.from_iterable(chunk.logprobs for chunk in chunks))
-        return TokenChunk(first.index, token_ids, logprobs, first.num_cached_tokens)
+        return TokenChunk(first.index, token_ids, logprobs, first.num_cached_tokens, first.prompt_logprobs)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+from array import array
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any, cast
@@ -99,10 +100,11 @@ class CoreSide:
 
     async def _pump(self, start: StartAnswer, allowed: asyncio.Semaphore) -> None:
         """Send an answer, each chunk of it once there is credit: what a client has not read waits at the router."""
-        number = start.number
+        number, prompt = start.number, array("i")
+        prompt.frombytes(start.prompt)
         request = GenerationRequest(
             request_id=start.request_id,
-            prompt=start.prompt,
+            prompt=prompt,
             sampling=start.sampling,
             priority=start.priority,
             tenant=start.tenant,
@@ -128,5 +130,12 @@ class CoreSide:
 
 def _message(number: int, item: TokenChunk | GenerationEnd) -> AnswerChunk | AnswerEnd:
     if isinstance(item, TokenChunk):
-        return AnswerChunk(number, item.index, item.token_ids, item.logprobs, item.num_cached_tokens)
+        return AnswerChunk(
+            number=number,
+            index=item.index,
+            token_ids=tuple(item.token_ids),
+            logprobs=item.logprobs,
+            num_cached_tokens=item.num_cached_tokens,
+            prompt_logprobs=item.prompt_logprobs,
+        )
     return AnswerEnd(number, item.reason, item.stop_token_id, item.num_cached_tokens)

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Final
 
 import msgpack
 
+from disagg.transceiver.wire.messages.prompt_logprobs import PromptLogprobs
 from disagg.transceiver.wire.messages.ranges import MAX_ITEMS
 from disagg.transceiver.wire.messages.values import Sampling, TokenLogprobs
 from disagg.transceiver.wire.schema import PackedInts, Record
@@ -24,11 +25,14 @@ MAX_FRAME_NBYTES: Final = 64 << 20
 
 @dataclass(frozen=True, slots=True)
 class StartAnswer:
-    """Generate an answer; see `GenerationRequest`. `credit`: chunks that may be sent before more is granted."""
+    """Generate an answer; see `GenerationRequest`. `credit`: chunks that may be sent before more is granted.
+
+    `prompt`: the bytes of an array of int32 of this machine; the router's process looks at no id of it.
+    """
 
     number: int
     request_id: str
-    prompt: PackedInts
+    prompt: bytes
     sampling: Sampling
     credit: int
     priority: int = 0
@@ -103,6 +107,7 @@ class AnswerChunk:
     token_ids: PackedInts
     logprobs: Annotated[tuple[TokenLogprobs, ...], MAX_ITEMS] = ()
     num_cached_tokens: int = 0
+    prompt_logprobs: Annotated[tuple[PromptLogprobs, ...], MAX_ITEMS] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import json
+from array import array
 from collections.abc import AsyncGenerator, Mapping
 from itertools import count
-from typing import Any, Final, cast
+from typing import Any, Final
 
 from disagg.api.processes.link import ProcessLink
 from disagg.api.processes.messages import (
@@ -22,7 +23,6 @@ from disagg.api.processes.messages import (
     StopAnswer,
 )
 from disagg.router.generation import GenerationEnd, GenerationError, GenerationRequest, TokenChunk
-from disagg.transceiver.wire.schema import PackedInts
 
 CREDIT: Final = 64
 """Chunks of an answer that may be on their way or unread: a second of a fast worker, so credit never slows a client
@@ -96,8 +96,8 @@ class RemoteBackend:
 
     def _hear(self, message: Any) -> None:
         match message:
-            case AnswerChunk(number, index, token_ids, logprobs, num_cached_tokens):
-                self._give(number, TokenChunk(index, token_ids, logprobs, num_cached_tokens))
+            case AnswerChunk():
+                self._give(message.number, _chunk(message))
             case AnswerEnd(number, reason, stop_token_id, num_cached_tokens):
                 self._give(number, GenerationEnd(reason, stop_token_id, num_cached_tokens))
             case AnswerError(number, status, told, retry_after_s):
@@ -113,11 +113,15 @@ class RemoteBackend:
             items.put_nowait(item)
 
 
+def _chunk(told: AnswerChunk) -> TokenChunk:
+    return TokenChunk(told.index, told.token_ids, told.logprobs, told.num_cached_tokens, told.prompt_logprobs)
+
+
 def _start(number: int, request: GenerationRequest) -> StartAnswer:
     return StartAnswer(
         number=number,
         request_id=request.request_id,
-        prompt=cast(PackedInts, request.prompt),  # an array is packed as it is
+        prompt=array("i", request.prompt).tobytes(),
         sampling=request.sampling,
         credit=CREDIT,
         priority=request.priority,
