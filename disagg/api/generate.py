@@ -27,7 +27,6 @@ from disagg.api.settings import ApiSettings
 from disagg.api.text.stops import StopMatcher
 from disagg.api.text.tokenizer import ModelTokenizer
 from disagg.router.generation import Backend, GenerationError, GenerationRequest
-from disagg.transceiver.wire.messages.values import Sampling
 
 log: Final = logging.getLogger(__name__)
 
@@ -89,27 +88,25 @@ class GenerateEndpoint:
         params, max_model_len, choices = prepared.params, self._backend.max_model_len(), list[Choice]()
         if max_model_len is None or not prepared.prompts:
             raise no_workers()
-        seed, is_only = base_seed(params), len(prepared.prompts) * params.n == 1
+        seed, is_only = base_seed(params), len(prepared.prompts) == 1
         for ids, echo in prepared.prompts:
             max_tokens = answer_tokens(params, self._settings.defaults, len(ids), max_model_len)
-            prompt = tuple(ids)
-            for i in range(params.n):
+            sampling = build_sampling(
+                params, self._settings.defaults, max_tokens=max_tokens, seed=seed, tenant=self._settings.api_key
+            )
+            name = request_id if is_only else f"{request_id}-{len(choices) // params.n}"
+            request = GenerationRequest(name, tuple(ids), sampling)
+            for _ in range(params.n):
                 await asyncio.sleep(0)  # a choice takes up to a millisecond to make: a turn for others between them
-                sampling = build_sampling(
-                    params, self._settings.defaults, max_tokens=max_tokens, seed=seed + i, tenant=self._settings.api_key
-                )
-                name = request_id if is_only else f"{request_id}-{len(choices)}"
-                choices.append(self._choice(params, len(choices), name, prompt, sampling, echo))
+                choices.append(self._choice(params, len(choices), request, echo))
         return choices
 
-    def _choice(
-        self, params: RequestParams, index: int, name: str, prompt: tuple[int, ...], sampling: Sampling, echo: str
-    ) -> Choice:
+    def _choice(self, params: RequestParams, index: int, request: GenerationRequest, echo: str) -> Choice:
         detokenizer = self._tokenizer.detokenizer(skip_special_tokens=params.skip_special_tokens)
         stops = StopMatcher(params.stop, include=params.include_stop_str_in_output)
         include_stop, is_empty = params.include_stop_str_in_output, params.answer_limit == 0
-        answer = Answer(detokenizer, stops, sampling, include_stop=include_stop, is_empty=is_empty)
-        return Choice(index, index // params.n, GenerationRequest(name, prompt, sampling), answer, echo)
+        answer = Answer(detokenizer, stops, request.sampling, include_stop=include_stop, is_empty=is_empty)
+        return Choice(index, index // params.n, request, answer, echo)
 
     def _sink(self, params: RequestParams, request_id: str, send: Send) -> Sink:
         shape = shape_for(params, self._tokenizer)

@@ -24,9 +24,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
+from disagg.router.answers import AnswersSent
 from disagg.router.attempt_events import (
     Action,
     Answered,
+    ChoiceUnwanted,
     ClientGone,
     Emit,
     Event,
@@ -36,15 +38,17 @@ from disagg.router.attempt_events import (
     SendOrder,
     TimePassed,
     WorkerLost,
+    true_status,
 )
 from disagg.router.charges import Charges, NothingKnown, WorkerNews, incarnations
 from disagg.router.choose import RETRY_BUSY_S, Placement, Unplaceable
-from disagg.router.generation import GenerationEnd, GenerationRequest, TokenChunk
+from disagg.router.generation import GenerationRequest
 from disagg.router.placer import Mint, Placer
 from disagg.router.prompt_scores import ReportedScores
 from disagg.router.record import AttemptRecord, RequestRecord
 from disagg.transceiver.wire.messages.router import (
     YOUNG_TOKENS,
+    CancelChoice,
     CancelRequest,
     Dispatch,
     Finished,
@@ -84,7 +88,6 @@ class RoutedRequest:
         self.deadline = now + timeout_s
         self.placement: Placement | None = None
         self.epoch = 0
-        self.num_tokens = 0
         self.is_over = False
         self.sides: dict[str, int] = {}
         self._charges = Charges(transfer_id, news or NothingKnown())
@@ -92,10 +95,10 @@ class RoutedRequest:
         self._placer = placer
         self._mint = mint
         self._max_attempts = max_attempts
-        self._held: Tokens | None = None
+        self._held: list[Tokens | Finished] = []
         self._scores = ReportedScores(len(request.prompt), request.sampling.num_prompt_logprobs)
         self._early: list[Tokens | Finished] = []
-        self._num_cached_tokens = 0
+        self._answers = AnswersSent(request)
         self._retargeted = False
         self._prefill_lost_at: float | None = None
         self._failed_prefills: set[str] = set()
@@ -114,6 +117,11 @@ class RoutedRequest:
         return (self.placement.server.incarnation, *([prefill.incarnation] if prefill and waits else []))
 
     @property
+    def num_tokens(self) -> int:
+        """Sent to the client, of all answers."""
+        return self._answers.num_tokens
+
+    @property
     def is_charged(self) -> bool:
         """Whether a worker died of it, perhaps, and it has not shown yet that it was another request."""
         return bool(self._charges.workers) and not self.is_over and self.num_tokens < YOUNG_TOKENS
@@ -128,7 +136,7 @@ class RoutedRequest:
         assert self.epoch == len(self.record.attempts) <= self._max_attempts
         assert not (self.is_over and self.sides)
         assert self.is_over or self._waiting or self._has_server
-        assert self.num_tokens <= self.request.sampling.max_tokens
+        self._answers.check_invariants()
         assert not self._actions
 
     @property
@@ -164,6 +172,8 @@ class RoutedRequest:
         match event:
             case ClientGone():
                 self._close("cancelled", now, "the client went away")
+            case ChoiceUnwanted(choice):
+                self._end_choice(choice, now)
             case _ if now >= self.deadline:
                 self._fail(504, "the request's deadline passed", now)
             case RouterClosing():
@@ -209,10 +219,9 @@ class RoutedRequest:
         if self.num_tokens:
             return
         match message:
-            case Tokens():
-                self._held = message
-            case Finished():
-                self._finish_at_prefill(message, now)
+            case Tokens() | Finished():
+                self._held.append(message)
+                self._finish_at_prefill(now)
             case RequestFailed(status=503) if self._early:
                 self._scores_lost(message.message, now)
             case RequestFailed(status=503):
@@ -256,52 +265,50 @@ class RoutedRequest:
     # --- tokens ---------------------------------------------------------------------------------------------
 
     def _forward(self, message: Tokens, now: float) -> None:
-        if fault := self._fault_in(message):
+        if fault := self._answers.fault_in(message):
             return self._fail(502, f"fault of the worker: {fault}", now)
-        num_repeated = self.num_tokens - message.index
-        token_ids = message.token_ids[num_repeated:]
-        if not token_ids:
-            return None
-        if self.num_tokens == 0:
-            self._num_cached_tokens = message.num_cached_tokens
-        num_cached = 0 if self.num_tokens else self._num_cached_tokens
-        scores = () if self.num_tokens else self._scores.parts
-        chunk = TokenChunk(self.num_tokens, token_ids, message.logprobs[num_repeated:], num_cached, scores)
-        self._actions.append(Emit(chunk))
-        self.num_tokens += len(token_ids)
-        self.record.emitted(self.num_tokens, now)
-        return None
-
-    def _fault_in(self, message: Tokens) -> str | None:
-        if not 0 <= message.index <= self.num_tokens:
-            return f"token {message.index} came where {self.num_tokens} was next"
-        if message.index + len(message.token_ids) > self.request.sampling.max_tokens:
-            return f"more than max_tokens = {self.request.sampling.max_tokens} tokens came"
-        if message.logprobs and len(message.logprobs) != len(message.token_ids):
-            return f"{len(message.token_ids)} tokens came with {len(message.logprobs)} logprobs"
-        if not 0 <= message.num_cached_tokens <= len(self.request.prompt):
-            return f"{message.num_cached_tokens} of {len(self.request.prompt)} prompt tokens were cached"
+        chunk = self._answers.add(message, lambda: self._scores.parts)
+        if chunk is not None:
+            self._actions.append(Emit(chunk))
+            self.record.emitted(self.num_tokens, now)
         return None
 
     def _finish(self, message: Finished, now: float) -> None:
-        if message.index != self.num_tokens or message.reason not in ("stop", "length"):
-            fault = f"finished ({message.reason}) at token {message.index}, {self.num_tokens} came"
+        if fault := self._answers.fault_in_end(message):
             return self._fail(502, f"fault of the worker: {fault}", now)
-        self._actions.append(Emit(GenerationEnd(message.reason, message.stop_token_id, self._num_cached_tokens)))
+        if (end := self._answers.finish(message)) is not None:
+            self._actions.append(Emit(end))
+        if not self._answers.is_over:
+            return None
         self.sides.clear()  # the server is done, and could be so only after it had ACKed the prefill worker's KV
         return self._close("finished", now)
 
-    def _finish_at_prefill(self, message: Finished, now: float) -> None:
-        """The first token ended the answer. The prefill side is done; the server waits for KV that will not come."""
+    def _end_choice(self, choice: int, now: float) -> None:
+        """The client has enough of one answer: its worker need not go on with it."""
         assert self.placement is not None
+        is_new = self._answers.end(choice)
+        if self._answers.is_over:
+            self._close("cancelled", now, "the client went away")
+        elif is_new:
+            cancel = CancelChoice(self.transfer_id, self.epoch, choice)
+            self._actions.append(SendOrder(self.placement.server.incarnation, cancel))
+
+    def _finish_at_prefill(self, now: float) -> None:
+        """First tokens ended every answer. The prefill side is done; the server waits for KV that will not come."""
+        assert self.placement is not None
+        if sum(isinstance(word, Finished) for word in self._held) < self._answers.count:
+            return None
         if not self._scores.is_complete:
             return self._fail(502, "fault of the worker: it ended before the prompt's log-probabilities came", now)
-        if self._held is not None:
-            self._forward(self._held, now)
+        server, held = self.placement.server.incarnation, self._held
+        for word in held:
+            if isinstance(word, Tokens) and not self.is_over:
+                self._forward(word, now)
         if not self.is_over:
-            server = self.placement.server.incarnation
             self._cancel(server, "finished")
-            self._finish(message, now)
+        for word in held:
+            if isinstance(word, Finished) and not self.is_over:
+                self._finish(word, now)
         return None
 
     # --- deaths and waiting ---------------------------------------------------------------------------------
@@ -441,8 +448,8 @@ class RoutedRequest:
     def _begin(self, placement: Placement, mode: str, now: float) -> None:
         self.epoch += 1
         self.placement = placement
-        self._held = self._prefill_lost_at = None
-        self._early = []
+        self._prefill_lost_at = None
+        self._held, self._early = [], []
         self._scores.restart()
         self.record.attempts.append(AttemptRecord(self.epoch, mode, placement, now))
 
@@ -491,8 +498,3 @@ class RoutedRequest:
         self.is_over, self._waiting = True, None
         self._cancel_all(state)
         self.record.end(state, now, error)
-
-
-def true_status(status: int) -> int:
-    """A worker's status as the client may see it: an error, whatever the worker said."""
-    return status if 400 <= status <= 599 else 500

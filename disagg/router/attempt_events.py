@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from disagg.router.generation import GenerationEnd, TokenChunk
 from disagg.transceiver.wire.messages.router import (
+    CancelChoice,
     CancelRequest,
     Dispatch,
     Finished,
@@ -22,7 +23,7 @@ from disagg.transceiver.wire.messages.router import (
 AnswerMessage = Tokens | PromptScores | Finished | RequestFailed | TransferFailure | TransferReport
 """What a worker may say of one attempt."""
 
-OrderMessage = Dispatch | Retarget | PrefillLocally | CancelRequest
+OrderMessage = Dispatch | Retarget | PrefillLocally | CancelRequest | CancelChoice
 """What the router may say to it."""
 
 
@@ -55,6 +56,13 @@ class ClientGone:
 
 
 @dataclass(frozen=True, slots=True)
+class ChoiceUnwanted:
+    """The client has read all that it wants of one of several answers."""
+
+    choice: int
+
+
+@dataclass(frozen=True, slots=True)
 class RouterClosing:
     """The router ends; what is live ends with it."""
 
@@ -64,7 +72,7 @@ class TimePassed:
     """Time passed: act on what is overdue."""
 
 
-Event = Answered | WorkerLost | ClientGone | RouterClosing | TimePassed
+Event = Answered | WorkerLost | ClientGone | ChoiceUnwanted | RouterClosing | TimePassed
 
 
 # --- actions ------------------------------------------------------------------------------------------------
@@ -92,6 +100,11 @@ class Fail:
     status: int
     message: str
     retry_after_s: float | None = None
+
+
+def true_status(status: int) -> int:
+    """A worker's status as the client may see it: an error, whatever the worker said."""
+    return status if 400 <= status <= 599 else 500
 
 
 Action = SendOrder | Emit | Fail

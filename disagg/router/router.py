@@ -22,6 +22,7 @@ from disagg.router.attempt_events import (
     Action,
     Answered,
     AnswerMessage,
+    ChoiceUnwanted,
     ClientGone,
     Emit,
     Event,
@@ -72,7 +73,8 @@ class _Stream:
     attempts: RoutedRequest
     load: tuple[str, ...] = ()
     """What of it is counted in the router's load."""
-    last_token_at: float | None = None
+    last_token_at: dict[int, float] = field(default_factory=dict)
+    """By choice."""
     items: asyncio.Queue[TokenChunk | GenerationEnd | GenerationError] = field(default_factory=asyncio.Queue)
 
 
@@ -93,6 +95,7 @@ class Router:
         self._metrics = RouterMetrics(lambda: self.cluster.registry)
         self._records = RecordStore()
         self._streams: dict[str, _Stream] = {}
+        self._by_request: dict[GenerationRequest, _Stream] = {}
         self._load: Counter[str] = Counter()
         """Requests placed per incarnation and not seen end."""
         self._charged: dict[str, _Stream] = {}
@@ -156,17 +159,23 @@ class Router:
         """See `Backend.generate`. The request starts with the first item asked for and is cancelled when closed."""
         if self._is_closing:
             raise GenerationError(503, "the router is shutting down", retry_after_s=RETRY_BUSY_S)
-        stream = self._start(request)
+        stream = self._by_request[request] = self._start(request)
         try:
             while True:
                 item = await stream.items.get()  # the clock task owns the deadline: it ends every request
                 if isinstance(item, GenerationError):
                     raise item
                 yield item
-                if isinstance(item, GenerationEnd):
+                if stream.attempts.is_over and stream.items.empty():
                     return
         finally:
+            del self._by_request[request]
             self._apply(stream, ClientGone())
+
+    def end_choice(self, request: GenerationRequest, choice: int) -> None:
+        """See `Backend.end_choice`."""
+        if (stream := self._by_request.get(request)) is not None:
+            self._apply(stream, ChoiceUnwanted(choice))
 
     def is_ready(self) -> bool:
         return isinstance(self._fleet().place(max_tokens=2), Placement)
@@ -270,13 +279,14 @@ class Router:
     def _measure(self, stream: _Stream, item: TokenChunk | GenerationEnd, now: float) -> None:
         if isinstance(item, GenerationEnd):
             return
-        if stream.last_token_at is None:
+        last_token_at = stream.last_token_at.get(item.choice)
+        if not stream.last_token_at:
             self._metrics.ttft.observe(now - stream.attempts.record.received_at)
-        else:
-            gap_s = (now - stream.last_token_at) / len(item.token_ids)
+        elif last_token_at is not None:
+            gap_s = (now - last_token_at) / len(item.token_ids)
             for _ in item.token_ids:
                 self._metrics.itl.observe(gap_s)
-        stream.last_token_at = now
+        stream.last_token_at[item.choice] = now
 
     def _note_end(self, stream: _Stream, now: float) -> None:
         record = stream.attempts.record

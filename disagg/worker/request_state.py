@@ -21,10 +21,17 @@ class RequestState:
     is_pinned: bool = False
     soft_dropped: bool = False
     partial_blocks: tuple[UnitName, ...] = ()
+    ended: set[int] = field(default_factory=set)
+    """Choices that are over here."""
 
     @property
     def key(self) -> AttemptKey:
         return AttemptKey(self.dispatch.transfer_id, self.dispatch.epoch)
+
+    @property
+    def is_over(self) -> bool:
+        """Whether every answer to its prompt is."""
+        return len(self.ended) == self.dispatch.sampling.num_choices
 
     @property
     def deadline(self) -> float:

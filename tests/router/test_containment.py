@@ -25,7 +25,7 @@ from disagg.transceiver.wire.messages import router as r
 
 KEYS = ClusterKeys.published()
 BATCH = 25
-ANSWERS = (r.Tokens, r.Finished, r.RequestFailed, r.TransferFailure, r.TransferReport)
+ANSWERS = (r.Tokens, r.Finished, r.RequestFailed, r.TransferFailure, r.TransferReport, r.PromptScores)
 
 
 @contextlib.asynccontextmanager

@@ -56,6 +56,7 @@ TAGS: Final[dict[int, type]] = {
     44: router.TransferReport,
     45: router.Pulse,
     46: router.PromptScores,
+    47: router.CancelChoice,
 }
 
 HEAD_NBYTES: Final = 32

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from disagg.router.generation import GenerationEnd, GenerationRequest, TokenChunk
@@ -50,6 +51,7 @@ class FakeBackend:
         self.limit = max_model_len
         self.requests: list[GenerationRequest] = []
         self.num_cancelled = 0
+        self.ended_choices: list[tuple[str, int]] = []
         self.num_open = 0
         self._changed = asyncio.Event()
         self.records: dict[str, Mapping[str, Any]] = {}
@@ -58,21 +60,41 @@ class FakeBackend:
         self.requests.append(request)
         self.num_open += 1
         self._changed.set()
-        has_ended = False
+        num_left = request.sampling.num_choices
         try:
-            for step in self.script(request):
+            for choice, step in self._steps(request):
                 if isinstance(step, asyncio.Event):
                     await step.wait()
                     continue
-                has_ended = not isinstance(step, TokenChunk)
+                if (request.request_id, choice) in self.ended_choices:
+                    continue
+                num_left -= not isinstance(step, TokenChunk)
                 if isinstance(step, Exception):
+                    num_left = 0
                     raise step
-                yield step
+                yield replace(step, choice=choice)
                 await asyncio.sleep(0)
         finally:
+            has_ended = not num_left
             self.num_open -= 1
             self.num_cancelled += not has_ended
             self._changed.set()
+
+    def _steps(self, request: GenerationRequest) -> Iterator[tuple[int, Step]]:
+        """What the script gives for each choice alone, in turns."""
+        scripts = [
+            iter(self.script(replace(request, sampling=request.sampling.of_choice(choice))))
+            for choice in range(request.sampling.num_choices)
+        ]
+        done = object()
+        while scripts:
+            steps = [(choice, next(script, done)) for choice, script in enumerate(scripts)]
+            if all(step is done for _, step in steps):
+                return
+            yield from ((choice, step) for choice, step in steps if step is not done)  # type: ignore[misc]
+
+    def end_choice(self, request: GenerationRequest, choice: int) -> None:
+        self.ended_choices.append((request.request_id, choice))
 
     async def until(self, condition: Callable[[], bool], timeout_s: float = 10) -> None:
         """Wait for a condition on what is counted here."""
