@@ -63,10 +63,6 @@ def text(backend: FakeBackend, reply: Reply) -> Any:
     return reply.json["choices"][0].get("text") or reply.json["choices"][0]["message"]["content"]
 
 
-def num_requests(backend: FakeBackend, reply: Reply) -> Any:
-    return len(backend.requests)
-
-
 def media_type(backend: FakeBackend, reply: Reply) -> Any:
     return reply.headers["content-type"]
 

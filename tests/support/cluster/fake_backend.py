@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -61,37 +61,33 @@ class FakeBackend:
         self.num_open += 1
         self._changed.set()
         num_left = request.sampling.num_choices
+        said: asyncio.Queue[TokenChunk | GenerationEnd | Exception] = asyncio.Queue(1)
+        speakers = [asyncio.create_task(self._speak(request, choice, said)) for choice in range(num_left)]
+        speakers_left = asyncio.gather(*speakers)
         try:
-            for choice, step in self._steps(request):
-                if isinstance(step, asyncio.Event):
-                    await step.wait()
-                    continue
-                if (request.request_id, choice) in self.ended_choices:
+            while not (speakers_left.done() and said.empty()):
+                step = await _first_of(said, speakers_left)
+                if step is None:
                     continue
                 num_left -= not isinstance(step, TokenChunk)
                 if isinstance(step, Exception):
                     num_left = 0
                     raise step
-                yield replace(step, choice=choice)
+                yield step
                 await asyncio.sleep(0)
         finally:
-            has_ended = not num_left
+            speakers_left.cancel()
             self.num_open -= 1
-            self.num_cancelled += not has_ended
+            self.num_cancelled += num_left > 0
             self._changed.set()
 
-    def _steps(self, request: GenerationRequest) -> Iterator[tuple[int, Step]]:
-        """What the script gives for each choice alone, in turns."""
-        scripts = [
-            iter(self.script(replace(request, sampling=request.sampling.of_choice(choice))))
-            for choice in range(request.sampling.num_choices)
-        ]
-        done = object()
-        while scripts:
-            steps = [(choice, next(script, done)) for choice, script in enumerate(scripts)]
-            if all(step is done for _, step in steps):
-                return
-            yield from ((choice, step) for choice, step in steps if step is not done)  # type: ignore[misc]
+    async def _speak(self, request: GenerationRequest, choice: int, said: asyncio.Queue[Any]) -> None:
+        """What the script gives for this choice alone."""
+        for step in self.script(replace(request, sampling=request.sampling.of_choice(choice))):
+            if isinstance(step, asyncio.Event):
+                await step.wait()
+            elif (request.request_id, choice) not in self.ended_choices:
+                await said.put(step if isinstance(step, Exception) else replace(step, choice=choice))
 
     def end_choice(self, request: GenerationRequest, choice: int) -> None:
         self.ended_choices.append((request.request_id, choice))
@@ -117,3 +113,16 @@ class FakeBackend:
 
     def metrics(self) -> bytes:
         return b"disagg_up 1\n"
+
+
+async def _first_of(said: asyncio.Queue[Any], ended: asyncio.Future[Any]) -> Any:
+    """The next step, or None when all have spoken. Raises what a script raised."""
+    getting = asyncio.ensure_future(said.get())
+    try:
+        await asyncio.wait({getting, ended}, return_when=asyncio.FIRST_COMPLETED)
+        if getting.done():
+            return getting.result()
+        ended.result()
+        return None
+    finally:
+        getting.cancel()
