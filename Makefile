@@ -34,12 +34,8 @@ $(READY): $(SERVES)
 demo: $(SERVES)  ## serve the bundled model with prefill and decode workers, send one request, show what moved
 	@$(BIN)/disagg demo
 
-# Two runs: what starts processes or runs in true time would make itself late if two of it ran at once.
 test: $(READY)  ## all tests that need neither a GPU nor patience
-	@status=0; \
-	$(BIN)/pytest -m "not slow and not gpu and not processes" -n auto --maxprocesses 4 --hypothesis-profile=ci --durations=15 || status=1; \
-	$(BIN)/pytest -m "not slow and not gpu and processes" --hypothesis-profile=ci --durations=15 || status=1; \
-	exit $$status
+	@$(BIN)/python tools/run_tests.py
 
 test-lowest: $(LOWEST)/.ready  ## a fast part of the tests, with the oldest dependencies that are allowed
 	$(LOWEST)/bin/pytest -m "not slow and not gpu and not processes" -n auto --maxprocesses 4 --hypothesis-profile=ci \

@@ -161,9 +161,9 @@ class UncomputedPrompts:
     def __init__(self, runner: Runner, vocab_size: int) -> None:
         self._runner, self._vocab_size = runner, vocab_size
 
-    def execute(self, chunks: Sequence[Chunk]) -> torch.Tensor:
+    def execute(self, chunks: Sequence[Chunk], drawn: torch.Tensor | None = None) -> torch.Tensor:
         if all(chunk.start > 0 and len(chunk.token_ids) == 1 for chunk in chunks):
-            return self._runner.execute(chunks)
+            return self._runner.execute(chunks, drawn)
         return torch.zeros(sum(chunk.wants_logits for chunk in chunks), self._vocab_size)
 
 

@@ -178,7 +178,7 @@ def prefill(cache: KVCache, prompt: Tokens) -> float:
 class IndifferentRunner:
     """Computes nothing: every step takes what the engine takes."""
 
-    def execute(self, chunks: Sequence[Chunk]) -> torch.Tensor:
+    def execute(self, chunks: Sequence[Chunk], drawn: torch.Tensor | None = None) -> torch.Tensor:
         return torch.zeros(sum(chunk.wants_logits for chunk in chunks), 8)
 
 

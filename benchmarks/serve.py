@@ -1,12 +1,14 @@
 """Time to first token and throughput of the bundled model: prefill and decode apart, against workers that do both.
 
-    .venv/bin/python benchmarks/serve.py [--requests 32] [--in-flight 8] [--rounds 2] [--overlap]
+    .venv/bin/python benchmarks/serve.py [--requests 32] [--in-flight 8] [--rounds 2] [--overlap | --against TREE]
 
 The two systems have the same number of processes, cores and bytes, get the same prompts, and take turns, so that a
 neighbour on the machine disturbs both. Prints a Markdown table and what it takes to repeat it. *Exposed* is what a
 request waits for its transfer after its prompt is computed, by the timeline of `/requests/{id}`. With `--overlap` the
 systems are prefill and decode apart both times: prompts in many steps, so that blocks leave while later ones are
 computed, and in one step, after which everything moves at once: the same transfer with nothing to hide behind.
+With `--against TREE`, another checkout with its compiled helper built, it is prefill and decode apart of that tree and
+of this one, with short prompts alone.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import os
 import random
 import shlex
 import signal
@@ -39,6 +42,8 @@ OVERLAP = {
     "apart, steps of 64 tokens": [*SYSTEMS["1 prefill + 1 decode"], "--max-num-batched-tokens", "64"],
     "apart, a prompt in one step": [*SYSTEMS["1 prefill + 1 decode"], "--max-num-batched-tokens", "512"],
 }
+APART = SYSTEMS["1 prefill + 1 decode"]
+AGAINST = ("TREE", "this tree")
 EXPOSED_STAGES = ("transfer_wait", "wire", "verify")
 PROMPT_LENGTHS = (48, 400)  # tokens: below the window of 64, and several windows
 NUM_NEW_TOKENS = 48
@@ -54,6 +59,8 @@ class Sample:
     total_s: float
     num_tokens: int
     exposed_s: float = 0.0
+    second_s: float = 0.0
+    """From the first token to the second."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,8 +95,12 @@ def row(name: str, rounds: Sequence[Round]) -> str:
     ]
     speed = statistics.median(one.tokens_per_s for one in rounds)
     middle, tail = statistics.median(ttft), quantile(ttft, 0.9)
-    exposed = statistics.median(sample.exposed_s * 1e3 for one in rounds for sample in one.samples)
-    return f"| {name} | {middle:.0f} | {tail:.0f} | {exposed:.1f} | {statistics.median(gaps):.1f} | {speed:.0f} |"
+    exposed, second = (
+        statistics.median(getattr(sample, what) * 1e3 for one in rounds for sample in one.samples)
+        for what in ("exposed_s", "second_s")
+    )
+    times = f"{middle:.1f} | {tail:.1f} | {exposed:.1f} | {second:.1f} | {statistics.median(gaps):.1f}"
+    return f"| {name} | {times} | {speed:.0f} |"
 
 
 def exposed_s(timeline: Mapping[str, float]) -> float:
@@ -97,9 +108,10 @@ def exposed_s(timeline: Mapping[str, float]) -> float:
     return sum(timeline.get(stage, 0.0) for stage in EXPOSED_STAGES)
 
 
-def prompts(num: int, seed: int) -> list[list[int]]:
+def prompts(num: int, seed: int, lengths: Sequence[int] = PROMPT_LENGTHS) -> list[list[int]]:
     draw = random.Random(seed)  # noqa: S311 (repeatable, not secret)
-    return [[2, *(draw.randrange(*NUM_PLAIN_IDS) for _ in range(PROMPT_LENGTHS[i % 2] - 1))] for i in range(num)]
+    sizes = [lengths[i % len(lengths)] for i in range(num)]
+    return [[2, *(draw.randrange(*NUM_PLAIN_IDS) for _ in range(size - 1))] for size in sizes]
 
 
 def free_port() -> int:
@@ -109,12 +121,13 @@ def free_port() -> int:
 
 
 @asynccontextmanager
-async def system(flags: Sequence[str]) -> AsyncIterator[Urls]:
-    """A running `disagg up`; its log goes to stderr."""
+async def system(flags: Sequence[str], tree: Path | None = None) -> AsyncIterator[Urls]:
+    """A running `disagg up`, of another `tree` where one is given; its log goes to stderr."""
     port, admin_port = free_port(), free_port()
-    command = [str(Path(sys.executable).with_name("disagg")), "up", "--port", str(port)]
+    command = [sys.executable, "-P", "-m", "disagg", "up", "--port", str(port)]
     command += ["--admin-port", str(admin_port), "--log-level", "error", *flags]
-    process = await asyncio.create_subprocess_exec(*command, stdout=asyncio.subprocess.DEVNULL)
+    env = dict(os.environ) if tree is None else {**os.environ, "PYTHONPATH": str(tree)}
+    process = await asyncio.create_subprocess_exec(*command, stdout=asyncio.subprocess.DEVNULL, env=env)
     url = f"http://127.0.0.1:{port}"
     try:
         async with asyncio.timeout(START_TIMEOUT_S), aiohttp.ClientSession() as session:
@@ -148,20 +161,19 @@ async def request(session: aiohttp.ClientSession, urls: Urls, prompt: list[int])
         "return_token_ids": True,
     }
     request_id = uuid.uuid4().hex
-    sent, first, num_tokens = time.perf_counter(), 0.0, 0
+    sent, at = time.perf_counter(), []
     async with session.post(f"{urls.api}/v1/completions", json=body, headers={"X-Request-Id": request_id}) as answer:
         answer.raise_for_status()
         async for line in answer.content:
             if line.startswith(b"data: {"):
                 ids = json.loads(line[6:])["choices"][0].get("token_ids") or ()
-                first = first or (time.perf_counter() if ids else 0.0)
-                num_tokens += len(ids)
-    if num_tokens != NUM_NEW_TOKENS:
-        raise SystemExit(f"error: a request returned {num_tokens} tokens instead of {NUM_NEW_TOKENS}")
+                at += [time.perf_counter()] * len(ids)
+    if len(at) != NUM_NEW_TOKENS:
+        raise SystemExit(f"error: a request returned {len(at)} tokens instead of {NUM_NEW_TOKENS}")
     total_s = time.perf_counter() - sent
     async with session.get(f"{urls.admin}/requests/{request_id}") as answer:
         record = await answer.json()
-    return Sample(first - sent, total_s, num_tokens, exposed_s(record["timeline"]))
+    return Sample(at[0] - sent, total_s, len(at), exposed_s(record["timeline"]), at[1] - at[0])
 
 
 async def measure(urls: Urls, work: Sequence[list[int]], in_flight: int) -> Round:
@@ -180,18 +192,20 @@ async def measure(urls: Urls, work: Sequence[list[int]], in_flight: int) -> Roun
 
 
 async def run(options: argparse.Namespace) -> None:
-    systems = OVERLAP if options.overlap else SYSTEMS
+    systems = OVERLAP if options.overlap else dict.fromkeys(AGAINST, APART) if options.against else SYSTEMS
+    lengths = PROMPT_LENGTHS[:1] if options.against else PROMPT_LENGTHS
     found: dict[str, list[Round]] = {name: [] for name in systems}
     for number in range(options.rounds):
-        work = prompts(options.requests, seed=number)
+        work = prompts(options.requests, number, lengths)
         for name, flags in systems.items():
             print(f"round {number + 1} of {options.rounds}: {name}", file=sys.stderr, flush=True)
-            async with system(flags) as urls:
+            async with system(flags, options.against if name == AGAINST[0] else None) as urls:
                 found[name].append(await measure(urls, work, options.in_flight))
     print(circumstances())
-    print(f"\n{options.requests} requests, {options.in_flight} in flight, prompts of {PROMPT_LENGTHS} tokens in turn,")
+    print(f"\n{options.requests} requests, {options.in_flight} in flight, prompts of {lengths} tokens in turn,")
     print(f"{NUM_NEW_TOKENS} new tokens each, {options.rounds} rounds\n")
-    print("| system | TTFT median ms | TTFT p90 ms | exposed ms | per token ms | tokens/s |\n|---|---|---|---|---|---|")
+    print("| system | TTFT median ms | TTFT p90 ms | exposed ms | to the second ms | per token ms | tokens/s |")
+    print("|---|---|---|---|---|---|---|")
     for name, rounds in found.items():
         print(row(name, rounds))
 
@@ -201,7 +215,9 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=32)
     parser.add_argument("--in-flight", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--overlap", action="store_true")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--overlap", action="store_true")
+    what.add_argument("--against", type=lambda tree: Path(tree).resolve(), metavar="TREE")
     asyncio.run(run(parser.parse_args()))
 
 

@@ -1,13 +1,14 @@
 """What a reader relies on: no two product classes share a name, every name in a docstring exists, every package says
 what it holds.
 
-A reference is a word in backticks that looks like one: `disagg.` and a dotted name, a path that ends in `.py`, or
-`protocol.md section N`. The code is read, not run.
+A reference is a word in backticks that looks like one: `disagg.` and a dotted name, a path that ends in `.py`, a class
+(`CamelCase`, alone or before a dot), or `protocol.md section N`. The code is read, not run.
 """
 
 from __future__ import annotations
 
 import ast
+import builtins
 import re
 import sys
 from collections import defaultdict
@@ -18,6 +19,14 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 _DOTTED = re.compile(r"`(disagg(?:\.\w+)+)(?:\(\))?`")
 _FILE = re.compile(r"`([\w./-]+/[\w.-]+\.(?:py|md|c|toml))`")
+_CLASS = re.compile(r"`(?:\w+\.)?([A-Z][a-z]\w+)(?:\.\w+)*(?:\(\))?`")
+_ELSEWHERE = {
+    "Authorization",  # a header of HTTP
+    "CancelledError",  # asyncio's
+    "ContextTerminated",  # pyzmq's
+    "Linear",  # torch's
+    "MemAvailable",  # a line of /proc/meminfo
+}
 _SECTION = re.compile(r"\b([a-z]+)\.md section (\d+)")
 
 
@@ -101,6 +110,18 @@ def texts(module: Module) -> Iterator[tuple[int, str]]:
             yield node.lineno, node.value.value
 
 
+def known_words(product: list[Module]) -> set[str]:
+    """What a capitalised word in backticks may name: anything that the product defines, Python's own, or elsewhere."""
+    words = {name for module in product for node in ast.walk(module.tree) for name in members(node)}
+    return words | set(dir(builtins)) | _ELSEWHERE
+
+
+def broken_class_references(where: str, text: str, words: set[str]) -> Iterator[str]:
+    for name in _CLASS.findall(text):
+        if name not in words:
+            yield f"{where}: there is no `{name}`"
+
+
 def broken_references(where: str, text: str, by_name: dict[str, Module], root: Path) -> Iterator[str]:
     for name in _DOTTED.findall(text):
         if not resolves(name, by_name):
@@ -121,9 +142,11 @@ def complaints(root: Path) -> list[str]:
     product = modules(root)
     by_name = {module.name: module for module in product}
     found = [*shared_names(product), *silent_packages(product)]
+    words = known_words(product)
     for module in product:
         for line, text in texts(module):
             found += broken_references(f"{module.path}:{line}", text, by_name, root)
+            found += broken_class_references(f"{module.path}:{line}", text, words)
     for page in sorted([*(root / "docs").glob("*.md"), *root.glob("*.md")]):
         found += broken_references(page.relative_to(root).as_posix(), page.read_text(), by_name, root)
     return found

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -13,7 +13,7 @@ from starlette.routing import BaseRoute, Route
 from disagg.api.generate import GenerateEndpoint
 from disagg.api.helpers.pool import Helpers
 from disagg.api.http.bodies import Bodies
-from disagg.api.http.edge import Edge, http_exception
+from disagg.api.http.edge import NO_KEYS, Edge, http_exception
 from disagg.api.request.fields import CHAT, COMPLETIONS, DETOKENIZE, TOKENIZE
 from disagg.api.request.sampling import check_defaults
 from disagg.api.settings import ApiSettings
@@ -60,19 +60,21 @@ def _create_app(backend: Backend, settings: ApiSettings, tokenizer: ModelTokeniz
         Route("/metrics", status.metrics),
         Route("/workers", status.workers),
     ]
-    return _application(routes, settings.api_key)
+    return _application(routes, settings.api_keys)
 
 
 def create_admin_app(backend: Backend) -> Starlette:
     """Administration. It has no key of its own: bind it to loopback."""
     admin = AdminRoutes(backend)
-    return _application([Route("/requests/{request_id:path}", admin.request), Route("/workers", admin.workers)], None)
+    return _application(
+        [Route("/requests/{request_id:path}", admin.request), Route("/workers", admin.workers)], NO_KEYS
+    )
 
 
-def _application(routes: list[BaseRoute], api_key: str | None) -> Starlette:
+def _application(routes: list[BaseRoute], api_keys: Mapping[str, str]) -> Starlette:
     app = Starlette(
         routes=routes,
-        middleware=[Middleware(Edge, api_key=api_key)],
+        middleware=[Middleware(Edge, api_keys=api_keys)],
         exception_handlers={HTTPException: http_exception},
     )
     app.middleware_stack = app.build_middleware_stack()  # else the first request would do it, for 10 ms

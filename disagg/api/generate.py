@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from array import array
 from collections.abc import Coroutine, Sequence
 from contextlib import AsyncExitStack
 from typing import Any, Final
@@ -17,8 +18,9 @@ from disagg.api.answers.shapes import shape_for
 from disagg.api.answers.sinks import ClientStalledError, EventSink, Head, Sink, WholeSink
 from disagg.api.helpers.pool import Helpers
 from disagg.api.http.bodies import Bodies
-from disagg.api.http.edge import request_id_of
+from disagg.api.http.edge import request_id_of, tenant_of
 from disagg.api.http.errors import ApiError, from_generation, no_workers
+from disagg.api.http.request_timeout import request_timeout_of
 from disagg.api.http.responses import error_response
 from disagg.api.request.params import RequestParams
 from disagg.api.request.preparation import Prepared
@@ -73,7 +75,7 @@ class GenerateEndpoint:
         request_id = request_id_of(scope)
         status, choices = 200, list[Choice]()
         try:
-            choices = await self._choices(prepared, request_id)
+            choices = await self._choices(prepared, request_id, tenant_of(scope), request_timeout_of(scope))
             await self._answer(choices, self._sink(params, request_id, send))
         except ApiError as exc:
             status = exc.status
@@ -83,7 +85,7 @@ class GenerateEndpoint:
         finally:
             log_request(request_id, self._endpoint, params, choices, status)
 
-    async def _choices(self, prepared: Prepared, request_id: str) -> list[Choice]:
+    async def _choices(self, prepared: Prepared, request_id: str, tenant: str, timeout_s: float | None) -> list[Choice]:
         """Choices in order: all of the first prompt, then all of the second."""
         params, max_model_len, choices = prepared.params, self._backend.max_model_len(), list[Choice]()
         if max_model_len is None or not prepared.prompts:
@@ -91,11 +93,12 @@ class GenerateEndpoint:
         seed, is_only = base_seed(params), len(prepared.prompts) == 1
         for ids, echo in prepared.prompts:
             max_tokens = answer_tokens(params, self._settings.defaults, len(ids), max_model_len)
+            prompt = ids if isinstance(ids, array) and ids.typecode == "i" else array("i", ids)
             sampling = build_sampling(
-                params, self._settings.defaults, max_tokens=max_tokens, seed=seed, tenant=self._settings.api_key
+                params, self._settings.defaults, max_tokens=max_tokens, seed=seed, tenant=tenant or None
             )
             name = request_id if is_only else f"{request_id}-{len(choices) // params.n}"
-            request = GenerationRequest(name, tuple(ids), sampling)
+            request = GenerationRequest(name, prompt, sampling, params.priority, tenant, timeout_s)
             for _ in range(params.n):
                 await asyncio.sleep(0)  # a choice takes up to a millisecond to make: a turn for others between them
                 choices.append(self._choice(params, len(choices), request, echo))

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import gc
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +14,14 @@ from disagg.api.app import create_admin_app, open_app
 from disagg.api.http.connections import Connections, connections_within
 from disagg.api.http.server import serve
 from disagg.api.settings import ApiSettings
+from disagg.config.api_keys import ApiKey, api_keys
 from disagg.config.descriptors import raise_descriptor_limit
 from disagg.config.errors import ConfigError, found_in
 from disagg.config.settings import RouterSettings
 from disagg.config.signals import heeded_signals
 from disagg.engine.model.checkpoint import ModelRefused, fingerprint, generation_defaults, resolve_model
 from disagg.router.router import Router, RouterOptions
+from disagg.router.tenants import TenantLimits
 from disagg.transceiver.wire.errors import EndpointRefused
 from disagg.transceiver.wire.keys import ClusterKeys
 from disagg.transceiver.wire.sockets import bracketed
@@ -33,16 +35,19 @@ ADMIN_CONNECTIONS = 16  # operators and their tools, beside a public port that i
 def run(settings: RouterSettings, secret: bytes, announce: Announce) -> int:
     """Serve until SIGTERM, SIGINT or SIGHUP. Raises ConfigError for a model, host or port that cannot be used."""
     keys = ClusterKeys.from_secret(secret, insecure=settings.insecure)
+    clients = api_keys(settings.api_key, settings.api_key_file)
     try:
         folder = resolve_model(settings.model)
-        return asyncio.run(_serve(settings, folder, keys, announce))
+        return asyncio.run(_serve(settings, folder, keys, clients, announce))
     except Exception as exc:  # what is raised while the router runs arrives in the group of its tasks
         if (refusal := found_in(exc, ModelRefused, EndpointRefused, ConfigError)) is None:
             raise
         raise ConfigError(str(refusal)) from exc
 
 
-async def _serve(settings: RouterSettings, folder: Path, keys: ClusterKeys, announce: Announce) -> int:
+async def _serve(
+    settings: RouterSettings, folder: Path, keys: ClusterKeys, clients: Sequence[ApiKey], announce: Announce
+) -> int:
     descriptors = raise_descriptor_limit()
     stopped = asyncio.Event()
     for number in heeded_signals():
@@ -50,17 +55,19 @@ async def _serve(settings: RouterSettings, folder: Path, keys: ClusterKeys, anno
     control = f"tcp://{bracketed(settings.control_host)}:{settings.control_port}"
     async with contextlib.AsyncExitStack() as stack:
         with _reading(folder):
-            options = _router_options(settings, folder)
+            options = _router_options(settings, folder, clients)
         router = await stack.enter_async_context(Router.open(control, keys, options))
         with _reading(folder):
-            app = await stack.enter_async_context(open_app(router, _api_settings(settings, folder), is_warm=True))
+            app = await stack.enter_async_context(
+                open_app(router, _api_settings(settings, folder, clients), is_warm=True)
+            )
             admin_app = create_admin_app(router)
         try:
-            operators, clients = Connections(ADMIN_CONNECTIONS), Connections(connections_within(descriptors))
+            operators, public_ones = Connections(ADMIN_CONNECTIONS), Connections(connections_within(descriptors))
             admin = await stack.enter_async_context(
                 serve(admin_app, ADMIN_HOST, settings.admin_port, connections=operators)
             )
-            public = await stack.enter_async_context(serve(app, settings.host, settings.port, connections=clients))
+            public = await stack.enter_async_context(serve(app, settings.host, settings.port, connections=public_ones))
         except OSError as exc:
             raise ConfigError(str(exc.strerror or exc)) from exc
         gc.collect()
@@ -85,19 +92,20 @@ def _reading(folder: Path) -> Iterator[None]:
         raise ModelRefused(f"model folder `{folder}` cannot be used: {type(exc).__name__}: {reason}") from exc
 
 
-def _router_options(settings: RouterSettings, folder: Path) -> RouterOptions:
+def _router_options(settings: RouterSettings, folder: Path, clients: Sequence[ApiKey]) -> RouterOptions:
     return RouterOptions(
         expected_fingerprint=fingerprint(folder, verify_weights=settings.verify_weights),
         max_attempts=settings.max_attempts,
         max_queued=settings.max_queued,
         request_timeout_s=settings.request_timeout_s,
+        tenants={key.tenant: TenantLimits(key.weight, key.max_requests, key.max_tokens) for key in clients},
     )
 
 
-def _api_settings(settings: RouterSettings, folder: Path) -> ApiSettings:
+def _api_settings(settings: RouterSettings, folder: Path, clients: Sequence[ApiKey]) -> ApiSettings:
     return ApiSettings(
         model_folder=folder,
         served_model_name=settings.served_name,
         defaults=generation_defaults(folder),
-        api_key=settings.api_key,
+        api_keys={key.key: key.tenant for key in clients},
     )

@@ -7,8 +7,9 @@ blocks: several sequences may refer to the slots of these, and they stay behind,
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
-from collections.abc import Collection, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Collection, Hashable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -23,8 +24,11 @@ from disagg.cache.pool import NUM_RESERVED_SLOTS, SlotPool
 from disagg.cache.prefix_cache import Chain, Match, PrefixCache, ReuseCount, blocks_of
 from disagg.cache.reuse import held_ordinals, longest_common
 from disagg.cache.scratch import Scratch, num_scratch_slots, scratch_range
-from disagg.cache.table import HOLE, Table, TableChange, change_table, grow_table
-from disagg.cache.window import stale_range
+from disagg.cache.slot_memory import OnFilled, ignore
+from disagg.cache.table import HOLE, Table, TableChange, change_table, grow_table, is_in, only
+from disagg.cache.window import received_whole, stale_range
+
+log = logging.getLogger(__name__)
 
 Held = tuple[NDArray[np.int64], ...]
 """Per group, ordinals, ascending."""
@@ -41,22 +45,24 @@ class KVCache:
         hasher: BlockHasher | None = None,
         *,
         is_staged: bool = False,
+        on_filled: OnFilled = ignore,
     ) -> None:
         """`num_slots[p]` slots in pool p, the reserved two included. Raises PoolMemoryShort.
 
-        `hasher` names blocks for reuse; without one nothing is reused. `is_staged`: see `SlotMemory`.
+        `hasher` names blocks for reuse; without one nothing is reused. `is_staged`, `on_filled`: see `SlotMemory`.
         """
         assert len(num_slots) == layout.num_pools
         self.layout = layout
         self.pools: tuple[SlotPool, ...] = ()
         for nbytes, count in zip(layout.slot_nbytes, num_slots, strict=True):
             try:
-                self.pools += (SlotPool(nbytes, count, device, is_staged=is_staged),)
+                self.pools += (SlotPool(nbytes, count, device, is_staged=is_staged, on_filled=on_filled),)
             except Exception:
                 self.close()  # a later pool that does not fit must not leave the earlier ones open
                 raise
         self._prefixes = PrefixCache(layout, self.pools, hasher) if hasher is not None else None
         self._sequences: dict[Hashable, CachedSequence] = {}
+        self._num_outdated = [0] * layout.num_groups
         self._scratch_pages = tuple(layout.scratch_pages(group) for group in range(layout.num_groups))
         self._group_views = [
             self.pools[pool].view(group, layout.block_size)
@@ -100,6 +106,7 @@ class KVCache:
         if not self._fits(sequence, changes, scratch):
             return False
         self._free_scratch(sequence)
+        self._count_outdated(sequence, changes, history)
         self._apply(sequence, changes, overwritten)
         self._allocate_scratch(sequence, scratch)
         sequence.room = self.layout.num_blocks(capacity) * self.layout.block_size
@@ -183,9 +190,10 @@ class KVCache:
         if self._prefixes is not None and sequence.chain is not None:
             match = self._prefixes.match(sequence.chain, prompt)
             held = self._held(match, len(prompt))
-            self._take(sequence, [_only(slots, kept) for slots, kept in zip(match.slots, held, strict=True)])
+            self._take(sequence, [only(slots, kept) for slots, kept in zip(match.slots, held, strict=True)])
             self._prefixes.follow(sequence.chain, match.path)
-        received = [self._received_whole(group, len(prompt)) for group in self.layout.groups]
+        size = self.layout.block_size
+        received = [received_whole(len(prompt), g.window, g.num_sink_tokens, size) for g in self.layout.groups]
         if not self._resize(sequence, received, capacity, len(prompt)):
             self._let_go(sequence)
             return None
@@ -233,6 +241,14 @@ class KVCache:
         """Per group, blocks asked for and found since start; empty where nothing is reused."""
         counts = self._prefixes.counts if self._prefixes is not None else ()
         return tuple(ReuseCount(count.num_queried, count.num_hit) for count in counts)
+
+    @property
+    def num_outdated(self) -> tuple[int, ...]:
+        """Per group, blocks of running sequences whose window moved past them, since start; scratch slots do not count.
+
+        A registered one stays cached for others, as ever.
+        """
+        return tuple(self._num_outdated)
 
     # --- memory ---------------------------------------------------------------------------------------------
 
@@ -397,17 +413,6 @@ class KVCache:
     def _stale(self, group: LayerGroup, history: int) -> range:
         return stale_range(history, group.window, group.num_sink_tokens, self.layout.block_size)
 
-    def _received_whole(self, group: LayerGroup, length: int) -> tuple[range, range]:
-        """Ordinals before and behind those that are stale after `length` tokens, all of whose tokens a transfer brings.
-
-        A sender of smaller blocks leaves tokens out where some of a block are stale, and where the prompt ends.
-        """
-        size, num_whole = self.layout.block_size, length // self.layout.block_size
-        stale = stale_range(length, group.window, group.num_sink_tokens, 1)
-        if not stale:
-            return range(num_whole), range(0)
-        return range(min(stale.start // size, num_whole)), range(-(-stale.stop // size), num_whole)
-
     def _apply(
         self, sequence: CachedSequence, changes: Sequence[TableChange], overwritten: Sequence[Sequence[range]]
     ) -> None:
@@ -418,8 +423,17 @@ class KVCache:
                 pool.free(change.dropped.tolist())
         for change, pool, ranges in zip(changes, pools, overwritten, strict=True):
             if len(missing := change.missing):
-                change.table[missing] = pool.allocate(len(missing), overwritten=_is_in(missing, ranges))
+                change.table[missing] = pool.allocate(len(missing), overwritten=is_in(missing, ranges))
         sequence.tables = tuple(change.table for change in changes)
+
+    def _count_outdated(self, sequence: CachedSequence, changes: Sequence[TableChange], history: int) -> None:
+        for number, change in enumerate(changes):
+            if change.num_stale:
+                self._num_outdated[number] += change.num_stale
+                name = self.layout.groups[number].name
+                log.debug(
+                    "%s: the window of %s lets go of %d blocks at %d", sequence.key, name, change.num_stale, history
+                )
 
     def _scratch_ranges(self, capacity: int, history: int, scratch_until: int) -> tuple[range, ...]:
         """Per group, the ordinals that go to scratch slots; empty when there are none in any group."""
@@ -473,18 +487,3 @@ def _leave_out(wanted: NDArray[np.bool_], scratch: Scratch | None) -> None:
     if scratch is not None:
         assert wanted[scratch.first : scratch.first + scratch.num_blocks].all(), "a scratch block is stale already"
         wanted[scratch.first : scratch.first + scratch.num_blocks] = False
-
-
-def _is_in(ordinals: NDArray[np.int64], ranges: Iterable[range]) -> NDArray[np.bool_]:
-    """Which of the ordinals lie in one of the ranges."""
-    found = np.zeros(len(ordinals), dtype=np.bool_)
-    for some in ranges:
-        found |= (ordinals >= some.start) & (ordinals < some.stop)
-    return found
-
-
-def _only(slots: Table, ordinals: NDArray[np.int64]) -> Table:
-    """The table with only these ordinals."""
-    table = np.full(len(slots), HOLE, dtype=np.int32)
-    table[ordinals] = slots[ordinals]
-    return table

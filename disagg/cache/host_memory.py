@@ -26,11 +26,22 @@ def available_nbytes(cgroup: Path | None = None, meminfo: Path = _MEMINFO) -> in
     return min([_machine_nbytes(meminfo), *map(_left_in, groups)])
 
 
+def total_nbytes(cgroup: Path | None = None, meminfo: Path = _MEMINFO) -> int:
+    """The machine's memory, or what the limits of the container allow of it, whatever is used now."""
+    groups = groups_of_process("memory") if cgroup is None else groups_around(cgroup, "memory")
+    limits = [min(_limits(group, _statistics(group / "memory.stat"))) for group in groups]
+    return min([_read_meminfo(meminfo, "MemTotal"), *limits])
+
+
 def _machine_nbytes(meminfo: Path) -> int:
+    return _read_meminfo(meminfo, "MemAvailable")
+
+
+def _read_meminfo(meminfo: Path, name: str) -> int:
     for line in meminfo.read_text().splitlines():
-        if line.startswith("MemAvailable:"):
+        if line.startswith(f"{name}:"):
             return int(line.split()[1]) * 1024  # meminfo counts in KiB
-    raise OSError(f"{meminfo}: no `MemAvailable`; Linux 3.14 or newer is needed")
+    raise OSError(f"{meminfo}: no `{name}`; Linux 3.14 or newer is needed")
 
 
 def _left_in(group: Path) -> int:

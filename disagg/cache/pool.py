@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 
 from disagg.cache.errors import PoolExhausted
 from disagg.cache.layout import LayerGroup
-from disagg.cache.slot_memory import SlotMemory
+from disagg.cache.slot_memory import OnFilled, SlotMemory, ignore
 from disagg.cache.table import Table
 
 NULL_SLOT = 0
@@ -38,15 +38,23 @@ _ONE = np.uint64(1)
 class SlotPool:
     """`num_slots` slots of `slot_nbytes` bytes, the two reserved ones included. Single threaded.
 
-    `device`, `is_staged`: see `SlotMemory`. Raises PoolMemoryShort when there is no room.
+    `device`, `is_staged`, `on_filled`: see `SlotMemory`. Raises PoolMemoryShort when there is no room.
     `on_evict(slots)` is told of cached slots that are about to be emptied for another sequence.
     """
 
-    def __init__(self, slot_nbytes: int, num_slots: int, device: str = "cpu", *, is_staged: bool = False) -> None:
+    def __init__(
+        self,
+        slot_nbytes: int,
+        num_slots: int,
+        device: str = "cpu",
+        *,
+        is_staged: bool = False,
+        on_filled: OnFilled = ignore,
+    ) -> None:
         assert slot_nbytes > 0
         assert num_slots > NUM_RESERVED_SLOTS, "a pool of reserved slots seats nothing"
         self.slot_nbytes, self.num_slots, self.device = slot_nbytes, num_slots, device
-        self.sides = SlotMemory(slot_nbytes, num_slots, device, is_staged=is_staged)
+        self.sides = SlotMemory(slot_nbytes, num_slots, device, is_staged=is_staged, on_filled=on_filled)
         self.generations = self.sides.generations
         self._is_empty: NDArray[np.bool_] = np.ones(num_slots, dtype=np.bool_)
         self._is_empty[:NUM_RESERVED_SLOTS] = False

@@ -9,10 +9,13 @@ every data plane, digest and check works alike, and a device pool costs as much 
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import mmap
 import os
+from collections.abc import Callable
+from typing import Final
 
 import numpy as np
 import torch
@@ -27,20 +30,41 @@ _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | _F_SEAL_FUTURE_WRITE | fcntl.
 
 Slots = NDArray[np.int64]
 
+OnFilled = Callable[[int], None]
+"""Told of bytes that became this process's, while a pool is made."""
+
+_MADV_POPULATE_WRITE = 23  # linux/mman.h, from 5.14 on; python names it from no version on
+
+FILL_NBYTES: Final = 256 << 20
+"""Filled at a time: pages are zeroed at 1 to 4 GB/s, so progress is told several times a second."""
+
+
+def ignore(nbytes: int) -> None:
+    """No progress is shown."""
+
 
 class SlotMemory:
     """`slots`: uint8 [num_slots, slot_nbytes], what kernels use. `host`: the same slots as peers see them.
 
     `generations`: uint64 [num_slots], in the memfd. `slots_offset`: where the slots begin in the memfd `fd`.
     `is_staged`: the host side is memory of its own, as on every accelerator; tests ask for it on CPU.
-    Raises PoolMemoryShort when machine or device has no room.
+    Every page exists and is mapped from the start, so that no step pays for its first touch; `on_filled` is told as
+    they come. Raises PoolMemoryShort when machine or device has no room.
     """
 
-    def __init__(self, slot_nbytes: int, num_slots: int, device: str, *, is_staged: bool = False) -> None:
+    def __init__(
+        self,
+        slot_nbytes: int,
+        num_slots: int,
+        device: str,
+        *,
+        is_staged: bool = False,
+        on_filled: OnFilled = ignore,
+    ) -> None:
         self.is_staged = is_staged or torch.device(device).type != "cpu"
         self.slots_offset = -(-num_slots * 8 // mmap.PAGESIZE) * mmap.PAGESIZE
         self.fd = -1
-        self.host, self.generations = self._map_memfd(slot_nbytes, num_slots)
+        self.host, self.generations = self._map_memfd(slot_nbytes, num_slots, on_filled)
         self._host_bytes = self.host.numpy()
         try:
             self.slots = self._on_device(device) if self.is_staged else self.host
@@ -82,14 +106,17 @@ class SlotMemory:
     def _index(self, slots: Slots) -> torch.Tensor:
         return torch.from_numpy(slots).to(self.slots.device)
 
-    def _map_memfd(self, slot_nbytes: int, num_slots: int) -> tuple[torch.Tensor, NDArray[np.uint64]]:
+    def _map_memfd(
+        self, slot_nbytes: int, num_slots: int, on_filled: OnFilled
+    ) -> tuple[torch.Tensor, NDArray[np.uint64]]:
         nbytes = self.slots_offset + num_slots * slot_nbytes
         self.fd = _sized_memfd(nbytes)
         try:
             mapping = mmap.mmap(self.fd, nbytes, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)
+            _fill(self.fd, mapping, on_filled)
             # FUTURE_WRITE spares the mapping above and refuses later writable ones: the only writer is this process.
             fcntl.fcntl(self.fd, fcntl.F_ADD_SEALS, _SEALS)
-        except OSError:
+        except (OSError, PoolMemoryShort):
             self.close()
             raise
         flat = torch.frombuffer(mapping, dtype=torch.uint8, offset=self.slots_offset)
@@ -104,19 +131,30 @@ class SlotMemory:
 
 
 def _sized_memfd(nbytes: int) -> int:
-    """A memfd whose every page exists already, so that no later write can end in SIGBUS."""
     if nbytes > (free := available_nbytes()):  # asked first: the kernel would rather kill a process than say ENOSPC
         raise _memory_short(nbytes, free, "cpu")
     fd = os.memfd_create("disagg-kv-pool", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-    try:
-        os.ftruncate(fd, nbytes)
-        os.posix_fallocate(fd, 0, nbytes)
-    except OSError as exc:
-        os.close(fd)
-        if exc.errno in (errno.ENOSPC, errno.ENOMEM, errno.EFBIG, errno.EINVAL):
-            raise _memory_short(nbytes, available_nbytes(), "cpu") from exc
-        raise
+    os.ftruncate(fd, nbytes)
     return fd
+
+
+def _fill(fd: int, mapping: mmap.mmap, on_filled: OnFilled) -> None:
+    """Make every page of the memfd, so that no later write can end in SIGBUS, and map it here.
+
+    Raises PoolMemoryShort.
+    """
+    total = len(mapping)
+    for start in range(0, total, FILL_NBYTES):
+        count = min(FILL_NBYTES, total - start)
+        try:
+            os.posix_fallocate(fd, start, count)
+        except OSError as exc:
+            if exc.errno in (errno.ENOSPC, errno.ENOMEM, errno.EFBIG, errno.EINVAL):
+                raise _memory_short(total, available_nbytes(), "cpu") from exc
+            raise
+        with contextlib.suppress(OSError):  # an older kernel maps pages as they are first touched
+            mapping.madvise(_MADV_POPULATE_WRITE, start, count)
+        on_filled(count)
 
 
 def _memory_short(nbytes: int, free: int, device: str) -> PoolMemoryShort:

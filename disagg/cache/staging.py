@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Final
 
 import numpy as np
@@ -18,6 +18,15 @@ STAGING_NBYTES: Final = 16 << 20
 """On the device and in pinned memory, per pool: at 16 GB/s a millisecond's worth, which no launch is felt beside."""
 
 
+def staging_nbytes(slot_nbytes: Sequence[int]) -> int:
+    """The most that the buffers of pools with slots of these sizes take on a device, and again in host memory."""
+    return sum(_num_rows(nbytes) * nbytes for nbytes in slot_nbytes)
+
+
+def _num_rows(slot_nbytes: int) -> int:
+    return max(1, STAGING_NBYTES // max(1, slot_nbytes))
+
+
 class Staging:
     """A buffer on the device of `slots` (uint8 `[num_slots, slot_nbytes]`) and one in host memory that it reaches.
 
@@ -27,7 +36,7 @@ class Staging:
 
     def __init__(self, slots: torch.Tensor) -> None:
         self._slots = slots
-        self._num_rows = min(len(slots), max(1, STAGING_NBYTES // max(1, slots.shape[1])))
+        self._num_rows = min(len(slots), _num_rows(slots.shape[1]))
         self._buffers: tuple[torch.Tensor, torch.Tensor] | None = None
         self._is_read: torch.cuda.Event | None = None  # the device has what was last put into the host's buffer
 

@@ -26,6 +26,18 @@ def stale_range(history: int, window: int | None, num_sink_tokens: int, block_si
     return range(first, max(first, (history + 1 - window) // block_size))
 
 
+def received_whole(prompt_len: int, window: int | None, num_sink_tokens: int, block_size: int) -> tuple[range, range]:
+    """Ordinals before and behind those that are stale after the prompt, all of whose tokens a transfer brings.
+
+    A sender of smaller blocks leaves tokens out where some of a block are stale, and where the prompt ends.
+    """
+    num_whole = prompt_len // block_size
+    stale = stale_range(prompt_len, window, num_sink_tokens, 1)
+    if not stale:
+        return range(num_whole), range(0)
+    return range(min(stale.start // block_size, num_whole)), range(-(-stale.stop // block_size), num_whole)
+
+
 def num_live(capacity: int, history: int, window: int | None, num_sink_tokens: int, block_size: int) -> int:
     """Blocks of [0, ceil(capacity/T)) that are not stale at `history`."""
     num_blocks = -(-capacity // block_size)

@@ -10,7 +10,7 @@ from typing import Any, Final
 import aiohttp
 
 from disagg.cli.supervisor import Ready
-from disagg.cli.up import WorkerPair, serve
+from disagg.cli.up import WorkerPair, authorization, serve
 from disagg.config.quantities import format_nbytes
 from disagg.config.settings import DemoSettings
 
@@ -39,9 +39,7 @@ def demo(settings: DemoSettings) -> int:
     """Start everything, ask once, end everything; the exit code."""
 
     async def work(router: Ready, _workers: Sequence[Ready], _pairs: Sequence[WorkerPair]) -> int:
-        headers = {"X-Request-Id": REQUEST_ID}
-        if settings.api_key:
-            headers["Authorization"] = f"Bearer {settings.api_key}"
+        headers = {"X-Request-Id": REQUEST_ID, **authorization(settings)}
         async with aiohttp.ClientSession(headers=headers, timeout=aiohttp.ClientTimeout(total=TIMEOUT_S)) as session:
             return await ask(session, router, settings.served_name)
 

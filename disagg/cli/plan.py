@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from json import dumps
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
+import torch
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
@@ -26,6 +27,7 @@ from disagg.engine.model.checkpoint import ModelRefused, resolve_model
 from disagg.engine.model.kv_dtype import resolve_kv_dtype
 from disagg.engine.model.load import Skeleton, check_model_len, read_skeleton, resolve_dtype
 from disagg.engine.reuse_words import CacheSize, advice, room_in_words
+from disagg.engine.step_memory import StepLimits, StepMemory, plan_step_memory
 from disagg.transceiver.layout.required import runs_of
 
 COLUMNS: Final = (
@@ -61,7 +63,7 @@ class Seats:
 def plan(settings: PlanSettings, *, json: bool | None) -> int:
     """Print the plan; the exit code. Raises ConfigError for what the user gave."""
     try:
-        layout, max_model_len = model_layout(settings)
+        skeleton, layout, max_model_len = model_layout(settings)
         if settings.prompt_len is not None and settings.prompt_len > max_model_len:
             raise ConfigError(
                 f"`--prompt-len` is `{settings.prompt_len}`: a sequence has at most {max_model_len} tokens"
@@ -78,12 +80,13 @@ def plan(settings: PlanSettings, *, json: bool | None) -> int:
         raise ConfigError(str(refusal).replace("--kv-cache-memory", "--budget")) from refusal
     except (ModelRefused, ValueError) as refusal:
         raise ConfigError(str(refusal)) from refusal
-    _print_json(found, seats) if json else _print_tables(found, seats)
+    steps = _steps_by_role(settings, skeleton, layout, max_model_len)
+    _print_json(found, seats, steps) if json else _print_tables(found, seats, steps)
     return 0
 
 
-def model_layout(settings: PlanSettings) -> tuple[CacheLayout, int]:
-    """The layout that a worker with these settings derives, and its max_model_len. Raises ModelRefused."""
+def model_layout(settings: PlanSettings) -> tuple[Skeleton, CacheLayout, int]:
+    """The model, the layout that a worker with these settings derives, and its max_model_len. Raises ModelRefused."""
     folder = resolve_model(settings.model, needs_weights=False)
     skeleton = read_skeleton(folder)
     limit = skeleton.max_position_embeddings
@@ -94,7 +97,7 @@ def model_layout(settings: PlanSettings) -> tuple[CacheLayout, int]:
     layout = derive_layout(
         layers, block_size=settings.block_size, max_model_len=max_model_len, uses_scratch=uses_scratch
     )
-    return layout, max_model_len
+    return skeleton, layout, max_model_len
 
 
 def _kv_dtype(folder: Path, skeleton: Skeleton, settings: PlanSettings) -> str:
@@ -134,6 +137,30 @@ def seats_of(layout: CacheLayout, nbytes: int, max_model_len: int, settings: Pla
     )
 
 
+def _steps_by_role(
+    settings: PlanSettings, skeleton: Skeleton, layout: CacheLayout, max_model_len: int
+) -> dict[str, StepMemory]:
+    """What steps take of a GPU beside weights and KV, by role. The GPU is none of this machine's."""
+    dtype = _dtype(resolve_model(settings.model, needs_weights=False), skeleton, settings.dtype)
+    captures = not settings.enforce_eager
+    return {
+        role: plan_step_memory(
+            skeleton,
+            layout,
+            dtype,
+            StepLimits(
+                max_num_seqs=settings.max_num_seqs,
+                max_num_batched_tokens=settings.max_num_batched_tokens or DEFAULT_STEP,
+                max_model_len=max_model_len,
+                captures=captures and role != "prefill",
+                pieces=captures and settings.piecewise_graphs,
+            ),
+            torch.device("cpu"),
+        )
+        for role in ("prefill", "decode")
+    }
+
+
 def _num_seated(layout: CacheLayout, nbytes: int, max_model_len: int, step: int) -> int:
     """`num_seated` allows for several that prefill at once: memory for just one seats that one all the same."""
     count = num_seated(layout, nbytes, max_model_len=max_model_len, max_num_batched_tokens=step)
@@ -142,14 +169,15 @@ def _num_seated(layout: CacheLayout, nbytes: int, max_model_len: int, step: int)
     )
 
 
-def _print_json(found: Footprint, seats: Sequence[Seats]) -> None:
+def _print_json(found: Footprint, seats: Sequence[Seats], steps: Mapping[str, StepMemory]) -> None:
     body: dict[str, Any] = found.as_json()
+    body["gpu_steps"] = {role: asdict(memory) | {"total": memory.total} for role, memory in steps.items()}
     if seats:
         body["budgets"] = [asdict(one) for one in seats]
     sys.stdout.write(dumps(body) + "\n")
 
 
-def _print_tables(found: Footprint, seats: Sequence[Seats]) -> None:
+def _print_tables(found: Footprint, seats: Sequence[Seats], steps: Mapping[str, StepMemory]) -> None:
     console = Console(file=sys.stdout, highlight=False, emoji=False, markup=False)
     console.width = max(console.width, TABLE_WIDTH)
     table = Table(box=SIMPLE)
@@ -163,6 +191,8 @@ def _print_tables(found: Footprint, seats: Sequence[Seats]) -> None:
         f"a full copy moves {format_nbytes(found.full_copy_bytes)}",
         soft_wrap=True,
     )
+    for role, memory in steps.items():
+        console.print(f"beside KV and weights, a {role} worker on a GPU takes {memory.in_words()}", soft_wrap=True)
     for one in seats:
         console.print(_seats_line(one), soft_wrap=True)
         console.print(_reuse_line(one), soft_wrap=True)

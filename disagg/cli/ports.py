@@ -32,6 +32,21 @@ def require_free_ports(*addresses: Address) -> None:
                 raise ConfigError(_refusal(address, addresses[:place], exc)) from None
 
 
+def hold_port(host: str, port: int) -> socket.socket:
+    """A socket bound to `port`, or with 0 to a free one, that never listens: a child that reuses addresses can.
+
+    While it is open the kernel gives the port to nothing that asks for just any. Raises OSError.
+    """
+    held = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+    try:
+        held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        held.bind((host, port))
+    except OSError:
+        held.close()
+        raise
+    return held
+
+
 def _listening(address: Address) -> socket.socket:
     """A socket that listens: bound alone, two that may reuse addresses would not notice each other."""
     family, kind, _, _, bound_to = socket.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM)[0]

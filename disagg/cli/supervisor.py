@@ -38,8 +38,8 @@ class StartPlan(Protocol):
     def router(self, ready: Ready | None) -> ChildSpec:
         """The router; `ready` is what it announced before it died, whose ports it must take again."""
 
-    def workers(self, ready: Ready) -> Sequence[ChildSpec]:
-        """The workers of a router that announced `ready`."""
+    def workers(self) -> Sequence[ChildSpec]:
+        """The workers, which find the router by themselves: they start beside it."""
 
 
 class ClusterError(Exception):
@@ -75,9 +75,9 @@ class Supervisor:
     async def _run(self, work: Work) -> int:
         async with asyncio.TaskGroup() as group:
             keepers = [group.create_task(self._keep("router", self._cluster.router))]
-            router = await self._became_ready("router")
-            specs = self._cluster.workers(router)
+            specs = self._cluster.workers()
             keepers += [group.create_task(self._keep(spec.name, _always(spec))) for spec in specs]
+            router = await self._became_ready("router")
             code = await work(router, [await self._became_ready(spec.name) for spec in specs])
             for keeper in keepers:
                 keeper.cancel()

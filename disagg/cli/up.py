@@ -16,8 +16,9 @@ import aiohttp
 from disagg.cli.child import ChildSpec
 from disagg.cli.display import display
 from disagg.cli.placement import DeviceAssignment, check_told_devices
-from disagg.cli.ports import LOOPBACK, Address, require_free_ports
+from disagg.cli.ports import LOOPBACK, Address, hold_port, require_free_ports
 from disagg.cli.supervisor import ClusterError, Ready, Supervisor
+from disagg.config.api_keys import api_keys
 from disagg.config.errors import ConfigError
 from disagg.config.load import PREFIX, SWITCHES, to_flags, variable_of
 from disagg.config.quantities import format_nbytes
@@ -52,9 +53,9 @@ Work = Callable[[Ready, Sequence[Ready], Sequence[WorkerPair]], Awaitable[int]]
 
 
 class LocalCluster:
-    """The processes of one `up`, and what each is told."""
+    """The processes of one `up`, and what each is told. All know the control port beforehand, so none waits."""
 
-    def __init__(self, settings: UpSettings, model: str) -> None:
+    def __init__(self, settings: UpSettings, model: str, control_port: int) -> None:
         self._settings = settings
         self._shared = {field: getattr(settings, field) for field in Settings.model_fields} | {"model": model}
         self._threads = _threads(settings)
@@ -62,21 +63,21 @@ class LocalCluster:
         # Measured once: workers that measured for themselves, or after a restart, would find different amounts free,
         # derive different lengths from them and be refused as different workers.
         self._cpu_kv_nbytes = default_kv_cache_nbytes()
+        self._control_port = control_port
 
     def router(self, ready: Ready | None) -> ChildSpec:
-        """A router that starts again takes the ports it announced: clients and workers know them."""
+        """A router that starts again takes the ports it announced: clients know them."""
         told = {field: getattr(self._settings, field) for field in HttpSettings.model_fields}
         told |= self._shared | {"served_model_name": self._settings.served_name, "control_host": LOOPBACK}
-        told |= {"admin_port": self._settings.admin_port, "control_port": self._settings.control_port}
+        told |= {"admin_port": self._settings.admin_port, "control_port": self._control_port}
         if ready is not None:
             told |= {"port": _port(ready["url"]), "admin_port": _port(ready["admin"])}
-            told |= {"control_port": _port(ready["control"])}
         env = child_environment(os.environ)
         if self._settings.api_key is not None:
             env[variable_of("api_key")] = self._settings.api_key  # not argv, which every user can read
         return _spec("router", "router", to_flags(RouterSettings(**told), hide=("api_key",)), env)
 
-    def workers(self, ready: Ready) -> list[ChildSpec]:
+    def workers(self) -> list[ChildSpec]:
         counts: dict[Role, int] = {
             "prefill": self._settings.prefill,
             "decode": self._settings.decode,
@@ -85,15 +86,16 @@ class LocalCluster:
         devices = self.placement.next_device
         placed = [(role, f"{role}-{n}", devices(role)) for role, count in counts.items() for n in range(count)]
         used = [device for _, _, device in placed]
-        return [self._worker(*place, ready["control"], used.count(place[2])) for place in placed]
+        return [self._worker(*place, used.count(place[2])) for place in placed]
 
-    def _worker(self, role: Role, name: str, device: str, control: str, num_sharing: int) -> ChildSpec:
+    def _worker(self, role: Role, name: str, device: str, num_sharing: int) -> ChildSpec:
         """`num_sharing` workers use this device's memory, this one included."""
         told = {field: getattr(self._settings, field) for field in EngineSettings.model_fields} | self._shared
         if role != "prefill":
             told["swa_scratch"] = "off"
         threads = self._threads[role]
-        told |= {"router": control, "worker_id": name, "device": device, "threads": threads}
+        told |= {"router": f"tcp://{LOOPBACK}:{self._control_port}", "worker_id": name}
+        told |= {"device": device, "threads": threads}
         told |= {"memory_share": round(1 / num_sharing, 4)}
         if self._settings.kv_cache_memory is not None:
             told |= {"kv_cache_memory": self._settings.kv_cache_memory // self._settings.num_workers}
@@ -127,9 +129,11 @@ def serve(settings: UpSettings, work: Work) -> int:
         Address("--control-port", LOOPBACK, settings.control_port),
     )
     check_told_devices(settings)
-    cluster = LocalCluster(settings, _resolved(settings.model))
+    authorization(settings)  # a key file that no router would start with is refused here
+    model = _resolved(settings.model)
     secret = INSECURE_SECRET if settings.insecure else draw_secret()
-    with display() as shown:
+    with hold_port(LOOPBACK, settings.control_port) as held, display() as shown:
+        cluster = LocalCluster(settings, model, held.getsockname()[1])
         if sentence := cluster.placement.sentence:
             shown.say(sentence)
 
@@ -157,12 +161,18 @@ def child_environment(environ: Mapping[str, str]) -> dict[str, str]:
     return passed | {"PYTHONIOENCODING": "utf-8:backslashreplace"}
 
 
+def authorization(settings: HttpSettings) -> dict[str, str]:
+    """The header with which this process asks its own router. Raises ConfigError for a key file without a key."""
+    keys = api_keys(settings.api_key, settings.api_key_file)
+    return {"Authorization": f"Bearer {keys[0].key}"} if keys else {}
+
+
 async def wait_for_pairs(settings: UpSettings, url: str) -> list[WorkerPair]:
     """Until the router can place a request and every prefill worker is linked with every decode worker.
 
     Raises ClusterError with the reason of one missing pair after LINKS_TIMEOUT_S.
     """
-    headers = {"Authorization": f"Bearer {settings.api_key}"} if settings.api_key else {}
+    headers = authorization(settings)
     deadline = time.monotonic() + LINKS_TIMEOUT_S
     async with aiohttp.ClientSession(headers=headers, timeout=aiohttp.ClientTimeout(total=LINKS_TIMEOUT_S)) as session:
         while True:
@@ -225,11 +235,15 @@ def summary(settings: UpSettings, router: Ready, workers: Sequence[Ready], pairs
 
 
 def _worker_lines(worker: Ready) -> Iterator[str]:
-    """What it runs on, and what its KV cache leaves for prefixes where it keeps any."""
+    """What it runs on, what it takes, and what its KV cache leaves for prefixes where it keeps any."""
+    steps = f", {format_nbytes(worker['step_memory'])} for steps" if worker.get("step_memory") else ""
     yield (
-        f"  {worker['worker_id']}: {worker['device']}, {worker['threads']} of {num_cores()} cores, "
-        f"{format_nbytes(worker['memory'])} of KV cache, max-model-len {worker['max_model_len']}"
+        f"  {worker['worker_id']}: {worker['device']} in {worker['dtype']}, "
+        f"{worker['threads']} of {num_cores()} cores, "
+        f"{format_nbytes(worker['memory'])} of KV cache{steps}, max-model-len {worker['max_model_len']}"
     )
+    if "eager" in worker:
+        yield f"    note: steps run without CUDA graphs: {worker['eager']}"
     if "reuse" in worker:
         yield f"    for prefixes beside one running sequence: {worker['reuse']}"
     if "reuse_advice" in worker:
@@ -239,7 +253,7 @@ def _worker_lines(worker: Ready) -> Iterator[str]:
 def curl(settings: UpSettings, url: str) -> str:
     """A command to paste; the key is left for the user to fill in."""
     body = {"model": settings.served_name, "prompt": "If the file does not exist,", "max_tokens": 48}
-    key = " -H 'Authorization: Bearer YOUR_KEY'" if settings.api_key else ""
+    key = " -H 'Authorization: Bearer YOUR_KEY'" if settings.api_key or settings.api_key_file else ""
     return f"curl {url}/v1/completions -H 'Content-Type: application/json'{key} -d '{json.dumps(body)}'"
 
 

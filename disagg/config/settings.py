@@ -91,6 +91,8 @@ class PlanSettings(ModelSettings):
         (), description="GROUP=TOKENS,...: what the decode worker holds of the prompt already, such as full=512"
     )
     swa_scratch: Scratch = Field("off", description="As of a prefill worker: windowed blocks in scratch slots")
+    enforce_eager: bool = Field(False, description="As of a worker on a GPU: no CUDA graphs take memory")
+    piecewise_graphs: bool = Field(False, description="As of a worker on a GPU: pieces of prompt steps take memory too")
     budget: Sizes = Field(
         (), description="Count the sequences that so much KV memory of one worker seats, such as 8GiB,70GiB"
     )
@@ -124,6 +126,11 @@ class HttpSettings(Settings):
     port: Port = Field(8000, description="Port of the HTTP API; 0 takes a free one")
     served_model_name: Line | None = Field(None, description="Model name in the API [default: as given to --model]")
     api_key: Key | None = Field(None, description="Bearer key that clients must send", min_length=1, repr=False)
+    api_key_file: Path | None = Field(
+        None,
+        description="File with lines of TENANT KEY [weight=N] [max_requests=N] [max_tokens=N], beside or instead of "
+        "--api-key; readable by its owner only",
+    )
     max_attempts: Count = Field(3, description="Attempts per request in all; 1 means no retry")
     request_timeout_s: Seconds = Field(600.0, description="Seconds after which a request is given up")
     max_queued: Count = Field(1024, description="Requests that may wait; more get 503 with Retry-After")
@@ -152,7 +159,11 @@ class RouterSettings(HttpSettings, SecretSettings):
 class EngineSettings(Settings):
     """What a worker computes with. `up` hands them to all of its workers."""
 
-    dtype: Dtype = Field("auto", description="Type that the model computes in; auto as its config.json says")
+    dtype: Dtype = Field(
+        "auto",
+        description="Type that the model computes in; auto as its config.json says, on a CPU float32 where the "
+        "processor multiplies that faster and memory allows it",
+    )
     kv_cache_dtype: KvDtype = Field("auto", description=KV_DTYPE_HELP)
     kv_scales: Path | None = Field(
         None, description="JSON file with fp8 or int8 scales per layer [default: the checkpoint's, else 1.0]"
@@ -172,6 +183,9 @@ class EngineSettings(Settings):
     enforce_eager: bool = Field(False, description="Capture no CUDA graphs: every step runs the model's Python")
     piecewise_graphs: bool = Field(
         False, description="On CUDA, capture steps with prompt tokens too, in pieces between attentions"
+    )
+    overlap_steps: bool = Field(
+        False, description="On CUDA, launch a step before the last one's tokens are read; no GPU has run it yet"
     )
     torch_compile: bool = Field(
         False, description="Compile the model with torch.compile at start: a minute, a C++ compiler on CPUs"

@@ -3,21 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+from disagg.cache.cache import CachedSequence
 from disagg.engine.run.scoring import Scoring
 from disagg.engine.sequence import DecodingSequence, PromptSequence
 
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """`token_ids` of one sequence at positions from `start`, its blocks already sized for them."""
+    """`token_ids` of one sequence at positions from `start`, its blocks already sized for them.
+
+    `cached`: what the sequence held when this was scheduled. With other blocks, or none, it has no use for the result.
+    """
 
     sequence: PromptSequence | DecodingSequence
     token_ids: tuple[int, ...]
     start: int
     scoring: Scoring | None = None
     """Takes the log-probabilities of the prompt's tokens behind these, where they are asked for."""
+    cached: CachedSequence | None = field(init=False, compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "cached", self.sequence.cached)
 
     @property
     def end(self) -> int:

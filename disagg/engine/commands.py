@@ -21,6 +21,7 @@ class Serve:
     prompt: tuple[int, ...]
     sampling: Sampling
     urgent: bool = False
+    priority: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +31,7 @@ class Prefill:
     key: AttemptKey
     prompt: tuple[int, ...]
     sampling: Sampling
+    priority: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +52,7 @@ class Reserve:
     prompt: tuple[int, ...]
     sampling: Sampling
     precision: str = ""
+    priority: int = 0
 
 
 @dataclass(frozen=True, slots=True)

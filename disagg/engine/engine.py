@@ -6,8 +6,10 @@ after the blocks were freed, so a listener may count them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+
+import torch
 
 from disagg.cache.cache import KVCache
 from disagg.engine.announce import publish_final_units, units_at
@@ -29,17 +31,19 @@ from disagg.engine.commands import (
     PromptScoredEvent,
     Release,
     Reserve,
+    ReservedEvent,
     Serve,
     SuspectEvent,
     TokensEvent,
     UnitsFinalEvent,
     Unregister,
 )
-from disagg.engine.other_choices import Others, sample_others
+from disagg.engine.flight import Flight, chunk_of, sample_input
+from disagg.engine.other_choices import draw_others
 from disagg.engine.recheck import PrefixRecheck
 from disagg.engine.run.graphs.use import GraphUse
-from disagg.engine.run.runner import Chunk, StepRunner
-from disagg.engine.sampler import Sampled, SampleInput, sample
+from disagg.engine.run.runner import StepRunner
+from disagg.engine.sampler import Drawn, Sampled, SampleInput, draw
 from disagg.engine.scheduler import Promised, Scheduler
 from disagg.engine.sequence import (
     Claim,
@@ -77,10 +81,14 @@ class EngineConfig:
     prompt begins with. The cache's layout allows it."""
     prefix_recheck_s: float | None = None
     """How long a registered block is trusted to be as it was hashed; None = as long as it is registered."""
+    steps_ahead: int = 0
+    """1: a step is launched before the tokens of the one before it are read. 0 where the host computes the steps."""
 
     def __post_init__(self) -> None:
         if self.role not in ROLES:
             raise ValueError(f"role: `{self.role}`, expected one of {ROLES}")
+        if self.steps_ahead not in (0, 1):
+            raise ValueError(f"steps ahead: {self.steps_ahead}, expected 0 or 1")
         if self.max_num_seqs < 1:
             raise ValueError(f"`--max-num-seqs`: {self.max_num_seqs}, expected at least 1")
         if self.max_model_len < 2:
@@ -96,9 +104,14 @@ class Engine:
     """Continuous batching over one cache. `handle` takes a command, `step` computes; both answer with events."""
 
     def __init__(
-        self, runner: StepRunner, cache: KVCache, config: EngineConfig, graphs: GraphUse | None = None
+        self,
+        runner: StepRunner,
+        cache: KVCache,
+        config: EngineConfig,
+        graphs: GraphUse | None = None,
+        draw: Callable[[torch.Tensor, Sequence[SampleInput]], Drawn] = draw,
     ) -> None:
-        """`graphs`: what the runner tells of the graphs it replays."""
+        """`graphs`: what the runner tells of the graphs it replays. `draw`: how tokens are chosen."""
         self._runner, self._cache, self._config = runner, cache, config
         self._recheck = PrefixRecheck(cache, config.prefix_recheck_s)
         self._scheduler = Scheduler(
@@ -110,34 +123,39 @@ class Engine:
         )
         self._counters = EngineCounters(scratch=cache.num_scratch)
         self._graphs = graphs or GraphUse()
+        self._draw = draw
+        self._flight: Flight | None = None
+        self._untold: list[ReservedEvent] = []
+        """Of reservations made while a step was under way: it may still read or write what their slots held."""
         self.on_step: Callable[[Sequence[AttemptKey]], None] = lambda keys: None
         """Told before each step which attempts in it are young: should the step end the process, it was one of them."""
 
     @property
     def has_work(self) -> bool:
         """Whether `step` would compute something; without it only a command can change anything."""
-        return self._scheduler.has_work
+        return self._flight is not None or self._scheduler.has_work
 
     def step(self) -> list[EngineEvent]:
-        """Compute the next tokens of every sequence that holds blocks. Without work nothing happens."""
-        events: list[EngineEvent] = []
-        work = self._scheduler.schedule(events)
-        self._counters.scratch = tuple(map(max, self._counters.scratch, self._cache.num_scratch))
-        if self._config.check_invariants:
-            self._scheduler.check_invariants()  # now every sequence holds most: new blocks, old ones, and scratch
-        if not work:
-            return events
-        self.on_step([piece.sequence.key for piece in work if _is_young(piece)])
-        logits = self._runner.execute([_chunk(piece) for piece in work])
-        sampled = sample(logits, [_sample_input(piece) for piece in work if piece.wants_logits])
-        events += self._commit(work, sampled, sample_others(logits, work))
-        events += self._scheduler.admit()
+        """Compute the next tokens of every sequence that holds blocks. Without work nothing happens.
+
+        With `steps_ahead` the forward pass is launched before the tokens of the step before it are read. All that
+        depends on these comes after: endings, penalties, and which rows are sampled at all.
+        """
+        events = self._finish() if self._flight is not None and self._flight.holds_up else []
+        work = self._schedule(events)
+        logits = self._launch(work) if work else None
+        events += self._finish()
+        if logits is not None:
+            self._flight = self._sample(work, logits)
+        if not self._config.steps_ahead:
+            events += self._finish()
+        events += self._admit()
         self._check()
         return events
 
     def handle(self, command: Command) -> list[EngineEvent]:
         """Apply one command and start what may start now. Commands for unknown or repeated keys change nothing."""
-        events = self._apply(command) + self._scheduler.admit()
+        events = self._apply(command) + self._admit()
         self._check()
         return events
 
@@ -159,8 +177,56 @@ class Engine:
             live_keys=tuple(scheduler.live),
             released=tuple(sorted(self._counters.released.items())),
             reuse=self._cache.reuse_counts(),
+            num_outdated=self._cache.num_outdated,
             graphs=replace(self._graphs),
+            num_dropped=self._counters.dropped,
         )
+
+    # --- a step's parts -------------------------------------------------------------------------------------
+
+    def _schedule(self, events: list[EngineEvent]) -> list[Work]:
+        work = self._scheduler.schedule(events)
+        self._counters.scratch = tuple(map(max, self._counters.scratch, self._cache.num_scratch))
+        if self._config.check_invariants:
+            self._scheduler.check_invariants()  # now every sequence holds most: new blocks, old ones, and scratch
+        return work
+
+    def _launch(self, work: Sequence[Work]) -> torch.Tensor:
+        """The forward pass, behind all that was launched before it."""
+        before = self._flight
+        self.on_step([piece.sequence.key for piece in (*(before.work if before else ()), *work) if _is_young(piece)])
+        chunks = [chunk_of(piece, before) for piece in work]
+        if before is None:
+            return self._runner.execute(chunks)
+        return self._runner.execute(chunks, before.drawn.token_ids)
+
+    def _sample(self, work: Sequence[Work], logits: torch.Tensor) -> Flight:
+        """Choose a token behind each piece that ends in one, save those of sequences that ended meanwhile."""
+        wanting = [piece for piece in work if piece.wants_logits]
+        kept = [row for row, piece in enumerate(wanting) if self._scheduler.is_current(piece)]
+        if len(kept) < len(wanting):
+            logits = logits[kept]
+        pieces = [wanting[row] for row in kept]
+        drawn = self._draw(logits, [sample_input(piece) for piece in pieces])
+        rows = {piece.sequence.key: row for row, piece in enumerate(pieces)}
+        return Flight(work, drawn, rows, draw_others(self._draw, logits, pieces))
+
+    def _finish(self) -> list[EngineEvent]:
+        """Read the tokens of the step under way, and do what they decide. Nothing if there is none."""
+        flight, self._flight = self._flight, None
+        if flight is None:
+            return []
+        sampled = flight.drawn.read()
+        untold, self._untold = self._untold, []
+        events: list[EngineEvent] = [event for event in untold if self._scheduler.is_awaited(event)]
+        return events + self._commit(flight, sampled)
+
+    def _admit(self) -> list[EngineEvent]:
+        events = self._scheduler.admit()
+        if self._flight is None:
+            return events
+        self._untold += [event for event in events if isinstance(event, ReservedEvent)]
+        return [event for event in events if not isinstance(event, ReservedEvent)]
 
     # --- commands -------------------------------------------------------------------------------------------
 
@@ -269,19 +335,20 @@ class Engine:
 
     # --- commit ---------------------------------------------------------------------------------------------
 
-    def _commit(
-        self, work: Sequence[Work], sampled: Sequence[Sampled], others: Mapping[AttemptKey, Others]
-    ) -> list[EngineEvent]:
-        """Append tokens, report units that became final, end what ended."""
+    def _commit(self, flight: Flight, sampled: Sequence[Sampled]) -> list[EngineEvent]:
+        """Append tokens, report units that became final, end what ended. What was for an ended sequence is dropped."""
         self._counters.steps += 1
-        results = iter(sampled)
         events: list[EngineEvent] = []
-        for piece in work:
-            result = next(results) if piece.wants_logits else None
-            events += self._commit_piece(piece, result, others.get(piece.sequence.key, ()))
+        for piece in flight.work:
+            if self._scheduler.is_current(piece):
+                row = flight.rows[piece.sequence.key] if piece.wants_logits else None
+                others = [one.read()[0] for one in flight.others.get(piece.sequence.key, ())]
+                events += self._commit_piece(piece, None if row is None else sampled[row], others)
+            else:
+                self._counters.dropped += 1
         return events
 
-    def _commit_piece(self, piece: Work, result: Sampled | None, others: Others) -> list[EngineEvent]:
+    def _commit_piece(self, piece: Work, result: Sampled | None, others: Sequence[Sampled]) -> list[EngineEvent]:
         sequence = piece.sequence
         if result is not None and not result.finite:
             return self._not_finite(piece)
@@ -303,7 +370,7 @@ class Engine:
         return [FailedEvent(key, 500, f"non-finite logits after position {piece.end - 1}")]
 
     def _commit_chunk(
-        self, prompt: PromptSequence, piece: Work, result: Sampled | None, others: Others
+        self, prompt: PromptSequence, piece: Work, result: Sampled | None, others: Sequence[Sampled]
     ) -> list[EngineEvent]:
         self._scheduler.advance(piece)
         self._counters.prompt_tokens_computed += len(piece.token_ids)
@@ -316,7 +383,7 @@ class Engine:
             events.append(UnitsFinalEvent(prompt.key, prompt.compute_id, units))
         return events + (self._end_prompt(prompt, result, others) if result else [])
 
-    def _end_prompt(self, prompt: PromptSequence, result: Sampled, others: Others) -> list[EngineEvent]:
+    def _end_prompt(self, prompt: PromptSequence, result: Sampled, others: Sequence[Sampled]) -> list[EngineEvent]:
         """The prompt is whole: answer it here, go on with its answer, or hold its blocks for the decode worker."""
         if prompt.answer is not None:
             return self._resume(prompt, prompt.answer, result)
@@ -397,7 +464,7 @@ def request_refusal(request: Request, max_model_len: int, vocab_size: int | None
 
 
 def _request(command: Serve | Prefill | Reserve) -> Request:
-    return Request(command.key, command.prompt, command.sampling)
+    return Request(command.key, command.prompt, command.sampling, command.priority)
 
 
 def _prompt_computed(prompt: PromptSequence, computed: Computed) -> PromptComputedEvent:
@@ -419,17 +486,3 @@ def _is_young(piece: Work) -> bool:
     sequence = piece.sequence
     answer = sequence.answer if isinstance(sequence, PromptSequence) else sequence
     return answer is None or len(answer.output) < YOUNG_TOKENS
-
-
-def _chunk(piece: Work) -> Chunk:
-    assert piece.sequence.cached is not None
-    cached = piece.sequence.cached
-    return Chunk(cached.tables, piece.token_ids, piece.start, piece.wants_logits, cached.scratch, piece.scoring)
-
-
-def _sample_input(piece: Work) -> SampleInput:
-    """The token to choose stands right after the piece."""
-    request, sequence = piece.sequence.request, piece.sequence
-    answer = sequence.answer if isinstance(sequence, PromptSequence) else sequence
-    output = answer.output if answer is not None else ()
-    return SampleInput(request.sampling, piece.end, request.prompt, output, request.seen)

@@ -1,29 +1,27 @@
-"""The first tokens of a prompt's other answers: sampled from the same logits as its first, each with its own seed."""
+"""The first tokens of a prompt's other answers: drawn from the same logits as its first, each with its own seed."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
 from disagg.engine.batch import Work
 from disagg.engine.commands import AttemptKey
-from disagg.engine.sampler import Sampled, SampleInput, sample
+from disagg.engine.sampler import Drawn, SampleInput
 from disagg.engine.sequence import PromptSequence
 
-Others = Sequence[Sampled]
-"""Of the second answer, the third and so on."""
 
+def draw_others(
+    draw: Callable[[torch.Tensor, Sequence[SampleInput]], Drawn], logits: torch.Tensor, pieces: Sequence[Work]
+) -> Mapping[AttemptKey, Sequence[Drawn]]:
+    """Of the prompts among `pieces`, one per row of `logits`, that are answered more than once: one row per answer.
 
-def sample_others(logits: torch.Tensor, work: Sequence[Work]) -> Mapping[AttemptKey, Others]:
-    """Of the prompts that end in this step and are answered more than once; `logits` as for `sample`.
-
-    One row at a time, as a prompt is answered by few and its logits would be copied for each.
+    Row by row, as the logits of all answers at once would be a copy for each.
     """
-    ending = [piece for piece in work if piece.wants_logits]
     return {
-        piece.sequence.key: [sample(row[None], [_input(piece, choice)])[0] for choice in range(1, _num_choices(piece))]
-        for piece, row in zip(ending, logits, strict=True)
+        piece.sequence.key: [draw(row[None], [_input(piece, choice)]) for choice in range(1, _num_choices(piece))]
+        for piece, row in zip(pieces, logits, strict=True)
         if _num_choices(piece) > 1
     }
 

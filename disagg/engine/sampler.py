@@ -18,23 +18,34 @@ from collections.abc import Callable, Sequence
 import torch
 
 from disagg.engine.sampling import native, plain
+from disagg.engine.sampling.drawn import Copies, Drawn, drawn_here
 from disagg.engine.sampling.rows import GREEDY, Sampled, SampleInput, SampleRow, plan_row
 from disagg.kernels.dispatch import backend
 
-__all__ = ["SampleInput", "Sampled", "sample"]
+__all__ = ["Drawn", "SampleInput", "Sampled", "draw", "sample"]
 
 log = logging.getLogger(__name__)
 
 Implementation = Callable[[torch.Tensor, Sequence[SampleRow]], list[Sampled]]
+Drawing = Callable[[torch.Tensor, Sequence[SampleRow]], Drawn]
 
 
 def sample(logits: torch.Tensor, inputs: Sequence[SampleInput]) -> list[Sampled]:
     """One token per row of `logits` (float32 `[len(inputs), vocab_size]`)."""
+    return list(draw(logits, inputs).read())
+
+
+def draw(logits: torch.Tensor, inputs: Sequence[SampleInput]) -> Drawn:
+    """`sample`, of which the host learns later: on a device what it takes is queued, and nothing is waited for."""
     assert logits.shape[0] == len(inputs)
     if not inputs:
-        return []
+        return drawn_here([], logits.device)
     planned = [_plan(given, logits.shape[1]) for given in inputs]
-    sampled = _sample([GREEDY if isinstance(row, str) else row for row in planned], logits)
+    drawn = _draw([GREEDY if isinstance(row, str) else row for row in planned], logits)
+    return Drawn(drawn.token_ids, lambda: _with_errors(planned, drawn.read()))
+
+
+def _with_errors(planned: Sequence[SampleRow | str], sampled: Sequence[Sampled]) -> list[Sampled]:
     return [
         Sampled(0, None, finite=one.finite, error=row) if isinstance(row, str) else one
         for row, one in zip(planned, sampled, strict=True)
@@ -48,30 +59,34 @@ def _plan(given: SampleInput, vocab_size: int) -> SampleRow | str:
         return _noted(error)
 
 
-def _sample(rows: Sequence[SampleRow], logits: torch.Tensor) -> list[Sampled]:
+def _draw(rows: Sequence[SampleRow], logits: torch.Tensor) -> Drawn:
     """The batch in one call; should that fail, each row by itself, to find the one that it is."""
     if logits.device.type != "cpu" and all(_is_plain(row) for row in rows):
         return _likeliest(logits)
-    implementation = _implementation(logits.device)
+    drawing = _drawing(logits.device)
     try:
-        return implementation(logits.float(), rows)
+        return drawing(logits.float(), rows)
     except Exception:
         log.warning("sampling %d rows at once failed: they are sampled one by one", len(rows))
-        return [_sample_alone(implementation, logits[i : i + 1].float(), row) for i, row in enumerate(rows)]
+        alone = [_sample_alone(drawing, logits[i : i + 1].float(), row) for i, row in enumerate(rows)]
+        return drawn_here(alone, logits.device)
+
+
+def _drawing(device: torch.device) -> Drawing:
+    if device.type == "cuda" and backend(device).NAME == "triton":
+        found: Drawing = importlib.import_module("disagg.engine.sampling.triton").draw
+        return found
+    implementation = _implementation(device)
+    return lambda logits, rows: drawn_here(implementation(logits, rows), device)
 
 
 def _implementation(device: torch.device) -> Implementation:
-    if device.type == "cpu":
-        return native.sample if native.is_loaded() else plain.sample
-    if device.type == "cuda" and backend(device).NAME == "triton":
-        found: Implementation = importlib.import_module("disagg.engine.sampling.triton").sample
-        return found
-    return plain.sample
+    return native.sample if device.type == "cpu" and native.is_loaded() else plain.sample
 
 
-def _sample_alone(implementation: Implementation, logits: torch.Tensor, row: SampleRow) -> Sampled:
+def _sample_alone(drawing: Drawing, logits: torch.Tensor, row: SampleRow) -> Sampled:
     try:
-        return implementation(logits, [row])[0]
+        return drawing(logits, [row]).read()[0]
     except Exception as error:
         return Sampled(0, None, finite=True, error=_noted(error))
 
@@ -85,9 +100,13 @@ def _is_plain(row: SampleRow) -> bool:
     return row.inverse_temperature == 0 and row.adjustments is None and row.num_logprobs < 0
 
 
-def _likeliest(logits: torch.Tensor) -> list[Sampled]:
+def _likeliest(logits: torch.Tensor) -> Drawn:
     """The first of each row's largest values: where the logits lie on a device, only the answers come from there."""
     highest, ids = logits.max(-1)
-    finite = (highest.isfinite() & logits.amin(-1).isfinite()).tolist()
-    pairs = zip(ids.tolist(), finite, strict=True)
-    return [Sampled(token_id if is_finite else 0, None, finite=is_finite) for token_id, is_finite in pairs]
+    copies = Copies([ids, highest.isfinite() & logits.amin(-1).isfinite()])
+
+    def read() -> list[Sampled]:
+        pairs = zip(*(copy.tolist() for copy in copies.read()), strict=True)
+        return [Sampled(token_id if is_finite else 0, None, finite=is_finite) for token_id, is_finite in pairs]
+
+    return Drawn(ids, read)

@@ -2,18 +2,23 @@
 
 **Admission.** A sequence starts only when every pool can promise what it will hold. A prompt or a reservation is
 promised its peak, so it never waits midway; an answer only its next few blocks, since most end early.
-Those that must be promised (requests served here, reservations, pinned prompts) stand in one line in order of arrival,
-and none overtakes; an urgent request, one whose transfer failed, stands before them and holds nothing meanwhile.
+Those that must be promised (requests served here, reservations, pinned prompts) stand in one line, by priority, then
+by arrival, with one place in four for the oldest. While its head waits for room, those behind it may start in what is
+left beside it (see `RoomBeside`). An urgent request, one whose transfer failed, stands before them all and holds
+nothing meanwhile; nothing passes it.
 Soft prompts run ahead of their FETCH only while that line is empty; their promise is revoked, newest first,
-when the head of the line needs the room, and they are computed anew when their FETCH comes.
+when the head of the line needs the room, and they are computed anew when their FETCH comes. Others pass one that finds
+no room, until its FETCH gives it a place in the line.
 
 **Growth.** Before a step an answer's promise grows to what the step needs, oldest first. Where that fails, soft prompts
-are dropped, then the newest running request of this worker's own gives way: its blocks go, it stands at the head of
-the line, and is computed anew with the tokens it has generated. Blocks that a peer was told of are never taken.
+are dropped, then the least important running request of this worker's own, of equals the newest, gives way: its blocks
+go, it stands at the head of the line, and is computed anew with the tokens it has generated. Blocks that a peer was
+told of are never taken.
 
 **Steps.** Every answer being decoded gets its one token. What is left of the token budget goes to prompts: half to the
 oldest, the rest to those nearest to their end. So a short prompt does not wait behind a long one, and the long one
-still advances in every step.
+still advances in every step. A step may be scheduled while the one before it is under way (`num_ahead`): answers go on
+from tokens that are not known yet, up to `max_tokens`; a prompt has one chunk under way at a time.
 """
 
 from __future__ import annotations
@@ -21,7 +26,6 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 
@@ -32,6 +36,7 @@ from disagg.cache.scratch import scratch_until
 from disagg.cache.window import needed_ordinals
 from disagg.engine.announce import publish_final_units
 from disagg.engine.batch import Work, scoring_of, share_tokens
+from disagg.engine.beside import LOOK_BEHIND, RoomBeside
 from disagg.engine.commands import (
     AttemptKey,
     EngineEvent,
@@ -43,6 +48,7 @@ from disagg.engine.commands import (
 )
 from disagg.engine.recheck import PrefixRecheck
 from disagg.engine.sequence import Claim, DecodingSequence, LiveSequence, PromptSequence, Request, Reservation, Stage
+from disagg.waiting_line import WaitingLine
 
 HEADROOM_BLOCKS = 2
 """An answer is let in with room for so many more blocks: one that must give way in its first steps was let in for
@@ -76,8 +82,9 @@ class Scheduler:
         self._live: dict[AttemptKey, LiveSequence] = {}
         self._by_kind: tuple[list[DecodingSequence], list[Promised]] | None = None  # None: a sequence came or went
         self._urgent: deque[Promised] = deque()
-        self._line: deque[Promised] = deque()
-        self._soft_line: deque[PromptSequence] = deque()
+        self._line: WaitingLine[Promised] = WaitingLine()
+        self._soft_line: WaitingLine[PromptSequence] = WaitingLine()
+        self._beside = RoomBeside(self._promises)
         self.num_preemptions = 0
 
     # --- live sequences -------------------------------------------------------------------------------------
@@ -149,17 +156,19 @@ class Scheduler:
         assert sequence.key not in self._live
         self._put(sequence)
         if isinstance(sequence, PromptSequence) and sequence.is_soft:
-            self._soft_line.append(sequence)
+            self._soft_line.add(sequence, sequence.request.priority)
+        elif urgent:
+            self._urgent.append(sequence)
         else:
-            (self._urgent if urgent else self._line).append(sequence)
+            self._line.add(sequence, sequence.request.priority)
 
     def pin(self, prompt: PromptSequence) -> None:
-        """From here the prompt is not soft. One without blocks takes its place at the end of the line."""
+        """From here the prompt is not soft. One without blocks takes its place in the line, as the newest."""
         assert prompt.is_soft
         prompt.claim = Claim.PINNED
         if prompt.cached is None:
             self._leave_lines(prompt)
-            self._line.append(prompt)
+            self._line.add(prompt, prompt.request.priority)
             prompt.enter(Stage.WAITING)
 
     def park(self, prompt: PromptSequence) -> list[EngineEvent]:
@@ -181,7 +190,7 @@ class Scheduler:
             self._register(sequence, sequence.cached.history)
         if sequence.cached is not None:
             self._cache.close_sequence(sequence.cached, wipe=wipe)
-        self._promises.release(sequence.key)
+        self._give_back(sequence.key)
 
     def replace(self, sequence: DecodingSequence) -> None:
         """The prompt or reservation of this key became an answer; its blocks and promise go on."""
@@ -217,15 +226,42 @@ class Scheduler:
     def admit(self) -> list[EngineEvent]:
         """Start all that may start, in order; to be called after whatever frees blocks or adds a sequence."""
         events: list[EngineEvent] = []
-        while line := self._urgent or self._line:
-            if not self._has_seat() or not self._make_room(line[0], events):
+        while self._urgent:
+            if not self._has_seat() or not self._make_room(self._urgent[0], events):
                 return events
-            events += self._start(line.popleft())
-        while self._soft_line and self._has_seat(with_soft=True):
-            if not self._promises.try_promise(self._soft_line[0].key, self._peaks_of(self._soft_line[0])):
-                break
-            events += self._start(self._soft_line.popleft())
+            events += self._start(self._urgent.popleft())
+        while head := self._line.head:
+            if not self._has_seat():
+                return events
+            if not self._make_room(head, events):
+                self._start_beside(head, events)
+                return events
+            events += self._start(self._line.take())
+        self._start_soft(events)
         return events
+
+    def _start_beside(self, head: Promised, events: list[EngineEvent]) -> None:
+        """Start what the head of the line does not have to wait for longer."""
+        need = self._peaks_of(head)
+        for sequence in self._line.behind_head(LOOK_BEHIND):
+            if not self._has_seat():
+                return
+            if self._beside.fits(head.key, need, self._peaks_of(sequence)) and self._make_room(sequence, events):
+                self._line.remove(sequence)
+                self._beside.note(sequence.key)
+                events += self._start(sequence)
+
+    def _start_soft(self, events: list[EngineEvent]) -> None:
+        for prompt in self._soft_line.first(LOOK_BEHIND):
+            if not self._has_seat(with_soft=True):
+                return
+            if self._promises.try_promise(prompt.key, self._peaks_of(prompt)):
+                self._soft_line.remove(prompt)
+                events += self._start(prompt)
+
+    def _give_back(self, key: AttemptKey) -> None:
+        self._promises.release(key)
+        self._beside.forget(key)
 
     def _peaks_of(self, sequence: Promised) -> Peaks:
         """What must be promised before the sequence starts."""
@@ -272,9 +308,9 @@ class Scheduler:
         assert prompt.cached is not None
         prompt.enter(Stage.PARKED)
         self._cache.close_sequence(prompt.cached)
-        self._promises.release(prompt.key)
+        self._give_back(prompt.key)
         dropped = SoftDroppedEvent(prompt.key, prompt.compute_id)
-        prompt.cached = None
+        prompt.cached, prompt.num_ahead = None, 0
         prompt.compute_id += 1
         return dropped
 
@@ -334,10 +370,11 @@ class Scheduler:
         return ReservedEvent(reservation.key, reservation.awaited)
 
     def _leave_lines(self, sequence: Promised) -> None:
-        lines: tuple[deque[Any], ...] = (self._urgent, self._line, self._soft_line)
-        for line in lines:
-            if sequence in line:
-                line.remove(sequence)
+        if sequence in self._urgent:
+            self._urgent.remove(sequence)
+        self._line.remove(sequence)
+        if isinstance(sequence, PromptSequence):
+            self._soft_line.remove(sequence)
 
     # --- steps ----------------------------------------------------------------------------------------------
 
@@ -347,15 +384,27 @@ class Scheduler:
         Appends to `events` what was dropped for their growth.
         """
         for answer in self.answers:
-            if answer.num_stored >= answer.cached.room:  # else its token goes into a block that it has
+            if answer.num_stored >= answer.cached.room and answer.is_continued:  # else it has a block for its token
                 self._begin_block(answer, events)
-        work = [Work(answer, (answer.output[-1],), answer.num_stored) for answer in self.answers]
-        prompts = self.prompts
+        continued = [answer for answer in self.answers if answer.is_continued]
+        work = [Work(answer, (answer.next_input,), answer.num_stored) for answer in continued]
+        prompts = [prompt for prompt in self.prompts if not prompt.num_ahead]
         budget = self._max_num_batched_tokens - len(work)
         max_chunks = min(MAX_PREFILLS_PER_STEP, self._max_num_seqs - len(work))
         shares = share_tokens([prompt.num_remaining for prompt in prompts], budget, max_chunks)
         work += [self._chunk(prompt, count) for prompt, count in zip(prompts, shares, strict=True) if count]
+        for piece in work:
+            piece.sequence.num_ahead += len(piece.token_ids)
         return work
+
+    def is_current(self, work: Work) -> bool:
+        """Whether the sequence is as it was when this was scheduled: not released, dropped, preempted or begun anew."""
+        return self._live.get(work.sequence.key) is work.sequence and work.sequence.cached is work.cached
+
+    def is_awaited(self, event: ReservedEvent) -> bool:
+        """Whether the reservation still waits for the KV of these slots."""
+        reservation = self._live.get(event.key)
+        return isinstance(reservation, Reservation) and reservation.awaited is event.slots
 
     def advance(self, work: Work) -> None:
         """The piece is computed: register the blocks it filled, and let go of what no later query reads.
@@ -363,6 +412,7 @@ class Scheduler:
         An answer lets go of it with its next block.
         """
         sequence, end = work.sequence, work.end
+        sequence.num_ahead -= len(work.token_ids)
         if isinstance(sequence, PromptSequence):
             self._register(sequence, end)
             self._size(sequence, capacity=end, history=end)
@@ -401,7 +451,8 @@ class Scheduler:
             if soft:
                 events.append(self._drop(soft.pop()))
                 continue
-            victim = next(s for s in reversed(self._live.values()) if self._is_preemptible(s))
+            able = (s for s in reversed(self._live.values()) if self._is_preemptible(s))
+            victim = max(able, key=lambda sequence: sequence.request.priority)  # of equals the first: the newest
             self._preempt(victim)
             if victim is answer:
                 return False
@@ -414,6 +465,7 @@ class Scheduler:
 
     def _preempt(self, sequence: LiveSequence) -> None:
         """Take its blocks; it goes on from the head of the line, where the oldest of several ends up first."""
+        assert isinstance(sequence, (PromptSequence, DecodingSequence))
         assert sequence.cached is not None
         self.num_preemptions += 1
         prompt = sequence
@@ -423,8 +475,8 @@ class Scheduler:
             self._put(prompt)
         assert isinstance(prompt, PromptSequence)
         self._cache.close_sequence(sequence.cached)
-        self._promises.release(sequence.key)
-        prompt.cached = None
+        self._give_back(sequence.key)
+        prompt.cached, sequence.num_ahead = None, 0
         prompt.enter(Stage.WAITING)
         self._urgent.appendleft(prompt)
 
@@ -445,6 +497,8 @@ class Scheduler:
     def check_invariants(self) -> None:
         """Promises fit the pools, no sequence holds more than its own, one that waits nothing. Also within a step."""
         self._promises.check_invariants()
+        self._line.check_invariants()
+        self._beside.check_invariants()
         if (kept := self._by_kind) is not None:
             self._by_kind = None
             assert self._kinds() == kept, "a sequence came or went unseen"

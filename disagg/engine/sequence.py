@@ -16,6 +16,9 @@ from disagg.engine.sampling.seen import SeenTokens
 from disagg.transceiver.protocol.actions import Verified
 from disagg.transceiver.wire.messages.values import FirstToken, OtherFirst, Sampling, SamplingState, TokenLogprobs
 
+UNKNOWN: Final = -1
+"""Stands for a token that a launched step draws: no id is negative."""
+
 
 @dataclass(frozen=True, slots=True)
 class Ending:
@@ -27,11 +30,15 @@ class Ending:
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One attempt's prompt and how to sample from it. `seen`: what penalties count, kept from token to token."""
+    """One attempt's prompt and how to sample from it. `seen`: what penalties count, kept from token to token.
+
+    `priority`: lower ones are admitted first and preempted last.
+    """
 
     key: AttemptKey
     prompt: tuple[int, ...]
     sampling: Sampling
+    priority: int = 0
     seen: SeenTokens = field(default_factory=SeenTokens, compare=False, repr=False)
 
     @property
@@ -109,6 +116,8 @@ class PromptSequence:
     """What is computed: the prompt, and the answer so far."""
     num_announced: list[int] = field(default_factory=list)
     """Per layer group, how many of its needed ordinals were reported final in this computation."""
+    num_ahead: int = 0
+    """Tokens of it that a launched step computes."""
 
     def __post_init__(self) -> None:
         self.token_ids = self.request.prompt + tuple(self.answer.output if self.answer else ())
@@ -198,6 +207,8 @@ class DecodingSequence:
     cached: CachedSequence
     licence: Verified | Computed
     output: list[int] = field(init=False)
+    num_ahead: int = 0
+    """Launched steps whose tokens are not known yet."""
 
     def __post_init__(self) -> None:
         assert _licensed_key(self.licence) == self.key.attempt, f"{self.key}: licensed for {self.licence}"
@@ -215,8 +226,18 @@ class DecodingSequence:
 
     @property
     def num_stored(self) -> int:
-        """Tokens whose KV is computed: all but the last. The next step feeds that one at this position."""
-        return self.request.prompt_len + len(self.output) - 1
+        """Tokens whose KV is computed, or will be by launched steps: all but the last, fed next at this position."""
+        return self.request.prompt_len + len(self.output) + self.num_ahead - 1
+
+    @property
+    def next_input(self) -> int:
+        """The token that the next step feeds; `UNKNOWN` while the step that draws it is under way."""
+        return UNKNOWN if self.num_ahead else self.output[-1]
+
+    @property
+    def is_continued(self) -> bool:
+        """Whether a token may follow those known and those under way."""
+        return len(self.output) + self.num_ahead < self.request.sampling.max_tokens
 
     def tokens(self, start: int, stop: int) -> tuple[int, ...]:
         """Those at positions [start, stop), prompt and answer alike."""

@@ -19,6 +19,7 @@ class EngineCounters:
     steps: int = 0
     prompt_tokens_computed: int = 0
     tokens_generated: int = 0
+    dropped: int = 0
     released: Counter[str] = field(default_factory=Counter)
 
 
@@ -35,8 +36,11 @@ class EngineStats:
     is the usual end, for all others a cancel or a failure.
     `num_preemptions`: sequences whose blocks were taken for older ones, since start.
     `scratch`: per pool, the most slots that were scratch during one step, since start; none is between steps.
+    `num_dropped`: pieces of steps that were computed for sequences which had ended, or lost their blocks, before the
+    result was read; 0 where no step runs ahead.
     `graphs`: captured graphs; all 0 where steps run eager.
     `reuse`: per layer group, blocks that requests asked the prefix cache for and found; empty without one.
+    `num_outdated`: per layer group, blocks that running sequences let go because their window moved past them.
     """
 
     pools: tuple[PoolUsage, ...]
@@ -51,9 +55,11 @@ class EngineStats:
     live_keys: tuple[AttemptKey, ...]
     released: tuple[tuple[str, int], ...] = ()
     reuse: tuple[ReuseCount, ...] = ()
+    num_outdated: tuple[int, ...] = ()
     num_preemptions: int = 0
     scratch: tuple[int, ...] = ()
     graphs: GraphUse = field(default_factory=GraphUse)
+    num_dropped: int = 0
 
     @property
     def num_used_slots(self) -> int:

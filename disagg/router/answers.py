@@ -62,6 +62,21 @@ class AnswersSent:
         self.num_tokens += len(token_ids)
         return chunk
 
+    def next_chunk(self, message: Tokens) -> TokenChunk | None:
+        """As `add`, for the plain case that almost all tokens are; None, with nothing done, where it is not that."""
+        choice, token_ids = message.choice, message.token_ids
+        if not 0 <= choice < len(self._counts) or choice in self._ended:
+            return None
+        index = self._counts[choice]
+        end = index + len(token_ids)
+        if not index or not token_ids or message.index != index or message.num_cached_tokens or end > self._max_tokens:
+            return None
+        if message.logprobs and len(message.logprobs) != len(token_ids):
+            return None
+        self._counts[choice] = end
+        self.num_tokens += len(token_ids)
+        return TokenChunk(index, token_ids, message.logprobs, choice=choice)
+
     def fault_in_end(self, message: Finished) -> str | None:
         count = self._counts[message.choice] if 0 <= message.choice < len(self._counts) else -1
         is_right = message.index == count and message.reason in ("stop", "length")

@@ -23,6 +23,7 @@ until its FINISHED so that losing that worker between the two is still before th
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from typing import cast
 
 from disagg.router.answers import AnswersSent
 from disagg.router.attempt_events import (
@@ -37,12 +38,13 @@ from disagg.router.attempt_events import (
     RouterClosing,
     SendOrder,
     TimePassed,
+    TurnedAway,
     WorkerLost,
     true_status,
 )
 from disagg.router.charges import Charges, NothingKnown, WorkerNews, incarnations
 from disagg.router.choose import RETRY_BUSY_S, Placement, Unplaceable
-from disagg.router.generation import GenerationRequest
+from disagg.router.generation import GenerationRequest, TokenChunk
 from disagg.router.placer import Mint, Placer
 from disagg.router.prompt_scores import ReportedScores
 from disagg.router.record import AttemptRecord, RequestRecord
@@ -61,6 +63,7 @@ from disagg.transceiver.wire.messages.router import (
     TransferFailure,
     TransferReport,
 )
+from disagg.transceiver.wire.schema import PackedInts
 
 PREFILL_LOST_GRACE_S = 1.0
 """How long the decode worker has to report the loss of its prefill worker itself, which it sees at the same time as
@@ -162,6 +165,19 @@ class RoutedRequest:
             self._react(event, now)
         return self._take_actions()
 
+    def next_chunk(self, source: str, tokens: Tokens, now: float) -> TokenChunk | None:
+        """What `handle` would emit for the next tokens of an answer that has begun, for a fifth of its cost.
+
+        None, with nothing done, where anything else follows or is wrong: then `handle` decides.
+        """
+        if self.is_over or self._waiting is not None or self.placement is None or now >= self.deadline:
+            return None
+        if tokens.epoch != self.epoch or source != self.placement.server.incarnation:
+            return None
+        chunk = self._answers.next_chunk(tokens)
+        self.record.num_tokens = self.num_tokens
+        return chunk
+
     def _take_actions(self) -> list[Action]:
         actions, self._actions = self._actions, []
         return actions
@@ -174,6 +190,8 @@ class RoutedRequest:
                 self._close("cancelled", now, "the client went away")
             case ChoiceUnwanted(choice):
                 self._end_choice(choice, now)
+            case TurnedAway(status, message):
+                self._fail(status, message, now)
             case _ if now >= self.deadline:
                 self._fail(504, "the request's deadline passed", now)
             case RouterClosing():
@@ -464,11 +482,12 @@ class RoutedRequest:
             epoch=self.epoch,
             request_id=self.request.request_id,
             mode=mode,
-            prompt=self.request.prompt,
+            prompt=cast(PackedInts, self.request.prompt),  # an array is packed as it is
             sampling=self.request.sampling,
             deadline_s=self._remaining_s(now),  # the ticket's ttl_s too: the prefill worker checks it with this value
             peer=peer,
             ticket=ticket,
+            priority=self.request.priority,
         )
 
     def _remaining_s(self, now: float) -> float:

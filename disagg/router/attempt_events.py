@@ -72,7 +72,15 @@ class TimePassed:
     """Time passed: act on what is overdue."""
 
 
-Event = Answered | WorkerLost | ClientGone | ChoiceUnwanted | RouterClosing | TimePassed
+@dataclass(frozen=True, slots=True)
+class TurnedAway:
+    """The request was refused while it waited for its turn; no worker has heard of it."""
+
+    status: int
+    message: str
+
+
+Event = Answered | WorkerLost | ClientGone | ChoiceUnwanted | RouterClosing | TimePassed | TurnedAway
 
 
 # --- actions ------------------------------------------------------------------------------------------------

@@ -19,16 +19,20 @@ from disagg.transceiver.wire.messages.peer import Refused
 from disagg.transceiver.wire.messages.router import (
     BROKEN,
     LEAVING,
+    TOKENS_WINDOW,
     CancelRequest,
+    Credit,
     Lease,
     Peers,
     Pulse,
     Register,
     Registered,
     RequestFailed,
+    StepTokens,
 )
 from disagg.transceiver.wire.node import draw_id
 from disagg.transceiver.wire.timing import HEARTBEAT_S, LOST_S, SUSPECT_S
+from disagg.transceiver.wire.turns import TurnQueue
 
 log = logging.getLogger(__name__)
 
@@ -38,6 +42,9 @@ TICK_S: Final = 0.25
 
 MAX_CANCELS: Final = 1024
 """Requests that one lease may have cancelled as unknown: as many as wait at most. The next lease names what is left."""
+
+ROWS_AT_ONCE: Final = 256
+"""Rows of tokens, and other messages, taken without letting the loop do anything else: some 2 ms."""
 
 MAX_BLAMED: Final = 1024
 """Names of peers whose faults were logged: the first of each is told in full, all are counted."""
@@ -79,13 +86,15 @@ class Cluster:
         self._listener = listener
         self._clock = clock
         self._blamed: set[str] = set()
+        self._num_taken: dict[str, int] = {}
+        """STEP_TOKENS messages taken of each registration."""
         self._route_of: dict[str, bytes] = {}
         self._incarnation_of: dict[bytes, str] = {}
         self._claims: dict[str, tuple[bytes, Register]] = {}
         """By the incarnation that has the name: the last REGISTER that asked for it, with its connection."""
         # Unbounded, because what enters is bounded: a few messages per attempt of requests that are bounded
         # themselves, answers to messages received, and leases. It drains at once: sending never waits.
-        self._outbox: asyncio.Queue[tuple[bytes, Message]] = asyncio.Queue()
+        self._outbox: TurnQueue[tuple[bytes, Message]] = TurnQueue()
 
     @property
     def endpoint(self) -> str:
@@ -121,13 +130,19 @@ class Cluster:
         assert set(self._route_of) == {worker.incarnation for worker in self.registry}
         assert set(self._incarnation_of.values()) <= set(self._route_of)
         assert set(self._claims) <= set(self._route_of)
+        assert set(self._num_taken) <= set(self._route_of)
 
     # --- in -------------------------------------------------------------------------------------------------
 
     async def _receive(self) -> None:
+        num_rows = 0
         while True:
             route, message = await self._server.recv()
             self._hear(route, message)
+            num_rows += len(message.counts) if isinstance(message, StepTokens) else 1
+            if num_rows >= ROWS_AT_ONCE:
+                num_rows = 0
+                await asyncio.sleep(0)  # streams take what came before more is read
 
     def _hear(self, route: bytes, message: object) -> None:
         try:
@@ -143,6 +158,8 @@ class Cluster:
                 self._take_lease(route, message)
             case Pulse():
                 self._pulses.note(message)
+            case StepTokens():
+                self._take_tokens(route, message)
             case _ if isinstance(message, AnswerMessage):
                 self._take_answer(route, message)
             case _:
@@ -187,8 +204,12 @@ class Cluster:
             return self._post(route, answer)
         self._know(message.incarnation, route)
         self._pulses.watch(message.incarnation, self._clock())
-        self._post(route, Registered(self.incarnation, message.incarnation, self._pulses.port))
+        self._post(route, self._registered(message.incarnation))
         return self._welcome(message, answer.superseded) if is_new else None
+
+    def _registered(self, incarnation: str) -> Registered:
+        credit = self._num_taken.get(incarnation, 0) + TOKENS_WINDOW
+        return Registered(self.incarnation, incarnation, self._pulses.port, credit)
 
     def _probe(self, rival: Worker, route: bytes, message: Register) -> None:
         """Say something to the holder of the name: if its connection is gone, that tells, and the claimant gets in."""
@@ -233,6 +254,17 @@ class Cluster:
         source = self._incarnation_of.get(route)
         if source is not None:  # else of a lost incarnation, whose requests have ended or moved on
             self._listener.answered(source, message)
+
+    def _take_tokens(self, route: bytes, message: StepTokens) -> None:
+        """Hand on the rows; when half of the worker's credit is spent, raise it to a whole window again."""
+        source = self._incarnation_of.get(route)
+        if source is None:
+            return
+        for row in message.rows():
+            self._listener.answered(source, row)
+        taken = self._num_taken[source] = self._num_taken.get(source, 0) + 1
+        if taken % (TOKENS_WINDOW // 2) == 0:
+            self._post(route, Credit(taken + TOKENS_WINDOW))
 
     # --- out ------------------------------------------------------------------------------------------------
 
@@ -310,6 +342,7 @@ class Cluster:
         if in_step is None:
             in_step = self._pulses.in_step(incarnation)
         self._pulses.forget(incarnation)
+        self._num_taken.pop(incarnation, None)
         self._incarnation_of.pop(self._route_of.pop(incarnation, b""), None)
         self._listener.lost(incarnation, reason, in_step)
         if worker.role == "prefill":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -15,11 +15,19 @@ class GenerationRequest:
     """Answers to generate to one prompt: `sampling.num_choices`, numbered from 0. They begin, move and fail together.
 
     `request_id` is the client's X-Request-Id or one the HTTP layer drew.
+
+    `prompt`: a tuple, or better an array of int32, which is looked at nowhere on its way to the workers.
+    `priority`: lower ones are served first, here and by the workers. `tenant`: the name of the client's API key, ""
+    where there are no keys; the order between tenants is fair. `timeout_s`: the client's own limit; None = the
+    router's.
     """
 
     request_id: str
-    prompt: tuple[int, ...]
+    prompt: Sequence[int]
     sampling: Sampling
+    priority: int = 0
+    tenant: str = ""
+    timeout_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

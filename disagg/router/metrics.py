@@ -15,6 +15,7 @@ from prometheus_client.registry import Collector
 
 from disagg.loop_lag import LoopLag
 from disagg.router.registry import Worker
+from disagg.router.token_gaps import TokenGaps
 from disagg.transceiver.wire.messages.values import MetricSample
 
 _TTFT_BUCKETS: Final = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
@@ -28,11 +29,12 @@ _NAME: Final = re.compile(r"[a-zA-Z_][a-zA-Z0-9_]*")
 class RouterMetrics:
     """What the router itself measures, and where every worker's figures are joined to it."""
 
-    def __init__(self, workers: Callable[[], Iterable[Worker]]) -> None:
+    def __init__(self, workers: Callable[[], Iterable[Worker]], *more: Collector) -> None:
+        """`more`: what other parts of the router count."""
         self.ttft = _histogram(
             "time_to_first_token_seconds", "From receipt of a request to its first token", _TTFT_BUCKETS
         )
-        self.itl = _histogram("inter_token_latency_seconds", "Between tokens of one answer", _ITL_BUCKETS)
+        self.itl = TokenGaps("disagg_inter_token_latency_seconds", "Between tokens of one answer", _ITL_BUCKETS)
         self.e2e = _histogram("e2e_request_latency_seconds", "From receipt of a request to its end", _TTFT_BUCKETS)
         self.requests = Counter("disagg_requests", "Requests that ended", ["outcome"], registry=None)
         self.attempts = Counter("disagg_attempts", "Attempts that began", ["mode"], registry=None)
@@ -51,7 +53,7 @@ class RouterMetrics:
         )
         own = (
             *(self.ttft, self.itl, self.e2e, self.requests, self.attempts, self.running, self.loop_lag),
-            *(self.charged_deaths, self.refused_after_deaths, self.peer_faults),
+            *(self.charged_deaths, self.refused_after_deaths, self.peer_faults, *more),
         )
         self._registry = CollectorRegistry(auto_describe=False)
         self._registry.register(_Everything(own, workers))

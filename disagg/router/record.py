@@ -147,13 +147,13 @@ class RequestRecord:
     def timeline(self) -> dict[str, float] | None:
         """Seconds to the first token, cut into stages that sum to it; None before it.
 
-        `failed_attempts` is what attempts before the last one took. `first_token` is what no report explains:
-        sampling, messages, the router itself.
+        `waiting` is the time to its turn at the router, `failed_attempts` what attempts before the last one took, and
+        `first_token` what no report explains: sampling, messages, the router itself.
         """
         if self.ttft_s is None:
             return None
         dispatched = self.current.started_at - self.received_at
-        ends = [("failed_attempts", dispatched)]
+        ends = [("waiting", self.attempts[0].started_at - self.received_at), ("failed_attempts", dispatched)]
         ends += [(stage, dispatched + seconds) for stage, seconds in self.current.stage_ends()]
         timeline, at = {}, 0.0
         for stage, end in ends:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import time
 from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
@@ -30,18 +31,22 @@ from disagg.router.attempt_events import (
     RouterClosing,
     SendOrder,
     TimePassed,
+    TurnedAway,
     WorkerLost,
 )
 from disagg.router.charges import MAX_CHARGES
-from disagg.router.choose import RETRY_BUSY_S, Fleet, Placement
+from disagg.router.choose import Fleet, Placement
 from disagg.router.cluster import Cluster
+from disagg.router.gate import AHEAD_PER_SERVER, Gate
 from disagg.router.generation import GenerationEnd, GenerationError, GenerationRequest, TokenChunk
 from disagg.router.metrics import RouterMetrics
-from disagg.router.record import RecordStore
+from disagg.router.record import RecordStore, RequestRecord
 from disagg.router.status import describe_worker
+from disagg.router.tenants import QueuedRequest, TenantLimits
+from disagg.router.unread import Unread
 from disagg.transceiver.wire.keys import ClusterKeys
 from disagg.transceiver.wire.links import ControlServer
-from disagg.transceiver.wire.messages.router import TransferReport
+from disagg.transceiver.wire.messages.router import Tokens, TransferReport
 from disagg.transceiver.wire.node import draw_id
 from disagg.transceiver.wire.ticket import mint
 
@@ -50,12 +55,17 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class RouterOptions:
-    """`expected_fingerprint`: the model every worker must have; None lets the first worker decide."""
+    """`expected_fingerprint`: the model every worker must have; None lets the first worker decide.
+
+    `tenants`: limits by the names of API keys; others have none. `ahead_per_server`: see `gate`.
+    """
 
     expected_fingerprint: str | None = None
     max_attempts: int = 3
     max_queued: int = 1024
     request_timeout_s: float = 600.0
+    tenants: Mapping[str, TenantLimits] = field(default_factory=dict)
+    ahead_per_server: int = AHEAD_PER_SERVER
 
     def __post_init__(self) -> None:
         if self.max_attempts < 1:
@@ -68,14 +78,15 @@ class RouterOptions:
 
 @dataclass(slots=True, eq=False)
 class _Stream:
-    """One request in progress and what its client has not read yet: at most max_tokens items and an end."""
+    """One request in progress and what its client has not read yet."""
 
     attempts: RoutedRequest
+    turn: QueuedRequest
     load: tuple[str, ...] = ()
     """What of it is counted in the router's load."""
     last_token_at: dict[int, float] = field(default_factory=dict)
     """By choice."""
-    items: asyncio.Queue[TokenChunk | GenerationEnd | GenerationError] = field(default_factory=asyncio.Queue)
+    unread: Unread = field(default_factory=Unread)
 
 
 class Router:
@@ -92,7 +103,14 @@ class Router:
         self.cluster = Cluster(server, self.options.expected_fingerprint, self, clock)
         self._keys = keys
         self._clock = clock
-        self._metrics = RouterMetrics(lambda: self.cluster.registry)
+        self._gate = Gate(
+            self.options.tenants,
+            max_queued=self.options.max_queued,
+            ahead_per_server=self.options.ahead_per_server,
+            workers=lambda: self.cluster.registry,
+            clock=clock,
+        )
+        self._metrics = RouterMetrics(lambda: self.cluster.registry, self._gate)
         self._records = RecordStore()
         self._streams: dict[str, _Stream] = {}
         self._by_request: dict[GenerationRequest, _Stream] = {}
@@ -101,7 +119,6 @@ class Router:
         self._charged: dict[str, _Stream] = {}
         """Requests that a worker may have died of, until each has shown that it was another."""
         self._turn = 0
-        self._is_closing = False
 
     @classmethod
     @contextlib.asynccontextmanager
@@ -139,13 +156,14 @@ class Router:
 
     def shut_down(self) -> None:
         """End every request with 503 and take no new one. Workers see the closed socket and drop what they hold."""
-        self._is_closing = True
+        self._gate.close()
         self._apply_to_all(RouterClosing())
 
     def check_invariants(self) -> None:
         """Streams are live requests, each in its own invariants; so are connections and records."""
         self.cluster.check_invariants()
         self._records.check_invariants()
+        self._gate.check_invariants()
         assert +self._load == Counter(side for stream in self._streams.values() for side in stream.attempts.load)
         assert self._charged.keys() <= self._streams.keys()
         for transfer_id, stream in self._streams.items():
@@ -157,20 +175,19 @@ class Router:
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[TokenChunk | GenerationEnd, None]:
         """See `Backend.generate`. The request starts with the first item asked for and is cancelled when closed."""
-        if self._is_closing:
-            raise GenerationError(503, "the router is shutting down", retry_after_s=RETRY_BUSY_S)
-        stream = self._by_request[request] = self._start(request)
+        stream = self._by_request[request] = await self._enter(request)
         try:
             while True:
-                item = await stream.items.get()  # the clock task owns the deadline: it ends every request
+                item = await stream.unread.take()  # the clock task owns the deadline: it ends every request
                 if isinstance(item, GenerationError):
                     raise item
                 yield item
-                if stream.attempts.is_over and stream.items.empty():
+                if stream.attempts.is_over and stream.unread.is_empty:
                     return
         finally:
             del self._by_request[request]
             self._apply(stream, ClientGone())
+            self._gate.leave(stream.turn, stream.attempts.num_tokens)
 
     def end_choice(self, request: GenerationRequest, choice: int) -> None:
         """See `Backend.end_choice`."""
@@ -201,7 +218,30 @@ class Router:
 
     # --- requests -------------------------------------------------------------------------------------------
 
-    def _start(self, request: GenerationRequest) -> _Stream:
+    async def _enter(self, request: GenerationRequest) -> _Stream:
+        """Wait for the request's turn and send it to its workers."""
+        attempts = self._routed(request)
+        self._records.add(attempts.record)
+        try:
+            turn = await self._gate.enter(request, attempts.record.received_at, attempts.deadline)
+        except GenerationError as refusal:
+            self._end_unstarted(attempts, TurnedAway(refusal.status, refusal.message))
+            raise
+        except BaseException:
+            self._end_unstarted(attempts, ClientGone())
+            raise
+        try:
+            return self._start(attempts, turn)
+        except BaseException:
+            self._gate.leave(turn, 0)
+            raise
+
+    def _end_unstarted(self, attempts: RoutedRequest, event: Event) -> None:
+        now = self._clock()
+        attempts.handle(event, now)
+        self._note_end(attempts.record, now)
+
+    def _routed(self, request: GenerationRequest) -> RoutedRequest:
         transfer_id, now = draw_id(), self._clock()
 
         def mint_ticket(epoch: int, prefill: str, decode: str, ttl_s: float) -> bytes:
@@ -210,26 +250,37 @@ class Router:
                 key, transfer_id=transfer_id, epoch=epoch, prefill=prefill, decode=decode, prompt=prompt, ttl_s=ttl_s
             )
 
-        attempts = RoutedRequest(
+        return RoutedRequest(
             request,
             transfer_id,
             self._fleet,
             mint_ticket,
             max_attempts=self.options.max_attempts,
-            timeout_s=self.options.request_timeout_s,
+            timeout_s=min(request.timeout_s or math.inf, self.options.request_timeout_s),
             now=now,
             news=self,
         )
-        self._records.add(attempts.record)
-        stream = _Stream(attempts)
+
+    def _start(self, attempts: RoutedRequest, turn: QueuedRequest) -> _Stream:
+        stream, now = _Stream(attempts, turn), self._clock()
         actions = attempts.start(now)
-        self._streams[transfer_id] = stream
+        self._streams[attempts.transfer_id] = stream
         self._perform(stream, actions, now)
         return stream
 
     def _apply(self, stream: _Stream, event: Event) -> None:
         now = self._clock()
         self._perform(stream, stream.attempts.handle(event, now), now)
+
+    def _go_on(self, stream: _Stream, source: str, tokens: Tokens) -> bool:
+        """The short way for the next tokens of an answer, which change nothing else; False: it is not as plain."""
+        now = self._clock()
+        chunk = None if stream.attempts.is_charged else stream.attempts.next_chunk(source, tokens, now)
+        if chunk is None:
+            return False
+        self._measure(stream, chunk, now)
+        stream.unread.put(chunk)
+        return True
 
     def _apply_to_all(self, event: Event) -> None:
         for stream in list(self._streams.values()):
@@ -243,7 +294,7 @@ class Router:
         self._load.subtract(stream.load)
         self._streams.pop(stream.attempts.transfer_id, None)
         self._charged.pop(stream.attempts.transfer_id, None)
-        stream.items.put_nowait(GenerationError(500, "the router failed on this request; its log says how"))
+        stream.unread.put(GenerationError(500, "the router failed on this request; its log says how"))
 
     def _perform(self, stream: _Stream, actions: list[Action], now: float) -> None:
         for action in actions:
@@ -252,13 +303,13 @@ class Router:
                     self.cluster.order(to, message)
                 case Emit(item):
                     self._measure(stream, item, now)
-                    stream.items.put_nowait(item)
+                    stream.unread.put(item)
                 case Fail(status, message, retry_after_s):
-                    stream.items.put_nowait(GenerationError(status, message, retry_after_s=retry_after_s))
+                    stream.unread.put(GenerationError(status, message, retry_after_s=retry_after_s))
         self._count_load(stream)
         self._note_charges(stream)
         if stream.attempts.is_over and self._streams.pop(stream.attempts.transfer_id, None) is not None:
-            self._note_end(stream, now)
+            self._note_end(stream.attempts.record, now)
 
     def _count_load(self, stream: _Stream) -> None:
         """Bring the count up to date with this one stream: no choice looks at all of them."""
@@ -281,15 +332,14 @@ class Router:
             return
         last_token_at = stream.last_token_at.get(item.choice)
         if not stream.last_token_at:
+            self._gate.began(stream.turn)
             self._metrics.ttft.observe(now - stream.attempts.record.received_at)
         elif last_token_at is not None:
-            gap_s = (now - last_token_at) / len(item.token_ids)
-            for _ in item.token_ids:
-                self._metrics.itl.observe(gap_s)
+            count = len(item.token_ids)
+            self._metrics.itl.note((now - last_token_at) / count, count)
         stream.last_token_at[item.choice] = now
 
-    def _note_end(self, stream: _Stream, now: float) -> None:
-        record = stream.attempts.record
+    def _note_end(self, record: RequestRecord, now: float) -> None:
         self._metrics.e2e.observe(now - record.received_at)
         self._metrics.requests.labels(outcome=record.state).inc()
         self._metrics.charged_deaths.inc(len(record.charged_deaths))
@@ -328,7 +378,8 @@ class Router:
 
     def answered(self, source: str, message: AnswerMessage) -> None:
         if stream := self._streams.get(message.transfer_id):
-            self._apply(stream, Answered(source, message))
+            if not (isinstance(message, Tokens) and self._go_on(stream, source, message)):
+                self._apply(stream, Answered(source, message))
         elif isinstance(message, TransferReport) and (record := self._records.get(message.transfer_id)):
             record.note(source, message)
 
@@ -343,4 +394,5 @@ class Router:
         return stream is not None and incarnation in stream.attempts.sides
 
     def time_passed(self) -> None:
+        self._gate.look()
         self._apply_to_all(TimePassed())

@@ -63,7 +63,7 @@ from disagg.transceiver.wire.messages.router import (
     TransferFailure,
     TransferReport,
 )
-from disagg.transceiver.wire.messages.values import Geometry, StageTimes, UnitName
+from disagg.transceiver.wire.messages.values import FirstToken, Geometry, StageTimes, UnitName
 from disagg.worker.metrics import WorkerMetrics
 from disagg.worker.pairing import Pairing
 from disagg.worker.request_state import RequestState
@@ -77,7 +77,7 @@ class Attempts:
     def __init__(
         self,
         submit: Callable[[Command], None],
-        send: Callable[[RouterMessage], None],
+        send: Callable[[RouterMessage | Tokens], None],
         pair: Callable[[Dispatch], Pairing],
         metrics: WorkerMetrics,
         *,
@@ -145,7 +145,7 @@ class Attempts:
 
     def _dispatch(self, dispatch: Dispatch, *, urgent: bool = False) -> None:
         state = RequestState(dispatch, self._pair(dispatch))
-        key, sampling = state.key, dispatch.sampling
+        key, sampling, priority = state.key, dispatch.sampling, dispatch.priority
         if key in self._live or self._was_here(key) or self._is_misplaced(state):
             log.warning("ignored a dispatch of mode %s", dispatch.mode, extra=_of(state))
             return
@@ -155,11 +155,13 @@ class Attempts:
             "%s: %d prompt tokens, attempt %d", dispatch.mode, len(dispatch.prompt), dispatch.epoch, extra=_of(state)
         )
         if dispatch.mode == "serve":
-            self._submit(Serve(key, dispatch.prompt, sampling, urgent))
+            self._submit(Serve(key, dispatch.prompt, sampling, urgent, priority))
         elif dispatch.mode == "decode":
-            self._submit(Reserve(key, dispatch.prompt, sampling, state.pairing.precision))
+            self._submit(Reserve(key, dispatch.prompt, sampling, state.pairing.precision, priority))
         elif self.sending is not None and dispatch.peer is not None:
-            self._submit(Prefill(key, dispatch.prompt, sampling))  # first: a FETCH that came early pins it at once
+            self._submit(
+                Prefill(key, dispatch.prompt, sampling, priority)
+            )  # first: a FETCH that came early pins it at once
             self.sending.start(key, state.pairing.sender())
 
     def _was_here(self, key: AttemptKey) -> bool:
@@ -212,6 +214,8 @@ class Attempts:
             case TokensEvent(
                 key=key, index=index, token_ids=token_ids, logprobs=logprobs, num_cached_tokens=num_cached_tokens
             ):
+                if index == 0 and state.first_token_sent:
+                    return
                 if index == 0 and not key.choice and state.dispatch.mode == "serve":
                     self._report(state, state.since_arrival("prefill"))
                 tokens = Tokens(key.transfer_id, key.epoch, index, token_ids, logprobs, num_cached_tokens, key.choice)
@@ -250,13 +254,18 @@ class Attempts:
         if not event.finished:
             self._feed_sender(key, PromptComputed(event.compute_id, first))
             return
-        ids = key.transfer_id, key.epoch
+        self._send_first_token(key, first)
+        for choice in range(1 + len(first.others)):
+            self._send(Finished(key.transfer_id, key.epoch, 1, "stop", first.of(choice).token_id, choice))
+        self._feed_sender(key, FinishedEarly(event.compute_id))
+
+    def _send_first_token(self, key: AttemptKey, first: FirstToken) -> None:
+        """Of every answer to the prompt."""
         for choice in range(1 + len(first.others)):
             token = first.of(choice)
             logprobs = () if token.logprobs is None else (token.logprobs,)
-            self._send(Tokens(*ids, 0, (token.token_id,), logprobs, first.num_cached_tokens, choice))
-            self._send(Finished(*ids, 1, "stop", token.token_id, choice))
-        self._feed_sender(key, FinishedEarly(event.compute_id))
+            ids = (token.token_id,)
+            self._send(Tokens(key.transfer_id, key.epoch, 0, ids, logprobs, first.num_cached_tokens, choice))
 
     def _fail(self, key: AttemptKey, status: int, message: str) -> None:
         self._send(RequestFailed(key.transfer_id, key.epoch, status, message))
@@ -304,6 +313,8 @@ class Attempts:
         if (state := self._live.get(key)) is not None:
             self._report(state, _times(state, record), record)
             self._submit(Decode(key, verified, state.partial_blocks))
+            self._send_first_token(key, verified.first_token)  # the engine's next turn is a step away
+            state.first_token_sent = True
             log.info("received %d bytes over %s", sum(record.nbytes.values()), record.plane, extra=_of(state))
 
     def transfer_failed(self, key: AttemptKey, failure: ReportFailed, record: TransferRecord) -> None:

@@ -14,9 +14,11 @@ from disagg.cache.budget import largest_model_len
 from disagg.cache.cache import KVCache
 from disagg.cache.identity import BlockHasher
 from disagg.cache.layout import CacheLayout, derive_layout
-from disagg.config.resources import CUDA_MEMORY_FRACTION, default_kv_cache_nbytes, num_cores
+from disagg.config.quantities import format_nbytes
+from disagg.config.resources import num_cores
 from disagg.config.settings import Role, WorkerSettings
 from disagg.engine.engine import Engine, EngineConfig
+from disagg.engine.model import cpu_dtype
 from disagg.engine.model.checkpoint import fingerprint, resolve_model
 from disagg.engine.model.load import LoadedModel, check_model_len, load_model
 from disagg.engine.model.packed_linear import pack_linears
@@ -26,11 +28,20 @@ from disagg.engine.run.graphs.decode import DecodeGraphs, GraphMaker, GraphRunne
 from disagg.engine.run.graphs.use import GraphUse
 from disagg.engine.run.runner import Runner, StepRunner
 from disagg.engine.run.warmup import warm_up
-from disagg.kernels.dispatch import backend, has_triton
+from disagg.engine.step_memory import StepMemory
+from disagg.kernels.dispatch import backend
 from disagg.transceiver.wire.codec import PROTOCOL
 from disagg.transceiver.wire.keys import ClusterKeys
 from disagg.transceiver.wire.messages.values import Identity
-from disagg.worker.device import check_device
+from disagg.worker.device import check_device, use_device
+from disagg.worker.device_memory import (
+    capture_short,
+    captures_graphs,
+    is_out_of_memory,
+    kv_budget,
+    plan_steps,
+    report_capture,
+)
 from disagg.worker.parts import EngineParts
 
 log = logging.getLogger(__name__)
@@ -39,14 +50,16 @@ log = logging.getLogger(__name__)
 def make_engine(
     settings: WorkerSettings, role: Role, keys: ClusterKeys, progress: Callable[[str], None]
 ) -> EngineParts:
-    """Load the model and cut the pools. Raises ModelRefused, BudgetTooSmall or PoolMemoryShort with one sentence."""
+    """Load the model and cut the pools. Raises ModelRefused, BudgetTooSmall, StepMemoryShort or PoolMemoryShort."""
     check_device(settings.device)
+    use_device(settings.device)
     torch.set_num_threads(settings.threads or num_cores())
     folder = resolve_model(settings.model)
     progress("loading model")
     model = _load(settings, folder)
+    steps = plan_steps(settings, role, model, folder)
     progress("allocating KV cache")
-    budget = settings.kv_cache_memory or _default_budget(settings)
+    budget = kv_budget(settings, steps)
     max_model_len = _choose_model_len(settings, model, budget)
     swa_scratch = settings.swa_scratch if role == "prefill" else "off"
     if swa_scratch != settings.swa_scratch:
@@ -66,7 +79,8 @@ def make_engine(
     num_slots = size.slots(layout, budget)
     model_fingerprint = fingerprint(folder, verify_weights=settings.verify_weights)
     hasher = BlockHasher(keys.prefix_hash, model_fingerprint) if settings.enable_prefix_caching else None
-    cache = KVCache(layout, num_slots, settings.device, hasher)
+    filling = Filling(layout, num_slots, progress)
+    cache = KVCache(layout, num_slots, settings.device, hasher, on_filled=filling.add)
     config = EngineConfig(
         role=role,
         max_num_seqs=settings.max_num_seqs,
@@ -76,6 +90,7 @@ def make_engine(
         vocab_size=model.vocab_size,
         prefix_recheck_s=settings.prefix_recheck_s if settings.device == "cpu" else None,  # hashed where memory is ours
         swa_scratch=swa_scratch,
+        steps_ahead=_steps_ahead(settings, model),
     )
     identity = Identity(
         protocol_major=PROTOCOL[0],
@@ -86,14 +101,38 @@ def make_engine(
         hash_key_id=keys.hash_key_id,
     )
     ready = _ready(settings, role, layout, num_slots, max_model_len)
+    ready |= {"dtype": model.dtype, "step_memory": steps.total}
     if settings.enable_prefix_caching:
         ready |= _reuse(size, layout, num_slots, budget)
-    runner, graphs = make_runner(settings, role, model, cache, max_model_len, progress)
+    runner, graphs = make_runner(settings, role, model, cache, max_model_len, progress, steps)
+    if graphs.refusal:
+        ready["eager"] = graphs.refusal
     if settings.torch_compile or backend(model.device).NAME == "triton":
         progress("compiling")
         warm_up(runner, cache, max_model_len)
     engine = Engine(runner, cache, config, graphs)
     return EngineParts(role, settings, identity, layout, cache, engine, ready, lambda: int(model.saturated))
+
+
+class Filling:
+    """Says how much of the KV cache is there, while its pools are made."""
+
+    def __init__(self, layout: CacheLayout, num_slots: tuple[int, ...], progress: Callable[[str], None]) -> None:
+        nbytes = sum(count * size for count, size in zip(num_slots, layout.slot_nbytes, strict=True))
+        self._total, self._done, self._progress = nbytes, 0, progress
+
+    def add(self, nbytes: int) -> None:
+        self._done += nbytes
+        done, total = format_nbytes(min(self._done, self._total)), format_nbytes(self._total)
+        self._progress(f"allocating KV cache: {done} of {total}")
+
+
+def _steps_ahead(settings: WorkerSettings, model: LoadedModel) -> int:
+    """Where the host itself computes the steps, there is nothing to overlap."""
+    if settings.overlap_steps and model.device.type != "cuda":
+        log.warning("`--overlap-steps`: this worker's host computes its steps, one after another")
+        return 0
+    return int(settings.overlap_steps)
 
 
 def _load(settings: WorkerSettings, folder: Path) -> LoadedModel:
@@ -103,10 +142,23 @@ def _load(settings: WorkerSettings, folder: Path) -> LoadedModel:
         device=settings.device,
         kv_cache_dtype=settings.kv_cache_dtype,
         kv_scales=settings.kv_scales,
+        prefer=_prefer(settings) if torch.device(settings.device).type == "cpu" else None,
     )
     if model.device.type == "cpu" and not settings.torch_compile:  # a compiler has its own order of weights
         log.info("packed the weights of %d linear layers", pack_linears(model.module))
     return model
+
+
+def _prefer(settings: WorkerSettings) -> Callable[[str, int], str]:
+    """What a CPU worker computes in without `--dtype`, and says that it does."""
+    prefer = cpu_dtype.preferred_dtype(cpu_dtype.this_processor(), cpu_dtype.share_of_memory(settings.memory_share))
+
+    def chosen(checkpoint: str, num_parameters: int) -> str:
+        dtype = prefer(checkpoint, num_parameters)
+        cpu_dtype.say_choice(checkpoint, dtype)
+        return dtype
+
+    return chosen
 
 
 def make_runner(
@@ -116,13 +168,16 @@ def make_runner(
     cache: KVCache,
     max_model_len: int,
     progress: Callable[[str], None],
+    steps: StepMemory,
 ) -> tuple[StepRunner, GraphUse]:
-    """Graphs where they can be captured: on CUDA with Triton, else and on failure every step is eager.
+    """Graphs where they can be captured: on CUDA with Triton, else every step is eager.
 
-    Decode graphs for a worker that decodes, pieces for steps with prompt tokens where they are asked for.
+    Decode graphs for a worker that decodes, pieces for steps with prompt tokens where they are asked for. Of a model
+    that no graph can hold every step is eager too, and `GraphUse.refusal` says why. `steps`: what was planned for them.
+    Raises StepMemoryShort where they do not fit.
     """
     use = GraphUse()
-    if settings.enforce_eager or model.device.type != "cuda" or not has_triton():
+    if not captures_graphs(settings, model.device):
         if settings.piecewise_graphs:
             log.warning("`--piecewise-graphs`: this worker captures no graphs, steps run eager")
         return _eager(settings, model, cache), use
@@ -137,8 +192,12 @@ def make_runner(
         )
         graphs.capture()
     except RuntimeError as exc:  # torch's report of what this model does that a graph cannot hold; Dynamo's are too
-        log.warning("steps run without CUDA graphs: capture failed: %s", (str(exc).strip() or "?").splitlines()[0])
-        return _eager(settings, model, cache), GraphUse()
+        if is_out_of_memory(exc):
+            raise capture_short(settings, steps) from exc
+        reason = f"capture failed: {(str(exc).strip() or '?').splitlines()[0]}"
+        log.warning("steps run without CUDA graphs: %s", reason)
+        return _eager(settings, model, cache), GraphUse(refusal=reason)
+    report_capture(use.nbytes, steps)
     return GraphRunner(eager, graphs), use
 
 
@@ -186,15 +245,6 @@ def _choose_model_len(settings: WorkerSettings, model: LoadedModel, budget: int)
         layout, budget, max_model_len=limit, max_num_batched_tokens=settings.max_num_batched_tokens
     )
     return fits or limit  # when nothing fits, the split says so with the numbers
-
-
-def _default_budget(settings: WorkerSettings) -> int:
-    """This worker's share of what is free now."""
-    if torch.device(settings.device).type == "cpu":
-        return max(1, default_kv_cache_nbytes(settings.memory_share))
-    free, total = torch.cuda.mem_get_info(settings.device)
-    available = max(0, free - int(total * (1 - CUDA_MEMORY_FRACTION)))
-    return max(1, int(available * settings.memory_share))
 
 
 def _reuse(size: CacheSize, layout: CacheLayout, num_slots: tuple[int, ...], budget: int) -> dict[str, str]:

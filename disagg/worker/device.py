@@ -21,3 +21,9 @@ def check_device(name: str) -> None:
     except RuntimeError as exc:  # torch's report of every fault of a driver or device
         reason = (str(exc).strip() or type(exc).__name__).splitlines()[0]
         raise ConfigError(f"`--device` is `{name}`, which cannot be used: {reason}; {NEXT_STEP}") from exc
+
+
+def use_device(name: str) -> None:
+    """Make it the calling thread's device: kernels are launched on that one, wherever their tensors lie."""
+    if name != CPU:
+        torch.cuda.set_device(torch.device(name).index or 0)

@@ -15,10 +15,12 @@ from disagg.config.errors import ConfigError, found_in
 from disagg.config.settings import Role, WorkerSettings
 from disagg.config.signals import heeded_signals
 from disagg.engine.model.checkpoint import ModelRefused
+from disagg.engine.step_memory import StepMemoryShort
 from disagg.transceiver.wire.errors import EndpointRefused, Shortage, first_cause
 from disagg.transceiver.wire.keys import ClusterKeys
 from disagg.transceiver.wire.node import Node, draw_id
 from disagg.worker.build import make_engine
+from disagg.worker.device import use_device
 from disagg.worker.drain import Drain
 from disagg.worker.model_thread import ModelThread
 from disagg.worker.parts import EngineParts, WorkerParts
@@ -29,7 +31,10 @@ log = logging.getLogger(__name__)
 
 EXIT_BROKEN = 1
 
-REFUSALS: Final = (ModelRefused, BudgetTooSmall, PoolMemoryShort, EndpointRefused, RegistrationRefused, ConfigError)
+REFUSALS: Final = (
+    *(ModelRefused, BudgetTooSmall, StepMemoryShort, PoolMemoryShort),
+    *(EndpointRefused, RegistrationRefused, ConfigError),
+)
 """What can never succeed however often this worker is started."""
 
 SHORT_S: Final = 1.0
@@ -107,7 +112,12 @@ async def _running(
     news = parts.vitals.news
     made.engine.on_step = news.tell
     parts.model = ModelThread(
-        made.engine, loop, parts.take_events, lambda death: _stop(stopped, EXIT_BROKEN), on_rest=lambda: news.tell(())
+        made.engine,
+        loop,
+        parts.take_events,
+        lambda death: _stop(stopped, EXIT_BROKEN),
+        on_rest=lambda: news.tell(()),
+        on_begin=lambda: use_device(made.settings.device),
     )
     parts.model.start()
     try:

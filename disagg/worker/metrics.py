@@ -67,11 +67,13 @@ class WorkerMetrics:
         # Gauges, as a lease has no histograms: a bucket is a series like any other to Prometheus.
         lag = (MetricSample(name, "gauge", labels, value) for name, labels, value in self.loop_lag.samples())
         faults = MetricSample("disagg_peer_faults_total", "counter", (), self._read_faults())
-        reused = self._reuse_samples(stats)
-        return (*counters, *saturated, faults, *links, *lag, *_engine_samples(stats), *reused)
+        grouped = self._group_samples(stats)
+        return (*counters, *saturated, faults, *links, *lag, *_engine_samples(stats), *grouped)
 
-    def _reuse_samples(self, stats: EngineStats) -> Iterator[MetricSample]:
-        """Blocks per layer group that requests asked the cache for, and found: their quotient is the hit rate."""
+    def _group_samples(self, stats: EngineStats) -> Iterator[MetricSample]:
+        """Blocks per layer group: let go by windows; asked of the cache and found, whose quotient is the hit rate."""
+        for group, count in zip(self._group_names, stats.num_outdated, strict=False):
+            yield MetricSample("disagg_window_evictions_total", "counter", (("group", group),), count)
         for group, reuse in zip(self._group_names, stats.reuse, strict=False):  # none where nothing is reused
             labels = (("group", group),)
             yield MetricSample("disagg_prefix_queries_total", "counter", labels, reuse.num_queried)
@@ -92,6 +94,7 @@ def _engine_samples(stats: EngineStats) -> Iterator[MetricSample]:
         ("disagg_tokens_generated_total", stats.tokens_generated),
         ("disagg_engine_steps_total", stats.steps),
         ("disagg_preemptions_total", stats.num_preemptions),
+        ("disagg_pieces_dropped_total", stats.num_dropped),
         ("disagg_graph_replays_total", stats.graphs.num_replays),
     ):
         yield MetricSample(name, "counter", (), value)

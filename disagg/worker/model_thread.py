@@ -1,4 +1,4 @@
-"""The thread that owns engine and cache. The event loop posts commands; replies come back in one batch per step."""
+"""The thread that owns engine and cache. The event loop posts commands; events come back when they are made."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import logging
 import queue
 import threading
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Final, Protocol
 
 from disagg.engine.commands import Command, EngineEvent
 from disagg.engine.stats import EngineStats
@@ -15,6 +15,13 @@ from disagg.engine.stats import EngineStats
 log = logging.getLogger(__name__)
 
 CLOSE = None
+
+
+class Wake:
+    """No command: the thread looks again whether it has work."""
+
+
+WAKE: Final = Wake()
 
 
 class StepEngine(Protocol):
@@ -33,7 +40,8 @@ class StepEngine(Protocol):
 class ModelThread:
     """Runs `engine` until closed.
 
-    `on_events` and `on_death` are called on `loop`, `on_rest` on this thread before it sleeps. A thread that dies
+    `on_events` and `on_death` are called on `loop`, `on_begin` on this thread before all else and `on_rest` before it
+    sleeps. A thread that dies
     reports once and runs no more: the cache may be half changed, so its process must end.
     """
 
@@ -44,15 +52,18 @@ class ModelThread:
         on_events: Callable[[Sequence[EngineEvent]], None],
         on_death: Callable[[BaseException], None],
         on_rest: Callable[[], None] = lambda: None,
+        on_begin: Callable[[], None] = lambda: None,
     ) -> None:
         self._engine = engine
         self._loop = loop
         self._on_events = on_events
         self._on_death = on_death
         self._on_rest = on_rest
+        self._on_begin = on_begin
         self.is_dead = False
         """An exception ended the thread; any thread may read it."""
-        self._inbox: queue.SimpleQueue[Command | None] = queue.SimpleQueue()
+        self._is_held = False
+        self._inbox: queue.SimpleQueue[Command | Wake | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="model", daemon=True)
         self.stats = engine.stats()
         """The figures after the last step; replaced whole, so any thread may read it."""
@@ -64,6 +75,12 @@ class ModelThread:
         """Post `command`; wakes an idle thread. Never blocks."""
         self._inbox.put(command)
 
+    def hold(self, is_held: bool) -> None:
+        """Begin no step until told otherwise, because what steps make is not wanted yet. Commands are taken."""
+        self._is_held = is_held
+        if not is_held:
+            self._inbox.put(WAKE)
+
     async def close(self) -> None:
         """Stop after the running step and join."""
         self._inbox.put(CLOSE)
@@ -71,22 +88,29 @@ class ModelThread:
             await asyncio.to_thread(self._thread.join)
 
     def step(self) -> bool:
-        """One turn: drain the commands, compute a step, reply. Sleeps while only a command can change anything.
+        """One turn: drain the commands, then compute a step. Sleeps while only a command can change anything.
 
+        What a command brought about is told before the step: a first token would else wait while others' are computed.
         Returns False when told to close.
         """
-        if not self._engine.has_work:
+        if not self._may_step:
             self._on_rest()
-        commands = self._drain(wait=not self._engine.has_work)
-        events = [event for command in commands if command is not None for event in self._engine.handle(command)]
-        if self._engine.has_work:
-            events += self._engine.step()
+        commands = self._drain(wait=not self._may_step)
+        for command in commands:
+            if command is not CLOSE and not isinstance(command, Wake):
+                self._reply(self._engine.handle(command))
+        events = self._engine.step() if self._may_step else []
         self.stats = self._engine.stats()
         self._reply(events)
         return CLOSE not in commands
 
+    @property
+    def _may_step(self) -> bool:
+        return self._engine.has_work and not self._is_held
+
     def _run(self) -> None:
         try:
+            self._on_begin()
             while self.step():
                 pass
         except BaseException as death:  # reported, then the process ends: nothing may go on with this cache
@@ -94,8 +118,8 @@ class ModelThread:
             log.exception("model thread died")
             self._post(self._on_death, death)
 
-    def _drain(self, *, wait: bool) -> list[Command | None]:
-        commands: list[Command | None] = [self._inbox.get()] if wait else []
+    def _drain(self, *, wait: bool) -> list[Command | Wake | None]:
+        commands: list[Command | Wake | None] = [self._inbox.get()] if wait else []
         while True:
             try:
                 commands.append(self._inbox.get_nowait())

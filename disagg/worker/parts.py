@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +18,7 @@ from disagg.transceiver.wire.faults import PeerFaults
 from disagg.transceiver.wire.keys import ClusterKeys
 from disagg.transceiver.wire.messages.values import Geometry, GroupSemantics, Identity
 from disagg.transceiver.wire.sockets import Sockets
+from disagg.transceiver.wire.turns import TurnQueue
 from disagg.worker.drain import Drain
 from disagg.worker.metrics import WorkerMetrics
 from disagg.worker.model_thread import ModelThread
@@ -87,7 +87,7 @@ class WorkerParts:
         self.metrics.watch_saturation("sent", lambda: self.cuts.num_saturated)
         self.faults = PeerFaults()
         self.metrics.watch_faults(lambda: self.faults.count)
-        self.events: asyncio.Queue[EngineEvent] = asyncio.Queue()
+        self.events: TurnQueue[EngineEvent] = TurnQueue()
         self.model: ModelThread
         self.vitals = Vitals(self.sockets, lambda: not self.model.is_dead)
         self.drain = Drain(made.settings.drain_timeout_s)

@@ -62,6 +62,7 @@ class Registration:
                     register,
                     self._make_lease,
                     self._parts.vitals,
+                    self._parts.model.hold,
                 )
             )
             self._attempts = self._make_attempts(link, planes)

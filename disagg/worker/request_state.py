@@ -20,6 +20,8 @@ class RequestState:
     reserved_at: float | None = None
     is_pinned: bool = False
     soft_dropped: bool = False
+    first_token_sent: bool = False
+    """The first token came with the transfer, and left when that was verified."""
     partial_blocks: tuple[UnitName, ...] = ()
     ended: set[int] = field(default_factory=set)
     """Choices that are over here."""

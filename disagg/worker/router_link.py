@@ -9,25 +9,24 @@ import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from typing import Any, Final
 
-from disagg.transceiver.wire.errors import LocalProtocolError, PeerLost, ProtocolDiffers, TransceiverError, clipped
+from disagg.transceiver.wire.errors import LocalProtocolError, PeerLost, ProtocolDiffers, TransceiverError
 from disagg.transceiver.wire.links import PROTOCOL_FIELD, ControlClient
 from disagg.transceiver.wire.messages.peer import Refused
 from disagg.transceiver.wire.messages.router import (
     BROKEN,
     LEAVING,
-    Finished,
+    Credit,
     Lease,
-    PromptScores,
     Register,
     Registered,
-    RequestFailed,
     RouterMessage,
     Tokens,
-    TransferFailure,
 )
 from disagg.transceiver.wire.node import Node
 from disagg.transceiver.wire.sockets import Sockets
 from disagg.transceiver.wire.timing import HEARTBEAT_S, LOST_S
+from disagg.transceiver.wire.turns import TurnQueue
+from disagg.worker.token_outbox import TokenOutbox, shorter
 from disagg.worker.vitals import RouterPulse, Vitals
 
 log = logging.getLogger(__name__)
@@ -67,7 +66,12 @@ class RouterLink:
     """One registration at one router. Use `open`, then `messages` and `send`; leases run while `keep` runs."""
 
     def __init__(
-        self, client: ControlClient, node: Node, make_lease: Callable[[str], Lease], vitals: Vitals | None = None
+        self,
+        client: ControlClient,
+        node: Node,
+        make_lease: Callable[[str], Lease],
+        vitals: Vitals | None = None,
+        on_hold: Callable[[bool], None] = lambda is_held: None,
     ) -> None:
         self._client = client
         self._vitals = vitals
@@ -76,7 +80,10 @@ class RouterLink:
         self._node = node
         self._make_lease = make_lease
         self._heard_at = time.monotonic()
-        self._outbox: asyncio.Queue[RouterMessage] = asyncio.Queue()
+        # Bounded by what enters: leases, and a few messages per attempt. Tokens wait in `tokens`, for credit.
+        self._outbox: TurnQueue[RouterMessage] = TurnQueue()
+        self.tokens = TokenOutbox(self._outbox.put_nowait, on_hold)
+        self._loop = asyncio.get_running_loop()
         self.router_incarnation = ""
 
     @classmethod
@@ -89,24 +96,34 @@ class RouterLink:
         register: Register,
         make_lease: Callable[[str], Lease],
         vitals: Vitals | None = None,
+        on_hold: Callable[[bool], None] = lambda is_held: None,
     ) -> AsyncIterator[RouterLink]:
         """Connect and register; repeats until a router answers. Raises `RegistrationRefused`, `RouterLost`.
 
-        Without `vitals` this worker lives by the leases of its event loop alone.
+        Without `vitals` this worker lives by the leases of its event loop alone. `on_hold`: see `TokenOutbox`.
         """
         client = await ControlClient.connect(endpoint, node.keys, sockets)
-        link = cls(client, node, make_lease, vitals)
+        link = cls(client, node, make_lease, vitals, on_hold)
         try:
             await link._register(register)
             link._begin_pulses(endpoint)
             yield link
         finally:
+            link.tokens.close()
             link._end_pulses()
             await client.leave(link._last_word())
 
-    def send(self, message: RouterMessage) -> None:
-        """Queue `message` for the router, in order. Never blocks; lost with the registration if the router is lost."""
-        self._outbox.put_nowait(message)
+    def send(self, message: RouterMessage | Tokens) -> None:
+        """Queue `message` for the router, in order within an attempt. Never blocks; lost with the registration.
+
+        Tokens leave together when this turn of the loop ends, as far as the router's credit goes; what is said of an
+        attempt after its tokens waits behind them.
+        """
+        if not isinstance(message, Tokens):
+            if not self.tokens.follow(message):
+                self._outbox.put_nowait(message)
+        elif self.tokens.add(message):
+            self._loop.call_soon(self.tokens.flush)
 
     def renew(self) -> None:
         """Queue a lease now, beside those that go out every heartbeat."""
@@ -130,6 +147,8 @@ class RouterLink:
                         raise RouterLost("another router answers at this endpoint")
                 case Refused(field=field):
                     raise RouterLost(f"the router dropped this registration: {field}")
+                case Credit(limit=limit):
+                    self.tokens.allow(limit)
                 case _:
                     return message
 
@@ -192,6 +211,7 @@ class RouterLink:
             case Registered(router_incarnation=router, incarnation=mine) if mine == self._node.incarnation:
                 self.router_incarnation, self._pulse_port = router, answer.pulse_port
                 self._heard_at = time.monotonic()
+                self.tokens.allow(answer.credit)
             case Refused(field=field, ours=ours, theirs=theirs):
                 raise _refusal(field, ours, theirs)
             case _:
@@ -234,27 +254,6 @@ class RouterLink:
             raise RouterLost("the router closed the connection")
         finally:
             closed.cancel()
-
-
-def shorter(message: RouterMessage, fault: str) -> TransferFailure | RequestFailed | None:
-    """What stands for a message that cannot be sent; None for one that decides no attempt."""
-    why = f"this worker cannot say what became of it: {fault}"
-    match message:
-        case TransferFailure(
-            transfer_id=transfer_id, epoch=epoch, reason=reason
-        ):  # the router may try again, as it would have
-            return TransferFailure(transfer_id, epoch, f"{_plain(reason)}; {why}")
-        case RequestFailed(transfer_id=transfer_id, epoch=epoch, status=status, message=said):
-            return RequestFailed(transfer_id, epoch, status, f"{_plain(said)}; {why}")
-        case Tokens(transfer_id, epoch) | Finished(transfer_id, epoch) | PromptScores(transfer_id, epoch):
-            return RequestFailed(transfer_id, epoch, 500, why)
-        case _:
-            return None
-
-
-def _plain(text: str) -> str:
-    """Without what UTF-8 cannot encode, which may be why a text was not sent."""
-    return clipped(text).encode(errors="replace").decode()
 
 
 def _refusal(field: str, ours: str, theirs: str) -> RegistrationRefused:

@@ -100,7 +100,7 @@ async def running(bound: int = 100, **settings: Any) -> AsyncIterator[Server]:
 
 @pytest.fixture
 async def server() -> AsyncIterator[Server]:
-    async with running(api_key="key") as server:
+    async with running(api_keys={"key": "t"}) as server:
         yield server
 
 

@@ -14,7 +14,7 @@ pytestmark = pytest.mark.anyio
 
 async def statuses(key: str, *sent: bytes) -> list[int]:
     """What a server with `key` answers to each header; its application says nothing, which counts as 0."""
-    edge = Edge(lambda *_: asyncio.sleep(0), key)
+    edge = Edge(lambda *_: asyncio.sleep(0), {key: "t"})
     found = []
     for bearer in sent:
         messages: list[Any] = [{"status": 0}]

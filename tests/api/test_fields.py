@@ -59,6 +59,10 @@ def prompt(backend: FakeBackend, reply: Reply) -> Any:
     return backend.requests[-1].prompt
 
 
+def priority(backend: FakeBackend, reply: Reply) -> Any:
+    return backend.requests[-1].priority
+
+
 def text(backend: FakeBackend, reply: Reply) -> Any:
     return reply.json["choices"][0].get("text") or reply.json["choices"][0]["message"]["content"]
 
@@ -103,6 +107,7 @@ EFFECTS: dict[str, tuple[Any, Look, dict[str, Any]]] = {
     "include_stop_str_in_output": (True, text, {"stop": ["lo"]}),
     "stop_token_ids": ([40], sampling("stop_token_ids"), {}),
     "ignore_eos": (True, sampling("ignore_eos"), {}),
+    "priority": (-3, priority, {}),
     "cache_salt": ("mine", sampling("cache_salt"), {}),
     "skip_special_tokens": (False, text, {}),
     "top_logprobs": (2, num_top, {"logprobs": True}),

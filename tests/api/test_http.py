@@ -98,7 +98,7 @@ async def test_a_body_over_the_limit_is_413_declared_or_not() -> None:
 
 
 async def test_the_key_opens_all_but_the_probes() -> None:
-    async with served(replace(SETTINGS, api_key="sésame")) as api:
+    async with served(replace(SETTINGS, api_keys={"sésame": "t"})) as api:
         for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "sésame"}):
             reply = await api.post("/v1/completions", BODY["/v1/completions"], headers=headers)
             assert_is_error(reply, 401, code="invalid_api_key")
@@ -111,13 +111,29 @@ async def test_the_key_opens_all_but_the_probes() -> None:
 @BOTH
 async def test_the_key_and_the_salt_of_a_request_reach_the_workers_as_one_salt(path: str) -> None:
     headers = {"Authorization": "Bearer key"}
-    async with served(replace(SETTINGS, api_key="key")) as api:
+    async with served(replace(SETTINGS, api_keys={"key": "t"})) as api:
         for extra in ({}, {"cache_salt": "mine"}, {"n": 2}):
             assert (await api.post(path, {**BODY[path], **extra}, headers=headers)).status == 200
         salts = [request.sampling.cache_salt for request in api.backend.requests]
-    tenant, mine = prefix_salt("key", None), prefix_salt("key", "mine")
+    tenant, mine = prefix_salt("t", None), prefix_salt("t", "mine")
     assert salts == [tenant, mine, tenant]
     assert len({"", tenant, mine, prefix_salt(None, "mine"), prefix_salt("other", None)}) == 5
+
+
+async def test_the_tenant_of_the_key_and_the_client_s_own_limit_reach_the_router(api: Api) -> None:
+    await api.complete()
+    assert (api.backend.requests[-1].tenant, api.backend.requests[-1].timeout_s) == ("", None)
+    headers = {"Authorization": "Bearer two", "X-Request-Timeout": "2.5"}
+    async with served(replace(SETTINGS, api_keys={"one": "ann", "two": "bob"})) as keyed:
+        assert (await keyed.post("/v1/completions", BODY["/v1/completions"], headers=headers)).status == 200
+        assert (keyed.backend.requests[-1].tenant, keyed.backend.requests[-1].timeout_s) == ("bob", 2.5)
+
+
+@pytest.mark.parametrize("given", ["", "soon", "0", "-1", "nan", "inf", "1" * 40])
+async def test_a_limit_that_is_no_time_is_refused(api: Api, given: str) -> None:
+    reply = await api.post("/v1/completions", BODY["/v1/completions"], headers={"X-Request-Timeout": given})
+    assert_is_error(reply, 400)
+    assert reply.error["param"] == "X-Request-Timeout"
 
 
 async def test_request_ids_are_taken_drawn_and_returned(api: Api) -> None:

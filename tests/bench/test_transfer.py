@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from support.cluster.warm import WarmPopen
 from support.tools import ROOT
 
 import disagg
-from disagg.bench import transfer
+from disagg.bench import pair, transfer
 from disagg.bench.cases import CASES, Case
 from disagg.bench.circumstances import commit
 from disagg.bench.contenders import missing_package
@@ -62,7 +64,14 @@ def test_what_is_not_installed_is_left_out_and_named(
     assert missing_package("shm") is None
 
 
+@pytest.fixture
+def warm_sides(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sides that need not load torch first."""
+    monkeypatch.setattr(pair, "subprocess", SimpleNamespace(**{**vars(subprocess), "Popen": WarmPopen}))
+
+
 @pytest.mark.processes
+@pytest.mark.usefixtures("warm_sides")
 def test_one_run_of_the_command_moves_and_compares_every_byte(capsys: pytest.CaptureFixture[str]) -> None:
     planes = ("memcpy", "shm", "tcp")
     command = ["bench", "transfer", "--planes", ",".join(planes), "--cases", "c", "--rounds", "1"]
@@ -125,6 +134,7 @@ def commits_of(folder: Path) -> str:
 
 
 @pytest.mark.processes
+@pytest.mark.usefixtures("warm_sides")
 def test_wrong_bytes_end_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
     pair = Pair("memcpy-slots", False, CASES["c"])
     ask = pair._both
@@ -152,6 +162,7 @@ def test_unknown_names_are_refused_in_one_sentence(
 
 
 @pytest.mark.processes
+@pytest.mark.usefixtures("warm_sides")
 def test_both_ways_of_a_chunked_prompt_move_what_its_model_needs_and_compare_it() -> None:
     result = measure_overlap(CASES["c"], "shm", "windowed", chunk_s=0.005, rounds=1, seed=1)
     block = CASES["c"].slot_nbytes

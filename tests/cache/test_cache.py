@@ -69,6 +69,21 @@ def test_capacity_shrinks_to_the_history():
     cache.close()
 
 
+def test_what_a_window_lets_go_is_counted_and_said(caplog):
+    cache = KVCache(tiny_layout(6, None, block_size=4), (40,))
+    sequence = cache.open("a")
+    cache.resize(sequence, capacity=18, history=0)
+    assert cache.num_outdated == (0, 0)
+    with caplog.at_level("DEBUG"):
+        cache.resize(sequence, capacity=19, history=18)  # the next query sees positions 13 to 18
+    assert cache.num_outdated == (3, 0)
+    assert caplog.messages == ["a: the window of window-6 lets go of 3 blocks at 18"]
+    cache.resize(sequence, capacity=18, history=18)
+    cache.close_sequence(sequence)
+    assert cache.num_outdated == (3, 0), "a shorter capacity and an end are no window's doing"
+    cache.close()
+
+
 def test_a_model_without_kv_has_sequences_that_hold_nothing():
     cache = KVCache(tiny_layout(), ())
     sequence = cache.open("a")
@@ -127,6 +142,7 @@ class CacheMachine(RuleBasedStateMachine):
         self.cache = KVCache(self.layout, (2 + 9, 2 + 22))
         self.sequences = []
         self.num_opened = 0
+        self.num_outdated = [0] * self.layout.num_groups
 
     @rule()
     def open(self):
@@ -139,10 +155,12 @@ class CacheMachine(RuleBasedStateMachine):
         sequence = data.draw(st.sampled_from(self.sequences))
         history = min(sequence.history + step, sequence.history + 30)
         before, capacity = snapshot(self.cache, sequence), history + room
+        gone = self.outdated(sequence, max(capacity, sequence.capacity), history)
         done = self.cache.resize(sequence, capacity=capacity, history=history)
         assert done == self.should_fit(sequence, before, capacity, history)
         if not done:
             assert snapshot(self.cache, sequence) == before
+        self.num_outdated = [n + len(blocks) * done for n, blocks in zip(self.num_outdated, gone, strict=True)]
 
     @precondition(lambda self: self.sequences)
     @rule(data=st.data(), wipe=st.booleans())
@@ -159,6 +177,17 @@ class CacheMachine(RuleBasedStateMachine):
             for group, pool in zip(self.layout.groups, self.layout.pool_of_group, strict=True):
                 demand[pool] += len(resident_blocks(*cursors, group, self.layout.block_size))
         return all(d <= p.num_slots - 2 for d, p in zip(demand, self.cache.pools, strict=True))
+
+    def outdated(self, sequence, capacity, history):
+        """Per group, the blocks it holds that no query from `history` on attends to."""
+        size = self.layout.block_size
+        cursors = (sequence.capacity, sequence.history), (capacity, history)
+        before, after = ([resident_blocks(*at, group, size) for group in self.layout.groups] for at in cursors)
+        return [old - new for old, new in zip(before, after, strict=True)]
+
+    @invariant()
+    def windows_let_go_of_what_a_token_walk_finds(self):
+        assert self.cache.num_outdated == tuple(self.num_outdated)
 
     @invariant()
     def tables_hold_what_a_token_walk_finds(self):

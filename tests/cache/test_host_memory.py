@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from disagg.cache.host_memory import available_nbytes
+from disagg.cache.host_memory import available_nbytes, total_nbytes
 
 MACHINE = 100 << 10
 
@@ -78,3 +78,8 @@ def test_a_kernel_that_does_not_say_what_is_available_is_a_sentence(tmp_path: Pa
     (tmp_path / "meminfo").write_text("MemTotal: 200 kB\n")
     with pytest.raises(OSError, match=r"no `MemAvailable`; Linux 3\.14 or newer"):
         available_nbytes(tmp_path, tmp_path / "meminfo")
+
+
+def test_total_memory_is_the_limit_whatever_is_used(tmp_path: Path, meminfo: Path) -> None:
+    assert total_nbytes(tmp_path, meminfo) == 2 * MACHINE
+    assert total_nbytes(group(tmp_path, max=5000, current=4900), meminfo) == 5000

@@ -4,6 +4,7 @@ import errno
 import fcntl
 import mmap
 import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -136,6 +137,34 @@ def test_a_view_outlives_the_pools_file(pool):
 def test_a_pool_larger_than_memory_is_refused_with_both_numbers():
     with pytest.raises(PoolMemoryShort, match=r"\d{15,} bytes asked, \d+ bytes free; lower `--kv-cache-memory`"):
         SlotPool(slot_nbytes=1 << 30, num_slots=1 << 22)
+
+
+def num_resident(pool) -> int:
+    """Pages of the memfd that this process has mapped, as the kernel counts them."""
+    lines = Path("/proc/self/smaps").read_text().split("disagg-kv-pool")
+    (facts,) = [
+        part for part in lines[1:] if f"Size: {os.fstat(pool.sides.fd).st_size // 1024} kB" in " ".join(part.split())
+    ]
+    return int(facts.split("Rss:")[1].split()[0]) * 1024 // mmap.PAGESIZE
+
+
+def test_every_page_is_there_and_mapped_when_a_pool_is_made_in_steps_that_are_told(monkeypatch):
+    monkeypatch.setattr(slot_memory, "FILL_NBYTES", 1 << 20)
+    told = []
+    pool = SlotPool(slot_nbytes=mmap.PAGESIZE, num_slots=700, on_filled=told.append)
+    size = os.fstat(pool.sides.fd).st_size
+    assert told == [1 << 20, 1 << 20, size - (2 << 20)]
+    assert num_resident(pool) == size // mmap.PAGESIZE
+    pool.close()
+
+
+def test_an_older_kernel_maps_pages_as_they_are_touched(monkeypatch):
+    monkeypatch.setattr(slot_memory, "_MADV_POPULATE_WRITE", 1 << 20)
+    pool = SlotPool(slot_nbytes=mmap.PAGESIZE, num_slots=701)
+    assert num_resident(pool) == 0
+    pool.memory[700] = 1
+    assert os.fstat(pool.sides.fd).st_blocks * 512 >= 701 * mmap.PAGESIZE, "they exist all the same"
+    pool.close()
 
 
 def test_a_kernel_that_has_no_room_is_refused_with_both_numbers(monkeypatch):

@@ -16,6 +16,7 @@ from support.oracles.token_walk import attends, needed_blocks
 
 from disagg.cache.layout import LayerSpec, derive_layout
 from disagg.cli.main import main, spell_out
+from disagg.config.demo import demo_model_folder
 from disagg.engine.footprint import footprint
 from disagg.engine.model.hf import transformers as hf
 
@@ -68,6 +69,19 @@ def test_a_budget_says_what_is_left_for_prefixes(capsys: pytest.CaptureFixture[s
     for shown in (poor, rich):
         assert "for prefixes beside one running sequence: " in shown
     assert "note:" not in rich
+
+
+def test_what_steps_take_of_a_gpu_is_said_by_role(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan"]) == 0
+    shown = capsys.readouterr().out
+    assert "a prefill worker on a GPU takes" in shown
+    assert "a decode worker on a GPU takes" in shown
+    plain, pieces, eager = (
+        run(demo_model_folder(), *flags)["gpu_steps"] for flags in ((), ("--piecewise-graphs",), ("--enforce-eager",))
+    )
+    assert plain["prefill"]["decode_graphs"] == plain["prefill"]["pieces"] == 0 < plain["decode"]["decode_graphs"]
+    assert pieces["prefill"]["pieces"] > 0
+    assert eager["decode"]["total"] < plain["decode"]["total"] < pieces["decode"]["total"]
 
 
 def walk(window: int | None, prompt_len: int, block_size: int, cached: int) -> tuple[set[int], set[int], set[int]]:
@@ -130,7 +144,7 @@ def run(folder: Path, *flags: str) -> Any:
     return json.loads(out.getvalue())
 
 
-KEYS = {"block_size", "prompt_len", "groups", "bytes", "full_copy_bytes"}
+KEYS = {"block_size", "prompt_len", "groups", "bytes", "full_copy_bytes", "gpu_steps"}
 GROUP_KEYS = {
     *("name", "window", "sink_tokens", "layers", "kv_heads", "head_dim", "dtype", "slot_bytes"),
     *("required_blocks", "cached_tokens", "bytes", "full_copy_bytes", "live_slots", "scratch_slots"),

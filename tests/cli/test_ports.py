@@ -8,7 +8,7 @@ from itertools import permutations
 import pytest
 
 from disagg.cli.main import main
-from disagg.cli.ports import Address, require_free_ports
+from disagg.cli.ports import LOOPBACK, Address, hold_port, require_free_ports
 from disagg.config.errors import ConfigError
 
 FLAGS = ("--port", "--admin-port", "--control-port")
@@ -68,3 +68,21 @@ def test_a_port_that_may_not_be_taken_says_which_may(monkeypatch: pytest.MonkeyP
 def test_a_host_that_is_not_ours_is_a_sentence(host: str) -> None:
     with pytest.raises(ConfigError, match=r"^cannot listen on `.*` port 0 \(`--host`\): "):
         require_free_ports(Address("--host", host, 0))
+
+
+def test_a_held_port_can_be_listened_at_by_a_server_that_reuses_addresses() -> None:
+    with hold_port(LOOPBACK, 0) as held:
+        port = held.getsockname()[1]
+        require_free_ports(Address("--control-port", LOOPBACK, port))
+        with socket.create_server((LOOPBACK, port)), socket.create_connection((LOOPBACK, port)):
+            pass
+
+
+def test_a_held_port_is_taken_for_a_server_that_does_not_reuse_addresses() -> None:
+    with hold_port(LOOPBACK, 0) as held, socket.socket() as other, pytest.raises(OSError, match="in use"):
+        other.bind(held.getsockname())
+
+
+def test_a_port_where_a_server_listens_cannot_be_held() -> None:
+    with socket.create_server((LOOPBACK, 0)) as server, pytest.raises(OSError, match="in use"):
+        hold_port(LOOPBACK, server.getsockname()[1])

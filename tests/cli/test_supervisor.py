@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -85,6 +86,16 @@ def visible(pid: int) -> bytes:
 
 def open_fds() -> int:
     return len(os.listdir("/proc/self/fd"))
+
+
+def test_workers_start_before_the_router_is_ready() -> None:
+    """The router waits for a worker's file, so that waiting for the router first would wait for ever."""
+    with tempfile.TemporaryDirectory() as folder:
+        mark = f"{folder}/started"
+        waiting = f"import pathlib\nwhile not pathlib.Path({mark!r}).exists(): time.sleep(0.01)\n"
+        starting = f"import pathlib; pathlib.Path({mark!r}).touch(); "
+        cluster = FakeCluster(waiting + SERVE, {"decode-0": starting + SERVE})
+        assert run(cluster, Recording(), ends_at_once([])) == 7
 
 
 def test_the_work_s_result_is_the_exit_code_and_every_child_ends(shown: Recording) -> None:

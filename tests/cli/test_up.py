@@ -19,10 +19,11 @@ from disagg.config.resources import num_cores, threads_by_role
 from disagg.config.settings import UpSettings
 
 ROUTER = {"url": "http://127.0.0.1:8000", "admin": "http://127.0.0.1:41000", "control": "tcp://127.0.0.1:42000"}
+CONTROL_PORT = 42000
 
 
 def cluster(**settings: object) -> LocalCluster:
-    return LocalCluster(UpSettings.model_validate(settings), "/models/m")
+    return LocalCluster(UpSettings.model_validate(settings), "/models/m", CONTROL_PORT)
 
 
 def flag(spec: ChildSpec, name: str) -> str | None:
@@ -34,12 +35,13 @@ def test_processes_are_started_with_a_safe_path() -> None:
 
 
 def test_there_are_as_many_workers_of_each_role_as_asked_for() -> None:
-    names = [spec.name for spec in cluster(prefill=2, decode=1, both=1).workers(ROUTER)]
+    names = [spec.name for spec in cluster(prefill=2, decode=1, both=1).workers()]
     assert names == ["prefill-0", "prefill-1", "decode-0", "both-0"]
 
 
-def test_workers_register_where_the_router_announced() -> None:
-    assert {flag(spec, "--router") for spec in cluster().workers(ROUTER)} == {"tcp://127.0.0.1:42000"}
+def test_router_and_workers_are_told_one_control_port() -> None:
+    assert {flag(spec, "--router") for spec in cluster().workers()} == {f"tcp://127.0.0.1:{CONTROL_PORT}"}
+    assert flag(cluster().router(None), "--control-port") == str(CONTROL_PORT)
 
 
 def test_a_router_that_starts_again_takes_the_ports_it_had() -> None:
@@ -54,7 +56,7 @@ def test_a_router_that_starts_again_takes_the_ports_it_had() -> None:
 
 def test_the_api_key_travels_in_the_environment_of_the_router_alone() -> None:
     started = cluster(api_key="hush")
-    router, workers = started.router(None), started.workers(ROUTER)
+    router, workers = started.router(None), started.workers()
     assert router.env["DISAGG_API_KEY"] == "hush"
     assert not any("hush" in " ".join(spec.argv) for spec in (router, *workers))
     assert not any("DISAGG_API_KEY" in spec.env for spec in workers)
@@ -65,11 +67,11 @@ def test_children_do_not_read_the_settings_of_up_again(monkeypatch: pytest.Monke
     environ = {"DISAGG_PORT": "1", "DISAGG_CONFIG": "x", "DISAGG_SECRET": "s", "HF_HOME": "/hf"}
     assert child_environment(environ) == {"HF_HOME": "/hf", "PYTHONIOENCODING": "utf-8:backslashreplace"}
     monkeypatch.setenv("DISAGG_BLOCK_SIZE", "64")
-    assert all("DISAGG_BLOCK_SIZE" not in spec.env for spec in cluster().workers(ROUTER))
+    assert all("DISAGG_BLOCK_SIZE" not in spec.env for spec in cluster().workers())
 
 
 def test_workers_share_memory_and_cores() -> None:
-    workers = cluster(kv_cache_memory="90MiB", prefill=2, decode=1).workers(ROUTER)
+    workers = cluster(kv_cache_memory="90MiB", prefill=2, decode=1).workers()
     assert {flag(spec, "--kv-cache-memory") for spec in workers} == {str(30 << 20)}
     assert {flag(spec, "--memory-share") for spec in workers} == {"0.3333"}
     shares = threads_by_role({"prefill": 2, "decode": 1, "both": 0}, num_cores())
@@ -80,7 +82,7 @@ def test_workers_share_memory_and_cores() -> None:
 
 def test_threads_may_be_told_by_role() -> None:
     def threads(**told: int) -> list[str]:
-        return [flag(spec, "--threads") for spec in cluster(prefill=1, decode=1, both=1, **told).workers(ROUTER)]
+        return [flag(spec, "--threads") for spec in cluster(prefill=1, decode=1, both=1, **told).workers()]
 
     assert threads(threads=5) == ["5", "5", "5"]
     assert threads(threads=5, prefill_threads=7) == ["7", "5", "5"]
@@ -93,11 +95,11 @@ def test_workers_are_told_one_share_of_memory_measured_once(monkeypatch: pytest.
     monkeypatch.setattr(up_module, "default_kv_cache_nbytes", lambda: next(measured))
     started = cluster(prefill=2, decode=1)
     for _ in ("at first", "after a restart"):
-        assert {flag(spec, "--kv-cache-memory") for spec in started.workers(ROUTER)} == {"300"}
+        assert {flag(spec, "--kv-cache-memory") for spec in started.workers()} == {"300"}
 
 
 def test_devices_are_dealt_in_turn_and_share_their_own_memory() -> None:
-    workers = cluster(prefill=2, decode=2, prefill_devices="cuda:0,cuda:1", decode_devices="cuda:1").workers(ROUTER)
+    workers = cluster(prefill=2, decode=2, prefill_devices="cuda:0,cuda:1", decode_devices="cuda:1").workers()
     assert [flag(spec, "--device") for spec in workers] == ["cuda:0", "cuda:1", "cuda:1", "cuda:1"]
     assert [flag(spec, "--memory-share") for spec in workers] == [None, "0.3333", "0.3333", "0.3333"]
 
@@ -114,7 +116,7 @@ def test_devices_are_dealt_in_turn_and_share_their_own_memory() -> None:
     ],
 )
 def test_every_worker_is_told_what_up_was_told(setting: str, value: object, flags: list[str]) -> None:
-    for spec in cluster(**{setting: value}).workers(ROUTER):
+    for spec in cluster(**{setting: value}).workers():
         assert " ".join(flags) in " ".join(spec.argv)
 
 
@@ -143,22 +145,32 @@ def test_links_are_read_from_the_list_of_workers() -> None:
 
 
 def test_the_summary_says_where_what_and_how() -> None:
-    worker = {"worker_id": "decode-0", "device": "cpu", "threads": 1, "memory": 5 << 20, "max_model_len": 2048}
+    worker = {"worker_id": "decode-0", "device": "cpu", "dtype": "float32"}
+    worker |= {"threads": 1, "memory": 5 << 20, "max_model_len": 2048}
     lines = summary(UpSettings(), ROUTER, [worker], [WorkerPair("prefill-0", "decode-0", "shm", "ready", "")])
     assert lines[0] == "serving `demo` at http://127.0.0.1:8000 (admin: http://127.0.0.1:41000)"
-    assert lines[1] == f"  decode-0: cpu, 1 of {num_cores()} cores, 5 MiB of KV cache, max-model-len 2048"
+    assert lines[1] == f"  decode-0: cpu in float32, 1 of {num_cores()} cores, 5 MiB of KV cache, max-model-len 2048"
     assert lines[2] == "  prefill-0 -> decode-0: shm"
     assert lines[3].startswith("curl http://127.0.0.1:8000/v1/completions")
 
 
 def test_the_summary_says_what_is_left_for_prefixes_and_what_to_change_when_it_is_nothing() -> None:
-    worker = {"worker_id": "decode-0", "device": "cpu", "threads": 1, "memory": 5 << 20, "max_model_len": 2048}
+    worker = {"worker_id": "decode-0", "device": "cpu", "dtype": "float32"}
+    worker |= {"threads": 1, "memory": 5 << 20, "max_model_len": 2048}
     said = {"reuse": "0 of 256 blocks of full", "reuse_advice": "no prefix is kept"}
     lines = summary(UpSettings(), ROUTER, [worker | said], [])
     assert lines[2:4] == [
         "    for prefixes beside one running sequence: 0 of 256 blocks of full",
         "    note: no prefix is kept",
     ]
+
+
+def test_the_summary_says_what_steps_take_of_a_gpu_and_why_there_are_no_graphs() -> None:
+    worker = {"worker_id": "decode-0", "device": "cuda:0", "threads": 1, "memory": 5 << 20, "max_model_len": 2048}
+    said = {"step_memory": 3 << 20, "eager": "capture failed: item waits for the device"}
+    lines = summary(UpSettings(), ROUTER, [worker | said], [])
+    assert "5 MiB of KV cache, 3 MiB for steps, max-model-len 2048" in lines[1]
+    assert lines[2] == "    note: steps run without CUDA graphs: capture failed: item waits for the device"
 
 
 class FailingSupervisor:
@@ -205,9 +217,9 @@ def test_the_curl_line_does_not_show_the_key() -> None:
 def test_switches_reach_the_workers_under_the_name_that_they_read(
     name: str, module: str, variable: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv(name, "off")
-    assert {spec.env[name] for spec in cluster().workers(ROUTER)} == {"off"}
     assert getattr(importlib.import_module(f"disagg.kernels.{module}"), variable) == name
+    monkeypatch.setenv(name, "off")
+    assert {spec.env[name] for spec in cluster().workers()} == {"off"}
 
 
 def test_every_variable_that_the_documentation_names_is_one_that_up_knows() -> None:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from support.cluster.warm import WarmPopen
 from support.model.checkpoints import edit_json
 from support.model.families import save_family
 
@@ -36,9 +37,9 @@ class Refusal:
         return [line.removeprefix("disagg: ") for line in self.stderr.splitlines() if line.startswith("disagg: ")]
 
 
-def refused(*flags: str) -> Refusal:
+def refused(*flags: str, start: type[subprocess.Popen[str]] = WarmPopen) -> Refusal:
     """Run `disagg up` in a session of its own until it ends by itself."""
-    process = subprocess.Popen(
+    process = start(
         [sys.executable, "-P", "-m", "disagg", "up", *flags],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -119,10 +120,10 @@ def test_memory_in_which_no_sequence_fits(tmp_path: Path) -> None:
 
 
 def test_a_window_in_which_not_even_the_query_fits(tmp_path: Path) -> None:
-    """Once, not once per restart: the worker says that this is the user's."""
+    """Once, not once per restart: the worker says that this is the user's. Its processes are fresh ones."""
     folder = save_family("mistral", tmp_path / "mistral")
     edit_json(folder / "config.json", sliding_window=0)
-    refusal = refused("--port", "0", "--model", str(folder), *ONE_WORKER)
+    refusal = refused("--port", "0", "--model", str(folder), *ONE_WORKER, start=subprocess.Popen)
     assert_one_sentence(refusal, "layer 0: window 0, expected at least 1", "`sliding_window` in config.json")
     assert "restarting" not in refusal.stderr
 

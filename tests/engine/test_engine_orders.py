@@ -116,9 +116,9 @@ def run_system(flows, engines, choose):
         assert not engine.stats().live_keys
 
 
-def system(share=1.5, max_num_seqs=4, hasher=None):
+def system(share=1.5, max_num_seqs=4, hasher=None, steps_ahead=None):
     limits = {"num_slots": room_for(share), "max_num_seqs": max_num_seqs, "max_num_batched_tokens": BATCHED}
-    limits["hasher"] = hasher
+    limits |= {"hasher": hasher, "steps_ahead": steps_ahead}
     sources = [TestedEngine(role="prefill", **limits) for _ in range(2)]
     return sources, [TestedEngine(role="decode", **limits) for _ in range(2)]
 
@@ -131,9 +131,9 @@ REQUESTS = st.lists(
 
 
 @settings(deadline=None, max_examples=40)
-@given(REQUESTS, st.randoms(use_true_random=False), st.sampled_from([1.0, 1.5]))
-def test_every_order_of_messages_and_steps_ends_with_small_pools(requests, randomness, share):
-    sources, targets = system(share)
+@given(REQUESTS, st.randoms(use_true_random=False), st.sampled_from([1.0, 1.5]), st.sampled_from([None, 1]))
+def test_every_order_of_messages_and_steps_ends_with_small_pools(requests, randomness, share, steps_ahead):
+    sources, targets = system(share, steps_ahead=steps_ahead)
     flows = [
         Flow(number, length, max_tokens, sources[source], targets[target])
         for number, (length, max_tokens, source, target, _) in enumerate(requests)
@@ -157,9 +157,11 @@ def test_cancels_at_any_moment_leave_nothing_behind(requests, randomness):
 
 
 @settings(deadline=None, max_examples=30)
-@given(REQUESTS, st.randoms(use_true_random=False), st.sampled_from([1.0, 1.5]))
-def test_requests_that_begin_alike_share_blocks_in_any_order_and_answer_the_same(requests, randomness, share):
-    sources, targets = system(share, hasher=HASHER)
+@given(REQUESTS, st.randoms(use_true_random=False), st.sampled_from([1.0, 1.5]), st.sampled_from([None, 1]))
+def test_requests_that_begin_alike_share_blocks_in_any_order_and_answer_the_same(
+    requests, randomness, share, steps_ahead
+):
+    sources, targets = system(share, hasher=HASHER, steps_ahead=steps_ahead)
     flows = [
         Flow(number, length, max_tokens, sources[source], targets[target], stem=number % 2)
         for number, (length, max_tokens, source, target, _) in enumerate(requests)

@@ -1,12 +1,14 @@
 from __future__ import annotations
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.model.engine_pair import TestedEngine, greedy, key, prompt_of
 
 from disagg.engine.batch import share_tokens
-from disagg.engine.commands import Pin, Prefill, Release, Reserve, Serve, TokensEvent
+from disagg.engine.beside import RoomBeside
+from disagg.engine.commands import FinishedEvent, Pin, Prefill, Release, Reserve, ReservedEvent, Serve, TokensEvent
 
 torch.set_num_threads(1)
 
@@ -79,17 +81,100 @@ def test_answers_get_their_token_in_every_step_of_a_long_prefill():
 # --- admission ------------------------------------------------------------------------------------------------
 
 
-def test_requests_start_in_order_of_arrival_and_nobody_overtakes():
+def steps(engine, count):
+    for _ in range(count):
+        engine.step()
+
+
+def order_of_starts(engine):
+    """Lengths of the prompts in order of their first chunk."""
+    return [piece[1] for batch in engine.runner.batches for piece in batch if piece[0] == 0]
+
+
+def test_equal_requests_start_in_order_of_arrival():
     engine = TestedEngine(num_slots=(40, 30), max_num_batched_tokens=64)
-    engine.handle(serve(1, 40, 4))
-    engine.handle(serve(2, 40, 4))
-    engine.handle(serve(3, 2, 2))
-    assert engine.stats().num_waiting == 2
+    for number, length in enumerate((40, 41, 42, 43)):
+        engine.handle(serve(number, length, 4))
+    assert engine.stats().num_waiting == 3
     engine.run()
-    assert order_of_first_tokens(engine) == [1, 3, 2] or order_of_first_tokens(engine) == [1, 2, 3]
-    started = [batch for batch in engine.runner.batches if any(start == 0 for start, _, _ in batch)]
-    assert len(started) == 2
-    assert [piece for piece in started[1] if piece[0] == 0] == [(0, 40, True), (0, 2, True)]
+    assert order_of_starts(engine) == [40, 41, 42, 43]
+
+
+def test_the_lowest_priority_value_starts_first_and_one_place_in_four_is_the_oldest_s():
+    engine = TestedEngine(num_slots=(40, 30), max_num_batched_tokens=64)
+    engine.handle(serve(0, 40, 4))
+    for number, priority in enumerate((5, 0, -1, 0, -1, -1), start=1):
+        engine.handle(Serve(key(number), prompt_of(40 + number, number), greedy(4), priority=priority))
+    engine.run()
+    assert [length - 40 for length in order_of_starts(engine)] == [0, 3, 5, 1, 6, 2, 4]
+
+
+def test_a_short_request_starts_beside_a_long_reservation_that_waits_for_room():
+    engine = TestedEngine(num_slots=(60, 60), max_num_batched_tokens=64)
+    engine.handle(serve(1, 60, 40))
+    steps(engine, 3)
+    engine.handle(Reserve(key(2), prompt_of(100, 2), greedy(60)))
+    for number in (3, 4, 5):
+        engine.handle(serve(number, 4, 2))
+    steps(engine, 4)
+    assert [len(engine.tokens(key(number))) for number in (3, 4, 5)] == [2, 2, 2]
+    assert not engine.of(key(2), ReservedEvent)
+    assert len(engine.tokens(key(1))) < 40
+
+
+def serve_flood_beside(engine, big, most_steps=400):
+    """Short requests without end beside a long one, from its arrival to its start; how many of them ended by then."""
+    number = 10
+    for _ in range(most_steps):
+        engine.handle(serve(number, 4, 6))
+        engine.handle(serve(number + 1, 12, 6))
+        engine.step()
+        number += 2
+        if engine.of(big, ReservedEvent):
+            return len(order_of_first_tokens(engine))
+    raise AssertionError("the long request starves")
+
+
+def test_a_long_reservation_is_served_beside_a_flood_of_short_requests_which_go_on_meanwhile():
+    engine = TestedEngine(num_slots=(60, 60), max_num_batched_tokens=64)
+    engine.handle(serve(1, 60, 40))
+    steps(engine, 3)
+    engine.handle(Reserve(key(2), prompt_of(100, 2), greedy(60)))
+    assert serve_flood_beside(engine, key(2)) > 5
+
+
+def test_without_room_kept_for_it_the_long_reservation_would_starve(monkeypatch):
+    """The control of the one above."""
+    monkeypatch.setattr(RoomBeside, "fits", lambda *_: True)
+    engine = TestedEngine(num_slots=(60, 60), max_num_batched_tokens=64)
+    engine.handle(serve(1, 60, 40))
+    steps(engine, 3)
+    engine.handle(Reserve(key(2), prompt_of(100, 2), greedy(60)))
+    with pytest.raises(AssertionError, match="starves"):
+        serve_flood_beside(engine, key(2))
+
+
+def test_without_passing_the_long_reservation_would_stop_the_short_ones(monkeypatch):
+    """The control of the two above: a line in order of arrival."""
+    monkeypatch.setattr(RoomBeside, "fits", lambda *_: False)
+    engine = TestedEngine(num_slots=(60, 60), max_num_batched_tokens=64)
+    engine.handle(serve(1, 60, 40))
+    steps(engine, 3)
+    engine.handle(Reserve(key(2), prompt_of(100, 2), greedy(60)))
+    engine.handle(serve(3, 4, 2))
+    steps(engine, 20)
+    assert not engine.tokens(key(3))
+
+
+@pytest.mark.parametrize(("priority", "ended"), [(0, [1, 2]), (1, [2, 1])])
+def test_the_least_important_gives_way_first_and_of_equals_the_newest(priority, ended):
+    engine = TestedEngine(num_slots=(48, 46), max_num_seqs=4)
+    engine.handle(Serve(key(1), prompt_of(20, 1), greedy(80), priority=priority))
+    engine.handle(serve(2, 20, 80))
+    engine.run()
+    assert engine.stats().num_preemptions > 0
+    finished = [int(event.key.transfer_id, 16) for event in engine.events if isinstance(event, FinishedEvent)]
+    assert finished == ended
 
 
 def test_max_num_seqs_bounds_what_is_computed_at_once():

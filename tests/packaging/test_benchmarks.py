@@ -19,7 +19,7 @@ def serve() -> ModuleType:
 def test_a_row_holds_medians_over_all_rounds(serve: ModuleType) -> None:
     one = serve.Round([serve.Sample(0.1, 0.5, 5, 0.001), serve.Sample(0.3, 0.7, 5, 0.004)], wall_s=1.0)
     two = serve.Round([serve.Sample(0.2, 0.6, 5, 0.002)], wall_s=1.0)
-    assert serve.row("x", [one, two]) == "| x | 200 | 300 | 2.0 | 100.0 | 8 |"
+    assert serve.row("x", [one, two]) == "| x | 200.0 | 300.0 | 2.0 | 0.0 | 100.0 | 8 |"
 
 
 def test_a_request_is_exposed_from_the_end_of_prefill_to_its_licence_to_decode(serve: ModuleType) -> None:

@@ -37,6 +37,11 @@ def tree(tmp_path: Path) -> Path:
     return tmp_path
 
 
+def test_a_class_that_is_named_but_not_there_is_a_complaint(house: ModuleType, tree: Path) -> None:
+    (tree / "disagg" / "a.py").write_text('"""As `b.Side.end` says, not `Sides.end`; raises `ValueError`."""\n')
+    assert house.complaints(tree) == ["disagg/a.py:1: there is no `Sides`"]
+
+
 def test_a_house_in_order_has_no_complaints(house: ModuleType, tree: Path) -> None:
     assert house.complaints(tree) == []
 

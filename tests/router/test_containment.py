@@ -14,7 +14,7 @@ import pytest
 from support.cluster.fake_worker import FakeWorker
 from support.cluster.router_harness import GEOMETRY, make_request
 from support.event_loop import in_event_loop, within
-from support.links.extreme_messages import extremes_of
+from support.links.extremes import messages
 from support.links.sample_messages import SAMPLES
 
 from disagg.router.generation import GenerationEnd, GenerationError, GenerationRequest
@@ -60,7 +60,7 @@ async def until_heard(router: Router, worker: FakeWorker) -> None:
 
 
 def batches() -> list[list[tuple[str, bytes]]]:
-    every = [one for message in SAMPLES for one in extremes_of(message)]
+    every = [one for message in SAMPLES for one in messages(message)]
     return [every[first : first + BATCH] for first in range(0, len(every), BATCH)]
 
 
@@ -98,7 +98,7 @@ async def test_no_answer_with_any_field_at_its_extremes_ends_the_router() -> Non
             answer = asyncio.create_task(collect(router, make_request(max_tokens=64, num_prompt_tokens=40)))
             dispatch = await within(worker.expect_after_others(r.Dispatch))
             message = replace(sample, transfer_id=dispatch.transfer_id, epoch=dispatch.epoch)
-            for _, data in extremes_of(message):
+            for _, data in messages(message):
                 if answer.done():
                     with contextlib.suppress(GenerationError):
                         answer.result()
@@ -132,7 +132,7 @@ async def test_a_message_that_raises_costs_its_connection_is_logged_once_by_name
         assert b"disagg_peer_faults_total 1.0" in router.metrics()
         told = [record for record in caplog.records if record.levelno == logging.ERROR]
         assert len(told) == 1
-        assert "a Tokens of worker `d0` cannot be taken" in told[0].getMessage()
+        assert "a StepTokens of worker `d0` cannot be taken" in told[0].getMessage()
 
 
 @pytest.mark.parametrize(

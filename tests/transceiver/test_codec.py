@@ -14,7 +14,7 @@ from disagg.transceiver.wire import codec
 from disagg.transceiver.wire.codec import PROTOCOL, TAGS, decode, encode
 from disagg.transceiver.wire.errors import LocalProtocolError, RemoteProtocolError
 from disagg.transceiver.wire.messages.peer import Accepted, Ack, Closed, Done, PeerMessage, Received
-from disagg.transceiver.wire.messages.router import Dispatch, RouterMessage, Tokens
+from disagg.transceiver.wire.messages.router import Dispatch, RouterMessage, StepTokens, Tokens
 from disagg.transceiver.wire.messages.values import FirstToken, ManifestEntry, Sampling, SamplingState, TokenLogprobs
 from disagg.transceiver.wire.schema import shape_of
 from disagg.transceiver.wire.sizes import MAX_MANIFEST_ENTRIES, MAX_MESSAGE_NBYTES
@@ -60,9 +60,10 @@ def test_another_major_version_is_refused_naming_both() -> None:
 
 
 def test_a_missing_field_takes_its_default() -> None:
-    fields = fields_of(Tokens("t", 0, 0, (1,)))
+    step = StepTokens.of([Tokens("t", 0, 0, (1,))])
+    fields = fields_of(step)
     del fields["logprobs"]
-    assert decode(packed(37, fields)) == Tokens("t", 0, 0, (1,))
+    assert decode(packed(37, fields)) == step
 
 
 def test_a_missing_field_without_default_is_named() -> None:
@@ -230,10 +231,11 @@ def test_a_manifest_of_as_many_units_as_are_admitted_comes_back_and_one_more_doe
         Received(HEADER, True),
         raw(Received, HEADER, 2**70),
         raw(Received, HEADER, "1"),
-        Tokens("t", 0, 0, [1]),
-        raw(Tokens, "t", 0, 0, (1, True)),
-        Tokens("t", 0, 0, (), (None,)),
-        Tokens("\ud800", 0, 0, ()),
+        Tokens("t", 0, 0, (1,)),
+        raw(StepTokens, ("t",), (0,), (0,), (0,), (1,), [1]),
+        raw(StepTokens, ("t",), (0,), (0,), (0,), (1,), (2**31,)),
+        raw(StepTokens, ("t",), (0,), (0,), (0,), (1,), (1,), logprobs=(None,)),
+        StepTokens.of([Tokens("\ud800", 0, 0, ())]),
         Closed(None),
         Dispatch("t", 0, "r", "serve", (1,), Sampling(max_tokens=1, logit_bias=((1,),)), 1.0),
         Dispatch("t", 0, "r", "serve", (1,), Sampling(max_tokens=1, temperature=True), 1.0),

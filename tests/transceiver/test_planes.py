@@ -21,7 +21,7 @@ from disagg.cache.pool import NULL_SLOT, TRASH_SLOT
 from disagg.transceiver.layout.runs import adjacent, ints
 from disagg.transceiver.memory import copying
 from disagg.transceiver.planes import probe
-from disagg.transceiver.planes.tcp import stream as tcp_stream
+from disagg.transceiver.planes.tcp import sender as tcp_sender
 from disagg.transceiver.wire.errors import PeerLost, PlaneRefused, SourceChanged
 
 pytestmark = pytest.mark.parametrize("kind", PLANES)
@@ -111,7 +111,7 @@ async def test_a_slot_given_away_before_the_copy_is_refused(kind: str) -> None:
 async def test_a_slot_given_away_during_the_copy_is_refused(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     async with plane_pair(kind) as pair:
         receiver = await pair.receiver()
-        copy_slots, copy_rows, write = copying.copy_slots, copying.copy_rows, tcp_stream.write
+        copy_slots, copy_rows, write = copying.copy_slots, copying.copy_rows, tcp_sender.write
 
         def copy_all_while_the_owner_reuses(*what: Any) -> None:
             copy_slots(*what)
@@ -128,7 +128,7 @@ async def test_a_slot_given_away_during_the_copy_is_refused(kind: str, monkeypat
         monkeypatch.setattr("disagg.transceiver.planes.reading.copy_slots", copy_all_while_the_owner_reuses)
         monkeypatch.setattr("disagg.transceiver.planes.ucx.sender.copy_rows", copy_while_the_owner_reuses)
         monkeypatch.setattr("disagg.transceiver.planes.zmq.source.copy_rows", copy_while_the_owner_reuses)
-        monkeypatch.setattr("disagg.transceiver.planes.tcp.stream.write", write_while_the_owner_reuses)
+        monkeypatch.setattr("disagg.transceiver.planes.tcp.sender.write", write_while_the_owner_reuses)
         with pytest.raises(SourceChanged):
             await within(pair.move(receiver, RUN))
 

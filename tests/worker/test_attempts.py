@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 from support.model.engine_pair import key
 
-from disagg.engine.commands import FailedEvent, Release, Unregister
+from disagg.engine.commands import Decode, FailedEvent, Release, Reserve, TokensEvent, Unregister
 from disagg.transceiver.peers.decode_side import TransferRecord
-from disagg.transceiver.wire.messages.router import Dispatch, RequestFailed
-from disagg.transceiver.wire.messages.values import Sampling, UnitName
+from disagg.transceiver.protocol.actions import Verified
+from disagg.transceiver.wire.messages.router import Dispatch, RequestFailed, Tokens
+from disagg.transceiver.wire.messages.values import FirstToken, Sampling, SamplingState, UnitName
 from disagg.worker.attempts import Attempts
 from disagg.worker.metrics import WorkerMetrics
 
@@ -36,6 +37,27 @@ def test_an_attempt_that_is_over_is_held_until_its_suspect_blocks_were_looked_at
     attempts.suspects_seen(key(1))
     assert attempts.held == ()
     assert commands[1:] == [Release(key(1))]
+
+
+def test_a_received_first_token_leaves_when_it_is_verified_and_only_once() -> None:
+    commands: list[Any] = []
+    messages: list[Any] = []
+    metrics: Any = SimpleNamespace(count_transfer=lambda *counts: None, count_landed_saturated=lambda count: None)
+    pairing: Any = lambda dispatch: SimpleNamespace(  # noqa: E731
+        fits=True, precision="", worker_id="d", group_bytes=lambda record: (), peer_geometry=None
+    )
+    attempts = Attempts(commands.append, messages.append, pairing, metrics, fetch_wait_s=1.0)
+    attempts.receiving = cast(Any, SimpleNamespace(knows=lambda key: False))
+    transfer_id, epoch = key(1).transfer_id, key(1).epoch
+    attempts.take_message(Dispatch(transfer_id, epoch, "r", "decode", (1, 2), Sampling(max_tokens=2), 60.0))
+    first = FirstToken(7, None, SamplingState(0, ((7, 1),)), num_cached_tokens=1)
+    attempts.decode(key(1), Verified(transfer_id, epoch, first), TransferRecord(plane="tcp"))
+    assert [type(command) for command in commands] == [Reserve, Decode]
+    assert messages[-1] == Tokens(transfer_id, epoch, 0, (7,), (), 1), "the engine has not been asked yet"
+    sent = len(messages)
+    attempts.take_event(TokensEvent(key(1), 0, (7,), (), 1))
+    attempts.take_event(TokensEvent(key(1), 1, (9,), ()))
+    assert messages[sent:] == [Tokens(transfer_id, epoch, 1, (9,), ())]
 
 
 def test_a_request_that_the_engine_gave_up_is_answered_with_the_engines_status_and_words() -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from support.event_loop import in_event_loop
-from support.links.extreme_messages import extremes_of
+from support.links.extremes import messages
 from support.links.sample_messages import ID, SAMPLES, SAMPLING
 from support.model.engine_pair import LAYOUT, TestedEngine
 
@@ -114,7 +114,7 @@ async def test_no_message_of_the_router_with_any_field_at_its_extremes_ends_the_
         replace(SERVE, mode=mode, peer=r.PeerTarget(ID, "p", "tcp://127.0.0.1:1", GEOMETRY)) for mode in MODES
     ]
     for message in (*SAMPLES, *dispatches):
-        for _, data in extremes_of(message):
+        for _, data in messages(message):
             try:
                 heard = decode(data)
             except RemoteProtocolError:

@@ -9,6 +9,9 @@ import torch
 
 from disagg.cli.main import main
 from disagg.config.errors import ConfigError
+from disagg.config.settings import WorkerSettings
+from disagg.transceiver.wire.keys import ClusterKeys
+from disagg.worker import build
 from disagg.worker.device import check_device
 
 
@@ -59,3 +62,19 @@ def test_a_worker_without_its_device_ends_with_a_sentence(role: str, capsys: pyt
     assert said == [
         "disagg: `--device` is `cuda:0`: the installed PyTorch is a build for CPUs only; give another device, or `cpu`"
     ]
+
+
+def test_a_worker_makes_its_engine_on_its_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton launches on the calling thread's device, wherever the tensors lie."""
+    order: list[str] = []
+
+    def resolve(_: str) -> None:
+        order.append("model")
+        raise ConfigError("far enough")
+
+    monkeypatch.setattr(build, "check_device", lambda name: order.append(f"check {name}"))
+    monkeypatch.setattr(build, "resolve_model", resolve)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda index: order.append(f"use {index}"))
+    with pytest.raises(ConfigError, match="far enough"):
+        build.make_engine(WorkerSettings(device="cuda:1"), "decode", ClusterKeys.published(), order.append)
+    assert order == ["check cuda:1", "use 1", "model"]

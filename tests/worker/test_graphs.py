@@ -21,6 +21,7 @@ from disagg.engine.run.graphs.decode import GraphRunner
 from disagg.engine.run.graphs.use import GraphUse
 from disagg.engine.run.pieces import runner as piecewise_runner
 from disagg.engine.run.runner import Runner
+from disagg.engine.step_memory import StepMemory, StepMemoryShort
 from disagg.kernels.dispatch import forced
 from disagg.transceiver.wire.keys import ClusterKeys
 from disagg.worker import build
@@ -60,7 +61,8 @@ def made(model: LoadedModel, monkeypatch: pytest.MonkeyPatch, role: Role = "deco
     said = replace(model, device=settings.pop("device", Cuda()))
     cache = make_cache(model, block_size=8, num_slots=20)
     with plan_attention():
-        runner, use = build.make_runner(WorkerSettings(max_num_seqs=2, **settings), role, said, cache, 64, told.append)
+        asked = WorkerSettings(max_num_seqs=2, **settings)
+        runner, use = build.make_runner(asked, role, said, cache, 64, told.append, StepMemory(decode_graphs=3 << 20))
     cache.close()
     assert told == [stage for stage in STAGES if stage in told]
     return runner, use, [graph for maker in makers for graph in maker.graphs]
@@ -119,9 +121,23 @@ def test_a_model_that_cannot_be_captured_runs_eager_and_says_so(
     monkeypatch.setattr(FakeGraph, "capture", refuse)
     runner, use, _ = made(model, monkeypatch)
     assert isinstance(runner, Runner)
-    assert use == GraphUse()
+    assert use == GraphUse(refusal="capture failed: item waits for the device"), "what `up` shows"
     warnings = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
     assert warnings == ["steps run without CUDA graphs: capture failed: item waits for the device"]
+
+
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA out of memory."), RuntimeError("CUDA error: out of memory")]
+)
+def test_graphs_that_do_not_fit_end_the_start_with_a_sentence(
+    error: RuntimeError, model: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(FakeGraph, "capture", refuse)
+    with pytest.raises(StepMemoryShort, match=r"3 MiB were planned .* are free now; lower .* `--enforce-eager`"):
+        made(model, monkeypatch)
 
 
 def test_the_backend_that_compiles_is_warmed_up_before_a_worker_is_ready(

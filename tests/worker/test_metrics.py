@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from support.model.engine_pair import TestedEngine
+from support.model.engine_pair import TestedEngine, greedy, key, prompt_of
 
+from disagg.engine.commands import Serve
 from disagg.transceiver.peers.link import LinkSpeed
 from disagg.transceiver.wire.messages.values import MetricSample
 from disagg.worker.metrics import WorkerMetrics
@@ -29,3 +30,14 @@ def test_a_later_registrations_links_take_the_place_of_the_last_ones() -> None:
     metrics.watch_links(lambda: [LinkSpeed("gone", "tcp", "", 1.0)])
     metrics.watch_links(lambda: [LinkSpeed("here", "shm", "", 5.0)])
     assert [dict(sample.labels)["peer"] for sample in link_samples(metrics)] == ["here"]
+
+
+def test_blocks_that_windows_let_go_are_counted_per_group() -> None:
+    engine = TestedEngine()
+    names = [group.name for group in engine._cache.layout.groups]
+    engine.serve_all([Serve(key(1), prompt_of(40), greedy(4, ignore_eos=True))])
+    samples = WorkerMetrics(names).samples(engine.stats())
+    found = {dict(x.labels)["group"]: x.value for x in samples if x.name == "disagg_window_evictions_total"}
+    assert found == dict(zip(names, engine._cache.num_outdated, strict=True))
+    windowed = [group.name for group in engine._cache.layout.groups if group.window is not None]
+    assert {name for name in names if found[name] > 0} == set(windowed)

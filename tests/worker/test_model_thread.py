@@ -1,13 +1,18 @@
-"""The model thread: commands before steps, one batch of replies per step, sleep without work, death reported once."""
+"""The model thread: commands before steps, events told when they are made, sleep without work, death reported once."""
 
 from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import pytest
+import torch
 
 from disagg.engine.commands import AttemptKey, Command, EngineEvent, PinnedEvent, Release
 from disagg.engine.stats import EngineStats
+from disagg.worker.device import use_device
 from disagg.worker.model_thread import ModelThread
 
 
@@ -50,11 +55,15 @@ class ScriptedEngine:
 
 
 async def _drive(
-    engine: ScriptedEngine, num_calls: int, commands: Sequence[Command]
+    engine: ScriptedEngine,
+    num_calls: int,
+    commands: Sequence[Command],
+    on_begin: Callable[[], None] = lambda: None,
 ) -> tuple[list[list[EngineEvent]], list[BaseException]]:
     batches: list[list[EngineEvent]] = []
     deaths: list[BaseException] = []
-    thread = ModelThread(engine, asyncio.get_running_loop(), lambda b: batches.append(list(b)), deaths.append)
+    loop = asyncio.get_running_loop()
+    thread = ModelThread(engine, loop, lambda b: batches.append(list(b)), deaths.append, on_begin=on_begin)
     for command in commands:
         thread.submit(command)
     thread.start()
@@ -72,8 +81,29 @@ def test_all_waiting_commands_are_handled_before_the_next_step() -> None:
     engine = ScriptedEngine()
     batches, deaths = asyncio.run(_drive(engine, 4, [release(1), release(2), release(3)]))
     assert engine.calls == ["handle 1", "handle 2", "handle 3", "step"]
-    assert [len(batch) for batch in batches] == [4], "one batch per turn"
+    assert [len(batch) for batch in batches] == [1, 1, 1, 1], "each command's events, then those of the step"
     assert not deaths
+
+
+def test_what_a_command_brought_about_is_told_while_the_step_behind_it_computes() -> None:
+    class SlowEngine(ScriptedEngine):
+        was_told = threading.Event()
+
+        def step(self) -> list[EngineEvent]:
+            self._note("told" if self.was_told.wait(timeout=5) else "not told")
+            return super().step()
+
+    async def scenario() -> None:
+        engine = SlowEngine()
+        loop = asyncio.get_running_loop()
+        thread = ModelThread(engine, loop, lambda events: engine.was_told.set(), lambda death: None)
+        thread.submit(release(1))
+        thread.start()
+        await asyncio.to_thread(engine.wait_for_calls, 3)
+        await thread.close()
+        assert engine.calls == ["handle 1", "told", "step"]
+
+    asyncio.run(scenario())
 
 
 def test_a_thread_with_work_goes_on_stepping_without_commands() -> None:
@@ -86,6 +116,32 @@ def test_a_thread_without_work_sleeps_until_a_command_comes() -> None:
     engine = ScriptedEngine(num_steps=0)
     asyncio.run(_drive(engine, 1, [release(1)]))
     assert engine.calls == ["handle 1"], "no step was made without work"
+
+
+def test_the_thread_uses_its_device_before_it_handles_anything(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = ScriptedEngine()
+    used: list[tuple[int, str, int]] = []
+
+    def set_device(index: int) -> None:
+        used.append((index, threading.current_thread().name, len(engine.calls)))
+
+    monkeypatch.setattr(torch.cuda, "set_device", set_device)
+    for name in ("cpu", "cuda", "cuda:1"):
+        engine = ScriptedEngine()
+        asyncio.run(_drive(engine, 2, [release(1)], on_begin=partial(use_device, name)))
+    assert used == [(0, "model", 0), (1, "model", 0)]
+
+
+def test_a_device_that_is_lost_before_the_thread_begins_is_its_death() -> None:
+    fault = RuntimeError("CUDA error: no device")
+
+    def lose() -> None:
+        engine._note("begin")
+        raise fault
+
+    engine = ScriptedEngine()
+    _, deaths = asyncio.run(_drive(engine, 1, [release(1)], on_begin=lose))
+    assert (deaths, engine.calls) == ([fault], ["begin"])
 
 
 def test_a_thread_that_dies_reports_once_and_runs_no_more() -> None:

@@ -29,6 +29,11 @@ class Head:
         self._created = int(time.time())
         self._model = model
 
+    def event_ends(self, kind: str, **others: Any) -> tuple[bytes, bytes]:
+        """What stands before and after the one choice of an event, the same of every token."""
+        before, _, after = encode_json(self.around(kind, [], **others)).rpartition(b'"choices":[]')
+        return b"data: " + before + b'"choices":[', b"]" + after + b"\n\n"
+
     def around(self, kind: str, choices: list[dict[str, Any]], **others: Any) -> dict[str, Any]:
         return {
             "id": self._id,
@@ -74,18 +79,20 @@ class EventSink:
         self._head = head
         self._shape = shape
         self._usage = {"usage": None} if includes_usage else {}
+        self._before, self._after = head.event_ends(shape.event_kind, **self._usage)
         self._timeout_s = timeout_s
         self._lock = asyncio.Lock()  # choices emit concurrently; headers must come first and events whole
         self._has_started = False
 
     async def emit(self, choice: Choice, delta: Delta) -> None:
         await self._shape.take_prompt(choice, delta)
-        extras = {} if choice.has_begun else self._shape.extras(choice)
-        value = self._head.around(self._shape.event_kind, [self._shape.event(choice, delta)], **extras, **self._usage)
+        event = self._shape.event(choice, delta)
         if choice.has_begun:
-            await self._event(value)
+            async with self._lock:  # its headers are out: the choice has begun
+                await self._send_part(self._before + encode_json(event) + self._after)
         else:  # the first of a choice may hold its whole prompt
             choice.has_begun = True
+            value = self._head.around(self._shape.event_kind, [event], **self._shape.extras(choice), **self._usage)
             await self._send_body(blocks(chain([b"data: "], json_pieces(value), [b"\n\n"])))
 
     async def close(self, choices: Sequence[Choice]) -> None:
@@ -108,9 +115,12 @@ class EventSink:
                     response_start(200, b"text/event-stream; charset=utf-8", (b"cache-control", b"no-cache"))
                 )
             async for part in paced(parts):
-                await self._send({"type": "http.response.body", "body": part, "more_body": True})
+                await self._send_part(part)
             if not more:
                 await self._send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    async def _send_part(self, part: bytes) -> None:
+        await self._send({"type": "http.response.body", "body": part, "more_body": True})
 
     async def _send(self, message: Message) -> None:
         try:

@@ -1,22 +1,34 @@
-"""The bearer key, compared as HTTP says: the scheme in any case, spaces around the key of no meaning."""
+"""The bearer keys, compared as HTTP says: the scheme in any case, spaces around the key of no meaning."""
 
 from __future__ import annotations
 
-import hmac
+import secrets
+from collections.abc import Mapping
+from hashlib import blake2b
 
 SPACE = b" \t"
 
 
-class BearerKey:
-    """Knows the key in the two encodings that clients send: headers are Latin-1 by rule and UTF-8 in practice."""
+class KeyRing:
+    """Knows whose key it is, in the two encodings that clients send: headers are Latin-1 by rule, UTF-8 in practice.
 
-    def __init__(self, key: str) -> None:
-        encoded = key.encode()
-        self._forms = (encoded, key.encode("latin-1")) if max(key, default="") <= "\xff" else (encoded,)
+    Keys are looked up by a digest under a secret of this process: how long that takes says nothing of any key.
+    """
 
-    def opens(self, header: str) -> bool:
-        """Whether this value of `Authorization` carries the key. Takes as long for a wrong one."""
+    def __init__(self, tenants: Mapping[str, str]) -> None:
+        """`tenants`: the tenant's name by key."""
+        self._secret = secrets.token_bytes(32)
+        self._tenants: dict[bytes, str] = {}
+        for key, tenant in tenants.items():
+            self._tenants[self._digest(key.encode())] = tenant
+            if max(key, default="") <= "\xff":
+                self._tenants[self._digest(key.encode("latin-1"))] = tenant
+
+    def tenant_of(self, header: str) -> str | None:
+        """The tenant whose key this value of `Authorization` carries; None where it carries none of ours."""
         scheme, _, given = header.encode("latin-1").strip(SPACE).partition(b" ")
-        given = given.strip(SPACE)
-        is_known = any(hmac.compare_digest(given, form) for form in self._forms)
-        return is_known and scheme.lower() == b"bearer"
+        tenant = self._tenants.get(self._digest(given.strip(SPACE)))
+        return tenant if scheme.lower() == b"bearer" else None
+
+    def _digest(self, key: bytes) -> bytes:
+        return blake2b(key, key=self._secret, digest_size=32).digest()

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import uuid
-from collections.abc import MutableMapping
+from collections.abc import Mapping, MutableMapping
+from types import MappingProxyType
 from typing import Any, Final, cast
 
 from starlette.datastructures import Headers
@@ -14,7 +15,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from disagg.api.http.authorization import BearerKey
+from disagg.api.http.authorization import KeyRing
 from disagg.api.http.errors import ApiError, shutting_down
 from disagg.api.http.responses import error_response
 
@@ -23,6 +24,8 @@ MAX_ID_LENGTH: Final = 128  # it is logged on every line and crosses the wire wi
 MAX_DRAINED_NBYTES: Final = 256 * 1024  # of a refused body: read faster than a new connection is made
 OPEN_PATHS: Final = frozenset({"/health", "/ready", "/version", "/metrics"})  # what probes and scrapers read
 
+NO_KEYS: Final[Mapping[str, str]] = MappingProxyType({})
+
 log: Final = logging.getLogger(__name__)
 
 
@@ -30,12 +33,18 @@ def request_id_of(scope: Scope) -> str:
     return cast("str", scope["state"]["request_id"])
 
 
+def tenant_of(scope: Scope) -> str:
+    """Whose API key the request carries; "" where the API is open."""
+    return cast("str", scope["state"]["tenant"])
+
+
 class Edge:
     """ASGI middleware. Whatever happens below it, the client gets one whole response with its `X-Request-Id`."""
 
-    def __init__(self, app: ASGIApp, api_key: str | None = None) -> None:
+    def __init__(self, app: ASGIApp, api_keys: Mapping[str, str] = NO_KEYS) -> None:
+        """`api_keys`: tenants by key; none of them leaves every path open."""
         self._app = app
-        self._key = None if api_key is None else BearerKey(api_key)
+        self._keys = KeyRing(api_keys) if api_keys else None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -43,7 +52,7 @@ class Edge:
         body = _Body(scope, receive)
         receive = body.receive
         response = _Response(send, uuid.uuid4().hex, body)
-        scope.setdefault("state", {})["request_id"] = response.request_id
+        scope.setdefault("state", {}).update(request_id=response.request_id, tenant="")
         try:
             self._admit(scope, response)
             await self._app(scope, receive, response.send)
@@ -61,10 +70,11 @@ class Edge:
         headers = Headers(scope=scope)
         if (given := headers.get(HEADER)) is not None:
             response.request_id = scope["state"]["request_id"] = check_request_id(given)
-        if self._key is None or scope["path"] in OPEN_PATHS:
+        if self._keys is None or scope["path"] in OPEN_PATHS:
             return
-        if not self._key.opens(headers.get("authorization", "")):
+        if (tenant := self._keys.tenant_of(headers.get("authorization", ""))) is None:
             raise ApiError(401, "the API key is missing or wrong: send the header `Authorization: Bearer KEY`")
+        scope["state"]["tenant"] = tenant
 
     async def _apologise(self, scope: Scope, receive: Receive, response: _Response) -> None:
         if response.has_started:  # its bytes are out: leaving it unfinished makes the server cut the connection

@@ -6,6 +6,7 @@ import re
 from typing import Any, Final
 
 import h11
+from h11._writers import ChunkedWriter
 
 MAX_HEAD_NBYTES: Final = 16 * 1024  # what h11, nginx and Apache allow for, in all, within a factor of two
 MAX_HEAD_LINES: Final = 128  # a line costs h11 about 4 us; clients behind proxies send 30
@@ -38,6 +39,12 @@ class BoundedH11(h11.Connection):
         except h11.RemoteProtocolError as exc:
             self.refusal_status = exc.error_status_hint
             raise
+
+    def send(self, event: Any) -> Any:
+        """As h11's, which takes 15 us for a chunk of a stream; a token has no more than that for all of its way."""
+        if type(event) is h11.Data and type(self._writer) is ChunkedWriter and self.our_state is h11.SEND_BODY:
+            return b"%x\r\n%b\r\n" % (len(event.data), event.data) if event.data else b""
+        return super().send(event)
 
     @property
     def has_begun_head(self) -> bool:

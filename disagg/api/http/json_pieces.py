@@ -12,6 +12,8 @@ ITEMS: Final = 1024  # numbers or short texts encoded at once: about 0.1 ms
 CHARS: Final = 16 * 1024  # of a text encoded at once: about 0.1 ms
 BLOCK_NBYTES: Final = 32 * 1024  # bytes joined and sent at once; half of what a connection buffers before it waits
 
+_ENCODER: Final = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+
 
 class Encoded(list[bytes]):
     """A JSON array whose items are encoded already."""
@@ -19,8 +21,7 @@ class Encoded(list[bytes]):
 
 def encode_json(value: Any) -> bytes:
     """UTF-8 JSON. A lone surrogate, which UTF-8 cannot hold, leaves as its `\\udXXX` escape, which is JSON."""
-    text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-    return text.encode("utf-8", "backslashreplace")
+    return _ENCODER.encode(value).encode("utf-8", "backslashreplace")
 
 
 def json_pieces(value: Any) -> Iterator[bytes]:

@@ -45,6 +45,7 @@ ALL: Final = (COMPLETIONS, CHAT, TOKENIZE, DETOKENIZE)
 MAX_N: Final = 128  # OpenAI's limit
 MAX_SALT_LENGTH: Final = 512  # it is hashed, so this only bounds a useless field
 SEED: Final = Integer(-(2**63), 2**63 - 1)
+PRIORITY: Final = Integer(-(2**31), 2**31 - 1)  # what the wire holds
 COUNT: Final = Integer(1, MAX_TOKENS)
 PENALTY: Final = Number(low=-MAX_PENALTY, high=MAX_PENALTY)
 
@@ -153,7 +154,7 @@ FIELDS: Final[tuple[Field, ...]] = (
     Field("use_beam_search", GENERATE, Exactly(False), "no beam search", "false"),
     Field("length_penalty", GENERATE, Exactly(1.0), "concerns beam search only", "1.0"),
     Field("spaces_between_special_tokens", GENERATE, Exactly(True), "concerns slow tokenizers only", "true"),
-    Field("priority", GENERATE, Exactly(0), "all requests have one priority", "0"),
+    Field("priority", GENERATE, PRIORITY, "lower ones are served first among the requests of one API key", "0"),
     Field("store", (CHAT,), Exactly(False), "answers are not stored", "false"),
     *_refused("suffix", "the models served here do not fill in the middle", (COMPLETIONS,)),
     *_refused("prompt_embeds", "send the prompt as text or token ids", (COMPLETIONS,)),

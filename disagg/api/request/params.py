@@ -50,6 +50,7 @@ class RequestParams:
     add_generation_prompt: bool = True
     chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
     return_token_strs: bool = False
+    priority: int = 0
     user: str | None = None
     cache_salt: str | None = None
 

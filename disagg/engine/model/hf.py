@@ -2,20 +2,24 @@
 
 Transformers probes for a distribution called `kernels` while it imports itself, and would import or download hub
 kernels through it. A folder or wheel of that name that is not the hub's breaks `import LlamaForCausalLM`, so the probe
-is switched off before anything else of transformers is touched.
+is switched off before anything else of transformers is touched. So is the one for torch.distributed, which no model
+here asks transformers to use, and which takes 0.7 s to import; the compiler waits until it is asked for.
 """
 
 from __future__ import annotations
 
+import transformers.utils as _utils
 import transformers.utils.import_utils as _import_utils
 
 
-def _no_hub_kernels(*_args: object, **_kwargs: object) -> bool:
+def _not_available(*_args: object, **_kwargs: object) -> bool:
     return False
 
 
-_import_utils.is_kernels_available = _no_hub_kernels
+for _asked in (_utils, _import_utils):  # each module of transformers takes the probes from one or the other
+    vars(_asked).update(is_kernels_available=_not_available, is_torch_distributed_available=_not_available)
 
+import contextlib  # noqa: E402
 import logging  # noqa: E402
 import time  # noqa: E402
 from collections.abc import Iterable, Iterator, Mapping  # noqa: E402
@@ -28,12 +32,18 @@ import transformers  # noqa: E402
 from transformers.utils import logging as hf_logging  # noqa: E402
 
 from disagg.engine.model.attention import paged_attention  # noqa: E402
+from disagg.engine.model.deferred_compiler import compiler_deferred  # noqa: E402
 from disagg.engine.model.opaque_attention import (  # noqa: E402
     COMPILED_ATTENTION_NAME,
     TRACED_ATTENTION_NAME,
     compiled_attention,
     traced_attention,
 )
+
+# A version of transformers that wants more of the compiler than its stand-in has loads it below, at its first use.
+with contextlib.suppress(ImportError), compiler_deferred():
+    import transformers.masking_utils
+    import transformers.modeling_utils
 
 log = logging.getLogger(__name__)
 

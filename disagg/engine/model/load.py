@@ -6,6 +6,7 @@ import json
 import logging
 import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from hashlib import blake2b
 from pathlib import Path
@@ -24,6 +25,7 @@ from disagg.engine.model.architecture import (
     needs_dequantising,
     rope_by_layer_type,
 )
+from disagg.engine.model.deferred_compiler import compiler_deferred
 from disagg.engine.model.fused_qkv import fuse
 from disagg.engine.model.kv_dtype import (
     NO_SCALES,
@@ -48,10 +50,14 @@ OVERHEAD_NBYTES = GIB // 2
 
 @dataclass(frozen=True, slots=True)
 class Skeleton:
-    """A model known by its configuration alone: no weights were read. `num_parameters` counts tied ones once."""
+    """A model known by its configuration alone: no weights were read. `num_parameters` counts tied ones once.
+
+    `module`: in bfloat16 on the meta device, where a forward pass takes no memory.
+    """
 
     architecture: Architecture
     config: Any
+    module: torch.nn.Module
     calls: tuple[AttentionCall, ...]
     num_parameters: int
     is_quantised: bool
@@ -108,6 +114,7 @@ class LoadedModel:
     saturated: torch.Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.int64))
 
 
+@compiler_deferred()  # torch's own functions for shapes without data name it too
 def read_skeleton(folder: Path) -> Skeleton:
     """The model's structure from its configuration, built on the meta device. Raises ModelRefused."""
     raw = read_config(folder)
@@ -125,7 +132,7 @@ def read_skeleton(folder: Path) -> Skeleton:
         raise ModelRefused(f"`{path}` does not describe a model that can be built: {_first_line(exc)}") from exc
     _check_calls(calls)
     num_parameters = sum(parameter.numel() for parameter in module.parameters())
-    return Skeleton(architecture, config, calls, num_parameters, is_quantised)
+    return Skeleton(architecture, config, module, calls, num_parameters, is_quantised)
 
 
 def check_model_len(asked: int, limit: int) -> None:
@@ -178,6 +185,7 @@ def _weights_dtype(folder: Path) -> str:
     return nbytes.most_common(1)[0][0] if nbytes else "float32"
 
 
+@compiler_deferred()
 def load_model(
     folder: Path,
     *,
@@ -185,15 +193,19 @@ def load_model(
     device: str = "cpu",
     kv_cache_dtype: str = "auto",
     kv_scales: Path | None = None,
+    prefer: Callable[[str, int], str] | None = None,
 ) -> LoadedModel:
     """Build the model and read its weights. Raises ModelRefused: unsupported, damaged, or too large for the memory.
 
+    `prefer`: with `dtype` auto, what to compute in, from the checkpoint's type and number of parameters.
     `kv_cache_dtype` as the flag names it; `kv_scales` is a file to read in place of the checkpoint's scales.
     The memory is compared before any weight is read; progress goes to the log.
     """
     skeleton = read_skeleton(folder)
     read_tensors(folder)  # whole files, or a sentence, before minutes are spent on them
     dtype_name = resolve_dtype(folder, skeleton, dtype)
+    if dtype == "auto" and prefer is not None:
+        dtype_name = prefer(dtype_name, skeleton.num_parameters)
     torch_dtype: torch.dtype = getattr(torch, dtype_name)
     kv_dtype = resolve_kv_dtype(kv_cache_dtype, dtype_name)
     check_kv_dtype(kv_dtype, torch.device(device))

@@ -33,10 +33,11 @@ class CompiledRunner(Runner):
         self._compiled: Forward | None = torch.compile(self._logits, fullgraph=True)
 
     @torch.inference_mode()
-    def _forward(self, token_ids: Int64, positions: Int64, last: Int64) -> torch.Tensor:
+    def _forward(self, token_ids: torch.Tensor, positions: Int64, last: Int64) -> torch.Tensor:
         if self._compiled is None:
             return super()._forward(token_ids, positions, last)
-        given = [self._padded(values) for values in (token_ids, positions, last)]
+        places = [torch.from_numpy(values).to(self.model.device) for values in (positions, last)]
+        given = [self._padded(values) for values in (token_ids, *places)]
         try:
             with tokens(len(token_ids)), calling(COMPILED_ATTENTION_NAME, self.model.module):
                 logits = self._compiled(*given)
@@ -50,13 +51,12 @@ class CompiledRunner(Runner):
         CALLS["compiled:forward"] += 1
         return logits[: len(last)]
 
-    def _padded(self, values: Int64) -> torch.Tensor:
-        """On the model's device, `LEAST` long at least; its length is left open."""
-        padded = np.zeros(max(LEAST, len(values)), np.int64)
+    def _padded(self, values: torch.Tensor) -> torch.Tensor:
+        """`LEAST` long at least; its length is left open."""
+        padded = torch.zeros(max(LEAST, len(values)), dtype=torch.int64, device=self.model.device)
         padded[: len(values)] = values
-        tensor = torch.from_numpy(padded).to(self.model.device)
-        torch._dynamo.mark_dynamic(tensor, 0)
-        return tensor
+        torch._dynamo.mark_dynamic(padded, 0)
+        return padded
 
     def _logits(self, token_ids: torch.Tensor, positions: torch.Tensor, last: torch.Tensor) -> torch.Tensor:
         output = self.model.module(

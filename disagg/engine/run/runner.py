@@ -21,6 +21,7 @@ from disagg.engine.model.load import LoadedModel
 from disagg.engine.run.scoring import Scoring, in_pieces
 from disagg.kernels import ops
 from disagg.kernels.batch import PagedBatch, QueryRun
+from disagg.kernels.upload import upload
 from disagg.kernels.workspace import Workspace
 
 log = logging.getLogger(__name__)
@@ -51,9 +52,18 @@ class Chunk:
 class StepRunner(Protocol):
     """What computes a step, eager or captured."""
 
-    def execute(self, chunks: Sequence[Chunk]) -> torch.Tensor:
-        """Logits [rows, vocabulary] of the chunks that want them, in order."""
+    def execute(self, chunks: Sequence[Chunk], drawn: torch.Tensor | None = None) -> torch.Tensor:
+        """Logits [rows, vocabulary] of the chunks that want them, in order.
+
+        `drawn`: int64 [n], on the device; a token id -1 - i stands for `drawn[i]`.
+        """
         ...
+
+
+def filled_in(token_ids: npt.NDArray[np.int64], drawn: torch.Tensor | None, device: torch.device) -> torch.Tensor:
+    """The ids on `device`, those below 0 taken from `drawn` there: the host need not know them."""
+    ids = upload(token_ids, device)
+    return ids if drawn is None else torch.where(ids < 0, drawn[(-1 - ids).clamp(min=0)], ids)
 
 
 class Runner:
@@ -70,7 +80,7 @@ class Runner:
         self._places = {layer.index: cache.layout.place(layer.index) for layer in model.layers}
         self._pages = [cache.page_view(number) for number in range(cache.layout.num_groups)]
 
-    def execute(self, chunks: Sequence[Chunk]) -> torch.Tensor:
+    def execute(self, chunks: Sequence[Chunk], drawn: torch.Tensor | None = None) -> torch.Tensor:
         """Store KV of all tokens; float32 logits `[num wanting chunks, vocab_size]` after each one's last token."""
         assert all(len(chunk.token_ids) > 0 for chunk in chunks)
         ends = accumulate(len(chunk.token_ids) for chunk in chunks)
@@ -79,23 +89,24 @@ class Runner:
         positions = np.fromiter(chain.from_iterable(range(chunk.start, chunk.end) for chunk in chunks), np.int64)
         current = CURRENT_STEP.set(self._step(chunks))
         try:
+            ids = filled_in(token_ids, drawn, self.model.device)
             if any(chunk.scoring for chunk in chunks):
-                return self._forward_scored(token_ids, positions, last, chunks)
-            return self._forward(token_ids, positions, last)
+                return self._forward_scored(ids, positions, last, chunks)
+            return self._forward(ids, positions, last)
         finally:
             CURRENT_STEP.reset(current)
 
     @torch.inference_mode()
     def _forward(
-        self, token_ids: npt.NDArray[np.int64], positions: npt.NDArray[np.int64], last: npt.NDArray[np.int64]
+        self, token_ids: torch.Tensor, positions: npt.NDArray[np.int64], last: npt.NDArray[np.int64]
     ) -> torch.Tensor:
         device = self.model.device
         output = self.model.module(
-            input_ids=torch.from_numpy(token_ids)[None].to(device),
-            position_ids=torch.from_numpy(positions)[None].to(device),
+            input_ids=token_ids[None],
+            position_ids=upload(positions, device)[None],
             use_cache=False,
             # A tensor, never a number: Gemma 4 cuts the batch before its KV-sharing layers when it is a number.
-            logits_to_keep=torch.from_numpy(last).to(device),
+            logits_to_keep=upload(last, device),
         )
         logits: torch.Tensor = output.logits[0].float()
         return logits
@@ -103,7 +114,7 @@ class Runner:
     @torch.inference_mode()
     def _forward_scored(
         self,
-        token_ids: npt.NDArray[np.int64],
+        token_ids: torch.Tensor,
         positions: npt.NDArray[np.int64],
         last: npt.NDArray[np.int64],
         chunks: Sequence[Chunk],

@@ -43,7 +43,7 @@ class _Row(ctypes.Structure):
 
 
 class _Sampled(ctypes.Structure):
-    """`SampledRow` of native_sampling.c."""
+    """The struct SampledRow of native_sampling.c."""
 
     _fields_ = (
         ("token_id", ctypes.c_int64),

@@ -11,6 +11,7 @@ fused, so that weights have the same bits as elsewhere.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import chain
 from typing import Any, Final
 
 import numpy as np
@@ -18,9 +19,11 @@ import torch
 import triton
 import triton.language as tl
 
+from disagg.engine.sampling.drawn import Copies, Drawn
 from disagg.engine.sampling.plain import EXCLUDED, HUGE_TEMPERATURE, LARGEST, key_of
 from disagg.engine.sampling.rows import Adjustments, Sampled, SampleRow
 from disagg.kernels.dispatch import CALLS
+from disagg.kernels.upload import upload
 from disagg.transceiver.wire.messages.values import TokenLogprobs
 
 BLOCK: Final = 2048
@@ -142,16 +145,23 @@ def sample_kernel(
 
 def sample(logits: torch.Tensor, rows: Sequence[SampleRow], block: int = BLOCK) -> list[Sampled]:
     """One token per row of `logits` (float32 `[len(rows), vocab_size]`, on the device)."""
+    return list(draw(logits, rows, block).read())
+
+
+def draw(logits: torch.Tensor, rows: Sequence[SampleRow], block: int = BLOCK) -> Drawn:
+    """`sample`, queued and not waited for."""
     CALLS["triton:sample_rows"] += 1
     finite = logits.isfinite().all(-1)
     adjusted = _adjusted(logits.nan_to_num().double(), rows)
     token_ids = adjusted.argmax(-1)
     drawing = [i for i, row in enumerate(rows) if row.inverse_temperature > 0]
     if drawing:
-        at = torch.tensor(drawing, device=logits.device)
+        at = upload(np.array(drawing, np.int64), logits.device)
         token_ids[at] = _draw(adjusted[at], [rows[i] for i in drawing], block)
-    found = zip(rows, token_ids.tolist(), finite.tolist(), strict=True)
-    return [_sampled(logits[i], row, token_id, is_finite) for i, (row, token_id, is_finite) in enumerate(found)]
+    asking = [i for i, row in enumerate(rows) if row.num_logprobs >= 0]
+    told = [_logprobs(logits[i], token_ids[i], rows[i].num_logprobs) for i in asking]
+    copies = Copies([token_ids, finite, *chain.from_iterable(told)])
+    return Drawn(token_ids, lambda: _sampled(copies.read(), asking))
 
 
 def _adjusted(values: torch.Tensor, rows: Sequence[SampleRow]) -> torch.Tensor:
@@ -165,7 +175,7 @@ def _adjust(values: torch.Tensor, given: Adjustments) -> None:
     """In place, as `plain.adjust`."""
 
     def there(array: Any) -> torch.Tensor:
-        return torch.from_numpy(array).to(values.device)
+        return upload(array, values.device)
 
     values[there(given.masked)] = -torch.inf
     values.index_put_((there(given.bias_ids),), there(given.biases), accumulate=True)
@@ -178,7 +188,7 @@ def _adjust(values: torch.Tensor, given: Adjustments) -> None:
 
 def _keys(adjusted: torch.Tensor, rows: Sequence[SampleRow]) -> torch.Tensor:
     """Half of a distance is never more than float64 holds; twice the inverse makes it whole."""
-    inverse = torch.tensor([2 * row.inverse_temperature for row in rows], dtype=torch.float64, device=adjusted.device)
+    inverse = upload(np.array([2 * row.inverse_temperature for row in rows], np.float64), adjusted.device)
     scores = adjusted * 0.5
     scores -= scores.amax(-1, keepdim=True)
     distance = torch.where(scores > -torch.inf, -scores, 0).amax(-1)
@@ -196,7 +206,7 @@ def _draw(adjusted: torch.Tensor, rows: Sequence[SampleRow], block: int) -> torc
     positions, top_ks = (np.array([getattr(row, name) for row in rows], np.int64) for name in ("position", "top_k"))
     arrays = (seeds, positions, limits, top_ks, np.array([row.top_p for row in rows], np.float64))
     drawn = torch.empty(len(rows), dtype=torch.int64, device=device)
-    given = [torch.from_numpy(array).to(device) for array in arrays]
+    given = [upload(array, device) for array in arrays]
     CALLS["kernel:sample"] += 1
     keys = _keys(adjusted, rows).contiguous()
     sample_kernel[(len(rows),)](
@@ -205,12 +215,23 @@ def _draw(adjusted: torch.Tensor, rows: Sequence[SampleRow], block: int) -> torc
     return drawn
 
 
-def _sampled(logits: torch.Tensor, row: SampleRow, token_id: int, is_finite: bool) -> Sampled:
-    if not is_finite:
-        return Sampled(0, None, finite=False)
-    if row.num_logprobs < 0:
-        return Sampled(token_id, None, finite=True)
+def _logprobs(logits: torch.Tensor, token_id: torch.Tensor, count: int) -> tuple[torch.Tensor, ...]:
+    """Float64 `[1]`, the token's; int64 and float64 `[count]`, ids and values of the largest."""
     logprobs = logits.double().log_softmax(-1)
-    values, ids = logprobs.topk(row.num_logprobs)
-    top = sorted(zip(ids.tolist(), values.tolist(), strict=True), key=lambda pair: (-pair[1], pair[0]))
-    return Sampled(token_id, TokenLogprobs(float(logprobs[token_id]), tuple(top)), finite=True)
+    values, ids = logprobs.topk(count)
+    return logprobs.gather(0, token_id.view(1)), ids, values
+
+
+def _sampled(copies: Sequence[torch.Tensor], asking: Sequence[int]) -> list[Sampled]:
+    """`copies`: token ids, whether rows are finite, and three tensors of each row that asks for log-probabilities."""
+    token_ids, finite, *told = (copy.tolist() for copy in copies)
+    logprobs = {i: _told(*told[3 * at : 3 * at + 3]) for at, i in enumerate(asking)}
+    return [
+        Sampled(token_id, logprobs.get(i), finite=True) if is_finite else Sampled(0, None, finite=False)
+        for i, (token_id, is_finite) in enumerate(zip(token_ids, finite, strict=True))
+    ]
+
+
+def _told(own: list[float], ids: list[int], values: list[float]) -> TokenLogprobs:
+    top = sorted(zip(ids, values, strict=True), key=lambda pair: (-pair[1], pair[0]))
+    return TokenLogprobs(own[0], tuple(top))

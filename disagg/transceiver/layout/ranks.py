@@ -1,8 +1,8 @@
 """One rank of a worker: what it holds of the model, what moves between two ranks, and how its slots are cut.
 
-A worker of tensor_parallel_size x stages ranks cuts the model-wide layer groups by heads and layers (`reshape.Side`).
-Each rank is a transceiver of its own, with its own pools and incarnation; workers of one rank are the simplest case.
-Of ranks that hold the same heads, each serves some receivers, in turn. Pure.
+A worker of tensor_parallel_size x stages ranks cuts the model-wide layer groups by heads and layers
+(`disagg.transceiver.layout.cut.ModelCut`). Each rank is a transceiver of its own, with its own pools and incarnation;
+workers of one rank are the simplest case. Of ranks that hold the same heads, each serves some receivers, in turn. Pure.
 """
 
 from __future__ import annotations

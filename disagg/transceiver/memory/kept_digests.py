@@ -9,7 +9,7 @@ import numpy as np
 from disagg.transceiver.layout.units import HashedUnit, SourceUnit
 
 Hash = Callable[[Sequence[SourceUnit]], Awaitable[tuple[HashedUnit, ...]]]
-"""`LandingThread.digest_units`."""
+"""`disagg.transceiver.peers.landing_threads.LandingThreads.digest_units`."""
 
 
 class KeptDigests:

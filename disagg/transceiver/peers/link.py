@@ -44,6 +44,7 @@ from disagg.transceiver.wire.messages.values import AttemptKey, Geometry, PlaneO
 from disagg.transceiver.wire.node import Node
 from disagg.transceiver.wire.sockets import Sockets
 from disagg.transceiver.wire.timing import HEARTBEAT_S, LOST_S, SUSPECT_S
+from disagg.transceiver.wire.turns import TurnQueue
 
 log = logging.getLogger(__name__)
 
@@ -100,7 +101,7 @@ class PeerLink:
         self._on_message, self._on_lost, self._live_transfers = on_message, on_lost, live_transfers
         self._sockets, self._faults = sockets, faults or PeerFaults()
         self._pause_s = RECONNECT_S
-        self._outbox: asyncio.Queue[PeerMessage] = asyncio.Queue()
+        self._outbox: TurnQueue[PeerMessage] = TurnQueue()
         self._heard_at = 0.0
         self._state, self._detail = "connecting", ""
         self._is_ended = False
@@ -339,7 +340,7 @@ class PeerLink:
     async def _close(self, client: ControlClient) -> None:
         """Give up client and plane; landing jobs are joined before their mapping goes."""
         await self._on_lost(self.target.incarnation, "connection closed")
-        self._outbox = asyncio.Queue()
+        self._outbox = TurnQueue()
         await client.close()
         plane, self.plane = self.plane, None
         if plane is not None:

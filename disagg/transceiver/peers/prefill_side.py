@@ -42,6 +42,7 @@ from disagg.transceiver.wire.messages.peer import (
 from disagg.transceiver.wire.messages.values import AttemptKey, Geometry, UnitName
 from disagg.transceiver.wire.node import Node
 from disagg.transceiver.wire.timing import DISPATCH_GRACE_S, HEARTBEAT_S, LOST_S
+from disagg.transceiver.wire.turns import TurnQueue
 
 log = logging.getLogger(__name__)
 
@@ -115,11 +116,11 @@ class SendingSide:
         """Incarnations whose streams are being closed, each with how many of these tasks run."""
         self._hellos: dict[str, tuple[bytes, Hello]] = {}
         """The last HELLO of each such incarnation, answered when its streams are closed."""
-        self._outbox: asyncio.Queue[tuple[bytes, PeerMessage]] = asyncio.Queue()
+        self._outbox: TurnQueue[tuple[bytes, PeerMessage]] = TurnQueue()
         self._lost: asyncio.Queue[tuple[SourcePlane, str]] = asyncio.Queue()
         for plane in planes.values():
             plane.on_peer_lost = partial(self._note_closed, plane)
-        self._payloads: asyncio.Queue[tuple[AttemptKey, SendPayload]] = asyncio.Queue()
+        self._payloads: TurnQueue[tuple[AttemptKey, SendPayload]] = TurnQueue()
         self._tasks: asyncio.TaskGroup
 
     async def run(self) -> None:

@@ -1,16 +1,14 @@
-"""Both ends in one process: the sender's pools are plain memory here. For tests, and to time everything else."""
+"""Both ends in one process: the sender's pools are plain memory here. For tests, and to time all but the copying."""
 
 from __future__ import annotations
 
 import secrets
 from collections.abc import Sequence
 
-from disagg.transceiver.layout.units import SourceUnit
 from disagg.transceiver.memory.regions import PoolRegion
-from disagg.transceiver.planes.base import SourcePlane
-from disagg.transceiver.planes.reading import ReadingLandingPlane
+from disagg.transceiver.planes.reading import ReadingLandingPlane, ReadSourcePlane
 from disagg.transceiver.planes.tokens import OneTimeTokens
-from disagg.transceiver.wire.errors import LocalProtocolError, PlaneRefused
+from disagg.transceiver.wire.errors import PlaneRefused
 from disagg.transceiver.wire.messages.values import PlaneOffer
 
 
@@ -21,9 +19,8 @@ class InprocHub:
         self.sources: dict[str, InprocSourcePlane] = {}
 
 
-class InprocSourcePlane(SourcePlane):
+class InprocSourcePlane(ReadSourcePlane):
     name = "inproc"
-    sends_bytes = False
 
     def __init__(self, hub: InprocHub) -> None:
         self._hub = hub
@@ -54,17 +51,6 @@ class InprocSourcePlane(SourcePlane):
             del self._readers[peer]
             if self.on_peer_lost is not None:
                 self.on_peer_lost(peer)
-
-    async def send(
-        self,
-        peer: str,
-        transfer_id: str,
-        epoch: int,
-        number: int,
-        units: Sequence[SourceUnit],
-        regions: Sequence[PoolRegion] | None = None,
-    ) -> None:
-        raise LocalProtocolError("inproc sends no bytes: the receiver reads them")
 
     async def drop(self, peer: str) -> None:
         self._tokens.revoke(peer)

@@ -1,14 +1,33 @@
-"""Landing by reading: planes on which the receiver sees the sender's pools in its own address space (inproc, shm)."""
+"""Both ends of planes on which the receiver sees the sender's pools in its own address space: inproc and shm."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 from disagg.transceiver.layout.runs import adjacent, ints
+from disagg.transceiver.layout.units import SourceUnit
 from disagg.transceiver.memory.copying import check_generations, check_slots, copy_slots
 from disagg.transceiver.memory.regions import LandingJob, PoolRegion
+from disagg.transceiver.planes.base import SourcePlane
 from disagg.transceiver.planes.copying_plane import Copy, CopyingLandingPlane
-from disagg.transceiver.wire.errors import PeerLost, PlaneRefused
+from disagg.transceiver.wire.errors import LocalProtocolError, PeerLost, PlaneRefused
+
+
+class ReadSourcePlane(SourcePlane):
+    """Sends nothing: receivers read its pools."""
+
+    sends_bytes = False
+
+    async def send(
+        self,
+        peer: str,
+        transfer_id: str,
+        epoch: int,
+        number: int,
+        units: Sequence[SourceUnit],
+        regions: Sequence[PoolRegion] | None = None,
+    ) -> None:
+        raise LocalProtocolError(f"{self.name} sends no bytes: the receiver reads them")
 
 
 class ReadingLandingPlane(CopyingLandingPlane):

@@ -46,7 +46,7 @@ TAGS: Final[dict[int, type]] = {
     34: router.Peers,
     35: router.Lease,
     36: router.Dispatch,
-    37: router.Tokens,
+    37: router.StepTokens,
     38: router.Finished,
     39: router.RequestFailed,
     40: router.TransferFailure,
@@ -55,8 +55,9 @@ TAGS: Final[dict[int, type]] = {
     43: router.CancelRequest,
     44: router.TransferReport,
     45: router.Pulse,
-    46: router.PromptScores,
-    47: router.CancelChoice,
+    46: router.Credit,
+    47: router.PromptScores,
+    48: router.CancelChoice,
 }
 
 HEAD_NBYTES: Final = 32

@@ -11,12 +11,9 @@ import zmq.asyncio
 
 from disagg.transceiver.wire.errors import PeerLost
 from disagg.transceiver.wire.sockets import Sockets, shortage
+from disagg.transceiver.wire.turns import Turn
 
 WATCHED_EVENTS: Final = zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED
-
-
-MAX_AT_ONCE: Final = 64
-"""Messages taken without letting the loop do anything else: 2 ms of a flood, which may hold up nothing for longer."""
 
 
 class FrameReader:
@@ -24,19 +21,18 @@ class FrameReader:
 
     def __init__(self, socket: zmq.asyncio.Socket) -> None:
         self._socket = socket
-        self._num_at_once = 0
+        self._turn = Turn()
         self._pending: asyncio.Future[list[zmq.Frame]] | None = None
 
     async def receive(self) -> list[zmq.Frame]:
         """The next message's frames, in libzmq's own memory. One caller at a time. Raises what `fail` was given."""
         if self._pending is None:
             self._pending = asyncio.ensure_future(self._socket.recv_multipart(copy=False))
-        self._num_at_once += 1
-        if not self._pending.done() or self._num_at_once > MAX_AT_ONCE:  # what has come already costs no turn
-            self._num_at_once = 0
+        if not self._pending.done() or self._turn.is_over:  # what has come already costs no turn, for a while
             await asyncio.sleep(0)
             # Unlike a plain await, leaves the future alone when this task is cancelled.
             await asyncio.wait({self._pending})
+            self._turn.begin()
         pending, self._pending = self._pending, None
         return pending.result()
 

@@ -19,6 +19,9 @@ from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 PackedInts = Annotated[tuple[int, ...], "int32"]
 """Many integers as the bytes of little-endian int32: 128k of them take 2 ms to write or read, as msgpack's 20 ms."""
 
+PackedFloats = Annotated[tuple[float, ...], "float64"]
+"""The same of little-endian float64, which is what a log-probability is on both sides."""
+
 
 class ShapeError(ValueError):
     """A value is not of its declared type. The codec turns it into the local or the remote protocol error."""
@@ -101,25 +104,31 @@ class Many(Shape):
 
 
 class PackedShape(Shape):
-    """`PackedInts`: one `bytes`, read and written without looking at each item in Python."""
+    """`PackedInts` or `PackedFloats`: one `bytes`, read and written without looking at each item in Python."""
+
+    def __init__(self, code: str, expected: str) -> None:
+        """`code`: the item's type as `array` names it."""
+        self.code, self.expected, self.nbytes = code, expected, array(code).itemsize
 
     def write(self, value: Any, path: str) -> bytes:
+        if type(value) is array and value.typecode == self.code and sys.byteorder == "little":
+            return value.tobytes()  # a prompt of a million ids takes no time that an event loop would miss
         if type(value) is not tuple:
             raise ShapeError(f"{path}: {type(value).__name__}, expected tuple")
         try:
-            return _little(array("i", value)).tobytes()
+            return _little(array(self.code, value)).tobytes()
         except (TypeError, OverflowError) as exc:
-            raise ShapeError(f"{path}: {exc}, expected integers of 32 bits") from exc
+            raise ShapeError(f"{path}: {exc}, expected {self.expected}") from exc
 
-    def read(self, value: Any, path: str) -> tuple[int, ...]:
-        if type(value) is not bytes or len(value) % 4:
-            raise ShapeError(f"{path}: {type(value).__name__}, expected the bytes of integers of 32 bits")
-        items = array("i")
+    def read(self, value: Any, path: str) -> tuple[Any, ...]:
+        if type(value) is not bytes or len(value) % self.nbytes:
+            raise ShapeError(f"{path}: {type(value).__name__}, expected the bytes of {self.expected}")
+        items = array(self.code)
         items.frombytes(value)
         return tuple(_little(items))
 
 
-def _little(items: array[int]) -> array[int]:
+def _little(items: array[Any]) -> array[Any]:
     if sys.byteorder == "big":
         items.byteswap()
     return items
@@ -199,7 +208,9 @@ def shape_of(hint: Any) -> Shape:
     if is_dataclass(hint):
         return Record(typing.cast(type, hint))
     if hint == PackedInts:
-        return PackedShape()
+        return PackedShape("i", "integers of 32 bits")
+    if hint == PackedFloats:
+        return PackedShape("d", "floats of 64 bits")
     if get_origin(hint) is Annotated:
         return _many(*get_args(hint))
     arguments = get_args(hint)

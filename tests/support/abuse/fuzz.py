@@ -53,10 +53,6 @@ class Tally:
     wrong: list[str] = field(default_factory=list)
     late: list[str] = field(default_factory=list)
 
-    @property
-    def num_accepted(self) -> int:
-        return self.statuses["200"]
-
 
 def every_extreme() -> Iterator[Shot]:
     """Each accepted end of each field of each endpoint, alone and beside ordinary sampling."""

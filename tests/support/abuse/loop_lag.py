@@ -1,4 +1,8 @@
-"""The event loops' own account of how late they ran: `disagg_loop_lag_seconds`, a histogram per process."""
+"""The event loops' own account of how late they ran, a histogram per process.
+
+`disagg_loop_held_seconds` is judged: how late a loop was by its own process's doing. That it had no core is the
+doing of the abuse's own clients and of the machine's other users, and only shown, by `disagg_loop_lag_seconds`.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +10,8 @@ import re
 from collections import defaultdict
 from dataclasses import dataclass
 
-BUCKET = re.compile(r"^disagg_(?:worker_)?loop_lag_seconds_bucket(?P<labels>\{.*\}) (?P<count>\S+)$", re.MULTILINE)
+HELD, LAG = "held", "lag"
+BUCKET = r"^disagg_(?:worker_)?loop_{}_seconds_bucket(?P<labels>\{{.*\}}) (?P<count>\S+)$"
 LABEL = re.compile(r'(\w+)="([^"]*)"')
 Loop = tuple[tuple[str, str], ...]
 
@@ -18,10 +23,10 @@ class LoopLags:
     counts: dict[Loop, dict[float, float]]
 
     @classmethod
-    def read(cls, metrics: str) -> LoopLags:
+    def read(cls, metrics: str, which: str = HELD) -> LoopLags:
         """From Prometheus text."""
         counts: dict[Loop, dict[float, float]] = defaultdict(dict)
-        for match in BUCKET.finditer(metrics):
+        for match in re.finditer(BUCKET.format(which), metrics, re.MULTILINE):
             labels = dict(LABEL.findall(match["labels"]))
             bound = float(labels.pop("le"))
             counts[tuple(sorted(labels.items()))][bound] = float(match["count"])

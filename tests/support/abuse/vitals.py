@@ -11,7 +11,10 @@ from pathlib import Path
 
 MAX_MORE_FDS = 8  # pools of clients and of the runtime open a few once and keep them; a leak grows by the connection
 MAX_MORE_THREADS = 12  # executors make their threads when first needed, one by one up to a bound
-MAX_MORE_RSS_NBYTES = 256 << 20  # allocators keep what several large bodies needed at once; a leak goes on growing
+MAX_MORE_WARM_NBYTES = 64 << 20
+"""Of a process that did the same for a while already. oneDNN compiles a matmul for each number of rows, 0.5 MB each,
+and keeps 1,024 of them: most are there by then, and what comes once more is a few tens of MiB."""
+MAX_MORE_NBYTES = 256 << 20  # allocators keep what several large bodies needed at once; a leak goes on growing
 
 
 @dataclass(frozen=True)
@@ -20,7 +23,10 @@ class Vitals:
     started_at: str  # in clock ticks after boot: another process under this pid has another
     num_fds: int
     num_threads: int
-    rss_nbytes: int
+    nbytes: int
+    """Memory of its own: what allocators gave out."""
+    shared_nbytes: int
+    """Of the pool, whose size is fixed at start; a page of it is counted from its first use on, which is no leak."""
     fds: Counter[str]
     unrun_s: float
     """How long the main thread, which is the event loop's, was ready to run and had no core."""
@@ -31,8 +37,9 @@ class Vitals:
         fds = fd_kinds(pid)
         status = Path(f"/proc/{pid}/status").read_text()
         number = {name: int(value) for name, value in re.findall(r"^(\w+):\s+(\d+)", status, re.MULTILINE)}
+        memory = (number["RssAnon"] * 1024, number["RssShmem"] * 1024)
         started_at = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
-        return cls(pid, started_at, fds.total(), number["Threads"], number["VmRSS"] * 1024, fds, _unrun_s(pid))
+        return cls(pid, started_at, fds.total(), number["Threads"], *memory, fds, _unrun_s(pid))
 
 
 def _unrun_s(pid: int) -> float:
@@ -48,13 +55,14 @@ def fd_kinds(pid: int) -> Counter[str]:
     return kinds
 
 
-def leaks(name: str, before: Vitals, after: Vitals) -> list[str]:
-    """What `after` holds too much of; empty when nothing leaked."""
+def leaks(name: str, before: Vitals, after: Vitals, warm: Vitals | None = None) -> list[str]:
+    """What `after` holds too much of; empty when nothing leaked. Memory is judged since `warm`, where there is one."""
     found = []
     if after.num_fds > before.num_fds + MAX_MORE_FDS:
         found.append(f"{name}: {before.num_fds} descriptors before, {after.num_fds} after: {after.fds - before.fds}")
     if after.num_threads > before.num_threads + MAX_MORE_THREADS:
         found.append(f"{name}: {before.num_threads} threads before, {after.num_threads} after")
-    if after.rss_nbytes > before.rss_nbytes + MAX_MORE_RSS_NBYTES:
-        found.append(f"{name}: {before.rss_nbytes >> 20} MiB before, {after.rss_nbytes >> 20} MiB after")
+    since, most = (before, MAX_MORE_NBYTES) if warm is None else (warm, MAX_MORE_WARM_NBYTES)
+    if after.nbytes > since.nbytes + most:
+        found.append(f"{name}: {since.nbytes >> 20} MiB before, {after.nbytes >> 20} MiB after")
     return found

@@ -8,13 +8,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from support.abuse.honest import Ask, Honest, Seen
-from support.abuse.loop_lag import LoopLags
+from support.abuse.loop_lag import HELD, LAG, LoopLags
 from support.abuse.pair import Pair
 from support.abuse.vitals import Vitals, leaks
 from support.faults.wrong import Wrong
 
 MAX_GAP_S = 1.0
-MAX_LAG_P99_S = 0.05
+MAX_HELD_P99_S = 0.05
 TICK_TIMEOUT_S, TICK_LOOK_S = 60.0, 0.1
 IDLE_TIMEOUT_S = 30.0  # whatever held a transfer, a request or a connection has timed out by then
 
@@ -53,7 +53,9 @@ def judge_streams(seen: Seen, *, began_at: float, ended_at: float = float("inf")
     return report
 
 
-def judge_processes(before: Mapping[str, Vitals], after: Mapping[str, Vitals]) -> list[str]:
+def judge_processes(
+    before: Mapping[str, Vitals], after: Mapping[str, Vitals], warm: Mapping[str, Vitals] | None = None
+) -> list[str]:
     """Another process under a name, or more held than before."""
     faults = []
     for name, was in before.items():
@@ -61,18 +63,18 @@ def judge_processes(before: Mapping[str, Vitals], after: Mapping[str, Vitals]) -
         if (was.pid, was.started_at) != (now.pid, now.started_at):
             faults.append(f"{name} is another process: pid {was.pid} before, {now.pid} after")
         else:
-            faults += leaks(name, was, now)
+            faults += leaks(name, was, now, warm[name] if warm else None)
     return faults
 
 
 def judge_lags(lags: LoopLags) -> tuple[list[str], list[str]]:
     """(wrong, late)"""
     if not lags.counts:
-        return ["no process tells its loop's lag: /metrics has no `disagg_loop_lag_seconds`"], []
+        return ["no process tells its loop's lag: /metrics has no `disagg_loop_held_seconds`"], []
     late = [
-        f"the loop of {dict(loop) or 'the router'} was late by up to {p99_s:g} s in 99 % of its ticks"
+        f"the loop of {dict(loop) or 'the router'} was held for up to {p99_s:g} s in 99 % of its ticks"
         for loop, p99_s in lags.p99_s().items()
-        if p99_s > MAX_LAG_P99_S
+        if p99_s > MAX_HELD_P99_S
     ]
     return [], late
 
@@ -86,7 +88,11 @@ class Watch:
     wrong: list[str] = field(default_factory=list)
     late: list[str] = field(default_factory=list)
     figures: dict[str, float | str] = field(default_factory=dict)
-    judges_lag: bool = True
+    warm: Mapping[str, Vitals] | None = None
+
+    def note_warm(self) -> None:
+        """From here on the abuse repeats itself: what the processes hold now they may hold, and little more."""
+        self.warm = self.pair.vitals()
 
 
 @contextlib.contextmanager
@@ -113,15 +119,15 @@ def watching(pair: Pair, asks: Sequence[Ask], baseline_s: float) -> Iterator[Wat
         during, at_end = _lags_now(pair).since(lags), pair.vitals()
         seen = honest.stop()
         report = judge_streams(seen, began_at=watch.began_at)
-        wrong, late = judge_lags(during)
+        wrong, late = judge_lags(during.held)
         report.wrong += watch.wrong + wrong
-        report.late += watch.late + (late if watch.judges_lag else [])
+        report.late += watch.late + late
         report.figures |= _figures(seen, watch, ended_at) | watch.figures
         report.figures |= _lag_figures(lags.since(quiet), during)
         for name, now in at_end.items():
             share = (now.unrun_s - at_start[name].unrun_s) / (ended_at - watch.began_at)
             report.figures[f"{name}'s loop had no core"] = f"{share:.0%} of the time"
-        _judge_rest(pair, report, before)
+        _judge_rest(watch, report, before)
         if _incarnations(pair) != incarnations:
             report.late.append(f"a worker lost its registration: {incarnations} before, {_incarnations(pair)} after")
         print(report)
@@ -147,40 +153,58 @@ def _figures(seen: Seen, watch: Watch, ended_at: float) -> dict[str, float | str
     }
 
 
-def _lags_now(pair: Pair) -> LoopLags:
+@dataclass(frozen=True)
+class Lags:
+    """All loops' at one moment: by their own doing, and in all."""
+
+    held: LoopLags
+    lag: LoopLags
+
+    def since(self, earlier: Lags) -> Lags:
+        return Lags(self.held.since(earlier.held), self.lag.since(earlier.lag))
+
+
+def _lags_now(pair: Pair) -> Lags:
     """Of all loops, once each has ticked again: what a worker's loop did reaches the router with its next lease, and
     one that is held sends none. Raises TimeoutError."""
     deadline = time.monotonic() + TICK_TIMEOUT_S
     first = None
     while time.monotonic() < deadline:
         with contextlib.suppress(OSError):  # the router's own loop is held for longer than a client waits
-            now = LoopLags.read(pair.api.get("/metrics"))
+            metrics = pair.api.get("/metrics")
+            now = Lags(LoopLags.read(metrics, HELD), LoopLags.read(metrics, LAG))
             first = first or now
-            if all(now.num_ticks(loop) > count for loop, count in first.all_ticks().items()):
+            if all(now.held.num_ticks(loop) > count for loop, count in first.held.all_ticks().items()):
                 return now
         time.sleep(TICK_LOOK_S)
     raise TimeoutError(f"a loop did not tick for {TICK_TIMEOUT_S:g} s")
 
 
-def _lag_figures(before: LoopLags, during: LoopLags) -> dict[str, float | str]:
-    quiet = before.p99_s()
+def _lag_figures(before: Lags, during: Lags) -> dict[str, float | str]:
+    quiet, lag = before.held.p99_s(), during.lag.p99_s()
     return {
-        f"lag p99 of {dict(loop).get('worker', 'router')}": f"{quiet.get(loop, 0):g} before, {p99_s:g} during"
-        for loop, p99_s in during.p99_s().items()
+        f"p99 of {dict(loop).get('worker', 'router')}'s loop": (
+            f"held {quiet.get(loop, 0):g} before, {p99_s:g} during; late {lag.get(loop, 0):g} during"
+        )
+        for loop, p99_s in during.held.p99_s().items()
     }
 
 
-def _judge_rest(pair: Pair, report: Report, before: Mapping[str, Vitals]) -> None:
+def _judge_rest(watch: Watch, report: Report, before: Mapping[str, Vitals]) -> None:
     """Once everybody left: nothing is open, nothing is used, nothing grew."""
+    pair = watch.pair
     deadline = time.monotonic() + IDLE_TIMEOUT_S
-    while (held := [*_held(pair), *judge_processes(before, pair.vitals())]) and time.monotonic() < deadline:
+    while (held := [*_held(pair), *judge_processes(before, pair.vitals(), watch.warm)]) and time.monotonic() < deadline:
         time.sleep(0.5)
     report.wrong += held + pair.ended()
     after = pair.vitals()
     for name, now in after.items():
+        was = before[name]
         report.figures[f"{name} grew by"] = (
-            f"{now.num_fds - before[name].num_fds} descriptors, {now.num_threads - before[name].num_threads} threads, "
-            f"{(now.rss_nbytes - before[name].rss_nbytes) >> 20} MiB"
+            f"{now.num_fds - was.num_fds} descriptors, {now.num_threads - was.num_threads} threads, "
+            f"{(now.nbytes - was.nbytes) >> 20} MiB; "
+            f"{(now.shared_nbytes - was.shared_nbytes) >> 20} MiB of its pool were used for the first time"
+            + (f"; {(now.nbytes - watch.warm[name].nbytes) >> 20} MiB since it was warm" if watch.warm else "")
         )
 
 

@@ -49,7 +49,7 @@ class FakeCluster:
         self.router_told.append(ready)
         return child("router", self.router_body)
 
-    def workers(self, ready: Ready) -> Sequence[ChildSpec]:
+    def workers(self) -> Sequence[ChildSpec]:
         return [child(name, body) for name, body in self.worker_bodies.items()]
 
 

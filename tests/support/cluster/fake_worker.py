@@ -14,12 +14,14 @@ from disagg.transceiver.wire.links import ControlClient
 from disagg.transceiver.wire.messages.peer import Refused
 from disagg.transceiver.wire.messages.router import (
     CancelRequest,
+    Credit,
     Dispatch,
     Finished,
     Lease,
     Peers,
     Register,
     Registered,
+    StepTokens,
     Tokens,
 )
 from disagg.transceiver.wire.messages.values import MetricSample
@@ -87,7 +89,8 @@ class FakeWorker:
         return self._orders.empty()
 
     async def say(self, message: Any) -> None:
-        await self._client.send(message)
+        """A message; `Tokens` as the only row of one."""
+        await self._client.send(StepTokens.of([message]) if isinstance(message, Tokens) else message)
 
     async def answer(self, dispatch: Dispatch, *token_ids: int, reason: str = "length") -> None:
         """Emit all tokens one by one, then the end."""
@@ -140,7 +143,7 @@ class FakeWorker:
     async def _read(self) -> None:
         while True:
             match message := await self._client.recv():
-                case Lease():
+                case Lease() | Credit():
                     pass
                 case Refused():
                     self.num_refusals += 1

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from support.cluster.system import STOP_TIMEOUT_S, System
+from support.cluster.warm import WarmPopen
 
 START_TIMEOUT_S = 180.0  # five processes, four of them import torch: seconds alone, more than a minute on busy cores
 READY = re.compile(r"msg=ready url=(\S+) admin=(\S+) control=(\S+)")
@@ -56,7 +57,7 @@ def mixed_cluster(model: Path, folder: Path, workers: Mapping[str, tuple[str, ..
 def _start(log: Path, *words: str) -> subprocess.Popen[bytes]:
     argv = [sys.executable, "-P", "-m", "disagg", *words, "--insecure"]
     with log.open("wb") as out:
-        return subprocess.Popen(argv, stdout=out, stderr=out, env={**os.environ, "DISAGG_CHECK": "1"})
+        return WarmPopen(argv, stdout=out, stderr=out, env={**os.environ, "DISAGG_CHECK": "1"})
 
 
 def _wait_for(log: Path, pattern: re.Pattern[str], process: subprocess.Popen[bytes], deadline: float) -> re.Match[str]:

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
+from support.cluster.warm import WarmPopen
 from support.faults.wrong import Wrong
 
 START_TIMEOUT_S = 90.0  # three processes that import torch on two busy cores
@@ -138,7 +139,7 @@ def children_of(pid: int) -> list[int]:
 def start(*flags: str, env: dict[str, str] | None = None, program: Sequence[str] = ("-m", "disagg")) -> System:
     """`disagg up` with its output being read, not yet ready. `program`: what python runs as `disagg`."""
     argv = [sys.executable, "-P", *program, "up", "--port", "0", *flags]
-    process = subprocess.Popen(
+    process = WarmPopen(
         argv,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

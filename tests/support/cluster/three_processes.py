@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from support.cluster.system import START_TIMEOUT_S, STOP_TIMEOUT_S, System
+from support.cluster.warm import WarmPopen
 
 SECRET = "one secret for every process of this cluster"
 LISTENS = re.compile(r"msg=ready url=(?P<url>\S+) admin=(?P<admin>\S+) control=(?P<control>\S+)")
@@ -31,7 +32,7 @@ class Part:
 
     @classmethod
     def start(cls, *argv: str, env: dict[str, str] | None = None, program: Sequence[str] = ("-m", "disagg")) -> Part:
-        process = subprocess.Popen(
+        process = WarmPopen(
             [sys.executable, "-P", *program, *argv],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,

@@ -26,6 +26,8 @@ def messages(sample: object) -> Iterator[tuple[str, bytes]]:
 
 
 def _variants(shape: Shape, value: Any, path: str) -> Iterator[tuple[str, Any]]:
+    if not isinstance(shape, Optional):
+        yield f"{path}=None", None
     match shape:
         case Record():
             for name, member, _ in shape.members:

@@ -54,7 +54,7 @@ SAMPLES = (
     r.Register(
         ID, "prefill-0", "prefill", IDENTITY, GEOMETRY, ("shm",), "tcp://h:1", 42, "host", "cpu", (64, 128), (1, 106)
     ),
-    r.Registered(ID, ID, 5001),
+    r.Registered(ID, ID, 5001, 32),
     r.Pulse(ID, ((ID, 2),)),
     r.Peers((TARGET,), (ID,)),
     r.Lease(
@@ -70,7 +70,8 @@ SAMPLES = (
         (r.LinkStatus(ID, "prefill-0", "shm", "ready", 9.5, "fine"),),
     ),
     r.Dispatch(ID, 2, "request", "decode", (1, 2, 300), SAMPLING, 600.0, TARGET, b"ticket"),
-    r.Tokens(ID, 2, 0, (5, 6), (LOGPROBS, LOGPROBS), 32, 1),
+    r.StepTokens.of((r.Tokens(ID, 2, 0, (5, 6), (LOGPROBS, LOGPROBS), 32, 1), r.Tokens(ID[::-1], 1, 7, (8,)))),
+    r.Credit(48),
     r.PromptScores(ID, 2, SCORES),
     r.Finished(ID, 2, 17, "stop", 106, 1),
     r.RequestFailed(ID, 2, 503, "no room"),

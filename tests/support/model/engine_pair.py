@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 from support.model.fake_runner import FakeRunner
+from support.model.late_device import LateDevice
 from support.oracles.cache_oracle import needed_blocks, tiny_layout
 
 from disagg.cache.cache import KVCache
@@ -68,7 +69,9 @@ class TestedEngine(Engine):
         swa_scratch: str = "off",
         hasher: BlockHasher | None = None,
         prefix_recheck_s: float | None = None,
+        steps_ahead: int | None = None,
     ) -> None:
+        """With `steps_ahead` the steps run on a `LateDevice`, one ahead or none."""
         layout = replace(layout, uses_scratch=swa_scratch != "off")
         self.cache = KVCache(layout, num_slots, hasher=hasher)
         self.runner = FakeRunner(self.cache, poison)
@@ -76,8 +79,12 @@ class TestedEngine(Engine):
         self.bytes_when_final: dict[SourceUnit, bytes] = {}
         self.events_of: defaultdict[AttemptKey, list[EngineEvent]] = defaultdict(list)
         limits = (max_num_seqs, max_num_batched_tokens, max_model_len)
-        config = EngineConfig(role, *limits, True, 40, swa_scratch, prefix_recheck_s)
-        super().__init__(self.runner, self.cache, config)
+        config = EngineConfig(role, *limits, True, 40, swa_scratch, prefix_recheck_s, steps_ahead or 0)
+        if steps_ahead is None:
+            super().__init__(self.runner, self.cache, config)
+            return
+        self.device = LateDevice(self.runner, self.cache)
+        super().__init__(self.device, self.cache, config, draw=self.device.draw)
 
     def handle(self, command: Command) -> list[EngineEvent]:
         return self._keep(super().handle(command))

@@ -36,7 +36,8 @@ class FakeRunner:
         self.places = [(layer, *cache.layout.place(layer)) for layer in layers]
         self.batches: list[list[tuple[int, int, bool]]] = []
 
-    def execute(self, chunks: Sequence[Chunk]) -> torch.Tensor:
+    def execute(self, chunks: Sequence[Chunk], drawn: torch.Tensor | None = None) -> torch.Tensor:
+        assert drawn is None, "a `LateDevice` fills tokens in"
         self.batches.append([(chunk.start, len(chunk.token_ids), chunk.wants_logits) for chunk in chunks])
         readings: list[list[Reading | None]] = [[[] for _ in chunk.token_ids] for chunk in chunks]
         for layer, number, position in self.places:

@@ -50,10 +50,10 @@ class GraphedRunner:
         with kernels or plan_attention():
             self.graphs.capture()
 
-    def execute(self, chunks: Sequence[Chunk]) -> torch.Tensor:
+    def execute(self, chunks: Sequence[Chunk], drawn: torch.Tensor | None = None) -> torch.Tensor:
         self.buckets.append(self.graphs.bucket(chunks))
         with forced("torch"):
-            return self.runner.execute(chunks)
+            return self.runner.execute(chunks, drawn)
 
     def answers(self, references: Sequence[Reference], num_tokens: int) -> list[Live]:
         """Prompts in chunks of at most 61 tokens, one more arriving per step, until all have ended."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
 import torch
@@ -59,12 +58,6 @@ def batch_buckets(max_num_seqs: int) -> tuple[int, ...]:
     return (*(1 << i for i in range(most.bit_length()) if 1 << i < most), most)
 
 
-@dataclass(frozen=True, slots=True)
-class _Captured:
-    graph: Graph
-    logits: torch.Tensor
-
-
 class DecodeGraphs:
     """The graphs of one runner. The cache's pools must stay where they are."""
 
@@ -83,7 +76,9 @@ class DecodeGraphs:
         self.use = use or GraphUse()
         self._model, self._maker = model, maker
         self._inputs = DecodeInputs(model, cache, max_rows=self.buckets[-1], max_model_len=max_model_len)
-        self._captured: dict[int, _Captured] = {}
+        # One for all graphs, each of which writes its rows of it: outputs of their own would add up over the buckets.
+        self._logits = torch.zeros(self.buckets[-1], model.vocab_size, dtype=torch.float32, device=model.device)
+        self._captured: dict[int, Graph] = {}
 
     @torch.inference_mode()
     def capture(self) -> None:
@@ -112,23 +107,23 @@ class DecodeGraphs:
         return next((count for count in self.buckets if count >= len(chunks) and count in self._captured), None)
 
     @torch.inference_mode()
-    def run(self, chunks: Sequence[Chunk], count: int) -> torch.Tensor:
+    def run(self, chunks: Sequence[Chunk], count: int, drawn: torch.Tensor | None = None) -> torch.Tensor:
         """Store KV of all tokens; logits as `Runner.execute` returns them, the caller's to keep."""
-        self._inputs.fill(chunks, count)
-        captured = self._captured[count]
-        captured.graph.replay()
+        self._inputs.fill(chunks, count, drawn)
+        self._captured[count].replay()
         CALLS["graph:decode"] += 1
         self.use.num_replays += 1
-        return captured.logits[: len(chunks)].clone()
+        return self._logits[: len(chunks)].clone()
 
     def _capture(self, count: int) -> None:
         graph = self._maker.new()
-        self._captured[count] = _Captured(graph, graph.capture(lambda: self._forward(count)))
+        graph.capture(lambda: self._forward(count))
+        self._captured[count] = graph
 
-    def _forward(self, count: int) -> torch.Tensor:
+    def _forward(self, count: int) -> None:
         current = CURRENT_STEP.set(self._inputs.step(count))
         try:
-            return self._inputs.forward(count)
+            self._logits[:count].copy_(self._inputs.forward(count))
         finally:
             CURRENT_STEP.reset(current)
 
@@ -139,7 +134,7 @@ class GraphRunner:
     def __init__(self, eager: StepRunner, graphs: DecodeGraphs) -> None:
         self._eager, self._graphs = eager, graphs
 
-    def execute(self, chunks: Sequence[Chunk]) -> torch.Tensor:
+    def execute(self, chunks: Sequence[Chunk], drawn: torch.Tensor | None = None) -> torch.Tensor:
         """As `Runner.execute`."""
         count = self._graphs.bucket(chunks)
-        return self._eager.execute(chunks) if count is None else self._graphs.run(chunks, count)
+        return self._eager.execute(chunks, drawn) if count is None else self._graphs.run(chunks, count, drawn)

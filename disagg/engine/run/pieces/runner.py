@@ -14,6 +14,7 @@ from disagg.engine.run.graphs.decode import GraphMaker
 from disagg.engine.run.graphs.use import GraphUse
 from disagg.engine.run.pieces.capture import PiecewiseGraphs, capture_all, token_buckets
 from disagg.engine.run.runner import Runner
+from disagg.kernels.upload import upload
 
 Int64 = npt.NDArray[np.int64]
 
@@ -62,12 +63,13 @@ class PiecewiseRunner(Runner):
         self.use.add(len(self.graphs.pieces) * len(self.graphs.buckets), self.graphs.maker.nbytes)
 
     @torch.inference_mode()
-    def _forward(self, token_ids: Int64, positions: Int64, last: Int64) -> torch.Tensor:
+    def _forward(self, token_ids: torch.Tensor, positions: Int64, last: Int64) -> torch.Tensor:
         bucket = self.graphs.bucket(len(token_ids))
         if bucket is None or len(last) > len(self._last):
             return super()._forward(token_ids, positions, last)
-        for static, values in ((self._token_ids, token_ids), (self._positions, positions), (self._last, last)):
-            static[: len(values)].copy_(torch.from_numpy(values))
+        places = [upload(values, self.model.device) for values in (positions, last)]
+        for static, values in zip((self._token_ids, self._positions, self._last), (token_ids, *places), strict=True):
+            static[: len(values)].copy_(values)
             static[len(values) :].zero_()
         with tokens(len(token_ids)):
             self.graphs.replay(bucket)

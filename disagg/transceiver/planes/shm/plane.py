@@ -14,15 +14,13 @@ import secrets
 import socket
 from collections.abc import Sequence
 
-from disagg.transceiver.layout.units import SourceUnit
 from disagg.transceiver.memory.regions import PoolRegion
-from disagg.transceiver.planes.base import SourcePlane
 from disagg.transceiver.planes.greeting import GREETING_S, HANDSHAKE_S, MAX_SILENT, parse_greeting
-from disagg.transceiver.planes.reading import ReadingLandingPlane
+from disagg.transceiver.planes.reading import ReadingLandingPlane, ReadSourcePlane
 from disagg.transceiver.planes.shm.handshake import check_shareable, peer_uid, request_pools, send_pools
 from disagg.transceiver.planes.shm.mapping import PoolMapping
 from disagg.transceiver.planes.tokens import OneTimeTokens
-from disagg.transceiver.wire.errors import LocalProtocolError, PeerLost, PlaneRefused, Shortage
+from disagg.transceiver.wire.errors import PeerLost, PlaneRefused, Shortage
 from disagg.transceiver.wire.messages.values import PlaneOffer
 from disagg.transceiver.wire.sockets import SHORT
 
@@ -31,9 +29,8 @@ def _abstract(address: str) -> str:
     return f"\0disagg-{address}"  # a leading zero byte: the kernel's own namespace, not the file system's
 
 
-class ShmSourcePlane(SourcePlane):
+class ShmSourcePlane(ReadSourcePlane):
     name = "shm"
-    sends_bytes = False
 
     def __init__(self) -> None:
         self._address = secrets.token_hex(16)
@@ -56,17 +53,6 @@ class ShmSourcePlane(SourcePlane):
 
     def offer(self, peer: str) -> PlaneOffer:
         return PlaneOffer(self.name, self._address, self._tokens.mint(peer), self._nonce)
-
-    async def send(
-        self,
-        peer: str,
-        transfer_id: str,
-        epoch: int,
-        number: int,
-        units: Sequence[SourceUnit],
-        regions: Sequence[PoolRegion] | None = None,
-    ) -> None:
-        raise LocalProtocolError("shm sends no bytes: the receiver reads them")
 
     async def drop(self, peer: str) -> None:
         self._tokens.revoke(peer)

@@ -62,14 +62,14 @@ class UcxSender(UcxThread):
         self._free = list(range(DEPTH))
         super().__init__("ucx-send", sock, token, on_end)
 
-    async def send(self, header: SliceHeader, views: Sequence[Bytes], check: Callable[[], None]) -> None:
+    async def send(self, header: SliceHeader, views: list[memoryview], check: Callable[[], None]) -> None:
         """Send one slice; returns when all of it is gathered. `check` runs before its first byte and after its last.
 
         Raises `PeerLost` or what `check` raises. Cancelling the caller does not stop it: the slice goes out whole.
         """
         if self._is_lost:
             raise PeerLost("the decode worker closed the ucx plane")
-        job = _Job(header, views, check, self._loop.create_future())
+        job = _Job(header, [np.frombuffer(view, np.uint8) for view in views], check, self._loop.create_future())
         self._waiting.add(job.sent)
         job.sent.add_done_callback(self._waiting.discard)
         self._jobs.put(job)

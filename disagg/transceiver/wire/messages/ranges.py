@@ -95,6 +95,12 @@ def check_id(name: str, value: str) -> None:
     check_size(name, value, MAX_NAME_CHARS, 1)
 
 
+def check_id_lengths(name: str, values: Collection[str]) -> None:
+    """Each of them an id; in C, since a step has hundreds."""
+    if values and not (min(map(len, values)) >= 1 and max(map(len, values)) <= MAX_NAME_CHARS):
+        fail(name, sorted(values, key=len)[0 if "" in values else -1], f"ids of 1 to {MAX_NAME_CHARS} characters")
+
+
 def check_names(name: str, values: Iterable[str], limit: int = MAX_NAME_CHARS) -> None:
     for value in values:
         check_size(name, value, limit)

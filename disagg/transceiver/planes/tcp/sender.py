@@ -10,7 +10,7 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from disagg.transceiver.planes.slice_stream import MAX_VECTORS, PROBE, advance
+from disagg.transceiver.planes.slice_stream import MAX_VECTORS, PROBE, SliceHeader, advance
 from disagg.transceiver.planes.waits import end_wait
 from disagg.transceiver.wire.errors import PeerLost, TransceiverError
 
@@ -26,10 +26,10 @@ class _Job:
 _Sent = tuple[asyncio.Future[None], TransceiverError | None]
 
 
-class Stream:
+class TcpSender:
     """Writes to `sock`, which it owns, until the receiver hangs up or `close`."""
 
-    def __init__(self, sock: socket.socket, on_lost: Callable[[Stream], None], on_probe: Callable[[], None]) -> None:
+    def __init__(self, sock: socket.socket, on_lost: Callable[[TcpSender], None], on_probe: Callable[[], None]) -> None:
         """Both are called on the loop, once: when the other end is gone, and when it asks for the probe."""
         self._sock = sock
         self._on_lost, self._on_probe = on_lost, on_probe
@@ -42,14 +42,14 @@ class Stream:
         self._thread = threading.Thread(target=self._run, name="tcp-send", daemon=True)
         self._thread.start()
 
-    async def send(self, header: bytes, views: list[memoryview], check: Callable[[], None]) -> None:
+    async def send(self, header: SliceHeader, views: list[memoryview], check: Callable[[], None]) -> None:
         """Write one slice; `check` runs before its first byte and after its last. Raises `PeerLost` or what it raises.
 
         Cancelling the caller does not: the slice goes out whole, as the receiver expects.
         """
         if self._is_lost:
             raise PeerLost("the decode worker closed the tcp plane")
-        job = _Job(header, views, check, self._loop.create_future())
+        job = _Job(header.pack(), views, check, self._loop.create_future())
         self._jobs.put(job)
         await job.sent
 
