@@ -20,8 +20,8 @@ def draw_others(
     Row by row, as the logits of all answers at once would be a copy for each.
     """
     return {
-        piece.sequence.key: [draw(row[None], [_input(piece, choice)]) for choice in range(1, _num_choices(piece))]
-        for piece, row in zip(pieces, logits, strict=True)
+        piece.sequence.key: [draw(logits[[row]], [_input(piece, choice)]) for choice in range(1, _num_choices(piece))]
+        for row, piece in enumerate(pieces)
         if _num_choices(piece) > 1
     }
 

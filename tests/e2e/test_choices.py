@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -46,11 +47,13 @@ def test_choices_move_one_prompt_and_equal_requests_of_their_own(system: System)
     for length in LENGTHS:
         prompt, name = prompt_of(length), f"n{length}"
         before = system.total("disagg_prompt_tokens_computed_total")
-        choices = ask(system, prompt, name, n=4, cache_salt="together")
+        choices = ask(system, prompt, name, n=4, cache_salt=f"together {time.monotonic()}")
         assert system.record(name)["transfer"]["nbytes"] == sum(minimum_nbytes(layers, length, BLOCK_SIZE).values())
         system.settle()
         assert system.total("disagg_prompt_tokens_computed_total") == before + length
-        alone = [ask(system, prompt, f"{name}-{i}", seed=5 + i, cache_salt=f"{i}")[0] for i in range(4)]
+        alone = [
+            ask(system, prompt, f"{name}-{i}", seed=5 + i, cache_salt=f"{i} {time.monotonic()}")[0] for i in range(4)
+        ]
         same(choices, alone, f"prompt of {length}")
         assert len(set(map(tuple, choices))) > 1
     system.settle()

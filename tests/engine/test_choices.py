@@ -50,11 +50,13 @@ def moved(source, target, number, prompt, sampling):
 
 @pytest.mark.parametrize("length", [1, 3, 4, 5, 8, 23, 24, 25])
 @pytest.mark.parametrize("hasher", [None, HASHER], ids=["no reuse", "reuse"])
-def test_choices_equal_requests_of_their_own_here_and_after_a_transfer(length, hasher):
+@pytest.mark.parametrize("ahead", [None, 1], ids=["in turn", "ahead"])
+def test_choices_equal_requests_of_their_own_here_and_after_a_transfer(length, hasher, ahead):
     prompt = prompt_of(length, 1)
-    served = TestedEngine(hasher=hasher)
+    served = TestedEngine(hasher=hasher, steps_ahead=ahead)
     served.serve_all([Serve(key(1), prompt, drawn())])
-    source, target = TestedEngine(role="prefill", hasher=hasher), TestedEngine(role="decode", hasher=hasher)
+    source = TestedEngine(role="prefill", hasher=hasher, steps_ahead=ahead)
+    target = TestedEngine(role="decode", hasher=hasher, steps_ahead=ahead)
     moved(source, target, 1, prompt, drawn())
     target.run()
     for engine in (served, target):
@@ -159,7 +161,8 @@ REQUESTS = st.lists(
 @settings(deadline=None, max_examples=20)
 @given(REQUESTS, st.integers(1, 4), st.sampled_from([(16, 26), (60, 120)]), st.sampled_from([None, HASHER]), st.data())
 def test_any_schedule_in_tight_pools_gives_the_answers_of_single_requests(requests, seats, room, hasher, data):
-    engine = TestedEngine(max_num_seqs=seats, num_slots=room, hasher=hasher)
+    ahead = data.draw(st.sampled_from([None, 1]))
+    engine = TestedEngine(max_num_seqs=seats, num_slots=room, hasher=hasher, steps_ahead=ahead)
     source = TestedEngine(role="prefill", hasher=hasher)
     asked = {}
     for number, (length, max_tokens, num_choices, is_moved) in enumerate(requests):
