@@ -147,7 +147,7 @@ async def _disconnected(receive: Receive) -> None:
 
 def log_request(request_id: str, endpoint: str, params: RequestParams, choices: Sequence[Choice], status: int) -> None:
     """One line per request: the record of its user (`user`), under the id that workers log too."""
-    num_prompt = sum(len(choice.request.prompt) for choice in choices)
+    num_prompt = sum(len(request.prompt) for request in {choice.request for choice in choices})
     num_tokens = sum(choice.answer.num_tokens for choice in choices)
     log.info(
         "request `%s`: %s status %d, %d prompt tokens, %d tokens, user %s",

@@ -46,6 +46,7 @@ def test_choices_move_one_prompt_and_equal_requests_of_their_own(system: System)
     layers = stored_layers(build_family("gemma3"), itemsize=4)
     for length in LENGTHS:
         prompt, name = prompt_of(length), f"n{length}"
+        system.settle()
         before = system.total("disagg_prompt_tokens_computed_total")
         choices = ask(system, prompt, name, n=4, cache_salt=f"together {time.monotonic()}")
         assert system.record(name)["transfer"]["nbytes"] == sum(minimum_nbytes(layers, length, BLOCK_SIZE).values())
