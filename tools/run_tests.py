@@ -1,4 +1,4 @@
-"""`make test`: two runs of pytest at once, and the exit code of both.
+"""`make test`: two runs of pytest at once, and the exit code of the first that failed. Arguments are for both runs.
 
 What starts processes or runs in true time goes one by one, since two of it would make each other late, and waits half
 of its time. Beside it, all other tests take what the cores have left, at a lower priority and with their report kept
@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
@@ -23,16 +24,17 @@ NICE: Final = 5  # a third of the share of what runs in true time: enough for it
 SHOWN_EVERY_S: Final = 0.2
 
 
-def main() -> int:
+def main(arguments: Sequence[str]) -> int:
     with tempfile.TemporaryFile() as report:
         beside = subprocess.Popen(
-            [PYTEST, "-m", f"{SELECTED} and not processes", *WORKERS, *OPTIONS],
+            [PYTEST, "-m", f"{SELECTED} and not processes", *WORKERS, *OPTIONS, *arguments],
             stdout=report,
             stderr=report,
             preexec_fn=_be_nice,
         )
         print("== tests with processes or in true time; the others run beside them", flush=True)
-        code = subprocess.run([PYTEST, "-m", f"{SELECTED} and processes", *OPTIONS], check=False).returncode
+        alone = [PYTEST, "-m", f"{SELECTED} and processes", *OPTIONS, *arguments]
+        code = subprocess.run(alone, check=False).returncode
         print("== the others", flush=True)
         shown = 0
         while True:
@@ -56,4 +58,4 @@ def _show(fd: int, start: int) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

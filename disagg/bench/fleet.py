@@ -31,8 +31,8 @@ from disagg.transceiver.wire.messages.router import (
     LinkStatus,
     Peers,
     Register,
-    Tokens,
 )
+from disagg.transceiver.wire.messages.tokens import Tokens
 from disagg.transceiver.wire.messages.values import Geometry, GroupSemantics, Identity
 from disagg.transceiver.wire.node import Node, draw_id
 from disagg.transceiver.wire.sockets import Sockets
@@ -46,7 +46,7 @@ TOKEN_IDS: Final = range(300, 1324)
 
 
 @dataclass(slots=True)
-class Answer:
+class FakeAnswer:
     """One request in the fake engine: `max_tokens` tokens, one per step."""
 
     dispatch: Dispatch
@@ -60,7 +60,7 @@ class FakeWorker:
     node: Node
     role: str
     step_s: float
-    running: dict[str, Answer] = field(default_factory=dict)
+    running: dict[str, FakeAnswer] = field(default_factory=dict)
     links: dict[str, LinkStatus] = field(default_factory=dict)
     num_emitted: int = 0
     link: RouterLink | None = None
@@ -104,7 +104,7 @@ class FakeWorker:
                 case Dispatch(mode="prefill"):
                     pass
                 case Dispatch() as dispatch:
-                    self.running[dispatch.transfer_id] = Answer(dispatch)
+                    self.running[dispatch.transfer_id] = FakeAnswer(dispatch)
                 case CancelRequest(transfer_id=transfer_id):
                     self.running.pop(transfer_id, None)
                 case Peers(peers=peers, gone=gone):

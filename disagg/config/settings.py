@@ -182,7 +182,9 @@ class EngineSettings(Settings):
     enable_prefix_caching: bool = Field(True, description="Keep blocks of finished requests and reuse equal prefixes")
     enforce_eager: bool = Field(False, description="Capture no CUDA graphs: every step runs the model's Python")
     piecewise_graphs: bool = Field(
-        False, description="On CUDA, capture steps with prompt tokens too, in pieces between attentions"
+        False,
+        description="On CUDA, capture steps with prompt tokens too, in pieces between attentions; off, as no "
+        "GPU has yet shown that its tokens are those of eager steps",
     )
     overlap_steps: bool = Field(
         False, description="On CUDA, launch a step before the last one's tokens are read; no GPU has run it yet"
@@ -197,7 +199,8 @@ class EngineSettings(Settings):
     swa_scratch: Scratch = Field(
         "off",
         description="Prefill workers: windowed blocks that a step outdates share scratch slots, so more prompts fit; "
-        "`reuse` keeps those that the same prompt, asked again, begins with; without a value: on",
+        "`reuse` keeps those that the same prompt, asked again, begins with; without a value: on. Off by default, as "
+        "prompts that share a beginning lose its reuse",
     )
     fetch_wait_s: Seconds = Field(
         30.0, description="Seconds that computed KV waits for the decode worker to ask for it"

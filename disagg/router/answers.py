@@ -6,7 +6,8 @@ from collections.abc import Callable
 
 from disagg.router.generation import GenerationEnd, GenerationRequest, TokenChunk
 from disagg.transceiver.wire.messages.prompt_logprobs import PromptLogprobs
-from disagg.transceiver.wire.messages.router import Finished, Tokens
+from disagg.transceiver.wire.messages.router import Finished
+from disagg.transceiver.wire.messages.tokens import Tokens
 
 
 class AnswersSent:
@@ -94,3 +95,8 @@ class AnswersSent:
         is_new = choice not in self._ended
         self._ended.add(choice)
         return is_new
+
+
+def true_status(status: int) -> int:
+    """A worker's status as the client may see it: an error, whatever the worker said."""
+    return status if 400 <= status <= 599 else 500

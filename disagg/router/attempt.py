@@ -25,7 +25,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import cast
 
-from disagg.router.answers import AnswersSent
+from disagg.router.answers import AnswersSent, true_status
 from disagg.router.attempt_events import (
     Action,
     Answered,
@@ -40,7 +40,6 @@ from disagg.router.attempt_events import (
     TimePassed,
     TurnedAway,
     WorkerLost,
-    true_status,
 )
 from disagg.router.charges import Charges, NothingKnown, WorkerNews, incarnations
 from disagg.router.choose import RETRY_BUSY_S, Placement, Unplaceable
@@ -59,10 +58,10 @@ from disagg.transceiver.wire.messages.router import (
     PromptScores,
     RequestFailed,
     Retarget,
-    Tokens,
     TransferFailure,
     TransferReport,
 )
+from disagg.transceiver.wire.messages.tokens import Tokens
 from disagg.transceiver.wire.schema import PackedInts
 
 PREFILL_LOST_GRACE_S = 1.0
@@ -138,13 +137,10 @@ class RoutedRequest:
         """Nothing is open after the end; before it the current server is; epochs are the attempts counted."""
         assert self.epoch == len(self.record.attempts) <= self._max_attempts
         assert not (self.is_over and self.sides)
-        assert self.is_over or self._waiting or self._has_server
+        placement, sides = self.placement, self.sides
+        assert self.is_over or self._waiting or (placement is not None and placement.server.incarnation in sides)
         self._answers.check_invariants()
         assert not self._actions
-
-    @property
-    def _has_server(self) -> bool:
-        return self.placement is not None and self.placement.server.incarnation in self.sides
 
     # --- the way in -----------------------------------------------------------------------------------------
 

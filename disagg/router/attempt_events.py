@@ -15,10 +15,10 @@ from disagg.transceiver.wire.messages.router import (
     PromptScores,
     RequestFailed,
     Retarget,
-    Tokens,
     TransferFailure,
     TransferReport,
 )
+from disagg.transceiver.wire.messages.tokens import Tokens
 
 AnswerMessage = Tokens | PromptScores | Finished | RequestFailed | TransferFailure | TransferReport
 """What a worker may say of one attempt."""
@@ -108,11 +108,6 @@ class Fail:
     status: int
     message: str
     retry_after_s: float | None = None
-
-
-def true_status(status: int) -> int:
-    """A worker's status as the client may see it: an error, whatever the worker said."""
-    return status if 400 <= status <= 599 else 500
 
 
 Action = SendOrder | Emit | Fail

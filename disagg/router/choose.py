@@ -6,7 +6,7 @@ never old, so a burst spreads at once.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice, product
 from typing import Final
@@ -54,7 +54,7 @@ class Fleet:
     load until one is linked, which with all of them linked is the first.
     """
 
-    workers: Sequence[Worker]
+    workers: Iterable[Worker]
     now: float
     load: Mapping[str, int]
     turn: int = 0

@@ -14,22 +14,21 @@ from disagg.router.pulses import Pulses, Steps
 from disagg.router.registry import Claimed, Registry, Worker
 from disagg.transceiver.wire.codec import Message
 from disagg.transceiver.wire.errors import LocalProtocolError, PeerLost, clipped
+from disagg.transceiver.wire.faults import PeerFaults
 from disagg.transceiver.wire.links import ControlServer
 from disagg.transceiver.wire.messages.peer import Refused
 from disagg.transceiver.wire.messages.router import (
     BROKEN,
     LEAVING,
-    TOKENS_WINDOW,
     CancelRequest,
-    Credit,
     Lease,
     Peers,
     Pulse,
     Register,
     Registered,
     RequestFailed,
-    StepTokens,
 )
+from disagg.transceiver.wire.messages.tokens import TOKENS_WINDOW, StepTokens, TokenCredit
 from disagg.transceiver.wire.node import draw_id
 from disagg.transceiver.wire.timing import HEARTBEAT_S, LOST_S, SUSPECT_S
 from disagg.transceiver.wire.turns import TurnQueue
@@ -46,15 +45,15 @@ MAX_CANCELS: Final = 1024
 ROWS_AT_ONCE: Final = 256
 """Rows of tokens, and other messages, taken without letting the loop do anything else: some 2 ms."""
 
-MAX_BLAMED: Final = 1024
-"""Names of peers whose faults were logged: the first of each is told in full, all are counted."""
-
 
 class ClusterListener(Protocol):
     """What is told of workers. All calls come from the event loop, one at a time."""
 
     def answered(self, source: str, message: AnswerMessage) -> None:
         """The registered worker of incarnation `source` spoke of a request."""
+
+    def registered(self, worker: Worker) -> None:
+        """A worker is registered."""
 
     def lost(self, incarnation: str, reason: str, in_step: Steps) -> None:
         """A worker is no longer registered; if it died, these were the new requests of its step."""
@@ -85,7 +84,7 @@ class Cluster:
         self._server = server
         self._listener = listener
         self._clock = clock
-        self._blamed: set[str] = set()
+        self._faults = PeerFaults()
         self._num_taken: dict[str, int] = {}
         """STEP_TOKENS messages taken of each registration."""
         self._route_of: dict[str, bytes] = {}
@@ -171,9 +170,7 @@ class Cluster:
         known = self.registry.get(self._incarnation_of.get(route, ""))
         name = known.worker_id if known else getattr(message, "worker_id", route.hex())
         kind, told = type(message).__name__, clipped(repr(fault))
-        if name not in self._blamed and len(self._blamed) < MAX_BLAMED:
-            self._blamed.add(name)
-            log.error("a %s of worker `%s` cannot be taken: %s", kind, clipped(name), told, exc_info=fault)
+        self._faults.blame(f"worker `{clipped(name)}`", message, fault)
         incarnation = getattr(message, "incarnation", "")
         self._turn_away(route, incarnation)
         may_end = isinstance(message, Register) and self._is_own(incarnation, route)
@@ -225,6 +222,7 @@ class Cluster:
         if superseded is not None:
             self._forget(superseded, "a new process registered under its name")
         if (worker := self.registry.get(message.incarnation)) is not None:
+            self._listener.registered(worker)
             self._introduce(worker)
 
     def _take_lease(self, route: bytes, lease: Lease) -> None:
@@ -264,7 +262,7 @@ class Cluster:
             self._listener.answered(source, row)
         taken = self._num_taken[source] = self._num_taken.get(source, 0) + 1
         if taken % (TOKENS_WINDOW // 2) == 0:
-            self._post(route, Credit(taken + TOKENS_WINDOW))
+            self._post(route, TokenCredit(taken + TOKENS_WINDOW))
 
     # --- out ------------------------------------------------------------------------------------------------
 
@@ -328,9 +326,9 @@ class Cluster:
             self._forget(worker, f"no lease for {LOST_S:g} s")
 
     def _lose_route(self, route: bytes, reason: str) -> None:
-        for incarnation, known in list(self._route_of.items()):
-            if known == route and (worker := self.registry.remove(incarnation)):
-                self._forget(worker, reason)
+        incarnation = self._incarnation_of.get(route)
+        if incarnation is not None and (worker := self.registry.remove(incarnation)):
+            self._forget(worker, reason)
 
     def _forget(self, worker: Worker, reason: str, in_step: Steps | None = None, level: int = logging.WARNING) -> None:
         """`worker` has left the registry: tell the listener, and decode workers that it is no peer any more.

@@ -67,7 +67,7 @@ class GenerationError(Exception):
 
 
 class Backend(Protocol):
-    """The router as the HTTP layer sees it. All methods run on the event loop."""
+    """The router as the HTTP layer sees it. `workers` and `metrics` run on any thread, all else on the event loop."""
 
     def generate(self, request: GenerationRequest) -> AsyncIterator[TokenChunk | GenerationEnd]:
         """Yield chunks, and for each choice a `GenerationEnd`. Raises `GenerationError`. Closing it cancels all."""

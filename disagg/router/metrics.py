@@ -88,7 +88,7 @@ def worker_families(workers: Iterable[Worker], reserved: set[str]) -> Iterator[M
     """One family per figure, labelled `worker`. Names get `disagg_`; where the router has one, `disagg_worker_`."""
     found: dict[str, list[tuple[str, MetricSample]]] = defaultdict(list)
     for worker in workers:
-        for sample in (*lease_samples(worker), *worker.lease.metrics):  # the worker's own word is the last
+        for sample in (*lease_samples(worker), *(worker.lease.metrics or ())):  # the worker's own word is the last
             if _NAME.fullmatch(sample.name) and sample.kind in _FAMILIES and not math.isnan(sample.value):
                 found[_series_name(sample, reserved)].append((worker.worker_id, sample))
     return (_family(name, samples) for name, samples in sorted(found.items()))
@@ -96,7 +96,7 @@ def worker_families(workers: Iterable[Worker], reserved: set[str]) -> Iterator[M
 
 def lease_samples(worker: Worker) -> Iterator[MetricSample]:
     """Figures that every lease carries anyway, unless the worker's own metrics say the same under the same name."""
-    own = {sample.name.removeprefix("disagg_") for sample in worker.lease.metrics}
+    own = {sample.name.removeprefix("disagg_") for sample in worker.lease.metrics or ()}
     lease = worker.lease
     figures = [
         *(("kv_blocks_used", (("pool", str(i)),), n) for i, n in enumerate(lease.blocks_used)),

@@ -8,7 +8,7 @@ by mistake if the first lives: it waits until the first was lost, gave a sign of
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import Final
 
@@ -54,9 +54,15 @@ class Worker:
         self.take(self.lease)
 
     def take(self, lease: Lease) -> None:
-        """What this worker says of itself from here on."""
+        """What this worker says of itself from here on; what it leaves out is as it last was."""
+        last = getattr(self, "lease", lease)
+        links = last.links if lease.links is None else lease.links
+        metrics = last.metrics if lease.metrics is None else lease.metrics
+        if lease.links is None or lease.metrics is None:
+            lease = replace(lease, links=links, metrics=metrics)
         self.lease = lease
-        self.link_states = {link.incarnation: link.state for link in lease.links}
+        if links is not last.links or not hasattr(self, "link_states"):
+            self.link_states = {link.incarnation: link.state for link in links or ()}
 
     @property
     def incarnation(self) -> str:
@@ -113,6 +119,7 @@ class Registry:
         self._expected_fingerprint = expected_fingerprint
         self._pulse_at = pulse_at
         self._workers: dict[str, Worker] = {}
+        self._by_name: dict[str, Worker] = {}
 
     def __iter__(self) -> Iterator[Worker]:
         return iter(self._workers.values())
@@ -139,8 +146,9 @@ class Registry:
         if rival is not None:
             if (verdict := self._judge(rival, message, now)) is not None:
                 return verdict
-            del self._workers[rival.incarnation]
-        self._workers[message.incarnation] = Worker(message, Lease(message.incarnation, ""), now)
+            self.remove(rival.incarnation)
+        worker = Worker(message, Lease(message.incarnation, ""), now)
+        self._workers[message.incarnation] = self._by_name[message.worker_id] = worker
         return Admitted(rival)
 
     def _judge(self, rival: Worker, message: Register, now: float) -> Refused | Claimed | None:
@@ -165,13 +173,16 @@ class Registry:
         return True
 
     def remove(self, incarnation: str) -> Worker | None:
-        return self._workers.pop(incarnation, None)
+        worker = self._workers.pop(incarnation, None)
+        if worker is not None:
+            del self._by_name[worker.worker_id]
+        return worker
 
     def expire(self, now: float) -> list[Worker]:
         """Remove and return the workers that were silent for `LOST_S`."""
         lost = [worker for worker in self if now - self.sign_at(worker) >= LOST_S]
         for worker in lost:
-            del self._workers[worker.incarnation]
+            self.remove(worker.incarnation)
         return lost
 
     def drain(self, worker_id: str, draining: bool = True) -> bool:
@@ -183,14 +194,15 @@ class Registry:
 
     def check_invariants(self) -> None:
         """Names are unique, keys are incarnations, and all identities are equal."""
-        assert len({worker.worker_id for worker in self}) == len(self)
+        assert self._by_name == {worker.worker_id: worker for worker in self}
+        assert len(self._by_name) == len(self)
         assert all(key == worker.incarnation for key, worker in self._workers.items())
         assert len({worker.register.identity for worker in self}) <= 1
         fingerprints = {worker.register.identity.model_fingerprint for worker in self}
         assert self._expected_fingerprint is None or fingerprints <= {self._expected_fingerprint}
 
     def _named(self, worker_id: str) -> Worker | None:
-        return next((worker for worker in self if worker.worker_id == worker_id), None)
+        return self._by_name.get(worker_id)
 
     def _difference(self, message: Register) -> Difference | None:
         if message.role not in ROLES:

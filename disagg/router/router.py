@@ -35,18 +35,23 @@ from disagg.router.attempt_events import (
     WorkerLost,
 )
 from disagg.router.charges import MAX_CHARGES
-from disagg.router.choose import Fleet, Placement
+from disagg.router.choose import Placement
 from disagg.router.cluster import Cluster
 from disagg.router.gate import AHEAD_PER_SERVER, Gate
 from disagg.router.generation import GenerationEnd, GenerationError, GenerationRequest, TokenChunk
 from disagg.router.metrics import RouterMetrics
+from disagg.router.placing import Placing
 from disagg.router.record import RecordStore, RequestRecord
-from disagg.router.status import describe_worker
+from disagg.router.registry import Worker
+from disagg.router.status import describe_workers
 from disagg.router.tenants import QueuedRequest, TenantLimits
 from disagg.router.unread import Unread
 from disagg.transceiver.wire.keys import ClusterKeys
 from disagg.transceiver.wire.links import ControlServer
-from disagg.transceiver.wire.messages.router import Tokens, TransferReport
+from disagg.transceiver.wire.messages.router import (
+    TransferReport,
+)
+from disagg.transceiver.wire.messages.tokens import Tokens
 from disagg.transceiver.wire.node import draw_id
 from disagg.transceiver.wire.ticket import mint
 
@@ -110,15 +115,13 @@ class Router:
             workers=lambda: self.cluster.registry,
             clock=clock,
         )
-        self._metrics = RouterMetrics(lambda: self.cluster.registry, self._gate)
+        self._metrics = RouterMetrics(lambda: list(self.cluster.registry), self._gate)
         self._records = RecordStore()
         self._streams: dict[str, _Stream] = {}
         self._by_request: dict[GenerationRequest, _Stream] = {}
-        self._load: Counter[str] = Counter()
-        """Requests placed per incarnation and not seen end."""
+        self._placing = Placing(self.cluster.registry, self.options.max_queued)
         self._charged: dict[str, _Stream] = {}
         """Requests that a worker may have died of, until each has shown that it was another."""
-        self._turn = 0
 
     @classmethod
     @contextlib.asynccontextmanager
@@ -164,7 +167,10 @@ class Router:
         self.cluster.check_invariants()
         self._records.check_invariants()
         self._gate.check_invariants()
-        assert +self._load == Counter(side for stream in self._streams.values() for side in stream.attempts.load)
+        self._placing.check_invariants()
+        assert +self._placing.load == Counter(
+            side for stream in self._streams.values() for side in stream.attempts.load
+        )
         assert self._charged.keys() <= self._streams.keys()
         for transfer_id, stream in self._streams.items():
             assert stream.attempts.transfer_id == transfer_id
@@ -195,14 +201,13 @@ class Router:
             self._apply(stream, ChoiceUnwanted(choice))
 
     def is_ready(self) -> bool:
-        return isinstance(self._fleet().place(max_tokens=2), Placement)
+        return isinstance(self._placing.at(self._clock()).place(max_tokens=2), Placement)
 
     def max_model_len(self) -> int | None:
         return min((worker.register.identity.max_model_len for worker in self.cluster.registry), default=None)
 
     def workers(self) -> list[dict[str, Any]]:
-        fleet, load, now = list(self.cluster.registry), self._load, self._clock()
-        return [describe_worker(worker, fleet, load, now) for worker in fleet]
+        return describe_workers(list(self.cluster.registry), self._placing.load, self._clock())
 
     def drain(self, worker_id: str, draining: bool = True) -> bool:
         """Give a worker no new requests, or some again. False when it is not registered."""
@@ -253,7 +258,7 @@ class Router:
         return RoutedRequest(
             request,
             transfer_id,
-            self._fleet,
+            lambda: self._placing.at(self._clock()),
             mint_ticket,
             max_attempts=self.options.max_attempts,
             timeout_s=min(request.timeout_s or math.inf, self.options.request_timeout_s),
@@ -291,7 +296,7 @@ class Router:
                 self._drop(stream)
 
     def _drop(self, stream: _Stream) -> None:
-        self._load.subtract(stream.load)
+        self._placing.count(stream.load, ())
         self._streams.pop(stream.attempts.transfer_id, None)
         self._charged.pop(stream.attempts.transfer_id, None)
         stream.unread.put(GenerationError(500, "the router failed on this request; its log says how"))
@@ -314,11 +319,7 @@ class Router:
     def _count_load(self, stream: _Stream) -> None:
         """Bring the count up to date with this one stream: no choice looks at all of them."""
         if stream.load != (load := stream.attempts.load):
-            self._load.subtract(stream.load)
-            self._load.update(load)
-            for incarnation in stream.load:
-                if not self._load[incarnation]:
-                    del self._load[incarnation]
+            self._placing.count(stream.load, load)
             stream.load = load
 
     def _note_charges(self, stream: _Stream) -> None:
@@ -358,10 +359,6 @@ class Router:
             f", {record.error}" if record.error else "",
         )
 
-    def _fleet(self) -> Fleet:
-        self._turn += 1
-        return Fleet(list(self.cluster.registry), self._clock(), self._load, self._turn, self.options.max_queued)
-
     # --- WorkerNews: what a request asks before it is tried again ---------------------------------------------------
 
     def is_in_step(self, incarnation: str, transfer_id: str) -> bool:
@@ -383,7 +380,11 @@ class Router:
         elif isinstance(message, TransferReport) and (record := self._records.get(message.transfer_id)):
             record.note(source, message)
 
+    def registered(self, worker: Worker) -> None:
+        self._placing.add(worker)
+
     def lost(self, incarnation: str, reason: str, in_step: Mapping[str, int]) -> None:
+        self._placing.remove(incarnation)
         self._apply_to_all(WorkerLost(incarnation, reason, in_step))
 
     def faulted(self) -> None:

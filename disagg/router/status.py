@@ -3,17 +3,29 @@
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from disagg.router.pairing import traits_difference
+from disagg.router.pairing import PairTraits, traits_difference
 from disagg.router.registry import Worker
 from disagg.transceiver.wire.messages.router import LinkStatus
 
 
-def describe_worker(worker: Worker, fleet: Sequence[Worker], load: Mapping[str, int], now: float) -> dict[str, Any]:
-    """One JSON object. `requests` are the router's own count, the rest is what the worker last said of itself."""
+def describe_workers(fleet: Sequence[Worker], load: Mapping[str, int], now: float) -> list[dict[str, Any]]:
+    """One JSON object each. `requests` are the router's own count, the rest is what the worker last said of itself."""
+    kinds = defaultdict[str, dict[PairTraits, list[Worker]]](dict)
+    for worker in fleet:
+        kinds[worker.role].setdefault(worker.traits, []).append(worker)
+    return [_describe_worker(worker, kinds, load, now) for worker in fleet]
+
+
+Kinds = Mapping[str, Mapping[PairTraits, Sequence[Worker]]]
+"""By role, then by what decides about pairs: a fleet has a handful."""
+
+
+def _describe_worker(worker: Worker, kinds: Kinds, load: Mapping[str, int], now: float) -> dict[str, Any]:
     register, lease = worker.register, worker.lease
     return {
         "id": worker.worker_id,
@@ -32,8 +44,8 @@ def describe_worker(worker: Worker, fleet: Sequence[Worker], load: Mapping[str, 
         "running": lease.num_running,
         "queued": lease.num_queued,
         "requests": load.get(worker.incarnation, 0),
-        "links": [_describe_link(link) for link in lease.links],
-        "incompatible": _describe_incompatible(worker, fleet),
+        "links": [_describe_link(link) for link in lease.links or ()],
+        "incompatible": _describe_incompatible(worker, kinds),
     }
 
 
@@ -57,14 +69,13 @@ def _describe_link(link: LinkStatus) -> dict[str, Any]:
     }
 
 
-def _describe_incompatible(worker: Worker, fleet: Sequence[Worker]) -> list[dict[str, str]]:
+def _describe_incompatible(worker: Worker, kinds: Kinds) -> list[dict[str, str]]:
     """Workers of the opposite role that this one is never paired with, and the first field that differs."""
     found = []
-    for other in fleet:
-        if {worker.role, other.role} != {"prefill", "decode"}:
-            continue
-        prefill, decode = (worker, other) if worker.role == "prefill" else (other, worker)
-        if difference := traits_difference(prefill.traits, decode.traits):
-            ours, theirs = difference.ours, difference.theirs
-            found.append({"worker": other.worker_id, "field": difference.field, "prefill": ours, "decode": theirs})
+    opposite = {"prefill": "decode", "decode": "prefill"}.get(worker.role, "")
+    for traits, others in kinds.get(opposite, {}).items():
+        prefill, decode = (worker.traits, traits) if worker.role == "prefill" else (traits, worker.traits)
+        if difference := traits_difference(prefill, decode):
+            told = {"field": difference.field, "prefill": difference.ours, "decode": difference.theirs}
+            found += [{"worker": other.worker_id} | told for other in others]
     return found

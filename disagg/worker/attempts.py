@@ -59,10 +59,10 @@ from disagg.transceiver.wire.messages.router import (
     RequestFailed,
     Retarget,
     RouterMessage,
-    Tokens,
     TransferFailure,
     TransferReport,
 )
+from disagg.transceiver.wire.messages.tokens import Tokens
 from disagg.transceiver.wire.messages.values import FirstToken, Geometry, StageTimes, UnitName
 from disagg.worker.metrics import WorkerMetrics
 from disagg.worker.pairing import Pairing

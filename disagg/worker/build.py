@@ -61,9 +61,7 @@ def make_engine(
     progress("allocating KV cache")
     budget = kv_budget(settings, steps)
     max_model_len = _choose_model_len(settings, model, budget)
-    swa_scratch = settings.swa_scratch if role == "prefill" else "off"
-    if swa_scratch != settings.swa_scratch:
-        log.warning("`--swa-scratch`: only prefill workers have scratch slots, this worker's role is `%s`", role)
+    swa_scratch = _swa_scratch(settings, role)
     layout = derive_layout(
         model.layers,
         block_size=settings.block_size,
@@ -92,14 +90,7 @@ def make_engine(
         swa_scratch=swa_scratch,
         steps_ahead=_steps_ahead(settings, model),
     )
-    identity = Identity(
-        protocol_major=PROTOCOL[0],
-        model_fingerprint=model_fingerprint,
-        attention=model.attention,
-        compute_dtype=model.dtype,
-        max_model_len=max_model_len,
-        hash_key_id=keys.hash_key_id,
-    )
+    identity = _identity(model, model_fingerprint, max_model_len, keys)
     ready = _ready(settings, role, layout, num_slots, max_model_len)
     ready |= {"dtype": model.dtype, "step_memory": steps.total}
     if settings.enable_prefix_caching:
@@ -112,6 +103,24 @@ def make_engine(
         warm_up(runner, cache, max_model_len)
     engine = Engine(runner, cache, config, graphs)
     return EngineParts(role, settings, identity, layout, cache, engine, ready, lambda: int(model.saturated))
+
+
+def _swa_scratch(settings: WorkerSettings, role: Role) -> str:
+    if settings.swa_scratch != "off" and role != "prefill":
+        log.warning("`--swa-scratch`: only prefill workers have scratch slots, this worker's role is `%s`", role)
+        return "off"
+    return settings.swa_scratch
+
+
+def _identity(model: LoadedModel, model_fingerprint: str, max_model_len: int, keys: ClusterKeys) -> Identity:
+    return Identity(
+        protocol_major=PROTOCOL[0],
+        model_fingerprint=model_fingerprint,
+        attention=model.attention,
+        compute_dtype=model.dtype,
+        max_model_len=max_model_len,
+        hash_key_id=keys.hash_key_id,
+    )
 
 
 class Filling:

@@ -15,17 +15,17 @@ from disagg.transceiver.wire.messages.peer import Refused
 from disagg.transceiver.wire.messages.router import (
     BROKEN,
     LEAVING,
-    Credit,
     Lease,
     Register,
     Registered,
     RouterMessage,
-    Tokens,
 )
+from disagg.transceiver.wire.messages.tokens import TokenCredit, Tokens
 from disagg.transceiver.wire.node import Node
 from disagg.transceiver.wire.sockets import Sockets
 from disagg.transceiver.wire.timing import HEARTBEAT_S, LOST_S
 from disagg.transceiver.wire.turns import TurnQueue
+from disagg.worker.lease_news import LeaseNews
 from disagg.worker.token_outbox import TokenOutbox, shorter
 from disagg.worker.vitals import RouterPulse, Vitals
 
@@ -83,7 +83,7 @@ class RouterLink:
         # Bounded by what enters: leases, and a few messages per attempt. Tokens wait in `tokens`, for credit.
         self._outbox: TurnQueue[RouterMessage] = TurnQueue()
         self.tokens = TokenOutbox(self._outbox.put_nowait, on_hold)
-        self._loop = asyncio.get_running_loop()
+        self._news = LeaseNews(time.monotonic)
         self.router_incarnation = ""
 
     @classmethod
@@ -123,11 +123,11 @@ class RouterLink:
             if not self.tokens.follow(message):
                 self._outbox.put_nowait(message)
         elif self.tokens.add(message):
-            self._loop.call_soon(self.tokens.flush)
+            asyncio.get_running_loop().call_soon(self.tokens.flush)
 
     def renew(self) -> None:
         """Queue a lease now, beside those that go out every heartbeat."""
-        self.send(self._make_lease(self.router_incarnation))
+        self.send(self._news.of(self._make_lease(self.router_incarnation)))
 
     async def flushed(self) -> None:
         """Wait until every queued message was handed to the socket."""
@@ -147,7 +147,7 @@ class RouterLink:
                         raise RouterLost("another router answers at this endpoint")
                 case Refused(field=field):
                     raise RouterLost(f"the router dropped this registration: {field}")
-                case Credit(limit=limit):
+                case TokenCredit(limit=limit):
                     self.tokens.allow(limit)
                 case _:
                     return message

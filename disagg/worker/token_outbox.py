@@ -17,10 +17,9 @@ from disagg.transceiver.wire.messages.router import (
     PromptScores,
     RequestFailed,
     RouterMessage,
-    StepTokens,
-    Tokens,
     TransferFailure,
 )
+from disagg.transceiver.wire.messages.tokens import StepTokens, Tokens
 from disagg.transceiver.wire.messages.values import AttemptKey
 
 MAX_WAITING: Final = 1 << 15

@@ -33,7 +33,14 @@ from support.abuse.watch import Watch, watching
 
 from disagg.transceiver.wire.codec import encode
 from disagg.transceiver.wire.messages.peer import Fetch, Heartbeat, Hello, Refused, Welcome
-from disagg.transceiver.wire.messages.router import LEAVING, READY, Lease, Register, Registered, Tokens
+from disagg.transceiver.wire.messages.router import (
+    LEAVING,
+    READY,
+    Lease,
+    Register,
+    Registered,
+)
+from disagg.transceiver.wire.messages.tokens import Tokens
 from disagg.transceiver.wire.node import draw_id
 
 pytestmark = pytest.mark.processes

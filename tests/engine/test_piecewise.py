@@ -55,7 +55,7 @@ def make_runner(model: LoadedModel, *, max_rows: int = 4, uses_scratch: bool = F
 
 @pytest.fixture(scope="module")
 def quick(folder: Path) -> tuple[LoadedModel, Any, PiecewiseRunner]:
-    """Captured once for all tests here: tracing takes seconds. Its QKV is fused, which a trace looks behind."""
+    """Captured once for all tests here: tracing takes seconds. Its QKV is fused, inside the pieces too."""
     model, references = load_case(QUICK, folder, NUM_TOKENS_OUT)
     assert fuse(model.module, probe(model.module, "cpu")) == {}
     return model, references, make_runner(model, uses_scratch=True)
@@ -77,6 +77,8 @@ def test_prefill_and_mixed_steps_in_pieces_answer_as_transformers_does(quick: An
     assert CALLS["graph:piecewise"] == runner.use.num_replays > NUM_TOKENS_OUT
     assert CALLS["graph:piece"] == CALLS["graph:piecewise"] * (len(model.layers) + 1)
     assert CALLS["torch:paged_attention"] >= CALLS["graph:piecewise"] * len(model.layers)
+    assert CALLS["torch:preprocess_qkv"] == CALLS["torch:paged_attention"], "fused in every layer of every step"
+    assert CALLS["torch:write_kv"] == 0
 
 
 def test_pieces_in_bfloat16_are_as_near_to_float32_as_eager_steps(folder: Path) -> None:
@@ -252,6 +254,7 @@ class Toy:
         compiled = torch.compile(self.step, backend=self.graphs, fullgraph=True)
         with torch.inference_mode():
             self.call(compiled)
+            self.graphs.learn(torch.device("cpu"), lambda: self.call(compiled))
             assert not any(piece.entries for piece in self.graphs.pieces), "a warm-up created an entry"
             self.graphs.capture(5, lambda: self.call(compiled))
         torch._dynamo.reset()
@@ -283,7 +286,7 @@ def test_every_attention_has_an_out_of_its_own() -> None:
 def test_the_cut_is_at_our_operation_alone() -> None:
     traced = torch.fx.symbolic_trace(lambda x: attend_more(x) + 1)
     assert not any(is_attention(node) for node in traced.graph.nodes)
-    whole, pieces = cut(traced, lambda module: module)  # type: ignore[arg-type,return-value]
+    whole, pieces = cut(traced, lambda name, module: module)  # type: ignore[arg-type,return-value]
     assert len(pieces) == len(list(whole.named_children())) == 1
 
 
@@ -308,6 +311,7 @@ def test_a_second_trace_is_refused() -> None:
 def test_a_piece_that_waits_for_the_device_cannot_be_captured() -> None:
     graphs = PiecewiseGraphs(FakeGraphs())
     run = graphs(torch.fx.symbolic_trace(lambda x: x * x.sum().item()), ())
+    graphs.learn(torch.device("cpu"), lambda: run(torch.ones(4)))
     with pytest.raises(CaptureFailed, match="waits for the device"):
         graphs.capture(4, lambda: run(torch.ones(4)))
 
@@ -325,7 +329,7 @@ def test_an_input_that_is_not_copied_is_noticed(forgotten: str, quick: Any, monk
 
 def test_attention_that_takes_padding_for_tokens_is_noticed(quick: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     _, references, runner = quick
-    exact = opaque_attention.paged_attention
-    monkeypatch.setattr(opaque_attention, "paged_attention", lambda m, q, *rest, **o: exact(m, q.flip(2), *rest, **o))
+    exact = opaque_attention.packed_attention
+    monkeypatch.setattr(opaque_attention, "packed_attention", lambda n, qkv, **o: exact(n, qkv.flip(0), **o))
     lives = greedy(runner, [reference.prompt for reference in references], NUM_TOKENS_OUT, chunk=37)
     assert num_equal(lives, references) < len(references)

@@ -26,9 +26,9 @@ from disagg.transceiver.wire.messages.router import (
     PrefillLocally,
     RequestFailed,
     Retarget,
-    Tokens,
     TransferFailure,
 )
+from disagg.transceiver.wire.messages.tokens import Tokens
 from disagg.transceiver.wire.messages.values import TokenLogprobs
 
 ID = "t" * 32

@@ -31,9 +31,9 @@ from disagg.transceiver.wire.messages.router import (
     PrefillLocally,
     RequestFailed,
     Retarget,
-    Tokens,
     TransferFailure,
 )
+from disagg.transceiver.wire.messages.tokens import Tokens
 
 ID = "t" * 32
 WORKERS = ("p0", "p1", "d0", "d1", "b0")

@@ -15,9 +15,9 @@ from disagg.transceiver.wire.messages.router import (
     PrefillLocally,
     RequestFailed,
     Retarget,
-    Tokens,
     TransferFailure,
 )
+from disagg.transceiver.wire.messages.tokens import Tokens
 
 ID = "t" * 32
 

@@ -12,9 +12,9 @@ from disagg.transceiver.wire.messages.router import (
     CancelRequest,
     Dispatch,
     Finished,
-    Tokens,
     TransferFailure,
 )
+from disagg.transceiver.wire.messages.tokens import Tokens
 
 ID = "t" * 32
 

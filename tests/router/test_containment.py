@@ -22,10 +22,11 @@ from disagg.router.router import Router
 from disagg.transceiver.layout.compatibility import geometry_difference
 from disagg.transceiver.wire.keys import ClusterKeys
 from disagg.transceiver.wire.messages import router as r
+from disagg.transceiver.wire.messages.tokens import Tokens
 
 KEYS = ClusterKeys.published()
 BATCH = 25
-ANSWERS = (r.Tokens, r.Finished, r.RequestFailed, r.TransferFailure, r.TransferReport, r.PromptScores)
+ANSWERS = (Tokens, r.Finished, r.RequestFailed, r.TransferFailure, r.TransferReport, r.PromptScores)
 
 
 @contextlib.asynccontextmanager
@@ -124,7 +125,7 @@ async def test_a_message_that_raises_costs_its_connection_is_logged_once_by_name
         async with FakeWorker.open(router.endpoint, KEYS, "d0", "decode") as evil:
             monkeypatch.setattr(router, "answered", fail)
             for _ in range(3):
-                await evil.say(r.Tokens("t", 1, 0, (1,)))
+                await evil.say(Tokens("t", 1, 0, (1,)))
             async with asyncio.timeout(5):
                 while not evil.num_refusals:  # noqa: ASYNC110
                     await asyncio.sleep(0.002)

@@ -15,7 +15,12 @@ from disagg.router.attempt_events import Answered, Emit
 from disagg.router.generation import TokenChunk
 from disagg.router.router import Router
 from disagg.transceiver.wire.keys import ClusterKeys
-from disagg.transceiver.wire.messages.router import TOKENS_WINDOW, Dispatch, Finished, Lease, Tokens
+from disagg.transceiver.wire.messages.router import (
+    Dispatch,
+    Finished,
+    Lease,
+)
+from disagg.transceiver.wire.messages.tokens import TOKENS_WINDOW, Tokens
 from disagg.transceiver.wire.messages.values import TokenLogprobs
 from disagg.transceiver.wire.node import Node
 from disagg.transceiver.wire.sockets import Sockets
@@ -88,7 +93,7 @@ async def test_a_worker_that_emits_far_more_than_its_credit_loses_no_token_and_s
 async def test_without_credit_tokens_stay_with_the_worker_whose_leases_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
     """The negative control of credit: a router that raises it never takes one window and no more."""
     async with Router.open("tcp://127.0.0.1:0", KEYS) as router, a_worker(router, []) as link:
-        monkeypatch.setattr("disagg.router.cluster.Credit", lambda limit: Lease(*[router.cluster.incarnation] * 2))
+        monkeypatch.setattr("disagg.router.cluster.TokenCredit", lambda limit: Lease(*[router.cluster.incarnation] * 2))
         answer = asyncio.create_task(take(router, MANY, "r"))
         dispatch = await within(link.next_message())
         assert isinstance(dispatch, Dispatch)

@@ -11,7 +11,10 @@ from support.cluster.router_stage import collect, run, stage
 
 from disagg.router.generation import GenerationError
 from disagg.router.tenants import TenantLimits
-from disagg.transceiver.wire.messages.router import Dispatch, Tokens
+from disagg.transceiver.wire.messages.router import (
+    Dispatch,
+)
+from disagg.transceiver.wire.messages.tokens import Tokens
 
 
 def test_a_request_waits_its_turn_and_starts_when_a_first_token_makes_room() -> None:

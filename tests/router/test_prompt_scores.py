@@ -17,10 +17,10 @@ from disagg.transceiver.wire.messages.router import (
     Finished,
     PromptScores,
     RequestFailed,
-    Tokens,
     TransferFailure,
     TransferReport,
 )
+from disagg.transceiver.wire.messages.tokens import Tokens
 from disagg.transceiver.wire.messages.values import StageTimes
 
 ID = "t" * 32

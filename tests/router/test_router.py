@@ -18,10 +18,10 @@ from disagg.transceiver.wire.messages.router import (
     PrefillLocally,
     RequestFailed,
     Retarget,
-    Tokens,
     TransferFailure,
     TransferReport,
 )
+from disagg.transceiver.wire.messages.tokens import Tokens
 from disagg.transceiver.wire.messages.values import GroupBytes, MetricSample, StageTimes
 from disagg.transceiver.wire.ticket import check
 

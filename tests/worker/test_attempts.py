@@ -10,7 +10,11 @@ from support.model.engine_pair import key
 from disagg.engine.commands import Decode, FailedEvent, Release, Reserve, TokensEvent, Unregister
 from disagg.transceiver.peers.decode_side import TransferRecord
 from disagg.transceiver.protocol.actions import Verified
-from disagg.transceiver.wire.messages.router import Dispatch, RequestFailed, Tokens
+from disagg.transceiver.wire.messages.router import (
+    Dispatch,
+    RequestFailed,
+)
+from disagg.transceiver.wire.messages.tokens import Tokens
 from disagg.transceiver.wire.messages.values import FirstToken, Sampling, SamplingState, UnitName
 from disagg.worker.attempts import Attempts
 from disagg.worker.metrics import WorkerMetrics

@@ -18,6 +18,7 @@ from disagg.transceiver.wire.codec import PROTOCOL, encode
 from disagg.transceiver.wire.keys import ClusterKeys
 from disagg.transceiver.wire.links import ControlServer
 from disagg.transceiver.wire.messages import router as r
+from disagg.transceiver.wire.messages.tokens import Tokens
 from disagg.transceiver.wire.messages.values import TokenLogprobs, UnitName
 from disagg.transceiver.wire.node import Node
 from disagg.transceiver.wire.sockets import Sockets
@@ -97,8 +98,8 @@ async def kept(router: FakeRouter) -> AsyncIterator[RouterLink]:
 
 
 UNSENDABLE = {
-    "tokens": (raw(r.Tokens, "t", 1, 0, (2**70,)), r.RequestFailed),
-    "logprobs": (r.Tokens("t", 1, 0, (1,), (raw(TokenLogprobs, 0.0, ((2**70, 0.0),)),)), r.RequestFailed),
+    "tokens": (raw(Tokens, "t", 1, 0, (2**70,)), r.RequestFailed),
+    "logprobs": (Tokens("t", 1, 0, (1,), (raw(TokenLogprobs, 0.0, ((2**70, 0.0),)),)), r.RequestFailed),
     "the end": (raw(r.Finished, "t", 1, 2**70, "stop"), r.RequestFailed),
     "a failure": (r.RequestFailed("t", 1, 503, "no room for \udc80"), r.RequestFailed),
     "a long failure": (raw(r.TransferFailure, "t", 1, "x" * (17 << 20)), r.TransferFailure),

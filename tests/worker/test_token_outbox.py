@@ -11,7 +11,12 @@ from hypothesis import strategies as st
 from support.links.unchecked import raw
 
 from disagg.transceiver.wire.codec import decode, encode
-from disagg.transceiver.wire.messages.router import Finished, Lease, RequestFailed, StepTokens, Tokens
+from disagg.transceiver.wire.messages.router import (
+    Finished,
+    Lease,
+    RequestFailed,
+)
+from disagg.transceiver.wire.messages.tokens import StepTokens, Tokens
 from disagg.transceiver.wire.messages.values import TokenLogprobs
 from disagg.worker.token_outbox import MAX_NUMBERS, MAX_WAITING, TokenOutbox
 

@@ -12,6 +12,7 @@ from disagg.cache.layout import LayerSpec
 from disagg.engine.model.probe import CURRENT_PROBE
 from disagg.kernels import ops
 from disagg.kernels.ops import Plan
+from disagg.kernels.qkv import HeadNorms, Rotary
 from disagg.kernels.scales import KVScales
 
 
@@ -81,3 +82,32 @@ def paged_attention(
         out=None if out is None else out[0],
     )
     return made[None], None
+
+
+def packed_attention(
+    layer: int,
+    qkv: torch.Tensor,
+    *,
+    num_heads: int,
+    bias: torch.Tensor | None,
+    norms: HeadNorms | None,
+    angles: Rotary,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+    sink_logits: torch.Tensor | None,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """From a packed projection `[total, width]` to attention's answer `[total, heads, dim]`, through the current step.
+
+    See `ops.preprocess_qkv` and `ops.paged_attention`. Stores K and V. Raises WindowMismatch.
+    """
+    call = CURRENT_STEP.get()[layer]
+    if call.spec.window != window:
+        raise WindowMismatch(f"layer {layer}: attention called with window {window}, laid out for {call.spec.window}")
+    query = ops.preprocess_qkv(
+        qkv, call.pool, call.plan, num_heads=num_heads, bias=bias, norms=norms, angles=angles, scales=call.scales
+    )
+    return ops.paged_attention(
+        query, call.pool, call.plan, scale=scale, softcap=softcap, sink_logits=sink_logits, scales=call.scales, out=out
+    )

@@ -17,7 +17,8 @@ from torch import nn
 from torch.nn import functional
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from disagg.engine.model.attention import CURRENT_STEP, WindowMismatch
+from disagg.engine.model.attention import packed_attention
+from disagg.engine.model.opaque_attention import TRACED_ATTENTION_NAME, attend_packed
 from disagg.engine.model.probe import CURRENT_PROBE, AttentionCall, Probe
 from disagg.kernels import ops
 from disagg.kernels.batch import PagedBatch, QueryRun
@@ -68,28 +69,51 @@ class FusedAttention:
         self, hidden_states: torch.Tensor, position_embeddings: Any = None, *args: Any, **options: Any
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """As transformers calls it: `hidden_states` `[1, num_queries, hidden]`, the same shape out."""
-        # A tracer is shown what it can cut at attention: the steps between are captured with the rest.
-        if torch.compiler.is_compiling() or CURRENT_PROBE.get() is not None:
-            own: Any = type(self.module).forward
-            looked: tuple[torch.Tensor, None] = own(self.module, hidden_states, position_embeddings, *args, **options)
+        module: Any = self.module
+        is_traced = torch.compiler.is_compiling()
+        if is_traced and module.config._attn_implementation == TRACED_ATTENTION_NAME:
+            return self._traced(hidden_states[0], position_embeddings), None
+        if is_traced or CURRENT_PROBE.get() is not None:  # a compiler is shown what it can compile
+            own: Any = type(module).forward
+            looked: tuple[torch.Tensor, None] = own(module, hidden_states, position_embeddings, *args, **options)
             return looked
-        step, call = CURRENT_STEP.get()[self.call.layer], self.call
-        if step.spec.window != call.window:
-            raise WindowMismatch(
-                f"layer {call.layer}: attention called with window {call.window}, laid out for {step.spec.window}"
-            )
-        query = self.preprocess(hidden_states[0], position_embeddings, step.pool, step.plan, step.scales)
-        out = ops.paged_attention(
-            query,
-            step.pool,
-            step.plan,
-            scale=query.shape[-1] ** -0.5 if call.scale is None else call.scale,
-            softcap=call.softcap,
-            sink_logits=cast(torch.Tensor, self.module.sinks) if call.has_sink_logits else None,
-            scales=step.scales,
+        out = packed_attention(
+            self.call.layer,
+            functional.linear(hidden_states[0], self.weight),
+            num_heads=self.call.num_heads,
+            bias=self.bias,
+            norms=self.norms,
+            angles=self.angles.of(position_embeddings, self.half),
+            scale=self._scale,
+            window=self.call.window,
+            softcap=self.call.softcap,
+            sink_logits=self._sinks,
         )
-        projected: torch.Tensor = cast(nn.Linear, self.module.o_proj)(out.flatten(1))
+        projected: torch.Tensor = module.o_proj(out.flatten(1))
         return projected[None], None
+
+    def _traced(self, hidden: torch.Tensor, embeddings: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        """As a tracer sees it: the projections and the angles in the pieces, all between them one operation."""
+        module: Any = self.module
+        qkv = functional.linear(hidden, self.weight)
+        cos, sin = (x[0, :, : self.half].float().contiguous() for x in embeddings)
+        out = qkv.new_empty(qkv.shape[0], self.call.num_heads, self.call.head_dim)
+        gains, normed, epsilon = None, 0, 0.0
+        if self.norms is not None:
+            gains, epsilon = self.norms.gains, self.norms.epsilon
+            normed = sum(1 << kind for kind in range(3) if self.norms.normed[kind])
+        shape = (self.call.layer, normed, epsilon, self._scale, self.call.window or 0, self.call.softcap or 0.0)
+        attend_packed(qkv, cos, sin, self.bias, gains, self._sinks, module.kv_pool, out, *shape)
+        projected: torch.Tensor = module.o_proj(out.flatten(1))
+        return projected[None]
+
+    @property
+    def _scale(self) -> float:
+        return self.call.head_dim**-0.5 if self.call.scale is None else self.call.scale
+
+    @property
+    def _sinks(self) -> torch.Tensor | None:
+        return cast(torch.Tensor, self.module.sinks) if self.call.has_sink_logits else None
 
     def preprocess(
         self,

@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 
-from disagg.engine.model.attention import paged_attention
+from disagg.engine.model.attention import packed_attention, paged_attention
+from disagg.kernels.qkv import HeadNorms, Rotary
 
 NUM_TOKENS: ContextVar[int] = ContextVar("num_tokens")
 """How many tokens of the bucket are real in the step in progress; 0 while pieces are captured."""
@@ -83,6 +84,52 @@ def attend(
 @attend.register_fake
 def _(*_: Any) -> None:
     """It returns nothing, so tracing has no shape to learn."""
+
+
+@torch.library.custom_op("disagg::attend_packed", mutates_args=("pool", "out"))
+def attend_packed(
+    qkv: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    bias: torch.Tensor | None,
+    gains: torch.Tensor | None,
+    sinks: torch.Tensor | None,
+    pool: torch.Tensor,
+    out: torch.Tensor,
+    layer: int,
+    normed: int,
+    epsilon: float,
+    scale: float,
+    window: int,
+    softcap: float,
+) -> None:
+    """`packed_attention` of the real tokens of `qkv` `[bucket, width]` into `out` `[bucket, heads, dim]`.
+
+    `cos` and `sin` as `Rotary` has them, `gains` as `HeadNorms`; of `normed` bit i stands for Q, K and V. `pool`,
+    `window`, `softcap` and padding as in `attend`.
+    """
+    count = NUM_TOKENS.get()
+    out[count:] = 0
+    if count:
+        kinds = (bool(normed & 1), bool(normed & 2), bool(normed & 4))
+        packed_attention(
+            layer,
+            qkv[:count],
+            num_heads=out.shape[1],
+            bias=bias,
+            norms=None if gains is None else HeadNorms(gains, kinds, epsilon),
+            angles=Rotary(cos[:count], sin[:count]),
+            scale=scale,
+            window=window or None,
+            softcap=softcap or None,
+            sink_logits=sinks,
+            out=out[:count],
+        )
+
+
+@attend_packed.register_fake
+def _(*_: Any) -> None:
+    """As `attend`."""
 
 
 def traced_attention(

@@ -14,7 +14,7 @@ from typing import Any, Final
 import msgpack
 
 from disagg.transceiver.wire.errors import LocalProtocolError, ProtocolDiffers, RemoteProtocolError
-from disagg.transceiver.wire.messages import peer, router
+from disagg.transceiver.wire.messages import peer, router, tokens
 from disagg.transceiver.wire.messages.peer import PeerMessage
 from disagg.transceiver.wire.messages.ranges import MAX_UNITS
 from disagg.transceiver.wire.messages.router import RouterMessage
@@ -46,7 +46,7 @@ TAGS: Final[dict[int, type]] = {
     34: router.Peers,
     35: router.Lease,
     36: router.Dispatch,
-    37: router.StepTokens,
+    37: tokens.StepTokens,
     38: router.Finished,
     39: router.RequestFailed,
     40: router.TransferFailure,
@@ -55,7 +55,7 @@ TAGS: Final[dict[int, type]] = {
     43: router.CancelRequest,
     44: router.TransferReport,
     45: router.Pulse,
-    46: router.Credit,
+    46: tokens.TokenCredit,
     47: router.PromptScores,
     48: router.CancelChoice,
 }

@@ -32,4 +32,4 @@ class PeerFaults:
         if count & (count - 1) == 0:  # log 1, 2, 4, 8...: a flood cannot fill the disk
             what, kind = type(message).__name__, type(error).__name__
             told = None if isinstance(error, TransceiverError) else error
-            log.warning("%s of %s cannot be taken (%d so far): %s: %s", what, peer, count, kind, error, exc_info=told)
+            log.error("a %s of %s cannot be taken (%d so far): %s: %s", what, peer, count, kind, error, exc_info=told)

@@ -14,16 +14,14 @@ from disagg.transceiver.wire.links import ControlClient
 from disagg.transceiver.wire.messages.peer import Refused
 from disagg.transceiver.wire.messages.router import (
     CancelRequest,
-    Credit,
     Dispatch,
     Finished,
     Lease,
     Peers,
     Register,
     Registered,
-    StepTokens,
-    Tokens,
 )
+from disagg.transceiver.wire.messages.tokens import StepTokens, TokenCredit, Tokens
 from disagg.transceiver.wire.messages.values import MetricSample
 from disagg.transceiver.wire.timing import HEARTBEAT_S
 
@@ -143,7 +141,7 @@ class FakeWorker:
     async def _read(self) -> None:
         while True:
             match message := await self._client.recv():
-                case Lease() | Credit():
+                case Lease() | TokenCredit():
                     pass
                 case Refused():
                     self.num_refusals += 1

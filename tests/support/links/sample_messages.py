@@ -8,6 +8,7 @@ from disagg.transceiver.wire.messages import peer as p
 from disagg.transceiver.wire.messages import router as r
 from disagg.transceiver.wire.messages import values as v
 from disagg.transceiver.wire.messages.prompt_logprobs import PromptLogprobs
+from disagg.transceiver.wire.messages.tokens import StepTokens, TokenCredit, Tokens
 
 ID = "00112233445566778899aabbccddeeff"
 HEADER = p.Header("prefill", "decode", ID, 2, 41)
@@ -70,8 +71,8 @@ SAMPLES = (
         (r.LinkStatus(ID, "prefill-0", "shm", "ready", 9.5, "fine"),),
     ),
     r.Dispatch(ID, 2, "request", "decode", (1, 2, 300), SAMPLING, 600.0, TARGET, b"ticket"),
-    r.StepTokens.of((r.Tokens(ID, 2, 0, (5, 6), (LOGPROBS, LOGPROBS), 32, 1), r.Tokens(ID[::-1], 1, 7, (8,)))),
-    r.Credit(48),
+    StepTokens.of((Tokens(ID, 2, 0, (5, 6), (LOGPROBS, LOGPROBS), 32, 1), Tokens(ID[::-1], 1, 7, (8,)))),
+    TokenCredit(48),
     r.PromptScores(ID, 2, SCORES),
     r.Finished(ID, 2, 17, "stop", 106, 1),
     r.RequestFailed(ID, 2, 503, "no room"),

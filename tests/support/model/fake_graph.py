@@ -7,7 +7,7 @@ not copied into a static buffer keeps the value of the capture, as on a GPU, and
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -133,11 +133,14 @@ def recorded_launches(recorder: Recorder) -> Iterator[None]:
 class FakeGraph:
     nodes: list[Node] = field(default_factory=list)
     output: Any = None
+    kept: int = 0
+    peak: int = 0
 
     def capture(self, run: Callable[[], Any]) -> Any:
         recorder = Recorder(self.nodes)
         with recorded_launches(recorder), recorder:
             self.output = run()
+        self.kept, self.peak = lifetimes(self.nodes, self.output)
         inside = {made.untyped_storage().data_ptr() for node in self.nodes for made in node.made or ()}
         for node in self.nodes:
             node.let_go(inside)
@@ -157,9 +160,27 @@ class FakeGraph:
                 if made.is_floating_point() and made.untyped_storage().data_ptr() not in kept:
                     made.fill_(float("nan"))
 
-    @property
-    def nbytes(self) -> int:
-        return sum(made.nbytes for node in self.nodes for made in node.made or ())
+
+def lifetimes(nodes: Sequence[Node], output: Any) -> tuple[int, int]:
+    """Bytes of the graph's memory that outlive its capture, and the most that was in use at once.
+
+    Memory is in use from the call that made it to the last that was given it, as in a pool of graphs.
+    """
+    spans: dict[int, tuple[int, int, int]] = {}
+    for number, node in enumerate(nodes):
+        for made in node.made or ():
+            storage = made.untyped_storage()
+            spans[storage.data_ptr()] = (storage.nbytes(), number, number)
+        for given in tensors(node.args, node.kwargs):
+            if (known := spans.get(given.untyped_storage().data_ptr())) is not None:
+                spans[given.untyped_storage().data_ptr()] = (*known[:2], number)
+    kept = {x.untyped_storage().data_ptr() for x in tensors(output)} & spans.keys()
+    ends = {at: len(nodes) if at in kept else last for at, (_, _, last) in spans.items()}
+    used = [
+        sum(nbytes for at, (nbytes, first, _) in spans.items() if first <= number <= ends[at])
+        for number in range(len(nodes))
+    ]
+    return sum(spans[at][0] for at in kept), max(used, default=0)
 
 
 @dataclass
@@ -174,4 +195,9 @@ class FakeGraphs:
 
     @property
     def nbytes(self) -> int:
-        return sum(graph.nbytes for graph in self.graphs)
+        """What a pool that all graphs share grew to: what earlier ones keep stays, all else is used again."""
+        kept = most = 0
+        for graph in self.graphs:
+            most = max(most, kept + graph.peak)
+            kept += graph.kept
+        return most

@@ -1,7 +1,9 @@
 """Prefill and mixed steps in pieces: attention runs eager, all that lies between two attentions is a captured graph.
 
-Dynamo traces the model once, with the number of tokens left open; the backend here cuts what it traced at `attend` and
+Dynamo traces the model once, with the number of tokens left open; the backend here cuts what it traced at attention and
 hands back the pieces. For each token bucket every piece is captured; a step is padded to its bucket and replays them.
+What one piece hands to attention and to later pieces lies in one arena that serves all layers and all buckets, so that
+graphs keep as much as the largest bucket needs at once.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ import torch
 from torch.fx.passes.split_module import split_module
 
 from disagg.engine.run.graphs.decode import MIB, Graph, GraphMaker
+from disagg.engine.run.pieces.arena import Arena, Handed, look, spans
 from disagg.kernels.dispatch import CALLS
 
 log = logging.getLogger(__name__)
@@ -28,6 +31,7 @@ LEAST_BUCKET = 4
 
 class Phase(Enum):
     EAGER = auto()  # pieces run as they were traced; nothing is kept
+    LEARN = auto()  # the same, and what their outputs are is noted
     CAPTURE = auto()
     REPLAY = auto()
 
@@ -44,11 +48,12 @@ class Turn:
 
     phase: Phase = Phase.EAGER
     bucket: int = 0
+    arena: Arena | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class _Entry:
-    """One piece in one bucket. `outputs` are kept: the pieces and attentions behind it read them where they are."""
+    """One piece in one bucket. `outputs`: in the arena, where the pieces and attentions behind it read them."""
 
     graph: Graph
     outputs: Any
@@ -58,14 +63,21 @@ class _Entry:
 class Piece(torch.nn.Module):
     """What lies between two attentions; one graph per bucket."""
 
-    def __init__(self, traced: torch.nn.Module, turn: Turn, maker: GraphMaker) -> None:
+    def __init__(self, name: str, traced: torch.nn.Module, turn: Turn, maker: GraphMaker) -> None:
         super().__init__()
+        self.name = name
         self._traced, self._turn, self._maker = traced, turn, maker
+        self._blank = blank_outputs(traced)
+        self.handed: tuple[Handed, ...] = ()
         self.entries: dict[int, _Entry] = {}
 
     def forward(self, *args: Any) -> Any:
         if self._turn.phase is Phase.EAGER:
             return self._traced(*args)
+        if self._turn.phase is Phase.LEARN:
+            outputs = self._traced(*args)
+            self.handed = look(args, _listed(outputs), self._blank)
+            return outputs
         if self._turn.phase is Phase.CAPTURE:
             return self._capture(args)
         entry = self.entries[self._turn.bucket]
@@ -76,9 +88,30 @@ class Piece(torch.nn.Module):
 
     def _capture(self, args: Sequence[Any]) -> Any:
         graph = self._maker.new()
-        outputs = graph.capture(lambda: self._traced(*args))
+        outputs = graph.capture(lambda: self._kept(self._traced(*args)))
         self.entries[self._turn.bucket] = _Entry(graph, outputs, _addresses(args))
         return outputs
+
+    def _kept(self, outputs: Any) -> Any:
+        assert self._turn.arena is not None, "no arena was made"
+        kept = self._turn.arena.keep(self.name, self.handed, _listed(outputs))
+        return kept if isinstance(outputs, tuple | list) else kept[0] if kept else outputs
+
+
+def _listed(outputs: Any) -> tuple[Any, ...]:
+    """The outputs of a part, of which fx returns a single one as it is."""
+    if isinstance(outputs, tuple | list):
+        return tuple(outputs)
+    return () if outputs is None else (outputs,)
+
+
+def blank_outputs(traced: torch.nn.Module) -> frozenset[int]:
+    """Positions of outputs that were allocated alone: what attention will write."""
+    if not isinstance(traced, torch.fx.GraphModule):
+        return frozenset()
+    (returned,) = next(node for node in traced.graph.nodes if node.op == "output").args
+    nodes = returned if isinstance(returned, tuple | list) else (returned,)
+    return frozenset(i for i, x in enumerate(nodes) if isinstance(x, torch.fx.Node) and x.target == "new_empty")
 
 
 def _addresses(args: Sequence[Any]) -> tuple[int, ...]:
@@ -102,7 +135,7 @@ class PiecewiseGraphs:
     def __call__(self, traced: torch.fx.GraphModule, _example: Sequence[Any]) -> Callable[..., Any]:
         """What `torch.compile` asks of a backend."""
         assert self._cut is None, "the model was traced twice"
-        self._cut, self.pieces = cut(traced, lambda piece: Piece(piece, self.turn, self.maker))
+        self._cut, self.pieces = cut(traced, lambda name, piece: Piece(name, piece, self.turn, self.maker))
         return self._run
 
     @property
@@ -112,6 +145,13 @@ class PiecewiseGraphs:
     def bucket(self, num_tokens: int) -> int | None:
         """The smallest captured bucket with room; None: run it eager."""
         return next((bucket for bucket in self.buckets if bucket >= num_tokens), None)
+
+    def learn(self, device: torch.device, call: Callable[[], object]) -> None:
+        """Run `call`, which calls the compiled model on the largest bucket, and make the arena that all will use."""
+        with self._in(Phase.LEARN, 0):
+            call()
+        handed = {piece.name: piece.handed for piece in self.pieces}
+        self.turn.arena = Arena(spans(self._cut, handed), device)
 
     def capture(self, bucket: int, call: Callable[[], object]) -> None:
         """Record `call`, which runs the compiled model on `bucket` tokens."""
@@ -139,9 +179,9 @@ class PiecewiseGraphs:
 
 
 def cut(
-    traced: torch.fx.GraphModule, wrap: Callable[[torch.nn.Module], Piece]
+    traced: torch.fx.GraphModule, wrap: Callable[[str, torch.nn.Module], Piece]
 ) -> tuple[torch.fx.GraphModule, list[Piece]]:
-    """`traced` as a sequence of parts, in their order: each call of `attend` alone, and what is between, wrapped."""
+    """`traced` as a sequence of parts, in their order: each attention alone, and what is between, wrapped."""
     part: dict[torch.fx.Node, int] = {}
     number = 0
     attentions = set()
@@ -157,22 +197,25 @@ def cut(
     pieces = []
     for name, module in list(whole.named_children()):
         if int(name.removeprefix("submod_")) not in attentions:
-            pieces.append(wrap(module))
+            pieces.append(wrap(name, module))
             setattr(whole, name, pieces[-1])
     return whole, pieces
 
 
 def is_attention(node: torch.fx.Node) -> bool:
     """By identity: an operation whose name merely contains ours is none."""
-    packet = torch.ops.disagg.attend
-    return node.op == "call_function" and node.target in (packet, packet.default)
+    packets = (torch.ops.disagg.attend, torch.ops.disagg.attend_packed)
+    return node.op == "call_function" and node.target in (*packets, *(packet.default for packet in packets))
 
 
-def capture_all(graphs: PiecewiseGraphs, buckets: Sequence[int], call: Callable[[int], object]) -> None:
+def capture_all(
+    graphs: PiecewiseGraphs, buckets: Sequence[int], device: torch.device, call: Callable[[int], object]
+) -> None:
     """Trace with the largest bucket, run each once eager, then capture them, the largest first."""
     started = time.monotonic()
     for bucket in reversed(buckets):
         call(bucket)
+    graphs.learn(device, lambda: call(buckets[-1]))
     for number, bucket in enumerate(reversed(buckets)):
         graphs.capture(bucket, lambda bucket=bucket: call(bucket))  # type: ignore[misc]
         log.info("captured piecewise graphs %d of %d: %d tokens", number + 1, len(buckets), bucket)

@@ -57,7 +57,7 @@ class PiecewiseRunner(Runner):
         # this model and a later one for sizes to leave open.
         try:
             with tokens(0), calling(TRACED_ATTENTION_NAME, self.model.module), experts:
-                capture_all(self.graphs, self._buckets, self._call)
+                capture_all(self.graphs, self._buckets, self.model.device, self._call)
         finally:
             torch._dynamo.reset()
         self.use.add(len(self.graphs.pieces) * len(self.graphs.buckets), self.graphs.maker.nbytes)

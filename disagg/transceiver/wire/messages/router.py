@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import islice
 from typing import Annotated, Final
 
 from disagg.transceiver.wire.messages.prompt_logprobs import PromptLogprobs
@@ -24,16 +21,15 @@ from disagg.transceiver.wire.messages.ranges import (
     check_attempt,
     check_finite,
     check_id,
-    check_id_lengths,
     check_int,
     check_ints,
     check_names,
     check_one_of,
     check_size,
     check_transfers,
-    fail,
 )
 from disagg.transceiver.wire.messages.sampling_limits import MAX_CHOICES
+from disagg.transceiver.wire.messages.tokens import TOKENS_WINDOW, StepTokens, TokenCredit
 from disagg.transceiver.wire.messages.values import (
     Geometry,
     GroupBytes,
@@ -41,16 +37,11 @@ from disagg.transceiver.wire.messages.values import (
     MetricSample,
     Sampling,
     StageTimes,
-    TokenLogprobs,
     UnitName,
 )
-from disagg.transceiver.wire.schema import PackedFloats, PackedInts
+from disagg.transceiver.wire.schema import PackedInts
 
 MODES: Final = ("serve", "prefill", "decode")
-
-TOKENS_WINDOW: Final = 16
-"""STEP_TOKENS messages that a worker may send before the router took the first: at 1,000 steps/s what comes in 16 ms,
-which is longer than a network's answer takes, and so few that a router which falls behind holds little."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,31 +182,34 @@ class Pulse:
 
 @dataclass(frozen=True, slots=True)
 class Lease:
-    """Both ways, every 0.5 s. A worker's carries its figures and live requests, the router's only its incarnation."""
+    """Both ways, every 0.5 s. A worker's carries its figures and live requests, the router's only its incarnation.
+
+    `metrics` and `links` None: as in the last lease that had them. They are most of it, and seldom change.
+    """
 
     incarnation: str
     router_incarnation: str
     state: str = READY
-    metrics: Annotated[tuple[MetricSample, ...], MAX_ITEMS] = ()
+    metrics: Annotated[tuple[MetricSample, ...], MAX_ITEMS] | None = None
     requests: Annotated[tuple[tuple[str, int], ...], MAX_ITEMS] = ()
     num_running: int = 0
     num_queued: int = 0
     blocks_used: Annotated[tuple[int, ...], MAX_GROUPS] = ()
     blocks_free: Annotated[tuple[int, ...], MAX_GROUPS] = ()
-    links: Annotated[tuple[LinkStatus, ...], MAX_ITEMS] = ()
+    links: Annotated[tuple[LinkStatus, ...], MAX_ITEMS] | None = None
 
     def __post_init__(self) -> None:
         check_id("incarnation", self.incarnation)
         check_size("router_incarnation", self.router_incarnation, MAX_NAME_CHARS)
         check_size("state", self.state, MAX_NAME_CHARS)
-        check_size("metrics", self.metrics, MAX_ITEMS)
+        check_size("metrics", self.metrics or (), MAX_ITEMS)
         check_transfers("requests", self.requests)
         check_int("num_running", self.num_running, 0, MAX_INT32)
         check_int("num_queued", self.num_queued, 0, MAX_INT32)
         for name in ("blocks_used", "blocks_free"):
             check_size(name, getattr(self, name), MAX_GROUPS)
             check_ints(name, getattr(self, name), 0, MAX_INT32)
-        check_size("links", self.links, MAX_ITEMS)
+        check_size("links", self.links or (), MAX_ITEMS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -249,153 +243,6 @@ class Dispatch:
         check_size("ticket", self.ticket, MAX_SECRET_NBYTES)
         if not 0 < self.deadline_s < float("inf"):
             raise ValueError(f"deadline_s: {self.deadline_s}, expected a finite duration above 0")
-
-
-@dataclass(frozen=True, slots=True)
-class Tokens:
-    """Generated tokens of one attempt, the first at `index` (0 = the first of the answer): a row of `StepTokens`.
-
-    With the first token comes `num_cached_tokens`: tokens of the prompt that were found in a cache and not computed.
-    Not checked here, for there is one per token: `StepTokens` checks all of its rows at once.
-    """
-
-    transfer_id: str
-    epoch: int
-    index: int
-    token_ids: tuple[int, ...]
-    logprobs: tuple[TokenLogprobs, ...] = ()
-    num_cached_tokens: int = 0
-    choice: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class StepTokens:
-    """Worker -> router: what one step generated for all of its requests, in arrays. One row per answer, in order.
-
-    Row i has `counts[i]` of the `token_ids`. `num_tops`: one number per token where any has log-probabilities, of its
-    most likely ones, -1 of a token that has none; `logprobs` then has that of the token and those of its `top_ids`.
-    `choices`: which of several answers a row goes on with; empty = all are the first.
-    """
-
-    transfer_ids: Annotated[tuple[str, ...], MAX_ITEMS]
-    epochs: PackedInts
-    indexes: PackedInts
-    nums_cached: PackedInts
-    counts: PackedInts
-    token_ids: PackedInts
-    num_tops: PackedInts = ()
-    top_ids: PackedInts = ()
-    logprobs: PackedFloats = ()
-    choices: PackedInts = ()
-
-    def __post_init__(self) -> None:
-        check_size("transfer_ids", self.transfer_ids, MAX_ITEMS)
-        check_id_lengths("transfer_ids", self.transfer_ids)
-        for name in ("epochs", "indexes", "nums_cached", "counts", *(["choices"] if self.choices else [])):
-            if len(getattr(self, name)) != len(self.transfer_ids):
-                fail(name, len(getattr(self, name)), f"one for each of {len(self.transfer_ids)} rows")
-            check_ints(name, getattr(self, name), 0, MAX_INT32)
-        if sum(self.counts) != len(self.token_ids):
-            fail("counts", sum(self.counts), f"{len(self.token_ids)} tokens in all")
-        check_ints("token_ids", self.token_ids, 0, MAX_INT32)
-        self._check_logprobs()
-
-    def _check_logprobs(self) -> None:
-        if not self.num_tops and not self.top_ids and not self.logprobs:
-            return
-        if len(self.num_tops) != len(self.token_ids):
-            fail("num_tops", len(self.num_tops), f"one for each of {len(self.token_ids)} tokens")
-        check_ints("num_tops", self.num_tops, -1, MAX_ITEMS)
-        check_ints("top_ids", self.top_ids, 0, MAX_INT32)
-        num_top, num_known = sum(n for n in self.num_tops if n > 0), sum(n >= 0 for n in self.num_tops)
-        if (len(self.top_ids), len(self.logprobs)) != (num_top, num_top + num_known):
-            fail("top_ids, logprobs", (len(self.top_ids), len(self.logprobs)), f"{num_top}, {num_top + num_known}")
-        if not all(value < math.inf for value in self.logprobs):  # NaN is not; minus infinity says: impossible
-            fail("logprobs", "not a number, or infinite", "numbers")
-
-    @classmethod
-    def of(cls, rows: Iterable[Tokens]) -> StepTokens:
-        """All of `rows`, which must be legal; those that continue the row before them are joined to it."""
-        columns = _Columns()
-        for row in rows:
-            columns.add(row)
-        return columns.message()
-
-    def rows(self) -> Iterator[Tokens]:
-        """The rows, as they were said."""
-        first, logprobs = 0, self._all_logprobs()
-        choices = self.choices or (0,) * len(self.transfer_ids)
-        columns = (self.transfer_ids, self.epochs, self.indexes, self.counts, self.nums_cached, choices)
-        for transfer_id, epoch, index, count, num_cached, choice in zip(*columns, strict=True):
-            end = first + count
-            some = () if logprobs is None else tuple(found for found in logprobs[first:end] if found is not None)
-            yield Tokens(transfer_id, epoch, index, self.token_ids[first:end], some, num_cached, choice)
-            first = end
-
-    def _all_logprobs(self) -> list[TokenLogprobs | None] | None:
-        if not self.num_tops:
-            return None
-        ids, values, found = iter(self.top_ids), iter(self.logprobs), list[TokenLogprobs | None]()
-        for num_top in self.num_tops:
-            if num_top < 0:
-                found.append(None)
-                continue
-            chosen = next(values)
-            top = tuple(zip(islice(ids, num_top), islice(values, num_top), strict=True))
-            found.append(TokenLogprobs(chosen, top))
-        return found
-
-
-class _Columns:
-    """The arrays of a `StepTokens` in the making."""
-
-    def __init__(self) -> None:
-        self.rows: list[list[int]] = []  # epoch, index, number cached, count, choice
-        self.transfer_ids: list[str] = []
-        self.token_ids: list[int] = []
-        self.logprobs: list[TokenLogprobs | None] = []
-
-    def add(self, row: Tokens) -> None:
-        count = len(row.token_ids)
-        if self._continues(row):
-            self.rows[-1][3] += count
-        else:
-            self.transfer_ids.append(row.transfer_id)
-            self.rows.append([row.epoch, row.index, row.num_cached_tokens, count, row.choice])
-        self.token_ids.extend(row.token_ids)
-        self.logprobs.extend(row.logprobs or (None,) * count)
-
-    def _continues(self, row: Tokens) -> bool:
-        if not self.rows or self.transfer_ids[-1] != row.transfer_id:
-            return False
-        epoch, index, _, count, choice = self.rows[-1]
-        had = count > 0 and self.logprobs[-1] is not None  # a row has log-probabilities for all of its tokens or none
-        return (epoch, index + count, choice, had) == (row.epoch, row.index, row.choice, bool(row.logprobs))
-
-    def message(self) -> StepTokens:
-        rows = zip(*self.rows, strict=True) if self.rows else ((),) * 5
-        epochs, indexes, nums_cached, counts, choices = rows
-        columns = tuple(self.transfer_ids), epochs, indexes, nums_cached, counts, tuple(self.token_ids)
-        if not any(self.logprobs):
-            return StepTokens(*columns, choices=choices if any(choices) else ())
-        known = [found for found in self.logprobs if found is not None]
-        return StepTokens(
-            *columns,
-            tuple(-1 if found is None else len(found.top) for found in self.logprobs),
-            tuple(token_id for found in known for token_id, _ in found.top),
-            tuple(value for found in known for value in (found.logprob, *(value for _, value in found.top))),
-            choices if any(choices) else (),
-        )
-
-
-@dataclass(frozen=True, slots=True)
-class Credit:
-    """Router -> worker: this registration may send `limit` STEP_TOKENS messages in all, those before included."""
-
-    limit: int
-
-    def __post_init__(self) -> None:
-        check_int("limit", self.limit, 0, MAX_INT64)
 
 
 @dataclass(frozen=True, slots=True)
@@ -541,7 +388,7 @@ RouterMessage = (
     | Lease
     | Dispatch
     | StepTokens
-    | Credit
+    | TokenCredit
     | Finished
     | RequestFailed
     | TransferFailure
