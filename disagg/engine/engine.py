@@ -306,7 +306,7 @@ class Engine:
         return []
 
     def _release(self, command: Release) -> list[EngineEvent]:
-        for sequence in self._scheduler.all_of(command.key):
+        for sequence in [s for s in self._scheduler.live.values() if s.key.attempt == command.key]:
             self._counters.released[state_of(sequence)] += 1
             self._scheduler.release(sequence)
         return []

@@ -211,10 +211,6 @@ class Scheduler:
         self._put(prompt)
         self._urgent.append(prompt)
 
-    def all_of(self, key: AttemptKey) -> list[LiveSequence]:
-        """What is live of an attempt: its prompt or its answers."""
-        return [sequence for sequence in self._live.values() if sequence.key.attempt == key]
-
     def keep_only(self, prompt: PromptSequence) -> None:
         """The prompt is computed: promise from now on what it will hold as an answer, or until its transfer ends."""
         request, count = prompt.request, len(prompt.token_ids)

@@ -23,7 +23,6 @@ until its FINISHED so that losing that worker between the two is still before th
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import cast
 
 from disagg.router.answers import AnswersSent, true_status
 from disagg.router.attempt_events import (
@@ -44,6 +43,7 @@ from disagg.router.attempt_events import (
 from disagg.router.charges import Charges, NothingKnown, WorkerNews, incarnations
 from disagg.router.choose import RETRY_BUSY_S, Placement, Unplaceable
 from disagg.router.generation import GenerationRequest, TokenChunk
+from disagg.router.orders import dispatch_of
 from disagg.router.placer import Mint, Placer
 from disagg.router.prompt_scores import ReportedScores
 from disagg.router.record import AttemptRecord, RequestRecord
@@ -62,7 +62,6 @@ from disagg.transceiver.wire.messages.router import (
     TransferReport,
 )
 from disagg.transceiver.wire.messages.tokens import Tokens
-from disagg.transceiver.wire.schema import PackedInts
 
 PREFILL_LOST_GRACE_S = 1.0
 """How long the decode worker has to report the loss of its prefill worker itself, which it sees at the same time as
@@ -122,6 +121,10 @@ class RoutedRequest:
     def num_tokens(self) -> int:
         """Sent to the client, of all answers."""
         return self._answers.num_tokens
+
+    @property
+    def _is_served_alone(self) -> bool:
+        return self.placement is not None and self.placement.prefill is None
 
     @property
     def is_charged(self) -> bool:
@@ -215,8 +218,10 @@ class RoutedRequest:
 
     def _hear_server(self, message: object, now: float) -> None:
         match message:
+            case Tokens() | Finished() if not self._scores.is_complete and self._is_served_alone:
+                self._fail(502, "fault of the worker: it answered without the prompt's log-probabilities", now)
             case Tokens() | Finished() if not self._scores.is_complete:
-                self._wait_for_scores(message, now)
+                self._early.append(message)  # it may be here before what the prefill worker said: two ways
             case Tokens():
                 self._forward(message, now)
             case Finished():
@@ -243,8 +248,6 @@ class RoutedRequest:
             case RequestFailed():
                 self._fail(true_status(message.status), message.message, now)
 
-    # --- the prompt's scores ----------------------------------------------------------------------------------
-
     def _hear_scores(self, source: str, message: PromptScores, now: float) -> None:
         """From the worker that computes the prompt. The first token waits for all of them."""
         assert self.placement is not None
@@ -258,13 +261,6 @@ class RoutedRequest:
                 if not self.is_over:
                     self._hear_server(word, now)
         return None
-
-    def _wait_for_scores(self, message: Tokens | Finished, now: float) -> None:
-        """What the decode worker says may be here before what the prefill worker said: they come by two ways."""
-        assert self.placement is not None
-        if self.placement.prefill is None:
-            return self._fail(502, "fault of the worker: it answered without the prompt's log-probabilities", now)
-        return self._early.append(message)
 
     def _scores_lost(self, reason: str, now: float) -> None:
         """The KV arrived, but the prompt's log-probabilities did not: nothing was sent yet, so all begins anew."""
@@ -314,14 +310,11 @@ class RoutedRequest:
             return None
         if not self._scores.is_complete:
             return self._fail(502, "fault of the worker: it ended before the prompt's log-probabilities came", now)
-        server, held = self.placement.server.incarnation, self._held
-        for word in held:
+        for word in sorted(self._held, key=lambda word: isinstance(word, Finished)):
             if isinstance(word, Tokens) and not self.is_over:
                 self._forward(word, now)
-        if not self.is_over:
-            self._cancel(server, "finished")
-        for word in held:
-            if isinstance(word, Finished) and not self.is_over:
+            elif isinstance(word, Finished) and not self.is_over:
+                self._cancel(self.placement.server.incarnation, "finished")
                 self._finish(word, now)
         return None
 
@@ -473,18 +466,8 @@ class RoutedRequest:
         return self._mint(self.epoch, placement.prefill.incarnation, placement.server.incarnation, ttl_s)
 
     def _dispatch_to(self, mode: str, now: float, peer: PeerTarget | None = None, ticket: bytes = b"") -> Dispatch:
-        return Dispatch(
-            transfer_id=self.transfer_id,
-            epoch=self.epoch,
-            request_id=self.request.request_id,
-            mode=mode,
-            prompt=cast(PackedInts, self.request.prompt),  # an array is packed as it is
-            sampling=self.request.sampling,
-            deadline_s=self._remaining_s(now),  # the ticket's ttl_s too: the prefill worker checks it with this value
-            peer=peer,
-            ticket=ticket,
-            priority=self.request.priority,
-        )
+        remaining_s = self._remaining_s(now)  # the ticket's ttl_s too: the prefill worker checks it with this value
+        return dispatch_of(self.request, self.transfer_id, self.epoch, mode, remaining_s, peer, ticket)
 
     def _remaining_s(self, now: float) -> float:
         return max(self.deadline - now, 0.0)
