@@ -10,7 +10,7 @@ machine.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from random import Random
 from typing import Final
@@ -90,7 +90,11 @@ def repeated(random: Random, *, num_prompts: int = 8) -> Iterator[Tokens]:
         yield from [text(random, 8000)] * 2
 
 
-WORKLOADS: Final = {"chats": chats, "one system prompt": shared, "each prompt twice": repeated}
+WORKLOADS: Final[dict[str, Callable[[Random], Iterator[Tokens]]]] = {
+    "chats": chats,
+    "one system prompt": shared,
+    "each prompt twice": repeated,
+}
 
 
 def prefill(cache: KVCache, prompt: Tokens, chunk: int, mode: str) -> tuple[int, int]:

@@ -49,6 +49,10 @@ class LagHistogram:
         family.add_metric([], list(self._cumulative()), self._sum_s)
         return family
 
+    def histogram(self) -> tuple[list[tuple[str, int]], float]:
+        """(upper edge, wakes no later) of each bucket, and the sum of all in seconds."""
+        return list(self._cumulative()), self._sum_s
+
     def samples(self) -> Iterator[tuple[str, tuple[tuple[str, str], ...], float]]:
         """(name, labels, value) of each series, for a worker's lease."""
         for edge, count in self._cumulative():

@@ -23,6 +23,12 @@ from disagg.api.tokenize import TokenizeRoutes
 from disagg.router.generation import Backend
 
 
+def check_text(settings: ApiSettings) -> None:
+    """Read what the API will read. Raises ModelRefused for an unusable tokenizer or defaults."""
+    check_defaults(settings.defaults)
+    ModelTokenizer.load(settings.model_folder)
+
+
 @contextlib.asynccontextmanager
 async def open_app(backend: Backend, settings: ApiSettings, *, is_warm: bool = False) -> AsyncIterator[Starlette]:
     """The public API over `backend`, with its helper processes: one from the start if `is_warm`.

@@ -6,17 +6,21 @@ import asyncio
 import contextlib
 import gc
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 from typing import Any
 
-from disagg.api.app import create_admin_app, open_app
+from disagg.api.app import check_text, create_admin_app, open_app
+from disagg.api.http.acceptor import BACKLOG
 from disagg.api.http.connections import Connections, connections_within
-from disagg.api.http.server import serve
+from disagg.api.http.server import Listener, bind, serve
+from disagg.api.processes.fleet import ApiProcesses
 from disagg.api.settings import ApiSettings
 from disagg.config.api_keys import ApiKey, api_keys
 from disagg.config.descriptors import raise_descriptor_limit
 from disagg.config.errors import ConfigError, found_in
+from disagg.config.resources import num_api_processes, num_cores
 from disagg.config.settings import RouterSettings
 from disagg.config.signals import heeded_signals
 from disagg.engine.model.checkpoint import ModelRefused, fingerprint, generation_defaults, resolve_model
@@ -58,16 +62,11 @@ async def _serve(
             options = _router_options(settings, folder, clients)
         router = await stack.enter_async_context(Router.open(control, keys, options))
         with _reading(folder):
-            app = await stack.enter_async_context(
-                open_app(router, _api_settings(settings, folder, clients), is_warm=True)
-            )
-            admin_app = create_admin_app(router)
+            api_settings = _api_settings(settings, folder, clients)
+            check_text(api_settings)
         try:
-            operators, public_ones = Connections(ADMIN_CONNECTIONS), Connections(connections_within(descriptors))
-            admin = await stack.enter_async_context(
-                serve(admin_app, ADMIN_HOST, settings.admin_port, connections=operators)
-            )
-            public = await stack.enter_async_context(serve(app, settings.host, settings.port, connections=public_ones))
+            admin = await stack.enter_async_context(_admin_api(router, settings))
+            public = await stack.enter_async_context(_public_api(router, settings, api_settings, descriptors))
         except OSError as exc:
             raise ConfigError(str(exc.strerror or exc)) from exc
         gc.collect()
@@ -78,6 +77,31 @@ async def _serve(
         )
         await stopped.wait()
     return 0
+
+
+def _admin_api(router: Router, settings: RouterSettings) -> AbstractAsyncContextManager[Listener]:
+    operators = Connections(ADMIN_CONNECTIONS)
+    return serve(create_admin_app(router), ADMIN_HOST, settings.admin_port, connections=operators)
+
+
+@contextlib.asynccontextmanager
+async def _public_api(
+    router: Router, settings: RouterSettings, api_settings: ApiSettings, descriptors: int
+) -> AsyncIterator[Listener]:
+    """In this process, or in some of their own behind one socket."""
+    if not (count := num_api_processes(settings.api_processes, num_cores())):
+        book = Connections(connections_within(descriptors))
+        async with (
+            open_app(router, api_settings, is_warm=True) as app,
+            serve(app, settings.host, settings.port, connections=book) as listener,
+        ):
+            yield listener
+        return
+    with await bind(settings.host, settings.port) as listening:
+        listening.listen(BACKLOG)
+        async with ApiProcesses.open(router, api_settings, listening, count, settings.log_level) as processes:
+            router.figures.add(processes)
+            yield Listener(*listening.getsockname()[:2])
 
 
 @contextlib.contextmanager

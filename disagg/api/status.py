@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Awaitable, Callable
+from typing import TypeVar
 
 from starlette.requests import Request
 from starlette.responses import Response
@@ -13,6 +15,8 @@ from disagg.api.http.errors import ApiError, no_workers
 from disagg.api.http.responses import json_response
 from disagg.api.settings import ApiSettings
 from disagg.router.generation import Backend
+
+T = TypeVar("T")
 
 
 class StatusRoutes:
@@ -55,7 +59,7 @@ class StatusRoutes:
         return json_response({"version": disagg.__version__})
 
     async def metrics(self, request: Request) -> Response:
-        text = await asyncio.to_thread(self._backend.metrics)  # of a thousand workers it takes half a second
+        text = await settled(self._backend.metrics)
         return Response(text, media_type="text/plain; version=0.0.4")
 
     async def workers(self, request: Request) -> Response:
@@ -80,4 +84,10 @@ class AdminRoutes:
 
 
 async def _workers(backend: Backend) -> Response:
-    return await asyncio.to_thread(lambda: json_response({"workers": backend.workers()}))
+    return json_response({"workers": await settled(backend.workers)})
+
+
+async def settled(ask: Callable[[], T | Awaitable[T]]) -> T:
+    """The router's answer. Made beside the loop where it runs in this process: of a thousand workers it takes long."""
+    told = await asyncio.to_thread(ask)
+    return await told if isinstance(told, Awaitable) else told

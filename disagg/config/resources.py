@@ -40,6 +40,16 @@ def _quota(group: Path) -> float | None:
     return quota / period if quota is not None and period else None
 
 
+def num_api_processes(told: int | None, cores: int) -> int:
+    """Processes that a router starts for its API; 0 = its own does it, which small machines have no cores to spare for.
+
+    A quarter of the cores keeps the most for workers; past 8, one router's core is what limits.
+    """
+    if told is not None:
+        return told
+    return 0 if cores <= 4 else min(8, cores // 4)
+
+
 def default_kv_cache_nbytes(memory_share: float = 1.0) -> int:
     """The most a CPU worker takes when `--kv-cache-memory` is not given; `memory_share` is its part among siblings."""
     return int(CPU_MEMORY_FRACTION * memory_share * available_nbytes())

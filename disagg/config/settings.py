@@ -131,6 +131,13 @@ class HttpSettings(Settings):
         description="File with lines of TENANT KEY [weight=N] [max_requests=N] [max_tokens=N], beside or instead of "
         "--api-key; readable by its owner only",
     )
+    api_processes: int | None = Field(
+        None,
+        ge=0,
+        le=64,
+        description="Processes for HTTP, text and tokens; 0: the router's own does it [default: 0 on up to 4 cores, "
+        "else a quarter of the cores, 8 at most]",
+    )
     max_attempts: Count = Field(3, description="Attempts per request in all; 1 means no retry")
     request_timeout_s: Seconds = Field(600.0, description="Seconds after which a request is given up")
     max_queued: Count = Field(1024, description="Requests that may wait; more get 503 with Retry-After")

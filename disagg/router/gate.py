@@ -103,7 +103,7 @@ class Gate(Collector):
         )
 
     def collect(self) -> Iterator[Metric]:
-        waiting = GaugeMetricFamily("disagg_requests_waiting", "Requests that wait at the router", labels=["tenant"])
+        waiting = GaugeMetricFamily("disagg_requests_queued", "Requests that wait at the router", labels=["tenant"])
         for tenant, count in sorted(self._policy.waiting_by_tenant().items()):
             waiting.add_metric([tenant], count)
         yield waiting

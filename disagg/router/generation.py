@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -67,7 +67,10 @@ class GenerationError(Exception):
 
 
 class Backend(Protocol):
-    """The router as the HTTP layer sees it. `workers` and `metrics` run on any thread, all else on the event loop."""
+    """The router as the HTTP layer sees it. `workers` and `metrics` may be called on any thread, all else on the loop.
+
+    What is awaitable is so where the router is another process.
+    """
 
     def generate(self, request: GenerationRequest) -> AsyncIterator[TokenChunk | GenerationEnd]:
         """Yield chunks, and for each choice a `GenerationEnd`. Raises `GenerationError`. Closing it cancels all."""
@@ -81,11 +84,11 @@ class Backend(Protocol):
     def max_model_len(self) -> int | None:
         """Prompt plus answer limit of the registered workers; None while none is registered."""
 
-    def workers(self) -> list[dict[str, Any]]:
+    def workers(self) -> list[dict[str, Any]] | Awaitable[list[dict[str, Any]]]:
         """One JSON object per registered worker, for `GET /workers`."""
 
     def record(self, request_id: str) -> Mapping[str, Any] | None:
         """The record of one request, live or recent, for `GET /requests/{id}`."""
 
-    def metrics(self) -> bytes:
+    def metrics(self) -> bytes | Awaitable[bytes]:
         """Prometheus text of the router and of every worker, labelled."""

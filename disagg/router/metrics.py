@@ -55,8 +55,13 @@ class RouterMetrics:
             *(self.ttft, self.itl, self.e2e, self.requests, self.attempts, self.running, self.loop_lag),
             *(self.charged_deaths, self.refused_after_deaths, self.peer_faults, *more),
         )
+        self._own: list[Collector] = [*own]
         self._registry = CollectorRegistry(auto_describe=False)
-        self._registry.register(_Everything(own, workers))
+        self._registry.register(_Everything(self._own, workers))
+
+    def add(self, collector: Collector) -> None:
+        """Tell what another part of this process counts too."""
+        self._own.append(collector)
 
     def text(self) -> bytes:
         return generate_latest(self._registry)

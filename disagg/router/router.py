@@ -153,6 +153,10 @@ class Router:
     def loop_lag(self) -> LoopLag:
         return self._metrics.loop_lag
 
+    @property
+    def figures(self) -> RouterMetrics:
+        return self._metrics
+
     async def run(self) -> None:
         """Serve until cancelled."""
         await self.cluster.run()

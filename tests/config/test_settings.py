@@ -34,6 +34,7 @@ SAMPLES: dict[str, tuple[str, object, str]] = {
     "served_model_name": ("tiny", "tiny", "large"),
     "api_key": ("k1", "k1", "k2"),
     "api_key_file": ("/run/keys", Path("/run/keys"), "/run/others"),
+    "api_processes": ("2", 2, "0"),
     "max_attempts": ("1", 1, "2"),
     "request_timeout_s": ("2.5", 2.5, "3"),
     "max_queued": ("7", 7, "8"),

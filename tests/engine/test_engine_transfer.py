@@ -221,8 +221,8 @@ def test_a_pinned_prompt_is_never_dropped():
     assert len(source.tokens(key(2))) == 3
 
 
-def test_pins_are_granted_in_the_order_of_their_arrival_without_overtaking():
-    """2 would fit beside 4, but 3 was pinned before it and does not."""
+def test_a_short_pinned_prompt_passes_a_long_one_that_is_granted_no_later_for_it():
+    """3 was pinned before 2, but does not fit beside 4; 2 fits beside either."""
     source = TestedEngine(role="prefill", num_slots=(30, 26), max_num_batched_tokens=64)
     for number, length in ((4, 40), (3, 40), (2, 4)):
         source.handle(prefill(number, length))
@@ -230,9 +230,9 @@ def test_pins_are_granted_in_the_order_of_their_arrival_without_overtaking():
     for number in (4, 3, 2):
         source.handle(Pin(key(number)))
     source.run()
-    assert [e.key for e in source.events if isinstance(e, PinnedEvent)] == [key(4)]
+    assert [e.key for e in source.events if isinstance(e, PinnedEvent)] == [key(4), key(2)]
     source.handle(Release(key(4)))
-    assert [e.key for e in source.events if isinstance(e, PinnedEvent)][1] == key(3)
+    assert [e.key for e in source.events if isinstance(e, PinnedEvent)][2] == key(3)
 
 
 def test_soft_prompts_do_not_start_while_somebody_waits_for_room():

@@ -26,7 +26,7 @@ def test_a_request_waits_its_turn_and_starts_when_a_first_token_makes_room() -> 
             others = [replace(make_request(request_id=f"p{p}"), priority=p) for p in (5, 0)]
             tasks = [asyncio.create_task(collect(s.router, request)) for request in others]
             await asyncio.sleep(0)
-            assert b'disagg_requests_waiting{tenant=""} 2.0' in s.router.metrics()
+            assert b'disagg_requests_queued{tenant=""} 2.0' in s.router.metrics()
             s.router.check_invariants()
             await decode.say(Tokens(dispatched.transfer_id, dispatched.epoch, 0, (9,)))
             second = await decode.expect(Dispatch)

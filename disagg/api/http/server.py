@@ -58,6 +58,16 @@ async def serve(
     Raises OSError, with a sentence, when the address cannot be bound.
     """
     bound = await bind(host, port)
+    async with serve_on(bound, app, shutdown_timeout_s=shutdown_timeout_s, connections=connections) as listener:
+        yield listener
+
+
+@asynccontextmanager
+async def serve_on(
+    bound: socket.socket, app: ASGIApp, *, shutdown_timeout_s: int = 5, connections: Connections | None = None
+) -> AsyncIterator[Listener]:
+    """As `serve`, on a bound socket, which it owns; other processes may accept from it too."""
+    host, port = bound.getsockname()[:2]
     config = _config(app, shutdown_timeout_s)
     server, book = _Server(config), Connections() if connections is None else connections
 
@@ -69,7 +79,7 @@ async def serve(
     bound.listen(BACKLOG)
     accepting = asyncio.create_task(accept(bound, make, book), name=f"accept {host}:{port}")
     try:
-        yield Listener(host, bound.getsockname()[1])
+        yield Listener(host, port)
     finally:
         accepting.cancel()
         await asyncio.wait([accepting])
