@@ -11,6 +11,7 @@ from typing import Annotated, Any, Final
 
 import msgpack
 
+from disagg.transceiver.wire.messages.prompt_logprobs import PromptLogprobs
 from disagg.transceiver.wire.messages.ranges import MAX_ITEMS
 from disagg.transceiver.wire.messages.values import Sampling, TokenLogprobs
 from disagg.transceiver.wire.schema import PackedInts, Record
@@ -41,6 +42,14 @@ class StopAnswer:
     """The client left, or needs no more."""
 
     number: int
+
+
+@dataclass(frozen=True, slots=True)
+class StopChoice:
+    """The client needs no more of one choice; the others go on."""
+
+    number: int
+    choice: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,16 +112,19 @@ class AnswerChunk:
     token_ids: PackedInts
     logprobs: Annotated[tuple[TokenLogprobs, ...], MAX_ITEMS] = ()
     num_cached_tokens: int = 0
+    prompt_logprobs: Annotated[tuple[PromptLogprobs, ...], MAX_ITEMS] = ()
+    choice: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class AnswerEnd:
-    """See `GenerationEnd`. Nothing of this answer follows."""
+    """See `GenerationEnd`. Nothing of this choice follows."""
 
     number: int
     reason: str
     stop_token_id: int | None = None
     num_cached_tokens: int = 0
+    choice: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,7 +153,7 @@ class ProcessStop:
 _SHAPES: Final = tuple(
     Record(kind)
     for kind in (
-        *(StartAnswer, StopAnswer, AnswerCredit, CoreQuestion, ProcessReady, ProcessVitals),
+        *(StartAnswer, StopAnswer, StopChoice, AnswerCredit, CoreQuestion, ProcessReady, ProcessVitals),
         *(ProcessSettings, CoreState, AnswerChunk, AnswerEnd, AnswerError, CoreReply, ProcessStop),
     )
 )
