@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Mapping, Sequence
+from contextlib import aclosing
 from dataclasses import replace
 from typing import Any
 
@@ -61,25 +62,38 @@ class FakeBackend:
         self.num_open += 1
         self._changed.set()
         num_left = request.sampling.num_choices
-        said: asyncio.Queue[TokenChunk | GenerationEnd | Exception] = asyncio.Queue(1)
-        speakers = [asyncio.create_task(self._speak(request, choice, said)) for choice in range(num_left)]
-        speakers_left = asyncio.gather(*speakers)
         try:
-            while not (speakers_left.done() and said.empty()):
-                step = await _first_of(said, speakers_left)
-                if step is None:
-                    continue
-                num_left -= not isinstance(step, TokenChunk)
-                if isinstance(step, Exception):
-                    num_left = 0
-                    raise step
-                yield step
-                await asyncio.sleep(0)
+            async with aclosing(self._spoken(request)) as steps:
+                async for step in steps:
+                    num_left -= not isinstance(step, TokenChunk)
+                    if isinstance(step, Exception):
+                        num_left = 0
+                        raise step
+                    yield step
+                    await asyncio.sleep(0)
         finally:
-            speakers_left.cancel()
             self.num_open -= 1
             self.num_cancelled += num_left > 0
             self._changed.set()
+
+    async def _spoken(self, request: GenerationRequest) -> AsyncGenerator[Any, None]:
+        """What the script gives, of several choices side by side."""
+        if request.sampling.num_choices == 1:
+            for step in self.script(request):
+                if isinstance(step, asyncio.Event):
+                    await step.wait()
+                else:
+                    yield step
+            return
+        said: asyncio.Queue[Any] = asyncio.Queue(1)
+        choices = range(request.sampling.num_choices)
+        speakers = asyncio.gather(*(self._speak(request, choice, said) for choice in choices))
+        try:
+            while not (speakers.done() and said.empty()):
+                if (step := await _first_of(said, speakers)) is not None:
+                    yield step
+        finally:
+            speakers.cancel()
 
     async def _speak(self, request: GenerationRequest, choice: int, said: asyncio.Queue[Any]) -> None:
         """What the script gives for this choice alone."""
