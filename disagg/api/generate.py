@@ -90,17 +90,17 @@ class GenerateEndpoint:
         params, max_model_len, choices = prepared.params, self._backend.max_model_len(), list[Choice]()
         if max_model_len is None or not prepared.prompts:
             raise no_workers()
-        seed, is_only = base_seed(params), len(prepared.prompts) * params.n == 1
+        seed, is_only = base_seed(params), len(prepared.prompts) == 1
         for ids, echo in prepared.prompts:
             max_tokens = answer_tokens(params, self._settings.defaults, len(ids), max_model_len)
             prompt = ids if isinstance(ids, array) and ids.typecode == "i" else array("i", ids)
-            for i in range(params.n):
+            sampling = build_sampling(
+                params, self._settings.defaults, max_tokens=max_tokens, seed=seed, tenant=tenant or None
+            )
+            name = request_id if is_only else f"{request_id}-{len(choices) // params.n}"
+            request = GenerationRequest(name, prompt, sampling, params.priority, tenant, timeout_s)
+            for _ in range(params.n):
                 await asyncio.sleep(0)  # a choice takes up to a millisecond to make: a turn for others between them
-                sampling = build_sampling(
-                    params, self._settings.defaults, max_tokens=max_tokens, seed=seed + i, tenant=tenant or None
-                )
-                name = request_id if is_only else f"{request_id}-{len(choices)}"
-                request = GenerationRequest(name, prompt, sampling, params.priority, tenant, timeout_s)
                 choices.append(self._choice(params, len(choices), request, echo))
         return choices
 
@@ -147,7 +147,7 @@ async def _disconnected(receive: Receive) -> None:
 
 def log_request(request_id: str, endpoint: str, params: RequestParams, choices: Sequence[Choice], status: int) -> None:
     """One line per request: the record of its user (`user`), under the id that workers log too."""
-    num_prompt = sum(len(choice.request.prompt) for choice in choices)
+    num_prompt = sum(len(request.prompt) for request in {choice.request for choice in choices})
     num_tokens = sum(choice.answer.num_tokens for choice in choices)
     log.info(
         "request `%s`: %s status %d, %d prompt tokens, %d tokens, user %s",

@@ -8,13 +8,16 @@ blocks: several sequences may refer to the slots of these, and they stay behind,
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Collection, Hashable, Iterator, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from disagg.cache.cached_sequence import CachedSequence as CachedSequence
+from disagg.cache.cached_sequence import PoolUsage as PoolUsage
+from disagg.cache.errors import PoolExhausted
 from disagg.cache.identity import BlockHasher
 from disagg.cache.layout import CacheLayout, LayerGroup
 from disagg.cache.pool import NUM_RESERVED_SLOTS, SlotPool
@@ -29,58 +32,6 @@ log = logging.getLogger(__name__)
 
 Held = tuple[NDArray[np.int64], ...]
 """Per group, ordinals, ascending."""
-
-
-@dataclass(frozen=True, slots=True)
-class PoolUsage:
-    """Slots of one pool; `num_slots` counts the two reserved ones, the others do not.
-
-    `num_used`: referred to by sequences. `num_free`: can be allocated now, the `num_cached` registered ones included.
-    `num_evicted`: cached slots that were emptied for another sequence, since start.
-    """
-
-    slot_nbytes: int
-    num_slots: int
-    num_used: int
-    num_free: int
-    peak_used: int
-    num_cached: int = 0
-    num_evicted: int = 0
-
-
-@dataclass(slots=True, eq=False)
-class CachedSequence:
-    """What one sequence holds. Changed only by its `KVCache`.
-
-    `tables[g]`: int32 [ceil(capacity / block_size)], slot of each ordinal of group g, or -1.
-    """
-
-    key: Hashable
-    tables: tuple[Table, ...]
-    capacity: int = 0
-    history: int = 0
-    committed: int = 0
-    chain: Chain | None = None
-    """Its way through the prefix tree; None where prefixes are not reused."""
-    scratch: tuple[Scratch | None, ...] = ()
-    """Per group, where the blocks lie that end with the step in progress; their table entries are -1."""
-    partial: frozenset[tuple[int, int]] = frozenset()
-    """(group, ordinal) of received blocks that lack some of their tokens: they are not registered."""
-    room: int = 0
-    """Tokens that fit its blocks: the capacity, rounded up."""
-    is_open: bool = True
-    trimmed: int = 0
-    """The history of the last `resize`: the tables hold what is not stale there."""
-
-    @property
-    def is_committing(self) -> bool:
-        """Whether blocks that become whole are still registered."""
-        return self.chain is not None and not self.chain.is_stopped
-
-    @property
-    def num_blocks(self) -> int:
-        """Ordinals that its tables span, holes included (0 for a model without KV)."""
-        return len(self.tables[0]) if self.tables else 0
 
 
 class KVCache:
@@ -172,6 +123,33 @@ class KVCache:
         self._let_go(sequence, wipe=wipe)
         sequence.is_open = False
         sequence.capacity = sequence.history = sequence.committed = sequence.room = 0
+
+    def fork(self, parent: CachedSequence, key: Hashable) -> CachedSequence:
+        """A sequence that goes on from `parent`'s history: whole blocks are shared, a last one in part is copied.
+
+        Raises PoolExhausted, with nothing changed, when there is no room for the copy.
+        """
+        assert parent.is_open
+        assert not parent.scratch
+        assert parent.trimmed == parent.history, f"{parent.key} holds more than its history needs"
+        chain = parent.chain
+        sequence = self.open(key, chain.salt, chain.precision) if chain is not None else self.open(key)
+        num_whole, size = parent.history // self.layout.block_size, self.layout.block_size
+        try:
+            self._copy_last(parent, sequence, num_whole)
+        except PoolExhausted:
+            self.close_sequence(sequence)
+            raise
+        for table, pool in zip(sequence.tables, self.layout.pool_of_group, strict=True):
+            whole = table[:num_whole]
+            self.pools[pool].share(whole[whole != HOLE])
+        if self._prefixes is not None and chain is not None and sequence.chain is not None:
+            self._prefixes.follow(sequence.chain, list(chain.path))
+            sequence.chain.is_stopped = chain.is_stopped
+        sequence.capacity = sequence.history = sequence.trimmed = parent.history
+        sequence.committed, sequence.partial = parent.committed, parent.partial
+        sequence.room = self.layout.num_blocks(parent.history) * size
+        return sequence
 
     # --- prefix reuse ---------------------------------------------------------------------------------------
 
@@ -363,6 +341,19 @@ class KVCache:
 
     def _no_tables(self) -> tuple[Table, ...]:
         return tuple(np.empty(0, dtype=np.int32) for _ in self.layout.groups)
+
+    def _copy_last(self, parent: CachedSequence, sequence: CachedSequence, num_whole: int) -> None:
+        """The parent's table up to its history; a block that it will write is copied, in all groups or none."""
+        num_blocks = self.layout.num_blocks(parent.history)
+        pools = [self.pools[number] for number in self.layout.pool_of_group]
+        tables = [table[:num_blocks].copy() for table in parent.tables]
+        if num_blocks > num_whole:
+            wanted = Counter(self.layout.pool_of_group)
+            if any(self.pools[number].num_free < count for number, count in wanted.items()):
+                raise PoolExhausted(f"{parent.key}: no room for a copy of its last block")
+            for table, pool in zip(tables, pools, strict=True):
+                table[num_whole] = pool.copy(int(table[num_whole]))
+        sequence.tables = tuple(tables)
 
     def _take(self, sequence: CachedSequence, tables: Sequence[Table]) -> None:
         """Refer to registered slots: the first that a new sequence holds."""

@@ -124,6 +124,17 @@ class SlotPool:
             del self._cached[slot]
         self.peak_used = max(self.peak_used, self.num_used)
 
+    def share(self, slots: Table) -> None:
+        """One more reference to each of these used slots, whose blocks are whole and are not written any more."""
+        assert (self._num_refs[slots] > 0).all(), "a slot is shared that no sequence holds"
+        self._num_refs[slots] += 1
+
+    def copy(self, source: int) -> int:
+        """A new slot with the bytes of another. Raises PoolExhausted."""
+        (slot,) = self.allocate(1, overwritten=np.ones(1, dtype=np.bool_))
+        self.memory[slot] = self.memory[source]
+        return slot
+
     def free(self, slots: Sequence[int], *, wipe: bool = False) -> None:
         """Give one reference to each slot back; the first of those that stay cached will be evicted first.
 

@@ -69,7 +69,17 @@ class Decode:
 
 @dataclass(frozen=True, slots=True)
 class Release:
-    """Drop all that this attempt holds, in whatever state. Unknown keys are ignored (delivery is at least once)."""
+    """Drop all that this attempt holds, in whatever state, every answer of it.
+
+    Unknown keys are ignored (delivery is at least once).
+    """
+
+    key: AttemptKey
+
+
+@dataclass(frozen=True, slots=True)
+class DropChoice:
+    """Drop what one of an attempt's answers holds; the others go on. Unknown keys are ignored."""
 
     key: AttemptKey
 
@@ -99,7 +109,7 @@ class PrefixChecked:
     wrong: tuple[SourceUnit, ...]
 
 
-Command = Serve | Prefill | Pin | Reserve | Decode | Release | DropSoft | Unregister | PrefixChecked
+Command = Serve | Prefill | Pin | Reserve | Decode | Release | DropChoice | DropSoft | Unregister | PrefixChecked
 
 
 # --- events -------------------------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ from disagg.engine.commands import (
     AttemptKey,
     Command,
     Decode,
+    DropChoice,
     DropSoft,
     EngineEvent,
     FailedEvent,
@@ -38,6 +39,7 @@ from disagg.engine.commands import (
     Unregister,
 )
 from disagg.engine.flight import Flight, chunk_of, sample_input
+from disagg.engine.other_choices import draw_others
 from disagg.engine.recheck import PrefixRecheck
 from disagg.engine.run.graphs.use import GraphUse
 from disagg.engine.run.runner import StepRunner
@@ -56,7 +58,7 @@ from disagg.engine.sequence import (
 )
 from disagg.engine.stats import EngineCounters, EngineStats
 from disagg.transceiver.wire.messages.router import YOUNG_TOKENS
-from disagg.transceiver.wire.messages.values import TokenLogprobs
+from disagg.transceiver.wire.messages.values import OtherFirst, TokenLogprobs
 
 ROLES = ("prefill", "decode", "both")
 
@@ -206,7 +208,8 @@ class Engine:
             logits = logits[kept]
         pieces = [wanting[row] for row in kept]
         drawn = self._draw(logits, [sample_input(piece) for piece in pieces])
-        return Flight(work, drawn, {piece.sequence: row for row, piece in enumerate(pieces)})
+        rows = {piece.sequence: row for row, piece in enumerate(pieces)}
+        return Flight(work, drawn, rows, draw_others(self._draw, logits, pieces))
 
     def _finish(self) -> list[EngineEvent]:
         """Read the tokens of the step under way, and do what they decide. Nothing if there is none."""
@@ -241,6 +244,8 @@ class Engine:
                 return self._decode(command)
             case DropSoft():
                 return self._drop_soft(command)
+            case DropChoice():
+                return self._drop_choice(command)
             case Release():
                 return self._release(command)
             case Unregister():
@@ -287,6 +292,11 @@ class Engine:
         self._scheduler.register_some(answer, answer.num_stored)  # verified, and not a moment before
         return self._begin(answer)
 
+    def _drop_choice(self, command: DropChoice) -> list[EngineEvent]:
+        if (sequence := self._scheduler.get(command.key)) is not None:
+            self._scheduler.release(sequence)
+        return []
+
     def _drop_soft(self, command: DropSoft) -> list[EngineEvent]:
         prompt = self._scheduler.get(command.key)
         if isinstance(prompt, PromptSequence) and prompt.is_soft:
@@ -294,7 +304,7 @@ class Engine:
         return []
 
     def _release(self, command: Release) -> list[EngineEvent]:
-        if (sequence := self._scheduler.get(command.key)) is not None:
+        for sequence in [s for s in self._scheduler.live.values() if s.key.attempt == command.key]:
             self._counters.released[state_of(sequence)] += 1
             self._scheduler.release(sequence)
         return []
@@ -330,22 +340,23 @@ class Engine:
         for piece in flight.work:
             if piece.is_current:
                 row = flight.rows[piece.sequence] if piece.wants_logits else None
-                events += self._commit_piece(piece, None if row is None else sampled[row])
+                others = [one.read()[0] for one in flight.others.get(piece.sequence, ())]
+                events += self._commit_piece(piece, None if row is None else sampled[row], others)
             else:
                 self._counters.dropped += 1
         return events
 
-    def _commit_piece(self, piece: Work, result: Sampled | None) -> list[EngineEvent]:
+    def _commit_piece(self, piece: Work, result: Sampled | None, others: Sequence[Sampled]) -> list[EngineEvent]:
         sequence = piece.sequence
         if result is not None and not result.finite:
             return self._not_finite(piece)
-        if result is not None and result.error is not None:
+        if error := next((one.error for one in (result, *others) if one is not None and one.error is not None), None):
             self._scheduler.release(sequence)
-            return [FailedEvent(sequence.key, 500, f"sampling after position {piece.end - 1} failed: {result.error}")]
+            return [FailedEvent(sequence.key, 500, f"sampling after position {piece.end - 1} failed: {error}")]
         if result is not None:
-            self._counters.tokens_generated += 1
+            self._counters.tokens_generated += 1 + len(others)
         if isinstance(sequence, PromptSequence):
-            return self._commit_chunk(sequence, piece, result)
+            return self._commit_chunk(sequence, piece, result, others)
         assert result is not None
         self._scheduler.advance(piece)
         sequence.output.append(result.token_id)
@@ -356,7 +367,9 @@ class Engine:
         self._scheduler.release(piece.sequence, wipe=True)  # what it left behind must never be loaded
         return [FailedEvent(key, 500, f"non-finite logits after position {piece.end - 1}")]
 
-    def _commit_chunk(self, prompt: PromptSequence, piece: Work, result: Sampled | None) -> list[EngineEvent]:
+    def _commit_chunk(
+        self, prompt: PromptSequence, piece: Work, result: Sampled | None, others: Sequence[Sampled]
+    ) -> list[EngineEvent]:
         self._scheduler.advance(piece)
         self._counters.prompt_tokens_computed += len(piece.token_ids)
         scores = piece.scoring.scores() if piece.scoring is not None else []
@@ -366,13 +379,14 @@ class Engine:
         if not prompt.serves and (units := publish_final_units(self._cache, prompt)):
             self._recheck.note(units)
             events.append(UnitsFinalEvent(prompt.key, prompt.compute_id, units))
-        return events + (self._end_prompt(prompt, result) if result else [])
+        return events + (self._end_prompt(prompt, result, others) if result else [])
 
-    def _end_prompt(self, prompt: PromptSequence, result: Sampled) -> list[EngineEvent]:
+    def _end_prompt(self, prompt: PromptSequence, result: Sampled, others: Sequence[Sampled]) -> list[EngineEvent]:
         """The prompt is whole: answer it here, go on with its answer, or hold its blocks for the decode worker."""
         if prompt.answer is not None:
             return self._resume(prompt, prompt.answer, result)
-        computed = Computed(prompt, first_token_of(prompt, result.token_id, result.logprobs))
+        more = tuple(OtherFirst(one.token_id, one.logprobs) for one in others)
+        computed = Computed(prompt, first_token_of(prompt, result.token_id, result.logprobs, more))
         self._scheduler.keep_only(prompt)
         if prompt.serves:
             assert prompt.cached is not None
@@ -389,11 +403,24 @@ class Engine:
         return self._emit(answer, result.logprobs)
 
     def _begin(self, answer: DecodingSequence) -> list[EngineEvent]:
+        """The answer, and where several are given to its prompt all others: they share its blocks before it goes on."""
         self._scheduler.replace(answer)
-        return self._emit(answer, answer.licence.first_token.logprobs)
+        events: list[EngineEvent] = []
+        for number in range(1, answer.request.sampling.num_choices):
+            other = DecodingSequence(answer.request.of_choice(number), answer.cached, answer.licence)
+            events += self._told(other, other.first.logprobs)
+            if other.ending() is None:
+                self._scheduler.fork(other)
+        return self._emit(answer, answer.first.logprobs) + events
 
     def _emit(self, answer: DecodingSequence, logprobs: TokenLogprobs | None) -> list[EngineEvent]:
         """Report the newest token; free the answer if that token ends it."""
+        if answer.ending() is not None:
+            self._scheduler.release(answer)
+        return self._told(answer, logprobs)
+
+    def _told(self, answer: DecodingSequence, logprobs: TokenLogprobs | None) -> list[EngineEvent]:
+        """The newest token, and that it ends the answer."""
         count = len(answer.output)
         num_cached_tokens = answer.licence.first_token.num_cached_tokens if count == 1 else 0
         token = TokensEvent(
@@ -402,7 +429,6 @@ class Engine:
         ending = answer.ending()
         if ending is None:
             return [token]
-        self._scheduler.release(answer)
         return [token, FinishedEvent(answer.key, count, ending.reason, ending.stop_token_id)]
 
     def _check(self) -> None:
@@ -444,9 +470,14 @@ def _prompt_computed(prompt: PromptSequence, computed: Computed) -> PromptComput
     token_id = computed.first_token.token_id
     ending = prompt.request.ending_after(token_id, 1)
     stop_token_id = ending.stop_token_id if ending else None
-    return PromptComputedEvent(
-        prompt.key, prompt.compute_id, computed.first_token, stop_token_id is not None, stop_token_id
-    )
+    others = computed.first_token.others
+    is_finished = stop_token_id is not None and all(_stops(prompt.request, other.token_id) for other in others)
+    return PromptComputedEvent(prompt.key, prompt.compute_id, computed.first_token, is_finished, stop_token_id)
+
+
+def _stops(request: Request, token_id: int) -> bool:
+    ending = request.ending_after(token_id, 1)
+    return ending is not None and ending.reason == "stop"
 
 
 def _is_young(piece: Work) -> bool:

@@ -18,6 +18,8 @@ class Flight:
     work: Sequence[Work]
     drawn: Drawn
     rows: Mapping[PromptSequence | DecodingSequence, int]
+    others: Mapping[PromptSequence | DecodingSequence, Sequence[Drawn]]
+    """Of prompts that are answered more than once: the first tokens of the second answer, the third and so on."""
 
     @property
     def holds_up(self) -> bool:

@@ -196,6 +196,21 @@ class Scheduler:
         """The prompt or reservation of this key became an answer; its blocks and promise go on."""
         self._put(sequence)
 
+    def fork(self, answer: DecodingSequence) -> None:
+        """One more answer to a prompt whose KV its `cached` still shares with another: give it blocks of its own.
+
+        Without room or a seat it waits, at the head of the line, and is computed anew as after a preemption.
+        """
+        request, count = answer.request, answer.request.prompt_len
+        peaks = self.peaks(request, total_tokens=self._room_for(request, count), history=count)
+        if self._has_seat() and self._promises.try_promise(answer.key, peaks):
+            answer.cached = self._cache.fork(answer.cached, answer.key)
+            self._put(answer)
+            return
+        prompt = PromptSequence(request, Claim.OWN, answer=answer)
+        self._put(prompt)
+        self._urgent.append(prompt)
+
     def keep_only(self, prompt: PromptSequence) -> None:
         """The prompt is computed: promise from now on what it will hold as an answer, or until its transfer ends."""
         request, count = prompt.request, len(prompt.token_ids)
@@ -257,7 +272,8 @@ class Scheduler:
         """The most the sequence can come to hold if it is never preempted."""
         request = sequence.request
         if isinstance(sequence, Reservation):
-            return self.peaks(request, total_tokens=request.total_tokens, history=request.prompt_len)
+            history = 0 if request.sampling.num_choices > 1 else request.prompt_len  # others may be computed anew
+            return self.peaks(request, total_tokens=request.total_tokens, history=history)
         return self.peaks(request, total_tokens=request.total_tokens if sequence.serves else request.prompt_len)
 
     def _room_for(self, request: Request, num_tokens: int) -> int:

@@ -6,7 +6,7 @@ A `DecodingSequence` is built from exactly one licence: `Verified`, the transfer
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import Final
 
@@ -14,7 +14,7 @@ from disagg.cache.cache import CachedSequence
 from disagg.engine.commands import AttemptKey
 from disagg.engine.sampling.seen import SeenTokens
 from disagg.transceiver.protocol.actions import Verified
-from disagg.transceiver.wire.messages.values import FirstToken, Sampling, SamplingState, TokenLogprobs
+from disagg.transceiver.wire.messages.values import FirstToken, OtherFirst, Sampling, SamplingState, TokenLogprobs
 
 UNKNOWN: Final = -1
 """Stands for a token that a launched step draws: no id is negative."""
@@ -44,6 +44,12 @@ class Request:
     @property
     def prompt_len(self) -> int:
         return len(self.prompt)
+
+    def of_choice(self, choice: int) -> Request:
+        """The request for one of the answers alone."""
+        if not choice:
+            return self
+        return Request(replace(self.key, choice=choice), self.prompt, self.sampling.of_choice(choice))
 
     @property
     def total_tokens(self) -> int:
@@ -205,13 +211,18 @@ class DecodingSequence:
     """Launched steps whose tokens are not known yet."""
 
     def __post_init__(self) -> None:
-        assert _licensed_key(self.licence) == self.key, f"{self.key}: licensed for {_licensed_key(self.licence)}"
+        assert _licensed_key(self.licence) == self.key.attempt, f"{self.key}: licensed for {self.licence}"
         assert self.cached.history == self.request.prompt_len, f"{self.key}: the prompt's KV is not whole"
-        self.output = [self.licence.first_token.token_id]
+        self.output = [self.first.token_id]
 
     @property
     def key(self) -> AttemptKey:
         return self.request.key
+
+    @property
+    def first(self) -> OtherFirst:
+        """The first token, as the prompt's worker sampled it for this answer."""
+        return self.licence.first_token.of(self.key.choice)
 
     @property
     def num_stored(self) -> int:
@@ -265,7 +276,9 @@ def _licensed_key(licence: Verified | Computed) -> AttemptKey:
     return AttemptKey(licence.transfer_id, licence.epoch)
 
 
-def first_token_of(prompt: PromptSequence, token_id: int, logprobs: TokenLogprobs | None) -> FirstToken:
+def first_token_of(
+    prompt: PromptSequence, token_id: int, logprobs: TokenLogprobs | None, others: tuple[OtherFirst, ...] = ()
+) -> FirstToken:
     """The token sampled at position P with the state that a decode worker continues from: seed, and tokens so far."""
     state = SamplingState(prompt.request.sampling.seed, ((token_id, 1),))
-    return FirstToken(token_id, logprobs, state, prompt.num_cached_tokens or 0)
+    return FirstToken(token_id, logprobs, state, prompt.num_cached_tokens or 0, others)

@@ -23,11 +23,12 @@ until its FINISHED so that losing that worker between the two is still before th
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import cast
 
+from disagg.router.answers import AnswersSent, true_status
 from disagg.router.attempt_events import (
     Action,
     Answered,
+    ChoiceUnwanted,
     ClientGone,
     Emit,
     Event,
@@ -41,13 +42,14 @@ from disagg.router.attempt_events import (
 )
 from disagg.router.charges import Charges, NothingKnown, WorkerNews, incarnations
 from disagg.router.choose import RETRY_BUSY_S, Placement, Unplaceable
-from disagg.router.generation import GenerationEnd, GenerationRequest, TokenChunk
-from disagg.router.judged import fault_in, plain_chunk, true_status
+from disagg.router.generation import GenerationRequest, TokenChunk
+from disagg.router.orders import dispatch_of
 from disagg.router.placer import Mint, Placer
 from disagg.router.prompt_scores import ReportedScores
 from disagg.router.record import AttemptRecord, RequestRecord
 from disagg.transceiver.wire.messages.router import (
     YOUNG_TOKENS,
+    CancelChoice,
     CancelRequest,
     Dispatch,
     Finished,
@@ -60,7 +62,6 @@ from disagg.transceiver.wire.messages.router import (
     TransferReport,
 )
 from disagg.transceiver.wire.messages.tokens import Tokens
-from disagg.transceiver.wire.schema import PackedInts
 
 PREFILL_LOST_GRACE_S = 1.0
 """How long the decode worker has to report the loss of its prefill worker itself, which it sees at the same time as
@@ -88,7 +89,6 @@ class RoutedRequest:
         self.deadline = now + timeout_s
         self.placement: Placement | None = None
         self.epoch = 0
-        self.num_tokens = 0
         self.is_over = False
         self.sides: dict[str, int] = {}
         self._charges = Charges(transfer_id, news or NothingKnown())
@@ -96,10 +96,10 @@ class RoutedRequest:
         self._placer = placer
         self._mint = mint
         self._max_attempts = max_attempts
-        self._held: Tokens | None = None
+        self._held: list[Tokens | Finished] = []
         self._scores = ReportedScores(len(request.prompt), request.sampling.num_prompt_logprobs)
         self._early: list[Tokens | Finished] = []
-        self._num_cached_tokens = 0
+        self._answers = AnswersSent(request)
         self._retargeted = False
         self._prefill_lost_at: float | None = None
         self._failed_prefills: set[str] = set()
@@ -118,6 +118,15 @@ class RoutedRequest:
         return (self.placement.server.incarnation, *([prefill.incarnation] if prefill and waits else []))
 
     @property
+    def num_tokens(self) -> int:
+        """Sent to the client, of all answers."""
+        return self._answers.num_tokens
+
+    @property
+    def _is_served_alone(self) -> bool:
+        return self.placement is not None and self.placement.prefill is None
+
+    @property
     def is_charged(self) -> bool:
         """Whether a worker died of it, perhaps, and it has not shown yet that it was another request."""
         return bool(self._charges.workers) and not self.is_over and self.num_tokens < YOUNG_TOKENS
@@ -133,7 +142,7 @@ class RoutedRequest:
         assert not (self.is_over and self.sides)
         server = self.placement and self.placement.server.incarnation
         assert self.is_over or self._waiting or server in self.sides
-        assert self.num_tokens <= self.request.sampling.max_tokens
+        self._answers.check_invariants()
         assert not self._actions
 
     # --- the way in -----------------------------------------------------------------------------------------
@@ -160,13 +169,12 @@ class RoutedRequest:
 
         None, with nothing done, where anything else follows or is wrong: then `handle` decides.
         """
-        index = self.num_tokens
-        if self.is_over or self._waiting is not None or self.placement is None or not index or now >= self.deadline:
+        if self.is_over or self._waiting is not None or self.placement is None or now >= self.deadline:
             return None
         if tokens.epoch != self.epoch or source != self.placement.server.incarnation:
             return None
-        chunk = plain_chunk(tokens, index, self.request.sampling.max_tokens)
-        self.num_tokens = self.record.num_tokens = index + len(chunk.token_ids if chunk else ())
+        chunk = self._answers.next_chunk(tokens)
+        self.record.num_tokens = self.num_tokens
         return chunk
 
     def _take_actions(self) -> list[Action]:
@@ -179,6 +187,8 @@ class RoutedRequest:
         match event:
             case ClientGone():
                 self._close("cancelled", now, "the client went away")
+            case ChoiceUnwanted(choice):
+                self._end_choice(choice, now)
             case TurnedAway(status, message):
                 self._fail(status, message, now)
             case _ if now >= self.deadline:
@@ -208,8 +218,10 @@ class RoutedRequest:
 
     def _hear_server(self, message: object, now: float) -> None:
         match message:
+            case Tokens() | Finished() if not self._scores.is_complete and self._is_served_alone:
+                self._fail(502, "fault of the worker: it answered without the prompt's log-probabilities", now)
             case Tokens() | Finished() if not self._scores.is_complete:
-                self._wait_for_scores(message, now)
+                self._early.append(message)  # it may be here before what the prefill worker said: two ways
             case Tokens():
                 self._forward(message, now)
             case Finished():
@@ -226,18 +238,15 @@ class RoutedRequest:
         if self.num_tokens:
             return
         match message:
-            case Tokens():
-                self._held = message
-            case Finished():
-                self._finish_at_prefill(message, now)
+            case Tokens() | Finished():
+                self._held.append(message)
+                self._finish_at_prefill(now)
             case RequestFailed(status=503) if self._early:
                 self._scores_lost(message.message, now)
             case RequestFailed(status=503):
                 self._transfer_failed(message.message, now)
             case RequestFailed():
                 self._fail(true_status(message.status), message.message, now)
-
-    # --- the prompt's scores ----------------------------------------------------------------------------------
 
     def _hear_scores(self, source: str, message: PromptScores, now: float) -> None:
         """From the worker that computes the prompt. The first token waits for all of them."""
@@ -253,13 +262,6 @@ class RoutedRequest:
                     self._hear_server(word, now)
         return None
 
-    def _wait_for_scores(self, message: Tokens | Finished, now: float) -> None:
-        """What the decode worker says may be here before what the prefill worker said: they come by two ways."""
-        assert self.placement is not None
-        if self.placement.prefill is None:
-            return self._fail(502, "fault of the worker: it answered without the prompt's log-probabilities", now)
-        return self._early.append(message)
-
     def _scores_lost(self, reason: str, now: float) -> None:
         """The KV arrived, but the prompt's log-probabilities did not: nothing was sent yet, so all begins anew."""
         assert self.placement is not None
@@ -273,41 +275,47 @@ class RoutedRequest:
     # --- tokens ---------------------------------------------------------------------------------------------
 
     def _forward(self, message: Tokens, now: float) -> None:
-        if fault := fault_in(message, self.num_tokens, self.request):
+        if fault := self._answers.fault_in(message):
             return self._fail(502, f"fault of the worker: {fault}", now)
-        num_repeated = self.num_tokens - message.index
-        token_ids = message.token_ids[num_repeated:]
-        if not token_ids:
-            return None
-        if self.num_tokens == 0:
-            self._num_cached_tokens = message.num_cached_tokens
-        num_cached = 0 if self.num_tokens else self._num_cached_tokens
-        scores = () if self.num_tokens else self._scores.parts
-        chunk = TokenChunk(self.num_tokens, token_ids, message.logprobs[num_repeated:], num_cached, scores)
-        self._actions.append(Emit(chunk))
-        self.num_tokens += len(token_ids)
-        self.record.emitted(self.num_tokens, now)
+        chunk = self._answers.add(message, lambda: self._scores.parts)
+        if chunk is not None:
+            self._actions.append(Emit(chunk))
+            self.record.emitted(self.num_tokens, now)
         return None
 
     def _finish(self, message: Finished, now: float) -> None:
-        if message.index != self.num_tokens or message.reason not in ("stop", "length"):
-            fault = f"finished ({message.reason}) at token {message.index}, {self.num_tokens} came"
+        if fault := self._answers.fault_in_end(message):
             return self._fail(502, f"fault of the worker: {fault}", now)
-        self._actions.append(Emit(GenerationEnd(message.reason, message.stop_token_id, self._num_cached_tokens)))
+        if (end := self._answers.finish(message)) is not None:
+            self._actions.append(Emit(end))
+        if not self._answers.is_over:
+            return None
         self.sides.clear()  # the server is done, and could be so only after it had ACKed the prefill worker's KV
         return self._close("finished", now)
 
-    def _finish_at_prefill(self, message: Finished, now: float) -> None:
-        """The first token ended the answer. The prefill side is done; the server waits for KV that will not come."""
+    def _end_choice(self, choice: int, now: float) -> None:
+        """The client has enough of one answer: its worker need not go on with it."""
         assert self.placement is not None
+        is_new = self._answers.end(choice)
+        if self._answers.is_over:
+            self._close("cancelled", now, "the client went away")
+        elif is_new:
+            cancel = CancelChoice(self.transfer_id, self.epoch, choice)
+            self._actions.append(SendOrder(self.placement.server.incarnation, cancel))
+
+    def _finish_at_prefill(self, now: float) -> None:
+        """First tokens ended every answer. The prefill side is done; the server waits for KV that will not come."""
+        assert self.placement is not None
+        if sum(isinstance(word, Finished) for word in self._held) < self._answers.count:
+            return None
         if not self._scores.is_complete:
             return self._fail(502, "fault of the worker: it ended before the prompt's log-probabilities came", now)
-        if self._held is not None:
-            self._forward(self._held, now)
-        if not self.is_over:
-            server = self.placement.server.incarnation
-            self._cancel(server, "finished")
-            self._finish(message, now)
+        for word in sorted(self._held, key=lambda word: isinstance(word, Finished)):
+            if isinstance(word, Tokens) and not self.is_over:
+                self._forward(word, now)
+            elif isinstance(word, Finished) and not self.is_over:
+                self._cancel(self.placement.server.incarnation, "finished")
+                self._finish(word, now)
         return None
 
     # --- deaths and waiting ---------------------------------------------------------------------------------
@@ -447,8 +455,8 @@ class RoutedRequest:
     def _begin(self, placement: Placement, mode: str, now: float) -> None:
         self.epoch += 1
         self.placement = placement
-        self._held = self._prefill_lost_at = None
-        self._early = []
+        self._prefill_lost_at = None
+        self._held, self._early = [], []
         self._scores.restart()
         self.record.attempts.append(AttemptRecord(self.epoch, mode, placement, now))
 
@@ -458,18 +466,8 @@ class RoutedRequest:
         return self._mint(self.epoch, placement.prefill.incarnation, placement.server.incarnation, ttl_s)
 
     def _dispatch_to(self, mode: str, now: float, peer: PeerTarget | None = None, ticket: bytes = b"") -> Dispatch:
-        return Dispatch(
-            transfer_id=self.transfer_id,
-            epoch=self.epoch,
-            request_id=self.request.request_id,
-            mode=mode,
-            prompt=cast(PackedInts, self.request.prompt),  # an array is packed as it is
-            sampling=self.request.sampling,
-            deadline_s=self._remaining_s(now),  # the ticket's ttl_s too: the prefill worker checks it with this value
-            peer=peer,
-            ticket=ticket,
-            priority=self.request.priority,
-        )
+        remaining_s = self._remaining_s(now)  # the ticket's ttl_s too: the prefill worker checks it with this value
+        return dispatch_of(self.request, self.transfer_id, self.epoch, mode, remaining_s, peer, ticket)
 
     def _remaining_s(self, now: float) -> float:
         return max(self.deadline - now, 0.0)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from disagg.router.generation import GenerationEnd, TokenChunk
 from disagg.transceiver.wire.messages.router import (
+    CancelChoice,
     CancelRequest,
     Dispatch,
     Finished,
@@ -22,7 +23,7 @@ from disagg.transceiver.wire.messages.tokens import Tokens
 AnswerMessage = Tokens | PromptScores | Finished | RequestFailed | TransferFailure | TransferReport
 """What a worker may say of one attempt."""
 
-OrderMessage = Dispatch | Retarget | PrefillLocally | CancelRequest
+OrderMessage = Dispatch | Retarget | PrefillLocally | CancelRequest | CancelChoice
 """What the router may say to it."""
 
 
@@ -55,6 +56,13 @@ class ClientGone:
 
 
 @dataclass(frozen=True, slots=True)
+class ChoiceUnwanted:
+    """The client has read all that it wants of one of several answers."""
+
+    choice: int
+
+
+@dataclass(frozen=True, slots=True)
 class RouterClosing:
     """The router ends; what is live ends with it."""
 
@@ -72,7 +80,7 @@ class TurnedAway:
     message: str
 
 
-Event = Answered | WorkerLost | ClientGone | RouterClosing | TimePassed | TurnedAway
+Event = Answered | WorkerLost | ClientGone | ChoiceUnwanted | RouterClosing | TimePassed | TurnedAway
 
 
 # --- actions ------------------------------------------------------------------------------------------------

@@ -10,9 +10,11 @@ from disagg.transceiver.wire.messages.prompt_logprobs import PromptLogprobs
 from disagg.transceiver.wire.messages.values import Sampling, TokenLogprobs
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class GenerationRequest:
-    """One answer to generate. `request_id` is the client's X-Request-Id or one the HTTP layer drew.
+    """Answers to generate to one prompt: `sampling.num_choices`, numbered from 0. They begin, move and fail together.
+
+    `request_id` is the client's X-Request-Id or one the HTTP layer drew.
 
     `prompt`: a tuple, or better an array of int32, which is looked at nowhere on its way to the workers.
     `priority`: lower ones are served first, here and by the workers. `tenant`: the name of the client's API key, ""
@@ -41,15 +43,17 @@ class TokenChunk:
     logprobs: tuple[TokenLogprobs, ...] = ()
     num_cached_tokens: int = 0
     prompt_logprobs: tuple[PromptLogprobs, ...] = ()
+    choice: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class GenerationEnd:
-    """The last item of every complete generation. `reason` is `stop` or `length`. It repeats `num_cached_tokens`."""
+    """The last item of every complete answer. `reason` is `stop` or `length`. It repeats `num_cached_tokens`."""
 
     reason: str
     stop_token_id: int | None = None
     num_cached_tokens: int = 0
+    choice: int = 0
 
 
 class GenerationError(Exception):
@@ -69,7 +73,10 @@ class Backend(Protocol):
     """
 
     def generate(self, request: GenerationRequest) -> AsyncIterator[TokenChunk | GenerationEnd]:
-        """Yield chunks, then one `GenerationEnd`. Raises `GenerationError`. Closing the iterator cancels everywhere."""
+        """Yield chunks, and for each choice a `GenerationEnd`. Raises `GenerationError`. Closing it cancels all."""
+
+    def end_choice(self, request: GenerationRequest, choice: int) -> None:
+        """The client wants no more of one choice of a request being generated; the others go on."""
 
     def is_ready(self) -> bool:
         """Whether a request could be placed now."""

@@ -23,6 +23,7 @@ from disagg.router.attempt_events import (
     Action,
     Answered,
     AnswerMessage,
+    ChoiceUnwanted,
     ClientGone,
     Emit,
     Event,
@@ -88,7 +89,8 @@ class _Stream:
     turn: QueuedRequest
     load: tuple[str, ...] = ()
     """What of it is counted in the router's load."""
-    last_token_at: float | None = None
+    last_token_at: dict[int, float] = field(default_factory=dict)
+    """By choice."""
     unread: Unread = field(default_factory=Unread)
 
 
@@ -116,6 +118,7 @@ class Router:
         self._metrics = RouterMetrics(lambda: list(self.cluster.registry), self._gate)
         self._records = RecordStore()
         self._streams: dict[str, _Stream] = {}
+        self._by_request: dict[GenerationRequest, _Stream] = {}
         self._placing = Placing(self.cluster.registry, self.options.max_queued)
         self._charged: dict[str, _Stream] = {}
         """Requests that a worker may have died of, until each has shown that it was another."""
@@ -182,18 +185,24 @@ class Router:
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[TokenChunk | GenerationEnd, None]:
         """See `Backend.generate`. The request starts with the first item asked for and is cancelled when closed."""
-        stream = await self._enter(request)
+        stream = self._by_request[request] = await self._enter(request)
         try:
             while True:
                 item = await stream.unread.take()  # the clock task owns the deadline: it ends every request
                 if isinstance(item, GenerationError):
                     raise item
                 yield item
-                if isinstance(item, GenerationEnd):
+                if stream.attempts.is_over and stream.unread.is_empty:
                     return
         finally:
+            del self._by_request[request]
             self._apply(stream, ClientGone())
             self._gate.leave(stream.turn, stream.attempts.num_tokens)
+
+    def end_choice(self, request: GenerationRequest, choice: int) -> None:
+        """See `Backend.end_choice`."""
+        if (stream := self._by_request.get(request)) is not None:
+            self._apply(stream, ChoiceUnwanted(choice))
 
     def is_ready(self) -> bool:
         return isinstance(self._placing.at(self._clock()).place(max_tokens=2), Placement)
@@ -326,13 +335,14 @@ class Router:
     def _measure(self, stream: _Stream, item: TokenChunk | GenerationEnd, now: float) -> None:
         if isinstance(item, GenerationEnd):
             return
-        if stream.last_token_at is None:
+        last_token_at = stream.last_token_at.get(item.choice)
+        if not stream.last_token_at:
             self._gate.began(stream.turn)
             self._metrics.ttft.observe(now - stream.attempts.record.received_at)
-        else:
+        elif last_token_at is not None:
             count = len(item.token_ids)
-            self._metrics.itl.note((now - stream.last_token_at) / count, count)
-        stream.last_token_at = now
+            self._metrics.itl.note((now - last_token_at) / count, count)
+        stream.last_token_at[item.choice] = now
 
     def _note_end(self, record: RequestRecord, now: float) -> None:
         self._metrics.e2e.observe(now - record.received_at)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
+from dataclasses import replace
 from itertools import chain
 from typing import Final
 
@@ -27,6 +28,10 @@ class Unread:
         if self._reader is not None and not self._reader.done():
             self._reader.set_result(None)
 
+    @property
+    def is_empty(self) -> bool:
+        return not self._items
+
     async def take(self) -> Item:
         """The next item, joined with those that continue it. Cancel-safe; the caller owns the deadline."""
         while not self._items:
@@ -39,9 +44,13 @@ class Unread:
 
     def _joined(self, first: TokenChunk) -> TokenChunk:
         chunks, count = [first], len(first.token_ids)
-        while count < MAX_JOINED and self._items and isinstance(self._items[0], TokenChunk):
-            chunks.append(self._items.popleft())  # type: ignore[arg-type]  # looked at above
-            count += len(chunks[-1].token_ids)
+        while count < MAX_JOINED and self._items:
+            following = self._items[0]
+            if not isinstance(following, TokenChunk) or following.choice != first.choice:
+                break
+            self._items.popleft()
+            chunks.append(following)
+            count += len(following.token_ids)
         token_ids = tuple(chain.from_iterable(chunk.token_ids for chunk in chunks))
         logprobs = tuple(chain.from_iterable(chunk.logprobs for chunk in chunks))
-        return TokenChunk(first.index, token_ids, logprobs, first.num_cached_tokens, first.prompt_logprobs)
+        return replace(first, token_ids=token_ids, logprobs=logprobs)

@@ -18,6 +18,7 @@ from disagg.engine.commands import (
     AttemptKey,
     Command,
     Decode,
+    DropChoice,
     DropSoft,
     EngineEvent,
     FailedEvent,
@@ -48,6 +49,7 @@ from disagg.transceiver.protocol.events import (
 )
 from disagg.transceiver.wire.errors import clipped
 from disagg.transceiver.wire.messages.router import (
+    CancelChoice,
     CancelRequest,
     Dispatch,
     Finished,
@@ -132,6 +134,8 @@ class Attempts:
                 for key in [key for key in self._live if key.transfer_id == transfer_id and key.epoch <= epoch]:
                     self.cancel(key, reason)
                 self._drop_request(transfer_id)
+            case CancelChoice():
+                self._cancel_choice(AttemptKey(message.transfer_id, message.epoch, message.choice))
             case Peers():
                 self._introduce(message)
             case _:
@@ -193,12 +197,23 @@ class Attempts:
             self._submit(Release(key))
         self._forget(key)
 
+    def _cancel_choice(self, key: AttemptKey) -> None:
+        """Of an attempt that answers here: nothing is left of a transfer by then."""
+        if (state := self._live.get(key.attempt)) is not None and key.choice < state.dispatch.sampling.num_choices:
+            self._submit(DropChoice(key))
+            self._end_choice(state, key)
+
+    def _end_choice(self, state: RequestState, key: AttemptKey) -> None:
+        state.ended.add(key.choice)
+        if state.is_over:
+            self._forget(key.attempt)
+
     # --- from the engine --------------------------------------------------------------------------------------
 
     def take_event(self, event: EngineEvent) -> None:
         """What needs no hash, or has had it (see `EngineEvents`)."""
-        state = self._live.get(event.key)
-        if state is None:
+        state = self._live.get(event.key.attempt)
+        if state is None or event.key.choice in state.ended:  # cancelled meanwhile
             return
         match event:
             case TokensEvent(
@@ -206,16 +221,19 @@ class Attempts:
             ):
                 if index == 0 and state.first_token_sent:
                     return
-                if index == 0 and state.dispatch.mode == "serve":
+                if index == 0 and not key.choice and state.dispatch.mode == "serve":
                     self._report(state, state.since_arrival("prefill"))
-                self._send(Tokens(key.transfer_id, key.epoch, index, token_ids, logprobs, num_cached_tokens))
+                tokens = Tokens(key.transfer_id, key.epoch, index, token_ids, logprobs, num_cached_tokens, key.choice)
+                self._send(tokens)
             case PromptScoredEvent(key, scores):
                 self._send(PromptScores(key.transfer_id, key.epoch, scores))
             case FinishedEvent(key=key, index=index, reason=reason, stop_token_id=stop_token_id):
-                self._send(Finished(key.transfer_id, key.epoch, index, reason, stop_token_id))
-                self._forget(key)
+                self._send(Finished(key.transfer_id, key.epoch, index, reason, stop_token_id, key.choice))
+                self._end_choice(state, key)
             case FailedEvent(key=key, status=status, message=message):
-                self._fail(key, status, message)
+                if state.dispatch.sampling.num_choices > 1:
+                    self._submit(Release(key.attempt))  # the others of its answers end with it
+                self._fail(key.attempt, status, message)
             case ReservedEvent(key, slots):
                 self._start_receiving(state, slots)
             case PinnedEvent(key, compute_id):
@@ -243,12 +261,17 @@ class Attempts:
             self._feed_sender(key, PromptComputed(event.compute_id, first))
             return
         self._send_first_token(key, first)
-        self._send(Finished(key.transfer_id, key.epoch, 1, "stop", event.stop_token_id))
+        for choice in range(1 + len(first.others)):
+            self._send(Finished(key.transfer_id, key.epoch, 1, "stop", first.of(choice).token_id, choice))
         self._feed_sender(key, FinishedEarly(event.compute_id))
 
     def _send_first_token(self, key: AttemptKey, first: FirstToken) -> None:
-        logprobs = () if first.logprobs is None else (first.logprobs,)
-        self._send(Tokens(key.transfer_id, key.epoch, 0, (first.token_id,), logprobs, first.num_cached_tokens))
+        """Of every answer to the prompt."""
+        for choice in range(1 + len(first.others)):
+            token = first.of(choice)
+            logprobs = () if token.logprobs is None else (token.logprobs,)
+            ids = (token.token_id,)
+            self._send(Tokens(key.transfer_id, key.epoch, 0, ids, logprobs, first.num_cached_tokens, choice))
 
     def _fail(self, key: AttemptKey, status: int, message: str) -> None:
         self._send(RequestFailed(key.transfer_id, key.epoch, status, message))
@@ -257,6 +280,7 @@ class Attempts:
 
     def fail(self, key: AttemptKey, message: str) -> None:
         """A fault of this process that belongs to one attempt ends that attempt, for good, and nothing else."""
+        key = key.attempt
         self._send(RequestFailed(key.transfer_id, key.epoch, 500, message))
         self.cancel(key, "fault")
 

@@ -25,10 +25,17 @@ class RequestState:
     partial_blocks: tuple[UnitName, ...] = ()
     reserved: tuple[tuple[int, ...], ...] = ()
     """Per layer group, the slots that its transfer fills."""
+    ended: set[int] = field(default_factory=set)
+    """Choices that are over here."""
 
     @property
     def key(self) -> AttemptKey:
         return AttemptKey(self.dispatch.transfer_id, self.dispatch.epoch)
+
+    @property
+    def is_over(self) -> bool:
+        """Whether every answer to its prompt is."""
+        return len(self.ended) == self.dispatch.sampling.num_choices
 
     @property
     def deadline(self) -> float:

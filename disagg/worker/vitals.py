@@ -59,7 +59,7 @@ class StepNews:
 
     def tell(self, keys: Sequence[AttemptKey]) -> None:
         """A step with these new requests is about to begin. Costs nothing when they are those of the last one."""
-        in_step = tuple((key.transfer_id, key.epoch) for key in keys)
+        in_step = tuple(dict.fromkeys((key.transfer_id, key.epoch) for key in keys))
         if in_step == self._told:
             return
         with self._lock:

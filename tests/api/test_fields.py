@@ -67,10 +67,6 @@ def text(backend: FakeBackend, reply: Reply) -> Any:
     return reply.json["choices"][0].get("text") or reply.json["choices"][0]["message"]["content"]
 
 
-def num_requests(backend: FakeBackend, reply: Reply) -> Any:
-    return len(backend.requests)
-
-
 def media_type(backend: FakeBackend, reply: Reply) -> Any:
     return reply.headers["content-type"]
 
@@ -97,7 +93,7 @@ EFFECTS: dict[str, tuple[Any, Look, dict[str, Any]]] = {
     "max_tokens": (5, sampling("max_tokens"), {}),
     "max_completion_tokens": (5, sampling("max_tokens"), {}),
     "min_tokens": (2, sampling("min_tokens"), {}),
-    "n": (2, num_requests, {}),
+    "n": (2, sampling("num_choices"), {}),
     "seed": (11, sampling("seed"), {}),
     "temperature": (0, sampling("temperature"), {}),
     "top_p": (0.5, sampling("top_p"), {}),

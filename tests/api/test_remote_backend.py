@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import struct
 from contextlib import aclosing
 from dataclasses import replace
 from typing import Any
@@ -16,6 +17,7 @@ from disagg.api.processes.core_side import CoreSide
 from disagg.api.processes.link import LENGTH, ProcessLink
 from disagg.api.processes.remote_backend import CREDIT, GRANTED_AT_ONCE
 from disagg.router.generation import GenerationEnd, GenerationError, GenerationRequest, TokenChunk
+from disagg.transceiver.wire.messages.prompt_logprobs import PromptLogprobs
 from disagg.transceiver.wire.messages.values import Sampling
 
 pytestmark = pytest.mark.anyio
@@ -39,6 +41,29 @@ async def test_request_and_answer_arrive_as_they_were_sent() -> None:
         assert await collect(pair.remote, asked) == [s async for s in FakeBackend.generate(pair.backend, asked)]
         told = pair.backend.requests[0]
         assert replace(told, prompt=tuple(told.prompt)) == asked
+
+
+async def test_choices_prompt_scores_and_an_early_end_cross_too() -> None:
+    scores = (PromptLogprobs(1, struct.pack("<f", -1.5), struct.pack("<i", 2)),)
+    asked = GenerationRequest("id", (1, 2), Sampling(max_tokens=8, seed=4, num_choices=2))
+    async with linked() as pair:
+        pair.backend.script = lambda alone: [
+            TokenChunk(0, (alone.sampling.seed,), (), 0, scores),
+            GenerationEnd("stop"),
+        ]
+        items = await collect(pair.remote, asked)
+        chunks = {item.choice: item for item in items if isinstance(item, TokenChunk)}
+        assert {choice: chunk.token_ids for choice, chunk in chunks.items()} == {0: (4,), 1: (5,)}
+        assert chunks[0].prompt_logprobs == scores
+        assert sorted(item.choice for item in items if isinstance(item, GenerationEnd)) == [0, 1]
+        pair.backend.script = lambda _: [TokenChunk(0, (1,)), asyncio.Event()]
+        async with aclosing(pair.remote.generate(asked)) as stream:
+            await anext(stream)
+            pair.remote.end_choice(asked, 1)
+            async with asyncio.timeout(10):
+                while not pair.backend.ended_choices:  # noqa: ASYNC110
+                    await asyncio.sleep(0.002)
+        assert pair.backend.ended_choices == [("id", 1)]
 
 
 @pytest.mark.parametrize("retry_after_s", [None, 2.0])

@@ -26,7 +26,7 @@ from disagg.transceiver.wire.messages.tokens import Tokens
 
 KEYS = ClusterKeys.published()
 BATCH = 25
-ANSWERS = (Tokens, r.Finished, r.RequestFailed, r.TransferFailure, r.TransferReport)
+ANSWERS = (Tokens, r.Finished, r.RequestFailed, r.TransferFailure, r.TransferReport, r.PromptScores)
 
 
 @contextlib.asynccontextmanager

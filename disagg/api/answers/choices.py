@@ -29,6 +29,7 @@ class Choice:
     echo: str = ""
     finish: Finish | None = None
     has_begun: bool = False
+    is_over: bool = False
     texts: list[str] = field(default_factory=list)
     token_ids: array[int] = field(default_factory=lambda: array("i"))
     logprobs: dict[str, Encoded] = field(default_factory=dict)
@@ -53,23 +54,36 @@ Emit = Callable[[Choice, Delta], Awaitable[None]]
 
 async def generate_all(backend: Backend, choices: Sequence[Choice], emit: Emit) -> None:
     """Run every choice to its finish and hand each step to `emit`. Raises GenerationError, the first there was."""
-    if len(choices) == 1:
-        await _generate(backend, choices[0], emit)
+    by_prompt: dict[int, list[Choice]] = {}
+    for choice in choices:
+        by_prompt.setdefault(choice.prompt_index, []).append(choice)
+    if len(by_prompt) == 1:
+        await _generate(backend, choices, emit)
         return
     try:
         async with asyncio.TaskGroup() as group:
-            for choice in choices:
-                group.create_task(_generate(backend, choice, emit))
+            for some in by_prompt.values():
+                group.create_task(_generate(backend, some, emit))
     except ExceptionGroup as failures:
         raise failures.exceptions[0] from failures
 
 
-async def _generate(backend: Backend, choice: Choice, emit: Emit) -> None:
-    items = cast("AsyncGenerator[TokenChunk | GenerationEnd]", backend.generate(choice.request))
+async def _generate(backend: Backend, choices: Sequence[Choice], emit: Emit) -> None:
+    """The choices of one prompt, which are one request. One that a stop string ends early is called off."""
+    request, num_open = choices[0].request, len(choices)
+    items = cast("AsyncGenerator[TokenChunk | GenerationEnd]", backend.generate(request))
     async with aclosing(items):
         async for item in items:
+            choice = choices[item.choice]
+            if choice.is_over:
+                continue
             delta = choice.answer.feed(item)
             await emit(choice, delta)
-            if delta.finish is not None:
+            if delta.finish is None:
+                continue
+            choice.is_over, num_open = True, num_open - 1
+            if not num_open:
                 return
+            if not isinstance(item, GenerationEnd):
+                backend.end_choice(request, item.choice)
     raise GenerationError(502, "the answer ended before it was complete")

@@ -47,14 +47,19 @@ class Scored:
 
     def __init__(self, params: RequestParams, tokenizer: ModelTokenizer) -> None:
         self._params, self._tokenizer = params, tokenizer
+        self._prompts: dict[int, ScoredPrompt] = {}
         self._logprobs = LogprobFormat(tokenizer, as_token_ids=params.return_tokens_as_token_ids)
         self._return_token_ids = params.return_token_ids
 
     async def take_prompt(self, choice: Choice, delta: Delta) -> None:
-        if choice.scored_prompt is None and not choice.has_begun and self._params.num_prompt_logprobs is not None:
+        if choice.scored_prompt is not None or choice.has_begun or self._params.num_prompt_logprobs is None:
+            return
+        choice.scored_prompt = self._prompts.get(choice.prompt_index)
+        if choice.scored_prompt is None:  # the first step of all choices of a prompt brings them
             detokenizer = self._tokenizer.detokenizer(skip_special_tokens=self._params.skip_special_tokens)
             ids, parts = choice.request.prompt, delta.prompt_logprobs
             choice.scored_prompt = await ScoredPrompt.of(ids, parts, self._params, self._logprobs, detokenizer)
+            self._prompts[choice.prompt_index] = choice.scored_prompt
 
     def _of_prompt(self, choice: Choice) -> dict[str, Any]:
         if self._params.prompt_logprobs is None:

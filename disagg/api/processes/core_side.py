@@ -24,6 +24,7 @@ from disagg.api.processes.messages import (
     ProcessVitals,
     StartAnswer,
     StopAnswer,
+    StopChoice,
 )
 from disagg.router.generation import Backend, GenerationEnd, GenerationError, GenerationRequest, TokenChunk
 
@@ -34,6 +35,7 @@ log = logging.getLogger(__name__)
 class _Answer:
     task: asyncio.Task[None]
     credit: asyncio.Semaphore
+    request: GenerationRequest
 
 
 class CoreSide:
@@ -81,12 +83,16 @@ class CoreSide:
         match message:
             case StartAnswer(number=number, credit=credit):
                 allowed = asyncio.Semaphore(credit)
-                task = asyncio.create_task(self._pump(message, allowed), name=f"answer {number}")
-                self._answers[number] = _Answer(task, allowed)
+                request = _request(message)
+                task = asyncio.create_task(self._pump(number, request, allowed), name=f"answer {number}")
+                self._answers[number] = _Answer(task, allowed, request)
                 task.add_done_callback(lambda _: self._answers.pop(number))
             case StopAnswer(number):
                 if (answer := self._answers.get(number)) is not None:
                     answer.task.cancel()
+            case StopChoice(number, choice):
+                if (answer := self._answers.get(number)) is not None:
+                    self._backend.end_choice(answer.request, choice)
             case AnswerCredit(number, count):
                 if (answer := self._answers.get(number)) is not None:
                     for _ in range(count):
@@ -98,18 +104,8 @@ class CoreSide:
             case ProcessReady():
                 self.ready.set()
 
-    async def _pump(self, start: StartAnswer, allowed: asyncio.Semaphore) -> None:
+    async def _pump(self, number: int, request: GenerationRequest, allowed: asyncio.Semaphore) -> None:
         """Send an answer, each chunk of it once there is credit: what a client has not read waits at the router."""
-        number, prompt = start.number, array("i")
-        prompt.frombytes(start.prompt)
-        request = GenerationRequest(
-            request_id=start.request_id,
-            prompt=prompt,
-            sampling=start.sampling,
-            priority=start.priority,
-            tenant=start.tenant,
-            timeout_s=start.timeout_s,
-        )
         try:
             async with aclosing(cast("Any", self._backend.generate(request))) as items:
                 async for item in items:
@@ -119,7 +115,7 @@ class CoreSide:
         except GenerationError as exc:
             self._link.send(AnswerError(number, exc.status, exc.message, exc.retry_after_s))
         except Exception:  # an error of ours on one request costs that request
-            log.exception("request `%s`: the router failed", start.request_id)
+            log.exception("request `%s`: the router failed", request.request_id)
             self._link.send(AnswerError(number, 500, "the router failed on this request; its log says how"))
 
     def _reply(self, what: str) -> bytes:
@@ -128,14 +124,21 @@ class CoreSide:
         return json.dumps(self._backend.workers()).encode()
 
 
+def _request(start: StartAnswer) -> GenerationRequest:
+    prompt = array("i")
+    prompt.frombytes(start.prompt)
+    return GenerationRequest(
+        request_id=start.request_id,
+        prompt=prompt,
+        sampling=start.sampling,
+        priority=start.priority,
+        tenant=start.tenant,
+        timeout_s=start.timeout_s,
+    )
+
+
 def _message(number: int, item: TokenChunk | GenerationEnd) -> AnswerChunk | AnswerEnd:
     if isinstance(item, TokenChunk):
-        return AnswerChunk(
-            number=number,
-            index=item.index,
-            token_ids=tuple(item.token_ids),
-            logprobs=item.logprobs,
-            num_cached_tokens=item.num_cached_tokens,
-            prompt_logprobs=item.prompt_logprobs,
-        )
-    return AnswerEnd(number, item.reason, item.stop_token_id, item.num_cached_tokens)
+        known = item.logprobs, item.num_cached_tokens, item.prompt_logprobs
+        return AnswerChunk(number, item.index, tuple(item.token_ids), *known, item.choice)
+    return AnswerEnd(number, item.reason, item.stop_token_id, item.num_cached_tokens, item.choice)

@@ -48,6 +48,14 @@ class StopAnswer:
 
 
 @dataclass(frozen=True, slots=True)
+class StopChoice:
+    """The client needs no more of one choice; the others go on."""
+
+    number: int
+    choice: int
+
+
+@dataclass(frozen=True, slots=True)
 class AnswerCredit:
     """So many more chunks may be sent: the client took as many."""
 
@@ -108,16 +116,18 @@ class AnswerChunk:
     logprobs: Annotated[tuple[TokenLogprobs, ...], MAX_ITEMS] = ()
     num_cached_tokens: int = 0
     prompt_logprobs: Annotated[tuple[PromptLogprobs, ...], MAX_ITEMS] = ()
+    choice: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class AnswerEnd:
-    """See `GenerationEnd`. Nothing of this answer follows."""
+    """See `GenerationEnd`. Nothing of this choice follows."""
 
     number: int
     reason: str
     stop_token_id: int | None = None
     num_cached_tokens: int = 0
+    choice: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,7 +156,7 @@ class ProcessStop:
 _SHAPES: Final = tuple(
     Record(kind)
     for kind in (
-        *(StartAnswer, StopAnswer, AnswerCredit, CoreQuestion, ProcessReady, ProcessVitals),
+        *(StartAnswer, StopAnswer, StopChoice, AnswerCredit, CoreQuestion, ProcessReady, ProcessVitals),
         *(ProcessSettings, CoreState, AnswerChunk, AnswerEnd, AnswerError, CoreReply, ProcessStop),
     )
 )

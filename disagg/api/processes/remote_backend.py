@@ -21,6 +21,7 @@ from disagg.api.processes.messages import (
     ProcessStop,
     StartAnswer,
     StopAnswer,
+    StopChoice,
 )
 from disagg.router.generation import GenerationEnd, GenerationError, GenerationRequest, TokenChunk
 
@@ -38,6 +39,7 @@ class RemoteBackend:
         self._link = link
         self._numbers = count()
         self._answers: dict[int, asyncio.Queue[TokenChunk | GenerationEnd | GenerationError]] = {}
+        self._number_of: dict[GenerationRequest, int] = {}
         self._questions: dict[int, asyncio.Future[bytes]] = {}
         self._state = CoreState(is_ready=False, max_model_len=None)
 
@@ -48,24 +50,31 @@ class RemoteBackend:
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[TokenChunk | GenerationEnd, None]:
         """See `Backend.generate`."""
-        number, num_taken, is_over = next(self._numbers), 0, False
+        number, num_taken, num_open = next(self._numbers), 0, request.sampling.num_choices
         items = self._answers[number] = asyncio.Queue()
+        self._number_of[request] = number
         self._link.send(_start(number, request))
         try:
             await self._link.drain()  # a prompt may be megabytes
-            while not is_over:
+            while num_open:
                 item = await items.get()  # the router owns the deadline: it ends every request
-                is_over = not isinstance(item, TokenChunk)
+                num_open -= isinstance(item, GenerationEnd)
                 if isinstance(item, GenerationError):
+                    num_open = 0
                     raise item
                 yield item
                 num_taken += 1
-                if num_taken % GRANTED_AT_ONCE == 0 and not is_over:
+                if num_taken % GRANTED_AT_ONCE == 0 and num_open:
                     self._link.send(AnswerCredit(number, GRANTED_AT_ONCE))
         finally:
-            del self._answers[number]
-            if not is_over:
+            del self._answers[number], self._number_of[request]
+            if num_open:
                 self._link.send(StopAnswer(number))
+
+    def end_choice(self, request: GenerationRequest, choice: int) -> None:
+        """See `Backend.end_choice`."""
+        if (number := self._number_of.get(request)) is not None:
+            self._link.send(StopChoice(number, choice))
 
     def is_ready(self) -> bool:
         """As the router said last, a quarter of a second ago at most."""
@@ -98,8 +107,8 @@ class RemoteBackend:
         match message:
             case AnswerChunk():
                 self._give(message.number, _chunk(message))
-            case AnswerEnd(number, reason, stop_token_id, num_cached_tokens):
-                self._give(number, GenerationEnd(reason, stop_token_id, num_cached_tokens))
+            case AnswerEnd(number, reason, stop_token_id, num_cached_tokens, choice):
+                self._give(number, GenerationEnd(reason, stop_token_id, num_cached_tokens, choice))
             case AnswerError(number, status, told, retry_after_s):
                 self._give(number, GenerationError(status, told, retry_after_s=retry_after_s))
             case CoreState():
@@ -114,7 +123,8 @@ class RemoteBackend:
 
 
 def _chunk(told: AnswerChunk) -> TokenChunk:
-    return TokenChunk(told.index, told.token_ids, told.logprobs, told.num_cached_tokens, told.prompt_logprobs)
+    known = told.logprobs, told.num_cached_tokens, told.prompt_logprobs
+    return TokenChunk(told.index, told.token_ids, *known, told.choice)
 
 
 def _start(number: int, request: GenerationRequest) -> StartAnswer:

@@ -129,6 +129,7 @@ def build_sampling(
         num_logprobs=params.num_logprobs,
         cache_salt=prefix_salt(tenant, params.cache_salt),
         num_prompt_logprobs=params.num_prompt_logprobs,
+        num_choices=params.n,
     )
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import msgpack
 
 from disagg.transceiver.wire.messages.peer import Done, Header
-from disagg.transceiver.wire.messages.values import FirstToken, ManifestEntry
+from disagg.transceiver.wire.messages.values import FirstToken, ManifestEntry, OtherFirst, TokenLogprobs
 
 
 def seal(
@@ -58,7 +58,16 @@ def _canonical(done: Done) -> list[Any]:
 def _canonical_token(token: FirstToken | None) -> list[Any] | None:
     if token is None:
         return None
-    # float(): the codec turns integers in float fields into floats on the way, and 0 packs differently from 0.0.
-    logprobs = token.logprobs and [float(token.logprobs.logprob), [(i, float(x)) for i, x in token.logprobs.top]]
+    logprobs = _canonical_logprobs(token.logprobs)
     state = [token.state.version, token.state.seed, token.state.output_counts]
-    return [token.token_id, logprobs, state, token.num_cached_tokens]
+    others = [_canonical_other(other) for other in token.others]
+    return [token.token_id, logprobs, state, token.num_cached_tokens, *([others] if others else [])]
+
+
+def _canonical_other(other: OtherFirst) -> list[Any]:
+    return [other.token_id, _canonical_logprobs(other.logprobs)]
+
+
+def _canonical_logprobs(logprobs: TokenLogprobs | None) -> list[Any] | None:
+    # float(): the codec turns integers in float fields into floats on the way, and 0 packs differently from 0.0.
+    return None if logprobs is None else [float(logprobs.logprob), [(i, float(x)) for i, x in logprobs.top]]

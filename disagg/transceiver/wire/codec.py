@@ -57,6 +57,7 @@ TAGS: Final[dict[int, type]] = {
     45: router.Pulse,
     46: tokens.TokenCredit,
     47: router.PromptScores,
+    48: router.CancelChoice,
 }
 
 HEAD_NBYTES: Final = 32

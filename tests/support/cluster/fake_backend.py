@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Mapping, Sequence
+from contextlib import aclosing
+from dataclasses import replace
 from typing import Any
 
 from disagg.router.generation import GenerationEnd, GenerationRequest, TokenChunk
@@ -50,6 +52,7 @@ class FakeBackend:
         self.limit = max_model_len
         self.requests: list[GenerationRequest] = []
         self.num_cancelled = 0
+        self.ended_choices: list[tuple[str, int]] = []
         self.num_open = 0
         self._changed = asyncio.Event()
         self.records: dict[str, Mapping[str, Any]] = {}
@@ -58,21 +61,50 @@ class FakeBackend:
         self.requests.append(request)
         self.num_open += 1
         self._changed.set()
-        has_ended = False
+        num_left = request.sampling.num_choices
         try:
+            async with aclosing(self._spoken(request)) as steps:
+                async for step in steps:
+                    num_left -= not isinstance(step, TokenChunk)
+                    if isinstance(step, Exception):
+                        num_left = 0
+                        raise step
+                    yield step
+                    await asyncio.sleep(0)
+        finally:
+            self.num_open -= 1
+            self.num_cancelled += num_left > 0
+            self._changed.set()
+
+    async def _spoken(self, request: GenerationRequest) -> AsyncGenerator[Any, None]:
+        """What the script gives, of several choices side by side."""
+        if request.sampling.num_choices == 1:
             for step in self.script(request):
                 if isinstance(step, asyncio.Event):
                     await step.wait()
-                    continue
-                has_ended = not isinstance(step, TokenChunk)
-                if isinstance(step, Exception):
-                    raise step
-                yield step
-                await asyncio.sleep(0)
+                else:
+                    yield step
+            return
+        said: asyncio.Queue[Any] = asyncio.Queue(1)
+        choices = range(request.sampling.num_choices)
+        speakers = asyncio.gather(*(self._speak(request, choice, said) for choice in choices))
+        try:
+            while not (speakers.done() and said.empty()):
+                if (step := await _first_of(said, speakers)) is not None:
+                    yield step
         finally:
-            self.num_open -= 1
-            self.num_cancelled += not has_ended
-            self._changed.set()
+            speakers.cancel()
+
+    async def _speak(self, request: GenerationRequest, choice: int, said: asyncio.Queue[Any]) -> None:
+        """What the script gives for this choice alone."""
+        for step in self.script(replace(request, sampling=request.sampling.of_choice(choice))):
+            if isinstance(step, asyncio.Event):
+                await step.wait()
+            elif (request.request_id, choice) not in self.ended_choices:
+                await said.put(step if isinstance(step, Exception) else replace(step, choice=choice))
+
+    def end_choice(self, request: GenerationRequest, choice: int) -> None:
+        self.ended_choices.append((request.request_id, choice))
 
     async def until(self, condition: Callable[[], bool], timeout_s: float = 10) -> None:
         """Wait for a condition on what is counted here."""
@@ -95,3 +127,16 @@ class FakeBackend:
 
     def metrics(self) -> bytes:
         return b"disagg_up 1\n"
+
+
+async def _first_of(said: asyncio.Queue[Any], ended: asyncio.Future[Any]) -> Any:
+    """The next step, or None when all have spoken. Raises what a script raised."""
+    getting = asyncio.ensure_future(said.get())
+    try:
+        await asyncio.wait({getting, ended}, return_when=asyncio.FIRST_COMPLETED)
+        if getting.done():
+            return getting.result()
+        ended.result()
+        return None
+    finally:
+        getting.cancel()

@@ -28,8 +28,10 @@ GEOMETRY = v.Geometry(
 )
 UNITS = (v.UnitName(1, 7),)
 LOGPROBS = v.TokenLogprobs(-0.25, ((5, -0.25), (6, -1.5)))
-FIRST = v.FirstToken(5, LOGPROBS, v.SamplingState(2**63 + 1, ((5, 1),)), 32)
-SAMPLING = v.Sampling(16, 9, 0.5, 40, 0.9, 0.05, 1.1, 0.2, 0.3, ((1, -100.0),), 2, True, (1, 106), (7,), 5, "salt", 3)
+FIRST = v.FirstToken(5, LOGPROBS, v.SamplingState(2**63 + 1, ((5, 1),)), 32, (v.OtherFirst(6, LOGPROBS),))
+SAMPLING = v.Sampling(
+    16, 9, 0.5, 40, 0.9, 0.05, 1.1, 0.2, 0.3, ((1, -100.0),), 2, True, (1, 106), (7,), 5, "salt", 3, 2
+)
 SCORES = PromptLogprobs(
     7, struct.pack("<2f", -0.5, -1.5), struct.pack("<2i", 1, 2), struct.pack("<2i", 5, 6), struct.pack("<2f", -0.5, -1)
 )
@@ -69,15 +71,16 @@ SAMPLES = (
         (r.LinkStatus(ID, "prefill-0", "shm", "ready", 9.5, "fine"),),
     ),
     r.Dispatch(ID, 2, "request", "decode", (1, 2, 300), SAMPLING, 600.0, TARGET, b"ticket"),
-    StepTokens.of((Tokens(ID, 2, 0, (5, 6), (LOGPROBS, LOGPROBS), 32), Tokens(ID[::-1], 1, 7, (8,)))),
+    StepTokens.of((Tokens(ID, 2, 0, (5, 6), (LOGPROBS, LOGPROBS), 32, 1), Tokens(ID[::-1], 1, 7, (8,)))),
     TokenCredit(48),
     r.PromptScores(ID, 2, SCORES),
-    r.Finished(ID, 2, 17, "stop", 106),
+    r.Finished(ID, 2, 17, "stop", 106, 1),
     r.RequestFailed(ID, 2, 503, "no room"),
     r.TransferFailure(ID, 2, "lost", UNITS),
     r.Retarget(ID, 3, TARGET, b"ticket"),
     r.PrefillLocally(ID, 3),
     r.CancelRequest(ID, 2, "disconnect"),
+    r.CancelChoice(ID, 2, 1),
     r.TransferReport(
         ID,
         2,

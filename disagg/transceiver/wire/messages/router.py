@@ -28,6 +28,7 @@ from disagg.transceiver.wire.messages.ranges import (
     check_size,
     check_transfers,
 )
+from disagg.transceiver.wire.messages.sampling_limits import MAX_CHOICES
 from disagg.transceiver.wire.messages.tokens import TOKENS_WINDOW, StepTokens, TokenCredit
 from disagg.transceiver.wire.messages.values import (
     Geometry,
@@ -268,9 +269,11 @@ class Finished:
     index: int
     reason: str
     stop_token_id: int | None = None
+    choice: int = 0
 
     def __post_init__(self) -> None:
         check_attempt(self.transfer_id, self.epoch)
+        check_int("choice", self.choice, 0, MAX_CHOICES - 1)
         check_int("index", self.index, 0, MAX_INT32)
         check_size("reason", self.reason, MAX_NAME_CHARS)
         if self.stop_token_id is not None:
@@ -345,6 +348,19 @@ class CancelRequest:
 
 
 @dataclass(frozen=True, slots=True)
+class CancelChoice:
+    """Router -> worker: the client wants no more of one answer; the request's others go on."""
+
+    transfer_id: str
+    epoch: int
+    choice: int
+
+    def __post_init__(self) -> None:
+        check_attempt(self.transfer_id, self.epoch)
+        check_int("choice", self.choice, 0, MAX_CHOICES - 1)
+
+
+@dataclass(frozen=True, slots=True)
 class TransferReport:
     """A worker's own record of an attempt, for `/requests/{id}`: times, and what was moved per layer group."""
 
@@ -381,4 +397,5 @@ RouterMessage = (
     | CancelRequest
     | TransferReport
     | PromptScores
+    | CancelChoice
 )

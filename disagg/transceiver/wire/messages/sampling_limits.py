@@ -18,6 +18,8 @@ MAX_BIAS: Final = 100.0  # OpenAI's limit, in both directions: more than any log
 MAX_BIASES: Final = 1024  # they cross the wire with each attempt and are applied at each token; OpenAI's limit is 300
 MAX_STOP_TOKEN_IDS: Final = 256  # as above; models have a few
 MAX_LOGPROBS: Final = 20  # OpenAI's limit for chat, vLLM's default for both
+MAX_CHOICES: Final = 128  # OpenAI's limit of `n`
+CHOICE_SEEDS: Final = 2**63 - 1  # choice i has seed + i, wrapped into what any integer type holds
 LARGEST_INT64: Final = 2**63 - 1  # ids are put into arrays of this type
 LARGEST_SEED: Final = 2**64 - 1  # Philox's key has 64 bits; a negative seed is taken as its two's complement
 

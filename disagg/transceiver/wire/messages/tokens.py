@@ -40,14 +40,16 @@ class Tokens:
     token_ids: tuple[int, ...]
     logprobs: tuple[TokenLogprobs, ...] = ()
     num_cached_tokens: int = 0
+    choice: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class StepTokens:
-    """Worker -> router: what one step generated for all of its requests, in arrays. One row per attempt, in order.
+    """Worker -> router: what one step generated for all of its requests, in arrays. One row per answer, in order.
 
     Row i has `counts[i]` of the `token_ids`. `num_tops`: one number per token where any has log-probabilities, of its
     most likely ones, -1 of a token that has none; `logprobs` then has that of the token and those of its `top_ids`.
+    `choices`: which of several answers a row goes on with; empty = all are the first.
     """
 
     transfer_ids: Annotated[tuple[str, ...], MAX_ITEMS]
@@ -59,11 +61,12 @@ class StepTokens:
     num_tops: PackedInts = ()
     top_ids: PackedInts = ()
     logprobs: PackedFloats = ()
+    choices: PackedInts = ()
 
     def __post_init__(self) -> None:
         check_size("transfer_ids", self.transfer_ids, MAX_ITEMS)
         check_id_lengths("transfer_ids", self.transfer_ids)
-        for name in ("epochs", "indexes", "nums_cached", "counts"):
+        for name in ("epochs", "indexes", "nums_cached", "counts", *(["choices"] if self.choices else [])):
             if len(getattr(self, name)) != len(self.transfer_ids):
                 fail(name, len(getattr(self, name)), f"one for each of {len(self.transfer_ids)} rows")
             check_ints(name, getattr(self, name), 0, MAX_INT32)
@@ -96,11 +99,12 @@ class StepTokens:
     def rows(self) -> Iterator[Tokens]:
         """The rows, as they were said."""
         first, logprobs = 0, self._all_logprobs()
-        columns = (self.transfer_ids, self.epochs, self.indexes, self.counts, self.nums_cached)
-        for transfer_id, epoch, index, count, num_cached in zip(*columns, strict=True):
+        choices = self.choices or (0,) * len(self.transfer_ids)
+        columns = (self.transfer_ids, self.epochs, self.indexes, self.counts, self.nums_cached, choices)
+        for transfer_id, epoch, index, count, num_cached, choice in zip(*columns, strict=True):
             end = first + count
             some = () if logprobs is None else tuple(found for found in logprobs[first:end] if found is not None)
-            yield Tokens(transfer_id, epoch, index, self.token_ids[first:end], some, num_cached)
+            yield Tokens(transfer_id, epoch, index, self.token_ids[first:end], some, num_cached, choice)
             first = end
 
     def _all_logprobs(self) -> list[TokenLogprobs | None] | None:
@@ -121,7 +125,7 @@ class _Columns:
     """The arrays of a `StepTokens` in the making."""
 
     def __init__(self) -> None:
-        self.rows: list[list[int]] = []  # epoch, index, number cached, count
+        self.rows: list[list[int]] = []  # epoch, index, number cached, count, choice
         self.transfer_ids: list[str] = []
         self.token_ids: list[int] = []
         self.logprobs: list[TokenLogprobs | None] = []
@@ -132,28 +136,30 @@ class _Columns:
             self.rows[-1][3] += count
         else:
             self.transfer_ids.append(row.transfer_id)
-            self.rows.append([row.epoch, row.index, row.num_cached_tokens, count])
+            self.rows.append([row.epoch, row.index, row.num_cached_tokens, count, row.choice])
         self.token_ids.extend(row.token_ids)
         self.logprobs.extend(row.logprobs or (None,) * count)
 
     def _continues(self, row: Tokens) -> bool:
         if not self.rows or self.transfer_ids[-1] != row.transfer_id:
             return False
-        epoch, index, _, count = self.rows[-1]
+        epoch, index, _, count, choice = self.rows[-1]
         had = count > 0 and self.logprobs[-1] is not None  # a row has log-probabilities for all of its tokens or none
-        return (epoch, index + count, had) == (row.epoch, row.index, bool(row.logprobs))
+        return (epoch, index + count, choice, had) == (row.epoch, row.index, row.choice, bool(row.logprobs))
 
     def message(self) -> StepTokens:
-        epochs, indexes, nums_cached, counts = zip(*self.rows, strict=True) if self.rows else ((), (), (), ())
+        rows = zip(*self.rows, strict=True) if self.rows else ((),) * 5
+        epochs, indexes, nums_cached, counts, choices = rows
         columns = tuple(self.transfer_ids), epochs, indexes, nums_cached, counts, tuple(self.token_ids)
         if not any(self.logprobs):
-            return StepTokens(*columns)
+            return StepTokens(*columns, choices=choices if any(choices) else ())
         known = [found for found in self.logprobs if found is not None]
         return StepTokens(
             *columns,
             tuple(-1 if found is None else len(found.top) for found in self.logprobs),
             tuple(token_id for found in known for token_id, _ in found.top),
             tuple(value for found in known for value in (found.logprob, *(value for _, value in found.top))),
+            choices if any(choices) else (),
         )
 
 

@@ -7,7 +7,7 @@ strings (32 digits, 128 random bits) so that logs, JSON and the wire show the sa
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Annotated, Final
 
@@ -36,10 +36,12 @@ from disagg.transceiver.wire.messages.ranges import (
     fail,
 )
 from disagg.transceiver.wire.messages.sampling_limits import (
+    CHOICE_SEEDS,
     LARGEST_INT64,
     LARGEST_LOGIT,
     LARGEST_SEED,
     MAX_BIASES,
+    MAX_CHOICES,
     MAX_LOGPROBS,
     MAX_STOP_TOKEN_IDS,
     MAX_TOKENS,
@@ -62,10 +64,18 @@ LayerScales = tuple[HeadScales, HeadScales]
 
 @dataclass(frozen=True, slots=True, order=True)
 class AttemptKey:
-    """One attempt of one request: the transfer id names the request, the epoch the attempt."""
+    """One attempt of one request: the transfer id names the request, the epoch the attempt.
+
+    Where an engine gives several answers to the prompt, `choice` tells them apart; the attempt's own key has 0.
+    """
 
     transfer_id: str
     epoch: int
+    choice: int = 0
+
+    @property
+    def attempt(self) -> AttemptKey:
+        return AttemptKey(self.transfer_id, self.epoch) if self.choice else self
 
 
 @dataclass(frozen=True, slots=True)
@@ -291,20 +301,38 @@ class SamplingState:
 
 
 @dataclass(frozen=True, slots=True)
+class OtherFirst:
+    """The first token of one more answer to the same prompt, from the same logits."""
+
+    token_id: int
+    logprobs: TokenLogprobs | None = None
+
+    def __post_init__(self) -> None:
+        check_count("token_id", self.token_id, 0, LARGEST_INT64)
+
+
+@dataclass(frozen=True, slots=True)
 class FirstToken:
     """The token prefill sampled at position P, bound by rank 0's MAC to the KV it was computed from.
 
-    `num_cached_tokens`: tokens of the prompt that were found in the cache and not computed.
+    `num_cached_tokens`: tokens of the prompt that were found in the cache and not computed. `others`: where several
+    answers are given to the prompt, those of the second, the third and so on.
     """
 
     token_id: int
     logprobs: TokenLogprobs | None
     state: SamplingState
     num_cached_tokens: int = 0
+    others: Annotated[tuple[OtherFirst, ...], MAX_CHOICES] = ()
 
     def __post_init__(self) -> None:
         check_count("token_id", self.token_id, 0, LARGEST_INT64)
+        check_size("others", self.others, MAX_CHOICES)
         check_count("num_cached_tokens", self.num_cached_tokens, 0, MAX_TOKENS)
+
+    def of(self, choice: int) -> OtherFirst:
+        """The first token of one of the answers."""
+        return self.others[choice - 1] if choice else OtherFirst(self.token_id, self.logprobs)
 
 
 @dataclass(frozen=True, slots=True)
@@ -314,7 +342,7 @@ class Sampling:
     Every value within `sampling_limits` is legal and exact. `temperature` 0 is greedy, as is one below what float32
     divides by; `top_k` 0 and `top_p` 1.0 are off. `eos_token_ids` come from the model's generation config and count
     unless `ignore_eos`. `num_logprobs` None = no logprobs, 0 = only the chosen token's; `num_prompt_logprobs` likewise
-    of the prompt's own tokens.
+    of the prompt's own tokens. `num_choices` answers are given to the prompt: see `of_choice`.
     `cache_salt`: KV is shared with requests of the same salt only.
     """
 
@@ -335,6 +363,7 @@ class Sampling:
     num_logprobs: int | None = None
     cache_salt: str = ""
     num_prompt_logprobs: int | None = None
+    num_choices: int = 1
 
     def __post_init__(self) -> None:
         check_count("max_tokens", self.max_tokens, 1, MAX_TOKENS)
@@ -349,9 +378,14 @@ class Sampling:
         check_number("frequency_penalty", self.frequency_penalty, -LARGEST_LOGIT, LARGEST_LOGIT)
         if self.num_logprobs is not None:
             check_count("num_logprobs", self.num_logprobs, 0, MAX_LOGPROBS)
+        check_count("num_choices", self.num_choices, 1, MAX_CHOICES)
         if self.num_prompt_logprobs is not None:
             check_count("num_prompt_logprobs", self.num_prompt_logprobs, 0, MAX_LOGPROBS)
         self._check_ids()
+
+    def of_choice(self, choice: int) -> Sampling:
+        """What a request for this answer alone would ask for."""
+        return replace(self, num_choices=1, seed=(self.seed + choice) & CHOICE_SEEDS) if choice else self
 
     def _check_ids(self) -> None:
         check_ids("logit_bias", [entry[0] for entry in self.logit_bias], MAX_BIASES)
