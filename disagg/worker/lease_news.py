@@ -9,9 +9,6 @@ from typing import Final
 from disagg.transceiver.wire.messages.router import Lease, LinkStatus
 from disagg.transceiver.wire.messages.values import MetricSample
 
-METRICS_S: Final = 5.0
-"""Between metrics in leases: a third of the 15 s at which Prometheus asks by default."""
-
 SPEEDS_S: Final = 5.0
 """Between reports of links whose measured speed alone has changed."""
 
@@ -23,6 +20,8 @@ class LeaseNews:
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
+        self.metrics_every_s = 0.0
+        """What the router of a large fleet asks for."""
         self._metrics: tuple[MetricSample, ...] | None = None
         self._links: Speedless | None = None
         self._metrics_at = self._links_at = float("-inf")
@@ -33,7 +32,7 @@ class LeaseNews:
         return replace(lease, metrics=self._new_metrics(lease, now), links=self._new_links(lease, now))
 
     def _new_metrics(self, lease: Lease, now: float) -> tuple[MetricSample, ...] | None:
-        if lease.metrics == self._metrics or now - self._metrics_at < METRICS_S:
+        if lease.metrics == self._metrics or now - self._metrics_at < self.metrics_every_s:
             return None
         self._metrics, self._metrics_at = lease.metrics, now
         return lease.metrics

@@ -212,6 +212,7 @@ class RouterLink:
                 self.router_incarnation, self._pulse_port = router, answer.pulse_port
                 self._heard_at = time.monotonic()
                 self.tokens.allow(answer.credit)
+                self._news.metrics_every_s = answer.metrics_every_s
             case Refused(field=field, ours=ours, theirs=theirs):
                 raise _refusal(field, ours, theirs)
             case _:

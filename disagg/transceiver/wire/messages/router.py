@@ -81,15 +81,18 @@ class Register:
 class Registered:
     """The router accepts; from here the lease runs. `pulse_port`: where it hears pulses, on its host; 0 = nowhere.
 
-    `credit`: the first limit of STEP_TOKENS messages; each CREDIT raises it.
+    `credit`: the first limit of STEP_TOKENS messages; each CREDIT raises it. `metrics_every_s`: leases carry metrics no
+    more often.
     """
 
     router_incarnation: str
     incarnation: str
     pulse_port: int = 0
     credit: int = TOKENS_WINDOW
+    metrics_every_s: float = 0.0
 
     def __post_init__(self) -> None:
+        check_finite("metrics_every_s", self.metrics_every_s)
         check_id("router_incarnation", self.router_incarnation)
         check_id("incarnation", self.incarnation)
         check_int("pulse_port", self.pulse_port, 0, MAX_PORT)
