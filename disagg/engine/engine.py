@@ -40,11 +40,12 @@ from disagg.engine.commands import (
 )
 from disagg.engine.flight import Flight, chunk_of, sample_input
 from disagg.engine.other_choices import draw_others
+from disagg.engine.promised import Promised
 from disagg.engine.recheck import PrefixRecheck
 from disagg.engine.run.graphs.use import GraphUse
 from disagg.engine.run.runner import StepRunner
 from disagg.engine.sampler import Drawn, Sampled, SampleInput, draw
-from disagg.engine.scheduler import Promised, Scheduler
+from disagg.engine.scheduler import Scheduler
 from disagg.engine.sequence import (
     Claim,
     Computed,

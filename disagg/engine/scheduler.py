@@ -29,7 +29,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from disagg.cache.admission import Peaks, Promises, peak_slots
+from disagg.cache.admission import Promises
 from disagg.cache.budget import MAX_PREFILLS_PER_STEP
 from disagg.cache.cache import KVCache
 from disagg.cache.scratch import scratch_until
@@ -46,20 +46,14 @@ from disagg.engine.commands import (
     SoftDroppedEvent,
     UnitsFinalEvent,
 )
+from disagg.engine.promised import PeakSlots, Promised
 from disagg.engine.recheck import PrefixRecheck
-from disagg.engine.sequence import Claim, DecodingSequence, LiveSequence, PromptSequence, Request, Reservation, Stage
+from disagg.engine.sequence import Claim, DecodingSequence, LiveSequence, PromptSequence, Reservation, Stage
 from disagg.waiting_line import WaitingLine
-
-HEADROOM_BLOCKS = 2
-"""An answer is let in with room for so many more blocks: one that must give way in its first steps was let in for
-nothing, and the work of its prompt is lost."""
 
 REGISTERED_AT_ONCE = 2048
 """Blocks that one step registers of a received prompt, at some 2 microseconds each: those of 128k tokens at once would
 hold up all next tokens for longer than many a step takes."""
-
-Promised = PromptSequence | Reservation
-"""What stands in the line of admission."""
 
 
 class Scheduler:
@@ -79,6 +73,7 @@ class Scheduler:
         self._recheck = recheck or PrefixRecheck(cache, None)
         self._max_num_seqs, self._max_num_batched_tokens = max_num_seqs, max_num_batched_tokens
         self._promises = Promises([pool.num_slots for pool in cache.pools])
+        self._peaks = PeakSlots(self._layout, self._promises, max_num_batched_tokens)
         self._live: dict[AttemptKey, LiveSequence] = {}
         self._by_kind: tuple[list[DecodingSequence], list[Promised]] | None = None  # None: a sequence came or went
         self._urgent: deque[Promised] = deque()
@@ -141,15 +136,9 @@ class Scheduler:
 
     # --- commands -------------------------------------------------------------------------------------------
 
-    def peaks(self, request: Request, *, total_tokens: int, history: int = 0) -> Peaks:
-        """The most the request will hold per pool from `history` on; prompt chunks are as long as the budget allows."""
-        step = 1 if history else min(self._max_num_batched_tokens, total_tokens)
-        return peak_slots(self._layout, total_tokens=total_tokens, history=history, step_tokens=step)
-
     def needs_more_than_exists(self, sequence: Promised) -> tuple[int, int] | None:
         """(slots needed, slots there are) of the pool that could not hold the sequence even if it were empty."""
-        pairs = zip(self._worst_peaks(sequence), self._promises.usable, strict=True)
-        return next(((need, have) for need, have in pairs if need > have), None)
+        return self._peaks.beyond(sequence)
 
     def add(self, sequence: Promised, *, urgent: bool = False) -> None:
         """Queue a new sequence; `admit` starts it."""
@@ -202,7 +191,7 @@ class Scheduler:
         Without room or a seat it waits, at the head of the line, and is computed anew as after a preemption.
         """
         request, count = answer.request, answer.request.prompt_len
-        peaks = self.peaks(request, total_tokens=self._room_for(request, count), history=count)
+        peaks = self._peaks.of(request, total_tokens=self._peaks.room_for(request, count), history=count)
         if self._has_seat() and self._promises.try_promise(answer.key, peaks):
             answer.cached = self._cache.fork(answer.cached, answer.key)
             self._put(answer)
@@ -214,8 +203,8 @@ class Scheduler:
     def keep_only(self, prompt: PromptSequence) -> None:
         """The prompt is computed: promise from now on what it will hold as an answer, or until its transfer ends."""
         request, count = prompt.request, len(prompt.token_ids)
-        total = self._room_for(request, count) if prompt.serves else count
-        self._promises.shrink(prompt.key, self.peaks(request, total_tokens=total, history=count))
+        total = self._peaks.room_for(request, count) if prompt.serves else count
+        self._promises.shrink(prompt.key, self._peaks.of(request, total_tokens=total, history=count))
 
     # --- admission ------------------------------------------------------------------------------------------
 
@@ -238,11 +227,11 @@ class Scheduler:
 
     def _start_beside(self, head: Promised, events: list[EngineEvent]) -> None:
         """Start what the head of the line does not have to wait for longer."""
-        need = self._peaks_of(head)
+        need = self._peaks.at_start(head)
         for sequence in self._line.behind_head(LOOK_BEHIND):
             if not self._has_seat():
                 return
-            if self._beside.fits(head.key, need, self._peaks_of(sequence)) and self._make_room(sequence, events):
+            if self._beside.fits(head.key, need, self._peaks.at_start(sequence)) and self._make_room(sequence, events):
                 self._line.remove(sequence)
                 self._beside.note(sequence.key)
                 events += self._start(sequence)
@@ -251,40 +240,13 @@ class Scheduler:
         for prompt in self._soft_line.first(LOOK_BEHIND):
             if not self._has_seat(with_soft=True):
                 return
-            if self._promises.try_promise(prompt.key, self._peaks_of(prompt)):
+            if self._promises.try_promise(prompt.key, self._peaks.at_start(prompt)):
                 self._soft_line.remove(prompt)
                 events += self._start(prompt)
 
     def _give_back(self, key: AttemptKey) -> None:
         self._promises.release(key)
         self._beside.forget(key)
-
-    def _peaks_of(self, sequence: Promised) -> Peaks:
-        """What must be promised before the sequence starts."""
-        request = sequence.request
-        if isinstance(sequence, Reservation):
-            total = self._room_for(request, request.prompt_len)
-            return self.peaks(request, total_tokens=total, history=request.prompt_len)
-        count = len(sequence.token_ids)
-        return self.peaks(request, total_tokens=self._room_for(request, count) if sequence.serves else count)
-
-    def _worst_peaks(self, sequence: Promised) -> Peaks:
-        """The most the sequence can come to hold if it is never preempted."""
-        request = sequence.request
-        if isinstance(sequence, Reservation):
-            history = 0 if request.sampling.num_choices > 1 else request.prompt_len  # others may be computed anew
-            return self.peaks(request, total_tokens=request.total_tokens, history=history)
-        return self.peaks(request, total_tokens=request.total_tokens if sequence.serves else request.prompt_len)
-
-    def _room_for(self, request: Request, num_tokens: int) -> int:
-        """Tokens that an answer at `num_tokens` is promised room for: all, if it could not be computed anew."""
-        if not self._can_recompute(request):
-            return request.total_tokens
-        return min(request.total_tokens, num_tokens + HEADROOM_BLOCKS * self._layout.block_size)
-
-    def _can_recompute(self, request: Request) -> bool:
-        """Whether an empty cache holds all of the request in prompt chunks."""
-        return self._promises.fits_empty(self.peaks(request, total_tokens=request.total_tokens))
 
     def _has_seat(self, *, with_soft: bool = False) -> bool:
         """Whether one more may be computed at once. Held prompts take no seat; soft ones none from the promised."""
@@ -293,7 +255,7 @@ class Scheduler:
 
     def _make_room(self, sequence: Promised, events: list[EngineEvent]) -> bool:
         """Promise the sequence its peak; drop soft prompts for it, newest first, but only if that suffices."""
-        peaks, soft = self._peaks_of(sequence), self.soft
+        peaks, soft = self._peaks.at_start(sequence), self.soft
         if not self._promises.fits(peaks, without={prompt.key for prompt in soft}):
             return False
         while not self._promises.try_promise(sequence.key, peaks):
@@ -437,7 +399,7 @@ class Scheduler:
     def _grow(self, answer: DecodingSequence, events: list[EngineEvent]) -> bool:
         """Promise the answer room for its next block. False when it was itself preempted for that."""
         stored, soft = answer.num_stored, None
-        peaks = self.peaks(answer.request, total_tokens=stored + 1, history=stored)
+        peaks = self._peaks.of(answer.request, total_tokens=stored + 1, history=stored)
         while not self._promises.try_grow(answer.key, peaks):
             soft = self.soft if soft is None else soft
             if soft:
@@ -453,7 +415,7 @@ class Scheduler:
     def _is_preemptible(self, sequence: LiveSequence) -> bool:
         """Running here for this worker's own answer, and possible to compute anew."""
         is_own = isinstance(sequence, DecodingSequence) or (isinstance(sequence, PromptSequence) and sequence.serves)
-        return is_own and sequence.cached is not None and self._can_recompute(sequence.request)
+        return is_own and sequence.cached is not None and self._peaks.fit_anew(sequence.request)
 
     def _preempt(self, sequence: LiveSequence) -> None:
         """Take its blocks; it goes on from the head of the line, where the oldest of several ends up first."""
