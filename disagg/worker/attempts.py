@@ -59,7 +59,7 @@ from disagg.transceiver.wire.messages.router import (
     TransferFailure,
     TransferReport,
 )
-from disagg.transceiver.wire.messages.values import Geometry, StageTimes, UnitName
+from disagg.transceiver.wire.messages.values import Geometry, StageTimes, UnitName, nameable
 from disagg.worker.metrics import WorkerMetrics
 from disagg.worker.pairing import Pairing
 from disagg.worker.request_state import RequestState
@@ -285,7 +285,7 @@ class Attempts:
         self._submit(Release(key))
         if (state := self._live.pop(key, None)) is not None:  # the request stays: the router says what comes next
             log.warning("transfer failed: %s", failure.reason, extra=_of(state))
-            self._send(TransferFailure(key.transfer_id, key.epoch, failure.reason, failure.units))
+            self._send(TransferFailure(key.transfer_id, key.epoch, failure.reason, nameable(failure.units)))
 
     def free_reservation(self, key: AttemptKey, reason: str, record: TransferRecord) -> None:
         self._count(record, reason)
