@@ -42,9 +42,13 @@ class LoadOrder:
                 del self._by_load[heapq.heappop(self._loads)]
 
     def __iter__(self) -> Iterator[Worker]:
-        """The least loaded first. Nothing may change meanwhile."""
+        return self.in_order()
+
+    def in_order(self, *, latest_first: bool = False) -> Iterator[Worker]:
+        """The least loaded first, of these the one that waited longest or least. Nothing may change meanwhile."""
         if self._loads:
-            yield from self._by_load[self._loads[0]].values()
+            least = self._by_load[self._loads[0]].values()
+            yield from reversed(least) if latest_first else least
         for load in sorted(self._by_load)[1:]:
             yield from self._by_load[load].values()
 

@@ -66,7 +66,9 @@ class PlacingAt:
 
     def place(self, max_tokens: int, exclude: frozenset[str] = frozenset()) -> Placement | Unplaceable:
         if max_tokens > 1:
-            prefill, decode = self._first("prefill", exclude), self._first("decode", exclude)
+            # Each prefill worker meets every decode worker before the next: else two orders of equal loads go in step.
+            stays = self._fleet.turn % max(1, len(self._orders.get("decode", ()))) > 0
+            prefill, decode = self._first("prefill", exclude, latest_first=stays), self._first("decode", exclude)
             if prefill and decode and link_rank(prefill, decode) == 0:
                 return Placement(decode.target, prefill.target)
         return self._fleet.place(max_tokens, exclude)
@@ -74,11 +76,12 @@ class PlacingAt:
     def prefill_for(self, decode: str, exclude: frozenset[str]) -> PeerTarget | None:
         return self._fleet.prefill_for(decode, exclude)
 
-    def _first(self, role: str, exclude: frozenset[str]) -> Worker | None:
+    def _first(self, role: str, exclude: frozenset[str], *, latest_first: bool = False) -> Worker | None:
         """The least loaded worker that may be given work."""
-        order = self._orders.get(role)
-        found = (w for w in islice(order or (), MAX_PASSED) if self._may_have_work(w) and w.incarnation not in exclude)
-        return next(found, None)
+        if (order := self._orders.get(role)) is None:
+            return None
+        some = islice(order.in_order(latest_first=latest_first), MAX_PASSED)
+        return next((w for w in some if self._may_have_work(w) and w.incarnation not in exclude), None)
 
     def _may_have_work(self, worker: Worker) -> bool:
         num_waiting = self._load.get(worker.incarnation, 0) - worker.lease.num_running
