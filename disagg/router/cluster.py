@@ -201,12 +201,18 @@ class Cluster:
             log.warning(
                 "refused worker `%s`: %s is %s, not %s", message.worker_id, answer.field, answer.theirs, answer.ours
             )
-            self._claims = {rival: claim for rival, claim in self._claims.items() if claim[1] != message}
+            self._drop_claim(message)
             return self._post(route, answer)
         self._know(message.incarnation, route)
         self._pulses.watch(message.incarnation, self._clock())
         self._post(route, self._registered(message.incarnation))
         return self._welcome(message, answer.superseded) if is_new else None
+
+    def _drop_claim(self, message: Register) -> None:
+        """A claim lies with the worker that has the name; with its loss it is taken up, and gone."""
+        rival = self.registry.named(message.worker_id)
+        if rival is not None and self._claims.get(rival.incarnation, (b"", None))[1] == message:
+            del self._claims[rival.incarnation]
 
     def _registered(self, incarnation: str) -> Registered:
         credit = self._num_taken.get(incarnation, 0) + TOKENS_WINDOW

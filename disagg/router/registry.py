@@ -7,9 +7,11 @@ by mistake if the first lives: it waits until the first was lost, gave a sign of
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from enum import Enum
+from itertools import count
 from typing import Final
 
 from disagg.router.pairing import Difference, PairTraits, record_difference
@@ -120,6 +122,10 @@ class Registry:
         self._pulse_at = pulse_at
         self._workers: dict[str, Worker] = {}
         self._by_name: dict[str, Worker] = {}
+        self._numbers = count()
+        self._looks: list[tuple[float, int, Worker]] = []
+        """A heap, one entry for each worker: its sign of life when it was last looked at. A worker that lives is looked
+        at again when that sign is `LOST_S` old, and not before; so is one that has left, to be forgotten."""
 
     def __iter__(self) -> Iterator[Worker]:
         return iter(self._workers.values())
@@ -129,6 +135,14 @@ class Registry:
 
     def get(self, incarnation: str) -> Worker | None:
         return self._workers.get(incarnation)
+
+    def named(self, worker_id: str) -> Worker | None:
+        return self._by_name.get(worker_id)
+
+    def max_model_len(self) -> int | None:
+        """That of any worker, since the identities of all are equal; None without workers."""
+        worker = next(iter(self), None)
+        return None if worker is None else worker.register.identity.max_model_len
 
     def sign_at(self, worker: Worker) -> float:
         """When it last gave a sign of life, by its event loop or by its pulse."""
@@ -142,13 +156,14 @@ class Registry:
             return Admitted()
         if difference := self._difference(message):
             return Refused(difference.field, difference.ours, difference.theirs, destination=message.incarnation)
-        rival = self._named(message.worker_id)
+        rival = self.named(message.worker_id)
         if rival is not None:
             if (verdict := self._judge(rival, message, now)) is not None:
                 return verdict
             self.remove(rival.incarnation)
         worker = Worker(message, Lease(message.incarnation, ""), now)
         self._workers[message.incarnation] = self._by_name[message.worker_id] = worker
+        self._look_later(worker)
         return Admitted(rival)
 
     def _judge(self, rival: Worker, message: Register, now: float) -> Refused | Claimed | None:
@@ -180,14 +195,24 @@ class Registry:
 
     def expire(self, now: float) -> list[Worker]:
         """Remove and return the workers that were silent for `LOST_S`."""
-        lost = [worker for worker in self if now - self.sign_at(worker) >= LOST_S]
+        due = []
+        while self._looks and now - self._looks[0][0] >= LOST_S:
+            due.append(heapq.heappop(self._looks)[2])
+        known = [worker for worker in due if self._workers.get(worker.incarnation) is worker]
+        lost = [worker for worker in known if now - self.sign_at(worker) >= LOST_S]
         for worker in lost:
             self.remove(worker.incarnation)
+        for worker in known:
+            if self._workers.get(worker.incarnation) is worker:
+                self._look_later(worker)
         return lost
+
+    def _look_later(self, worker: Worker) -> None:
+        heapq.heappush(self._looks, (self.sign_at(worker), next(self._numbers), worker))
 
     def drain(self, worker_id: str, draining: bool = True) -> bool:
         """Give a worker no new requests (or give it some again). False when no such worker is registered."""
-        worker = self._named(worker_id)
+        worker = self.named(worker_id)
         if worker is not None:
             worker.draining = draining
         return worker is not None
@@ -196,13 +221,15 @@ class Registry:
         """Names are unique, keys are incarnations, and all identities are equal."""
         assert self._by_name == {worker.worker_id: worker for worker in self}
         assert len(self._by_name) == len(self)
+        looked_at = [id(worker) for _, _, worker in self._looks]
+        assert {id(worker) for worker in self} <= set(looked_at)
+        assert len(looked_at) == len(set(looked_at))
+        known = [(sign, worker) for sign, _, worker in self._looks if self.get(worker.incarnation) is worker]
+        assert all(sign <= self.sign_at(worker) for sign, worker in known)
         assert all(key == worker.incarnation for key, worker in self._workers.items())
         assert len({worker.register.identity for worker in self}) <= 1
         fingerprints = {worker.register.identity.model_fingerprint for worker in self}
         assert self._expected_fingerprint is None or fingerprints <= {self._expected_fingerprint}
-
-    def _named(self, worker_id: str) -> Worker | None:
-        return self._by_name.get(worker_id)
 
     def _difference(self, message: Register) -> Difference | None:
         if message.role not in ROLES:

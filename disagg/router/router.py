@@ -208,7 +208,7 @@ class Router:
         return isinstance(self._placing.at(self._clock()).place(max_tokens=2), Placement)
 
     def max_model_len(self) -> int | None:
-        return min((worker.register.identity.max_model_len for worker in self.cluster.registry), default=None)
+        return self.cluster.registry.max_model_len()
 
     def workers(self) -> list[dict[str, Any]]:
         return describe_workers(list(self.cluster.registry), self._placing.load, self._clock())

@@ -41,8 +41,7 @@ class ModelThread:
     """Runs `engine` until closed.
 
     `on_events` and `on_death` are called on `loop`, `on_begin` on this thread before all else and `on_rest` before it
-    sleeps. A thread that dies
-    reports once and runs no more: the cache may be half changed, so its process must end.
+    sleeps. A thread that dies reports once and runs no more: the cache may be half changed, so its process must end.
     """
 
     def __init__(
@@ -93,9 +92,10 @@ class ModelThread:
         What a command brought about is told before the step: a first token would else wait while others' are computed.
         Returns False when told to close.
         """
-        if not self._may_step:
+        must_wait = not self._may_step  # asked once: a hold that comes now must not let it sleep without saying so
+        if must_wait:
             self._on_rest()
-        commands = self._drain(wait=not self._may_step)
+        commands = self._drain(wait=must_wait)
         for command in commands:
             if command is not CLOSE and not isinstance(command, Wake):
                 self._reply(self._engine.handle(command))

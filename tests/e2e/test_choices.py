@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
+import os
+import signal
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import aiohttp
 import pytest
 import torch
 from support.cluster.system import System, running
@@ -26,7 +31,7 @@ LENGTHS = (5, 24, 33, 70)
 @pytest.fixture(scope="module")
 def system(tmp_path_factory: pytest.TempPathFactory) -> Iterator[System]:
     folder: Path = save_family("gemma3", tmp_path_factory.mktemp("gemma3"))
-    flags = ("--dtype", "float32", "--max-model-len", "256", "--block-size", str(BLOCK_SIZE))
+    flags = ("--dtype", "float32", "--max-model-len", "512", "--block-size", str(BLOCK_SIZE))
     with running("--model", str(folder), "--max-num-seqs", "8", *flags) as system:
         yield system
 
@@ -81,3 +86,52 @@ def test_a_choice_that_its_stop_string_ends_frees_its_blocks(system: System) -> 
         same(choice["text"], before["text"].split(stop)[0], stop)
     system.settle()
     system.wait_until_idle()
+
+
+LONG = {"max_tokens": 450, "temperature": 1.5, "ignore_eos": True, "seed": 5, "n": 3, "return_token_ids": True}
+"""So many tokens that a worker is killed before the last."""
+
+
+async def streamed_until_killed(system: System, prompt: list[int]) -> tuple[list[list[int]], list[Any]]:
+    """The ids of each choice and the errors in the stream; the decode worker dies when all choices have begun."""
+    seen: list[list[int]] = [[], [], []]
+    errors, is_killed = [], False
+    body = {"prompt": prompt, "stream": True, **LONG}
+    async with (
+        aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=60)) as session,
+        session.post(f"{system.url}/v1/completions", json=body) as response,
+    ):
+        assert response.status == 200
+        async for line in response.content:
+            if not line.startswith(b"data: {"):
+                continue
+            event = json.loads(line[6:])
+            errors += [event["error"]] if "error" in event else []
+            for choice in event.get("choices", ()):
+                seen[choice["index"]] += choice.get("token_ids") or ()
+            if all(seen) and not is_killed:
+                is_killed = True
+                os.kill(system.pid_of("decode-0"), signal.SIGKILL)
+    return seen, errors
+
+
+@pytest.mark.anyio
+async def test_a_killed_decode_worker_gives_no_choice_a_wrong_end(system: System) -> None:
+    """Streamed: each choice is right as far as it goes, then an error. Whole: all choices complete, or an error."""
+    await asyncio.to_thread(system.wait_until_ready)
+    prompt = prompt_of(24)
+    expected = await asyncio.to_thread(ask, system, prompt, "before", **LONG)
+    whole = asyncio.create_task(asyncio.to_thread(system.complete, prompt, **LONG))
+    seen, errors = await streamed_until_killed(system, prompt)
+    for choice, answer in zip(seen, expected, strict=True):
+        same(choice, answer[: len(choice)], "of a stream")
+    assert [error["code"] for error in errors] == ["bad_gateway"], errors
+    assert any(len(choice) < len(answer) for choice, answer in zip(seen, expected, strict=True))
+    status, reply = await whole
+    if status == 200:
+        same([choice["token_ids"] for choice in reply["choices"]], expected, "of a whole answer")
+    else:
+        assert status in (502, 503), reply  # cut off in the middle, or no other worker to begin at
+    await asyncio.to_thread(system.wait_until_ready)
+    same(await asyncio.to_thread(ask, system, prompt, "after", **LONG), expected, "after the restart")
+    await asyncio.to_thread(system.wait_until_idle)

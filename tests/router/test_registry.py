@@ -210,3 +210,26 @@ def test_the_registry_holds_whom_a_plain_model_would_hold(
             alive = {key: value for key, value in alive.items() if value[0] not in lost}
         registry.check_invariants()
         assert {worker.incarnation for worker in registry} == {inc for inc, _, _ in alive.values()}
+        lengths = (worker.register.identity.max_model_len for worker in registry)
+        assert registry.max_model_len() == min(lengths, default=None)
+
+
+def test_time_costs_a_look_at_a_worker_only_when_its_last_known_sign_is_old() -> None:
+    """Workers that live: each is looked at once in `LOST_S`, by its lease's time, not at each tick."""
+    looks = 0
+
+    def pulse_at(incarnation: str) -> float:
+        nonlocal looks
+        looks += 1
+        return float("-inf")
+
+    registry = Registry(pulse_at=pulse_at)
+    for number in range(100):
+        registry.register(make_register(f"p{number}", "prefill"), 0.0)
+    looks = 0
+    for tick in range(1, 49):
+        for number in range(100):
+            registry.renew(make_lease(f"p{number}"), tick / 4)
+        assert registry.expire(tick / 4) == []
+    assert looks <= 100 * 2 * (48 / 4 / LOST_S + 1)
+    assert len(registry.expire(12.0 + LOST_S)) == 100

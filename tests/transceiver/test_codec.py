@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -65,6 +66,40 @@ def test_a_missing_field_takes_its_default() -> None:
     fields = fields_of(step)
     del fields["logprobs"]
     assert decode(packed(37, fields)) == step
+
+
+TWO_ROWS = StepTokens.of(
+    [
+        Tokens("t", 0, 0, (1, 2), (TokenLogprobs(-1.0, ((1, -1.0), (2, -2.0))), TokenLogprobs(-0.5, ())), choice=1),
+        Tokens("u", 3, 5, (7,)),
+    ]
+)
+
+
+@pytest.mark.parametrize(
+    ("column", "named"),
+    [
+        ("transfer_ids", "epochs: 2, expected one for each of"),
+        ("epochs", "epochs: "),
+        ("indexes", "indexes: "),
+        ("nums_cached", "nums_cached: "),
+        ("counts", "counts: "),
+        ("choices", "choices: "),
+        ("token_ids", "counts: 3, expected"),
+        ("num_tops", "num_tops: "),
+        ("top_ids", "top_ids, logprobs: "),
+        ("logprobs", "top_ids, logprobs: "),
+    ],
+)
+def test_a_column_that_is_shorter_or_longer_than_the_others_is_refused_by_name(column: str, named: str) -> None:
+    values = getattr(TWO_ROWS, column)
+    for other in (values[:-1], (*values, values[-1])):
+        with pytest.raises(ValueError, match=f"^{re.escape(named)}"):
+            replace(TWO_ROWS, **{column: other})
+    fields = fields_of(TWO_ROWS)
+    cut = fields[column][: -len(fields[column]) // len(values)]  # type: ignore[index, arg-type]
+    with pytest.raises(RemoteProtocolError, match=re.escape(named)):
+        decode(packed(37, fields | {column: cut}))
 
 
 def test_a_missing_field_without_default_is_named() -> None:

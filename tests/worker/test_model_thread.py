@@ -170,3 +170,59 @@ def test_a_thread_that_goes_to_sleep_says_so_after_its_last_step() -> None:
         assert not thread.is_dead
 
     asyncio.run(scenario())
+
+
+def _thread_of(engine: ScriptedEngine) -> ModelThread:
+    """Notes its rests among the engine's calls."""
+    loop = asyncio.get_running_loop()
+    return ModelThread(engine, loop, lambda events: None, lambda death: None, on_rest=lambda: engine._note("rest"))
+
+
+def test_no_step_begins_while_held_and_commands_are_taken() -> None:
+    async def scenario() -> None:
+        engine = ScriptedEngine(num_steps=2)
+        thread = _thread_of(engine)  # not started: this test makes its turns
+        for epoch in (1, 2, 3):
+            if epoch == 2:
+                thread.hold(True)
+            thread.submit(release(epoch))
+            assert thread.step()
+        thread.hold(False)
+        assert thread.step()
+        assert engine.calls == ["rest", "handle 1", "step", "rest", "handle 2", "rest", "handle 3", "step"]
+        assert engine.has_work
+
+    asyncio.run(scenario())
+
+
+def test_a_thread_that_sleeps_held_with_work_goes_on_when_it_is_released() -> None:
+    async def scenario() -> None:
+        engine = ScriptedEngine(num_steps=3)
+        thread = _thread_of(engine)
+        thread.hold(True)
+        thread.submit(release(1))
+        thread.start()
+        await asyncio.to_thread(engine.wait_for_calls, 3)
+        assert engine.calls == ["rest", "handle 1", "rest"]
+        thread.hold(False)
+        await asyncio.to_thread(engine.wait_for_calls, 7)
+        await thread.close()
+        assert engine.calls[3:] == ["step", "step", "step", "rest"]
+
+    asyncio.run(scenario())
+
+
+def test_a_hold_that_comes_while_the_thread_sleeps_wakes_nothing() -> None:
+    async def scenario() -> None:
+        engine = ScriptedEngine()
+        thread = _thread_of(engine)
+        thread.start()
+        await asyncio.to_thread(engine.wait_for_calls, 1)
+        thread.hold(True)
+        assert thread._inbox.empty()
+        thread.submit(release(1))
+        await asyncio.to_thread(engine.wait_for_calls, 3)
+        await thread.close()
+        assert engine.calls == ["rest", "handle 1", "rest"]
+
+    asyncio.run(scenario())

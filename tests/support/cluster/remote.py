@@ -61,11 +61,13 @@ class ProcessApi(Api):
 
 @contextlib.asynccontextmanager
 async def served_by_processes(
-    settings: ApiSettings, count: int, backend: FakeBackend | None = None
+    settings: ApiSettings, count: int, backend: FakeBackend | None = None, send_nbytes: int | None = None
 ) -> AsyncIterator[ProcessApi]:
-    """Real API processes over a backend in this one."""
+    """Real API processes over a backend in this one. `send_nbytes`: of each connection's buffer; None = it grows."""
     backend = backend or FakeBackend()
     with await bind("127.0.0.1", 0) as listening:
+        if send_nbytes is not None:
+            listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_nbytes)  # accepted sockets inherit it
         listening.listen(BACKLOG)
         url = "http://{}:{}".format(*listening.getsockname())
         async with (
