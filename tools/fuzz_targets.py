@@ -40,10 +40,10 @@ from disagg.transceiver.wire.messages.router import PeerTarget
 from disagg.transceiver.wire.messages.values import (
     FirstToken,
     Geometry,
+    GroupDigests,
     GroupRuns,
     GroupSemantics,
     Identity,
-    ManifestEntry,
     SamplingState,
     UnitName,
     UnitRun,
@@ -276,8 +276,7 @@ def _receiver_event(script: Script) -> e.Event:
         case 2 | 3:
             return _wire(p.Slice(header, script.small(), tuple(_run(script) for _ in range(script.byte() % 4))))
         case 4:
-            names = [(script.small(), script.small()) for _ in range(script.byte() % 12)]
-            entries = tuple(ManifestEntry(group, ordinal, (0, 2, 0, 2), script.byte()) for group, ordinal in names)
+            entries = tuple(_digests(script) for _ in range(script.byte() % 3))
             return _wire(p.Done(header, script.small(), script.small(), script.small(), entries, FIRST, b"mac"))
         case 5:
             return _wire(p.Failed(header, script.pick(("deadline", "failed")), _units(script)))
@@ -301,6 +300,11 @@ def _receiver_event(script: Script) -> e.Event:
             return e.LeaseRenewed()
         case _:
             return e.Tick()
+
+
+def _digests(script: Script) -> GroupDigests:
+    named = {script.small(): script.byte() for _ in range(1 + script.byte() % 8)}
+    return GroupDigests.of(script.small(), (0, 2, 0, 2), named)
 
 
 def _run(script: Script) -> UnitRun:

@@ -64,7 +64,7 @@ from disagg.transceiver.wire.messages.router import (
     TransferReport,
 )
 from disagg.transceiver.wire.messages.tokens import Tokens
-from disagg.transceiver.wire.messages.values import FirstToken, Geometry, StageTimes, UnitName
+from disagg.transceiver.wire.messages.values import FirstToken, Geometry, StageTimes, UnitName, nameable
 from disagg.worker.metrics import WorkerMetrics
 from disagg.worker.pairing import Pairing
 from disagg.worker.request_state import RequestState
@@ -334,7 +334,7 @@ class Attempts:
         self._submit(Release(key))
         if (state := self._live.pop(key, None)) is not None:  # the request stays: the router says what comes next
             log.warning("transfer failed: %s", failure.reason, extra=_of(state))
-            self._send(TransferFailure(key.transfer_id, key.epoch, failure.reason, failure.units))
+            self._send(TransferFailure(key.transfer_id, key.epoch, failure.reason, nameable(failure.units)))
 
     def free_reservation(self, key: AttemptKey, reason: str, record: TransferRecord) -> None:
         self._count(record, reason)

@@ -21,7 +21,7 @@ from disagg.transceiver.protocol.manifest import seal
 from disagg.transceiver.protocol.state import Role, State
 from disagg.transceiver.wire import reasons
 from disagg.transceiver.wire.messages import peer as p
-from disagg.transceiver.wire.messages.values import UnitRun
+from disagg.transceiver.wire.messages.values import GroupDigests, UnitRun
 
 POSITIONS = {"first of K": 0.0, "last of K": 0.5, "first of V": 0.5, "last of V": 1.0}
 """Where a byte lies in the last layer of its slot, [K, V][head][token][dim], as a part of that layer."""
@@ -157,14 +157,16 @@ def resealed(done: p.Done, header: p.Header) -> p.Done:
     return replace(sealed, header=done.header)
 
 
+def of_another_digest(entry: GroupDigests) -> GroupDigests:
+    return replace(entry, digests=bytes([entry.digests[0] ^ 1]) + entry.digests[1:])
+
+
 FORGERIES: dict[str, Callable[[p.Done], p.Done]] = {
     "of another epoch": lambda done: resealed(done, replace(done.header, epoch=done.header.epoch + 1)),
     "of another transfer": lambda done: resealed(done, replace(done.header, transfer_id="0" * 32)),
     "of another sender": lambda done: resealed(done, replace(done.header, source="0" * 32)),
     "for another receiver": lambda done: resealed(done, replace(done.header, destination="0" * 32)),
-    "of another digest": lambda done: replace(
-        done, manifest=(replace(done.manifest[0], digest=done.manifest[0].digest ^ 1), *done.manifest[1:])
-    ),
+    "of another digest": lambda done: replace(done, manifest=(of_another_digest(done.manifest[0]), *done.manifest[1:])),
     "of another first token": lambda done: replace(
         done,
         first_token=replace(done.first_token, token_id=done.first_token.token_id ^ 1),  # type: ignore[type-var, union-attr]

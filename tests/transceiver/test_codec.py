@@ -14,12 +14,9 @@ from disagg.transceiver.wire import codec
 from disagg.transceiver.wire.codec import PROTOCOL, TAGS, decode, encode
 from disagg.transceiver.wire.errors import LocalProtocolError, RemoteProtocolError
 from disagg.transceiver.wire.messages.peer import Accepted, Ack, Closed, Done, PeerMessage, Received
-from disagg.transceiver.wire.messages.router import (
-    Dispatch,
-    RouterMessage,
-)
+from disagg.transceiver.wire.messages.router import Dispatch, RouterMessage
 from disagg.transceiver.wire.messages.tokens import StepTokens, Tokens
-from disagg.transceiver.wire.messages.values import FirstToken, ManifestEntry, Sampling, SamplingState, TokenLogprobs
+from disagg.transceiver.wire.messages.values import FirstToken, GroupDigests, Sampling, SamplingState, TokenLogprobs
 from disagg.transceiver.wire.schema import shape_of
 from disagg.transceiver.wire.sizes import MAX_MANIFEST_ENTRIES, MAX_MESSAGE_NBYTES
 
@@ -219,13 +216,46 @@ def test_a_prompt_of_other_bytes_is_refused(data: object) -> None:
 
 
 def test_a_manifest_of_as_many_units_as_are_admitted_comes_back_and_one_more_does_not() -> None:
-    largest = ManifestEntry(255, 2**24 - 1, (2**16, 2**16, 2**16, 2**16), 2**64 - 1)
+    units = range(2**24 - MAX_MANIFEST_ENTRIES, 2**24)
     top = tuple((2**31 - 1, -1.5) for _ in range(50))
     first = FirstToken(2**31 - 1, TokenLogprobs(-1.5, top), SamplingState(2**63, ((1, 1),)), 2**20)
-    done = Done(HEADER, 0, 1, 2**20, (largest,) * MAX_MANIFEST_ENTRIES, first, bytes(32))
+    largest = GroupDigests.of(255, (2**16, 2**16, 2**16, 2**16), dict.fromkeys(units, 2**64 - 1))
+    done = Done(HEADER, 0, 1, 2**20, (largest,), first, bytes(32))
     assert decode(encode(done)) == done
+    one = GroupDigests.of(0, (0, 1, 0, 1), {0: 1})
     with pytest.raises(RemoteProtocolError, match=f"Done: .*{MAX_MANIFEST_ENTRIES + 1}"):
-        decode(encode(raw(Done, HEADER, 0, 1, 1, (largest,) * (MAX_MANIFEST_ENTRIES + 1), None, bytes(32))))
+        decode(encode(raw(Done, HEADER, 0, 1, 1, (one, largest), None, bytes(32))))
+
+
+@pytest.mark.parametrize(
+    ("ordinals", "digests", "fault"),
+    [
+        (b"", b"", "ordinals"),
+        (b"\1\0\0\0\0", b"", "digests"),
+        (b"\1\0\0\0", bytes(7), "digests"),
+        (b"\1\0\0\0", bytes(16), "digests"),
+        (b"\1\0\0\0" * 2, bytes(16), "ordinals"),
+        (b"\2\0\0\0\1\0\0\0", bytes(16), "ordinals"),
+        (b"\0\0\0\1", bytes(8), "ordinals"),
+    ],
+)
+def test_columns_of_digests_are_ascending_ordinals_and_as_many_digests(
+    ordinals: bytes, digests: bytes, fault: str
+) -> None:
+    with pytest.raises(ValueError, match=fault):
+        GroupDigests(0, (0, 1, 0, 1), ordinals, digests)
+
+
+def test_digests_keep_their_ordinals() -> None:
+    entry = GroupDigests.of(3, (0, 1, 0, 1), {7: 1, 2: 2**64 - 1})
+    assert entry.by_ordinal() == {2: 2**64 - 1, 7: 1}
+    assert (entry.ordinals, entry.num_units) == (b"\2\0\0\0\7\0\0\0", 2)
+
+
+@pytest.mark.parametrize("groups", [(1, 0), (1, 1)])
+def test_a_manifest_names_its_groups_in_order(groups: tuple[int, int]) -> None:
+    with pytest.raises(ValueError, match="ascending groups"):
+        Done(HEADER, 0, 1, 1, tuple(GroupDigests.of(group, (0, 1, 0, 1), {0: 1}) for group in groups), None, b"")
 
 
 @pytest.mark.parametrize(

@@ -12,10 +12,10 @@ from disagg.transceiver.layout.cut import whole_group
 from disagg.transceiver.protocol.manifest import is_sealed, seal
 from disagg.transceiver.wire.codec import decode, encode
 from disagg.transceiver.wire.messages.peer import Done
-from disagg.transceiver.wire.messages.values import ManifestEntry, SamplingState, TokenLogprobs
+from disagg.transceiver.wire.messages.values import GroupDigests, SamplingState, TokenLogprobs
 
 KEY = bytes(range(32))
-ENTRIES = (ManifestEntry(0, 3, (0, 1, 0, 2), 11), ManifestEntry(1, 3, (0, 3, 0, 2), 12))
+ENTRIES = (GroupDigests.of(0, (0, 1, 0, 2), {3: 11}), GroupDigests.of(1, (0, 3, 0, 2), {3: 12, 4: 13}))
 DONE = seal(KEY, HEADER, rank=0, num_ranks=1, num_slices=2, manifest=ENTRIES, first_token=FIRST)
 
 
@@ -28,7 +28,7 @@ def test_a_repeat_with_another_sequence_number_is_the_same_done() -> None:
     assert is_sealed(KEY, replace(DONE, header=replace(HEADER, sequence=99)))
 
 
-SWAPPED = (replace(ENTRIES[0], digest=12), replace(ENTRIES[1], digest=11))
+SWAPPED = (ENTRIES[0], GroupDigests.of(1, (0, 3, 0, 2), {3: 13, 4: 12}))
 
 
 @pytest.mark.parametrize(
@@ -43,11 +43,11 @@ SWAPPED = (replace(ENTRIES[0], digest=12), replace(ENTRIES[1], digest=11))
         replace(DONE, num_ranks=2),
         replace(DONE, num_slices=1),
         replace(DONE, manifest=ENTRIES[:1]),
-        replace(DONE, manifest=ENTRIES[::-1]),
+        changed(DONE, manifest=ENTRIES[::-1]),
         replace(DONE, manifest=SWAPPED),
-        replace(DONE, manifest=(replace(ENTRIES[0], digest=10), ENTRIES[1])),
-        replace(DONE, manifest=(replace(ENTRIES[0], ordinal=4), ENTRIES[1])),
-        replace(DONE, manifest=(replace(ENTRIES[0], group=1), ENTRIES[1])),
+        replace(DONE, manifest=(GroupDigests.of(0, (0, 1, 0, 2), {3: 10}), ENTRIES[1])),
+        replace(DONE, manifest=(GroupDigests.of(0, (0, 1, 0, 2), {4: 11}), ENTRIES[1])),
+        replace(DONE, manifest=(ENTRIES[0], replace(ENTRIES[1], group=2))),
         replace(DONE, manifest=(replace(ENTRIES[0], rectangle=(0, 1, 0, 1)), ENTRIES[1])),
         replace(DONE, first_token=None),
         replace(DONE, first_token=replace(FIRST, token_id=6)),

@@ -294,7 +294,7 @@ async def test_a_message_that_no_frame_can_carry_ends_its_own_transfer_and_not_t
 
 @in_event_loop
 async def test_what_a_peer_says_of_itself_is_reported_in_bounds() -> None:
-    refused = p.Refused("model_fingerprint", "x" * 100_000, "y" * 100_000)
+    refused = p.Refused("model_fingerprint", "x" * 60_000, "y" * 60_000)
     async with faked(lambda fake: encode(refused)) as (_, link):
         await until(lambda: link.state == "refused", link.detail)
         assert link.detail.startswith("model_fingerprint: ours yyy")

@@ -58,7 +58,7 @@ async def test_a_message_that_no_frame_can_carry_ends_its_transfer_and_the_next_
     async with Prefill.running() as prefill, Peer.known(prefill) as peer:
         key = await fetched(prefill, peer)
         with monkeypatch.context() as patch:
-            patch.setattr("disagg.transceiver.wire.codec.MAX_MESSAGE_NBYTES", 700)  # slices are smaller, DONE is larger
+            patch.setattr("disagg.transceiver.wire.codec.MAX_MESSAGE_NBYTES", 550)  # slices are smaller, DONE is larger
             prefill.compute(key)
             await peer.next(p.Slice)
             await peer.say(p.Received(peer.header(key), -1))  # as a receiver does that waits for DONE

@@ -14,8 +14,10 @@ from disagg.transceiver.protocol.events import LandedUnit
 from disagg.transceiver.protocol.inbox import BadSliceError, Inbox
 from disagg.transceiver.protocol.outbox import BYTE_WINDOW, READ_SLICE_NBYTES, REPEAT_BURST, Outbox
 from disagg.transceiver.protocol.sender import unit_runs
+from disagg.transceiver.wire.codec import decode, encode
 from disagg.transceiver.wire.messages.peer import Slice
-from disagg.transceiver.wire.messages.values import ManifestEntry, UnitName, UnitRun
+from disagg.transceiver.wire.messages.ranges import MAX_SLICE_RUNS, MAX_SLICE_UNITS
+from disagg.transceiver.wire.messages.values import GroupDigests, UnitName, UnitRun
 
 
 def unit(ordinal: int, group: int = 0) -> HashedUnit:
@@ -85,6 +87,16 @@ def test_slices_that_are_read_are_larger_and_none_waits_for_a_receipt() -> None:
     outbox.add([unit(o) for o in range(num_units * num_slices)])
     assert outbox.cut() == list(range(num_slices))
     assert [len(outbox.slice_units(number)) for number in range(num_slices)] == [num_units] * num_slices
+
+
+@pytest.mark.parametrize(("step", "most"), [(1, MAX_SLICE_UNITS), (2, MAX_SLICE_RUNS)])
+def test_a_slice_names_no_more_than_one_message_may(step: int, most: int) -> None:
+    ordinals = range(0, step * (2 * most + 3), step)
+    outbox = Outbox([(0, ordinal) for ordinal in ordinals], [1], pushes_bytes=False)
+    outbox.add([unit(ordinal) for ordinal in ordinals])
+    assert outbox.cut() == [0, 1, 2]
+    assert [len(outbox.slice_units(number)) for number in range(3)] == [most, most, 3]
+    assert all(decode(encode(slice_of(n, *unit_runs(outbox.slice_units(n), True)))) for n in range(3))
 
 
 def test_old_receipts_are_no_news() -> None:
@@ -176,9 +188,19 @@ def test_landings_must_name_exactly_the_units_of_their_slice() -> None:
     assert not inbox.expects(0, landed(0, 1))
 
 
+@pytest.mark.parametrize(
+    "named", [{0: {0: 1}}, {0: {0: 1, 1: 1, 2: 1}}, {0: {0: 1, 2: 1}}, {1: {0: 1, 1: 1}}, {0: {0: 1, 1: 1}, 1: {0: 1}}]
+)
+def test_a_manifest_covers_what_was_required_or_does_not(named: dict[int, dict[int, int]]) -> None:
+    inbox = Inbox(keys(2))
+    assert inbox.is_covered([GroupDigests.of(0, (0, 1, 0, 1), {0: 1, 1: 1})])
+    assert not inbox.is_covered([GroupDigests.of(group, (0, 1, 0, 1), units) for group, units in named.items()])
+
+
 def test_units_whose_digest_differs_are_named() -> None:
     inbox = Inbox(keys(2))
     inbox.announce(slice_of(0, UnitRun(0, 0, 2)))
     inbox.land(0, landed(0, 1))
-    manifest = [ManifestEntry(0, 0, (0, 1, 0, 1), 0), ManifestEntry(0, 1, (0, 1, 0, 1), 8)]
+    manifest = [GroupDigests.of(0, (0, 1, 0, 1), {0: 0, 1: 8})]
+    assert inbox.is_covered(manifest)
     assert inbox.disagreeing(manifest) == (UnitName(0, 1),)

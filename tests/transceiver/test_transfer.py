@@ -34,6 +34,7 @@ from disagg.transceiver.protocol.state import Role, State
 from disagg.transceiver.wire import reasons
 from disagg.transceiver.wire.errors import LocalProtocolError, RemoteProtocolError
 from disagg.transceiver.wire.messages import peer as p
+from disagg.transceiver.wire.messages.ranges import MAX_RUNS
 from disagg.transceiver.wire.messages.values import GroupRuns, UnitName
 
 
@@ -246,6 +247,19 @@ def test_a_reservation_of_what_no_transfer_brings_is_a_local_error() -> None:
     with pytest.raises(LocalProtocolError, match="reserved what no transfer brings"):
         receiver.handle(Reserved((GroupRuns(1, ((0, 1),)),), 26), 0.0)
     assert receiver.state is State.WAITING
+
+
+def test_a_reservation_in_more_runs_than_a_fetch_may_name_is_a_local_error_and_asks_for_nothing() -> None:
+    receiver = make_receiver()
+    half = MAX_RUNS // 2 + 1
+    scattered = tuple(GroupRuns(group, tuple((2 * number, 1) for number in range(half))) for group in range(2))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("disagg.transceiver.protocol.receiver.check_required", lambda required, need: None)
+        with pytest.raises(LocalProtocolError, match=f"{2 * half} runs, one FETCH names at most {MAX_RUNS}"):
+            receiver.handle(Reserved(scattered, 26), 0.0)
+    assert receiver.state is State.WAITING
+    with pytest.raises(ValueError, match="required: runs"):
+        p.Fetch(header(Role.RECEIVER), b"", 26, scattered, "shm")
 
 
 # --- soft computations --------------------------------------------------------------------------------------

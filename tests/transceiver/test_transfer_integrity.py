@@ -33,7 +33,8 @@ from disagg.transceiver.protocol.state import Role, State
 from disagg.transceiver.wire import reasons
 from disagg.transceiver.wire.errors import RemoteProtocolError
 from disagg.transceiver.wire.messages import peer as p
-from disagg.transceiver.wire.messages.values import UnitName
+from disagg.transceiver.wire.messages.ranges import MAX_NAMED_UNITS
+from disagg.transceiver.wire.messages.values import GroupDigests, UnitName, nameable
 
 
 def messages(actions: list[object], kind: type) -> list[object]:
@@ -106,6 +107,20 @@ def test_only_units_that_were_announced_can_be_unregistered() -> None:
     assert UnregisterUnits((UnitName(0, 3),)) in actions
 
 
+def test_a_report_that_could_not_name_all_units_unregisters_what_was_announced() -> None:
+    pair, end = reach(Role.SENDER, State.DECIDED)
+    actions = pair.feed(end, arrived(p.Cancel(header(Role.SENDER), reasons.DIGEST)))
+    announced = {(run.group, run.first + i) for run in slice_message().units for i in range(run.count)}
+    (action,) = (action for action in actions if isinstance(action, UnregisterUnits))
+    assert {(unit.group, unit.ordinal) for unit in action.units} >= announced
+
+
+def test_units_are_named_all_or_not_at_all() -> None:
+    units = tuple(UnitName(0, ordinal) for ordinal in range(MAX_NAMED_UNITS + 1))
+    assert nameable(units[1:]) == units[1:]
+    assert nameable(units) == ()
+
+
 def resealed(**changes: object) -> p.Done:
     """A DONE whose seal holds and whose content is wrong: only a sender with a defect says it."""
     done = changed(honest_done(), **changes)
@@ -123,6 +138,10 @@ def resealed(**changes: object) -> p.Done:
 ENTRIES = honest_done().manifest
 
 
+def with_units(entry: GroupDigests, more: dict[int, int]) -> GroupDigests:
+    return GroupDigests.of(entry.group, entry.rectangle, entry.by_ordinal() | more)
+
+
 @pytest.mark.parametrize(
     "changes",
     [
@@ -132,8 +151,9 @@ ENTRIES = honest_done().manifest
         {"num_slices": 0},
         {"num_slices": 99},
         {"manifest": ENTRIES[1:]},
-        {"manifest": (*ENTRIES[1:], ENTRIES[1])},
-        {"manifest": (*ENTRIES, replace(ENTRIES[0], ordinal=99))},
+        {"manifest": (*ENTRIES, replace(ENTRIES[0], group=ENTRIES[-1].group + 1))},
+        {"manifest": (with_units(ENTRIES[0], {99: 1}), *ENTRIES[1:])},
+        {"manifest": (GroupDigests.of(0, ENTRIES[0].rectangle, {99: 1}), *ENTRIES[1:])},
         {"manifest": (replace(ENTRIES[0], rectangle=(0, 1, 0, 1)), *ENTRIES[1:])},
     ],
 )

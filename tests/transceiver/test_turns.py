@@ -8,7 +8,7 @@ import zmq.asyncio
 
 from disagg.transceiver.wire import connection
 from disagg.transceiver.wire.connection import FrameReader
-from disagg.transceiver.wire.turns import TURN_S, Turn, TurnQueue
+from disagg.transceiver.wire.turns import TURN_S, TaskTurn, TurnQueue
 
 pytestmark = pytest.mark.anyio
 NUM_ITEMS = 40
@@ -73,7 +73,7 @@ async def test_a_reader_that_is_cancelled_loses_no_item() -> None:
 
 async def test_a_turn_begins_anew_after_a_wait() -> None:
     clock = Clock()
-    turn = Turn(clock)
+    turn = TaskTurn(clock)
     clock.now += TURN_S
     assert turn.is_over
     turn.begin()
@@ -84,7 +84,7 @@ async def test_a_turn_begins_anew_after_a_wait() -> None:
 async def test_a_flood_of_slow_frames_lets_others_run(
     monkeypatch: pytest.MonkeyPatch, step_s: float, least: int, most: int
 ) -> None:
-    monkeypatch.setattr(connection, "Turn", lambda: Turn(Clock(step_s)))
+    monkeypatch.setattr(connection, "TaskTurn", lambda: TaskTurn(Clock(step_s)))
     with zmq.asyncio.Context() as context, context.socket(zmq.PAIR) as near, context.socket(zmq.PAIR) as far:
         near.bind("inproc://flood")
         far.connect("inproc://flood")

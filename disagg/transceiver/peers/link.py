@@ -38,6 +38,7 @@ from disagg.transceiver.wire.messages.peer import (
     TransferMessage,
     Welcome,
 )
+from disagg.transceiver.wire.messages.ranges import MAX_NAMED_TRANSFERS
 from disagg.transceiver.wire.messages.router import LinkStatus as LinkReport
 from disagg.transceiver.wire.messages.router import PeerTarget
 from disagg.transceiver.wire.messages.values import AttemptKey, Geometry, PlaneOffer
@@ -328,7 +329,9 @@ class PeerLink:
     async def _beat(self) -> None:
         while True:
             live = tuple((key.transfer_id, key.epoch) for key in self._live_transfers(self.target.incarnation))
-            self.send(Heartbeat(self._node.incarnation, self.target.incarnation, live))
+            for start in range(0, max(len(live), 1), MAX_NAMED_TRANSFERS):  # one that names none is a sign of life too
+                named = live[start : start + MAX_NAMED_TRANSFERS]
+                self.send(Heartbeat(self._node.incarnation, self.target.incarnation, named))
             await asyncio.sleep(HEARTBEAT_S)
             if time.monotonic() - self._heard_at > LOST_S:
                 raise PeerLost(f"silent for {LOST_S:g} s")

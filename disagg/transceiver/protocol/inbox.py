@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+import numpy as np
+
 from disagg.transceiver.protocol.events import LandedUnit
 from disagg.transceiver.wire.messages.peer import Slice
-from disagg.transceiver.wire.messages.values import ManifestEntry, UnitName, UnitRun
+from disagg.transceiver.wire.messages.values import DIGEST, ORDINAL, GroupDigests, UnitName, UnitRun
 
 UnitKey = tuple[int, int]
 """(group, ordinal)"""
@@ -21,9 +23,12 @@ class Inbox:
 
     def __init__(self, required: Iterable[UnitKey]) -> None:
         self.required = frozenset(required)
+        self._places = {key: place for place, key in enumerate(sorted(self.required))}
+        self._ordinals = _packed_ordinals(self._places)
+        self._digests = np.zeros(len(self._places), DIGEST)
         self._unannounced = set(self.required)
         self._slices: dict[int, frozenset[UnitKey]] = {}
-        self._landed: dict[UnitKey, LandedUnit] = {}
+        self._num_landed = 0
         self._landed_numbers: set[int] = set()
         self.highest = -1
         """Highest number with no gap below it that has landed: what RECEIVED says."""
@@ -49,21 +54,25 @@ class Inbox:
     def land(self, number: int, units: Sequence[LandedUnit]) -> None:
         """The landing job of an announced slice finished. Call only what `expects` admits."""
         self._landed_numbers.add(number)
-        self._landed.update({(unit.group, unit.ordinal): unit for unit in units})
+        self._num_landed += len(units)
+        for unit in units:
+            self._digests[self._places[unit.group, unit.ordinal]] = unit.digest
         while self.highest + 1 in self._landed_numbers:
             self.highest += 1
 
-    def disagreeing(self, manifest: Iterable[ManifestEntry]) -> tuple[UnitName, ...]:
-        """Landed units whose digest is not the manifest's. The manifest covers `required`, and all of it has landed."""
-        return tuple(
-            UnitName(entry.group, entry.ordinal)
-            for entry in manifest
-            if self._landed[entry.group, entry.ordinal].digest != entry.digest
-        )
+    def is_covered(self, manifest: Iterable[GroupDigests]) -> bool:
+        """Does it name exactly what was required? Compared as bytes: there may be 73,728 units."""
+        return {entry.group: entry.ordinals for entry in manifest} == self._ordinals
+
+    def disagreeing(self, manifest: Iterable[GroupDigests]) -> tuple[UnitName, ...]:
+        """Landed units whose digest is not the manifest's, which covers `required`; all of it has landed."""
+        named = np.frombuffer(b"".join(entry.digests for entry in manifest), DIGEST)
+        units = list(self._places)
+        return tuple(UnitName(*units[place]) for place in np.flatnonzero(named != self._digests).tolist())
 
     @property
     def is_all_landed(self) -> bool:
-        return len(self._landed) == len(self.required)
+        return self._num_landed == len(self.required)
 
     @property
     def num_announced(self) -> int:
@@ -84,6 +93,14 @@ class Inbox:
         if len(set(keys)) != len(keys) or not self._unannounced.issuperset(keys):
             raise BadSliceError(f"slice {message.number} names units that were not asked for, or twice")
         return frozenset(keys)
+
+
+def _packed_ordinals(units: Iterable[UnitKey]) -> dict[int, bytes]:
+    """Per group, as `GroupDigests.ordinals` has them. `units` ascending."""
+    found: dict[int, list[int]] = {}
+    for group, ordinal in units:
+        found.setdefault(group, []).append(ordinal)
+    return {group: np.array(ordinals, ORDINAL).tobytes() for group, ordinals in found.items()}
 
 
 def _is_well_formed(run: UnitRun) -> bool:

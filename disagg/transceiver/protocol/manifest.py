@@ -1,8 +1,8 @@
 """What DONE proves: the digests of exactly these units belong to exactly this transfer (protocol.md section 6).
 
 mac = blake2b-256, keyed with the cluster's manifest key, over transfer, epoch, both incarnations, rank, num_ranks,
-num_slices, every (group, ordinal, rectangle, digest) and the first token with its logprobs and sampling state. A digest
-alone proves that bytes are what was hashed; the MAC proves that they are this request's, of this attempt.
+num_slices, every group's rectangle, ordinals and digests, and the first token with its logprobs and sampling state. A
+digest alone proves that bytes are what was hashed; the MAC proves that they are this request's, of this attempt.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 import msgpack
 
 from disagg.transceiver.wire.messages.peer import Done, Header
-from disagg.transceiver.wire.messages.values import FirstToken, ManifestEntry, OtherFirst, TokenLogprobs
+from disagg.transceiver.wire.messages.values import FirstToken, GroupDigests, OtherFirst, TokenLogprobs
 
 
 def seal(
@@ -24,7 +24,7 @@ def seal(
     rank: int,
     num_ranks: int,
     num_slices: int,
-    manifest: tuple[ManifestEntry, ...],
+    manifest: tuple[GroupDigests, ...],
     first_token: FirstToken | None,
 ) -> Done:
     """DONE with its MAC. `header.source` is the sender's incarnation, `header.destination` the receiver's."""
@@ -50,7 +50,7 @@ def _canonical(done: Done) -> list[Any]:
     return [
         [ids.transfer_id, ids.epoch, ids.source, ids.destination],
         [done.rank, done.num_ranks, done.num_slices],
-        [[entry.group, entry.ordinal, entry.rectangle, entry.digest] for entry in done.manifest],
+        [[entry.group, entry.rectangle, entry.ordinals, entry.digests] for entry in done.manifest],
         _canonical_token(done.first_token),
     ]
 

@@ -7,6 +7,7 @@ from typing import Final
 
 from disagg.transceiver.layout.slice_size import SLICE_NBYTES
 from disagg.transceiver.layout.units import HashedUnit
+from disagg.transceiver.wire.messages.ranges import MAX_SLICE_RUNS, MAX_SLICE_UNITS
 
 READ_SLICE_NBYTES: Final = 32 << 20
 """The same where the receiver reads the bytes for itself: nothing is under way that it would have to drain, and a copy
@@ -89,9 +90,12 @@ class Outbox:
         return self._window is None or self.num_slices - self._acknowledged < self._window
 
     def _next_slice_length(self) -> int:
-        nbytes = 0
-        for count, unit in enumerate(self._pending):
+        """As many as one SLICE may name, and as their bytes allow; at least one."""
+        nbytes, num_runs, last = 0, 0, (-1, -1)
+        for count, unit in enumerate(self._pending[:MAX_SLICE_UNITS]):
             nbytes += self._unit_nbytes[unit.group]
-            if nbytes > self._slice_nbytes and count > 0:
+            num_runs += (unit.group, unit.ordinal - 1) != last
+            last = unit.group, unit.ordinal
+            if count > 0 and (nbytes > self._slice_nbytes or num_runs > MAX_SLICE_RUNS):
                 return count
-        return len(self._pending)
+        return min(len(self._pending), MAX_SLICE_UNITS)

@@ -42,8 +42,10 @@ from disagg.transceiver.wire.messages.peer import (
     Received,
     Refused,
     Slice,
+    num_runs,
 )
-from disagg.transceiver.wire.messages.values import Geometry, UnitName
+from disagg.transceiver.wire.messages.ranges import MAX_RUNS
+from disagg.transceiver.wire.messages.values import Geometry, UnitName, nameable
 from disagg.transceiver.wire.repeat import Repeat
 
 
@@ -87,6 +89,8 @@ class Receiver(Transfer):
             check_required(event.required, need)
         except RemoteProtocolError as exc:
             raise LocalProtocolError(f"reserved what no transfer brings: {exc}") from exc
+        if num_runs(event.required) > MAX_RUNS:
+            raise LocalProtocolError(f"reserved {num_runs(event.required)} runs, one FETCH names at most {MAX_RUNS}")
 
     # --- asking and landing ---------------------------------------------------------------------------------
 
@@ -140,15 +144,14 @@ class Receiver(Transfer):
         """Why this DONE cannot be right, before any byte is compared."""
         if not is_sealed(self._order.keys.manifest_mac, done):
             return reasons.MAC
-        keys = [(entry.group, entry.ordinal) for entry in done.manifest]
-        if len(keys) != len(self._inbox.required) or set(keys) != self._inbox.required:
+        if not self._inbox.is_covered(done.manifest):
             return reasons.PROTOCOL
         part = self._order.part
         if any(entry.rectangle != part.rectangles[entry.group] for entry in done.manifest):
             return reasons.PROTOCOL
         is_whole = (done.rank, done.num_ranks) == (part.rank, part.num_ranks)
         is_whole = is_whole and (done.first_token is not None) == (part.rank == 0)
-        is_counted = self._inbox.highest_announced < done.num_slices <= len(keys)
+        is_counted = self._inbox.highest_announced < done.num_slices <= len(self._inbox.required)
         return None if is_whole and is_counted else reasons.PROTOCOL
 
     def _try_verify(self) -> None:
@@ -206,7 +209,7 @@ class Receiver(Transfer):
 
     def _stop(self, reason: str, outcome: ReportFailed | FreeReservation, units: tuple[UnitName, ...] = ()) -> None:
         """Join every job, then give `outcome`. CANCEL, repeated until answered, frees the peer's sources."""
-        self._insist(Cancel(self._header(), reason, units))
+        self._insist(Cancel(self._header(), reason, nameable(units)))
         self._give_up_later()
         self._join(outcome)
 

@@ -47,7 +47,14 @@ from disagg.transceiver.wire.messages.peer import (
     Refused,
     Slice,
 )
-from disagg.transceiver.wire.messages.values import FirstToken, Geometry, ManifestEntry, UnitName, UnitRun
+from disagg.transceiver.wire.messages.values import (
+    FirstToken,
+    Geometry,
+    GroupDigests,
+    UnitName,
+    UnitRun,
+    nameable,
+)
 from disagg.transceiver.wire.repeat import Repeat
 from disagg.transceiver.wire.sizes import MAX_MANIFEST_ENTRIES
 from disagg.transceiver.wire.timing import LEASE_S
@@ -240,12 +247,18 @@ class Sender(Transfer):
             rank=part.rank,
             num_ranks=part.num_ranks,
             num_slices=self._outbox.num_slices,
-            manifest=tuple(
-                ManifestEntry(u.group, u.ordinal, rectangle, u.digest)
-                for u in self._outbox.announced
-                if (rectangle := part.rectangles[u.group]) is not None
-            ),
+            manifest=self._manifest(),
             first_token=self._first_token if part.rank == 0 else None,
+        )
+
+    def _manifest(self) -> tuple[GroupDigests, ...]:
+        digests: dict[int, dict[int, int]] = {}
+        for unit in self._outbox.announced:
+            digests.setdefault(unit.group, {})[unit.ordinal] = unit.digest
+        return tuple(
+            GroupDigests.of(group, rectangle, digests[group])
+            for group, rectangle in enumerate(self._offer.part.rectangles)
+            if rectangle is not None and group in digests
         )
 
     # --- endings --------------------------------------------------------------------------------------------
@@ -262,7 +275,7 @@ class Sender(Transfer):
                 return Failed(header, reason), reasons.FAILED
             case Decision.INCOMPLETE:
                 units = tuple(UnitName(group, ordinal) for group, ordinal in self._outbox.missing)
-                return Failed(header, reasons.INCOMPLETE, units), reasons.FAILED
+                return Failed(header, reasons.INCOMPLETE, nameable(units)), reasons.FAILED
         if self._now >= self.deadline:
             return Failed(header, reasons.DEADLINE), reasons.DEADLINE
         return Failed(header, reasons.LEASE), reasons.LOST
@@ -313,8 +326,9 @@ class Sender(Transfer):
     def _let_go(self, message: Cancel) -> None:
         """Where the peer's digests disagree with ours, the units that were announced must not be reused."""
         if message.reason in (reasons.DIGEST, reasons.NON_FINITE):
-            announced = {(unit.group, unit.ordinal) for unit in self._outbox.announced}
-            self._do(UnregisterUnits(tuple(u for u in message.units if (u.group, u.ordinal) in announced)))
+            announced = dict.fromkeys((unit.group, unit.ordinal) for unit in self._outbox.announced)
+            named = {(unit.group, unit.ordinal) for unit in message.units} or announced  # too many to name: any of them
+            self._do(UnregisterUnits(tuple(UnitName(*key) for key in announced if key in named)))
         self._do(ReleaseSource(reasons.CANCELLED))
 
     def _lose_peer(self, event: PeerGone) -> None:

@@ -11,7 +11,7 @@ import zmq.asyncio
 
 from disagg.transceiver.wire.errors import PeerLost
 from disagg.transceiver.wire.sockets import Sockets, shortage
-from disagg.transceiver.wire.turns import Turn
+from disagg.transceiver.wire.turns import TaskTurn
 
 WATCHED_EVENTS: Final = zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED
 
@@ -21,7 +21,7 @@ class FrameReader:
 
     def __init__(self, socket: zmq.asyncio.Socket) -> None:
         self._socket = socket
-        self._turn = Turn()
+        self._turn = TaskTurn()
         self._pending: asyncio.Future[list[zmq.Frame]] | None = None
 
     async def receive(self) -> list[zmq.Frame]:

@@ -76,31 +76,33 @@ class Optional(Shape):
 class Many(Shape):
     """`Annotated[tuple[X, ...], most]`: a longer one is refused before an item is looked at.
 
-    Plain integers take a short cut: a slice names thousands of slots.
+    Plain numbers take a short cut: a slice names thousands of slots, a geometry thousands of scales.
     """
 
     def __init__(self, item: Shape, most: int) -> None:
         self.item = item
         self.most = most
-        self.is_ints = isinstance(item, Scalar) and item.kind is int
+        self.plain = (
+            int if isinstance(item, Scalar) and item.kind is int else float if isinstance(item, Float) else None
+        )
 
     def write(self, value: Any, path: str) -> list[Any]:
         if type(value) is not tuple:
             raise ShapeError(f"{path}: {type(value).__name__}, expected tuple")
-        return list(value) if self._all_ints(value) else [self.item.write(item, f"{path}[]") for item in value]
+        return list(value) if self._all_plain(value) else [self.item.write(item, f"{path}[]") for item in value]
 
     def read(self, value: Any, path: str) -> tuple[Any, ...]:
         if type(value) is not list:
             raise ShapeError(f"{path}: {type(value).__name__}, expected array")
         if len(value) > self.most:
             raise ShapeError(f"{path}: {len(value)} long, expected a length of 0 to {self.most}")
-        if self._all_ints(value):
+        if self._all_plain(value):
             return tuple(value)
         read, inner = self.item.read, f"{path}[]"
         return tuple([read(item, inner) for item in value])
 
-    def _all_ints(self, values: typing.Sequence[Any]) -> bool:
-        return self.is_ints and set(map(type, values)) <= {int}
+    def _all_plain(self, values: typing.Sequence[Any]) -> bool:
+        return self.plain is not None and set(map(type, values)) <= {self.plain}
 
 
 class PackedShape(Shape):

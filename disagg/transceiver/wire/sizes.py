@@ -10,7 +10,15 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from disagg.transceiver.wire.messages import peer, router
-from disagg.transceiver.wire.messages.ranges import MAX_UNITS
+from disagg.transceiver.wire.messages.ranges import (
+    MAX_GROUPS,
+    MAX_NAMED_TRANSFERS,
+    MAX_NAMED_UNITS,
+    MAX_RUNS,
+    MAX_SLICE_RUNS,
+    MAX_UNITS,
+)
+from disagg.transceiver.wire.messages.values import MAX_COUNTED, MAX_TOP
 
 MAX_MESSAGE_NBYTES: Final = 16 << 20
 """Of any kind, which the sockets enforce: DISPATCH of nearly 2**22 token ids of 4 bytes, four times the longest context
@@ -19,8 +27,8 @@ of a published model."""
 MAX_MANIFEST_ENTRIES: Final = MAX_UNITS
 """More units than one DONE can name are not fetched in one transfer."""
 
-ENTRY_NBYTES: Final = 75
-"""Of a manifest entry, at most."""
+ENTRY_NBYTES: Final = 12
+"""Of a manifest's unit: its ordinal and its digest."""
 
 MAX_FIELDS: Final = 256
 """Of one record: those of today have at most 16; later minor versions may add some."""
@@ -60,16 +68,20 @@ class Contents:
 CONTROL: Final = SizeLimit(1 << 20, 1 << 15)
 """What has no long list: registrations, leases with thousands of samples and requests, the tokens of one step."""
 
-_UNIT_NAMES: Final = SizeLimit(3 << 20, MAX_UNITS + 64)
-"""Every unit of the largest transfer by name, in at most 24 bytes each, and a reason."""
+_UNIT_NAMES: Final = SizeLimit(512 << 10, MAX_NAMED_UNITS + 64)
+"""Units by name, in at most 24 bytes each, and a reason."""
 
 _LARGE: Final = {
-    # Runs of at most 11 bytes: 47,000 of them. Blocks are fetched in one or two runs per group, more where some failed.
-    peer.Fetch: SizeLimit(512 << 10, 1 << 16),
-    # 14 bytes a unit with its slot and generation; three containers a run: 21,000 runs, where a slice has 32 MiB.
-    peer.Slice: SizeLimit(2 << 20, 1 << 16),
-    # Two containers an entry; the rest is a first token with its logprobs and the counts of what was generated.
-    peer.Done: SizeLimit(ENTRY_NBYTES * MAX_UNITS + (512 << 10), 2 * MAX_UNITS + (1 << 14)),
+    # Scales of 126 layers of 128 heads, the most of any published model, as floats; three containers a layer.
+    peer.Hello: SizeLimit(384 << 10, 1 << 12),
+    peer.Welcome: SizeLimit(384 << 10, 1 << 12),
+    # Runs of at most 11 bytes.
+    peer.Fetch: SizeLimit(64 << 10, MAX_RUNS + 4 * MAX_GROUPS),
+    # 14 bytes a unit with its slot and generation; three containers a run.
+    peer.Slice: SizeLimit(128 << 10, 4 * MAX_SLICE_RUNS),
+    # 64 bytes a group beside its columns; the rest is a first token with its logprobs and the counts of what came.
+    peer.Done: SizeLimit(ENTRY_NBYTES * MAX_UNITS + (128 << 10), 4 * MAX_GROUPS + MAX_TOP + MAX_COUNTED),
+    peer.Heartbeat: SizeLimit(640 << 10, MAX_NAMED_TRANSFERS + 64),
     peer.Failed: _UNIT_NAMES,
     peer.Cancel: _UNIT_NAMES,
     router.TransferFailure: _UNIT_NAMES,

@@ -17,7 +17,7 @@ TURN_S: Final = 0.002
 T = TypeVar("T")
 
 
-class Turn:
+class TaskTurn:
     """One task's, on one loop."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
@@ -44,7 +44,7 @@ class TurnQueue(asyncio.Queue[T]):
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         super().__init__()
-        self._turn = Turn(clock)
+        self._turn = TaskTurn(clock)
 
     async def get(self) -> T:
         """The next item. Cancel-safe: nothing is taken before the last wait is over."""

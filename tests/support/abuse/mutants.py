@@ -11,7 +11,7 @@ import msgpack
 
 from disagg.transceiver.wire.codec import PROTOCOL, TAGS
 from disagg.transceiver.wire.schema import Record
-from disagg.transceiver.wire.sizes import MAX_MESSAGE_NBYTES
+from disagg.transceiver.wire.sizes import limit_of
 
 TAG_OF = {kind: tag for tag, kind in TAGS.items()}
 MANY = 20_000  # entries of a list: far more than any message has, far from the largest message
@@ -72,10 +72,10 @@ def mutants(kind: type, form: dict[str, Any]) -> Iterator[bytes]:
 
 
 def largest(kind: type, form: dict[str, Any]) -> Iterator[bytes]:
-    """The message with one of its lists, or a list that no version knows, as long as a message may be."""
+    """The message with one of its lists, or a list that no version knows, as long as its kind may be."""
     items = {name: value[0] for name, value in form.items() if isinstance(value, list) and value} | {"unknown": []}
     for name, item in items.items():
-        count = (MAX_MESSAGE_NBYTES - ROOM_NBYTES) // len(msgpack.packb(item))
+        count = (limit_of(kind).nbytes - ROOM_NBYTES) // len(msgpack.packb(item))
         yield pack(kind, form | {name: [item] * count})
 
 

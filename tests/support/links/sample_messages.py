@@ -45,7 +45,7 @@ SAMPLES = (
     p.Accepted(HEADER, 3),
     p.Slice(HEADER, 1, (v.UnitRun(1, 2, 2, (10, 11), (2**40, 7)),)),
     p.Received(HEADER, -1),
-    p.Done(HEADER, 0, 1, 2, (v.ManifestEntry(1, 2, (0, 3, 0, 2), 2**64 - 1),), FIRST, b"mac"),
+    p.Done(HEADER, 0, 1, 2, (v.GroupDigests.of(1, (0, 3, 0, 2), {2: 2**64 - 1, 3: 5}),), FIRST, b"mac"),
     p.Failed(HEADER, "deadline", UNITS),
     p.Cancelled(HEADER, "finished"),
     p.Ack(HEADER),

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Annotated, Final
 
 from disagg.transceiver.wire.messages.ranges import (
     MAX_GROUPS,
     MAX_INT32,
     MAX_INT64,
-    MAX_ITEMS,
     MAX_NAME_CHARS,
+    MAX_NAMED_TRANSFERS,
+    MAX_NAMED_UNITS,
     MAX_ORDINAL,
     MAX_PLANES,
     MAX_RANKS,
+    MAX_RUNS,
     MAX_SECRET_NBYTES,
+    MAX_SLICE_RUNS,
+    MAX_SLICE_UNITS,
     MAX_TEXT_CHARS,
     MAX_UNITS,
     check_id,
@@ -22,13 +28,14 @@ from disagg.transceiver.wire.messages.ranges import (
     check_names,
     check_size,
     check_transfers,
+    fail,
 )
 from disagg.transceiver.wire.messages.values import (
     FirstToken,
     Geometry,
+    GroupDigests,
     GroupRuns,
     Identity,
-    ManifestEntry,
     PlaneOffer,
     UnitName,
     UnitRun,
@@ -36,6 +43,10 @@ from disagg.transceiver.wire.messages.values import (
 
 MAX_REQUIRED: Final = MAX_ORDINAL
 """More than one transfer may name (`sizes.MAX_MANIFEST_ENTRIES`) is refused by its field; this bounds the look."""
+
+
+def num_runs(required: Iterable[GroupRuns]) -> int:
+    return sum(len(entry.runs) for entry in required)
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,6 +135,7 @@ class Fetch:
         check_size("ticket", self.ticket, MAX_SECRET_NBYTES)
         check_int("prompt_len", self.prompt_len, 1, MAX_INT32)
         check_size("required", self.required, MAX_GROUPS)
+        check_int("required: runs", num_runs(self.required), 0, MAX_RUNS)
         check_int("required", sum(count for entry in self.required for _, count in entry.runs), 0, MAX_REQUIRED)
         check_size("plane", self.plane, MAX_NAME_CHARS)
 
@@ -148,12 +160,12 @@ class Slice:
 
     header: Header
     number: int
-    units: Annotated[tuple[UnitRun, ...], MAX_UNITS]
+    units: Annotated[tuple[UnitRun, ...], MAX_SLICE_RUNS]
 
     def __post_init__(self) -> None:
         check_int("number", self.number, 0, MAX_INT32)
-        check_size("units", self.units, MAX_UNITS, 1)
-        check_int("units", sum(run.count for run in self.units), 1, MAX_UNITS)
+        check_size("units", self.units, MAX_SLICE_RUNS, 1)
+        check_int("units", sum(run.count for run in self.units), 1, MAX_SLICE_UNITS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,13 +181,16 @@ class Received:
 
 @dataclass(frozen=True, slots=True)
 class Done:
-    """One rank's terminal message: it announced `num_slices` slices; `mac` binds all of it to the transfer."""
+    """One rank's terminal message: it announced `num_slices` slices; `mac` binds all of it to the transfer.
+
+    `manifest`: ascending groups, those of which something moved.
+    """
 
     header: Header
     rank: int
     num_ranks: int
     num_slices: int
-    manifest: Annotated[tuple[ManifestEntry, ...], MAX_UNITS]
+    manifest: Annotated[tuple[GroupDigests, ...], MAX_GROUPS]
     first_token: FirstToken | None
     mac: bytes
 
@@ -183,7 +198,11 @@ class Done:
         check_int("num_ranks", self.num_ranks, 1, MAX_RANKS**2)
         check_int("rank", self.rank, 0, MAX_RANKS**2 - 1)
         check_int("num_slices", self.num_slices, 0, MAX_INT32)
-        check_size("manifest", self.manifest, MAX_UNITS)
+        check_size("manifest", self.manifest, MAX_GROUPS)
+        groups = [entry.group for entry in self.manifest]
+        if any(a >= b for a, b in pairwise(groups)):
+            fail("manifest", groups, "ascending groups")
+        check_int("manifest: units", sum(entry.num_units for entry in self.manifest), 0, MAX_UNITS)
         check_size("mac", self.mac, MAX_SECRET_NBYTES)
 
 
@@ -193,11 +212,11 @@ class Failed:
 
     header: Header
     reason: str
-    units: Annotated[tuple[UnitName, ...], MAX_UNITS] = ()
+    units: Annotated[tuple[UnitName, ...], MAX_NAMED_UNITS] = ()
 
     def __post_init__(self) -> None:
         check_size("reason", self.reason, MAX_TEXT_CHARS)
-        check_size("units", self.units, MAX_UNITS)
+        check_size("units", self.units, MAX_NAMED_UNITS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,15 +239,18 @@ class Ack:
 
 @dataclass(frozen=True, slots=True)
 class Cancel:
-    """Decode wants no more of this epoch. `reason` is one of `disagg.transceiver.wire.reasons`."""
+    """Decode wants no more of this epoch. `reason` is one of `disagg.transceiver.wire.reasons`.
+
+    `units`: those whose bytes are wrong; none where there are too many to name.
+    """
 
     header: Header
     reason: str
-    units: Annotated[tuple[UnitName, ...], MAX_UNITS] = ()
+    units: Annotated[tuple[UnitName, ...], MAX_NAMED_UNITS] = ()
 
     def __post_init__(self) -> None:
         check_size("reason", self.reason, MAX_TEXT_CHARS)
-        check_size("units", self.units, MAX_UNITS)
+        check_size("units", self.units, MAX_NAMED_UNITS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -240,15 +262,16 @@ class Closed:
 
 @dataclass(frozen=True, slots=True)
 class Heartbeat:
-    """One per peer pair, both ways. Names the transfers whose lease it renews."""
+    """One per peer pair, both ways. Names the transfers whose lease it renews; of very many, some of them."""
 
     source: str
     destination: str
-    transfers: Annotated[tuple[tuple[str, int], ...], MAX_ITEMS]
+    transfers: Annotated[tuple[tuple[str, int], ...], MAX_NAMED_TRANSFERS]
 
     def __post_init__(self) -> None:
         check_id("source", self.source)
         check_id("destination", self.destination)
+        check_size("transfers", self.transfers, MAX_NAMED_TRANSFERS)
         check_transfers("transfers", self.transfers)
 
 

@@ -31,8 +31,9 @@ MAX_NAME_CHARS: Final = 256
 MAX_ADDRESS_CHARS: Final = 1024
 """tcp://HOST:PORT; a unix socket's path has 108."""
 
-MAX_TEXT_CHARS: Final = 1 << 20
-"""Reasons and descriptions: sentences, or what a model attends to, layer by layer. Clipped where they are told."""
+MAX_TEXT_CHARS: Final = 1 << 16
+"""Reasons and descriptions: sentences, or what a model attends to, layer by layer. Clipped where they are told. Three
+of them, of four bytes a character, fit into one message."""
 
 MAX_SECRET_NBYTES: Final = 256
 """Tokens and nonces have 16 bytes, MACs 32, tickets 32 and a few numbers."""
@@ -62,6 +63,20 @@ MAX_ORDINAL: Final = 1 << 24
 MAX_UNITS: Final = (1 << 16) + (1 << 13)
 """Units that one message, and so one transfer, names: 2**20 tokens, the longest context of a published model, at 16
 tokens per block in one group of full attention, and 8,192 blocks for the windows of the other groups."""
+
+MAX_RUNS: Final = 2048
+"""Of one FETCH: blocks are fetched in one or two runs per group. Reading and judging so many takes 4 ms."""
+
+MAX_SLICE_RUNS: Final = 512
+MAX_SLICE_UNITS: Final = 4096
+"""Of one SLICE: 32 MiB of units of 8 KiB; its sender cuts a slice of smaller or scattered ones earlier. Reading and
+landing so many takes 4 ms of the loop."""
+
+MAX_NAMED_UNITS: Final = 1024
+"""In a report of a failure. Where more are wrong none is named, which says that each of them may be."""
+
+MAX_NAMED_TRANSFERS: Final = 2048
+"""In one heartbeat, 2 ms of reading; a peer that has more says several."""
 
 MAX_ITEMS: Final = 1 << 14
 """Workers, live requests, samples in one message: several times those of the largest cluster of one router."""

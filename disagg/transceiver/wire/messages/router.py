@@ -13,11 +13,11 @@ from disagg.transceiver.wire.messages.ranges import (
     MAX_INT64,
     MAX_ITEMS,
     MAX_NAME_CHARS,
+    MAX_NAMED_UNITS,
     MAX_PLANES,
     MAX_PORT,
     MAX_SECRET_NBYTES,
     MAX_TEXT_CHARS,
-    MAX_UNITS,
     check_attempt,
     check_finite,
     check_id,
@@ -304,12 +304,12 @@ class TransferFailure:
     transfer_id: str
     epoch: int
     reason: str
-    units: Annotated[tuple[UnitName, ...], MAX_UNITS] = ()
+    units: Annotated[tuple[UnitName, ...], MAX_NAMED_UNITS] = ()
 
     def __post_init__(self) -> None:
         check_attempt(self.transfer_id, self.epoch)
         check_size("reason", self.reason, MAX_TEXT_CHARS)
-        check_size("units", self.units, MAX_UNITS)
+        check_size("units", self.units, MAX_NAMED_UNITS)
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,9 +7,12 @@ strings (32 digits, 128 random bits) so that logs, JSON and the wire show the sa
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Annotated, Final
+
+import numpy as np
 
 from disagg.transceiver.wire.messages.ranges import (
     MAX_ADDRESS_CHARS,
@@ -22,12 +25,14 @@ from disagg.transceiver.wire.messages.ranges import (
     MAX_ITEMS,
     MAX_LAYERS,
     MAX_NAME_CHARS,
+    MAX_NAMED_UNITS,
     MAX_ORDINAL,
     MAX_RANKS,
+    MAX_RUNS,
     MAX_SECRET_NBYTES,
+    MAX_SLICE_UNITS,
     MAX_SLOT_NBYTES,
     MAX_TEXT_CHARS,
-    MAX_UINT64,
     MAX_UNITS,
     check_int,
     check_ints,
@@ -50,6 +55,17 @@ from disagg.transceiver.wire.messages.sampling_limits import (
     check_ids,
     check_number,
 )
+
+ORDINAL: Final = np.dtype("<u4")
+DIGEST: Final = np.dtype("<u8")
+ORDINAL_NBYTES: Final = ORDINAL.itemsize
+DIGEST_NBYTES: Final = DIGEST.itemsize
+
+MAX_TOP: Final = 128
+"""Most likely tokens told beside the chosen one; the API gives at most 20."""
+
+MAX_COUNTED: Final = 1024
+"""Tokens generated before a transfer, by id: today's transfers follow the first one."""
 
 MAX_LABELS: Final = 64
 """Labels of a metric, and stages of a request: each has a handful."""
@@ -166,7 +182,7 @@ class Geometry:
             check_size("kv_scales", layers, MAX_LAYERS)
             for half in (half for pair in layers for half in pair):
                 check_size("kv_scales", half, MAX_HEADS)
-                if not all(0 < scale < math.inf for scale in half):
+                if half and not (min(half) > 0 and max(half) < math.inf and sum(half) > 0):  # a sum with NaN is none
                     fail("kv_scales", half, "finite numbers above 0")
 
 
@@ -191,11 +207,11 @@ class GroupRuns:
     """Ordinals of one layer group as (first, count) runs, ascending and apart."""
 
     group: int
-    runs: Annotated[tuple[Run, ...], MAX_UNITS]
+    runs: Annotated[tuple[Run, ...], MAX_RUNS]
 
     def __post_init__(self) -> None:
         check_int("group", self.group, 0, MAX_GROUPS - 1)
-        check_size("runs", self.runs, MAX_UNITS)
+        check_size("runs", self.runs, MAX_RUNS)
         end = 0
         for first, count in self.runs:
             if not (end <= first and count >= 1 and first + count <= MAX_ORDINAL):
@@ -214,13 +230,13 @@ class UnitRun:
     group: int
     first: int
     count: int
-    slots: Annotated[tuple[int, ...], MAX_UNITS] = ()
-    generations: Annotated[tuple[int, ...], MAX_UNITS] = ()
+    slots: Annotated[tuple[int, ...], MAX_SLICE_UNITS] = ()
+    generations: Annotated[tuple[int, ...], MAX_SLICE_UNITS] = ()
 
     def __post_init__(self) -> None:
         check_int("group", self.group, 0, MAX_GROUPS - 1)
         check_int("first", self.first, 0, MAX_ORDINAL - 1)
-        check_int("count", self.count, 1, MAX_UNITS)
+        check_int("count", self.count, 1, MAX_SLICE_UNITS)
         check_int("first + count", self.first + self.count, 1, MAX_ORDINAL)
         if len(self.slots) != len(self.generations) or len(self.slots) not in (0, self.count):
             fail("slots", (len(self.slots), len(self.generations)), f"none, or {self.count} slots and generations")
@@ -240,32 +256,51 @@ class UnitName:
         check_int("ordinal", self.ordinal, 0, MAX_ORDINAL - 1)
 
 
-@dataclass(frozen=True, slots=True)
-class ManifestEntry:
-    """One unit's digest. `rectangle` = (first layer, layers, first head, heads) of the group.
+def nameable(units: tuple[UnitName, ...]) -> tuple[UnitName, ...]:
+    """What a report names of them: all, or none where that are too many."""
+    return units if len(units) <= MAX_NAMED_UNITS else ()
 
-    With equal geometry it is always the whole group.
+
+@dataclass(frozen=True, slots=True)
+class GroupDigests:
+    """The digests of one layer group's units, in columns: unit `ordinals[i]` has `digests[i]`.
+
+    `ordinals`: ascending, as the bytes of little-endian uint32; `digests`: as many, of uint64. `rectangle` = (first
+    layer, layers, first head, heads) of the group that each covers; with equal geometry always the whole group.
     """
 
     group: int
-    ordinal: int
     rectangle: tuple[int, int, int, int]
-    digest: int
+    ordinals: bytes
+    digests: bytes
 
     def __post_init__(self) -> None:
-        # In one look: a DONE of the longest context has 131,072 of them.
-        is_named = 0 <= self.group < MAX_GROUPS and 0 <= self.ordinal < MAX_ORDINAL
-        if (
-            is_named
-            and min(self.rectangle) >= 0
-            and max(self.rectangle) <= MAX_HEADS
-            and 0 <= self.digest <= MAX_UINT64
-        ):
-            return
         check_int("group", self.group, 0, MAX_GROUPS - 1)
-        check_int("ordinal", self.ordinal, 0, MAX_ORDINAL - 1)
         check_ints("rectangle", self.rectangle, 0, MAX_HEADS)
-        check_int("digest", self.digest, 0, MAX_UINT64)
+        check_size("ordinals", self.ordinals, ORDINAL_NBYTES * MAX_UNITS, ORDINAL_NBYTES)
+        if len(self.ordinals) % ORDINAL_NBYTES or len(self.digests) != DIGEST_NBYTES * self.num_units:
+            fail(
+                "digests", (len(self.ordinals), len(self.digests)), "bytes of as many ordinals as digests, 4 and 8 each"
+            )
+        ordinals = np.frombuffer(self.ordinals, ORDINAL)
+        if not (ordinals[1:] > ordinals[:-1]).all() or ordinals[-1] >= MAX_ORDINAL:
+            fail("ordinals", ordinals, f"ascending ones below {MAX_ORDINAL}")
+
+    @classmethod
+    def of(cls, group: int, rectangle: tuple[int, int, int, int], digests: Mapping[int, int]) -> GroupDigests:
+        """`digests`: at least one, by ordinal."""
+        ordinals = sorted(digests)
+        check_ints("ordinals", ordinals, 0, MAX_ORDINAL - 1)
+        columns = np.array(ordinals, ORDINAL), np.array([digests[ordinal] for ordinal in ordinals], DIGEST)
+        return cls(group, rectangle, *(column.tobytes() for column in columns))
+
+    @property
+    def num_units(self) -> int:
+        return len(self.ordinals) // ORDINAL_NBYTES
+
+    def by_ordinal(self) -> dict[int, int]:
+        ordinals, digests = np.frombuffer(self.ordinals, ORDINAL), np.frombuffer(self.digests, DIGEST)
+        return dict(zip(ordinals.tolist(), digests.tolist(), strict=True))
 
 
 @dataclass(frozen=True, slots=True)
@@ -273,10 +308,10 @@ class TokenLogprobs:
     """Log-probability of the chosen token and of the most likely ones, most likely first."""
 
     logprob: float
-    top: Annotated[tuple[tuple[int, float], ...], MAX_ITEMS] = ()
+    top: Annotated[tuple[tuple[int, float], ...], MAX_TOP] = ()
 
     def __post_init__(self) -> None:
-        check_size("top", self.top, MAX_ITEMS)
+        check_size("top", self.top, MAX_TOP)
         for token_id, _ in self.top:
             check_int("top", token_id, 0, MAX_INT32)
         for value in (self.logprob, *(value for _, value in self.top)):
@@ -289,12 +324,13 @@ class SamplingState:
     """What sampling must carry across a transfer: the seed, and counts of generated tokens for penalties."""
 
     seed: int
-    output_counts: Annotated[tuple[tuple[int, int], ...], MAX_ITEMS] = ()
+    output_counts: Annotated[tuple[tuple[int, int], ...], MAX_COUNTED] = ()
     version: int = 1
 
     def __post_init__(self) -> None:
         check_count("seed", self.seed, -LARGEST_INT64 - 1, LARGEST_SEED)
         check_count("version", self.version, 1, MAX_TOKENS)
+        check_size("output_counts", self.output_counts, MAX_COUNTED)
         for token_id, count in self.output_counts:
             check_count("output_counts: token id", token_id, 0, LARGEST_INT64)
             check_count("output_counts: count", count, 1, MAX_TOKENS)
