@@ -197,7 +197,7 @@ class EngineSettings(Settings):
         False, description="On CUDA, launch a step before the last one's tokens are read; no GPU has run it yet"
     )
     torch_compile: bool = Field(
-        False, description="Compile the model with torch.compile at start: a minute, a C++ compiler on CPUs"
+        False, description="Compile the model with torch.compile at start; takes a minute, and on CPUs a C++ compiler"
     )
     tensor_parallel_size: Count = Field(1, description="Ranks per worker", json_schema_extra={"hidden": True})
     planes: Names = Field(

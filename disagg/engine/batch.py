@@ -14,7 +14,8 @@ from disagg.engine.sequence import DecodingSequence, PromptSequence
 class Work:
     """`token_ids` of one sequence at positions from `start`, its blocks already sized for them.
 
-    `cached`: what the sequence held when this was scheduled. With other blocks, or none, it has no use for the result.
+    `cached`: the blocks that the sequence held when this was scheduled. Once it holds others, or none, the result is of
+    no use to it.
     """
 
     sequence: PromptSequence | DecodingSequence

@@ -13,10 +13,11 @@ room, and more than a step begins."""
 
 
 class RoomBeside:
-    """Of empty pools, what the head of the line leaves: all that start before it must fit in there together.
+    """What the head of the line leaves of empty pools: the sequences that start before the head must all fit into it.
 
-    So once those have ended that ran before it came to the head, it has room: it waits for them, as in a line that
-    nothing passes. What started here and grows beyond its promise lets nothing more start until it has ended.
+    So the head has room once the sequences that ran when it got there have ended, and waits for those alone, as in a
+    line that nothing passes. A sequence that started here and grows beyond its promise lets nothing more start until it
+    has ended.
     """
 
     def __init__(self, promises: Promises) -> None:
@@ -33,11 +34,11 @@ class RoomBeside:
         return self._promises.fits_empty(together)
 
     def note(self, key: Hashable) -> None:
-        """It started before the head that `fits` was asked about last."""
+        """Count a sequence that starts before the head that `fits` was asked about last."""
         self._started.add(key)
 
     def forget(self, key: Hashable) -> None:
-        """It holds no promise any more."""
+        """Count a sequence no more: it gave its promise back."""
         self._started.discard(key)
 
     def check_invariants(self) -> None:

@@ -127,9 +127,9 @@ class Engine:
         self._draw = draw
         self._flight: Flight | None = None
         self._untold: list[ReservedEvent] = []
-        """Of reservations made while a step was under way: it may still read or write what their slots held."""
+        """Reservations made while a step is under way, told when it is read: it may still use what their slots held."""
         self.on_step: Callable[[Sequence[AttemptKey]], None] = lambda keys: None
-        """Told before each step which attempts in it are young: should the step end the process, it was one of them."""
+        """Called before each step with its young attempts: if the step ends the process, one of them is the cause."""
 
     @property
     def has_work(self) -> bool:

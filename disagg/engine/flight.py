@@ -19,11 +19,11 @@ class Flight:
     drawn: Drawn
     rows: Mapping[PromptSequence | DecodingSequence, int]
     others: Mapping[PromptSequence | DecodingSequence, Sequence[Drawn]]
-    """Of prompts that are answered more than once: the first tokens of the second answer, the third and so on."""
+    """For prompts with several answers: the first tokens of the second answer, the third and so on."""
 
     @property
     def holds_up(self) -> bool:
-        """Whether a prompt goes on from here: its next chunk could only be left out of a step behind this one."""
+        """Whether a prompt goes on after this step: a step launched behind it would leave the next chunk out."""
         return any(not piece.wants_logits for piece in self.work)
 
 

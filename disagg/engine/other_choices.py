@@ -14,9 +14,10 @@ from disagg.engine.sequence import DecodingSequence, PromptSequence
 def draw_others(
     draw: Callable[[torch.Tensor, Sequence[SampleInput]], Drawn], logits: torch.Tensor, pieces: Sequence[Work]
 ) -> Mapping[PromptSequence | DecodingSequence, Sequence[Drawn]]:
-    """Of the prompts among `pieces`, one per row of `logits`, that are answered more than once: one row per answer.
+    """The tokens of each prompt among `pieces` that has several answers: one per answer but the first.
 
-    Row by row, as the logits of all answers at once would be a copy for each.
+    `pieces` has one entry per row of `logits`. Rows are drawn one by one, since a single call would need a copy of the
+    logits for each answer.
     """
     return {
         piece.sequence: [draw(logits[[row]], [_input(piece, choice)]) for choice in range(1, _num_choices(piece))]
@@ -26,7 +27,7 @@ def draw_others(
 
 
 def _num_choices(piece: Work) -> int:
-    """An answer that goes on, or is computed anew, is one of its own."""
+    """An answer that goes on, or is computed anew, is alone by then."""
     sequence = piece.sequence
     is_new = isinstance(sequence, PromptSequence) and sequence.answer is None
     return sequence.request.sampling.num_choices if is_new else 1

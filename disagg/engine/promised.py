@@ -9,8 +9,8 @@ from disagg.cache.layout import CacheLayout
 from disagg.engine.sequence import PromptSequence, Request, Reservation
 
 HEADROOM_BLOCKS: Final = 2
-"""An answer is let in with room for so many more blocks: one that must give way in its first steps was let in for
-nothing, and the work of its prompt is lost."""
+"""An answer is admitted with room for so many more blocks. With less it could be preempted in its first steps, and the
+work on its prompt would be lost."""
 
 Promised = PromptSequence | Reservation
 """What stands in the line of admission."""

@@ -5,8 +5,8 @@ at temperature 0 the argmax, else temperature, min-p, top-k, top-p and a Gumbel-
 those of the raw logits, before all of it. Nothing mixes rows, so a token does not depend on its batch.
 
 All rows of a step are one call: in Triton where the logits lie on a CUDA device, else of the compiled helper where it
-is built, else of NumPy. `sampling.rows` says in which numbers, and all give the same token. What goes wrong with a row
-is that row's: the others have their tokens.
+is built, else of NumPy. `sampling.rows` says in which numbers, and all give the same token. An error on
+one row costs that row alone: the others have their tokens.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def _plan(given: SampleInput, vocab_size: int) -> SampleRow | str:
 
 
 def _draw(rows: Sequence[SampleRow], logits: torch.Tensor) -> Drawn:
-    """The batch in one call; should that fail, each row by itself, to find the one that it is."""
+    """The batch in one call. If that fails, each row by itself, to find the row at fault."""
     if logits.device.type != "cpu" and all(_is_plain(row) for row in rows):
         return _likeliest(logits)
     drawing = _drawing(logits.device)

@@ -7,8 +7,8 @@ by arrival, with one place in four for the oldest. While its head waits for room
 left beside it (see `RoomBeside`). An urgent request, one whose transfer failed, stands before them all and holds
 nothing meanwhile; nothing passes it.
 Soft prompts run ahead of their FETCH only while that line is empty; their promise is revoked, newest first,
-when the head of the line needs the room, and they are computed anew when their FETCH comes. Others pass one that finds
-no room, until its FETCH gives it a place in the line.
+when the head of the line needs the room, and they are computed anew when their FETCH comes. Other soft
+prompts pass one that finds no room, until its FETCH gives it a place in the line.
 
 **Growth.** Before a step an answer's promise grows to what the step needs, oldest first. Where that fails, soft prompts
 are dropped, then the least important running request of this worker's own, of equals the newest, gives way: its blocks
@@ -309,7 +309,7 @@ class Scheduler:
             prompt.num_cached_tokens = prompt.num_computed
         prompt.num_announced = [0] * self._layout.num_groups
         if not prompt.serves and (units := publish_final_units(self._cache, prompt)):
-            return [UnitsFinalEvent(prompt.key, prompt.compute_id, units)]  # what is reused is final
+            return [UnitsFinalEvent(prompt.key, prompt.compute_id, units)]  # reused blocks are final
         return []
 
     def _reserve(self, reservation: Reservation) -> ReservedEvent:
@@ -363,7 +363,7 @@ class Scheduler:
     def advance(self, work: Work) -> None:
         """The piece is computed: register the blocks it filled, and let go of what no later query reads.
 
-        An answer lets go of it with its next block.
+        An answer does the latter when it takes its next block.
         """
         sequence, end = work.sequence, work.end
         sequence.num_ahead -= len(work.token_ids)
@@ -389,7 +389,7 @@ class Scheduler:
             self._cache.commit(cached, sequence.tokens(cached.committed, end))
 
     def _begin_block(self, answer: DecodingSequence, events: list[EngineEvent]) -> None:
-        """Give the answer its next block, and let go of those that went stale since its last: it never holds more so.
+        """Give the answer its next block. Those that went stale since its last go first, so it never holds more.
 
         Nothing if it was preempted for an older one, or must be now.
         """

@@ -141,7 +141,7 @@ class PromptSequence:
 
     @property
     def is_scored(self) -> bool:
-        """Its tokens' own log-probabilities are asked for, and were not all said before: every position is computed."""
+        """The prompt's own log-probabilities are asked for and not all reported, so every position is computed."""
         return self.request.sampling.num_prompt_logprobs is not None and self.answer is None
 
     @property

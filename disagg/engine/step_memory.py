@@ -30,7 +30,7 @@ SLACK: Final = 9 / 8
 """torch hands out memory in segments of 2 and 20 MiB, and what is left of one serves no other size."""
 
 SAMPLER_NBYTES: Final = 48
-"""Per logit of the rows that a step samples: float64 values, scores and keys of them. A test holds it against both."""
+"""Per logit of the rows that a step samples: float64 values, scores and keys of them. A test measures it."""
 
 LOGITS_NBYTES: Final = 8
 """Per logit: float32 where a step leaves them, and the copy that is sampled."""

@@ -101,7 +101,7 @@ class DecodePlan:
     def _update(self, row: int, table: Int32, sinks: int, first: int, end: int) -> range:
         """List the blocks of one sequence in its row; the columns that changed.
 
-        Of a table in the same memory those that were listed are as they were: only what came behind them is new.
+        While a table's memory is the same, entries that were listed before are unchanged, and only later ones are new.
         """
         held, length, memory = self._held[row], sinks + end - first, memory_of(table)
         is_longer = held.memory is memory and held.first == first and held.length <= length

@@ -12,7 +12,7 @@ Int32 = npt.NDArray[np.int32]
 
 
 def memory_of(table: Int32) -> Int32:
-    """What the table lies in. A table that only grew lies where it lay; one that changed otherwise has new memory."""
+    """The memory of a table. A table that only grew keeps its memory; one that changed otherwise has new memory."""
     return table.base if isinstance(table.base, np.ndarray) else table
 
 
@@ -28,7 +28,7 @@ class _Row:
 class TableRows:
     """`entries` int32 `[rows, width]`: each table of the last `place` in a row of its own, by ordinal.
 
-    What stands behind a table's end, or where it has let go of a block since, is left over: no query reads it.
+    Entries behind a table's end, or of blocks that it has let go since, are leftovers, which no query reads.
     """
 
     def __init__(self) -> None:
@@ -53,7 +53,7 @@ class TableRows:
         return numbers
 
     def _with(self, memories: Sequence[Int32]) -> dict[int, _Row]:
-        """Rows of these; those that are no more among them give theirs to new ones."""
+        """A row for each of these. Owners that are gone leave their rows to new ones."""
         rows = {id(memory): self._rows[id(memory)] for memory in memories if id(memory) in self._rows}
         taken = {row.number for row in rows.values()}
         free = (number for number in range(len(self.entries)) if number not in taken)

@@ -7,7 +7,7 @@ pays for what it was given while no other asked. Among a tenant's own requests t
 `WaitingLine`: by priority, then by arrival, and one place in four for the oldest, so that nothing starves.
 
 The line has a bound. Where it is full, the tenant with the longest line for its weight loses its last request, which
-may be the one that just came: a flood of one tenant fills its own part and pushes nobody else out.
+may be the one that just came. So a flood from one tenant fills that tenant's part and displaces no other's requests.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ from disagg.transceiver.wire.messages.tokens import Tokens
 
 
 class AnswersSent:
-    """Methods return what goes out next, None where that is nothing. Look for a fault first."""
+    """Methods return what goes to the client next, or None. Ask `fault_in` and `fault_in_end` first."""
 
     def __init__(self, request: GenerationRequest) -> None:
         self._max_tokens, self._prompt_len = request.sampling.max_tokens, len(request.prompt)
@@ -50,7 +50,7 @@ class AnswersSent:
         return None
 
     def add(self, message: Tokens, scores: Callable[[], tuple[PromptLogprobs, ...]]) -> TokenChunk | None:
-        """What of it was not said before. `scores`: what goes out with the first token of all."""
+        """The tokens of the message that were not sent before. `scores`: what goes out with the first token of all."""
         choice, index = message.choice, self._counts[message.choice]
         token_ids, logprobs = message.token_ids[index - message.index :], message.logprobs[index - message.index :]
         if not token_ids or choice in self._ended:

@@ -9,15 +9,13 @@ worker, one worker alone, or the decode worker computing the prompt itself after
     anything after the first token             an error: a retry could contradict tokens already sent
     a second death in its own new step         500, for good: see `charges`
 
-A retry waits while a worker that was computing the request may have died of it, and while the only worker for a charged
-one serves another that is charged.
+When `max_attempts` are used the request ends with 503. A retry waits while a worker that was computing the request may
+have died of it, and while the only worker for a charged request serves another charged one. Every side that was sent
+work ends on its own or is sent CANCEL_REQUEST: the `sides` still open are exactly those.
 
-until `max_attempts` are used; then 503. Every side that was sent work ends on its own or is sent CANCEL_REQUEST: the
-`sides` still open are exactly those.
-
-Tokens: only the current epoch, only from the worker that emits them, only at the next index. Smaller indices are
-repeats and dropped; a gap is a fault. A first token that ends the answer comes from the *prefill* worker; it is held
-until its FINISHED so that losing that worker between the two is still before the first token.
+Tokens are taken of the current epoch only, from the worker that emits them, at the next index of their answer. Smaller
+indices are repeats and dropped; a gap is a fault. First tokens that end every answer come from the *prefill* worker.
+They are held until its FINISHED, so that losing that worker between the two is still before the first token.
 """
 
 from __future__ import annotations
@@ -128,7 +126,7 @@ class RoutedRequest:
 
     @property
     def is_charged(self) -> bool:
-        """Whether a worker died of it, perhaps, and it has not shown yet that it was another request."""
+        """Whether a worker may have died of this request. False once the request has shown that it was another."""
         return bool(self._charges.workers) and not self.is_over and self.num_tokens < YOUNG_TOKENS
 
     @property
@@ -221,7 +219,7 @@ class RoutedRequest:
             case Tokens() | Finished() if not self._scores.is_complete and self._is_served_alone:
                 self._fail(502, "fault of the worker: it answered without the prompt's log-probabilities", now)
             case Tokens() | Finished() if not self._scores.is_complete:
-                self._early.append(message)  # it may be here before what the prefill worker said: two ways
+                self._early.append(message)  # two connections: it may overtake the prefill worker's word
             case Tokens():
                 self._forward(message, now)
             case Finished():
@@ -388,7 +386,7 @@ class RoutedRequest:
         return self._dispatch(placed, now)
 
     def _place_anew(self, taken: frozenset[str]) -> Placement | Unplaceable:
-        """Where nothing failed yet if possible; else also where a transfer failed, which may have been the server's."""
+        """Where nothing failed yet; else also where a transfer failed, which may have been the server's fault."""
         placer, max_tokens = self._placer(), self.request.sampling.max_tokens
         placed = placer.place(max_tokens, frozenset(self._failed_servers | self._failed_prefills | taken))
         if isinstance(placed, Unplaceable):
@@ -409,7 +407,7 @@ class RoutedRequest:
         return self._compute_elsewhere(server, prefill, reason, now)
 
     def _compute_elsewhere(self, server: PeerTarget, prefill: PeerTarget, reason: str, now: float) -> None:
-        """At another prefill worker, or where the prompt was expected; later, when another charged request is there."""
+        """At another prefill worker, else at the decode worker; later, when another charged request is there."""
         taken = self._charges.taken
         if server.incarnation not in self.sides:  # lost while this waited
             return self._leave_server(f"worker `{server.worker_id}` was lost; {reason}", now)

@@ -220,7 +220,7 @@ class Cluster:
         return Registered(self.incarnation, incarnation, self._pulses.port, credit, metrics_every_s)
 
     def _probe(self, rival: Worker, route: bytes, message: Register) -> None:
-        """Say something to the holder of the name: if its connection is gone, that tells, and the claimant gets in."""
+        """Send the holder of the name a message. If its connection is gone, that fails and the claimant gets in."""
         self._claims[rival.incarnation] = route, message
         self._post(self._route_of[rival.incarnation], Lease(self.incarnation, self.incarnation))
 

@@ -121,7 +121,7 @@ class Router:
         self._by_request: dict[GenerationRequest, _Stream] = {}
         self._placing = Placing(self.cluster.registry, self.options.max_queued)
         self._charged: dict[str, _Stream] = {}
-        """Requests that a worker may have died of, until each has shown that it was another."""
+        """Requests that a worker may have died of. One leaves when it has shown that another was the cause."""
 
     @classmethod
     @contextlib.asynccontextmanager
@@ -167,7 +167,7 @@ class Router:
         self._apply_to_all(RouterClosing())
 
     def check_invariants(self) -> None:
-        """Streams are live requests, each in its own invariants; so are connections and records."""
+        """Every stream is a live request. Connections, records and each request hold their own invariants."""
         self.cluster.check_invariants()
         self._records.check_invariants()
         self._gate.check_invariants()

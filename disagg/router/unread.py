@@ -1,4 +1,4 @@
-"""What came for one client, not taken yet. A client that reads slowly gets its tokens joined, and delays none."""
+"""What came for one client and was not taken yet. A slow reader gets its tokens joined and delays no other client."""
 
 from __future__ import annotations
 

@@ -111,7 +111,7 @@ class Attempts:
 
     @property
     def held(self) -> tuple[AttemptKey, ...]:
-        """Attempts of which the engine may hold something: also those over, whose blocks are looked at once more."""
+        """Attempts of which the engine may hold blocks, with those that are over but have blocks to be hashed again."""
         return tuple({*self._live, *self._suspects})
 
     @property
@@ -310,7 +310,10 @@ class Attempts:
         self._submit(Unregister(key, tuple(units)))
 
     def suspects_seen(self, key: AttemptKey) -> None:
-        """What `unregister` named was hashed again: its slots may be given away. Not this registration's: always."""
+        """The blocks that `unregister` named were hashed again, so their slots may be given away.
+
+        Those of an attempt that is not of this registration always may.
+        """
         if self._suspects.pop(key, True):
             self._submit(Release(key))
 

@@ -1,8 +1,8 @@
 """What the engine says, on its way to the attempts: in order within an attempt, while blocks of others are hashed.
 
 Final units are hashed before their transfer hears of them, and doubted blocks before the engine goes on.
-That takes its turn on the landing thread, so what an attempt says meanwhile waits in a lane of its own; an attempt
-with nothing to be hashed waits for no other.
+Hashing takes its turn on the landing threads, so an attempt's later events wait in a lane of its own. An attempt with
+nothing to be hashed waits for no other.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class EngineEvents:
         self._parts, self._attempts = parts, attempts
         self._rechecks = Rechecks(parts)
         self._lanes: dict[AttemptKey, deque[EngineEvent]] = {}
-        """Of attempts of which something is being hashed: what they said since, in order."""
+        """By attempt of which blocks are being hashed: its later events, in order."""
 
     async def run(self) -> None:
         """Serve until cancelled; what waits in a lane then is lost."""

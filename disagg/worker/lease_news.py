@@ -1,4 +1,4 @@
-"""What of a lease is news: a router has a thousand workers, and reads two leases a second of each."""
+"""Which parts of a lease are news. A router may have a thousand workers, each of which sends two leases a second."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from disagg.transceiver.wire.messages.router import Lease, LinkStatus
 from disagg.transceiver.wire.messages.values import MetricSample
 
 SPEEDS_S: Final = 5.0
-"""Between reports of links whose measured speed alone has changed."""
+"""Least time between reports of links of which only the measured speed has changed."""
 
 Speedless = tuple[tuple[str, str, str, str], ...]
 

@@ -48,7 +48,7 @@ class Pairing:
 
     @property
     def fits(self) -> bool:
-        """Is there a peer, and are there units that both ends can count in?"""
+        """Whether the dispatch names a peer, and one block size divides the other."""
         try:
             return self.unit > 0 and self._dispatch.peer is not None
         except RemoteProtocolError:
@@ -110,7 +110,7 @@ class Pairing:
     def partial_blocks(self, destinations: Slots) -> tuple[UnitName, ...]:
         """Reserved blocks of which only some units will come: they serve this request and must not be reused.
 
-        The last block lacks nothing that the prompt has not: it is whole once it is filled here.
+        The prompt's last block counts as whole when all of the prompt's units in it come: the rest is filled here.
         """
         per_slot, num_units = self._units_per_slot, -(-len(self._dispatch.prompt) // self.unit)
         counts = [Counter(n // per_slot for n, _ in pairs) for pairs in destinations]

@@ -1,7 +1,7 @@
 """One registration of one worker: from an incarnation's REGISTER to the loss of the router or the end of the process.
 
 Everything that belongs to an incarnation (peers, planes, tickets, requests) lives here and goes with it; the engine,
-its pools and the landing thread outlive it.
+its pools and the landing threads outlive it.
 """
 
 from __future__ import annotations

@@ -32,8 +32,8 @@ from disagg.worker.vitals import RouterPulse, Vitals
 log = logging.getLogger(__name__)
 
 REGISTER_REPEAT_S = 0.5
-"""REGISTER is repeated until answered. Two a second is as often as leases: a router that starts late is found at once
-by a person's measure, and a thousand workers waiting for one cost it 2,000 small messages a second."""
+"""REGISTER is repeated until answered. Two a second is as often as leases: a router that starts late is found in well
+under a second, and a thousand workers that wait cost it 2,000 small messages a second."""
 
 UNHEARD: Final = (
     "no pulse from the router at its port {port}: open it beside the control port, "

@@ -67,7 +67,7 @@ class TakingIn:
             return
         if self._stream is None:
             self._stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
-        # After what is queued: kernels of a slot's last owner may still read it, and its zeros be still to come.
+        # After what is queued: kernels of a slot's last owner may still read it, and its zeroing may still be queued.
         self._stream.wait_stream(torch.cuda.default_stream(self._device))
         with torch.cuda.stream(self._stream):
             self._take_in(slots)

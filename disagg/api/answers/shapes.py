@@ -158,7 +158,7 @@ def finish_fields(finish: Finish | None) -> dict[str, Any]:
 def usage(choices: Sequence[Choice]) -> dict[str, Any]:
     """Tokens of the request. A prompt counts once, however many choices were drawn from it.
 
-    The choices of one prompt find each other's work in the cache: what was there before is what each of them found.
+    So do its cached tokens, which all its choices report alike.
     """
     by_prompt: dict[int, list[Choice]] = {}
     for choice in choices:

@@ -17,7 +17,7 @@ MAX_AT_ONCE: Final = 64  # messages taken without giving others a turn: a millis
 class ProcessLink:
     """`send` never waits: what is written in one turn of the loop goes out together at its end.
 
-    What is not sent yet is bounded by those who send: a prompt waits for `drain`, tokens are sent by credit.
+    Its callers bound what is unsent: a prompt waits for `drain`, and tokens are sent by credit.
     """
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

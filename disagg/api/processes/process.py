@@ -46,7 +46,7 @@ async def serve_clients(end: socket.socket, listening: socket.socket) -> None:
             gc.freeze()  # as in a router: what was imported stays
             link.send(ProcessReady())
             await asyncio.wait({hearing})
-            if not hearing.exception():  # it said stop, and what it still says of running answers is wanted
+            if not hearing.exception():  # the router said stop; running answers still need it
                 hearing = asyncio.create_task(backend.run(), name="the router")
     finally:
         for task in (hearing, *watching):

@@ -29,9 +29,9 @@ FULL_RATE: Final = {
     ("bfloat16", "AuthenticAMD"): "avx512_bf16",
     ("float16", ""): "amx_fp16",
 }
-"""(type, vendor, or all of them) -> what multiplies it at least as fast as float32. 512 rows by 768 x 2048 on one core:
-with avx512_bf16 of a Zen 5 bfloat16 takes half of float32's time, with that of a Xeon whose AMX is masked 1.7 times it,
-and with AVX2 alone 2 to 5 times."""
+"""(type, vendor or "" for all) -> the CPU flag with which it multiplies at least as fast as float32. 512 rows by 768 x
+2048 on one core: with avx512_bf16 of a Zen 5 bfloat16 takes half of float32's time, with that of a Xeon whose AMX is
+masked 1.7 times it, and with AVX2 alone 2 to 5 times."""
 
 MEMORY_FRACTION: Final = 0.5  # of the worker's share of the machine, for float32 weights: KV and others need the rest
 ROWS, FEATURES, TURNS = 128, 512, 5  # a quarter of a millisecond a call: what a start can spare, and no cache misses

@@ -22,8 +22,8 @@ from disagg.transceiver.wire.messages.values import TokenLogprobs
 NAME: Final = "native:sample_rows"
 
 MIN_LOGITS_PER_THREAD: Final = 1 << 19
-"""That a thread must have before it is woken: about 800 µs where tokens are drawn. Waking it takes 50 µs on idle cores,
-and a turn of the scheduler where others want them too."""
+"""Logits that a thread must have before it is woken: about 800 µs where tokens are drawn. A wake-up takes 50 µs on
+idle cores, and a turn of the scheduler where others want them too."""
 
 
 class _Row(ctypes.Structure):

@@ -25,8 +25,8 @@ from disagg.transceiver.wire.sockets import Sockets, reason
 log = logging.getLogger(__name__)
 
 HIGH_WATER_MARK: Final = 16_384
-"""Messages queued per peer and direction before it counts as lost. The busiest flow is TOKENS, one per running request
-and step: 256 requests at 20 steps/s fill this in 3 s, which is when a peer that reads nothing is lost anyway."""
+"""Messages queued per peer and direction before it counts as lost. Credit bounds a worker's tokens; what else
+is said is a few messages per attempt and some leases a second, so only a peer that reads nothing lets so many wait."""
 
 
 FAREWELL_MS: Final = 200

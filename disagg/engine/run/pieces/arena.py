@@ -117,7 +117,7 @@ def aligned(nbytes: int) -> int:
 
 
 class Arena:
-    """Memory for the values of `wanted`, on `device`. Holds it as long as it is held itself."""
+    """Memory for the values of `wanted`, on `device`. The memory lives as long as this object."""
 
     def __init__(self, wanted: Mapping[Key, Span], device: torch.device) -> None:
         self._wanted = wanted
