@@ -36,11 +36,11 @@ from disagg.transceiver.wire.errors import LocalProtocolError, RemoteProtocolErr
 from disagg.transceiver.wire.keys import ClusterKeys
 from disagg.transceiver.wire.links import ControlServer
 from disagg.transceiver.wire.messages import peer as p
+from disagg.transceiver.wire.messages.digests import GroupDigests
 from disagg.transceiver.wire.messages.router import PeerTarget
 from disagg.transceiver.wire.messages.values import (
     FirstToken,
     Geometry,
-    GroupDigests,
     GroupRuns,
     GroupSemantics,
     Identity,

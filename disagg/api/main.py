@@ -91,11 +91,10 @@ async def _public_api(
     """In this process, or in some of their own behind one socket."""
     if not (count := num_api_processes(settings.api_processes, num_cores())):
         book = Connections(connections_within(descriptors))
-        async with (
-            open_app(router, api_settings, is_warm=True) as app,
-            serve(app, settings.host, settings.port, connections=book) as listener,
-        ):
-            yield listener
+        async with contextlib.AsyncExitStack() as stack:
+            with _reading(api_settings.model_folder):
+                app = await stack.enter_async_context(open_app(router, api_settings, is_warm=True))
+            yield await stack.enter_async_context(serve(app, settings.host, settings.port, connections=book))
         return
     with await bind(settings.host, settings.port) as listening:
         listening.listen(BACKLOG)

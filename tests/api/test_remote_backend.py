@@ -6,7 +6,7 @@ import asyncio
 import socket
 import struct
 from contextlib import aclosing
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import pytest
@@ -40,7 +40,7 @@ async def test_request_and_answer_arrive_as_they_were_sent() -> None:
         asked = request(priority=-3, tenant="ann", timeout_s=2.5)
         assert await collect(pair.remote, asked) == [s async for s in FakeBackend.generate(pair.backend, asked)]
         told = pair.backend.requests[0]
-        assert replace(told, prompt=tuple(told.prompt)) == asked
+        assert asdict(replace(told, prompt=tuple(told.prompt))) == asdict(asked)
 
 
 async def test_choices_prompt_scores_and_an_early_end_cross_too() -> None:

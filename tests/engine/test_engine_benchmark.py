@@ -36,9 +36,9 @@ def test_ours_decodes_all_sequences_in_each_step_with_packed_weights(benchmark: 
     batches: list[int] = []
     plain = contest.ours._runner.execute
 
-    def counted(chunks: Any) -> torch.Tensor:
+    def counted(chunks: Any, drawn: torch.Tensor | None = None) -> torch.Tensor:
         batches.append(len(chunks))
-        logits: torch.Tensor = plain(chunks)
+        logits: torch.Tensor = plain(chunks, drawn)
         return logits
 
     contest.ours._runner.execute = counted

@@ -133,7 +133,7 @@ def test_tables_and_partial_results_of_graphs_fit_what_is_planned_for_them(folde
         )
         for group in layout.groups
     ]
-    taken = sum(tensor._there.nbytes + tensor._tiles.nbytes for tensor in plans)
+    taken = sum(one._there.nbytes + one._heads.nbytes + one._tiles.nbytes for one in plans)
     tables = plan.workspaces - 2 * without.workspaces
     assert taken <= tables < 1.5 * taken
 

@@ -21,7 +21,8 @@ from disagg.transceiver.protocol.manifest import seal
 from disagg.transceiver.protocol.state import Role, State
 from disagg.transceiver.wire import reasons
 from disagg.transceiver.wire.messages import peer as p
-from disagg.transceiver.wire.messages.values import GroupDigests, UnitRun
+from disagg.transceiver.wire.messages.digests import GroupDigests
+from disagg.transceiver.wire.messages.values import UnitRun
 
 POSITIONS = {"first of K": 0.0, "last of K": 0.5, "first of V": 0.5, "last of V": 1.0}
 """Where a byte lies in the last layer of its slot, [K, V][head][token][dim], as a part of that layer."""

@@ -14,10 +14,11 @@ from support.links.unchecked import raw
 from disagg.transceiver.wire import codec
 from disagg.transceiver.wire.codec import PROTOCOL, TAGS, decode, encode
 from disagg.transceiver.wire.errors import LocalProtocolError, RemoteProtocolError
+from disagg.transceiver.wire.messages.digests import GroupDigests
 from disagg.transceiver.wire.messages.peer import Accepted, Ack, Closed, Done, PeerMessage, Received
 from disagg.transceiver.wire.messages.router import Dispatch, RouterMessage
 from disagg.transceiver.wire.messages.tokens import StepTokens, Tokens
-from disagg.transceiver.wire.messages.values import FirstToken, GroupDigests, Sampling, SamplingState, TokenLogprobs
+from disagg.transceiver.wire.messages.values import FirstToken, Sampling, SamplingState, TokenLogprobs
 from disagg.transceiver.wire.schema import shape_of
 from disagg.transceiver.wire.sizes import MAX_MANIFEST_ENTRIES, MAX_MESSAGE_NBYTES
 

@@ -11,8 +11,9 @@ from support.links.unchecked import changed
 from disagg.transceiver.layout.cut import whole_group
 from disagg.transceiver.protocol.manifest import is_sealed, seal
 from disagg.transceiver.wire.codec import decode, encode
+from disagg.transceiver.wire.messages.digests import GroupDigests
 from disagg.transceiver.wire.messages.peer import Done
-from disagg.transceiver.wire.messages.values import GroupDigests, SamplingState, TokenLogprobs
+from disagg.transceiver.wire.messages.values import SamplingState, TokenLogprobs
 
 KEY = bytes(range(32))
 ENTRIES = (GroupDigests.of(0, (0, 1, 0, 2), {3: 11}), GroupDigests.of(1, (0, 3, 0, 2), {3: 12, 4: 13}))

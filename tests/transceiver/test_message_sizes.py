@@ -18,6 +18,7 @@ from disagg.transceiver.wire import codec, sizes
 from disagg.transceiver.wire.codec import decode, encode
 from disagg.transceiver.wire.errors import LocalProtocolError, RemoteProtocolError
 from disagg.transceiver.wire.messages import peer, values
+from disagg.transceiver.wire.messages.digests import GroupDigests
 from disagg.transceiver.wire.messages.peer import Heartbeat, PeerMessage
 from disagg.transceiver.wire.messages.ranges import (
     MAX_GROUPS,
@@ -124,7 +125,7 @@ def legal_ones() -> Iterator[peer.PeerMessage]:
     for num_groups in (1, MAX_GROUPS):
         of_each = dict.fromkeys(range(2**24 - MAX_UNITS // num_groups, 2**24), 2**64 - 1)
         whole = (2**16, 2**16, 2**16, 2**16)
-        entries = tuple(values.GroupDigests.of(group, whole, of_each) for group in range(num_groups))
+        entries = tuple(GroupDigests.of(group, whole, of_each) for group in range(num_groups))
         yield peer.Done(HEADER, 0, 1, 2**20, entries, first, bytes(256))
     yield peer.Failed(HEADER, "x" * MAX_TEXT_CHARS, units)
     yield peer.Cancel(HEADER, "x" * MAX_TEXT_CHARS, units)

@@ -15,9 +15,10 @@ from disagg.transceiver.protocol.inbox import BadSliceError, Inbox
 from disagg.transceiver.protocol.outbox import BYTE_WINDOW, READ_SLICE_NBYTES, REPEAT_BURST, Outbox
 from disagg.transceiver.protocol.sender import unit_runs
 from disagg.transceiver.wire.codec import decode, encode
+from disagg.transceiver.wire.messages.digests import GroupDigests
 from disagg.transceiver.wire.messages.peer import Slice
 from disagg.transceiver.wire.messages.ranges import MAX_SLICE_RUNS, MAX_SLICE_UNITS
-from disagg.transceiver.wire.messages.values import GroupDigests, UnitName, UnitRun
+from disagg.transceiver.wire.messages.values import UnitName, UnitRun
 
 
 def unit(ordinal: int, group: int = 0) -> HashedUnit:

@@ -33,8 +33,9 @@ from disagg.transceiver.protocol.state import Role, State
 from disagg.transceiver.wire import reasons
 from disagg.transceiver.wire.errors import RemoteProtocolError
 from disagg.transceiver.wire.messages import peer as p
+from disagg.transceiver.wire.messages.digests import GroupDigests
 from disagg.transceiver.wire.messages.ranges import MAX_NAMED_UNITS
-from disagg.transceiver.wire.messages.values import GroupDigests, UnitName, nameable
+from disagg.transceiver.wire.messages.values import UnitName, nameable
 
 
 def messages(actions: list[object], kind: type) -> list[object]:

@@ -7,8 +7,9 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from disagg.transceiver.protocol.events import LandedUnit
+from disagg.transceiver.wire.messages.digests import DIGEST, ORDINAL, GroupDigests
 from disagg.transceiver.wire.messages.peer import Slice
-from disagg.transceiver.wire.messages.values import DIGEST, ORDINAL, GroupDigests, UnitName, UnitRun
+from disagg.transceiver.wire.messages.values import UnitName, UnitRun
 
 UnitKey = tuple[int, int]
 """(group, ordinal)"""

@@ -13,8 +13,9 @@ from typing import Any
 
 import msgpack
 
+from disagg.transceiver.wire.messages.digests import GroupDigests
 from disagg.transceiver.wire.messages.peer import Done, Header
-from disagg.transceiver.wire.messages.values import FirstToken, GroupDigests, OtherFirst, TokenLogprobs
+from disagg.transceiver.wire.messages.values import FirstToken, OtherFirst, TokenLogprobs
 
 
 def seal(

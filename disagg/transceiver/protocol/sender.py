@@ -34,6 +34,7 @@ from disagg.transceiver.protocol.transfer import Ends, Reactions, Transfer
 from disagg.transceiver.wire import reasons, ticket
 from disagg.transceiver.wire.errors import RemoteProtocolError, TicketRefused
 from disagg.transceiver.wire.keys import ClusterKeys
+from disagg.transceiver.wire.messages.digests import GroupDigests
 from disagg.transceiver.wire.messages.peer import (
     Accepted,
     Ack,
@@ -50,7 +51,6 @@ from disagg.transceiver.wire.messages.peer import (
 from disagg.transceiver.wire.messages.values import (
     FirstToken,
     Geometry,
-    GroupDigests,
     UnitName,
     UnitRun,
     nameable,

@@ -114,8 +114,15 @@ class WarmPopen(subprocess.Popen[Any]):
     def _look(self, timeout_s: float | None) -> None:
         """Wait so long for the exit code, which comes once."""
         with self._waitpid_lock:  # type: ignore[attr-defined]
-            if self.returncode is None and select.select([self._told], [], [], timeout_s)[0]:
+            if self.returncode is None and _is_readable(self._told, timeout_s):
                 told = os.read(self._told, 16)
                 os.close(self._told)
                 assert told, "the warm parent is gone"
                 self.returncode = int(told)
+
+
+def _is_readable(fd: int, timeout_s: float | None) -> bool:
+    """Unlike `select`, for descriptors of any number."""
+    poll = select.poll()
+    poll.register(fd, select.POLLIN)
+    return bool(poll.poll(None if timeout_s is None else timeout_s * 1000))

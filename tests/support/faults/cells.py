@@ -294,7 +294,7 @@ class Cell:
                 assert self.fault is table.ROUTER_LOST
                 router = trio.router
                 await trio.kill_router()
-                return lambda: router._is_closing
+                return lambda: router._gate._is_closing
 
     def _disturb_messages(self) -> Callable[[], bool]:
         control = self.trio.links.control

@@ -136,7 +136,9 @@ def allowed(row: Row, fault: Fault, *, sends_bytes: bool) -> frozenset[str]:
         return frozenset({CANCEL: {"gone"}, DEADLINE: {"504"}, ROUTER_LOST: {"503"}}[fault])
     if fault in (KILLED, REPLACED) and row[0] is S:
         # The worker that emits the tokens died: where nobody else can take over at once, that is an error.
-        return frozenset({"503"} if fault is KILLED else {"503", "a2", "a3"})
+        # Its first token leaves when the transfer is verified, before the sender hears of that: then it is a 502.
+        begun = {"502"} if row[1] in (State.DECIDED, State.CLOSED) else set()
+        return frozenset({"503", *begun} if fault is KILLED else {"503", "a2", "a3", *begun})
     if row in FAILING:
         return frozenset({"a2"})
     if row in VERIFIED or fault in MESSAGE_FAULTS:

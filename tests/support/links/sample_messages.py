@@ -7,6 +7,7 @@ import struct
 from disagg.transceiver.wire.messages import peer as p
 from disagg.transceiver.wire.messages import router as r
 from disagg.transceiver.wire.messages import values as v
+from disagg.transceiver.wire.messages.digests import GroupDigests
 from disagg.transceiver.wire.messages.prompt_logprobs import PromptLogprobs
 from disagg.transceiver.wire.messages.tokens import StepTokens, TokenCredit, Tokens
 
@@ -45,7 +46,7 @@ SAMPLES = (
     p.Accepted(HEADER, 3),
     p.Slice(HEADER, 1, (v.UnitRun(1, 2, 2, (10, 11), (2**40, 7)),)),
     p.Received(HEADER, -1),
-    p.Done(HEADER, 0, 1, 2, (v.GroupDigests.of(1, (0, 3, 0, 2), {2: 2**64 - 1, 3: 5}),), FIRST, b"mac"),
+    p.Done(HEADER, 0, 1, 2, (GroupDigests.of(1, (0, 3, 0, 2), {2: 2**64 - 1, 3: 5}),), FIRST, b"mac"),
     p.Failed(HEADER, "deadline", UNITS),
     p.Cancelled(HEADER, "finished"),
     p.Ack(HEADER),

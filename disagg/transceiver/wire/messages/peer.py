@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Annotated, Final
 
+from disagg.transceiver.wire.messages.digests import GroupDigests
 from disagg.transceiver.wire.messages.ranges import (
     MAX_GROUPS,
     MAX_INT32,
@@ -33,7 +34,6 @@ from disagg.transceiver.wire.messages.ranges import (
 from disagg.transceiver.wire.messages.values import (
     FirstToken,
     Geometry,
-    GroupDigests,
     GroupRuns,
     Identity,
     PlaneOffer,
