@@ -32,6 +32,9 @@ NUM_HELPERS: Final = max(2, min(4, (os.cpu_count() or 2) // 4))  # 50 MB each an
 
 log: Final = logging.getLogger(__name__)
 
+EXIT_S: Final = 1.0
+"""A process whose pipes are closed ends within milliseconds."""
+
 
 class Helpers:
     """Prepares requests wherever it is best done. `close` ends the processes."""
@@ -199,13 +202,20 @@ class _Helper:
 
     async def end(self) -> None:
         """End the process now."""
-        with contextlib.suppress(ProcessLookupError):
-            self._process.kill()
+        if self._process.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                self._process.kill()
         self._jobs.close()
         await self._process.wait()
 
     async def death(self) -> ApiError:
-        """Why the process ended by itself, for the request that it ended on."""
+        """Why the process ended by itself, for the request that it ended on.
+
+        It is given time to end: a kill asks the kernel for its exit code, which the event loop then misses.
+        """
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(EXIT_S):
+                await self._process.wait()
         await self.end()
         if self._process.returncode == -signal.SIGALRM:
             return ApiError(400, f"the request's text takes longer than {JOB_TIMEOUT_S} s to tokenize; shorten it")
