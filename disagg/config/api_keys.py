@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import stat
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
 from disagg.config.errors import ConfigError
+from disagg.config.private_file import read_private_file
 from disagg.config.quantities import header_key
 
 MAX_KEYS: Final = 256
@@ -63,16 +62,9 @@ def read_key_file(path: Path) -> tuple[ApiKey, ...]:
 
 def _text_of(path: Path) -> str:
     try:
-        with path.open("rb") as file:
-            mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
-            content = file.read(MAX_FILE_NBYTES).decode()
-    except OSError as exc:
-        raise ConfigError(f"`--api-key-file` cannot be read: `{path}`: {(exc.strerror or str(exc)).lower()}") from None
+        return read_private_file(path, "--api-key-file", MAX_FILE_NBYTES).decode()
     except UnicodeDecodeError:
         raise ConfigError(f"`{path}` is not UTF-8 text: expected lines of `TENANT KEY`") from None
-    if mode & 0o077:
-        raise ConfigError(f"`{path}` has mode {mode:04o} and others can read it: run `chmod 600 {path}`")
-    return content
 
 
 def _parse(words: list[str]) -> ApiKey:

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import os
 import secrets
-import stat
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
 
 from disagg.config.errors import ConfigError
+from disagg.config.private_file import read_private_file
 
 NUM_SECRET_BYTES: Final = 32
 MIN_SECRET_BYTES: Final = 16  # 128 bits: below this the keys derived from it could be guessed
+MAX_SECRET_NBYTES: Final = 4096  # a secret is short; a wrong path may be a device without end
 VARIABLE: Final = "DISAGG_SECRET"
 
 INSECURE_SECRET: Final = b"disagg: this secret is published"
@@ -40,15 +41,7 @@ def read_secret(*, secret_file: Path | None, insecure: bool, environ: Mapping[st
 
 def read_secret_file(path: Path) -> bytes:
     """The file's bytes without surrounding white space. Raises ConfigError when others may read it."""
-    try:
-        with path.open("rb") as file:
-            mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
-            content = file.read(4096)  # a secret is short; a wrong path may be a device without end
-    except OSError as exc:
-        raise ConfigError(f"`--secret-file` cannot be read: `{path}`: {(exc.strerror or str(exc)).lower()}") from None
-    if mode & 0o077:
-        raise ConfigError(f"`{path}` has mode {mode:04o} and others can read it: run `chmod 600 {path}`")
-    return content.strip()
+    return read_private_file(path, "--secret-file", MAX_SECRET_NBYTES).strip()
 
 
 def read_secret_fd(fd: int) -> bytes:
