@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import asyncio
 import os
-from bisect import bisect_left
 from collections.abc import Iterable, Iterator
 from typing import Final
 
 from prometheus_client.core import HistogramMetricFamily
 from prometheus_client.registry import Collector
+
+from disagg.bucket_counts import BucketCounts
 
 PERIOD_S: Final = 0.02  # 50 looks a second: few enough to cost nothing, enough for a quantile of seconds
 BUCKETS: Final = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0)
@@ -27,44 +28,33 @@ class LagHistogram:
 
     def __init__(self, name: str, about: str) -> None:
         self.name, self._about = name, about
-        self._counts = [0] * (len(BUCKETS) + 1)
-        self._sum_s = 0.0
+        self._wakes = BucketCounts(BUCKETS)
 
     def note(self, lag_s: float) -> None:
         """The loop was `lag_s` late; so were, by less, the wakes that were due meanwhile."""
         for missed in range(min(int(lag_s / PERIOD_S), MAX_MISSED) + 1):
-            late_s = lag_s - missed * PERIOD_S
-            self._counts[bisect_left(BUCKETS, late_s)] += 1
-            self._sum_s += late_s
+            self._wakes.note(lag_s - missed * PERIOD_S)
 
     def quantile(self, share: float) -> float:
         """The upper edge of the bucket in which `share` of the wakes lie; infinite beyond the last. 0 of nothing."""
-        for edge, count in self._cumulative():
-            if count >= share * sum(self._counts):
+        for edge, count in self._wakes.cumulative():
+            if count >= share * self._wakes.total:
                 return float(edge) if count else 0.0
         raise AssertionError("the last bucket holds every wake")
 
     def family(self) -> HistogramMetricFamily:
-        family = HistogramMetricFamily(self.name, self._about)
-        family.add_metric([], list(self._cumulative()), self._sum_s)
-        return family
+        return self._wakes.family(self.name, self._about)
 
     def histogram(self) -> tuple[list[tuple[str, int]], float]:
         """(upper edge, wakes no later) of each bucket, and the sum of all in seconds."""
-        return list(self._cumulative()), self._sum_s
+        return self._wakes.cumulative(), self._wakes.sum_s
 
     def samples(self) -> Iterator[tuple[str, tuple[tuple[str, str], ...], float]]:
         """(name, labels, value) of each series, for a worker's lease."""
-        for edge, count in self._cumulative():
+        for edge, count in self._wakes.cumulative():
             yield f"{self.name}_bucket", (("le", edge),), float(count)
-        yield f"{self.name}_count", (), float(sum(self._counts))
-        yield f"{self.name}_sum", (), self._sum_s
-
-    def _cumulative(self) -> Iterator[tuple[str, int]]:
-        total = 0
-        for edge, count in zip([*map(str, BUCKETS), "+Inf"], self._counts, strict=True):
-            total += count
-            yield edge, total
+        yield f"{self.name}_count", (), float(self._wakes.total)
+        yield f"{self.name}_sum", (), self._wakes.sum_s
 
 
 class LoopLag(Collector):
