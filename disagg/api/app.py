@@ -20,7 +20,7 @@ from disagg.api.settings import ApiSettings
 from disagg.api.status import AdminRoutes, StatusRoutes
 from disagg.api.text.tokenizer import ModelTokenizer
 from disagg.api.tokenize import TokenizeRoutes
-from disagg.router.generation import Backend
+from disagg.router.generation import AdminBackend, Backend
 
 
 def check_text(settings: ApiSettings) -> None:
@@ -69,7 +69,7 @@ def _create_app(backend: Backend, settings: ApiSettings, tokenizer: ModelTokeniz
     return _application(routes, settings.api_keys)
 
 
-def create_admin_app(backend: Backend) -> Starlette:
+def create_admin_app(backend: AdminBackend) -> Starlette:
     """Administration. It has no key of its own: bind it to loopback."""
     admin = AdminRoutes(backend)
     return _application(

@@ -14,7 +14,7 @@ import disagg
 from disagg.api.http.errors import ApiError, no_workers
 from disagg.api.http.responses import json_response
 from disagg.api.settings import ApiSettings
-from disagg.router.generation import Backend
+from disagg.router.generation import AdminBackend, Backend
 
 T = TypeVar("T")
 
@@ -67,7 +67,7 @@ class StatusRoutes:
 
 
 class AdminRoutes:
-    def __init__(self, backend: Backend) -> None:
+    def __init__(self, backend: AdminBackend) -> None:
         self._backend = backend
 
     async def request(self, request: Request) -> Response:

@@ -87,8 +87,12 @@ class Backend(Protocol):
     def workers(self) -> list[dict[str, Any]] | Awaitable[list[dict[str, Any]]]:
         """One JSON object per registered worker, for `GET /workers`."""
 
-    def record(self, request_id: str) -> Mapping[str, Any] | None:
-        """The record of one request, live or recent, for `GET /requests/{id}`."""
-
     def metrics(self) -> bytes | Awaitable[bytes]:
         """Prometheus text of the router and of every worker, labelled."""
+
+
+class AdminBackend(Backend, Protocol):
+    """What administration asks beside that: its listener is the router process's own."""
+
+    def record(self, request_id: str) -> Mapping[str, Any] | None:
+        """The record of one request, live or recent, for `GET /requests/{id}`."""

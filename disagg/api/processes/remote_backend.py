@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from array import array
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator
 from itertools import count
 from typing import Any, Final
 
@@ -89,10 +89,6 @@ class RemoteBackend:
 
     async def metrics(self) -> bytes:
         return await self._ask("metrics")
-
-    def record(self, request_id: str) -> Mapping[str, Any] | None:
-        """Records are the administration's, whose listener is the router's own."""
-        raise NotImplementedError("records are asked of the router process")
 
     async def _ask(self, what: str) -> bytes:
         number = next(self._numbers)
