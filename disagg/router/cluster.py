@@ -46,9 +46,6 @@ WORKERS_HEARD_A_SECOND: Final = 200
 """Leases with metrics, of some 60 samples: a tenth of a core. A thousand workers tell theirs every 5 s, a third of the
 15 s at which Prometheus asks by default; a few workers with every lease."""
 
-ROWS_AT_ONCE: Final = 256
-"""Rows of tokens, and other messages, taken without letting the loop do anything else: some 2 ms."""
-
 
 class ClusterListener(Protocol):
     """What is told of workers. All calls come from the event loop, one at a time."""
@@ -138,14 +135,8 @@ class Cluster:
     # --- in -------------------------------------------------------------------------------------------------
 
     async def _receive(self) -> None:
-        num_rows = 0
         while True:
-            route, message = await self._server.recv()
-            self._hear(route, message)
-            num_rows += len(message.counts) if isinstance(message, StepTokens) else 1
-            if num_rows >= ROWS_AT_ONCE:
-                num_rows = 0
-                await asyncio.sleep(0)  # streams take what came before more is read
+            self._hear(*await self._server.recv())  # whose turns end by time, so that streams take what came before
 
     def _hear(self, route: bytes, message: object) -> None:
         try:

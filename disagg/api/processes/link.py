@@ -8,10 +8,10 @@ import struct
 from typing import Any, Final
 
 from disagg.api.processes.messages import MAX_FRAME_NBYTES, pack_message, unpack_message
+from disagg.transceiver.wire.turns import TaskTurn
 
 LENGTH: Final = struct.Struct("<I")
 READ_NBYTES: Final = 1 << 20  # read ahead: some thousand tokens
-MAX_AT_ONCE: Final = 64  # messages taken without giving others a turn: a millisecond or two
 
 
 class ProcessLink:
@@ -23,7 +23,7 @@ class ProcessLink:
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._reader, self._writer = reader, writer
         self._unsent: list[bytes] = []
-        self._num_at_once = 0
+        self._turn = TaskTurn()
 
     @classmethod
     async def open(cls, end: socket.socket) -> ProcessLink:
@@ -47,9 +47,7 @@ class ProcessLink:
 
     async def receive(self) -> Any:
         """The next message. Raises EOFError when the other end is gone, ValueError when it sent none."""
-        self._num_at_once += 1
-        if self._num_at_once % MAX_AT_ONCE == 0:
-            await asyncio.sleep(0)
+        await self._turn.yield_if_over()
         try:
             (nbytes,) = LENGTH.unpack(await self._reader.readexactly(LENGTH.size))
             if nbytes > MAX_FRAME_NBYTES:
