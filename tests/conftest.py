@@ -7,11 +7,13 @@ import gc
 import logging
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, settings
+from support.cluster.kept import FAILED
 from support.faults.wrong import Wrong, wrong_in
 
 faulthandler.enable()
@@ -84,6 +86,15 @@ def pytest_runtest_call() -> Iterator[None]:
         if isinstance(error, Wrong) or (wrong := wrong_in(error)) is None:
             raise
         raise Wrong(str(wrong)) from error
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Generator[None, Any, Any]:
+    """What a test did to a system it shares is known by how it ended."""
+    report = yield
+    if call.when == "call":
+        item.stash[FAILED] = call.excinfo is not None
+    return report
 
 
 def missing_gpu() -> str | None:
