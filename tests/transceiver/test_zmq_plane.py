@@ -226,7 +226,7 @@ async def test_a_damaged_head_of_a_slice_ends_the_connection_at_once(at: int) ->
             await within(pair.move(receiver, PAIRS))
             proxy.is_armed = True
             with pytest.raises(PeerLost):
-                await within(pair.move(receiver, PAIRS, number=1), 1.0)
+                await within(pair.move(receiver, PAIRS, number=1))
             assert proxy.num_flipped == 1
             assert isinstance(receiver.plane, ZmqLandingPlane)
             assert receiver.plane.num_malformed == 1
@@ -241,7 +241,7 @@ async def test_a_damaged_word_of_a_receiver_ends_its_connection_at_both_ends() -
         pair.source.on_peer_lost = lost.append
         receiver.plane._connection.send([pack(Credit(1))[:-1] + b"?"])
         with pytest.raises(PeerLost):
-            await within(receiver.plane.fetch(pair.job(PAIRS)), 2.0)
+            await within(receiver.plane.fetch(pair.job(PAIRS)))
         assert lost == [receiver.incarnation]
         with pytest.raises(PeerLost):
             await pair.source.send(receiver.incarnation, "t", 2, 0, pair.units(PAIRS))
