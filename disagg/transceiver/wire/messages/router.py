@@ -121,7 +121,7 @@ class PeerTarget:
 class Peers:
     """Router -> decode worker: connect to these too, now (first contact happens before the first request).
 
-    `gone`: incarnations of earlier ones that are no peers any more. A registration's first message names all there are.
+    `gone`: incarnations that are no peers any more. Where no PEERS names a peer, a dispatch does, and makes the link.
     """
 
     peers: Annotated[tuple[PeerTarget, ...], MAX_ITEMS]
