@@ -21,10 +21,10 @@ EAGER_WORKERS: Final = 64
 """With `auto`: 32 by 32 workers have 1,024 links, and each worker sends and reads 130 heartbeats a second, a hundredth
 of a core. Twice as many workers have four times the links."""
 
-MAX_EAGER_WORKERS: Final = 1024
-"""Even where an operator says eager: a lease names 1,024 links, and a link that no lease names is none."""
+MAX_EAGER_WORKERS: Final = 256
+"""Even where an operator says eager: a lease names 384 links, and a link that no lease names is none."""
 
-PEERS_PER_MESSAGE: Final = 256
+PEERS_PER_MESSAGE: Final = 128
 """Of the reader's own geometry, so that reading them takes a fraction of the 5 ms that one handler has."""
 
 Told = Iterator[tuple[Worker, Peers]]
