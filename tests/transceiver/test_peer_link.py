@@ -33,7 +33,7 @@ from disagg.transceiver.wire.messages.values import PlaneOffer
 from disagg.transceiver.wire.node import Node, draw_id
 from disagg.transceiver.wire.sockets import Sockets
 
-SCALE = 0.2
+SCALE = 0.5
 ME = "d" * 32
 
 
