@@ -5,11 +5,11 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Final, Protocol
 
 from disagg.router.attempt_events import AnswerMessage, OrderMessage
-from disagg.router.pairing import traits_difference
+from disagg.router.introductions import Connect, Introductions
 from disagg.router.pulses import Pulses, Steps
 from disagg.router.registry import Claimed, Registry, Worker
 from disagg.transceiver.wire.codec import Message
@@ -78,10 +78,12 @@ class Cluster:
         expected_fingerprint: str | None,
         listener: ClusterListener,
         clock: Callable[[], float] = time.monotonic,
+        connect: Connect = "auto",
     ) -> None:
         self.incarnation = draw_id()
         self._pulses = Pulses(server.sockets, server.endpoint, self.incarnation, clock)
         self.registry = Registry(expected_fingerprint, self._pulses.heard_at)
+        self._introductions = Introductions(self.registry, connect)
         self._server = server
         self._listener = listener
         self._clock = clock
@@ -225,7 +227,7 @@ class Cluster:
             self._forget(superseded, "a new process registered under its name")
         if (worker := self.registry.get(message.incarnation)) is not None:
             self._listener.registered(worker)
-            self._introduce(worker)
+            self._tell(self._introductions.of_new(worker))
 
     def _take_lease(self, route: bytes, lease: Lease) -> None:
         is_ours = lease.router_incarnation == self.incarnation and self._is_own(lease.incarnation, route)
@@ -233,6 +235,8 @@ class Cluster:
             return self._turn_away(route, lease.incarnation)
         if lease.state in (LEAVING, BROKEN) and (worker := self.registry.remove(lease.incarnation)):
             return self._say_farewell(worker, lease)
+        if (peers := self._introductions.of_links(lease)) is not None:
+            self._post(route, peers)
         return self._cancel_unknown(lease)
 
     def _turn_away(self, route: bytes, incarnation: str) -> None:
@@ -293,21 +297,9 @@ class Cluster:
                 self._post(route, Lease(self.incarnation, self.incarnation))
             await asyncio.sleep(HEARTBEAT_S)
 
-    def _introduce(self, worker: Worker) -> None:
-        """Tell a new decode worker its prefill workers, and decode workers of a new prefill worker.
-
-        So first contact precedes a request. One message per link that is new.
-        """
-        if worker.role == "decode":
-            prefills = [other for other in self.registry if _may_pair(other, worker)]
-            self._post(self._route_of[worker.incarnation], Peers(tuple(prefill.target for prefill in prefills)))
-        elif worker.role == "prefill":
-            self._tell_decodes(worker, Peers((worker.target,)))
-
-    def _tell_decodes(self, prefill: Worker, change: Peers) -> None:
-        for other in self.registry:
-            if _may_pair(prefill, other):
-                self._post(self._route_of[other.incarnation], change)
+    def _tell(self, told: Iterable[tuple[Worker, Peers]]) -> None:
+        for worker, peers in told:
+            self._post(self._route_of[worker.incarnation], peers)
 
     # --- losses and time ------------------------------------------------------------------------------------
 
@@ -333,7 +325,7 @@ class Cluster:
             self._forget(worker, reason)
 
     def _forget(self, worker: Worker, reason: str, in_step: Steps | None = None, level: int = logging.WARNING) -> None:
-        """`worker` has left the registry: tell the listener, and decode workers that it is no peer any more.
+        """`worker` has left the registry: tell the listener, and its sinks that it is no peer any more.
 
         `in_step`: what its death is charged to, if it says so itself.
         """
@@ -345,12 +337,6 @@ class Cluster:
         self._num_taken.pop(incarnation, None)
         self._incarnation_of.pop(self._route_of.pop(incarnation, b""), None)
         self._listener.lost(incarnation, reason, in_step)
-        if worker.role == "prefill":
-            self._tell_decodes(worker, Peers((), (incarnation,)))
+        self._tell(self._introductions.of_lost(worker))
         if claim := self._claims.pop(incarnation, None):
             self._register(*claim)
-
-
-def _may_pair(prefill: Worker, decode: Worker) -> bool:
-    roles = prefill.role == "prefill" and decode.role == "decode"
-    return roles and traits_difference(prefill.traits, decode.traits) is None

@@ -19,6 +19,7 @@ from disagg.transceiver.peers.prefill_side import SendingSide
 from disagg.transceiver.planes.base import SourcePlane
 from disagg.transceiver.wire.errors import clipped
 from disagg.transceiver.wire.links import ControlServer
+from disagg.transceiver.wire.messages.ranges import MAX_LEASED, MAX_SAMPLES
 from disagg.transceiver.wire.messages.router import (
     DRAINING,
     READY,
@@ -33,6 +34,7 @@ from disagg.transceiver.wire.node import Node
 from disagg.transceiver.wire.timing import HEARTBEAT_S
 from disagg.worker.attempts import Attempts
 from disagg.worker.engine_events import EngineEvents
+from disagg.worker.in_turn import InTurn
 from disagg.worker.pairing import Pairing
 from disagg.worker.parts import WorkerParts
 from disagg.worker.plane_classes import landing_planes, source_planes
@@ -48,6 +50,7 @@ class Registration:
         self._parts, self._node = parts, node
         self._attempts: Attempts
         self._events: EngineEvents
+        self._in_turn = InTurn(MAX_LEASED)
 
     async def run(self) -> None:
         """Register, then serve."""
@@ -111,9 +114,9 @@ class Registration:
             self._attempts.look_at_deadlines()
 
     async def _listen(self, stack: contextlib.AsyncExitStack) -> tuple[ControlServer | None, dict[str, SourcePlane]]:
-        """A prefill worker answers peers and serves planes; the others only connect."""
+        """A source of anything answers peers and serves planes; the others only connect."""
         parts = self._parts
-        if parts.role != "prefill":
+        if not self._node.sends:
             return None, {}
         server = ControlServer.bind(f"tcp://{parts.settings.host}:0", self._node.keys, parts.sockets)
         stack.push_async_callback(server.close)
@@ -134,9 +137,15 @@ class Registration:
         parts = self._parts
         if server is not None:
             self._attempts.sending = SendingSide(
-                self._node, server, planes, self._attempts, parts.regions, parts.faults
+                self._node,
+                server,
+                planes,
+                self._attempts,
+                parts.regions,
+                parts.faults,
+                parts.metrics.count_refused,
             )
-        if parts.role == "decode":
+        if self._node.receives:
             self._attempts.receiving = ReceivingSide(
                 self._node,
                 landing_planes(parts.settings.planes, keys=self._node.keys, sockets=parts.sockets),
@@ -177,6 +186,8 @@ class Registration:
             host=socket.gethostname(),
             device=parts.settings.device,
             num_slots=parts.num_slots,
+            sends=node.sends,
+            receives=node.receives,
         )
 
     def _make_lease(self, router_incarnation: str) -> Lease:
@@ -185,8 +196,8 @@ class Registration:
             incarnation=self._node.incarnation,
             router_incarnation=router_incarnation,
             state=DRAINING if self._parts.drain.asked.is_set() else READY,
-            metrics=self._parts.metrics.samples(stats),
-            requests=tuple((key.transfer_id, key.epoch) for key in self._attempts.keys),
+            metrics=self._parts.metrics.samples(stats)[:MAX_SAMPLES],
+            requests=self._in_turn.some([(key.transfer_id, key.epoch) for key in self._attempts.keys]),
             num_running=stats.num_running,
             num_queued=stats.num_waiting,
             blocks_used=tuple(pool.num_used for pool in stats.pools),

@@ -1,4 +1,4 @@
-"""The decode side's link to one prefill incarnation: HELLO until answered, heartbeats, a plane opened, loss."""
+"""A sink's link to one incarnation of a source: HELLO until answered, heartbeats, a plane opened, loss."""
 
 from __future__ import annotations
 
@@ -43,6 +43,7 @@ from disagg.transceiver.wire.messages.router import LinkStatus as LinkReport
 from disagg.transceiver.wire.messages.router import PeerTarget
 from disagg.transceiver.wire.messages.values import AttemptKey, Geometry, PlaneOffer
 from disagg.transceiver.wire.node import Node
+from disagg.transceiver.wire.purposes import shared
 from disagg.transceiver.wire.sockets import Sockets
 from disagg.transceiver.wire.timing import HEARTBEAT_S, LOST_S, SUSPECT_S
 from disagg.transceiver.wire.turns import TurnQueue
@@ -82,7 +83,7 @@ class LinkSpeed:
 
 
 class PeerLink:
-    """One prefill worker as this decode worker sees it. `run` connects and reconnects until cancelled."""
+    """One source as this sink sees it. `run` connects and reconnects until cancelled."""
 
     def __init__(
         self,
@@ -95,12 +96,17 @@ class PeerLink:
         live_transfers: Callable[[str], Iterable[AttemptKey]],
         sockets: Sockets,
         faults: PeerFaults | None = None,
+        on_settled: Callable[[str], None] = lambda incarnation: None,
     ) -> None:
-        """`planes` in order of preference. `on_lost(incarnation, reason)` returns when no job uses the plane."""
+        """`planes` in order of preference. `on_lost(incarnation, reason)` returns when no job uses the plane.
+
+        `on_settled(incarnation)`: the link is ready, lost or refused, each time that it becomes so.
+        """
         self._node, self.target = node, target
         self._planes, self._pools = planes, pools
         self._on_message, self._on_lost, self._live_transfers = on_message, on_lost, live_transfers
         self._sockets, self._faults = sockets, faults or PeerFaults()
+        self._on_settled = on_settled
         self._pause_s = RECONNECT_S
         self._outbox: TurnQueue[PeerMessage] = TurnQueue()
         self._heard_at = 0.0
@@ -111,10 +117,17 @@ class PeerLink:
         self.unit_nbytes: tuple[int, ...] = ()
         """Bytes of a unit per group where the peer's geometry differs; empty where a unit is a slot."""
         self.gb_per_s = 0.0
+        self.purposes: tuple[str, ...] = ()
+        """What may be fetched over it."""
 
     @property
     def is_ready(self) -> bool:
         return self._state == "ready"
+
+    @property
+    def is_connecting(self) -> bool:
+        """For the first time: nothing is known of the peer yet."""
+        return self._state == "connecting"
 
     def report(self) -> LinkReport:
         """What the lease says of this link."""
@@ -157,6 +170,7 @@ class PeerLink:
                 log.error("the link to prefill worker %s failed", self.target.worker_id, exc_info=failure)
             if failure is not None:
                 self._note("lost", failure)
+            self._on_settled(self.target.incarnation)
             if not self._is_ended:
                 await asyncio.sleep(self._next_pause(failure))
 
@@ -181,6 +195,7 @@ class PeerLink:
                 await self._open_plane(welcome)
                 tasks.create_task(self._watch(self._plane_lost.wait(), "data plane"))
                 self._state, self._detail, self._pause_s = "ready", "", RECONNECT_S
+                self._on_settled(self.target.incarnation)
         finally:
             self._state = "lost"
             await to_the_end(self._close(client))
@@ -194,7 +209,8 @@ class PeerLink:
 
     async def _say_hello(self, client: ControlClient) -> Welcome:
         node = self._node
-        hello = Hello(node.incarnation, node.worker_id, node.identity, node.geometry, tuple(self._planes))
+        planes = tuple(self._planes)
+        hello = Hello(node.incarnation, node.worker_id, node.identity, node.geometry, planes, node.receives)
         try:
             async with asyncio.timeout(LOST_S):
                 while True:
@@ -218,6 +234,7 @@ class PeerLink:
                 )
                 if difference is not None:
                     raise PeerRefused(*difference)
+                self.purposes = shared(answer.purposes, self._node.receives)
                 return answer
             case Refused(field=field, ours=ours, theirs=theirs):
                 raise PeerRefused(field, theirs, ours)

@@ -41,10 +41,18 @@ class Transfers:
     def of_peer(self, incarnation: str) -> list[AttemptKey]:
         return [key for key, transfer in self._live.items() if transfer.peer == incarnation]
 
+    def peers(self) -> set[str]:
+        """Incarnations with a live transfer."""
+        return {transfer.peer for transfer in self._live.values()}
+
     def peer_of(self, key: AttemptKey) -> str:
         """The peer's incarnation, or "" for a transfer that is over."""
         transfer = self._live.get(key)
         return transfer.peer if transfer is not None else ""
+
+    def purpose_of(self, key: AttemptKey) -> str:
+        """That of a live transfer."""
+        return self._live[key].purpose
 
     def awaits_fetch(self, key: AttemptKey) -> bool:
         """Whether this attempt's sender lives and has admitted no FETCH yet."""
