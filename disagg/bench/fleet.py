@@ -82,11 +82,13 @@ class FakeAnswer:
 
 @dataclass(slots=True)
 class FakeWorker:
-    """One registration. `running` is what its steps emit for."""
+    """One registration. `running` is what its steps emit for, `waiting` what has no seat yet."""
 
     node: Node
     role: str
     step_s: float
+    num_seats: int = MAX_LEASED
+    waiting: dict[str, FakeAnswer] = field(default_factory=dict)
     running: dict[str, FakeAnswer] = field(default_factory=dict)
     links: dict[str, LinkStatus] = field(default_factory=dict)
     num_emitted: int = 0
@@ -102,12 +104,14 @@ class FakeWorker:
                 tasks.create_task(self._step_on(self.link))
 
     def _lease(self, router_incarnation: str) -> Lease:
-        requests = tuple((key, answer.dispatch.epoch) for key, answer in self.running.items())
+        answers = {**self.running, **self.waiting}
+        requests = tuple((key, answer.dispatch.epoch) for key, answer in answers.items())
         return Lease(
             self.node.incarnation,
             router_incarnation,
             requests=requests[:MAX_LEASED],
-            num_running=len(requests),
+            num_running=len(self.running),
+            num_queued=len(self.waiting),
             blocks_used=(0,),
             blocks_free=(1024,),
             links=tuple(self.links.values()),
@@ -119,9 +123,10 @@ class FakeWorker:
                 case Dispatch(mode="prefill"):
                     pass
                 case Dispatch() as dispatch:
-                    self.running[dispatch.transfer_id] = FakeAnswer(dispatch)
+                    self.waiting[dispatch.transfer_id] = FakeAnswer(dispatch)
                 case CancelRequest(transfer_id=transfer_id):
                     self.running.pop(transfer_id, None)
+                    self.waiting.pop(transfer_id, None)
                 case Peers(peers=peers, gone=gone):
                     for incarnation in gone:
                         self.links.pop(incarnation, None)
@@ -137,6 +142,9 @@ class FakeWorker:
             self._step(link)
 
     def _step(self, link: RouterLink) -> None:
+        while self.waiting and len(self.running) < self.num_seats:
+            transfer_id = next(iter(self.waiting))
+            self.running[transfer_id] = self.waiting.pop(transfer_id)
         for transfer_id, answer in list(self.running.items()):
             dispatch, index = answer.dispatch, answer.num_tokens
             link.send(Tokens(transfer_id, dispatch.epoch, index, (TOKEN_IDS[index % len(TOKEN_IDS)],)))
@@ -150,8 +158,9 @@ class FakeWorker:
 class Fleet:
     """Registers workers at one router, each in a task of its own, and says how long that took."""
 
-    def __init__(self, router: str, step_s: float, *, with_pulses: bool) -> None:
+    def __init__(self, router: str, step_s: float, *, with_pulses: bool, num_seats: int = MAX_LEASED) -> None:
         self._router, self._step_s, self._with_pulses = router, step_s, with_pulses
+        self._num_seats = num_seats
         self._sockets = Sockets(KEYS)
         self._running: list[asyncio.Task[None]] = []
         self.workers: list[FakeWorker] = []
@@ -161,7 +170,7 @@ class Fleet:
         began_at, ready = time.monotonic(), [asyncio.Event() for _ in roles]
         for role, event in zip(roles, ready, strict=True):
             name = f"{role}-{len(self.workers)}"
-            worker = FakeWorker(Node(draw_id(), name, identity(), GEOMETRY, KEYS), role, self._step_s)
+            worker = FakeWorker(Node(draw_id(), name, identity(), GEOMETRY, KEYS), role, self._step_s, self._num_seats)
             vitals = Vitals(self._sockets, lambda: True) if self._with_pulses else None
             self.workers.append(worker)
             run = worker.run(self._router, self._sockets, vitals, event.set)
