@@ -122,6 +122,7 @@ def _router_options(settings: RouterSettings, folder: Path, clients: Sequence[Ap
         max_queued=settings.max_queued,
         request_timeout_s=settings.request_timeout_s,
         tenants={key.tenant: TenantLimits(key.weight, key.max_requests, key.max_tokens) for key in clients},
+        connect=settings.connect,
     )
 
 

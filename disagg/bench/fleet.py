@@ -23,6 +23,7 @@ from disagg.config.demo import demo_model_folder
 from disagg.config.descriptors import raise_descriptor_limit
 from disagg.engine.model.checkpoint import fingerprint
 from disagg.transceiver.wire.keys import INSECURE_SECRET, ClusterKeys
+from disagg.transceiver.wire.messages.ranges import MAX_LEASED
 from disagg.transceiver.wire.messages.router import (
     CancelRequest,
     Dispatch,
@@ -91,7 +92,7 @@ class FakeWorker:
         return Lease(
             self.node.incarnation,
             router_incarnation,
-            requests=requests,
+            requests=requests[:MAX_LEASED],
             num_running=len(requests),
             blocks_used=(0,),
             blocks_free=(1024,),

@@ -141,6 +141,11 @@ class HttpSettings(Settings):
     max_attempts: Count = Field(3, description="Attempts per request in all; 1 means no retry")
     request_timeout_s: Seconds = Field(600.0, description="Seconds after which a request is given up")
     max_queued: Count = Field(1024, description="Requests that may wait; more get 503 with Retry-After")
+    connect: Literal["auto", "eager", "lazy"] = Field(
+        "auto",
+        description="When decode workers connect to prefill workers: eager, to all of them before a request comes; "
+        "lazy, to those that a request needs; auto: eager in a fleet of up to 64 workers",
+    )
 
     @property
     def served_name(self) -> str:

@@ -39,6 +39,7 @@ from disagg.router.choose import Placement
 from disagg.router.cluster import Cluster
 from disagg.router.gate import AHEAD_PER_SERVER, Gate
 from disagg.router.generation import GenerationEnd, GenerationError, GenerationRequest, TokenChunk
+from disagg.router.introductions import Connect
 from disagg.router.metrics import RouterMetrics
 from disagg.router.placing import Placing
 from disagg.router.record import RecordStore, RequestRecord
@@ -62,7 +63,8 @@ log = logging.getLogger(__name__)
 class RouterOptions:
     """`expected_fingerprint`: the model every worker must have; None lets the first worker decide.
 
-    `tenants`: limits by the names of API keys; others have none. `ahead_per_server`: see `gate`.
+    `tenants`: limits by the names of API keys; others have none. `ahead_per_server`: see `gate`. `connect`: see
+    `introductions`.
     """
 
     expected_fingerprint: str | None = None
@@ -71,6 +73,7 @@ class RouterOptions:
     request_timeout_s: float = 600.0
     tenants: Mapping[str, TenantLimits] = field(default_factory=dict)
     ahead_per_server: int = AHEAD_PER_SERVER
+    connect: Connect = "auto"
 
     def __post_init__(self) -> None:
         if self.max_attempts < 1:
@@ -105,7 +108,7 @@ class Router:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.options = options or RouterOptions()
-        self.cluster = Cluster(server, self.options.expected_fingerprint, self, clock)
+        self.cluster = Cluster(server, self.options.expected_fingerprint, self, clock, self.options.connect)
         self._keys = keys
         self._clock = clock
         self._gate = Gate(

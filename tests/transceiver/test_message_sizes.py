@@ -17,15 +17,18 @@ from support.links.sample_messages import GEOMETRY, HEADER, IDENTITY, SAMPLES
 from disagg.transceiver.wire import codec, sizes
 from disagg.transceiver.wire.codec import decode, encode
 from disagg.transceiver.wire.errors import LocalProtocolError, RemoteProtocolError
-from disagg.transceiver.wire.messages import peer, values
+from disagg.transceiver.wire.messages import peer, router, values
 from disagg.transceiver.wire.messages.digests import GroupDigests
 from disagg.transceiver.wire.messages.peer import Heartbeat, PeerMessage
 from disagg.transceiver.wire.messages.ranges import (
     MAX_GROUPS,
-    MAX_ITEMS,
+    MAX_LEASED,
+    MAX_LINKS,
     MAX_NAMED_TRANSFERS,
     MAX_NAMED_UNITS,
+    MAX_PEERS,
     MAX_RUNS,
+    MAX_SAMPLES,
     MAX_SLICE_RUNS,
     MAX_SLICE_UNITS,
     MAX_TEXT_CHARS,
@@ -33,7 +36,7 @@ from disagg.transceiver.wire.messages.ranges import (
 )
 from disagg.transceiver.wire.messages.router import Lease
 from disagg.transceiver.wire.schema import Record
-from disagg.transceiver.wire.sizes import CONTROL, MAX_MESSAGE_NBYTES, SizeLimit, limit_of
+from disagg.transceiver.wire.sizes import MAX_MESSAGE_NBYTES, SizeLimit, limit_of
 
 MAX_CPU_S = 1.0  # some of the router's take a tenth of it on a busy machine; without limits it is many times that
 PEER_CPU_S = 0.05  # what a peer says takes 5 ms at most, ten times as much on a busy machine
@@ -92,9 +95,9 @@ def test_a_message_above_the_size_of_its_kind_is_refused_on_both_sides(kind: typ
 
 
 def test_a_message_that_its_reader_refuses_for_its_size_is_not_said() -> None:
-    transfers = tuple(("t" * 250, 1) for _ in range(MAX_ITEMS))
-    with pytest.raises(LocalProtocolError, match=f"Lease: .* at most {CONTROL.nbytes}"):
-        encode(Lease("a", "b", requests=transfers))
+    links = tuple(router.LinkStatus("p", "p", "shm", "lost", 0.0, "x" * MAX_TEXT_CHARS) for _ in range(MAX_LINKS))
+    with pytest.raises(LocalProtocolError, match=f"Lease: .* at most {limit_of(Lease).nbytes}"):
+        encode(Lease("a", "b", links=links))
 
 
 @pytest.mark.parametrize("filler", [[[]] * 9, [0] * 80])
@@ -142,8 +145,27 @@ def legal_ones() -> Iterator[peer.PeerMessage]:
     yield peer.Refused("x" * MAX_TEXT_CHARS, "\U0010ffff" * MAX_TEXT_CHARS, "x" * MAX_TEXT_CHARS)
 
 
-@pytest.mark.parametrize("message", list(legal_ones()), ids=lambda message: type(message).__name__)
-def test_what_is_legal_between_peers_fits_its_kind_and_is_read_at_once(message: peer.PeerMessage) -> None:
+def legal_ones_of_the_router() -> Iterator[router.RouterMessage]:
+    """What router and workers say of the whole fleet or of all requests, with as much in it as is legal."""
+    name = "x" * 128
+    links = tuple(router.LinkStatus(f"{i:032}", name, "shm", "ready", 1.5, name) for i in range(MAX_LINKS))
+    labels = (("peer", name), ("plane", "shm"), ("lane", "rc"))
+    samples = tuple(values.MetricSample(name, "gauge", labels, 1.5) for _ in range(MAX_SAMPLES))
+    requests = tuple((f"{i:032}", 2**31 - 1) for i in range(MAX_LEASED))
+    yield Lease(name, name, requests=requests, links=links, metrics=samples)
+    yield router.Pulse(name, requests)
+    peers = tuple(router.PeerTarget(f"{i:032}", name, f"tcp://{name}:12345") for i in range(MAX_PEERS))
+    yield router.Peers(peers, tuple(f"{i:032}" for i in range(MAX_PEERS)))
+    half = (0.5,) * 128
+    largest = replace(GEOMETRY, kv_scales=(tuple((half, half) for _ in range(126)),))
+    yield router.Peers((replace(peers[0], geometry=largest),))
+    yield router.Register(name, name, "decode", IDENTITY, largest, ("shm",), "", 1, name, "cpu", (1,) * MAX_GROUPS)
+
+
+@pytest.mark.parametrize(
+    "message", [*legal_ones(), *legal_ones_of_the_router()], ids=lambda message: type(message).__name__
+)
+def test_what_is_legal_fits_its_kind_and_is_read_at_once(message: peer.PeerMessage | router.RouterMessage) -> None:
     data = encode(message)
     assert decode(data) == message
     assert cpu_seconds(data) < PEER_CPU_S

@@ -261,7 +261,7 @@ class ShellWorker:
     @property
     def plane(self) -> Any:
         """The data plane to the only source, without what reshapes between unequal blocks."""
-        ((link, _),) = self.receiving._links.values()
+        (link,) = self.receiving.links
         return getattr(link.plane, "_inner", link.plane)
 
     def note(self, event: Any) -> Any:
@@ -312,7 +312,7 @@ class ShellWorker:
         left |= {"attempts": attempts.keys, "requests": tuple(attempts._requests)}
         if attempts.receiving is not None:
             left["reservations"] = attempts.receiving.held
-            for link, _ in attempts.receiving._links.values():
+            for link in attempts.receiving.links:
                 plane = getattr(link.plane, "_inner", link.plane)
                 left["payloads"] = getattr(plane, "_num_held", 0) or len(getattr(plane, "_landable", ()))
                 if (staging := getattr(link.plane, "_staging", None)) is not None:
@@ -370,7 +370,7 @@ class ShellTrio:
 
     async def start_router(self) -> None:
         self._router_stack = contextlib.AsyncExitStack()
-        opened = Router.open("tcp://127.0.0.1:0", KEYS, RouterOptions())
+        opened = Router.open("tcp://127.0.0.1:0", KEYS, self.options)
         self.router = await self._router_stack.enter_async_context(opened)
         for proxy in self.links.router.values():
             proxy.target, proxy.is_down = self.router.endpoint, False
@@ -380,6 +380,7 @@ class ShellTrio:
             proxy.cut(down=True)
         await self._router_stack.aclose()
 
+    options = RouterOptions()
     layouts: Mapping[str, CacheLayout] = {}
     """By role, where it is not `LAYOUT`."""
 

@@ -13,11 +13,15 @@ from disagg.transceiver.wire.messages.ranges import (
     MAX_INT32,
     MAX_INT64,
     MAX_ITEMS,
+    MAX_LEASED,
+    MAX_LINKS,
     MAX_NAME_CHARS,
     MAX_NAMED_UNITS,
+    MAX_PEERS,
     MAX_PLANES,
     MAX_PORT,
     MAX_PURPOSES,
+    MAX_SAMPLES,
     MAX_SECRET_NBYTES,
     MAX_TEXT_CHARS,
     check_attempt,
@@ -133,15 +137,15 @@ class PeerTarget:
 class Peers:
     """Router -> sink: connect to these sources too, now (first contact happens before the first request).
 
-    `gone`: incarnations of earlier ones that are no peers any more. A registration's first message names all there are.
+    `gone`: incarnations that are no peers any more. Where no PEERS names a peer, a dispatch does, and makes the link.
     """
 
-    peers: Annotated[tuple[PeerTarget, ...], MAX_ITEMS]
-    gone: Annotated[tuple[str, ...], MAX_ITEMS] = ()
+    peers: Annotated[tuple[PeerTarget, ...], MAX_PEERS]
+    gone: Annotated[tuple[str, ...], MAX_PEERS] = ()
 
     def __post_init__(self) -> None:
-        check_size("peers", self.peers, MAX_ITEMS)
-        check_size("gone", self.gone, MAX_ITEMS)
+        check_size("peers", self.peers, MAX_PEERS)
+        check_size("gone", self.gone, MAX_PEERS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,12 +191,12 @@ class Pulse:
     """
 
     incarnation: str
-    in_step: Annotated[tuple[tuple[str, int], ...], MAX_ITEMS] | None = None
+    in_step: Annotated[tuple[tuple[str, int], ...], MAX_LEASED] | None = None
 
     def __post_init__(self) -> None:
         check_id("incarnation", self.incarnation)
         if self.in_step is not None:
-            check_transfers("in_step", self.in_step)
+            check_transfers("in_step", self.in_step, MAX_LEASED)
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,26 +209,26 @@ class Lease:
     incarnation: str
     router_incarnation: str
     state: str = READY
-    metrics: Annotated[tuple[MetricSample, ...], MAX_ITEMS] | None = None
-    requests: Annotated[tuple[tuple[str, int], ...], MAX_ITEMS] = ()
+    metrics: Annotated[tuple[MetricSample, ...], MAX_SAMPLES] | None = None
+    requests: Annotated[tuple[tuple[str, int], ...], MAX_LEASED] = ()
     num_running: int = 0
     num_queued: int = 0
     blocks_used: Annotated[tuple[int, ...], MAX_GROUPS] = ()
     blocks_free: Annotated[tuple[int, ...], MAX_GROUPS] = ()
-    links: Annotated[tuple[LinkStatus, ...], MAX_ITEMS] | None = None
+    links: Annotated[tuple[LinkStatus, ...], MAX_LINKS] | None = None
 
     def __post_init__(self) -> None:
         check_id("incarnation", self.incarnation)
         check_size("router_incarnation", self.router_incarnation, MAX_NAME_CHARS)
         check_size("state", self.state, MAX_NAME_CHARS)
-        check_size("metrics", self.metrics or (), MAX_ITEMS)
-        check_transfers("requests", self.requests)
+        check_size("metrics", self.metrics or (), MAX_SAMPLES)
+        check_transfers("requests", self.requests, MAX_LEASED)
         check_int("num_running", self.num_running, 0, MAX_INT32)
         check_int("num_queued", self.num_queued, 0, MAX_INT32)
         for name in ("blocks_used", "blocks_free"):
             check_size(name, getattr(self, name), MAX_GROUPS)
             check_ints(name, getattr(self, name), 0, MAX_INT32)
-        check_size("links", self.links or (), MAX_ITEMS)
+        check_size("links", self.links or (), MAX_LINKS)
 
 
 @dataclass(frozen=True, slots=True)
