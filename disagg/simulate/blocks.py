@@ -35,7 +35,7 @@ def _ignore(group: int, blocks: Blocks, kept: bool) -> None:
 
 
 class BlockStore:
-    """One worker's. `tell(group, blocks, kept)` hears of blocks that are registered (kept) and dropped (not)."""
+    """One worker's."""
 
     def __init__(
         self,
@@ -43,10 +43,12 @@ class BlockStore:
         num_slots: Sequence[int],
         *,
         reuses: bool = True,
-        tell: Callable[[int, Blocks, bool], None] = _ignore,
     ) -> None:
         """`num_slots` per pool, the reserved ones included. `reuses`: False keeps nothing."""
-        self._geometry, self._reuses, self._tell = geometry, reuses, tell
+        self._geometry, self._reuses = geometry, reuses
+        self.groups = geometry.layout.groups
+        self.tell: Callable[[int, Blocks, bool], None] = _ignore
+        """Told of the blocks of a group that are registered (True) and dropped (False)."""
         self.unit = geometry.unit
         """Tokens of a block of the trace."""
         self.promises = Promises(num_slots)
@@ -171,7 +173,7 @@ class BlockStore:
         fresh = [b for first, end in runs for b in blocks[first:end] if b not in refs and b not in cached]
         if fresh:
             cached.update(dict.fromkeys(fresh))
-            self._tell(group, fresh, True)
+            self.tell(group, fresh, True)
 
     def _evict(self) -> None:
         """Drop what no longer fits beside what running requests were promised."""
@@ -185,7 +187,7 @@ class BlockStore:
                 dropped = [cached.popitem(last=False)[0] for _ in range(min(excess, max(1, len(cached) - others)))]
                 excess -= len(dropped)
                 self.num_evicted += len(dropped)
-                self._tell(group, dropped, False)
+                self.tell(group, dropped, False)
 
     def check_invariants(self) -> None:
         self.promises.check_invariants()

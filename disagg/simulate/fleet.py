@@ -49,6 +49,7 @@ class WorkerKind:
 
     layout: CacheLayout
     num_slots: tuple[int, ...]
+    max_model_len: int = 1 << 30
     max_num_seqs: int = 64
     max_num_batched_tokens: int = 512
     reuses_prefixes: bool = True

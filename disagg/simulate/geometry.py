@@ -7,8 +7,7 @@ counted in units, bytes in blocks. Both follow `disagg.cache.window`, in ranges 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import lru_cache
+from dataclasses import dataclass, field
 
 from disagg.cache.admission import Peaks, peak_slots
 from disagg.cache.layout import CacheLayout
@@ -24,6 +23,7 @@ class KvGeometry:
 
     layout: CacheLayout
     unit: int
+    _known: dict[tuple[int, int, int], Peaks] = field(default_factory=dict, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if self.unit % self.layout.block_size:
@@ -68,12 +68,10 @@ class KvGeometry:
     def peaks(self, total_tokens: int, history: int, step_tokens: int) -> Peaks:
         """Slots per pool that a sequence holds at most; see `peak_slots`."""
         step = 1 if history else min(step_tokens, total_tokens)
-        return _peaks(self.layout, total_tokens, history, step)
-
-
-@lru_cache(maxsize=1 << 16)  # traces repeat lengths, and every request asks twice
-def _peaks(layout: CacheLayout, total_tokens: int, history: int, step_tokens: int) -> Peaks:
-    return peak_slots(layout, total_tokens=total_tokens, history=history, step_tokens=step_tokens)
+        if (peaks := self._known.get((total_tokens, history, step))) is None:
+            peaks = peak_slots(self.layout, total_tokens=total_tokens, history=history, step_tokens=step)
+            self._known[total_tokens, history, step] = peaks
+        return peaks
 
 
 def runs_in(found: Sequence[int]) -> Runs:

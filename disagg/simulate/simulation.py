@@ -137,8 +137,8 @@ class Simulation:
         if isinstance(route, str):
             return self._refuse(request, route)
         request.server, request.prefill, request.source = route.server, route.prefill, route.source
-        request.placed_at = now
-        self._routing.count((), self._load(request))
+        request.placed_at, request.num_expected_cached, request.estimate_s = now, route.num_expected_cached, route.estimate_s
+        self._routing.count(request, (), self._load(request))
         return self._begin(request, route)
 
     def _load(self, request: SimulatedRequest) -> tuple[int, ...]:
@@ -152,6 +152,8 @@ class Simulation:
         """Why no pool could ever hold it, if so."""
         traced, kind = request.traced, self._setting.kind
         total = traced.prompt_len + traced.answer_len
+        if total > kind.max_model_len:
+            return f"{total} tokens, more than the model's {kind.max_model_len}"
         peaks = self._ground.geometry.peaks(total, 0, kind.max_num_batched_tokens)
         if self.workers[0].store.promises.fits_empty(peaks):
             return ""
@@ -227,11 +229,10 @@ class Simulation:
         before = self._load(request)
         request.first_at = self._agenda.now
         self._admission.begin(self._turn_of[request])
-        if before != (after := self._load(request)):
-            self._routing.count(before, after)
+        self._routing.count(request, before, self._load(request))
 
     def _note_end(self, request: SimulatedRequest) -> None:
         before = self._load(request)
         request.ended_at = self._agenda.now
-        self._routing.count(before, ())
+        self._routing.count(request, before, ())
         self._leave(request, request.traced.answer_len)

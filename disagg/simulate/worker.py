@@ -79,7 +79,8 @@ class SimulatedWorker:
         self._step_s = 0.0
         self._chunks: list[_Chunk] = []
         self.busy_s = 0.0
-        self.num_steps = 0
+        self.num_answer_steps = self.num_answer_tokens = 0
+        """Steps with answers in them, and the tokens of these."""
         self.num_computed = 0
         """Prompt tokens."""
 
@@ -237,7 +238,9 @@ class SimulatedWorker:
     def _end_steps(self) -> None:
         run, self._job = self._run, None
         self._steps += run.count
-        self.num_steps += run.count
+        if run.num_answers:
+            self.num_answer_steps += run.count
+            self.num_answer_tokens += run.count * run.num_answers
         self.busy_s += run.count * self._step_s
         while self._answers and self._answers[0][0] <= self._steps:
             run.ended.append(heapq.heappop(self._answers)[2])
