@@ -120,6 +120,8 @@ def _router_options(settings: RouterSettings, folder: Path, clients: Sequence[Ap
         expected_fingerprint=fingerprint(folder, verify_weights=settings.verify_weights),
         max_attempts=settings.max_attempts,
         max_queued=settings.max_queued,
+        policy=settings.policy,
+        max_local_prefill=settings.max_local_prefill,
         request_timeout_s=settings.request_timeout_s,
         tenants={key.tenant: TenantLimits(key.weight, key.max_requests, key.max_tokens) for key in clients},
     )

@@ -177,6 +177,17 @@ class HttpSettings(Settings):
     )
     max_attempts: Count = Field(3, description="Attempts per request in all; 1 means no retry")
     request_timeout_s: Seconds = Field(600.0, description="Seconds after which a request is given up")
+    policy: Literal["prefix-aware", "least-loaded", "round-robin"] = Field(
+        "prefix-aware",
+        description="How a worker is chosen: `prefix-aware` takes the cheapest way by estimated seconds, which counts "
+        "queues, cached prefixes, links and what answers wait; the others always take a prefill and a decode worker",
+    )
+    max_local_prefill: int = Field(
+        0,
+        ge=0,
+        description="Prompt tokens that a worker may compute where answers are decoded, when `prefix-aware` finds that "
+        "cheaper than a transfer; 0: none",
+    )
     max_queued: Count = Field(1024, description="Requests that may wait; more get 503 with Retry-After")
 
     @property

@@ -7,10 +7,11 @@ never old, so a burst spreads at once.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice, product
 from typing import Final
 
+from disagg.router.costs.ways import Way
 from disagg.router.pairing import traits_difference
 from disagg.router.registry import Worker, WorkerState
 from disagg.transceiver.wire.messages.router import PeerTarget
@@ -31,10 +32,14 @@ _WORST: Final = 4
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """`server` emits the tokens. With `prefill` its KV comes from there; without, it computes the prompt itself."""
+    """`server` emits the tokens. With `prefill` its KV comes from there; without, it computes the prompt itself.
+
+    `way`: how it was estimated, where it was.
+    """
 
     server: PeerTarget
     prefill: PeerTarget | None = None
+    way: Way | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,9 +145,9 @@ def _best_pair(prefills: Sequence[_Option], decodes: Sequence[_Option]) -> tuple
 
 def _within_reach(prefills: Sequence[_Option], places: Mapping[str, int], decode: Worker) -> Sequence[_Option]:
     """In order; where a decode worker has few links, only what they lead to, not all pairs."""
-    if len(decode.link_states) >= len(prefills):
+    if len(decode.link_reports) >= len(prefills):
         return prefills
-    return [prefills[place] for place in sorted(places[peer] for peer in decode.link_states if peer in places)]
+    return [prefills[place] for place in sorted(places[peer] for peer in decode.link_reports if peer in places)]
 
 
 def link_rank(prefill: Worker, decode: Worker) -> int | None:

@@ -16,7 +16,7 @@ from typing import Final
 
 from disagg.router.pairing import Difference, PairTraits, record_difference
 from disagg.transceiver.wire.messages.peer import Refused
-from disagg.transceiver.wire.messages.router import DRAINING, Lease, PeerTarget, Register
+from disagg.transceiver.wire.messages.router import DRAINING, Lease, LinkStatus, PeerTarget, Register
 from disagg.transceiver.wire.timing import HEARTBEAT_S, LOST_S, SUSPECT_S
 
 ROLES = ("prefill", "decode", "both")
@@ -48,7 +48,7 @@ class Worker:
     traits: PairTraits = field(init=False)
     claimed_at: dict[str, float] = field(default_factory=dict)
     """Other incarnations that ask for this one's name, and since when."""
-    link_states: dict[str, str] = field(init=False)
+    link_reports: dict[str, LinkStatus] = field(init=False)
     """By peer incarnation, as the last lease told them."""
 
     def __post_init__(self) -> None:
@@ -60,11 +60,12 @@ class Worker:
         last = getattr(self, "lease", lease)
         links = last.links if lease.links is None else lease.links
         metrics = last.metrics if lease.metrics is None else lease.metrics
-        if lease.links is None or lease.metrics is None:
-            lease = replace(lease, links=links, metrics=metrics)
+        rates = last.rates if lease.rates is None else lease.rates
+        if lease.links is None or lease.metrics is None or lease.rates is None:
+            lease = replace(lease, links=links, metrics=metrics, rates=rates)
         self.lease = lease
-        if links is not last.links or not hasattr(self, "link_states"):
-            self.link_states = {link.incarnation: link.state for link in links or ()}
+        if links is not last.links or not hasattr(self, "link_reports"):
+            self.link_reports = {link.incarnation: link for link in links or ()}
 
     @property
     def incarnation(self) -> str:
@@ -90,7 +91,8 @@ class Worker:
 
     def link_state(self, peer: str) -> str:
         """What this worker last said of its link to incarnation `peer`; `connecting` when it said nothing yet."""
-        return self.link_states.get(peer, "connecting")
+        report = self.link_reports.get(peer)
+        return "connecting" if report is None else report.state
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,6 +28,7 @@ from disagg.transceiver.wire.messages.ranges import (
     check_size,
     check_transfers,
 )
+from disagg.transceiver.wire.messages.rates import MeasuredRates
 from disagg.transceiver.wire.messages.sampling_limits import MAX_CHOICES
 from disagg.transceiver.wire.messages.tokens import TOKENS_WINDOW, StepTokens, TokenCredit
 from disagg.transceiver.wire.messages.values import (
@@ -136,7 +137,9 @@ class Peers:
 class LinkStatus:
     """What a worker says of one peer.
 
-    `state` is `ready`, `suspect`, `lost`, `connecting` or `refused`; `detail` names the field that differs.
+    `state` is `ready`, `suspect`, `lost`, `connecting` or `refused`; `detail` names the field that differs. `gb_per_s`:
+    of the last transfers, or of the probe at first contact before there were any; `latency_s`: of the last transfers,
+    between their last byte and their end.
     """
 
     incarnation: str
@@ -145,6 +148,7 @@ class LinkStatus:
     state: str
     gb_per_s: float
     detail: str = ""
+    latency_s: float = 0.0
 
     def __post_init__(self) -> None:
         check_id("incarnation", self.incarnation)
@@ -152,6 +156,7 @@ class LinkStatus:
         check_size("plane", self.plane, MAX_ADDRESS_CHARS)
         check_size("state", self.state, MAX_NAME_CHARS)
         check_finite("gb_per_s", self.gb_per_s)
+        check_finite("latency_s", self.latency_s)
         check_size("detail", self.detail, MAX_TEXT_CHARS)
 
 
@@ -187,7 +192,7 @@ class Pulse:
 class Lease:
     """Both ways, every 0.5 s. A worker's carries its figures and live requests, the router's only its incarnation.
 
-    `metrics` and `links` None: as in the last lease that had them. They are most of it, and seldom change.
+    `metrics`, `links` and `rates` None: as in the last lease that had them. They are most of it, and seldom change.
     """
 
     incarnation: str
@@ -200,6 +205,7 @@ class Lease:
     blocks_used: Annotated[tuple[int, ...], MAX_GROUPS] = ()
     blocks_free: Annotated[tuple[int, ...], MAX_GROUPS] = ()
     links: Annotated[tuple[LinkStatus, ...], MAX_ITEMS] | None = None
+    rates: MeasuredRates | None = None
 
     def __post_init__(self) -> None:
         check_id("incarnation", self.incarnation)
