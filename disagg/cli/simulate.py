@@ -22,9 +22,9 @@ from disagg.simulate.figures import Figures, Objectives, figures
 from disagg.simulate.fleet import FleetShape, WorkerKind, parse_fleet
 from disagg.simulate.generate import KINDS, TraceShape, generate_trace
 from disagg.simulate.plots import write_plots
-from disagg.simulate.policies import NAMES, routing_of
 from disagg.simulate.rates import ClusterRates, RatesRefused, read_rates
 from disagg.simulate.report import json_of, table_of
+from disagg.simulate.routing import NAMES
 from disagg.simulate.simulation import Setting, Simulation
 from disagg.simulate.trace import Trace, TraceRefused, read_trace, trace_lines
 
@@ -121,11 +121,11 @@ def run_all(
     """One run for each fleet and policy; progress goes to stderr."""
     found = []
     for fleet in fleets:
-        setting = Setting(fleet, kind, rates, settings.cores, settings.max_queued)
         for policy in settings.policy:
             begun = time.process_time()
-            routing = routing_of(policy, max_local_prefill=settings.max_local_prefill)
-            found.append(figures(Simulation(trace, setting, routing).run(), policy, objectives))
+            bounds = {"max_queued": settings.max_queued, "max_local_prefill": settings.max_local_prefill}
+            setting = Setting(fleet, kind, rates, policy, settings.cores, **bounds)
+            found.append(figures(Simulation(trace, setting).run(), objectives))
             spent = time.process_time() - begun
             print(f"{fleet} {policy}: {len(trace.requests)} requests in {spent:.1f} s of CPU", file=sys.stderr)  # noqa: T201
     return found

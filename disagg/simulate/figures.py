@@ -69,7 +69,7 @@ class Figures:
         return asdict(self)
 
 
-def figures(outcome: Outcome, policy: str, objectives: Objectives) -> Figures:
+def figures(outcome: Outcome, objectives: Objectives) -> Figures:
     """Of one run that has ended."""
     answered = [r for r in outcome.requests if r.ended_at is not None]
     span_s = outcome.ended_at - outcome.requests[0].traced.arrival_s or 1.0
@@ -79,7 +79,7 @@ def figures(outcome: Outcome, policy: str, objectives: Objectives) -> Figures:
     )
     names = [group.name for group in outcome.setting.kind.layout.groups]
     return Figures(
-        policy=policy,
+        policy=outcome.setting.policy,
         fleet=str(outcome.setting.fleet),
         num_requests=len(outcome.requests),
         num_refused=len(outcome.requests) - len(answered),

@@ -7,8 +7,10 @@ from collections.abc import Sequence
 
 from disagg.cache.layout import CacheLayout
 from disagg.router.registry import Registry
+from disagg.simulate.handoff import Ground
 from disagg.simulate.worker import SimulatedWorker
-from disagg.transceiver.wire.messages.router import Register
+from disagg.transceiver.wire.messages.rates import MeasuredRates
+from disagg.transceiver.wire.messages.router import Lease, LinkStatus, Register
 from disagg.transceiver.wire.messages.values import Geometry, GroupSemantics, Identity
 
 
@@ -20,9 +22,9 @@ def number_of(incarnation: str) -> int:
     return int(incarnation, 16)
 
 
-def records_of(workers: Sequence[SimulatedWorker], layout: CacheLayout) -> Registry:
+def records_of(workers: Sequence[SimulatedWorker], ground: Ground) -> Registry:
     """A registry in which every worker speaks always and every pair is ready."""
-    registry, geometry = Registry(), geometry_of(layout)
+    registry, geometry = Registry(), geometry_of(ground.geometry.layout)
     identity = Identity(1, "simulated", "full", "float32", 1 << 30, "simulated")
     for worker in workers:
         name = incarnation_of(worker.number)
@@ -42,9 +44,13 @@ def records_of(workers: Sequence[SimulatedWorker], layout: CacheLayout) -> Regis
             ),
             0.0,
         )
-    links = {worker.incarnation: "ready" for worker in registry}
+    rates, per_s = ground.rates, ground.rates.link_bytes_per_s / 1e9
+    latency_s = rates.link_latency_s + 2 * rates.handoff_cpu_s
+    links = {w.incarnation: LinkStatus(w.incarnation, w.worker_id, "shm", "ready", per_s, "", latency_s) for w in registry}
+    measured = MeasuredRates(rates.prefill_tokens_per_s, rates.empty_step_s, rates.decode_step_s.points)
     for worker in registry:
-        worker.heard_at, worker.link_states = math.inf, links
+        worker.heard_at, worker.link_reports = math.inf, links
+        worker.lease = Lease(worker.incarnation, "", rates=measured)
     return registry
 
 

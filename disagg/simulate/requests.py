@@ -23,7 +23,6 @@ class SimulatedRequest:
     source: int | None = None
     """The worker that a prefix came from."""
     placed_at: float | None = None
-    num_expected_cached: int = 0
     estimate_s: float = 0.0
     """Of the time from placing to the first token; 0 where the policy makes none."""
     computed_at: float | None = None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from disagg.router.admission import Admission
@@ -19,7 +18,7 @@ from disagg.simulate.handoff import Ground, Handoff, fetch_prefix
 from disagg.simulate.network import Network
 from disagg.simulate.rates import ClusterRates
 from disagg.simulate.requests import AnswerWork, PromptWork, SimulatedRequest, StepsDone
-from disagg.simulate.routing import Route, Routing
+from disagg.simulate.routing import Route, routing_of
 from disagg.simulate.trace import Trace
 from disagg.simulate.worker import MOST_STEPS, SimulatedWorker
 
@@ -27,14 +26,16 @@ from disagg.simulate.worker import MOST_STEPS, SimulatedWorker
 @dataclass(frozen=True, slots=True)
 class Setting:
     """What is simulated. `num_cores`: shared by workers and front end; None = each worker has a device of its own, and
-    the front end costs a request its time and no other's. `max_queued` as of the router.
+    the front end costs a request its time and no other's. `policy`, `max_queued`, `max_local_prefill` as of the router.
     """
 
     fleet: FleetShape
     kind: WorkerKind
     rates: ClusterRates
+    policy: str
     num_cores: int | None = None
     max_queued: int = 1024
+    max_local_prefill: int = 0
 
 
 @dataclass(slots=True)
@@ -51,13 +52,10 @@ class Outcome:
     front_busy_s: float = 0.0
 
 
-RoutingOf = Callable[[Ground, Sequence[SimulatedWorker]], Routing]
-
-
 class Simulation:
     """Made for one `run`."""
 
-    def __init__(self, trace: Trace, setting: Setting, routing_of: RoutingOf) -> None:
+    def __init__(self, trace: Trace, setting: Setting) -> None:
         self._setting, self._rates, kind = setting, setting.rates, setting.kind
         self._agenda, roles = Agenda(), setting.fleet.roles
         cores = SharedCores(self._agenda, setting.num_cores) if setting.num_cores else OwnCores(self._agenda)
@@ -71,7 +69,13 @@ class Simulation:
         self._turns: dict[QueuedRequest, SimulatedRequest] = {}
         self._turn_of: dict[SimulatedRequest, QueuedRequest] = {}
         self._delivered_at = [0.0] * len(roles)
-        self._routing = routing_of(self._ground, self.workers)
+        self._routing = routing_of(
+            self._ground,
+            self.workers,
+            setting.policy,
+            max_queued=setting.max_queued,
+            max_local_prefill=setting.max_local_prefill,
+        )
         requests = [SimulatedRequest(number, traced) for number, traced in enumerate(trace.requests)]
         self.outcome = Outcome(setting, requests, self.workers, network)
 
@@ -132,21 +136,12 @@ class Simulation:
         self._admission.end(turn, num_tokens, self._agenda.now)
 
     def _place(self, request: SimulatedRequest) -> None:
-        now = self._agenda.now
-        route = self._beyond(request) or self._routing.choose(request, now)
+        route = self._beyond(request) or self._routing.place(request)
         if isinstance(route, str):
             return self._refuse(request, route)
         request.server, request.prefill, request.source = route.server, route.prefill, route.source
-        request.placed_at, request.num_expected_cached, request.estimate_s = now, route.num_expected_cached, route.estimate_s
-        self._routing.count(request, (), self._load(request))
+        request.placed_at, request.estimate_s = self._agenda.now, route.estimate_s
         return self._begin(request, route)
-
-    def _load(self, request: SimulatedRequest) -> tuple[int, ...]:
-        """Where the router counts it: at the server until it ends, at the prefill worker until its first token."""
-        if request.server is None or request.ended_at is not None:
-            return ()
-        waits = request.prefill is not None and request.first_at is None
-        return (request.server, request.prefill) if waits and request.prefill is not None else (request.server,)
 
     def _beyond(self, request: SimulatedRequest) -> str:
         """Why no pool could ever hold it, if so."""
@@ -226,13 +221,11 @@ class Simulation:
             self._admit()
 
     def _note_first(self, request: SimulatedRequest) -> None:
-        before = self._load(request)
         request.first_at = self._agenda.now
         self._admission.begin(self._turn_of[request])
-        self._routing.count(request, before, self._load(request))
+        self._routing.note_first(request)
 
     def _note_end(self, request: SimulatedRequest) -> None:
-        before = self._load(request)
         request.ended_at = self._agenda.now
-        self._routing.count(request, before, ())
+        self._routing.note_end(request)
         self._leave(request, request.traced.answer_len)
