@@ -177,6 +177,7 @@ class Registration:
             host=socket.gethostname(),
             device=parts.settings.device,
             num_slots=parts.num_slots,
+            takes_output=True,
         )
 
     def _make_lease(self, router_incarnation: str) -> Lease:

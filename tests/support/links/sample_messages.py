@@ -9,7 +9,7 @@ from disagg.transceiver.wire.messages import router as r
 from disagg.transceiver.wire.messages import values as v
 from disagg.transceiver.wire.messages.digests import GroupDigests
 from disagg.transceiver.wire.messages.prompt_logprobs import PromptLogprobs
-from disagg.transceiver.wire.messages.tokens import StepTokens, TokenCredit, Tokens
+from disagg.transceiver.wire.messages.tokens import ChoiceOutput, StepTokens, TokenCredit, Tokens
 
 ID = "00112233445566778899aabbccddeeff"
 HEADER = p.Header("prefill", "decode", ID, 2, 41)
@@ -71,7 +71,18 @@ SAMPLES = (
         (4,),
         (r.LinkStatus(ID, "prefill-0", "shm", "ready", 9.5, "fine"),),
     ),
-    r.Dispatch(ID, 2, "request", "decode", (1, 2, 300), SAMPLING, 600.0, TARGET, b"ticket"),
+    r.Dispatch(
+        ID,
+        2,
+        "request",
+        "serve",
+        (1, 2, 300),
+        SAMPLING,
+        600.0,
+        TARGET,
+        b"ticket",
+        output=(ChoiceOutput(0, (7, 8)), ChoiceOutput(1, ())),
+    ),
     StepTokens.of((Tokens(ID, 2, 0, (5, 6), (LOGPROBS, LOGPROBS), 32, 1), Tokens(ID[::-1], 1, 7, (8,)))),
     TokenCredit(48),
     r.PromptScores(ID, 2, SCORES),
