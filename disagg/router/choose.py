@@ -75,7 +75,7 @@ class Fleet:
         return frozenset(
             w.incarnation
             for w in self.workers
-            if not w.register.takes_output or (kv is not None and kv_format(w.register.geometry) != kv)
+            if not w.goes_on or (kv is not None and kv_format(w.register.geometry) != kv)
         )
 
     def prefill_for(self, decode: str, exclude: frozenset[str]) -> PeerTarget | None:

@@ -39,6 +39,7 @@ from disagg.transceiver.wire.messages.router import (
     TransferFailure,
 )
 from disagg.transceiver.wire.messages.tokens import ChoiceOutput, Tokens
+from disagg.transceiver.wire.purposes import SENDS
 
 ID = "t" * 32
 SCORES = PromptLogprobs(1, bytes(16), b"\1\0\0\0" * 4)
@@ -400,10 +401,10 @@ def test_the_output_of_a_dispatch_is_what_it_may_be() -> None:
 # --- equal formats ------------------------------------------------------------------------------------------
 
 
-def worker(name: str, role: str, kv_dtype: str = "float32", *, takes_output: bool = True) -> Worker:
+def worker(name: str, role: str, kv_dtype: str = "float32", *, is_old: bool = False) -> Worker:
     slot_nbytes = tuple(nbytes * {"float32": 4, "float16": 2}[kv_dtype] // 4 for nbytes in GEOMETRY.slot_nbytes)
     geometry = replace(GEOMETRY, kv_dtype=kv_dtype, slot_nbytes=slot_nbytes)
-    register = replace(make_register(name, role, geometry=geometry), takes_output=takes_output)
+    register = make_register(name, role, geometry=geometry, sends=None if is_old else SENDS[role])
     return Worker(register, make_lease(name, links=("p0", "p1")), 0.0)
 
 
@@ -449,7 +450,7 @@ def test_a_history_of_two_formats_is_never_exact_again() -> None:
 
 def test_a_worker_of_an_older_release_is_not_asked_to_go_on() -> None:
     attempts, live = routed(worker("p0", "prefill"), worker("d0", "decode"))
-    live.append(worker("d1", "decode", takes_output=False))
+    live.append(worker("d1", "decode", is_old=True))
     say(attempts, "d0", tokens(0, 5))
     assert lose_live(attempts, live, "d0") == {}
     assert attempts.record.state == "failed"
