@@ -25,12 +25,19 @@ class Placing:
         """Requests placed per incarnation and not seen end."""
         self._registry, self._max_queued = registry, max_queued
         self._orders: dict[str, LoadOrder] = {}
+        self._unfit: dict[KvFormat | None, frozenset[str]] = {}
+        """As long as no worker comes or goes: the answers of one that died ask all at once."""
         self._turn = 0
 
     def add(self, worker: Worker) -> None:
+        self._unfit.clear()
+        self._put_in_order(worker)
+
+    def _put_in_order(self, worker: Worker) -> None:
         self._orders.setdefault(worker.role, LoadOrder()).place(worker, self.load[worker.incarnation])
 
     def remove(self, incarnation: str) -> None:
+        self._unfit.clear()
         for order in self._orders.values():
             order.remove(incarnation)
 
@@ -40,13 +47,13 @@ class Placing:
         self.load.update(after)
         for incarnation in {*before, *after}:
             if (worker := self._registry.get(incarnation)) is not None:
-                self.add(worker)
+                self._put_in_order(worker)
             if not self.load[incarnation]:
                 del self.load[incarnation]
 
     def at(self, now: float) -> PlacingAt:
         self._turn += 1
-        return PlacingAt(self._orders, self._fleet(now), self.load, now, self._max_queued)
+        return PlacingAt(self._orders, self._fleet(now), self.load, now, self._max_queued, self._unfit)
 
     def _fleet(self, now: float) -> Fleet:
         return Fleet(self._registry, now, self.load, self._turn, self._max_queued)
@@ -61,9 +68,16 @@ class PlacingAt:
     """Answers as `Fleet` does, at one moment: a placement of the same cost."""
 
     def __init__(
-        self, orders: Mapping[str, LoadOrder], fleet: Fleet, load: Mapping[str, int], now: float, max_queued: int
+        self,
+        orders: Mapping[str, LoadOrder],
+        fleet: Fleet,
+        load: Mapping[str, int],
+        now: float,
+        max_queued: int,
+        unfit: dict[KvFormat | None, frozenset[str]],
     ) -> None:
         self._orders, self._fleet, self._load, self._now, self._max_queued = orders, fleet, load, now, max_queued
+        self._unfit = unfit
 
     def place(self, max_tokens: int, exclude: frozenset[str] = frozenset()) -> Placement | Unplaceable:
         if max_tokens > 1:
@@ -78,7 +92,9 @@ class PlacingAt:
         return self._fleet.alone(exclude)
 
     def unfit(self, kv: KvFormat | None) -> frozenset[str]:
-        return self._fleet.unfit(kv)
+        if (found := self._unfit.get(kv)) is None:
+            found = self._unfit[kv] = self._fleet.unfit(kv)
+        return found
 
     def prefill_for(self, decode: str, exclude: frozenset[str]) -> PeerTarget | None:
         return self._fleet.prefill_for(decode, exclude)
