@@ -176,6 +176,10 @@ class HttpSettings(Settings):
         "else a quarter of the cores, 8 at most]",
     )
     max_attempts: Count = Field(3, description="Attempts per request in all; 1 means no retry")
+    max_continuations: Count = Field(
+        8, description="Times that one answer goes on elsewhere when its worker is lost in the middle of it"
+    )
+    no_continue: bool = Field(False, description="End an answer with an error when its worker is lost in the middle")
     request_timeout_s: Seconds = Field(600.0, description="Seconds after which a request is given up")
     policy: Literal["prefix-aware", "least-loaded", "round-robin"] = Field(
         "prefix-aware",

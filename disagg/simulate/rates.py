@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from bisect import bisect_left
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -123,7 +123,7 @@ def rates_from_json(values: object) -> ClusterRates:
         try:
             taken[name] = Table({int(size): seconds for size, seconds in values[name].items()})
         except (KeyError, AttributeError, TypeError, ValueError) as fault:
-            raise RatesRefused(f"`{name}`: {fault}, expected an object like {{\"1\": 0.01, \"8\": 0.02}}") from fault
+            raise RatesRefused(f'`{name}`: {fault}, expected an object like {{"1": 0.01, "8": 0.02}}') from fault
     try:
         return ClusterRates(**taken)
     except (TypeError, ValueError) as fault:
