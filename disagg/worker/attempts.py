@@ -13,6 +13,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 
 from disagg.engine.commands import (
     AttemptKey,
@@ -148,6 +149,7 @@ class Attempts:
         self._peers |= {target.incarnation: target for target in change.peers}
         if self.receiving is not None:
             self.receiving.set_peers(self._peers.values())
+            self.receiving.forget_peers(change.gone)
 
     def _dispatch(self, dispatch: Dispatch, *, urgent: bool = False) -> None:
         state = RequestState(dispatch, self._pair(dispatch))
@@ -166,10 +168,16 @@ class Attempts:
             self._submit(state.to_follow.popleft())
         elif dispatch.mode == "decode":
             self._submit(Reserve(key, dispatch.prompt, sampling, state.pairing.precision, priority, output))
+            self._reach(dispatch.peer)
         elif self.sending is not None and dispatch.peer is not None:
             # First: a FETCH that came early pins it at once.
             self._submit(Prefill(key, dispatch.prompt, sampling, priority, output))
             self.sending.start(key, state.pairing.sender())
+
+    def _reach(self, peer: PeerTarget | None) -> None:
+        """A peer that no request has named before is connected while the prompt waits for room."""
+        if self.receiving is not None and peer is not None:
+            self.receiving.reach(peer)
 
     def _was_here(self, key: AttemptKey) -> bool:
         """Its transfer may still be stopping, long after the attempt was cancelled."""
@@ -265,15 +273,26 @@ class Attempts:
         self._follow(state, choice)
 
     def _start_receiving(self, state: RequestState, slots: Sequence[Sequence[tuple[int, int]]]) -> None:
-        pairing, peer = state.pairing, state.dispatch.peer
+        peer = state.dispatch.peer
         if self.receiving is None or peer is None:
             return
         state.reserved_at = time.monotonic()
         state.reserved = tuple(tuple(slot for _, slot in pairs) for pairs in slots)
-        transfer = pairing.receiver(self.receiving.plane_of(peer.incarnation))
-        destinations = pairing.destinations(slots)
-        state.partial_blocks = pairing.partial_blocks(destinations)
-        self.receiving.start(state.key, transfer, peer.incarnation, destinations, pairing.reserved(destinations))
+        self.receiving.reach(peer, partial(self._receive, state, peer, slots))
+
+    def _receive(self, state: RequestState, peer: PeerTarget, slots: Sequence[Sequence[tuple[int, int]]]) -> None:
+        """The link to the peer is ready, or there is none: either way the transfer's core says what follows."""
+        if self.receiving is None or self._live.get(state.key) is not state:  # cancelled while the link was made
+            return
+        try:
+            transfer = state.pairing.receiver(self.receiving.plane_of(peer.incarnation))
+            destinations = state.pairing.destinations(slots)
+            state.partial_blocks = state.pairing.partial_blocks(destinations)
+            reserved = state.pairing.reserved(destinations)
+            self.receiving.start(state.key, transfer, peer.incarnation, destinations, reserved)
+        except Exception as fault:  # which belongs to this attempt, and not to the link that has just been made
+            log.error("a transfer cannot start: %s", clipped(repr(fault)), extra=_of(state), exc_info=fault)
+            self.fail(state.key, "a fault of this worker: a transfer cannot start")
 
     def _prompt_computed(self, state: RequestState, event: PromptComputedEvent) -> None:
         key, first = event.key, event.first_token

@@ -41,6 +41,7 @@ SAMPLES: dict[str, tuple[str, object, str]] = {
     "no_continue": ("true", True, "false"),
     "request_timeout_s": ("2.5", 2.5, "3"),
     "max_queued": ("7", 7, "8"),
+    "connect": ("lazy", "lazy", "eager"),
     "admin_port": ("8125", 8125, "8126"),
     "control_host": ("127.0.0.4", "127.0.0.4", "127.0.0.5"),
     "control_port": ("8127", 8127, "8128"),

@@ -9,7 +9,8 @@ from dataclasses import replace
 import pytest
 from support.cluster.fake_worker import FakeWorker, Rejected
 from support.cluster.router_harness import GEOMETRY, IDENTITY, make_request
-from support.cluster.router_stage import KEYS, collect, run, stage, until
+from support.cluster.router_stage import KEYS, collect, run, stage
+from support.event_loop import until
 
 from disagg.router.generation import GenerationEnd, GenerationError, TokenChunk
 from disagg.transceiver.wire.messages.router import (

@@ -108,6 +108,8 @@ class NoTransfers(set[AttemptKey]):
 
     def feed(self, *given: object) -> None: ...
 
+    def reach(self, *given: object) -> None: ...
+
 
 class Worker:
     """Attempts with what they told the engine and the router."""
