@@ -118,7 +118,8 @@ class RoutedRequest:
         """What workers still have to do for it: the server, and the prefill worker until it emits a token."""
         if self.is_over or self.placement is None:
             return ()
-        return shares_of(self.placement, len(self.request.prompt), self._answers.count, has_begun=self._has_spoken)
+        num_known = len(self.request.prompt) + self._num_before
+        return shares_of(self.placement, num_known, self._answers.count, has_begun=self._has_spoken)
 
     @property
     def num_tokens(self) -> int:
