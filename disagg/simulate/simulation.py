@@ -62,7 +62,9 @@ class Simulation:
         network = Network(len(roles), self._rates.link_bytes_per_s, self._rates.link_latency_s)
         self._ground = Ground(self._agenda, cores, network, self._rates, KvGeometry(kind.layout, trace.block_size))
         self._front = FrontEnd(cores)
-        self._token_cpu_s = self._rates.token_cpu_s if setting.num_cores else 0.0
+        shares = setting.num_cores is not None
+        self._message_cpu_s = self._rates.message_cpu_s if shares else 0.0
+        self._token_cpu_s = self._rates.token_cpu_s if shares else 0.0
         self.workers = [self._worker(number, role) for number, role in enumerate(roles)]
         self._admission = Admission({}, max_queued=setting.max_queued)
         self._room = AHEAD_PER_SERVER * sum(role != "prefill" for role in roles)
@@ -190,12 +192,13 @@ class Simulation:
             self._note_first(answer.request)
             self._admit()
 
-        self._front.do(self._token_cpu_s, deliver)
+        self._front.do(self._message_cpu_s + self._token_cpu_s, deliver)
 
     # --- tokens ---------------------------------------------------------------------------------------------
 
     def _steps_done(self, steps: StepsDone) -> None:
-        work_s = steps.num_tokens * self._token_cpu_s
+        num_tokens = steps.num_tokens
+        work_s = num_tokens * self._token_cpu_s + (steps.count * self._message_cpu_s if num_tokens else 0.0)
         self._front.do(work_s, lambda: self._deliver(steps))
 
     def _deliver(self, steps: StepsDone) -> None:
