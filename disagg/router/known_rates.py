@@ -14,6 +14,7 @@ from disagg.router.workload import Workload
 from disagg.transceiver.layout.strides import ELEMENT_NBYTES
 from disagg.transceiver.wire.messages.rates import MeasuredRates
 from disagg.transceiver.wire.messages.values import Geometry
+from disagg.transceiver.wire.purposes import HANDOFF, PREFIX, shared
 
 FIRST_GUESS: Final = MeasuredRates(2000.0, 0.01, ((1, 0.02),))
 """Of a worker of which nothing is known, nor of another on such a device: as all are given it, it decides nothing."""
@@ -101,10 +102,10 @@ class KnownLinks:
         report = ends[1].link_reports.get(source)
         if report is None or report.state != "ready" or traits_difference(ends[0].traits, ends[1].traits) is not None:
             return None
-        gb_per_s = report.gb_per_s if report.gb_per_s > 0 else LINK_GUESS_GB_PER_S
-        return LinkRate(
-            min(max(gb_per_s, MIN_RATE), MAX_RATE), min(max(report.latency_s, 0.0), MAX_SECONDS), fetches=False
-        )
+        gb_per_s = min(max(report.gb_per_s, MIN_RATE), MAX_RATE) if report.gb_per_s > 0 else LINK_GUESS_GB_PER_S
+        latency_s = min(max(report.latency_s, 0.0), MAX_SECONDS)
+        purposes = shared(ends[0].sends, ends[1].receives)
+        return LinkRate(gb_per_s, latency_s, hands_over=HANDOFF in purposes, fetches=PREFIX in purposes)
 
 
 def kv_shape_of(geometry: Geometry) -> KvShape:

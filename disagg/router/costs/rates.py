@@ -57,11 +57,12 @@ class Rates:
 class LinkRate:
     """What moves KV from one worker to another. `latency_s`: of a transfer, whatever its size.
 
-    `fetches`: both ends serve transfers of the purpose `prefix` to each other.
+    `hands_over`, `fetches`: whether both ends serve transfers of the purposes `handoff` and `prefix`.
     """
 
     gb_per_s: float
     latency_s: float = 0.0
+    hands_over: bool = True
     fetches: bool = True
 
     def __post_init__(self) -> None:

@@ -177,7 +177,7 @@ def _start(
 def _handoff(ask: Ask, source: Candidate, sink: Candidate, links: Links) -> Landing | None:
     """Where `sink` decodes what `source` computed; None without a link."""
     link = links(source.name, sink.name) if source is not sink else None
-    if link is None:
+    if link is None or not link.hands_over:
         return None
     nbytes = source.kv.moved_nbytes(ask.num_tokens, source.kv.usable(ask.num_tokens, ask.held.get(sink.name, 0)))
     return Landing(sink, _decode_s(ask, sink), nbytes, link.seconds(nbytes))
