@@ -1,12 +1,12 @@
 """Predictions of `disagg simulate` beside runs of real systems on this machine, and how long the simulator takes.
 
-    .venv/bin/python benchmarks/simulate.py [--requests 60] [--rate 3] [--rates FILE] [--rounds 3] [--fleets 1p1d 2p2d 4b]
+    .venv/bin/python benchmarks/simulate.py [--requests 60] [--rate 3] [--rates FILE] [--rounds 3] [--fleets 1p1d ...]
     .venv/bin/python benchmarks/simulate.py --speed
 
 Rates come first, measured with one request at a time and with four (`disagg bench rates --threads 1`), or from a file.
-Then each fleet of the bundled model's workers, one CPU thread each, gets one trace of chats at its times from a client in
-this process, in turns; the simulator gets the same trace, rates, policy and cores. A row holds what was measured in the
-median of the rounds, what was predicted, and the difference. Wall times say something on an idle machine alone.
+Then each fleet of the bundled model's workers, one CPU thread each, gets one trace of chats at its times from a client
+in this process, in turns; the simulator gets the same trace, rates, policy and cores. A row holds what was measured in
+the median of the rounds, what was predicted, and the difference. Wall times say something on an idle machine alone.
 
 `--speed` simulates 100,000 requests on 1,000 workers under each policy and prints the CPU time that takes.
 """
@@ -29,6 +29,7 @@ from disagg.bench.play import PlannedRequest, PlayedRequest, play
 from disagg.bench.rates import measure_rates
 from disagg.bench.running import running_system
 from disagg.cli.simulate import kind_of
+from disagg.config.load import load
 from disagg.config.resources import num_cores
 from disagg.config.settings import RatesSettings, SimulateSettings
 from disagg.simulate.figures import Objectives, figures, ttft_of
@@ -113,12 +114,12 @@ async def run_real(fleet: FleetShape, trace: Trace, settings: RatesSettings, see
 
 def setting_of(fleet: FleetShape, rates: ClusterRates, cores: int) -> Setting:
     workers = len(fleet.roles)
-    kind = kind_of(SimulateSettings(kv_cache_memory=f"{256 // workers}MiB", max_num_seqs=16))
+    kind = kind_of(load(SimulateSettings, {"kv_cache_memory": f"{256 // workers}MiB", "max_num_seqs": 16}, {}))
     return Setting(fleet, kind, rates, POLICY, cores)
 
 
 def compare(options: argparse.Namespace) -> None:
-    settings = RatesSettings(threads=1, max_num_seqs=16)
+    settings = load(RatesSettings, {"threads": 1, "max_num_seqs": 16}, {})
     rates = read_rates(options.rates) if options.rates else measure_rates(settings)
     trace, fleets = trace_of(options), [parse_fleet(text) for text in options.fleets]
     rounds: dict[str, list[dict[str, float]]] = {str(fleet): [] for fleet in fleets}
@@ -137,7 +138,8 @@ def compare(options: argparse.Namespace) -> None:
 def _print_rows(fleet: str, rounds: Sequence[dict[str, float]], guess: dict[str, float]) -> None:
     for name in ROWS:
         all_rounds = [one[name] for one in rounds]
-        true, scale, unit = statistics.median(all_rounds), *((100, "%") if name == "hits" else (1e3, "ms"))
+        true = statistics.median(all_rounds)
+        scale, unit = (100.0, "%") if name == "hits" else (1e3, "ms")
         off = guess[name] / true - 1 if true else 0.0
         spread = f"{min(all_rounds) * scale:.1f} to {max(all_rounds) * scale:.1f}"
         verdict = "" if abs(off) <= WITHIN else "miss"
@@ -151,7 +153,7 @@ def speed(options: argparse.Namespace) -> None:
     """A large model's workers, chats in blocks of 512 tokens as Mooncake's traces have them."""
     rates = ClusterRates(Table({512: 0.03, 8192: 0.4}), Table({1: 0.01, 64: 0.02}), 25e9, 0.001, request_cpu_s=0.001)
     trace = generate_trace("chat", TraceShape(options.requests, 1000.0, prompt=4096, answer=200, block_size=512))
-    kind = kind_of(SimulateSettings(kv_cache_memory="8GiB"))
+    kind = kind_of(load(SimulateSettings, {"kv_cache_memory": "8GiB"}, {}))
     kind = replace(kind, max_model_len=1 << 20, num_slots=(40000, 120000)[: kind.layout.num_pools])
     print(circumstances())
     print("| policy | requests | workers | CPU s | events | hits |\n|---|---|---|---|---|---|")

@@ -75,7 +75,9 @@ def measure_rates(settings: RatesSettings) -> ClusterRates:
 
 def worker_settings(settings: RatesSettings) -> WorkerSettings:
     """Of a worker that keeps no prefixes: prompts are computed whole."""
-    shared = {name: getattr(settings, name) for name in RatesSettings.model_fields if name in WorkerSettings.model_fields}
+    shared = {
+        name: getattr(settings, name) for name in RatesSettings.model_fields if name in WorkerSettings.model_fields
+    }
     return WorkerSettings(**shared | {"enable_prefix_caching": False, "insecure": True})
 
 
@@ -112,7 +114,7 @@ class EngineClock:
         """Seconds of a step by the prompt tokens in it, up to a worker's whole step."""
         most = min(self._settings.max_num_batched_tokens, self._max_model_len - 1)
         sizes = sorted({most, *_doubling(min(SMALLEST, most), most, factor=4)})
-        return Table({size: self._median(lambda size=size: self._prompt(size)) for size in sizes})
+        return Table({size: self._prompts(size) for size in sizes})
 
     def decode(self) -> Table:
         """Seconds of a step by the answers in it, each behind a prompt of `context` tokens."""
@@ -124,9 +126,10 @@ class EngineClock:
         """A quarter of what a sequence may have, but no more than some pages."""
         return max(1, min(self._max_model_len // 4, 512))
 
-    def _median(self, measure: Callable[[], float]) -> float:
-        measure()  # the first of a size allocates what the next ones reuse
-        return statistics.median(measure() for _ in range(self._settings.rounds))
+    def _prompts(self, size: int) -> float:
+        """The median of some prompts of so many tokens."""
+        self._prompt(size)  # the first of a size allocates what the next ones reuse
+        return statistics.median(self._prompt(size) for _ in range(self._settings.rounds))
 
     def _prompt(self, size: int) -> float:
         self._serve(size, 1)
@@ -149,7 +152,7 @@ class EngineClock:
         self._engine.handle(Serve(key, prompt, Sampling(max_tokens=num_tokens, temperature=0.0, ignore_eos=True)))
         return key
 
-    def _until(self, kind: type, count: int) -> Iterator[float]:
+    def _until(self, kind: type[FinishedEvent | TokensEvent], count: int) -> Iterator[float]:
         """Steps until so many different attempts have said such an event; their seconds."""
         heard: set[AttemptKey] = set()
         while len(heard) < count:

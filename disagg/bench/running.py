@@ -18,7 +18,15 @@ from disagg.config.settings import EngineSettings, RatesSettings
 START_S: Final = 180.0
 """Loading a model takes seconds for each GB, on a busy machine minutes."""
 STOP_S: Final = 30.0
-TOLD: Final = ("model", "dtype", "kv_cache_dtype", "block_size", "max_model_len", "max_num_seqs", "max_num_batched_tokens")
+TOLD: Final = (
+    "model",
+    "dtype",
+    "kv_cache_dtype",
+    "block_size",
+    "max_model_len",
+    "max_num_seqs",
+    "max_num_batched_tokens",
+)
 
 
 @dataclass(frozen=True, slots=True)

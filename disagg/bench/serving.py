@@ -95,8 +95,8 @@ async def _cost(system: RunningSystem, num_tokens: int, at_once: int, idle: Mapp
     passed = time.monotonic() - begun
     used = {name: (s - before[name] - idle[name] * passed) / REQUESTS for name, s in _used(system).items()}
     front = sum(seconds for name, seconds in used.items() if not name.startswith(("prefill", "decode")))
-    by_role = (sum(s for name, s in used.items() if name.startswith(role)) for role in ("prefill", "decode"))
-    return LoadCosts(*by_role, front)
+    prefill, decode = (sum(s for name, s in used.items() if name.startswith(role)) for role in ("prefill", "decode"))
+    return LoadCosts(prefill, decode, front)
 
 
 async def _load(system: RunningSystem, num_tokens: int, at_once: int) -> None:

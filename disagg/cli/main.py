@@ -16,7 +16,15 @@ from disagg.cli.output import forgive_output, lost_result, open_closed_descripto
 from disagg.cli.process import INTERRUPTED, USER_ERROR, run_router, run_worker
 from disagg.cli.surroundings import leave_deleted_folder, name_temporary_folder
 from disagg.config.errors import ConfigError
-from disagg.config.settings import DemoSettings, PlanSettings, Role, RouterSettings, SimulateSettings, UpSettings, WorkerSettings
+from disagg.config.settings import (
+    DemoSettings,
+    PlanSettings,
+    Role,
+    RouterSettings,
+    SimulateSettings,
+    UpSettings,
+    WorkerSettings,
+)
 from disagg.config.signals import raise_on_interrupt
 
 app = typer.Typer(

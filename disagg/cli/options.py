@@ -55,9 +55,7 @@ def command(
     run.__annotations__ = annotations
     run.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
         [
-            inspect.Parameter(
-                n, inspect.Parameter.KEYWORD_ONLY, default=... if n in arguments else None, annotation=a
-            )
+            inspect.Parameter(n, inspect.Parameter.KEYWORD_ONLY, default=... if n in arguments else None, annotation=a)
             for n, a in annotations.items()
         ]
     )

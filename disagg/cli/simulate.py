@@ -51,7 +51,12 @@ def simulate(settings: SimulateSettings, trace: str, *, json: bool | None) -> in
         _plot(found, settings.plots)
     objectives = asdict(given[2])
     if json:
-        about = {"trace": trace, "num_requests": len(played.requests), "speed": settings.speed, "objectives": objectives}
+        about = {
+            "trace": trace,
+            "num_requests": len(played.requests),
+            "speed": settings.speed,
+            "objectives": objectives,
+        }
         sys.stdout.write(dumps(json_of(found, about)) + "\n")
     else:
         _print_table(found, given[2])

@@ -1,7 +1,7 @@
 """How fast workers, links and the front end are: measured by `disagg bench rates`, or written by hand.
 
-Tables give seconds for some sizes; between two sizes a line is drawn, beyond the last the last line goes on. A step with
-both answers and prompt tokens takes the sum of both, less what a step costs without any token, which is paid once.
+Tables give seconds for some sizes; between two sizes a line is drawn, beyond the last the last line goes on. A step
+with both answers and prompt tokens takes the sum of both, less what a step costs without any token, which is paid once.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from bisect import bisect_left
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -60,8 +60,8 @@ class ClusterRates:
 
     `decode_step_s`: one step by answers in it. `prefill_step_s`: one step by prompt tokens in it. `step_cpu_s`: what a
     worker does beside the model for each step, `handoff_cpu_s` for each transfer at each end. `request_cpu_s`,
-    `message_cpu_s`, `token_cpu_s`: what the front end (router, API, client) does for each request, each step of a worker
-    and each token of it; it is one process.
+    `message_cpu_s`, `token_cpu_s`: what the front end (router, API, client) does for each request, each step of a
+    worker and each token of it; it is one process.
     `link_bytes_per_s`, `link_latency_s`: of a worker's link in each direction, for one transfer.
     """
 
@@ -125,7 +125,7 @@ def rates_from_json(values: object) -> ClusterRates:
         try:
             taken[name] = Table({int(size): seconds for size, seconds in values[name].items()})
         except (KeyError, AttributeError, TypeError, ValueError) as fault:
-            raise RatesRefused(f"`{name}`: {fault}, expected an object like {{\"1\": 0.01, \"8\": 0.02}}") from fault
+            raise RatesRefused(f'`{name}`: {fault}, expected an object like {{"1": 0.01, "8": 0.02}}') from fault
     try:
         return ClusterRates(**taken)
     except (TypeError, ValueError) as fault:

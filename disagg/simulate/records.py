@@ -46,11 +46,13 @@ def records_of(workers: Sequence[SimulatedWorker], ground: Ground) -> Registry:
         )
     rates, per_s = ground.rates, ground.rates.link_bytes_per_s / 1e9
     latency_s = rates.link_latency_s + 2 * rates.handoff_cpu_s
-    links = {w.incarnation: LinkStatus(w.incarnation, w.worker_id, "shm", "ready", per_s, "", latency_s) for w in registry}
+    links = {
+        w.incarnation: LinkStatus(w.incarnation, w.worker_id, "shm", "ready", per_s, "", latency_s) for w in registry
+    }
     measured = MeasuredRates(rates.prefill_tokens_per_s, rates.empty_step_s, rates.decode_step_s.points)
-    for worker in registry:
-        worker.heard_at, worker.link_reports = math.inf, links
-        worker.lease = Lease(worker.incarnation, "", rates=measured)
+    for record in registry:
+        record.heard_at, record.link_reports = math.inf, links
+        record.lease = Lease(record.incarnation, "", rates=measured)
     return registry
 
 

@@ -95,9 +95,7 @@ class Simulation:
         store = BlockStore(self.ground.geometry, kind.num_slots, reuses=kind.reuses_prefixes)
         most_steps = 1 if self._token_cpu_s else MOST_STEPS  # tokens take cores that the next step needs
         cores, done = self.ground.cores, self._steps_done
-        return SimulatedWorker(
-            number, role, self._agenda, cores, self._rates, store, kind, done, most_steps=most_steps
-        )
+        return SimulatedWorker(number, role, self._agenda, cores, self._rates, store, kind, done, most_steps=most_steps)
 
     # --- the router -----------------------------------------------------------------------------------------
 

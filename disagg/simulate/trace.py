@@ -39,7 +39,9 @@ class TracedRequest:
         if not 0 <= self.arrival_s < float("inf"):
             raise ValueError(f"arrival {self.arrival_s}, expected seconds from 0 on")
         if self.prompt_len < 1 or self.answer_len < 1:
-            raise ValueError(f"{self.prompt_len} prompt and {self.answer_len} answer tokens, expected 1 or more of each")
+            raise ValueError(
+                f"{self.prompt_len} prompt and {self.answer_len} answer tokens, expected 1 or more of each"
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +102,8 @@ def read_trace(path: Path, *, most: int | None = None) -> Trace:
 
 def parse_trace(lines: Iterable[str], *, most: int | None = None) -> Trace:
     """The trace of these lines. Raises TraceRefused."""
-    block_size, requests, names = MOONCAKE_BLOCK, [], _Names()
+    block_size, names = MOONCAKE_BLOCK, _Names()
+    requests: list[TracedRequest] = []
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue

@@ -216,7 +216,9 @@ def _journal(outcome: Outcome) -> list[tuple[object, ...]]:
 
 @pytest.mark.parametrize("policy", NAMES)
 @pytest.mark.parametrize("fleet", ["2p3d", "3b"])
-def test_requests_are_placed_as_the_router_places_them(policy: str, fleet: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_requests_are_placed_as_the_router_places_them(
+    policy: str, fleet: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The moments of a run are told to real requests of a real router's placing, which must choose the same."""
     monkeypatch.setattr("disagg.simulate.routing.PrefixRouting", Routing)  # the router itself asks no index yet
     trace = Trace(16, tuple(replace(r, answer_len=max(2, r.answer_len)) for r in chats().requests))
@@ -226,7 +228,7 @@ def test_requests_are_placed_as_the_router_places_them(policy: str, fleet: str, 
     for moment, what, request in sorted(_moments(outcome.requests), key=lambda one: one[0]):
         getattr(replay, what)(request, moment)
     assert replay.chosen == {r.number: (r.server, r.prefill) for r in outcome.requests}
-    assert len({route for route in replay.chosen.values()}) > 2
+    assert len(set(replay.chosen.values())) > 2
 
 
 def records_placing(simulation: Simulation, policy: str) -> Placing:
@@ -295,7 +297,7 @@ class Replay:
 
 
 def test_figures_of_a_small_trace_are_those_that_were_kept() -> None:
-    """`golden_chat.json` holds them; a change of the router's choices or of the model of workers changes it on purpose."""
+    """In `golden_chat.json`: a change of the router's choices, or of how workers work, changes it on purpose."""
     found = [figures(run(chats(), fleet, policy), Objectives()) for fleet in ("1p1d", "2b") for policy in NAMES]
     told = [_rounded(one.as_json()) for one in found]
     assert told == json.loads(GOLDEN.read_text())

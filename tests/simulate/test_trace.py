@@ -9,7 +9,15 @@ from pathlib import Path
 import pytest
 
 from disagg.simulate.generate import KINDS, TraceShape, generate_trace
-from disagg.simulate.trace import MOONCAKE_BLOCK, Trace, TracedRequest, TraceRefused, parse_trace, read_trace, trace_lines
+from disagg.simulate.trace import (
+    MOONCAKE_BLOCK,
+    Trace,
+    TracedRequest,
+    TraceRefused,
+    parse_trace,
+    read_trace,
+    trace_lines,
+)
 
 
 def test_our_lines_are_read_with_names_as_numbers_and_in_order_of_arrival() -> None:
@@ -70,7 +78,9 @@ def test_a_made_up_trace_is_the_same_for_a_seed_and_survives_being_written(kind:
     path = tmp_path / "trace.jsonl"
     path.write_text("".join(trace_lines(trace)))
     again = read_trace(path)
-    assert [(r.prompt_len, r.answer_len) for r in again.requests] == [(r.prompt_len, r.answer_len) for r in trace.requests]
+    assert [(r.prompt_len, r.answer_len) for r in again.requests] == [
+        (r.prompt_len, r.answer_len) for r in trace.requests
+    ]
     assert _sharing(again) == _sharing(trace)
     assert len(read_trace(path, most=3).requests) == 3
 
