@@ -9,7 +9,7 @@ are batched with tables padded by the NULL slot, in buckets of similar length; l
 queries, so that a windowed layer touches only the keys near a tile and a mask stays small.
 
 Where the compiled helper is loaded and serves the types, decode queries and writes go there (`native_attention`),
-which needs neither row numbers nor buckets.
+which needs neither row numbers nor buckets, and so does the fused step before attention (`native_layers`).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import numpy.typing as npt
 import torch
 from torch.nn import functional
 
-from disagg.kernels import native_attention
+from disagg.kernels import native_attention, native_layers
 from disagg.kernels.batch import NULL_SLOT, PagedBatch, QueryRun
 from disagg.kernels.qkv import HeadNorms, Rotary
 from disagg.kernels.scales import KVScales, dequantise, quantise, raw
@@ -292,6 +292,9 @@ def preprocess_qkv(
     scales: KVScales | None,
 ) -> torch.Tensor:
     num_kv_heads, head_dim = pool.shape[2], pool.shape[4]
+    if scales is None and isinstance(plan, Plan) and native_layers.serves_qkv(qkv, pool):
+        at = plan.writes.rows * head_dim
+        return native_layers.preprocess_qkv(qkv, pool, at, num_heads, bias, norms, angles)
     x = (qkv.float() if bias is None else qkv.float() + bias.float()).view(len(qkv), -1, head_dim)
     parts = list(torch.split(x, [num_heads, num_kv_heads, num_kv_heads], dim=1))
     if norms is not None:
