@@ -31,8 +31,8 @@ MIN_NBYTES_PER_THREAD: Final = 4 << 20
 """K and V that a thread must have to read before it is woken: at 16 GB/s 250 µs, several times what waking it takes."""
 
 
-class Layout(ctypes.Structure):
-    """`Layout` of native_attention.c."""
+class AttentionLayout(ctypes.Structure):
+    """The struct Layout of native_parts.h."""
 
     _fields_ = (
         *((name, ctypes.c_int64) for name in ("num_kv_heads", "queries_per_head", "head_dim", "block_size")),
@@ -48,7 +48,7 @@ def _functions() -> ctypes.CDLL | None:
     if library is None:
         return None
     array, number = ctypes.c_void_p, ctypes.c_int64
-    library.disagg_decode_rows.argtypes = (ctypes.POINTER(Layout), number, number, *(array,) * 6)
+    library.disagg_decode_rows.argtypes = (ctypes.POINTER(AttentionLayout), number, number, *(array,) * 6)
     library.disagg_decode_rows.restype = number
     library.disagg_write_rows.argtypes = (number, array, array, number, number, *(array,) * 3, number, number)
     library.disagg_write_rows.restype = None
@@ -153,10 +153,10 @@ def attend(
 
 def layout_of(
     pool: torch.Tensor, num_heads: int, query_strides: Sequence[int], scale: float, softcap: float | None
-) -> Layout:
+) -> AttentionLayout:
     """`query_strides`: numbers between queries, and between the heads of one."""
     num_slots, _, num_kv_heads, block_size, head_dim = pool.shape
-    return Layout(
+    return AttentionLayout(
         *(num_kv_heads, num_heads // num_kv_heads, head_dim, block_size, num_slots),
         *pool.stride()[:3],
         *query_strides,
@@ -166,7 +166,7 @@ def layout_of(
     )
 
 
-def _run(decodes: DecodeRows, layout: Layout, pointers: tuple[int | None, ...]) -> None:
+def _run(decodes: DecodeRows, layout: AttentionLayout, pointers: tuple[int | None, ...]) -> None:
     assert _library is not None
     function, address = _library.disagg_decode_rows, ctypes.byref(layout)
     others = [executor().submit(function, address, *cut, *pointers) for cut in decodes.cuts[1:]]

@@ -12,7 +12,7 @@ import torch
 
 from disagg.kernels import native
 from disagg.kernels.dispatch import CALLS
-from disagg.kernels.native_attention import DecodeRows, Layout, layout_of
+from disagg.kernels.native_attention import AttentionLayout, DecodeRows, layout_of
 from disagg.kernels.native_layers import Projection, projection_of
 from disagg.kernels.native_matmul import PackedWeight
 from disagg.kernels.qkv import HeadNorms, Rotary
@@ -21,20 +21,20 @@ DECODER: Final = "native:decode_layer"
 
 
 class _Norm(ctypes.Structure):
-    """`Norm` of native_decoder.c."""
+    """The struct Norm of native_decoder.c."""
 
     _fields_ = (("gain", ctypes.c_void_p), ("epsilon", ctypes.c_float))
 
 
 class Decoder(ctypes.Structure):
-    """`Decoder` of native_decoder.c."""
+    """The struct Decoder of native_decoder.c."""
 
     _fields_ = (
         *((name, ctypes.c_int64) for name in ("hidden", "gated", "activation")),
         *((name, _Norm) for name in ("before_attention", "after_attention", "before_gated", "after_gated")),
         *((name, ctypes.c_void_p) for name in ("qkv", "output", "gate_up", "down")),
         ("projection", Projection),
-        ("attention", Layout),
+        ("attention", AttentionLayout),
         *((name, ctypes.c_void_p) for name in ("bias", "gains", "sinks", "pool")),
         ("pool_size", ctypes.c_int64),
     )

@@ -36,7 +36,7 @@ MIN_ELEMENTS_PER_THREAD: Final = 1 << 18
 
 
 class Projection(ctypes.Structure):
-    """`Projection` of native_layers.c."""
+    """The struct Projection of native_parts.h."""
 
     _fields_ = (
         *((name, ctypes.c_int64) for name in ("num_heads", "num_kv_heads", "head_dim", "half")),

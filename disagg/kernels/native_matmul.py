@@ -23,7 +23,7 @@ waits for up to 5 ms."""
 
 
 class _Weight(ctypes.Structure):
-    """`Weight` of native_matmul.c."""
+    """The struct Weight of native_parts.h."""
 
     _fields_ = (
         *((name, ctypes.c_int64) for name in ("depth", "num_outputs", "is_bfloat16")),

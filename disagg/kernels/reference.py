@@ -77,7 +77,13 @@ class Writes:
     rows: Int64
     num_kv_heads: int
     block_size: int
+    head_dim: int
     device: torch.device
+
+    @cached_property
+    def elements(self) -> Int64:
+        """Elements of a pool where K of kv head 0 goes, int64 `[N]`; the same for every layer of the group."""
+        return self.rows * self.head_dim
 
     @cached_property
     def index(self) -> torch.Tensor:
@@ -217,7 +223,7 @@ class _Planner:
             positions = np.arange(run.start, run.end)
             slots = self.batch.slots(run, positions // self.block_size)
             rows[at : at + run.num_queries] = slots * per_slot + positions % self.block_size
-        return Writes(rows, self.num_kv_heads, self.block_size, self.device)
+        return Writes(rows, self.num_kv_heads, self.block_size, self.pool.shape[4], self.device)
 
     def _rows(self, slots: Int64) -> torch.Tensor:
         """Rows of K, then of V, for `slots` `[..., num_blocks]`, each ordered `[..., num_kv_heads, num_blocks]`."""
@@ -293,8 +299,7 @@ def preprocess_qkv(
 ) -> torch.Tensor:
     num_kv_heads, head_dim = pool.shape[2], pool.shape[4]
     if scales is None and isinstance(plan, Plan) and native_layers.serves_qkv(qkv, pool):
-        at = plan.writes.rows * head_dim
-        return native_layers.preprocess_qkv(qkv, pool, at, num_heads, bias, norms, angles)
+        return native_layers.preprocess_qkv(qkv, pool, plan.writes.elements, num_heads, bias, norms, angles)
     x = (qkv.float() if bias is None else qkv.float() + bias.float()).view(len(qkv), -1, head_dim)
     parts = list(torch.split(x, [num_heads, num_kv_heads, num_kv_heads], dim=1))
     if norms is not None:
@@ -324,7 +329,7 @@ def _rows(pool: torch.Tensor, width: int) -> torch.Tensor:
 
 def write_kv(pool: torch.Tensor, plan: Plan, key: torch.Tensor, value: torch.Tensor, scales: KVScales | None) -> None:
     if scales is None and native_attention.can_write(pool, key, value):
-        native_attention.write(pool, plan.writes.rows * pool.shape[4], key, value)
+        native_attention.write(pool, plan.writes.elements, key, value)
         return
     both = torch.stack([key.transpose(0, 1), value.transpose(0, 1)])
     scale = None if scales is None else torch.stack([scales.key, scales.value])[:, :, None, None]

@@ -15,6 +15,7 @@ from support.model.families import FAMILIES, WINDOW, Reference, safe_prompts, sa
 from torch import nn
 
 from disagg.engine.model.cpu_layers import suit_cpu
+from disagg.engine.model.decode_loop import AngleTable, DecodeLoop
 from disagg.engine.model.decoder_layer import NativeDecoder, owner
 from disagg.engine.model.gated_layer import GatedLayer, suit_gated
 from disagg.engine.model.load import LoadedModel, load_model
@@ -71,6 +72,7 @@ def test_prompts_and_decode_steps_answer_as_transformers_does(name: str, folder:
     model, references = load_case(name, folder)
     fast = suited(model)
     assert (count(fast.module, NativeDecoder) == len(model.layers)) == (name not in IN_PARTS)
+    assert count(fast.module, DecodeLoop) == (name not in IN_PARTS)
     CALLS.clear()
     lives = answers(fast, references)
     assert (CALLS[DECODER] > 0) == (count(fast.module, NativeDecoder) > 0)
@@ -153,3 +155,30 @@ def test_a_layer_whose_parts_are_summed_otherwise_decodes_by_its_own_forward(
     fast = suited(model)
     assert count(fast.module, NativeDecoder) == 0
     assert count(fast.module, GatedLayer) == len(model.layers)
+
+
+def test_a_model_that_does_more_between_its_layers_keeps_its_own_way(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, _ = load_case("llama", folder)
+    own = type(model.module.base_model).forward
+
+    def other(self: Any, *args: Any, **options: Any) -> Any:
+        out = own(self, *args, **options)
+        out.last_hidden_state = out.last_hidden_state * 1.01
+        return out
+
+    monkeypatch.setattr(type(model.module.base_model), "forward", other)
+    fast = suited(model)
+    assert count(fast.module, DecodeLoop) == 0
+    assert count(fast.module, NativeDecoder) == len(model.layers)
+
+
+def test_a_table_of_angles_grows_and_holds_what_the_module_makes(folder: Path) -> None:
+    model, _ = load_case("gemma3", folder)
+    rotary = model.module.get_submodule("model.rotary_emb")
+    table = AngleTable(rotary, "sliding_attention", 8)
+    for positions in (torch.tensor([3, 0, 3]), torch.tensor([4096, 5]), torch.tensor([9000])):
+        found, made = table.of(positions), table.made(positions)
+        assert torch.equal(found.cos, made.cos)
+        assert torch.equal(found.sin, made.sin)

@@ -327,6 +327,6 @@ def test_the_helper_takes_float32_and_stores_nothing_outside_the_pool() -> None:
     ops.preprocess_qkv(qkv, paged.pool, paged.plan, num_heads=2, bias=bias, norms=norms, angles=angles)
     assert CALLS[native_layers.QKV] == 1
     assert not native_layers.serves_qkv(qkv.bfloat16(), paged.pool)
-    paged.plan.writes.rows[3] = 1 << 40  # type: ignore[union-attr]
+    paged.plan.writes.elements[3] = 1 << 40  # type: ignore[union-attr]
     with pytest.raises(IndexError, match="of a pool of 40"):
         ops.preprocess_qkv(qkv, paged.pool, paged.plan, num_heads=2)

@@ -12,6 +12,7 @@ import logging
 import torch
 from torch import nn
 
+from disagg.engine.model.decode_loop import suit_loop
 from disagg.engine.model.decoder_layer import owner, suit_decoder
 from disagg.engine.model.fused_qkv import FusedAttention, fuse
 from disagg.engine.model.gated_layer import gated_layers, suit_gated
@@ -36,7 +37,8 @@ def suit_cpu(model: nn.Module) -> None:
         attention.pack()
     log.info("packed the weights of %d linear layers", len(attentions) + pack_linears(model))
     if count := sum(map(suit_decoder, list(model.modules()))):
-        log.info("decode steps of %d layers are one call each", count)
+        way = "a loop of our own" if suit_loop(model) else "transformers' forward"
+        log.info("decode steps of %d layers are one call each, in %s", count, way)
 
 
 def model_dtype(model: nn.Module) -> torch.dtype:

@@ -6,6 +6,8 @@ its own forward. Steps with prompt tokens take its own forward, over the same pa
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Final, cast
 
 import numpy as np
@@ -16,12 +18,13 @@ from disagg.cache.layout import LayerSpec
 from disagg.engine.model.attention import CURRENT_STEP, LayerCall
 from disagg.engine.model.fused_qkv import TOLERANCE, FusedAttention, share
 from disagg.engine.model.gated_layer import GatedLayer
-from disagg.engine.model.native_norm import NativeNorm
+from disagg.engine.model.native_norm import NativeNorm, random_rows
 from disagg.engine.model.packed_linear import NativeLinear
 from disagg.engine.model.probe import CURRENT_PROBE
 from disagg.kernels import native_attention, ops, reference
 from disagg.kernels.batch import PagedBatch, QueryRun
 from disagg.kernels.native_decoder import Decoder, LayerNorm, LayerParts, decode_layer
+from disagg.kernels.qkv import Rotary
 from disagg.kernels.workspace import Workspace
 
 AROUND: Final = {
@@ -52,18 +55,25 @@ class NativeDecoder:
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, position_embeddings: Any = None, **options: Any) -> Any:
         """As transformers calls it: `hidden_states` `[1, num_queries, hidden]`, the same shape out."""
-        call = self._decode_call(hidden_states)
-        if call is None:
+        call = self.call_of(hidden_states.shape[1])
+        if call is None or hidden_states.dtype != torch.float32:
             own: Any = type(self._module).forward
             return own(self._module, hidden_states, *args, position_embeddings=position_embeddings, **options)
+        angles = self._attention.angles.of(position_embeddings, self.half)
+        return self.decode(hidden_states[0].contiguous(), angles, call)[None]
+
+    @property
+    def half(self) -> int:
+        """Pairs of dimensions that are rotated."""
+        return self._parts.half
+
+    def decode(self, rows: torch.Tensor, angles: Rotary, call: LayerCall) -> torch.Tensor:
+        """`rows` float32 `[n, hidden]`, contiguous, through the layer; `call` as `call_of` gives it."""
         plan = cast(reference.Plan, call.plan)
         assert plan.decodes is not None
-        at = plan.writes.rows * call.pool.shape[4]
-        angles = self._attention.angles.of(position_embeddings, self._parts.half)
-        rows = hidden_states[0].contiguous()
-        return decode_layer(self._decoder(call.pool), rows, angles, at, plan.decodes)[None]
+        return decode_layer(self._decoder(call.pool), rows, angles, plan.writes.elements, plan.decodes)
 
-    def _decode_call(self, hidden: torch.Tensor) -> LayerCall | None:
+    def call_of(self, num_queries: int) -> LayerCall | None:
         """This layer's part of the step in progress, where it is of decode rows alone and of what is served here."""
         if torch.compiler.is_compiling() or CURRENT_PROBE.get() is not None:
             return None
@@ -73,10 +83,10 @@ class NativeDecoder:
             isinstance(plan, reference.Plan)
             and plan.decodes is not None
             and not plan.runs
-            and len(plan.decodes.rows) == hidden.shape[1]
+            and len(plan.decodes.rows) == num_queries
             and call.scales is None
             and call.spec.window == self._attention.call.window
-            and hidden.dtype == pool.dtype == torch.float32
+            and pool.dtype == torch.float32
             and native_attention.serves(pool, torch.float32)
         )
         return call if is_served else None
@@ -148,17 +158,26 @@ def _wide(tensor: torch.Tensor | None) -> torch.Tensor | None:
 
 def _is_equal(decoder: NativeDecoder, module: nn.Module, attention: FusedAttention) -> bool:
     """Whether both forwards make the same of a few random rows, each the third token of a sequence of its own."""
-    call, draw, count = attention.call, torch.Generator().manual_seed(0), 3
-    spec = LayerSpec(call.layer, call.window, 0, call.num_kv_heads, call.head_dim, "float32", call.layer)
-    pool = torch.randn(count + 2, 2, call.num_kv_heads, BLOCK_SIZE, call.head_dim, generator=draw)
-    runs = tuple(QueryRun(np.array([slot], np.int32), CHECKED_START, 1) for slot in range(2, count + 2))
-    plan = ops.plan(PagedBatch(runs, BLOCK_SIZE, call.window, 0), pool, torch.float32, Workspace())
-    x = torch.randn(1, count, decoder._parts.qkv.depth, generator=draw)
-    angle = torch.rand(1, count, attention.half, generator=draw)
-    step = CURRENT_STEP.set({call.layer: LayerCall(spec, pool, plan)})
-    try:
+    x = random_rows(decoder._parts.qkv.depth)
+    angle = torch.rand(1, x.shape[1], attention.half, generator=torch.Generator().manual_seed(0))
+    with checked_step([decoder], x.shape[1]):
         own = module(x, position_embeddings=(angle.cos(), angle.sin()))
         made = decoder.forward(x, position_embeddings=(angle.cos(), angle.sin()))
+    return isinstance(own, torch.Tensor) and share(made, own) <= TOLERANCE[torch.float32]
+
+
+@contextmanager
+def checked_step(decoders: Sequence[NativeDecoder], count: int) -> Iterator[None]:
+    """Inside, a step of `count` decode rows is in progress, each at `CHECKED_START` of a sequence of random KV."""
+    calls, draw = {}, torch.Generator().manual_seed(0)
+    runs = tuple(QueryRun(np.array([slot], np.int32), CHECKED_START, 1) for slot in range(2, count + 2))
+    for call in (decoder._attention.call for decoder in decoders):
+        spec = LayerSpec(call.layer, call.window, 0, call.num_kv_heads, call.head_dim, "float32", call.layer)
+        pool = torch.randn(count + 2, 2, call.num_kv_heads, BLOCK_SIZE, call.head_dim, generator=draw)
+        plan = ops.plan(PagedBatch(runs, BLOCK_SIZE, call.window, 0), pool, torch.float32, Workspace())
+        calls[call.layer] = LayerCall(spec, pool, plan)
+    step = CURRENT_STEP.set(calls)
+    try:
+        yield
     finally:
         CURRENT_STEP.reset(step)
-    return isinstance(own, torch.Tensor) and share(made, own) <= TOLERANCE[torch.float32]

@@ -84,7 +84,7 @@ class FusedAttention:
 
     def pack(self) -> None:
         """Pack the weight, where that can be done; the module's projections become parts of one product."""
-        if not can_pack(self.weight.dtype):
+        if self.packed is not None or not can_pack(self.weight.dtype):
             return
         linear = nn.Linear(self.weight.shape[1], self.weight.shape[0], bias=False, device="meta")
         linear.weight = nn.Parameter(self.weight, requires_grad=False)
