@@ -18,6 +18,7 @@ from disagg.router.costs.ways import Ask
 from disagg.router.generation import GenerationRequest
 from disagg.router.known_rates import KnownLinks, KnownRates
 from disagg.router.load_order import LoadOrder
+from disagg.router.pairing import KvFormat
 from disagg.router.registry import Registry, Worker, WorkerState
 from disagg.router.workload import Share, Workload
 from disagg.transceiver.wire.messages.router import PeerTarget
@@ -49,13 +50,20 @@ class Placing:
         self.rates, self.links = KnownRates(), KnownLinks(registry)
         self._registry, self._max_queued = registry, max_queued
         self._orders: dict[str, LoadOrder] = {}
+        self._unfit: dict[KvFormat | None, frozenset[str]] = {}
+        """As long as no worker comes or goes: the answers of one that died ask all at once."""
         self._turn = 0
 
     def add(self, worker: Worker) -> None:
+        self._unfit.clear()
+        self._put_in_order(worker)
+
+    def _put_in_order(self, worker: Worker) -> None:
         load = 0 if self.policy.name == "round-robin" else self.load[worker.incarnation]  # each time to the end of it
         self._orders.setdefault(worker.role, LoadOrder()).place(worker, load)
 
     def remove(self, incarnation: str) -> None:
+        self._unfit.clear()
         self.rates.forget(incarnation)
         for order in self._orders.values():
             order.remove(incarnation)
@@ -68,7 +76,7 @@ class Placing:
         self.load.update(are)
         for incarnation in {*were, *are}:
             if (worker := self._registry.get(incarnation)) is not None:
-                self.add(worker)
+                self._put_in_order(worker)
             if not self.load[incarnation]:
                 del self.load[incarnation]
 
@@ -76,12 +84,17 @@ class Placing:
         """Choices at this moment; estimated ones for `request`, if the policy estimates."""
         self._turn += 1
         estimates = Estimates(self, request, self._turn) if request is not None and self.policy.weighs_all else None
-        return PlacingAt(self._orders, self._fleet(now), self.load, now, self._max_queued, estimates)
+        fleet = self._fleet(now)
+        return PlacingAt(self._orders, fleet, self.load, now, self._max_queued, self._unfit, estimates)
 
     def target(self, incarnation: str) -> PeerTarget:
         worker = self._registry.get(incarnation)
         assert worker is not None
         return worker.target
+
+    def least_loaded(self, most: int) -> Iterator[Worker]:
+        """Up to so many of each role, in the order of their load."""
+        return (worker for order in self._orders.values() for worker in islice(order, most))
 
     def _fleet(self, now: float) -> Fleet:
         load = {} if self.policy.name == "round-robin" else self.load
@@ -125,10 +138,11 @@ class PlacingAt:
         load: Mapping[str, int],
         now: float,
         max_queued: int,
+        unfit: dict[KvFormat | None, frozenset[str]],
         estimates: Estimates | None = None,
     ) -> None:
         self._orders, self._fleet, self._load, self._now, self._max_queued = orders, fleet, load, now, max_queued
-        self._estimates = estimates
+        self._unfit, self._estimates = unfit, estimates
 
     def place(self, max_tokens: int, exclude: frozenset[str] = frozenset()) -> Placement | Unplaceable:
         if self._estimates is not None:
@@ -143,6 +157,14 @@ class PlacingAt:
             if prefill and decode and link_rank(prefill, decode) == 0:
                 return Placement(decode.target, prefill.target)
         return self._fleet.place(max_tokens, exclude)
+
+    def alone(self, exclude: frozenset[str]) -> Placement | Unplaceable:
+        return self._fleet.alone(exclude)
+
+    def unfit(self, kv: KvFormat | None) -> frozenset[str]:
+        if (found := self._unfit.get(kv)) is None:
+            found = self._unfit[kv] = self._fleet.unfit(kv)
+        return found
 
     def prefill_for(self, decode: str, exclude: frozenset[str]) -> PeerTarget | None:
         return self._fleet.prefill_for(decode, exclude)
