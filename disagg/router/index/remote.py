@@ -11,9 +11,13 @@ import contextlib
 import logging
 import sys
 from array import array
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
+
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.metrics_core import Metric
+from prometheus_client.registry import Collector
 
 from disagg.router.index.block_index import Holder
 from disagg.router.index.frames import (
@@ -44,6 +48,9 @@ that is busier than that costs a request its prefix, not its time."""
 MAX_UNREAD_NBYTES: Final = 64 << 20
 """Said and not read by the process: 30 seconds of 62,000 stored and as many dropped blocks. It is then started anew."""
 
+LOOK_S: Final = 5.0
+"""Between two looks at its figures: a third of the 15 s at which Prometheus asks by default."""
+
 BACKOFF_S: Final = (0.0, 0.5, 1.0, 2.0, 5.0)
 """Before a start, by the number of starts before it: what kills the process may do so at once."""
 
@@ -57,7 +64,7 @@ class IndexFigures:
     nbytes: int = 0
 
 
-class PrefixIndex:
+class PrefixIndex(Collector):
     """Use `async with PrefixIndex.open(...)`. All methods belong to the event loop."""
 
     def __init__(self, hash_key: bytes, ask: Callable[[str, AskBlocks], None]) -> None:
@@ -68,8 +75,7 @@ class PrefixIndex:
         self._process: asyncio.subprocess.Process | None = None
         self._questions: dict[int, asyncio.Future[list[Holder]]] = {}
         self._num_questions = 0
-        self._figures: asyncio.Future[IndexFigures] | None = None
-        self.num_starts = 0
+        self.num_starts = self.num_unanswered = 0
         self.figures = IndexFigures()
 
     @classmethod
@@ -120,18 +126,19 @@ class PrefixIndex:
             async with asyncio.timeout(ANSWER_S):
                 return {holder.incarnation: holder.num_tokens for holder in await answer}
         except TimeoutError:
+            self.num_unanswered += 1
             return {}
         finally:
             del self._questions[number]
 
-    async def look(self) -> IndexFigures:
-        """Ask the process how it stands. Raises TimeoutError when it does not answer."""
-        if self._process is not None:
-            self._figures = asyncio.get_running_loop().create_future()
-            self._say(frame(FIGURES))
-            async with asyncio.timeout(1.0):
-                self.figures = await self._figures
-        return self.figures
+    def collect(self) -> Iterator[Metric]:
+        """The process's figures as it last said them."""
+        figures = self.figures
+        yield GaugeMetricFamily("disagg_index_blocks", "Cached blocks known, of any worker", figures.num_blocks)
+        yield GaugeMetricFamily("disagg_index_bytes", "Memory of the prefix index's process", figures.nbytes)
+        yield CounterMetricFamily("disagg_index_cpu_seconds", "CPU time of the prefix index", figures.cpu_s)
+        yield CounterMetricFamily("disagg_index_starts", "Starts of the prefix index", self.num_starts)
+        yield CounterMetricFamily("disagg_index_unanswered", "Requests placed without its answer", self.num_unanswered)
 
     # --- the process ----------------------------------------------------------------------------------------
 
@@ -152,13 +159,14 @@ class PrefixIndex:
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
         )
-        self._process = process
+        self._process, looking = process, None
         try:
             if self._workers:
                 self._say(self._settings())
             for register in self._workers.values():
                 self._say_added(register)
             assert process.stdout is not None
+            looking = asyncio.create_task(self._look())
             while True:
                 kind, nbytes = HEAD.unpack(await process.stdout.readexactly(HEAD.size))
                 self._hear(kind, values_of(await process.stdout.readexactly(nbytes)))
@@ -166,10 +174,18 @@ class PrefixIndex:
             pass
         finally:
             self._process = None
+            if looking is not None:
+                looking.cancel()
             self._give_up_questions()
             with contextlib.suppress(ProcessLookupError):
                 process.kill()
             await process.wait()
+
+    async def _look(self) -> None:
+        """Ask now and then how it stands."""
+        while True:
+            self._say(frame(FIGURES))
+            await asyncio.sleep(LOOK_S)
 
     def _hear(self, kind: bytes, values: tuple[Any, ...]) -> None:
         if kind == HOLDERS:
@@ -181,8 +197,8 @@ class PrefixIndex:
             log.warning("blocks of %s were missed; it is asked for all of them", values[0])
             if values[0] in self._workers:
                 self._ask(values[0], AskBlocks(values[0]))
-        elif kind == FIGURES and self._figures is not None and not self._figures.done():
-            self._figures.set_result(IndexFigures(*values))
+        elif kind == FIGURES:
+            self.figures = IndexFigures(*values)
 
     def _give_up_questions(self) -> None:
         for answer in self._questions.values():
