@@ -42,6 +42,7 @@ from disagg.router.costs.decide import POLICIES
 from disagg.router.gate import AHEAD_PER_SERVER, Gate
 from disagg.router.generation import GenerationEnd, GenerationError, GenerationRequest, TokenChunk
 from disagg.router.going_on import MAX_CONTINUATIONS
+from disagg.router.index.remote import PrefixIndex
 from disagg.router.introductions import Connect
 from disagg.router.metrics import RouterMetrics
 from disagg.router.placing import Placing
@@ -53,9 +54,8 @@ from disagg.router.unread import Unread
 from disagg.router.workload import Share
 from disagg.transceiver.wire.keys import ClusterKeys
 from disagg.transceiver.wire.links import ControlServer
-from disagg.transceiver.wire.messages.router import (
-    TransferReport,
-)
+from disagg.transceiver.wire.messages.blocks import AskBlocks, BlockEvents
+from disagg.transceiver.wire.messages.router import TransferReport
 from disagg.transceiver.wire.messages.tokens import Tokens
 from disagg.transceiver.wire.node import draw_id
 from disagg.transceiver.wire.ticket import mint
@@ -137,6 +137,7 @@ class Router:
         self._by_request: dict[GenerationRequest, _Stream] = {}
         policy, bound = POLICIES[self.options.policy], self.options.max_local_prefill
         self._placing = Placing(self.cluster.registry, self.options.max_queued, policy, bound)
+        self._index: PrefixIndex | None = None
         self._charged: dict[str, _Stream] = {}
         """Requests that a worker may have died of. One leaves when it has shown that another was the cause."""
 
@@ -177,6 +178,17 @@ class Router:
     async def run(self) -> None:
         """Serve until cancelled."""
         await self.cluster.run()
+
+    def ask_blocks(self, incarnation: str, message: AskBlocks) -> None:
+        """Have a worker tell all blocks of its prefix cache."""
+        self.cluster.order(incarnation, message)
+
+    def use(self, index: PrefixIndex) -> None:
+        """From here on ask who holds what of a prompt."""
+        self._index = index
+        self._metrics.add(index)
+        for worker in self.cluster.registry:
+            index.add(worker.register)
 
     def shut_down(self) -> None:
         """End every request with 503 and take no new one. Workers see the closed socket and drop what they hold."""
@@ -246,7 +258,8 @@ class Router:
 
     async def _enter(self, request: GenerationRequest) -> _Stream:
         """Wait for the request's turn and send it to its workers."""
-        attempts = self._routed(request)
+        held: dict[str, int] = {}
+        attempts = self._routed(request, held)
         self._records.add(attempts.record)
         try:
             turn = await self._gate.enter(request, attempts.record.received_at, attempts.deadline)
@@ -254,6 +267,12 @@ class Router:
             self._end_unstarted(attempts, TurnedAway(refusal.status, refusal.message))
             raise
         except BaseException:
+            self._end_unstarted(attempts, ClientGone())
+            raise
+        try:
+            held |= await self._who_holds(request)
+        except BaseException:
+            self._gate.leave(turn, 0)
             self._end_unstarted(attempts, ClientGone())
             raise
         try:
@@ -267,7 +286,13 @@ class Router:
         attempts.handle(event, now)
         self._note_end(attempts.record, now)
 
-    def _routed(self, request: GenerationRequest) -> RoutedRequest:
+    async def _who_holds(self, request: GenerationRequest) -> dict[str, int]:
+        """As `PrefixIndex.who_holds`; nobody, for a request that uses no prefix."""
+        if self._index is None or request.sampling.num_prompt_logprobs is not None:
+            return {}
+        return await self._index.who_holds(request.prompt, request.sampling.cache_salt)
+
+    def _routed(self, request: GenerationRequest, held: Mapping[str, int]) -> RoutedRequest:
         transfer_id, now = draw_id(), self._clock()
 
         def mint_ticket(epoch: int, prefill: str, decode: str, ttl_s: float, output: Sequence[int]) -> bytes:
@@ -285,7 +310,7 @@ class Router:
         return RoutedRequest(
             request,
             transfer_id,
-            lambda: self._placing.at(self._clock(), request),
+            lambda: self._placing.at(self._clock(), request, held),
             mint_ticket,
             max_attempts=self.options.max_attempts,
             max_continuations=self.options.max_continuations,
@@ -417,10 +442,18 @@ class Router:
 
     def registered(self, worker: Worker) -> None:
         self._placing.add(worker)
+        if self._index is not None:
+            self._index.add(worker.register)
 
     def lost(self, incarnation: str, reason: str, in_step: Mapping[str, int]) -> None:
         self._placing.remove(incarnation)
+        if self._index is not None:
+            self._index.remove(incarnation)
         self._apply_to_all(WorkerLost(incarnation, reason, in_step))
+
+    def told_blocks(self, events: BlockEvents) -> None:
+        if self._index is not None:
+            self._index.take(events)
 
     def faulted(self) -> None:
         self._metrics.peer_faults.inc()

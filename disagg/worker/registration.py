@@ -53,8 +53,8 @@ class Registration:
         self._parts, self._node = parts, node
         self._attempts: Attempts
         self._events: EngineEvents
-        self._in_turn = InTurn(MAX_LEASED)
         self._blocks: BlockNews | None = None
+        self._in_turn = InTurn(MAX_LEASED)
 
     async def run(self) -> None:
         """Register, then serve."""
