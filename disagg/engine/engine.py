@@ -21,8 +21,10 @@ from disagg.engine.commands import (
     DropChoice,
     DropSoft,
     EngineEvent,
+    Extend,
     FailedEvent,
     FinishedEvent,
+    Freeze,
     Pin,
     PinnedEvent,
     Prefill,
@@ -34,11 +36,13 @@ from disagg.engine.commands import (
     ReservedEvent,
     Serve,
     SuspectEvent,
+    Thaw,
     TokensEvent,
     UnitsFinalEvent,
     Unregister,
 )
 from disagg.engine.flight import Flight, chunk_of, sample_input
+from disagg.engine.moving import Moves
 from disagg.engine.other_choices import draw_others
 from disagg.engine.promised import Promised
 from disagg.engine.recheck import PrefixRecheck
@@ -122,6 +126,7 @@ class Engine:
             swa_scratch=config.swa_scratch,
             recheck=self._recheck,
         )
+        self._moves = Moves(cache, self._scheduler)
         self._counters = EngineCounters(scratch=cache.num_scratch)
         self._graphs = graphs or GraphUse()
         self._draw = draw
@@ -150,13 +155,13 @@ class Engine:
             self._flight = self._sample(work, logits)
         if not self._config.steps_ahead:
             events += self._finish()
-        events += self._admit()
+        events += self._told_in_time(self._scheduler.admit())
         self._check()
         return events
 
     def handle(self, command: Command) -> list[EngineEvent]:
         """Apply one command and start what may start now. Commands for unknown or repeated keys change nothing."""
-        events = self._apply(command) + self._admit()
+        events = self._told_in_time(self._apply(command) + self._scheduler.admit())
         self._check()
         return events
 
@@ -222,8 +227,7 @@ class Engine:
         events: list[EngineEvent] = [event for event in untold if self._scheduler.is_awaited(event)]
         return events + self._commit(flight, sampled)
 
-    def _admit(self) -> list[EngineEvent]:
-        events = self._scheduler.admit()
+    def _told_in_time(self, events: list[EngineEvent]) -> list[EngineEvent]:
         if self._flight is None:
             return events
         self._untold += [event for event in events if isinstance(event, ReservedEvent)]
@@ -241,8 +245,14 @@ class Engine:
                 return self._add(Reservation(_request(command), command.precision))
             case Pin():
                 return self._pin(command)
+            case Extend():
+                return self._moves.extend(command)
             case Decode():
                 return self._decode(command)
+            case Freeze():
+                return self._moves.freeze(command)
+            case Thaw():
+                return self._moves.thaw(command)
             case DropSoft():
                 return self._drop_soft(command)
             case DropChoice():
@@ -361,7 +371,7 @@ class Engine:
         assert result is not None
         self._scheduler.advance(piece)
         sequence.output.append(result.token_id)
-        return self._emit(sequence, result.logprobs)
+        return self._emit(sequence, result.logprobs) + self._moves.settled(sequence)
 
     def _not_finite(self, piece: Work) -> list[EngineEvent]:
         key = piece.sequence.key
@@ -423,6 +433,7 @@ class Engine:
     def _told(self, answer: DecodingSequence, logprobs: TokenLogprobs | None) -> list[EngineEvent]:
         """The newest token, and that it ends the answer."""
         count = len(answer.output)
+        answer.logprobs += [logprobs] if logprobs else ()
         num_cached_tokens = answer.licence.first_token.num_cached_tokens if count == 1 else 0
         token = TokensEvent(
             answer.key, count - 1, (answer.output[-1],), (logprobs,) if logprobs else (), num_cached_tokens
@@ -463,7 +474,8 @@ def request_refusal(request: Request, max_model_len: int, vocab_size: int | None
 
 
 def _request(command: Serve | Prefill | Reserve) -> Request:
-    return Request(command.key, command.prompt, command.sampling, command.priority)
+    output = command.output if isinstance(command, Reserve) else ()
+    return Request(command.key, command.prompt, command.sampling, command.priority, output, command.arrived_at)
 
 
 def _prompt_computed(prompt: PromptSequence, computed: Computed) -> PromptComputedEvent:

@@ -6,15 +6,20 @@ A `DecodingSequence` is built from exactly one licence: `Verified`, the transfer
 
 from __future__ import annotations
 
+from collections import deque
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import Final
 
-from disagg.cache.cache import CachedSequence
+from disagg.cache.cache import CachedSequence, Held
 from disagg.engine.commands import AttemptKey
 from disagg.engine.sampling.seen import SeenTokens
 from disagg.transceiver.protocol.actions import Verified
 from disagg.transceiver.wire.messages.values import FirstToken, OtherFirst, Sampling, SamplingState, TokenLogprobs
+
+KEPT_LOGPROBS: Final = 1024
+"""Newest tokens of an answer whose log-probabilities are kept for a worker that takes it over: a router is seconds
+behind at most, and a token that it lacks is among these."""
 
 UNKNOWN: Final = -1
 """Stands for a token that a launched step draws: no id is negative."""
@@ -32,13 +37,17 @@ class Ending:
 class Request:
     """One attempt's prompt and how to sample from it. `seen`: what penalties count, kept from token to token.
 
-    `priority`: lower ones are admitted first and preempted last.
+    `priority`: lower ones are admitted first and preempted last, of equals those that came first: `arrived_at` is on
+    this worker's clock, also of a request that another worker had first. `output`: what other workers generated of the
+    answer and whose KV comes with that of the prompt.
     """
 
     key: AttemptKey
     prompt: tuple[int, ...]
     sampling: Sampling
     priority: int = 0
+    output: tuple[int, ...] = ()
+    arrived_at: float = 0.0
     seen: SeenTokens = field(default_factory=SeenTokens, compare=False, repr=False)
 
     @property
@@ -49,7 +58,13 @@ class Request:
         """The request for one of the answers alone."""
         if not choice:
             return self
-        return Request(replace(self.key, choice=choice), self.prompt, self.sampling.of_choice(choice))
+        key, sampling = replace(self.key, choice=choice), self.sampling.of_choice(choice)
+        return Request(key, self.prompt, sampling, arrived_at=self.arrived_at)
+
+    @property
+    def num_given(self) -> int:
+        """Tokens, of the prompt and of the answer, that are known before anything is computed."""
+        return len(self.prompt) + len(self.output)
 
     @property
     def total_tokens(self) -> int:
@@ -168,15 +183,16 @@ class PromptSequence:
 
 @dataclass(slots=True, eq=False)
 class Reservation:
-    """Room for a prompt's KV that will be received; `cached` once it is granted.
+    """Room for a prompt's KV that will be received, with that of `request.output`; `cached` once it is granted.
 
-    `awaited`: per group, the (ordinal, slot) pairs that the transfer fills.
+    `awaited`: per group, the (ordinal, slot) pairs that the transfer fills. `held`: ordinals that it need not fill.
     """
 
     request: Request
     precision: str = ""
     cached: CachedSequence | None = None
     awaited: tuple[tuple[tuple[int, int], ...], ...] = ()
+    held: Held = ()
 
     @property
     def key(self) -> AttemptKey:
@@ -201,7 +217,8 @@ class Computed:
 
 @dataclass(slots=True, eq=False)
 class DecodingSequence:
-    """An answer being decoded. `output` starts as the licence's first token; its last token has no KV yet."""
+    """An answer being decoded. `output` starts with the licence's first token, behind what other workers generated; its
+    last token has no KV yet."""
 
     request: Request
     cached: CachedSequence
@@ -209,11 +226,16 @@ class DecodingSequence:
     output: list[int] = field(init=False)
     num_ahead: int = 0
     """Launched steps whose tokens are not known yet."""
+    is_frozen: bool = False
+    """It takes no part in steps and keeps what it holds: another worker may go on with it."""
+    logprobs: deque[TokenLogprobs] = field(init=False, repr=False)
+    """Of its newest tokens, where they are asked for."""
 
     def __post_init__(self) -> None:
         assert _licensed_key(self.licence) == self.key.attempt, f"{self.key}: licensed for {self.licence}"
-        assert self.cached.history == self.request.prompt_len, f"{self.key}: the prompt's KV is not whole"
-        self.output = [self.first.token_id]
+        assert self.cached.history == self.request.num_given, f"{self.key}: the prompt's KV is not whole"
+        self.output = [*self.request.output, self.first.token_id]
+        self.logprobs = deque(maxlen=KEPT_LOGPROBS)
 
     @property
     def key(self) -> AttemptKey:
@@ -237,7 +259,7 @@ class DecodingSequence:
     @property
     def is_continued(self) -> bool:
         """Whether a token may follow those known and those under way."""
-        return len(self.output) + self.num_ahead < self.request.sampling.max_tokens
+        return not self.is_frozen and len(self.output) + self.num_ahead < self.request.sampling.max_tokens
 
     def tokens(self, start: int, stop: int) -> tuple[int, ...]:
         """Those at positions [start, stop), prompt and answer alike."""
