@@ -59,7 +59,7 @@ class Moves:
         if not isinstance(reservation, Reservation) or reservation.cached is None:
             return []  # released meanwhile
         count = reservation.request.prompt_len + len(command.output)
-        if count < reservation.request.num_given or not self._scheduler.try_extend(reservation, count):
+        if count < reservation.request.num_known or not self._scheduler.try_extend(reservation, count):
             return [MoveRefusedEvent(command.key, "no room for what the answer has become")]
         return [extend(self._cache, reservation, command.output)]
 

@@ -31,8 +31,8 @@ class PeakSlots:
         """What must be promised before the sequence starts."""
         request = sequence.request
         if isinstance(sequence, Reservation):
-            total = self.room_for(request, request.num_given)
-            return self.of(request, total_tokens=total, history=request.num_given)
+            total = self.room_for(request, request.num_known)
+            return self.of(request, total_tokens=total, history=request.num_known)
         count = len(sequence.token_ids)
         return self.of(request, total_tokens=self.room_for(request, count) if sequence.serves else count)
 

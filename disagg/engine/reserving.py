@@ -19,7 +19,7 @@ def reserve(cache: KVCache, reservation: Reservation) -> ReservedEvent:
     """
     assert reservation.cached is not None
     request = reservation.request
-    held = cache.reserve(reservation.cached, request.prompt + request.output, capacity=request.num_given + 1)
+    held = cache.reserve(reservation.cached, request.known, capacity=request.num_known + 1)
     assert held is not None, f"{reservation.key}: a promised slot was not there"
     reservation.held = held
     return _await_rest(cache, reservation)
@@ -31,8 +31,8 @@ def extend(cache: KVCache, reservation: Reservation, output: tuple[int, ...]) ->
     Nothing has landed yet. To be called when the slots were promised.
     """
     assert reservation.cached is not None
-    reservation.request = replace(reservation.request, output=output)
-    count = reservation.request.num_given
+    reservation.request = replace(reservation.request, emitted=output)
+    count = reservation.request.num_known
     done = cache.resize(reservation.cached, capacity=count + 1, history=count)
     assert done, f"{reservation.key}: a promised slot was not there"
     return _await_rest(cache, reservation)
@@ -42,7 +42,7 @@ def _await_rest(cache: KVCache, reservation: Reservation) -> ReservedEvent:
     assert reservation.cached is not None
     layout, slots = cache.layout, []
     for group, table, have in zip(layout.groups, reservation.cached.tables, reservation.held, strict=True):
-        count = reservation.request.num_given
+        count = reservation.request.num_known
         missing = np.setdiff1d(needed_ordinals(count, group.window, group.num_sink_tokens, layout.block_size), have)
         slots.append(tuple(zip(missing.tolist(), table[missing].tolist(), strict=True)))
     reservation.awaited = tuple(slots)

@@ -38,7 +38,7 @@ class Request:
     """One attempt's prompt and how to sample from it. `seen`: what penalties count, kept from token to token.
 
     `priority`: lower ones are admitted first and preempted last, of equals those that came first: `arrived_at` is on
-    this worker's clock, also of a request that another worker had first. `output`: what other workers generated of the
+    this worker's clock, also of a request that another worker had first. `emitted`: what other workers generated of the
     answer and whose KV comes with that of the prompt.
     """
 
@@ -46,7 +46,7 @@ class Request:
     prompt: tuple[int, ...]
     sampling: Sampling
     priority: int = 0
-    output: tuple[int, ...] = ()
+    emitted: tuple[int, ...] = ()
     arrived_at: float = 0.0
     seen: SeenTokens = field(default_factory=SeenTokens, compare=False, repr=False)
 
@@ -62,9 +62,13 @@ class Request:
         return Request(key, self.prompt, sampling, arrived_at=self.arrived_at)
 
     @property
-    def num_given(self) -> int:
+    def num_known(self) -> int:
         """Tokens, of the prompt and of the answer, that are known before anything is computed."""
-        return len(self.prompt) + len(self.output)
+        return len(self.prompt) + len(self.emitted)
+
+    @property
+    def known(self) -> tuple[int, ...]:
+        return self.prompt + self.emitted
 
     @property
     def total_tokens(self) -> int:
@@ -183,7 +187,7 @@ class PromptSequence:
 
 @dataclass(slots=True, eq=False)
 class Reservation:
-    """Room for a prompt's KV that will be received, with that of `request.output`; `cached` once it is granted.
+    """Room for a prompt's KV that will be received, with that of `request.emitted`; `cached` once it is granted.
 
     `awaited`: per group, the (ordinal, slot) pairs that the transfer fills. `held`: ordinals that it need not fill.
     """
@@ -233,8 +237,8 @@ class DecodingSequence:
 
     def __post_init__(self) -> None:
         assert _licensed_key(self.licence) == self.key.attempt, f"{self.key}: licensed for {self.licence}"
-        assert self.cached.history == self.request.num_given, f"{self.key}: the prompt's KV is not whole"
-        self.output = [*self.request.output, self.first.token_id]
+        assert self.cached.history == self.request.num_known, f"{self.key}: the prompt's KV is not whole"
+        self.output = [*self.request.emitted, self.first.token_id]
         self.logprobs = deque(maxlen=KEPT_LOGPROBS)
 
     @property

@@ -187,7 +187,6 @@ def test_what_is_no_answer_yet_cannot_be_frozen(state: str) -> None:
         begins = (
             Serve(ANSWER, prompt_of(5), greedy(5)) if state == "waiting" else Reserve(ANSWER, prompt_of(5), greedy(5))
         )
-        engine.handle(begins)
     (refused,) = engine.handle(Freeze(ANSWER))
     assert isinstance(refused, MoveRefusedEvent)
     engine.run()
