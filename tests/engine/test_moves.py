@@ -184,9 +184,8 @@ def test_what_is_no_answer_yet_cannot_be_frozen(state: str) -> None:
     engine = TestedEngine(max_num_seqs=1)
     if state != "unknown":
         engine.handle(Serve(key(9), prompt_of(5), greedy(30)))
-        begins = (
-            Serve(ANSWER, prompt_of(5), greedy(5)) if state == "waiting" else Reserve(ANSWER, prompt_of(5), greedy(5))
-        )
+        kind = Serve if state == "waiting" else Reserve
+        engine.handle(kind(ANSWER, prompt_of(5), greedy(5)))
     (refused,) = engine.handle(Freeze(ANSWER))
     assert isinstance(refused, MoveRefusedEvent)
     engine.run()
