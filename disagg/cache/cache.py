@@ -71,6 +71,10 @@ class KVCache:
             for group, pool in zip(layout.groups, layout.pool_of_group, strict=True)
         ]
 
+    @property
+    def reuses_prefixes(self) -> bool:
+        return self._prefixes is not None and bool(self.layout.groups)
+
     def open(self, key: Hashable, salt: str = "", precision: str = "") -> CachedSequence:
         """A sequence that holds nothing yet. Blocks are shared within one `salt` and one `precision` history only."""
         assert key not in self._sequences, f"sequence {key} is open already"

@@ -30,6 +30,7 @@ from disagg.transceiver.wire.messages.router import (
 )
 from disagg.transceiver.wire.messages.tokens import TOKENS_WINDOW, StepTokens, TokenCredit
 from disagg.transceiver.wire.node import draw_id
+from disagg.transceiver.wire.purposes import HANDOFF, shared
 from disagg.transceiver.wire.timing import HEARTBEAT_S, LOST_S, SUSPECT_S
 from disagg.transceiver.wire.turns import TurnQueue
 
@@ -45,6 +46,12 @@ MAX_CANCELS: Final = 1024
 WORKERS_HEARD_A_SECOND: Final = 200
 """Leases with metrics, of some 60 samples: a tenth of a core. A thousand workers tell theirs every 5 s, a third of the
 15 s at which Prometheus asks by default; a few workers with every lease."""
+
+
+MAX_ACQUAINTED: Final = 16
+"""Workers of a fleet in which all that may fetch from one another are linked ahead of any request: 240 links, each with
+a thread's worth of sockets and a measurement at first contact. Beyond, those for prefixes and moves are made when one
+is named."""
 
 
 class ClusterListener(Protocol):
@@ -294,20 +301,26 @@ class Cluster:
             await asyncio.sleep(HEARTBEAT_S)
 
     def _introduce(self, worker: Worker) -> None:
-        """Tell a new decode worker its prefill workers, and decode workers of a new prefill worker.
+        """Tell a new sink its sources, and the sinks of a new source.
 
         So first contact precedes a request. One message per link that is new.
         """
-        if worker.role == "decode":
-            prefills = [other for other in self.registry if _may_pair(other, worker)]
-            self._post(self._route_of[worker.incarnation], Peers(tuple(prefill.target for prefill in prefills)))
-        elif worker.role == "prefill":
-            self._tell_decodes(worker, Peers((worker.target,)))
+        if worker.receives:
+            sources = [other for other in self.registry if self._should_meet(other, worker)]
+            self._post(self._route_of[worker.incarnation], Peers(tuple(source.target for source in sources)))
+        self._tell_sinks(worker, Peers((worker.target,)))
 
-    def _tell_decodes(self, prefill: Worker, change: Peers) -> None:
+    def _tell_sinks(self, source: Worker, change: Peers) -> None:
         for other in self.registry:
-            if _may_pair(prefill, other):
+            if self._should_meet(source, other):
                 self._post(self._route_of[other.incarnation], change)
+
+    def _should_meet(self, source: Worker, sink: Worker) -> bool:
+        """Handoffs at any size of the fleet; for other purposes two workers of a large one meet when one is named."""
+        if source is sink or traits_difference(source.traits, sink.traits) is not None:
+            return False
+        purposes = shared(source.sends, sink.receives)
+        return HANDOFF in purposes or (bool(purposes) and len(self.registry) <= MAX_ACQUAINTED)
 
     # --- losses and time ------------------------------------------------------------------------------------
 
@@ -333,7 +346,7 @@ class Cluster:
             self._forget(worker, reason)
 
     def _forget(self, worker: Worker, reason: str, in_step: Steps | None = None, level: int = logging.WARNING) -> None:
-        """`worker` has left the registry: tell the listener, and decode workers that it is no peer any more.
+        """`worker` has left the registry: tell the listener, and its sinks that it is no peer any more.
 
         `in_step`: what its death is charged to, if it says so itself.
         """
@@ -345,12 +358,6 @@ class Cluster:
         self._num_taken.pop(incarnation, None)
         self._incarnation_of.pop(self._route_of.pop(incarnation, b""), None)
         self._listener.lost(incarnation, reason, in_step)
-        if worker.role == "prefill":
-            self._tell_decodes(worker, Peers((), (incarnation,)))
+        self._tell_sinks(worker, Peers((), (incarnation,)))
         if claim := self._claims.pop(incarnation, None):
             self._register(*claim)
-
-
-def _may_pair(prefill: Worker, decode: Worker) -> bool:
-    roles = prefill.role == "prefill" and decode.role == "decode"
-    return roles and traits_difference(prefill.traits, decode.traits) is None

@@ -17,6 +17,7 @@ from typing import Final
 from disagg.router.pairing import Difference, PairTraits, record_difference
 from disagg.transceiver.wire.messages.peer import Refused
 from disagg.transceiver.wire.messages.router import DRAINING, Lease, PeerTarget, Register
+from disagg.transceiver.wire.purposes import told_or_first
 from disagg.transceiver.wire.timing import HEARTBEAT_S, LOST_S, SUSPECT_S
 
 ROLES = ("prefill", "decode", "both")
@@ -50,9 +51,14 @@ class Worker:
     """Other incarnations that ask for this one's name, and since when."""
     link_states: dict[str, str] = field(init=False)
     """By peer incarnation, as the last lease told them."""
+    sends: tuple[str, ...] = field(init=False)
+    receives: tuple[str, ...] = field(init=False)
+    """The purposes of which it is a source, and those of which it is a sink."""
 
     def __post_init__(self) -> None:
         self.traits = PairTraits(self.register)
+        told = self.register
+        self.sends, self.receives = told_or_first(told.role, told.sends, told.receives)
         self.take(self.lease)
 
     def take(self, lease: Lease) -> None:

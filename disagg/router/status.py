@@ -40,6 +40,8 @@ def _describe_worker(worker: Worker, kinds: Kinds, load: Mapping[str, int], now:
         "identity": asdict(register.identity),
         "geometry": asdict(register.geometry),
         "planes": list(register.planes),
+        "sends": list(worker.sends),
+        "receives": list(worker.receives),
         "blocks": _describe_blocks(worker),
         "running": lease.num_running,
         "queued": lease.num_queued,

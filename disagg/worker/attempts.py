@@ -47,6 +47,7 @@ from disagg.transceiver.protocol.events import (
     PromptComputed,
     SoftDropped,
 )
+from disagg.transceiver.wire import reasons
 from disagg.transceiver.wire.errors import clipped
 from disagg.transceiver.wire.messages.router import (
     CancelChoice,
@@ -331,6 +332,8 @@ class Attempts:
 
     def transfer_failed(self, key: AttemptKey, failure: ReportFailed, record: TransferRecord) -> None:
         self._count(record, "failed")
+        if failure.reason in reasons.WRONG:
+            self._metrics.count_refused(record.purpose, failure.reason)
         self._submit(Release(key))
         if (state := self._live.pop(key, None)) is not None:  # the request stays: the router says what comes next
             log.warning("transfer failed: %s", failure.reason, extra=_of(state))
@@ -359,8 +362,7 @@ class Attempts:
         return unfetched and now - state.arrived_at > self._fetch_wait_s
 
     def _count(self, record: TransferRecord, outcome: str) -> None:
-        self._metrics.count_transfer(record.plane, record.nbytes, record.num_operations, outcome)
-        self._metrics.count_landed_saturated(record.num_saturated)
+        self._metrics.count_transfer(record, outcome)
 
     def _report(self, state: RequestState, times: StageTimes, record: TransferRecord | None = None) -> None:
         """This worker's part of the attempt, for `/requests/{id}`; `record` where KV landed here."""

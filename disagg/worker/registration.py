@@ -111,9 +111,9 @@ class Registration:
             self._attempts.look_at_deadlines()
 
     async def _listen(self, stack: contextlib.AsyncExitStack) -> tuple[ControlServer | None, dict[str, SourcePlane]]:
-        """A prefill worker answers peers and serves planes; the others only connect."""
+        """A source of anything answers peers and serves planes; the others only connect."""
         parts = self._parts
-        if parts.role != "prefill":
+        if not self._node.sends:
             return None, {}
         server = ControlServer.bind(f"tcp://{parts.settings.host}:0", self._node.keys, parts.sockets)
         stack.push_async_callback(server.close)
@@ -134,9 +134,15 @@ class Registration:
         parts = self._parts
         if server is not None:
             self._attempts.sending = SendingSide(
-                self._node, server, planes, self._attempts, parts.regions, parts.faults
+                self._node,
+                server,
+                planes,
+                self._attempts,
+                parts.regions,
+                parts.faults,
+                parts.metrics.count_refused,
             )
-        if parts.role == "decode":
+        if self._node.receives:
             self._attempts.receiving = ReceivingSide(
                 self._node,
                 landing_planes(parts.settings.planes, keys=self._node.keys, sockets=parts.sockets),
@@ -177,6 +183,8 @@ class Registration:
             host=socket.gethostname(),
             device=parts.settings.device,
             num_slots=parts.num_slots,
+            sends=node.sends,
+            receives=node.receives,
         )
 
     def _make_lease(self, router_incarnation: str) -> Lease:

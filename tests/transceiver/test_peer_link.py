@@ -258,6 +258,30 @@ async def test_a_peer_of_a_later_minor_is_linked_whatever_fields_it_adds() -> No
 
 
 @in_event_loop
+async def test_a_peer_of_the_minor_before_is_linked_for_handoffs_alone() -> None:
+    def answer(fake: FakePrefill) -> bytes:
+        major, minor, tag, fields = msgpack.unpackb(encode(fake.welcome()))
+        del fields["purposes"]
+        return bytes(msgpack.packb([major, minor - 1, tag, fields]))
+
+    async with faked(answer) as (_, link):
+        await until(lambda: link.state == "ready", link.detail)
+        assert link.link.purposes == ("handoff",)
+
+
+@in_event_loop
+async def test_over_a_link_goes_what_one_end_sends_and_the_other_receives() -> None:
+    def answer(fake: FakePrefill) -> bytes:
+        return encode(replace(fake.welcome(), purposes=("prefix", "later")))
+
+    async with faked(answer) as (fake, link):
+        await until(lambda: link.state == "ready", link.detail)
+        assert link.link.purposes == (), "this end is a sink of handoffs alone"
+        (hello,) = [message for message in fake.heard if isinstance(message, p.Hello)][:1]
+        assert hello.purposes == ("handoff",)
+
+
+@in_event_loop
 async def test_a_peer_that_answers_no_hello_is_lost_with_a_reason() -> None:
     async with faked(lambda fake: b"") as (_, link):
         await until(lambda: link.detail.startswith("no answer to HELLO within"), link.detail)

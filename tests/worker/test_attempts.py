@@ -46,7 +46,7 @@ def test_an_attempt_that_is_over_is_held_until_its_suspect_blocks_were_looked_at
 def test_a_received_first_token_leaves_when_it_is_verified_and_only_once() -> None:
     commands: list[Any] = []
     messages: list[Any] = []
-    metrics: Any = SimpleNamespace(count_transfer=lambda *counts: None, count_landed_saturated=lambda count: None)
+    metrics: Any = SimpleNamespace(count_transfer=lambda *counts: None, count_refused=lambda *names: None)
     pairing: Any = lambda dispatch: SimpleNamespace(  # noqa: E731
         fits=True, precision="", worker_id="d", group_bytes=lambda record: (), peer_geometry=None
     )

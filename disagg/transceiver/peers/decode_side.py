@@ -39,6 +39,7 @@ from disagg.transceiver.wire.messages.router import LinkStatus as LinkReport
 from disagg.transceiver.wire.messages.router import PeerTarget
 from disagg.transceiver.wire.messages.values import AttemptKey
 from disagg.transceiver.wire.node import Node
+from disagg.transceiver.wire.purposes import HANDOFF
 from disagg.transceiver.wire.sockets import Sockets
 from disagg.transceiver.wire.timing import REPEAT_FIRST_S
 
@@ -67,6 +68,7 @@ class TransferRecord:
     """What one transfer cost, measured where the bytes land. Times are seconds on this process's monotonic clock."""
 
     plane: str = ""
+    purpose: str = HANDOFF
     first_slice_at: float = 0.0
     landed_at: float = 0.0
     done_at: float = 0.0
@@ -145,10 +147,10 @@ class ReceivingSide:
     ) -> None:
         """Destinations are reserved: `slots[g]` = (ordinal, slot) pairs. `event` (Reserved) begins the transfer."""
         destinations = {(group, ordinal): slot for group, pairs in enumerate(slots) for ordinal, slot in pairs}
-        record = TransferRecord(plane=self.plane_of(peer))
+        record = TransferRecord(self.plane_of(peer), transfer.purpose)
         self._incoming[key] = _Incoming(peer, destinations, record)
         self._transfers.add(key, transfer)
-        if self.is_ready(peer):
+        if self.is_ready(peer, transfer.purpose):
             self.feed(key, event)
         else:
             self.feed(key, PeerGone("this worker has no link to it"))
@@ -169,8 +171,10 @@ class ReceivingSide:
         """Attempts whose reservation is not given back yet, those included that no request waits for any more."""
         return tuple(self._incoming)
 
-    def is_ready(self, peer: str) -> bool:
-        return peer in self._links and self._links[peer][0].is_ready
+    def is_ready(self, peer: str, purpose: str = HANDOFF) -> bool:
+        """Whether something of this purpose may be fetched from `peer` now."""
+        link = self._links.get(peer)
+        return link is not None and link[0].is_ready and purpose in link[0].purposes
 
     def plane_of(self, peer: str) -> str:
         """Name of the plane to `peer`, or "" while there is none."""

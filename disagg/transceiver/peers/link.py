@@ -1,4 +1,4 @@
-"""The decode side's link to one prefill incarnation: HELLO until answered, heartbeats, a plane opened, loss."""
+"""A sink's link to one incarnation of a source: HELLO until answered, heartbeats, a plane opened, loss."""
 
 from __future__ import annotations
 
@@ -43,6 +43,7 @@ from disagg.transceiver.wire.messages.router import LinkStatus as LinkReport
 from disagg.transceiver.wire.messages.router import PeerTarget
 from disagg.transceiver.wire.messages.values import AttemptKey, Geometry, PlaneOffer
 from disagg.transceiver.wire.node import Node
+from disagg.transceiver.wire.purposes import shared
 from disagg.transceiver.wire.sockets import Sockets
 from disagg.transceiver.wire.timing import HEARTBEAT_S, LOST_S, SUSPECT_S
 from disagg.transceiver.wire.turns import TurnQueue
@@ -82,7 +83,7 @@ class LinkSpeed:
 
 
 class PeerLink:
-    """One prefill worker as this decode worker sees it. `run` connects and reconnects until cancelled."""
+    """One source as this sink sees it. `run` connects and reconnects until cancelled."""
 
     def __init__(
         self,
@@ -111,6 +112,8 @@ class PeerLink:
         self.unit_nbytes: tuple[int, ...] = ()
         """Bytes of a unit per group where the peer's geometry differs; empty where a unit is a slot."""
         self.gb_per_s = 0.0
+        self.purposes: tuple[str, ...] = ()
+        """What may be fetched over it."""
 
     @property
     def is_ready(self) -> bool:
@@ -194,7 +197,8 @@ class PeerLink:
 
     async def _say_hello(self, client: ControlClient) -> Welcome:
         node = self._node
-        hello = Hello(node.incarnation, node.worker_id, node.identity, node.geometry, tuple(self._planes))
+        planes = tuple(self._planes)
+        hello = Hello(node.incarnation, node.worker_id, node.identity, node.geometry, planes, node.receives)
         try:
             async with asyncio.timeout(LOST_S):
                 while True:
@@ -218,6 +222,7 @@ class PeerLink:
                 )
                 if difference is not None:
                     raise PeerRefused(*difference)
+                self.purposes = shared(answer.purposes, self._node.receives)
                 return answer
             case Refused(field=field, ours=ours, theirs=theirs):
                 raise PeerRefused(field, theirs, ours)

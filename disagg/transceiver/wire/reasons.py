@@ -17,3 +17,6 @@ PROTOCOL: Final = "protocol"  # the peer's messages contradict each other or the
 MAC: Final = "mac"  # DONE is not what the sender with the cluster's secret said of this epoch
 DIGEST: Final = "digest"  # landed bytes are not the bytes the manifest names
 NON_FINITE: Final = "non-finite"  # landed bytes hold NaN or infinity
+
+WRONG: Final = frozenset({PROTOCOL, MAC, DIGEST, NON_FINITE})
+"""What no honest and healthy sender brings about: each is counted."""

@@ -3,12 +3,16 @@
 ticket = HMAC-SHA256(key, transfer, epoch, prefill and decode incarnation, prompt hash, ttl_s). The router mints it,
 the decode worker carries it in FETCH, the prefill worker recomputes it from what the router itself delivered. It names
 no time: each worker counts `ttl_s` from its own receipt of DISPATCH, so no two clocks are compared.
+
+A leg (a transfer of another purpose than a handoff) has claims of its own, under a label of its purpose: no ticket of
+one purpose is ever one of another.
 """
 
 from __future__ import annotations
 
 import hmac
 from collections.abc import Sequence
+from dataclasses import dataclass
 from hashlib import blake2b, sha256
 
 import msgpack
@@ -43,6 +47,36 @@ def check(
     )
     if not hmac.compare_digest(expected, ticket):
         raise TicketRefused(f"ticket of transfer {transfer_id} epoch {epoch} was not minted for it")
+
+
+@dataclass(frozen=True, slots=True)
+class LegClaims:
+    """What the ticket of a leg permits: `transfer_id` is the leg's own, `request` that of the request it serves.
+
+    `source` and `sink` are incarnations. For `prefix`, `boundary` is the number of tokens whose blocks may be asked for
+    and `tip` the identity of the source's block that ends there, which stands for all tokens before it.
+    """
+
+    purpose: str
+    transfer_id: str
+    epoch: int
+    request: str
+    source: str
+    sink: str
+    boundary: int
+    tip: bytes
+
+
+def mint_leg(key: bytes, claims: LegClaims, ttl_s: float) -> bytes:
+    """The 32-byte ticket of a leg."""
+    named = [claims.transfer_id, claims.epoch, claims.request, claims.source, claims.sink]
+    bound = [claims.boundary, claims.tip, float(ttl_s)]
+    return hmac.digest(key, msgpack.packb([f"ticket {claims.purpose}", *named, *bound]), sha256)
+
+
+def is_leg_ticket(key: bytes, ticket: bytes, claims: LegClaims, ttl_s: float) -> bool:
+    """Did the router mint `ticket` for exactly this? Takes the same time either way."""
+    return hmac.compare_digest(mint_leg(key, claims, ttl_s), ticket)
 
 
 def prompt_hash(prompt: Sequence[int]) -> bytes:

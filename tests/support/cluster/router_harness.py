@@ -37,8 +37,10 @@ def make_register(
     identity: Identity = IDENTITY,
     geometry: Geometry = GEOMETRY,
     planes: tuple[str, ...] = ("shm", "zmq"),
+    sends: tuple[str, ...] | None = None,
+    receives: tuple[str, ...] | None = None,
 ) -> Register:
-    """A registration whose incarnation defaults to its name."""
+    """A registration whose incarnation defaults to its name. It names no purposes unless told to."""
     return Register(
         incarnation=incarnation or worker_id,
         worker_id=worker_id,
@@ -51,6 +53,8 @@ def make_register(
         host="testhost",
         device="cpu",
         num_slots=(64, 32),
+        sends=sends,
+        receives=receives,
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Final
 
+from disagg.transceiver.wire.messages.peer import check_purposes
 from disagg.transceiver.wire.messages.prompt_logprobs import PromptLogprobs
 from disagg.transceiver.wire.messages.ranges import (
     MAX_ADDRESS_CHARS,
@@ -16,9 +17,11 @@ from disagg.transceiver.wire.messages.ranges import (
     MAX_NAMED_UNITS,
     MAX_PLANES,
     MAX_PORT,
+    MAX_PURPOSES,
     MAX_SECRET_NBYTES,
     MAX_TEXT_CHARS,
     check_attempt,
+    check_duration,
     check_finite,
     check_id,
     check_int,
@@ -39,6 +42,7 @@ from disagg.transceiver.wire.messages.values import (
     StageTimes,
     UnitName,
 )
+from disagg.transceiver.wire.purposes import HANDOFF, MOVE, PREFIX, PURPOSES
 from disagg.transceiver.wire.schema import PackedInts
 
 MODES: Final = ("serve", "prefill", "decode")
@@ -46,7 +50,11 @@ MODES: Final = ("serve", "prefill", "decode")
 
 @dataclass(frozen=True, slots=True)
 class Register:
-    """A worker offers itself. `role` is `prefill`, `decode` or `both`; `peer_endpoint` is where peers say HELLO."""
+    """A worker offers itself. `role` is `prefill`, `decode` or `both`; `peer_endpoint` is where peers say HELLO.
+
+    `sends`, `receives`: the purposes of which it is a source and a sink; None = as protocol 2.0, which has handoffs
+    alone (see `disagg.transceiver.wire.purposes`).
+    """
 
     incarnation: str
     worker_id: str
@@ -60,8 +68,12 @@ class Register:
     device: str
     num_slots: Annotated[tuple[int, ...], MAX_GROUPS]
     eos_token_ids: Annotated[tuple[int, ...], MAX_ITEMS] = ()
+    sends: Annotated[tuple[str, ...], MAX_PURPOSES] | None = None
+    receives: Annotated[tuple[str, ...], MAX_PURPOSES] | None = None
 
     def __post_init__(self) -> None:
+        check_purposes(self.sends or ())
+        check_purposes(self.receives or ())
         check_id("incarnation", self.incarnation)
         check_id("worker_id", self.worker_id)
         check_size("role", self.role, MAX_NAME_CHARS)
@@ -101,7 +113,7 @@ class Registered:
 
 @dataclass(frozen=True, slots=True)
 class PeerTarget:
-    """The other end of a transfer, or a prefill worker that a decode worker should connect to ahead of any request.
+    """The other end of a transfer, or a source that a sink should connect to ahead of any request.
 
     `geometry`: the peer's; None = as the reader's. Both ends plan in the units that it makes.
     """
@@ -119,7 +131,7 @@ class PeerTarget:
 
 @dataclass(frozen=True, slots=True)
 class Peers:
-    """Router -> decode worker: connect to these too, now (first contact happens before the first request).
+    """Router -> sink: connect to these sources too, now (first contact happens before the first request).
 
     `gone`: incarnations of earlier ones that are no peers any more. A registration's first message names all there are.
     """
@@ -216,6 +228,48 @@ class Lease:
 
 
 @dataclass(frozen=True, slots=True)
+class PrefixLeg:
+    """A transfer that brings cached blocks of a prompt's first `boundary` tokens to the worker that computes it.
+
+    It has an id of its own and the epoch of its request. `source` was sent a GRANT for it.
+    """
+
+    transfer_id: str
+    source: PeerTarget
+    boundary: int
+    ticket: bytes
+
+    def __post_init__(self) -> None:
+        check_id("transfer_id", self.transfer_id)
+        check_int("boundary", self.boundary, 1, MAX_INT32)
+        check_size("ticket", self.ticket, MAX_SECRET_NBYTES)
+
+
+@dataclass(frozen=True, slots=True)
+class Grant:
+    """Router -> source: `sink` may fetch this once. `transfer_id`: of this transfer; `request`: of the request.
+
+    For `prefix`: cached blocks of `tokens`, which end at the boundary of the ticket, among requests of `salt`. The
+    source names the blocks itself, so nothing else is ever served. `ttl_s`: as in the ticket, counted from receipt.
+    """
+
+    transfer_id: str
+    epoch: int
+    request: str
+    purpose: str
+    sink: PeerTarget
+    ttl_s: float
+    tokens: PackedInts = ()
+    salt: str = ""
+
+    def __post_init__(self) -> None:
+        check_attempt(self.transfer_id, self.epoch)
+        check_id("request", self.request)
+        check_one_of("purpose", self.purpose, (PREFIX, MOVE))
+        check_duration("ttl_s", self.ttl_s)
+
+
+@dataclass(frozen=True, slots=True)
 class Dispatch:
     """One attempt of one request. `mode`:
 
@@ -224,7 +278,7 @@ class Dispatch:
     - `decode`: receive the KV from `peer`, then emit tokens.
 
     `deadline_s` is a duration counted from receipt, so that no two clocks are compared. Requests of lower `priority`
-    are admitted first.
+    are admitted first. `prefix`: where the first of the prompt's blocks may be had, for one that computes it.
     """
 
     transfer_id: str
@@ -237,6 +291,7 @@ class Dispatch:
     peer: PeerTarget | None = None
     ticket: bytes = b""
     priority: int = 0
+    prefix: PrefixLeg | None = None
 
     def __post_init__(self) -> None:
         check_attempt(self.transfer_id, self.epoch)
@@ -244,8 +299,7 @@ class Dispatch:
         check_size("request_id", self.request_id, MAX_ADDRESS_CHARS)
         check_one_of("mode", self.mode, MODES)
         check_size("ticket", self.ticket, MAX_SECRET_NBYTES)
-        if not 0 < self.deadline_s < float("inf"):
-            raise ValueError(f"deadline_s: {self.deadline_s}, expected a finite duration above 0")
+        check_duration("deadline_s", self.deadline_s)
 
 
 @dataclass(frozen=True, slots=True)
@@ -374,8 +428,10 @@ class TransferReport:
     groups: Annotated[tuple[GroupBytes, ...], MAX_GROUPS]
     times: StageTimes
     num_operations: int = 0
+    purpose: str = HANDOFF
 
     def __post_init__(self) -> None:
+        check_one_of("purpose", self.purpose, PURPOSES)
         check_attempt(self.transfer_id, self.epoch)
         check_size("worker_id", self.worker_id, MAX_NAME_CHARS)
         check_size("plane", self.plane, MAX_NAME_CHARS)
@@ -401,4 +457,5 @@ RouterMessage = (
     | TransferReport
     | PromptScores
     | CancelChoice
+    | Grant
 )

@@ -58,6 +58,9 @@ MAX_TOP: Final = 128
 MAX_COUNTED: Final = 1024
 """Tokens generated before a transfer, by id: today's transfers follow the first one."""
 
+IDENTITY_NBYTES: Final = 16
+"""Of a block's identity, a keyed hash of its tokens and all before them."""
+
 MAX_LABELS: Final = 64
 """Labels of a metric, and stages of a request: each has a handful."""
 
