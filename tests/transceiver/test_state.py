@@ -8,6 +8,8 @@ from support.links.transfer_states import picture, reach, sample_event
 
 from disagg.transceiver.protocol import events
 from disagg.transceiver.protocol.diagram import render
+from disagg.transceiver.protocol.move_sink import MoveSink
+from disagg.transceiver.protocol.move_source import MoveSource
 from disagg.transceiver.protocol.receiver import Receiver
 from disagg.transceiver.protocol.sender import Sender
 from disagg.transceiver.protocol.state import (
@@ -24,6 +26,7 @@ from disagg.transceiver.protocol.transfer import Transfer
 from disagg.transceiver.wire.errors import LocalProtocolError, RemoteProtocolError
 from disagg.transceiver.wire.messages import peer
 
+ENDS = [Sender, Receiver, MoveSource, MoveSink]
 EXTERNAL = sorted(MESSAGES | EVENTS, key=lambda kind: kind.__name__)
 PAIRS = [(role, state, kind) for role in Role for state in TRANSITIONS[role] for kind in EXTERNAL]
 
@@ -85,14 +88,14 @@ def test_every_event_message_and_decision_is_a_key_of_the_table() -> None:
     }
 
 
-@pytest.mark.parametrize("end", [Sender, Receiver])
+@pytest.mark.parametrize("end", ENDS)
 def test_an_end_reacts_to_legal_steps_only(end: type[Transfer]) -> None:
     assert set(end.reactions) == set(TRANSITIONS[end.role])
     for state, row in end.reactions.items():
         assert set(row) <= set(TRANSITIONS[end.role][state]), state
 
 
-@pytest.mark.parametrize("end", [Sender, Receiver])
+@pytest.mark.parametrize("end", ENDS)
 def test_an_end_reacts_to_every_step_that_moves_it_from_an_open_exchange(end: type[Transfer]) -> None:
     """What may be without a reaction: a repeat, news that come too late, or an end after the verdict."""
     settled = {State.STOPPED, State.VERIFIED, State.STOPPING, State.JOINING, State.CANCELLING, State.CLOSED}

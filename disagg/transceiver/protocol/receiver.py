@@ -142,7 +142,7 @@ class Receiver(Transfer):
 
     def _problem_of(self, done: Done) -> str | None:
         """Why this DONE cannot be right, before any byte is compared."""
-        if not is_sealed(self._order.keys.manifest_mac, done):
+        if not self._is_sealed(done):
             return reasons.MAC
         if not self._inbox.is_covered(done.manifest):
             return reasons.PROTOCOL
@@ -153,6 +153,9 @@ class Receiver(Transfer):
         is_whole = is_whole and (done.first_token is not None) == (part.rank == 0)
         is_counted = self._inbox.highest_announced < done.num_slices <= len(self._inbox.required)
         return None if is_whole and is_counted else reasons.PROTOCOL
+
+    def _is_sealed(self, done: Done) -> bool:
+        return is_sealed(self._order.keys.manifest_mac, done)
 
     def _try_verify(self) -> None:
         """DONE waits for the slices it overtook; when all have landed, the digests decide."""
@@ -271,7 +274,7 @@ class Receiver(Transfer):
         match self.state:
             case State.JOINING | State.CLOSED:
                 return None
-            case State.WAITING | State.FETCHING | State.LANDING:
+            case State.WAITING | State.FETCHING | State.EXTENDING | State.LANDING:
                 return self.deadline
         return self._give_up_at
 

@@ -151,13 +151,16 @@ class Sender(Transfer):
             self._admit(fetch)
 
     def _admit(self, fetch: Fetch) -> None:
+        self._enter_admitted(fetch)
+        keys = [(entry.group, ordinal) for entry in fetch.required for ordinal in entry.ordinals]
+        self._outbox = Outbox(keys, self._offer.unit_nbytes, pushes_bytes=self._pushes_bytes)
+        self._send(Accepted(self._header(), 0))
+
+    def _enter_admitted(self, fetch: Fetch) -> None:
         self._decide(Decision.ADMIT)
         self._fetch = fetch
         self._lease_end = self._now + LEASE_S
-        keys = [(entry.group, ordinal) for entry in fetch.required for ordinal in entry.ordinals]
-        self._outbox = Outbox(keys, self._offer.unit_nbytes, pushes_bytes=self._pushes_bytes)
         self._do(AskPin())
-        self._send(Accepted(self._header(), 0))
 
     def _accept_again(self, fetch: Fetch) -> None:
         """One was admitted: this must be its repeat."""
