@@ -18,6 +18,8 @@ class Serve:
     """Compute the prompt and emit every token here (colocated, fallback, max_tokens 1). `urgent`: head of admission.
 
     `arrived_at`: seconds on this worker's clock; the last to arrive is preempted first.
+    `output`, here and below: tokens of the answer that were emitted elsewhere. It goes on behind them, at the head of
+    admission, since a client waits in the middle of it.
     """
 
     key: AttemptKey
@@ -25,6 +27,7 @@ class Serve:
     sampling: Sampling
     urgent: bool = False
     priority: int = 0
+    output: tuple[int, ...] = ()
     arrived_at: float = 0.0
 
 
@@ -36,6 +39,7 @@ class Prefill:
     prompt: tuple[int, ...]
     sampling: Sampling
     priority: int = 0
+    output: tuple[int, ...] = ()
     arrived_at: float = 0.0
 
 
@@ -51,7 +55,8 @@ class Reserve:
     """Make room for KV to be received: history = prompt length, decode peak promised. Answered by `ReservedEvent`.
 
     `precision` names the formats the KV has been through; "" = this cache's own. KV is reused within one of them only.
-    `output`: what is received, too, of an answer that another worker generates; `Extend` adds to it.
+    `output`: what is received, too, of an answer that another worker generated. One that `is_moved` is being generated
+    there still, so that `Extend` adds to it.
     """
 
     key: AttemptKey
@@ -61,6 +66,7 @@ class Reserve:
     priority: int = 0
     output: tuple[int, ...] = ()
     arrived_at: float = 0.0
+    is_moved: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,10 +84,11 @@ class Extend:
 class Freeze:
     """Leave an answer out of the next steps and keep its blocks. Answered by `FrozenEvent` or `MoveRefusedEvent`.
 
-    From then on it ends by `Release` alone, or goes on by `Thaw`.
+    From then on it ends by `Release` alone, or goes on by `Thaw`. `leg`: of the transfer that it is for.
     """
 
     key: AttemptKey
+    leg: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -236,6 +243,7 @@ class FrozenEvent:
     output: tuple[int, ...]
     logprobs: tuple[TokenLogprobs, ...]
     units: tuple[SourceUnit, ...]
+    leg: str = ""
 
 
 @dataclass(frozen=True, slots=True)

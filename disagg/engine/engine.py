@@ -46,6 +46,7 @@ from disagg.engine.moving import Moves
 from disagg.engine.other_choices import draw_others
 from disagg.engine.promised import Promised
 from disagg.engine.recheck import PrefixRecheck
+from disagg.engine.refusals import request_refusal, role_refusal
 from disagg.engine.run.graphs.use import GraphUse
 from disagg.engine.run.runner import StepRunner
 from disagg.engine.sampler import Drawn, Sampled, SampleInput, draw
@@ -238,11 +239,11 @@ class Engine:
     def _apply(self, command: Command) -> list[EngineEvent]:
         match command:
             case Serve():
-                return self._add(PromptSequence(_request(command), Claim.OWN), urgent=command.urgent)
+                return self._add(PromptSequence(_request(command), Claim.OWN), urgent=_is_urgent(command))
             case Prefill():
                 return self._add(PromptSequence(_request(command), Claim.SOFT))
             case Reserve():
-                return self._add(Reservation(_request(command), command.precision))
+                return self._add(Reservation(_request(command), command.precision), urgent=_is_urgent(command))
             case Pin():
                 return self._pin(command)
             case Extend():
@@ -449,39 +450,20 @@ class Engine:
             self._scheduler.check_invariants()
 
 
-def role_refusal(sequence: Promised, role: str) -> str | None:
-    """A prefill worker receives no KV; a decode worker computes prompts for no other worker. Both serve."""
-    if role == "prefill" and isinstance(sequence, Reservation):
-        return "this worker's role is `prefill`: it reserves no room for KV from elsewhere"
-    if role == "decode" and isinstance(sequence, PromptSequence) and not sequence.serves:
-        return "this worker's role is `decode`: it computes no prompt for another worker"
-    return None
-
-
-def request_refusal(request: Request, max_model_len: int, vocab_size: int | None) -> str | None:
-    """What is wrong with the request itself, whatever the pools; None when nothing is."""
-    if not request.prompt:
-        return "the prompt is empty; give at least one token"
-    if request.total_tokens > max_model_len:
-        return (
-            f"{request.prompt_len} prompt tokens and max_tokens {request.sampling.max_tokens} make "
-            f"{request.total_tokens}, `--max-model-len` is {max_model_len}; shorten the prompt or lower max_tokens"
-        )
-    if vocab_size is not None and not 0 <= min(request.prompt) <= max(request.prompt) < vocab_size:
-        wrong = next(token for token in request.prompt if not 0 <= token < vocab_size)
-        return f"prompt token id {wrong} is not in the vocabulary of {vocab_size}"
-    return None
-
-
 def _request(command: Serve | Prefill | Reserve) -> Request:
-    output = command.output if isinstance(command, Reserve) else ()
-    return Request(command.key, command.prompt, command.sampling, command.priority, output, command.arrived_at)
+    named = command.key, command.prompt, command.sampling, command.priority
+    return Request(*named, command.output, command.arrived_at)
+
+
+def _is_urgent(command: Serve | Reserve) -> bool:
+    is_behind = isinstance(command, Reserve) and command.is_moved  # its worker goes on with the answer meanwhile
+    return (bool(command.output) and not is_behind) or (isinstance(command, Serve) and command.urgent)
 
 
 def _prompt_computed(prompt: PromptSequence, computed: Computed) -> PromptComputedEvent:
     """A first token that stops the answer leaves nothing to decode; one that only uses up max_tokens is still sent."""
     token_id = computed.first_token.token_id
-    ending = prompt.request.ending_after(token_id, 1)
+    ending = prompt.request.ending_after(token_id, len(prompt.request.emitted) + 1)
     stop_token_id = ending.stop_token_id if ending else None
     others = computed.first_token.others
     is_finished = stop_token_id is not None and all(_stops(prompt.request, other.token_id) for other in others)
@@ -496,4 +478,4 @@ def _stops(request: Request, token_id: int) -> bool:
 def _is_young(piece: Work) -> bool:
     sequence = piece.sequence
     answer = sequence.answer if isinstance(sequence, PromptSequence) else sequence
-    return answer is None or len(answer.output) < YOUNG_TOKENS
+    return answer is None or answer.num_sampled < YOUNG_TOKENS

@@ -36,21 +36,22 @@ class Moves:
             return [MoveRefusedEvent(command.key, "the answer is not being decoded")]
         if answer.cached.chain is not None and answer.cached.chain.precision:
             return [MoveRefusedEvent(command.key, "its KV has been through other formats than this worker's")]
-        answer.is_frozen = True
+        answer.frozen_for = command.leg
         return self.settled(answer)
 
     def settled(self, answer: DecodingSequence) -> list[EngineEvent]:
         """The news of a frozen answer whose newest token is known; nothing for any other."""
         if not answer.is_frozen or answer.num_ahead or self._scheduler.get(answer.key) is not answer:
             return []
-        return [FrozenEvent(answer.key, tuple(answer.output), tuple(answer.logprobs), self._units_of(answer))]
+        whole, logprobs = tuple(answer.output), tuple(answer.logprobs)
+        return [FrozenEvent(answer.key, whole, logprobs, self._units_of(answer), answer.frozen_for or "")]
 
     def thaw(self, command: Thaw) -> list[EngineEvent]:
         """Go on from where the answer stands. Its last block is written again, so its slots get other names first."""
         answer = self._scheduler.get(command.key)
         if isinstance(answer, DecodingSequence) and answer.is_frozen:
             self._rename_last(answer)
-            answer.is_frozen = False
+            answer.frozen_for = None
         return []
 
     def extend(self, command: Extend) -> list[EngineEvent]:

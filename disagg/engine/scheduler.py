@@ -194,7 +194,7 @@ class Scheduler:
 
         Without room or a seat it waits, at the head of the line, and is computed anew as after a preemption.
         """
-        request, count = answer.request, answer.request.prompt_len
+        request, count = answer.request, answer.request.num_known
         peaks = self._peaks.of(request, total_tokens=self._peaks.room_for(request, count), history=count)
         if self._has_seat() and self._promises.try_promise(answer.key, peaks):
             answer.cached = self._cache.fork(answer.cached, answer.key)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from itertools import islice, product
 from typing import Final
 
-from disagg.router.pairing import traits_difference
+from disagg.router.pairing import KvFormat, kv_format, traits_difference
 from disagg.router.registry import Worker, WorkerState
 from disagg.transceiver.wire.messages.router import PeerTarget
 
@@ -65,6 +65,18 @@ class Fleet:
         if max_tokens == 1:
             return self._alone(("prefill", "both"), exclude) or self._unplaceable(exclude)
         return self._pair(exclude) or self._alone(("both",), exclude) or self._unplaceable(exclude)
+
+    def alone(self, exclude: frozenset[str]) -> Placement | Unplaceable:
+        """A worker that computes a prompt and its answer itself, though it may be there to decode what others send."""
+        return self._alone(("decode", "both"), exclude) or self._unplaceable(exclude)
+
+    def unfit(self, kv: KvFormat | None) -> frozenset[str]:
+        """Workers that cannot go on with an answer begun elsewhere; given `kv`, also those that store KV otherwise."""
+        return frozenset(
+            w.incarnation
+            for w in self.workers
+            if not w.goes_on or (kv is not None and kv_format(w.register.geometry) != kv)
+        )
 
     def prefill_for(self, decode: str, exclude: frozenset[str]) -> PeerTarget | None:
         """Another prefill worker for a request whose destinations already lie at incarnation `decode`."""

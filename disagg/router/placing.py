@@ -9,6 +9,7 @@ from typing import Final
 
 from disagg.router.choose import Fleet, Placement, Unplaceable, link_rank
 from disagg.router.load_order import LoadOrder
+from disagg.router.pairing import KvFormat
 from disagg.router.registry import Registry, Worker, WorkerState
 from disagg.transceiver.wire.messages.router import PeerTarget
 
@@ -72,6 +73,12 @@ class PlacingAt:
             if prefill and decode and link_rank(prefill, decode) == 0:
                 return Placement(decode.target, prefill.target)
         return self._fleet.place(max_tokens, exclude)
+
+    def alone(self, exclude: frozenset[str]) -> Placement | Unplaceable:
+        return self._fleet.alone(exclude)
+
+    def unfit(self, kv: KvFormat | None) -> frozenset[str]:
+        return self._fleet.unfit(kv)
 
     def prefill_for(self, decode: str, exclude: frozenset[str]) -> PeerTarget | None:
         return self._fleet.prefill_for(decode, exclude)

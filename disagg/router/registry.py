@@ -89,6 +89,11 @@ class Worker:
         register = self.register
         return PeerTarget(self.incarnation, self.worker_id, register.peer_endpoint, register.geometry)
 
+    @property
+    def goes_on(self) -> bool:
+        """Whether it can go on with an answer begun elsewhere: protocol 2.1 has both that and names of purposes."""
+        return self.register.sends is not None
+
     def state(self, now: float) -> WorkerState:
         if self.draining or self.lease.state == DRAINING:
             return WorkerState.DRAINING

@@ -13,7 +13,7 @@ import logging
 import math
 import time
 from collections import Counter
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -32,6 +32,7 @@ from disagg.router.attempt_events import (
     SendOrder,
     TimePassed,
     TurnedAway,
+    WentOn,
     WorkerLost,
 )
 from disagg.router.charges import MAX_CHARGES
@@ -39,6 +40,7 @@ from disagg.router.choose import Placement
 from disagg.router.cluster import Cluster
 from disagg.router.gate import AHEAD_PER_SERVER, Gate
 from disagg.router.generation import GenerationEnd, GenerationError, GenerationRequest, TokenChunk
+from disagg.router.going_on import MAX_CONTINUATIONS
 from disagg.router.metrics import RouterMetrics
 from disagg.router.placing import Placing
 from disagg.router.record import RecordStore, RequestRecord
@@ -62,11 +64,14 @@ log = logging.getLogger(__name__)
 class RouterOptions:
     """`expected_fingerprint`: the model every worker must have; None lets the first worker decide.
 
+    `max_continuations`: losses that one answer may survive in its middle; 0: a loss ends it with an error.
+
     `tenants`: limits by the names of API keys; others have none. `ahead_per_server`: see `gate`.
     """
 
     expected_fingerprint: str | None = None
     max_attempts: int = 3
+    max_continuations: int = MAX_CONTINUATIONS
     max_queued: int = 1024
     request_timeout_s: float = 600.0
     tenants: Mapping[str, TenantLimits] = field(default_factory=dict)
@@ -75,6 +80,8 @@ class RouterOptions:
     def __post_init__(self) -> None:
         if self.max_attempts < 1:
             raise ValueError(f"max_attempts: {self.max_attempts}, expected at least 1")
+        if self.max_continuations < 0:
+            raise ValueError(f"max_continuations: {self.max_continuations}, expected at least 0")
         if self.max_queued < 1:
             raise ValueError(f"max_queued: {self.max_queued}, expected at least 1")
         if not self.request_timeout_s > 0:
@@ -253,10 +260,16 @@ class Router:
     def _routed(self, request: GenerationRequest) -> RoutedRequest:
         transfer_id, now = draw_id(), self._clock()
 
-        def mint_ticket(epoch: int, prefill: str, decode: str, ttl_s: float) -> bytes:
-            key, prompt = self._keys.ticket, request.prompt
+        def mint_ticket(epoch: int, prefill: str, decode: str, ttl_s: float, output: Sequence[int]) -> bytes:
             return mint(
-                key, transfer_id=transfer_id, epoch=epoch, prefill=prefill, decode=decode, prompt=prompt, ttl_s=ttl_s
+                self._keys.ticket,
+                transfer_id=transfer_id,
+                epoch=epoch,
+                prefill=prefill,
+                decode=decode,
+                prompt=request.prompt,
+                ttl_s=ttl_s,
+                output=output,
             )
 
         return RoutedRequest(
@@ -265,6 +278,7 @@ class Router:
             lambda: self._placing.at(self._clock()),
             mint_ticket,
             max_attempts=self.options.max_attempts,
+            max_continuations=self.options.max_continuations,
             timeout_s=min(request.timeout_s or math.inf, self.options.request_timeout_s),
             now=now,
             news=self,
@@ -310,6 +324,8 @@ class Router:
             match action:
                 case SendOrder(to, message):
                     self.cluster.order(to, message)
+                case WentOn(choice, is_exact):
+                    self._metrics.went_on(now - stream.last_token_at.get(choice, now), is_exact=is_exact)
                 case Emit(item):
                     self._measure(stream, item, now)
                     stream.unread.put(item)

@@ -68,13 +68,13 @@ def test_a_choice_in_a_healthy_fleet_looks_at_few_workers_whatever_its_size() ->
     placing = Placing(registry, 1024)
     for worker in registry:
         placing.add(worker)
-    began_at = time.perf_counter()
+    began_at = time.thread_time()
     for _ in range(1000):
         placed = placing.at(0.0).place(16)
         assert isinstance(placed, Placement)
         assert placed.prefill is not None
         placing.count((), (placed.server.incarnation, placed.prefill.incarnation))
-    assert time.perf_counter() - began_at < 1.0, "a thousand choices and counts, each under a millisecond"
+    assert time.thread_time() - began_at < 1.0, "a thousand choices and counts, each under a millisecond"
     placing.check_invariants()
     assert max(placing.load.values()) - min(placing.load.values()) <= 1, "spread evenly"
 

@@ -71,7 +71,8 @@ class Offer:
     """What the router ordered and this worker can do: everything a FETCH is judged by.
 
     `planes`: those offered to this peer, each with whether the sender pushes its bytes. `unit_nbytes`: slot bytes per
-    group. `ttl_s` is DISPATCH's, exactly: it is bound by the ticket. `part`: what this pair of ranks moves.
+    group. `ttl_s` is DISPATCH's, exactly: it is bound by the ticket. `part`: what this pair of ranks moves. `output`:
+    of an answer that goes on, its tokens so far, whose KV moves with the prompt's.
     """
 
     prompt: tuple[int, ...]
@@ -81,6 +82,12 @@ class Offer:
     keys: ClusterKeys
     ttl_s: float
     part: Part
+    output: tuple[int, ...] = ()
+
+    @property
+    def num_known(self) -> int:
+        """Tokens before the one that the receiver emits first: P."""
+        return len(self.prompt) + len(self.output)
 
 
 _Cause = CancelAsked | FinishedEarly | ComputeFailed | Decision
@@ -112,8 +119,8 @@ class Sender(Transfer):
         offer = self._offer
         if not self._is_ticket_right(fetch):
             self._refuse("ticket", "the router's, of this transfer and epoch", "another")
-        elif fetch.prompt_len != len(offer.prompt):
-            self._refuse("prompt_len", str(len(offer.prompt)), str(fetch.prompt_len))
+        elif fetch.prompt_len != offer.num_known:
+            self._refuse("prompt_len", str(offer.num_known), str(fetch.prompt_len))
         elif fetch.plane not in offer.planes:
             self._refuse("plane", ", ".join(offer.planes), fetch.plane)
         else:
@@ -131,6 +138,7 @@ class Sender(Transfer):
                 decode=ends.peer,
                 prompt=offer.prompt,
                 ttl_s=offer.ttl_s,
+                output=offer.output,
             )
         except TicketRefused:
             return False
