@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from disagg.transceiver.layout.units import SourceUnit
 from disagg.transceiver.protocol.actions import Verified
@@ -28,7 +28,7 @@ class Serve:
     urgent: bool = False
     priority: int = 0
     output: tuple[int, ...] = ()
-    arrived_at: float = 0.0
+    arrived_at: float = field(default=0.0, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +40,7 @@ class Prefill:
     sampling: Sampling
     priority: int = 0
     output: tuple[int, ...] = ()
-    arrived_at: float = 0.0
+    arrived_at: float = field(default=0.0, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +65,7 @@ class Reserve:
     precision: str = ""
     priority: int = 0
     output: tuple[int, ...] = ()
-    arrived_at: float = 0.0
+    arrived_at: float = field(default=0.0, compare=False)
     is_moved: bool = False
 
 
