@@ -55,9 +55,7 @@ class RouterMetrics:
         self.continuation_gap = _histogram(
             "continuation_gap_seconds", "From the last token before such a loss to the next one", _TTFT_BUCKETS
         )
-        self.moves = Counter(
-            "disagg_moves", "Moves of answers to other workers that ended", ["outcome"], registry=None
-        )
+        self.moves = Counter("disagg_moves", "Moves of answers to other workers that ended", ["outcome"], registry=None)
         self.move_pause = _histogram(
             "move_pause_seconds", "From the last token before a move to the first after it", _ITL_BUCKETS
         )
