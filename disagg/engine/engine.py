@@ -187,6 +187,7 @@ class Engine:
             num_outdated=self._cache.num_outdated,
             graphs=replace(self._graphs),
             num_dropped=self._counters.dropped,
+            answer_tokens=self._counters.answer_tokens,
         )
 
     # --- a step's parts -------------------------------------------------------------------------------------
@@ -370,6 +371,7 @@ class Engine:
         if isinstance(sequence, PromptSequence):
             return self._commit_chunk(sequence, piece, result, others)
         assert result is not None
+        self._counters.answer_tokens += 1
         self._scheduler.advance(piece)
         sequence.output.append(result.token_id)
         return self._emit(sequence, result.logprobs) + self._moves.settled(sequence)

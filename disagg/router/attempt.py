@@ -48,6 +48,7 @@ from disagg.router.orders import Orders
 from disagg.router.placer import Mint, Placer
 from disagg.router.prompt_scores import ReportedScores
 from disagg.router.record import AttemptRecord, RequestRecord
+from disagg.router.workload import Share, shares_of
 from disagg.transceiver.wire.messages.router import (
     YOUNG_TOKENS,
     CancelChoice,
@@ -111,13 +112,11 @@ class RoutedRequest:
     # --- what others may ask --------------------------------------------------------------------------------
 
     @property
-    def load(self) -> tuple[str, ...]:
-        """Incarnations that still work on this request: the server, and the prefill worker until it emits a token."""
+    def load(self) -> tuple[Share, ...]:
+        """What workers still have to do for it: the server, and the prefill worker until it emits a token."""
         if self.is_over or self.placement is None:
             return ()
-        prefill = self.placement.prefill
-        waits = prefill is not None and not self._has_spoken
-        return (self.placement.server.incarnation, *([prefill.incarnation] if prefill and waits else []))
+        return shares_of(self.placement, len(self.request.prompt), self._answers.count, has_begun=self._has_spoken)
 
     @property
     def num_tokens(self) -> int:

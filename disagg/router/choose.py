@@ -7,10 +7,11 @@ never old, so a burst spreads at once.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice, product
 from typing import Final
 
+from disagg.router.costs.ways import Way
 from disagg.router.pairing import KvFormat, kv_format, traits_difference
 from disagg.router.registry import Worker, WorkerState
 from disagg.transceiver.wire.messages.router import PeerTarget
@@ -24,17 +25,21 @@ MAX_PAIRS_TOLD: Final = 4
 """Of a fleet without one connected pair, in a sentence for a client: two by two, which a person can still read."""
 
 _RANK = {WorkerState.READY: 0, WorkerState.SUSPECT: 1}
-_LINK_RANK = {"ready": 0, "suspect": 1}
+_LINK_RANK = {"ready": 0, "idle": 0, "suspect": 1}
 _WORST: Final = 4
 """Above the rank of any pair: two suspect workers with a suspect link between them make 3."""
 
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """`server` emits the tokens. With `prefill` its KV comes from there; without, it computes the prompt itself."""
+    """`server` emits the tokens. With `prefill` its KV comes from there; without, it computes the prompt itself.
+
+    `way`: how it was estimated, where it was.
+    """
 
     server: PeerTarget
     prefill: PeerTarget | None = None
+    way: Way | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,14 +156,14 @@ def _best_pair(prefills: Sequence[_Option], decodes: Sequence[_Option]) -> tuple
 
 
 def _within_reach(prefills: Sequence[_Option], places: Mapping[str, int], decode: Worker) -> Sequence[_Option]:
-    """In order; where a decode worker has few links, only what they lead to, not all pairs."""
-    if len(decode.link_states) >= len(prefills):
+    """In order; where a decode worker has few links and makes no others, only what they lead to, not all pairs."""
+    if decode.is_linked_on_use or len(decode.link_reports) >= len(prefills):
         return prefills
-    return [prefills[place] for place in sorted(places[peer] for peer in decode.link_states if peer in places)]
+    return [prefills[place] for place in sorted(places[peer] for peer in decode.link_reports if peer in places)]
 
 
 def link_rank(prefill: Worker, decode: Worker) -> int | None:
-    """0 for a ready link, 1 for a suspect one, None when KV cannot go from `prefill` to `decode` now."""
+    """0 for a ready link or one that a request makes, 1 for a suspect one, None when no KV can go this way now."""
     state = _LINK_RANK.get(decode.link_state(prefill.incarnation))
     return None if state is None or traits_difference(prefill.traits, decode.traits) else state
 

@@ -20,10 +20,10 @@ stand still for longer."""
 
 
 class Emptying:
-    """Chooses among the live requests of draining workers. `load`: requests placed per incarnation."""
+    """Chooses among the live requests of draining workers. `num_answers`: being decoded, per incarnation."""
 
-    def __init__(self, registry: Registry, load: Mapping[str, int]) -> None:
-        self._registry, self._load = registry, load
+    def __init__(self, registry: Registry, num_answers: Mapping[str, int]) -> None:
+        self._registry, self._num_answers = registry, num_answers
         self._told: set[str] = set()
         """Draining workers of which it was said that no other takes their answers."""
 
@@ -50,7 +50,12 @@ class Emptying:
     def sink_for(self, source: Worker, avoided: str, now: float) -> Worker | None:
         """The least loaded worker that can go on with answers of `source`; `avoided` only where there is no other."""
         able = [worker for worker in self._registry if _can_take_over(source, worker, now)]
-        return min(able, key=lambda w: (w.incarnation == avoided, self._load.get(w.incarnation, 0)), default=None)
+        return min(able, key=lambda w: self._cost(source, w, avoided), default=None)
+
+    def _cost(self, source: Worker, sink: Worker, avoided: str) -> tuple[bool, bool, int]:
+        """Of equals the one with the fewest answers; a link that is not there yet takes a moment to make."""
+        is_linked = sink.link_state(source.incarnation) == "ready"
+        return sink.incarnation == avoided, not is_linked, self._num_answers.get(sink.incarnation, 0)
 
     def _tell(self, worker: Worker, num_answers: int) -> None:
         if worker.incarnation not in self._told:
@@ -60,13 +65,13 @@ class Emptying:
 
 
 def _can_take_over(source: Worker, sink: Worker, now: float) -> bool:
-    """Both serve moves, over a link that is ready, and store KV in one format: then nothing is rounded on the way."""
+    """Both serve moves, and store KV in one format: then nothing is rounded on the way."""
     return (
         sink is not source
         and MOVE in source.sends
         and MOVE in sink.receives
         and sink.state(now) is WorkerState.READY
-        and sink.link_state(source.incarnation) == "ready"
+        and sink.link_state(source.incarnation) in ("ready", "connecting")
         and kv_format(sink.register.geometry) == kv_format(source.register.geometry)
         and traits_difference(source.traits, sink.traits) is None
     )

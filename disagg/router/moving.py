@@ -23,6 +23,7 @@ from disagg.router.attempt_events import Action, Answered, Event, MoveEnded, Sen
 from disagg.router.choose import Placement
 from disagg.router.placer import MintLeg
 from disagg.router.record import AttemptRecord
+from disagg.router.workload import Share
 from disagg.transceiver.wire.messages.router import (
     Finished,
     PeerTarget,
@@ -76,8 +77,8 @@ class MovableRequest(RoutedRequest):
     # --- what others may ask --------------------------------------------------------------------------------
 
     @property
-    def load(self) -> tuple[str, ...]:
-        sink = () if self._moving is None or self.is_over else (self._moving.sink.incarnation,)
+    def load(self) -> tuple[Share, ...]:
+        sink = () if self._moving is None or self.is_over else (Share(self._moving.sink.incarnation, num_answers=1),)
         return (*super().load, *sink)
 
     @property

@@ -9,6 +9,7 @@ from dataclasses import InitVar, dataclass, field
 from typing import Any, Final
 
 from disagg.router.choose import Placement
+from disagg.router.costs.ways import Way
 from disagg.router.generation import GenerationRequest
 from disagg.transceiver.wire.messages.router import TransferReport
 
@@ -44,6 +45,11 @@ class AttemptRecord:
     def end(self, outcome: str, now: float) -> None:
         if self.ended_at is None:
             self.outcome, self.ended_at = outcome, now
+
+    def estimate_ratio(self, now: float) -> float | None:
+        """The time to a first token that comes now over what it was estimated at; None where it was not estimated."""
+        way = self.placement.way
+        return None if way is None or way.ttft_s <= 0 else (now - self.started_at) / way.ttft_s
 
     @property
     def has_report_of_server(self) -> bool:
@@ -90,7 +96,21 @@ class AttemptRecord:
             "started_s": self.started_at - received_at,
             "ended_s": None if self.ended_at is None else self.ended_at - received_at,
             "stages": {report.worker_id: finite_stages(report) for _, report in self.reports},
+            "estimate": None if self.placement.way is None else _describe_way(self.placement.way),
         }
+
+
+def _describe_way(way: Way) -> dict[str, Any]:
+    """What placing expected, in seconds; `cost_s` also counts what this request costs others."""
+    return {
+        "ttft_s": way.ttft_s,
+        "cost_s": way.cost_s,
+        "queue_s": way.start.worker.queue_s,
+        "compute_s": way.start.compute_s,
+        "handoff_s": way.landing.handoff_s,
+        "computed_tokens": way.start.num_computed,
+        "moved_bytes": way.landing.nbytes,
+    }
 
 
 def finite_stages(report: TransferReport) -> dict[str, float]:
@@ -164,6 +184,15 @@ class RequestRecord:
             is_party = any(target is not None and target.incarnation == source for target in parties)
             if attempt.epoch == report.epoch and is_party and len(attempt.reports) < MAX_REPORTS:
                 attempt.reports.append((source, report))
+
+    def decision_in_words(self) -> str:
+        """For the log: where the last attempt went, and its time to the first token beside the estimate."""
+        if not self.attempts or (way := self.current.placement.way) is None:
+            return ""
+        placement = self.current.placement
+        where = f"computed by `{placement.prefill.worker_id}`" if placement.prefill else "computed there"
+        took = "no token" if self.first_token_at is None else f"{self.first_token_at - self.current.started_at:.3f} s"
+        return f", `{placement.server.worker_id}`, {where}: {took} to the first token, {way.ttft_s:.3f} s estimated"
 
     def end(self, state: str, now: float, error: str | None) -> None:
         self.state, self.ended_at, self.error = state, now, error

@@ -16,7 +16,7 @@ from typing import Final
 
 from disagg.router.pairing import Difference, PairTraits, record_difference
 from disagg.transceiver.wire.messages.peer import Refused
-from disagg.transceiver.wire.messages.router import DRAINING, Lease, PeerTarget, Register
+from disagg.transceiver.wire.messages.router import DRAINING, Lease, LinkStatus, PeerTarget, Register
 from disagg.transceiver.wire.purposes import told_or_first
 from disagg.transceiver.wire.timing import HEARTBEAT_S, LOST_S, SUSPECT_S
 
@@ -25,6 +25,9 @@ ROLES = ("prefill", "decode", "both")
 PROOF_S: Final = HEARTBEAT_S / 2
 """A sign of life counts as given after a moment when it is heard so much later: what a process said before it died has
 long arrived by then, and one that lives speaks twice a second by two ways."""
+
+MAX_KINDS: Final = 64
+"""Kinds of workers that are remembered: a fleet has a handful at a time, and what is forgotten costs a comparison."""
 
 MAX_CLAIMANTS: Final = 16
 """Incarnations that wait for one worker id: a supervisor starts one at a time, all else are mistakes."""
@@ -49,11 +52,13 @@ class Worker:
     traits: PairTraits = field(init=False)
     claimed_at: dict[str, float] = field(default_factory=dict)
     """Other incarnations that ask for this one's name, and since when."""
-    link_states: dict[str, str] = field(init=False)
+    link_reports: dict[str, LinkStatus] = field(init=False)
     """By peer incarnation, as the last lease told them."""
     sends: tuple[str, ...] = field(init=False)
     receives: tuple[str, ...] = field(init=False)
     """The purposes of which it is a source, and those of which it is a sink."""
+    is_linked_on_use: bool = False
+    """Whether it connects to a peer when a request names it, so that it needs no link to be chosen."""
 
     def __post_init__(self) -> None:
         self.traits = PairTraits(self.register)
@@ -66,11 +71,12 @@ class Worker:
         last = getattr(self, "lease", lease)
         links = last.links if lease.links is None else lease.links
         metrics = last.metrics if lease.metrics is None else lease.metrics
-        if lease.links is None or lease.metrics is None:
-            lease = replace(lease, links=links, metrics=metrics)
+        rates = last.rates if lease.rates is None else lease.rates
+        if lease.links is None or lease.metrics is None or lease.rates is None:
+            lease = replace(lease, links=links, metrics=metrics, rates=rates)
         self.lease = lease
-        if links is not last.links or not hasattr(self, "link_states"):
-            self.link_states = {link.incarnation: link.state for link in links or ()}
+        if links is not last.links or not hasattr(self, "link_reports"):
+            self.link_reports = {link.incarnation: link for link in links or ()}
 
     @property
     def incarnation(self) -> str:
@@ -100,8 +106,13 @@ class Worker:
         return WorkerState.SUSPECT if now - self.heard_at >= SUSPECT_S else WorkerState.READY
 
     def link_state(self, peer: str) -> str:
-        """What this worker last said of its link to incarnation `peer`; `connecting` when it said nothing yet."""
-        return self.link_states.get(peer, "connecting")
+        """What this worker last said of its link to incarnation `peer`; `connecting` when it said nothing yet.
+
+        `idle`: none yet, which the first request makes.
+        """
+        if (report := self.link_reports.get(peer)) is not None and report.state != "connecting":
+            return report.state
+        return "idle" if self.is_linked_on_use else "connecting"
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,6 +145,10 @@ class Registry:
         self._workers: dict[str, Worker] = {}
         self._by_name: dict[str, Worker] = {}
         self._numbers = count()
+        self._kinds: dict[PairTraits, PairTraits] = {}
+        """So that equal ones are one object, and comparing them looks at no number of a geometry."""
+        self.is_linked_on_use = False
+        """Whether decode workers connect to a peer when a request names it, and not ahead of any."""
         self._looks: list[tuple[float, int, Worker]] = []
         """A heap, one entry for each worker: its sign of life when it was last looked at. A worker that lives is looked
         at again when that sign is `LOST_S` old, and not before; so is one that has left, to be forgotten."""
@@ -172,10 +187,23 @@ class Registry:
             if (verdict := self._judge(rival, message, now)) is not None:
                 return verdict
             self.remove(rival.incarnation)
-        worker = Worker(message, Lease(message.incarnation, ""), now)
+        worker = Worker(message, Lease(message.incarnation, ""), now, is_linked_on_use=self.is_linked_on_use)
+        worker.traits = self._kind_of(worker.traits)
         self._workers[message.incarnation] = self._by_name[message.worker_id] = worker
         self._look_later(worker)
         return Admitted(rival)
+
+    def link_on_use(self) -> None:
+        """From here on pairs need no link to be chosen."""
+        if not self.is_linked_on_use:
+            self.is_linked_on_use = True
+            for worker in self:
+                worker.is_linked_on_use = True
+
+    def _kind_of(self, traits: PairTraits) -> PairTraits:
+        if len(self._kinds) >= MAX_KINDS:
+            self._kinds.clear()
+        return self._kinds.setdefault(traits, traits)
 
     def _judge(self, rival: Worker, message: Register, now: float) -> Refused | Claimed | None:
         """What `rival`, which has the name, means for the one that asks for it; None = it is dead and gives way."""

@@ -39,10 +39,12 @@ from disagg.router.attempt_events import (
 from disagg.router.charges import MAX_CHARGES
 from disagg.router.choose import Placement
 from disagg.router.cluster import Cluster
+from disagg.router.costs.decide import POLICIES
 from disagg.router.emptying import Emptying
 from disagg.router.gate import AHEAD_PER_SERVER, Gate
 from disagg.router.generation import GenerationEnd, GenerationError, GenerationRequest, TokenChunk
 from disagg.router.going_on import MAX_CONTINUATIONS
+from disagg.router.introductions import Connect
 from disagg.router.metrics import RouterMetrics
 from disagg.router.moving import MovableRequest
 from disagg.router.placing import Placing
@@ -51,6 +53,7 @@ from disagg.router.registry import Worker
 from disagg.router.status import describe_workers
 from disagg.router.tenants import QueuedRequest, TenantLimits
 from disagg.router.unread import Unread
+from disagg.router.workload import Share
 from disagg.transceiver.wire.keys import ClusterKeys
 from disagg.transceiver.wire.links import ControlServer
 from disagg.transceiver.wire.messages.router import (
@@ -68,9 +71,10 @@ log = logging.getLogger(__name__)
 class RouterOptions:
     """`expected_fingerprint`: the model every worker must have; None lets the first worker decide.
 
-    `max_continuations`: losses that one answer may survive in its middle; 0: a loss ends it with an error.
-
-    `tenants`: limits by the names of API keys; others have none. `ahead_per_server`: see `gate`.
+    `max_continuations`: losses that one answer may survive in its middle; 0: a loss ends it with an error. `tenants`:
+    limits by the names of API keys; others have none. `ahead_per_server`: see `gate`. `connect`: see `introductions`.
+    `policy`: how a way to serve is chosen, by the names of `costs.decide.POLICIES`; `max_local_prefill`: tokens of a
+    prompt that may be computed where others' answers are decoded.
     """
 
     expected_fingerprint: str | None = None
@@ -80,8 +84,13 @@ class RouterOptions:
     request_timeout_s: float = 600.0
     tenants: Mapping[str, TenantLimits] = field(default_factory=dict)
     ahead_per_server: int = AHEAD_PER_SERVER
+    connect: Connect = "auto"
+    policy: str = "prefix-aware"
+    max_local_prefill: int = 0
 
     def __post_init__(self) -> None:
+        if self.policy not in POLICIES:
+            raise ValueError(f"policy: `{self.policy}`, expected one of {', '.join(POLICIES)}")
         if self.max_attempts < 1:
             raise ValueError(f"max_attempts: {self.max_attempts}, expected at least 1")
         if self.max_continuations < 0:
@@ -98,7 +107,7 @@ class _Stream:
 
     attempts: MovableRequest
     turn: QueuedRequest
-    load: tuple[str, ...] = ()
+    load: tuple[Share, ...] = ()
     """What of it is counted in the router's load."""
     last_token_at: dict[int, float] = field(default_factory=dict)
     """By choice."""
@@ -118,7 +127,7 @@ class Router:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.options = options or RouterOptions()
-        self.cluster = Cluster(server, self.options.expected_fingerprint, self, clock)
+        self.cluster = Cluster(server, self.options.expected_fingerprint, self, clock, self.options.connect)
         self._keys = keys
         self._clock = clock
         self._gate = Gate(
@@ -132,8 +141,9 @@ class Router:
         self._records = RecordStore()
         self._streams: dict[str, _Stream] = {}
         self._by_request: dict[GenerationRequest, _Stream] = {}
-        self._placing = Placing(self.cluster.registry, self.options.max_queued)
-        self._emptying = Emptying(self.cluster.registry, self._placing.load)
+        policy, bound = POLICIES[self.options.policy], self.options.max_local_prefill
+        self._placing = Placing(self.cluster.registry, self.options.max_queued, policy, bound)
+        self._emptying = Emptying(self.cluster.registry, self._placing.work.answers)
         self._is_draining = False
         """A move ended since draining workers were looked at."""
         self._charged: dict[str, _Stream] = {}
@@ -188,9 +198,9 @@ class Router:
         self._records.check_invariants()
         self._gate.check_invariants()
         self._placing.check_invariants()
-        assert +self._placing.load == Counter(
-            side for stream in self._streams.values() for side in stream.attempts.load
-        )
+        shares = [share for stream in self._streams.values() for share in stream.attempts.load]
+        assert +self._placing.load == Counter(share.incarnation for share in shares)
+        self._placing.work.check_invariants(shares)
         assert self._charged.keys() <= self._streams.keys()
         for transfer_id, stream in self._streams.items():
             assert stream.attempts.transfer_id == transfer_id
@@ -290,7 +300,7 @@ class Router:
         return MovableRequest(
             request,
             transfer_id,
-            lambda: self._placing.at(self._clock()),
+            lambda: self._placing.at(self._clock(), request),
             mint_ticket,
             mint_leg=mint_leg,
             max_attempts=self.options.max_attempts,
@@ -375,6 +385,8 @@ class Router:
         if not stream.last_token_at:
             self._gate.began(stream.turn)
             self._metrics.ttft.observe(now - stream.attempts.record.received_at)
+            if (error := stream.attempts.record.current.estimate_ratio(now)) is not None:
+                self._metrics.estimate_ratio.observe(error)
         elif last_token_at is not None:
             self._note_pause(stream, now - last_token_at)
             count = len(item.token_ids)
@@ -406,16 +418,19 @@ class Router:
         self._metrics.charged_deaths.inc(len(record.charged_deaths))
         if len(record.charged_deaths) >= MAX_CHARGES:
             self._metrics.refused_after_deaths.inc()
+        if record.state == "finished":
+            self._placing.work.note_answer(record.num_tokens)
         for attempt in record.attempts:
             self._metrics.attempts.labels(mode=attempt.mode).inc()
         level = logging.WARNING if record.state == "failed" else logging.INFO
         log.log(
             level,
-            "request %s %s: %d tokens, %d attempts%s",
+            "request %s %s: %d tokens, %d attempts%s%s",
             record.request_id,
             record.state,
             record.num_tokens,
             len(record.attempts),
+            record.decision_in_words(),
             f", {record.error}" if record.error else "",
         )
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Final
 
 from disagg.engine.commands import AttemptKey, Command, Extend, MoveRefusedEvent, Reserve
 from disagg.transceiver.peers.decode_side import ReceivingSide
-from disagg.transceiver.protocol.actions import AskRoom
+from disagg.transceiver.protocol.actions import AskExtension
 from disagg.transceiver.protocol.events import CancelAsked, Event, Extended, RoomMade, RoomRefused
 from disagg.transceiver.wire.messages.router import Dispatch
 from disagg.transceiver.wire.messages.tokens import ChoiceOutput, Tokens
@@ -50,7 +51,9 @@ class Arrivals:
 
     def begin(self, state: RequestState) -> None:
         """Ask the engine for room for what the router has of the answer."""
-        dispatch = state.dispatch
+        dispatch, side = state.dispatch, self._side()
+        if side is not None and dispatch.peer is not None:
+            side.reach(dispatch.peer)
         self._by_leg[_leg_of(state)] = state
         self._submit(
             Reserve(
@@ -72,10 +75,17 @@ class Arrivals:
             self._land(state, slots)
 
     def _fetch(self, state: RequestState, slots: Slots) -> None:
-        dispatch, side = state.dispatch, self._side()
+        side, peer = self._side(), state.dispatch.peer
         assert side is not None
-        assert dispatch.peer is not None
+        assert peer is not None
         state.reserved_at = time.monotonic()
+        side.reach(peer, partial(self._ask, state, slots))
+
+    def _ask(self, state: RequestState, slots: Slots) -> None:
+        """The link to the source is ready, or there is none: the transfer's core says what follows."""
+        dispatch, side = state.dispatch, self._side()
+        if side is None or dispatch.peer is None or self._by_leg.get(_leg_of(state)) is not state:
+            return  # cancelled while the link was made
         transfer = state.pairing.move_sink(side.plane_of(dispatch.peer.incarnation), dispatch)
         held = state.pairing.held(slots)
         side.start(_leg_of(state), transfer, dispatch.peer.incarnation, (), RoomMade(held))
@@ -89,7 +99,7 @@ class Arrivals:
         side.set_destinations(_leg_of(state), destinations)
         side.feed(_leg_of(state), Extended(pairing.reserved(destinations).required))
 
-    def make_room(self, leg: AttemptKey, asked: AskRoom) -> None:
+    def make_room(self, leg: AttemptKey, asked: AskExtension) -> None:
         """The answer stands still, and this is all of it."""
         if (state := self._by_leg.get(leg)) is not None:
             state.came = asked

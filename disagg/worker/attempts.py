@@ -13,6 +13,7 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 
 from disagg.engine.commands import (
     AttemptKey,
@@ -39,7 +40,7 @@ from disagg.engine.commands import (
 )
 from disagg.transceiver.peers.decode_side import ReceivingSide, TransferRecord
 from disagg.transceiver.peers.prefill_side import SendingSide
-from disagg.transceiver.protocol.actions import AskRoom, ReportFailed, Verified
+from disagg.transceiver.protocol.actions import AskExtension, ReportFailed, Verified
 from disagg.transceiver.protocol.events import (
     CancelAsked,
     ComputeFailed,
@@ -65,7 +66,6 @@ from disagg.transceiver.wire.messages.router import (
     Retarget,
     RouterMessage,
     TransferFailure,
-    TransferReport,
 )
 from disagg.transceiver.wire.messages.tokens import Tokens
 from disagg.transceiver.wire.messages.values import FirstToken, Geometry, StageTimes, UnitName, nameable
@@ -75,7 +75,7 @@ from disagg.worker.metrics import WorkerMetrics
 from disagg.worker.pairing import Pairing
 from disagg.worker.request_state import RequestState
 from disagg.worker.serves import serves_of
-from disagg.worker.stages import stage_times
+from disagg.worker.stages import report_of, stage_times
 from disagg.worker.taking_in import OnFault, Slots
 
 log = logging.getLogger(__name__)
@@ -175,6 +175,7 @@ class Attempts:
         self._peers |= {target.incarnation: target for target in change.peers}
         if self.receiving is not None:
             self.receiving.set_peers(self._peers.values())
+            self.receiving.forget_peers(change.gone)
 
     def _dispatch(self, dispatch: Dispatch, *, urgent: bool = False) -> None:
         pairing = self._arrivals.pairing_of(dispatch) if dispatch.mode == "move" else self._pair(dispatch)
@@ -197,10 +198,16 @@ class Attempts:
         elif dispatch.mode == "decode":
             named = (key, dispatch.prompt, sampling, state.pairing.precision, priority, output)
             self._submit(Reserve(*named, arrived_at=state.began_at))
+            self._reach(dispatch.peer)
         elif self.sending is not None and dispatch.peer is not None:
             # First: a FETCH that came early pins it at once.
             self._submit(Prefill(key, dispatch.prompt, sampling, priority, output))
             self.sending.start(key, state.pairing.sender())
+
+    def _reach(self, peer: PeerTarget | None) -> None:
+        """A peer that no request has named before is connected while the prompt waits for room."""
+        if self.receiving is not None and peer is not None:
+            self.receiving.reach(peer)
 
     def _was_here(self, key: AttemptKey) -> bool:
         """Its transfer may still be stopping, long after the attempt was cancelled."""
@@ -323,15 +330,26 @@ class Attempts:
         self._follow(state, choice)
 
     def _start_receiving(self, state: RequestState, slots: Sequence[Sequence[tuple[int, int]]]) -> None:
-        pairing, peer = state.pairing, state.dispatch.peer
+        peer = state.dispatch.peer
         if self.receiving is None or peer is None:
             return
         state.reserved_at = time.monotonic()
         state.reserved = tuple(tuple(slot for _, slot in pairs) for pairs in slots)
-        transfer = pairing.receiver(self.receiving.plane_of(peer.incarnation))
-        destinations = pairing.destinations(slots)
-        state.partial_blocks = pairing.partial_blocks(destinations)
-        self.receiving.start(state.key, transfer, peer.incarnation, destinations, pairing.reserved(destinations))
+        self.receiving.reach(peer, partial(self._receive, state, peer, slots))
+
+    def _receive(self, state: RequestState, peer: PeerTarget, slots: Sequence[Sequence[tuple[int, int]]]) -> None:
+        """The link to the peer is ready, or there is none: either way the transfer's core says what follows."""
+        if self.receiving is None or self._live.get(state.key) is not state:  # cancelled while the link was made
+            return
+        try:
+            transfer = state.pairing.receiver(self.receiving.plane_of(peer.incarnation))
+            destinations = state.pairing.destinations(slots)
+            state.partial_blocks = state.pairing.partial_blocks(destinations)
+            reserved = state.pairing.reserved(destinations)
+            self.receiving.start(state.key, transfer, peer.incarnation, destinations, reserved)
+        except Exception as fault:  # which belongs to this attempt, and not to the link that has just been made
+            log.error("a transfer cannot start: %s", clipped(repr(fault)), extra=_of(state), exc_info=fault)
+            self.fail(state.key, "a fault of this worker: a transfer cannot start")
 
     def _prompt_computed(self, state: RequestState, event: PromptComputedEvent) -> None:
         key, first = event.key, event.first_token
@@ -409,12 +427,12 @@ class Attempts:
         if self._suspects.pop(key, key not in self._live):
             self._submit(Release(key))
 
-    def make_room(self, key: AttemptKey, asked: AskRoom) -> None:
+    def make_room(self, key: AttemptKey, asked: AskExtension) -> None:
         self._arrivals.make_room(key, asked)
 
     def decode(self, key: AttemptKey, verified: Verified, record: TransferRecord) -> None:
         key = self._arrivals.attempt(key)
-        self._count(record, "verified")
+        self._metrics.count_transfer(record, "verified")
         if (state := self._live.get(key)) is not None:
             self._report(state, stage_times(state, record), record)
             self._decode(Decode(key, verified, state.partial_blocks), state.reserved, self._cannot_copy)
@@ -431,7 +449,7 @@ class Attempts:
 
     def transfer_failed(self, key: AttemptKey, failure: ReportFailed, record: TransferRecord) -> None:
         key = self._arrivals.attempt(key)
-        self._count(record, "failed")
+        self._metrics.count_transfer(record, "failed")
         if failure.reason in reasons.WRONG:
             self._metrics.count_refused(record.purpose, failure.reason)
         self._submit(Release(key))
@@ -442,7 +460,7 @@ class Attempts:
 
     def free_reservation(self, key: AttemptKey, reason: str, record: TransferRecord) -> None:
         key = self._arrivals.release(key)
-        self._count(record, reason)
+        self._metrics.count_transfer(record, reason)
         self._submit(Release(key))
         self._forget(key)
 
@@ -458,26 +476,12 @@ class Attempts:
             elif self._arrivals.is_late(state, now):
                 self._send(TransferFailure(key.transfer_id, key.epoch, "no room for the answer"))
                 self.cancel(key, "no_room")
-            elif self._waits_too_long(state, now):
+            elif state.is_unfetched and now - state.arrived_at > self._fetch_wait_s:
                 state.soft_dropped = True
                 self._submit(DropSoft(key))
 
-    def _waits_too_long(self, state: RequestState, now: float) -> bool:
-        unfetched = state.dispatch.mode == "prefill" and not state.is_pinned and not state.soft_dropped
-        return unfetched and now - state.arrived_at > self._fetch_wait_s
-
-    def _count(self, record: TransferRecord, outcome: str) -> None:
-        self._metrics.count_transfer(record, outcome)
-
     def _report(self, state: RequestState, times: StageTimes, record: TransferRecord | None = None) -> None:
-        """This worker's part of the attempt, for `/requests/{id}`; `record` where KV landed here."""
-        key = state.key
-        report = TransferReport(key.transfer_id, key.epoch, state.pairing.worker_id, "", (), times)
-        if record is not None:
-            groups = state.pairing.group_bytes(record)
-            moved = {"plane": record.plane, "purpose": record.purpose, "num_operations": record.num_operations}
-            report = replace(report, groups=groups, **moved)  # type: ignore[arg-type]  # by name
-        self._send(report)
+        self._send(report_of(state, times, record))
 
     def _forget(self, key: AttemptKey) -> None:
         if self._live.pop(key, None) is not None:

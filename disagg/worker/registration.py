@@ -19,6 +19,7 @@ from disagg.transceiver.peers.prefill_side import SendingSide
 from disagg.transceiver.planes.base import SourcePlane
 from disagg.transceiver.wire.errors import clipped
 from disagg.transceiver.wire.links import ControlServer
+from disagg.transceiver.wire.messages.ranges import MAX_LEASED, MAX_SAMPLES
 from disagg.transceiver.wire.messages.router import (
     DRAINING,
     READY,
@@ -33,6 +34,7 @@ from disagg.transceiver.wire.node import Node
 from disagg.transceiver.wire.timing import HEARTBEAT_S
 from disagg.worker.attempts import Attempts
 from disagg.worker.engine_events import EngineEvents
+from disagg.worker.in_turn import InTurn
 from disagg.worker.pairing import Pairing
 from disagg.worker.parts import WorkerParts
 from disagg.worker.plane_classes import landing_planes, source_planes
@@ -48,6 +50,7 @@ class Registration:
         self._parts, self._node = parts, node
         self._attempts: Attempts
         self._events: EngineEvents
+        self._in_turn = InTurn(MAX_LEASED)
 
     async def run(self) -> None:
         """Register, then serve."""
@@ -194,13 +197,14 @@ class Registration:
             incarnation=self._node.incarnation,
             router_incarnation=router_incarnation,
             state=DRAINING if self._parts.drain.asked.is_set() else READY,
-            metrics=self._parts.metrics.samples(stats),
-            requests=tuple((key.transfer_id, key.epoch) for key in self._attempts.keys),
+            metrics=self._parts.metrics.samples(stats)[:MAX_SAMPLES],
+            requests=self._in_turn.some([(key.transfer_id, key.epoch) for key in self._attempts.keys]),
             num_running=stats.num_running,
             num_queued=stats.num_waiting,
             blocks_used=tuple(pool.num_used for pool in stats.pools),
             blocks_free=tuple(pool.num_free for pool in stats.pools),
             links=self._attempts.receiving.reports() if self._attempts.receiving is not None else (),
+            rates=self._parts.model.speeds.rates,
         )
 
     async def _release_all(self) -> None:

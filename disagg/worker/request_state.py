@@ -7,7 +7,7 @@ from collections import deque
 from dataclasses import dataclass, field
 
 from disagg.engine.commands import Serve
-from disagg.transceiver.protocol.actions import AskRoom
+from disagg.transceiver.protocol.actions import AskExtension
 from disagg.transceiver.wire.messages.router import Dispatch
 from disagg.transceiver.wire.messages.values import AttemptKey, StageTimes, UnitName
 from disagg.worker.pairing import Pairing
@@ -21,7 +21,7 @@ class RequestState:
     pairing: Pairing
     arrived_at: float = field(default_factory=time.monotonic)
     reserved_at: float | None = None
-    came: AskRoom | None = None
+    came: AskExtension | None = None
     """Of an answer that comes from another worker: what it has become there."""
     is_pinned: bool = False
     soft_dropped: bool = False
@@ -58,6 +58,11 @@ class RequestState:
         if self.came is not None:
             return len(self.came.output) - 1
         return next((len(answer.token_ids) for answer in self.dispatch.output if answer.choice == choice), 0)
+
+    @property
+    def is_unfetched(self) -> bool:
+        """Whether it computes for a decode worker that has not asked yet, and holds soft blocks for that."""
+        return self.dispatch.mode == "prefill" and not self.is_pinned and not self.soft_dropped
 
     @property
     def began_at(self) -> float:

@@ -19,6 +19,7 @@ from disagg.router.attempt_events import (
     WorkerLost,
 )
 from disagg.router.generation import GenerationEnd, TokenChunk
+from disagg.router.workload import Share
 from disagg.transceiver.wire.messages.router import (
     CancelRequest,
     Dispatch,
@@ -350,9 +351,9 @@ def test_a_closing_router_ends_the_request_with_503() -> None:
 
 def test_load_counts_prefill_until_the_first_token_and_the_server_until_the_end() -> None:
     attempts = started()
-    assert attempts.load == ("d0", "p0")
+    assert attempts.load == (Share("d0", num_answers=1), Share("p0", num_prompt_tokens=5))
     say(attempts, "d0", tokens(0, 5))
-    assert attempts.load == ("d0",)
+    assert attempts.load == (Share("d0", num_answers=1),)
     say(attempts, "d0", Finished(ID, 1, 1, "length"))
     assert attempts.load == ()
 

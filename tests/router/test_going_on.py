@@ -160,11 +160,11 @@ def test_a_failure_of_the_request_itself_ends_it_in_the_middle_too(said: int) ->
 
 def test_the_prefill_worker_counts_as_loaded_until_the_answer_goes_on() -> None:
     attempts, placer = started()
-    assert attempts.load == ("d0",)
+    assert [share.incarnation for share in attempts.load] == ["d0"]
     lose(attempts, placer, "d0")
-    assert attempts.load == ("d1", "p0")
+    assert [share.incarnation for share in attempts.load] == ["d1", "p0"]
     say(attempts, "d1", tokens(2, 7, epoch=2))
-    assert attempts.load == ("d1",)
+    assert [share.incarnation for share in attempts.load] == ["d1"]
 
 
 def test_what_was_cached_and_the_prompt_s_log_probabilities_are_those_of_the_first_attempt() -> None:

@@ -26,7 +26,7 @@ from support.links.move_pair import (
 from support.links.transfer_pair import DEADLINE_S, GEOMETRY, PROMPT, TRANSFER_ID, TransferPair, make_ticket
 from support.oracles.cache_oracle import needed_blocks
 
-from disagg.transceiver.protocol.actions import AskRoom, FreeReservation, Land, ReportFailed, Send, Verified
+from disagg.transceiver.protocol.actions import AskExtension, FreeReservation, Land, ReportFailed, Send, Verified
 from disagg.transceiver.protocol.events import CancelAsked, ComputeFailed, FinishedEarly, MessageArrived, PeerGone
 from disagg.transceiver.protocol.state import State
 from disagg.transceiver.wire import reasons
@@ -67,7 +67,7 @@ def test_the_sink_hears_what_the_router_has_not_and_no_more() -> None:
     (accepted,) = sent(pair, "sender", p.Accepted)
     assert (accepted.output, accepted.logprobs) == (OUTPUT[FIRST_INDEX:], LOGPROBS)
     assert accepted.boundary == BOUNDARY
-    assert pair.of("receiver", AskRoom) == [AskRoom(OUTPUT, LOGPROBS)]
+    assert pair.of("receiver", AskExtension) == [AskExtension(OUTPUT, LOGPROBS)]
 
 
 def test_a_router_that_has_every_token_is_told_none_again() -> None:
@@ -78,7 +78,7 @@ def test_a_router_that_has_every_token_is_told_none_again() -> None:
     pair.feed(pair.sender, frozen)
     pair.extends = False
     pair.settle()
-    assert pair.of("receiver", AskRoom) == [AskRoom(OUTPUT[:FIRST_INDEX], ())]
+    assert pair.of("receiver", AskExtension) == [AskExtension(OUTPUT[:FIRST_INDEX], ())]
 
 
 @pytest.mark.parametrize("held", [(set(), set()), ({0, 1, 2}, set()), ({0, 1, 2, 5, 6}, {6}), ({4}, {0, 1, 6})])
@@ -204,8 +204,8 @@ def test_the_routers_own_fetch_is_admitted() -> None:
         ({"ticket": move_ticket(prompt=PROMPT[:-1])}, "ticket"),
         ({"ticket": move_ticket(num_tokens=FIRST_INDEX + 1)}, "ticket"),
         ({"ticket": move_ticket(sink="e" * 32)}, "ticket"),
-        ({"purpose": PREFIX}, "ticket"),
-        ({"purpose": "handoff"}, "ticket"),
+        ({"purpose": PREFIX}, "purpose"),
+        ({"purpose": "handoff"}, "purpose"),
         ({"prompt_len": KNOWN + 1}, "prompt_len"),
         ({"plane": "ucx"}, "plane"),
         ({"held": (GroupRuns(0, ((0, 8),)),)}, "held"),
@@ -240,7 +240,7 @@ def test_a_done_of_another_boundary_purpose_or_answer_gives_no_licence(change: d
         pair.deliver_one()
     pair.feed(pair.receiver, MessageArrived(replace(done, **change)))
     pair.settle()
-    assert pair.verdicts == [ReportFailed(reasons.MAC)]
+    assert pair.verdicts == [ReportFailed(reasons.PURPOSE if "purpose" in change else reasons.MAC)]
     assert pair.releases == ["cancelled"]
 
 
@@ -329,7 +329,7 @@ class Story:
 
     def play(self, name: str) -> None:
         pair = self.pair
-        asked = bool(pair.of("receiver", AskRoom)) and not self.done & {"extend", "refuse room"}
+        asked = bool(pair.of("receiver", AskExtension)) and not self.done & {"extend", "refuse room"}
         decodes = not pair.is_frozen and not self.done & {"finish early", "cannot freeze"}
         match name:
             case "begin" if name not in self.done:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from disagg.transceiver.layout.required import required_units
-from disagg.transceiver.protocol.actions import AskRoom, ReportFailed, Verified
+from disagg.transceiver.protocol.actions import AskExtension, ReportFailed, Verified
 from disagg.transceiver.protocol.events import CancelAsked, Extended, PeerGone, RoomMade, RoomRefused, Tick
 from disagg.transceiver.protocol.inbox import Inbox
 from disagg.transceiver.protocol.manifest import is_sealed
@@ -97,7 +97,7 @@ class MoveSink(Receiver):
             self._fault(reasons.PROTOCOL)
             return
         self._output = output
-        self._do(AskRoom(output, message.logprobs))
+        self._do(AskExtension(output, message.logprobs))
 
     def _take_room(self, event: Extended) -> None:
         self._inbox = Inbox((entry.group, ordinal) for entry in event.required for ordinal in entry.ordinals)

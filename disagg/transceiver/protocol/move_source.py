@@ -11,10 +11,12 @@ reports it; what happens then the router says. States and legal steps are in `st
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, ClassVar, Final
 
+from disagg.transceiver.layout.compatibility import Difference
 from disagg.transceiver.layout.required import check_required, required_units
+from disagg.transceiver.protocol.actions import AskPin
 from disagg.transceiver.protocol.events import (
     CancelAsked,
     ComputeFailed,
@@ -25,14 +27,12 @@ from disagg.transceiver.protocol.events import (
     Tick,
     UnitsFinal,
 )
-from disagg.transceiver.protocol.manifest import seal
-from disagg.transceiver.protocol.outbox import Outbox
 from disagg.transceiver.protocol.sender import Offer, Sender
 from disagg.transceiver.protocol.state import Decision, Role, State
 from disagg.transceiver.protocol.transfer import Ends, Reactions
 from disagg.transceiver.wire import ticket
 from disagg.transceiver.wire.errors import LocalProtocolError, RemoteProtocolError
-from disagg.transceiver.wire.messages.peer import MAX_UNTOLD, Accepted, Cancel, Done, Fetch, Received
+from disagg.transceiver.wire.messages.peer import MAX_UNTOLD, Accepted, Cancel, Fetch, Received
 from disagg.transceiver.wire.messages.values import FirstToken, GroupRuns, SamplingState
 from disagg.transceiver.wire.purposes import MOVE
 
@@ -84,18 +84,19 @@ class MoveSource(Sender):
         offer = self._offer
         return ticket.is_leg_ticket(offer.keys.ticket, fetch.ticket, self._move.claims(self.ends), offer.ttl_s)
 
-    def _judge(self, fetch: Fetch) -> None:
+    def _wrong_field(self, fetch: Fetch) -> Difference | None:
         known = len(self._offer.prompt) + self._move.first_index - 1
-        if fetch.purpose != MOVE or not self._is_ticket_right(fetch):
-            self._refuse("ticket", "the router's, of this move", "another")
-        elif fetch.prompt_len != known:
-            self._refuse("prompt_len", str(known), str(fetch.prompt_len))
-        elif fetch.plane not in self._offer.planes:
-            self._refuse("plane", ", ".join(self._offer.planes), fetch.plane)
-        elif (fault := self._fault_in_held(fetch)) is not None:
-            self._refuse("held", "blocks of the tokens that the router has", fault)
-        else:
-            self._enter_admitted(fetch)
+        if fetch.purpose != MOVE:
+            return "purpose", MOVE, fetch.purpose
+        if not self._is_ticket_right(fetch):
+            return "ticket", "the router's, of this move", "another"
+        if fetch.prompt_len != known:
+            return "prompt_len", str(known), str(fetch.prompt_len)
+        if fetch.plane not in self._offer.planes:
+            return "plane", ", ".join(self._offer.planes), fetch.plane
+        if (fault := self._fault_in_held(fetch)) is not None:
+            return "held", "blocks of the tokens that the router has", fault
+        return None
 
     def _fault_in_held(self, fetch: Fetch) -> str | None:
         geometry = self._offer.geometry
@@ -107,11 +108,11 @@ class MoveSource(Sender):
             return str(exc)
         return "required" if fetch.required else None
 
-    def _accept_again(self, fetch: Fetch) -> None:
-        assert self._fetch is not None
-        if replace(fetch, header=self._fetch.header) != self._fetch:
-            self._refuse("held", "one FETCH per epoch", "another FETCH")
-        elif self._frozen is not None:
+    def _admit(self, fetch: Fetch) -> None:
+        self._do(AskPin())
+
+    def _accept(self) -> None:
+        if self._frozen is not None:  # else ACCEPTED would say nothing yet
             self._say_accepted()
 
     # --- standing still -------------------------------------------------------------------------------------
@@ -124,8 +125,7 @@ class MoveSource(Sender):
         for entry in self._fetch.held:
             held[entry.group] = entry.ordinals
         required = required_units(geometry.groups, self._boundary, geometry.block_size, held)
-        keys = [(entry.group, ordinal) for entry in required for ordinal in entry.ordinals]
-        self._outbox = Outbox(keys, self._offer.unit_nbytes, pushes_bytes=self._pushes_bytes)
+        self._expect(required)
         self._say_accepted()
 
     def _say_accepted(self) -> None:
@@ -150,36 +150,26 @@ class MoveSource(Sender):
             if self._outbox.is_all_announced:
                 self._decide(Decision.ALL_ANNOUNCED)
 
-    def _sealed_done(self) -> Done:
-        frozen, part = self._frozen, self._offer.part
+    def _say_done(self, decision: Decision) -> None:
+        frozen = self._frozen
         assert frozen is not None
         logprobs = frozen.logprobs[-1] if frozen.logprobs else None
-        newest = FirstToken(frozen.output[-1], logprobs, SamplingState(frozen.seed))
-        return seal(
-            self._offer.keys.manifest_mac,
-            self._header(),
-            rank=part.rank,
-            num_ranks=part.num_ranks,
-            num_slices=self._outbox.num_slices,
-            manifest=self._manifest(),
-            first_token=newest,
-            purpose=MOVE,
-            boundary=self._boundary,
-            tip=ticket.prompt_hash((*self._offer.prompt, *frozen.output)),
-        )
+        self._first_token = FirstToken(frozen.output[-1], logprobs, SamplingState(frozen.seed))
+        tip = ticket.prompt_hash((*self._offer.prompt, *frozen.output))
+        self._insist(self._sealed_done(boundary=self._boundary, tip=tip))
 
     # --- what to do on each step ----------------------------------------------------------------------------
 
     reactions: ClassVar[Reactions] = {
         State.WAITING: {
-            Fetch: _judge,
+            Fetch: Sender._judge,
             Tick: Sender._look_at_limits,
             Cancel: Sender._cancelled_soft,
             PeerGone: Sender._lose_peer,
             **dict.fromkeys((CancelAsked, FinishedEarly, ComputeFailed, Decision.OVERDUE), Sender._stop_unasked),
         },
         State.PINNING: {
-            Fetch: _accept_again,
+            Fetch: Sender._accept_again,
             Frozen: _stand_still,
             LeaseRenewed: Sender._renew_lease,
             Tick: Sender._look_at_limits,
@@ -188,16 +178,15 @@ class MoveSource(Sender):
             **dict.fromkeys((CancelAsked, FinishedEarly, ComputeFailed, Decision.OVERDUE), Sender._stop),
         },
         State.SENDING: {
-            Fetch: _accept_again,
+            Fetch: Sender._accept_again,
             UnitsFinal: _add_units,
             Received: _take_received,
             LeaseRenewed: Sender._renew_lease,
             Tick: Sender._look_at_limits,
-            Decision.ALL_ANNOUNCED: Sender._say_done,
+            Decision.ALL_ANNOUNCED: _say_done,
             Cancel: Sender._cancelled,
             PeerGone: Sender._lose_peer,
             **dict.fromkeys((CancelAsked, ComputeFailed, Decision.OVERDUE), Sender._stop),
         },
-        **{state: Sender.reactions[state] for state in (State.STOPPED, State.CLOSED)},
-        State.DECIDED: {**Sender.reactions[State.DECIDED], Fetch: _accept_again},
+        **{state: Sender.reactions[state] for state in (State.DECIDED, State.STOPPED, State.CLOSED)},
     }

@@ -23,7 +23,7 @@ from support.links.transfer_pair import (
 from disagg.transceiver.layout.ranks import Part
 from disagg.transceiver.layout.required import needed_units, required_units, runs_of
 from disagg.transceiver.layout.units import HashedUnit
-from disagg.transceiver.protocol.actions import AskRoom, Verified
+from disagg.transceiver.protocol.actions import AskExtension, Verified
 from disagg.transceiver.protocol.events import Extended, Frozen, RoomMade, RoomRefused, UnitsFinal
 from disagg.transceiver.protocol.move_sink import MoveOrder, MoveSink
 from disagg.transceiver.protocol.move_source import FROZEN_ID, MoveOffer, MoveSource
@@ -110,7 +110,7 @@ class MovePair(TransferPair):
         super()._perform(end, action)
         if self.is_pin_wanted and self.freezes and not self.is_frozen:
             self.freeze()
-        if isinstance(action, AskRoom) and self.extends:
+        if isinstance(action, AskExtension) and self.extends:
             self.extend()
 
     def begin(self) -> None:

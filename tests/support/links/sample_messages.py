@@ -9,6 +9,7 @@ from disagg.transceiver.wire.messages import router as r
 from disagg.transceiver.wire.messages import values as v
 from disagg.transceiver.wire.messages.digests import GroupDigests
 from disagg.transceiver.wire.messages.prompt_logprobs import PromptLogprobs
+from disagg.transceiver.wire.messages.rates import MeasuredRates
 from disagg.transceiver.wire.messages.tokens import ChoiceOutput, StepTokens, TokenCredit, Tokens
 
 ID = "00112233445566778899aabbccddeeff"
@@ -93,7 +94,8 @@ SAMPLES = (
         2,
         (3,),
         (4,),
-        (r.LinkStatus(ID, "prefill-0", "shm", "ready", 9.5, "fine"),),
+        (r.LinkStatus(ID, "prefill-0", "shm", "ready", 9.5, "fine", 0.25),),
+        MeasuredRates(1500.5, 0.5, ((1, 0.25), (7, 0.75))),
     ),
     r.Dispatch(
         ID,

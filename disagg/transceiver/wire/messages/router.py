@@ -14,11 +14,15 @@ from disagg.transceiver.wire.messages.ranges import (
     MAX_INT32,
     MAX_INT64,
     MAX_ITEMS,
+    MAX_LEASED,
+    MAX_LINKS,
     MAX_NAME_CHARS,
     MAX_NAMED_UNITS,
+    MAX_PEERS,
     MAX_PLANES,
     MAX_PORT,
     MAX_PURPOSES,
+    MAX_SAMPLES,
     MAX_SECRET_NBYTES,
     MAX_TEXT_CHARS,
     check_attempt,
@@ -33,6 +37,7 @@ from disagg.transceiver.wire.messages.ranges import (
     check_transfers,
     fail,
 )
+from disagg.transceiver.wire.messages.rates import MeasuredRates
 from disagg.transceiver.wire.messages.sampling_limits import MAX_CHOICES
 from disagg.transceiver.wire.messages.tokens import TOKENS_WINDOW, ChoiceOutput, StepTokens, TokenCredit
 from disagg.transceiver.wire.messages.values import (
@@ -137,22 +142,24 @@ class PeerTarget:
 class Peers:
     """Router -> sink: connect to these sources too, now (first contact happens before the first request).
 
-    `gone`: incarnations of earlier ones that are no peers any more. A registration's first message names all there are.
+    `gone`: incarnations that are no peers any more. Where no PEERS names a peer, a dispatch does, and makes the link.
     """
 
-    peers: Annotated[tuple[PeerTarget, ...], MAX_ITEMS]
-    gone: Annotated[tuple[str, ...], MAX_ITEMS] = ()
+    peers: Annotated[tuple[PeerTarget, ...], MAX_PEERS]
+    gone: Annotated[tuple[str, ...], MAX_PEERS] = ()
 
     def __post_init__(self) -> None:
-        check_size("peers", self.peers, MAX_ITEMS)
-        check_size("gone", self.gone, MAX_ITEMS)
+        check_size("peers", self.peers, MAX_PEERS)
+        check_size("gone", self.gone, MAX_PEERS)
 
 
 @dataclass(frozen=True, slots=True)
 class LinkStatus:
     """What a worker says of one peer.
 
-    `state` is `ready`, `suspect`, `lost`, `connecting` or `refused`; `detail` names the field that differs.
+    `state` is `ready`, `suspect`, `lost`, `connecting` or `refused`; `detail` names the field that differs. `gb_per_s`:
+    of the last transfers, or of the probe at first contact before there were any; `latency_s`: of the last transfers,
+    between their last byte and their end.
     """
 
     incarnation: str
@@ -161,6 +168,7 @@ class LinkStatus:
     state: str
     gb_per_s: float
     detail: str = ""
+    latency_s: float = 0.0
 
     def __post_init__(self) -> None:
         check_id("incarnation", self.incarnation)
@@ -168,6 +176,7 @@ class LinkStatus:
         check_size("plane", self.plane, MAX_ADDRESS_CHARS)
         check_size("state", self.state, MAX_NAME_CHARS)
         check_finite("gb_per_s", self.gb_per_s)
+        check_finite("latency_s", self.latency_s)
         check_size("detail", self.detail, MAX_TEXT_CHARS)
 
 
@@ -191,44 +200,45 @@ class Pulse:
     """
 
     incarnation: str
-    in_step: Annotated[tuple[tuple[str, int], ...], MAX_ITEMS] | None = None
+    in_step: Annotated[tuple[tuple[str, int], ...], MAX_LEASED] | None = None
 
     def __post_init__(self) -> None:
         check_id("incarnation", self.incarnation)
         if self.in_step is not None:
-            check_transfers("in_step", self.in_step)
+            check_transfers("in_step", self.in_step, MAX_LEASED)
 
 
 @dataclass(frozen=True, slots=True)
 class Lease:
     """Both ways, every 0.5 s. A worker's carries its figures and live requests, the router's only its incarnation.
 
-    `metrics` and `links` None: as in the last lease that had them. They are most of it, and seldom change.
+    `metrics`, `links` and `rates` None: as in the last lease that had them. They are most of it, and seldom change.
     """
 
     incarnation: str
     router_incarnation: str
     state: str = READY
-    metrics: Annotated[tuple[MetricSample, ...], MAX_ITEMS] | None = None
-    requests: Annotated[tuple[tuple[str, int], ...], MAX_ITEMS] = ()
+    metrics: Annotated[tuple[MetricSample, ...], MAX_SAMPLES] | None = None
+    requests: Annotated[tuple[tuple[str, int], ...], MAX_LEASED] = ()
     num_running: int = 0
     num_queued: int = 0
     blocks_used: Annotated[tuple[int, ...], MAX_GROUPS] = ()
     blocks_free: Annotated[tuple[int, ...], MAX_GROUPS] = ()
-    links: Annotated[tuple[LinkStatus, ...], MAX_ITEMS] | None = None
+    links: Annotated[tuple[LinkStatus, ...], MAX_LINKS] | None = None
+    rates: MeasuredRates | None = None
 
     def __post_init__(self) -> None:
         check_id("incarnation", self.incarnation)
         check_size("router_incarnation", self.router_incarnation, MAX_NAME_CHARS)
         check_size("state", self.state, MAX_NAME_CHARS)
-        check_size("metrics", self.metrics or (), MAX_ITEMS)
-        check_transfers("requests", self.requests)
+        check_size("metrics", self.metrics or (), MAX_SAMPLES)
+        check_transfers("requests", self.requests, MAX_LEASED)
         check_int("num_running", self.num_running, 0, MAX_INT32)
         check_int("num_queued", self.num_queued, 0, MAX_INT32)
         for name in ("blocks_used", "blocks_free"):
             check_size(name, getattr(self, name), MAX_GROUPS)
             check_ints(name, getattr(self, name), 0, MAX_INT32)
-        check_size("links", self.links or (), MAX_ITEMS)
+        check_size("links", self.links or (), MAX_LINKS)
 
 
 @dataclass(frozen=True, slots=True)
