@@ -11,12 +11,22 @@ import typer
 
 from disagg import __version__
 from disagg.cli.bench import app as bench_app
+from disagg.cli.drain import ADMIN
+from disagg.cli.drain import drain as drain_worker
 from disagg.cli.options import command
 from disagg.cli.output import forgive_output, lost_result, open_closed_descriptors
 from disagg.cli.process import INTERRUPTED, USER_ERROR, run_router, run_worker
 from disagg.cli.surroundings import leave_deleted_folder, name_temporary_folder
 from disagg.config.errors import ConfigError
-from disagg.config.settings import DemoSettings, PlanSettings, Role, RouterSettings, UpSettings, WorkerSettings
+from disagg.config.settings import (
+    DemoSettings,
+    PlanSettings,
+    Role,
+    RouterSettings,
+    SimulateSettings,
+    UpSettings,
+    WorkerSettings,
+)
 from disagg.config.signals import raise_on_interrupt
 
 app = typer.Typer(
@@ -60,12 +70,26 @@ def _plan(settings: PlanSettings, *, json: bool | None) -> int:
     return plan(settings, json=json)
 
 
+def _simulate(settings: SimulateSettings, *, trace: str, json: bool | None) -> int:
+    from disagg.cli.simulate import simulate
+
+    return simulate(settings, trace, json=json)
+
+
 app.command("up", help="Start router and workers on this machine.")(command(UpSettings, _up))
 app.command("demo", help="Serve the bundled model for one request and show what it moved.")(
     command(DemoSettings, _demo)
 )
 app.command("plan", help="Show what a prompt holds and moves, from config.json alone.")(
     command(PlanSettings, _plan, switches={"json": "Print JSON"})
+)
+app.command("simulate", help="Play a trace of requests to fleets that do not exist, at measured rates.")(
+    command(
+        SimulateSettings,
+        _simulate,
+        switches={"json": "Print JSON"},
+        arguments={"trace": "Trace file (JSON lines, ours or Mooncake's), or one to make up: chat, bursty or long"},
+    )
 )
 app.command("router", help="Start the router: HTTP API, registration, dispatch.")(
     command(RouterSettings, run_router, hidden=INHERITED)
@@ -77,6 +101,18 @@ for _role in get_args(Role):
 
 
 app.add_typer(bench_app, name="bench")
+
+
+@app.command("drain", help="Empty a worker: its answers go on elsewhere, and it gets no new ones.")
+def drain(
+    worker: Annotated[str, typer.Argument(help="Its `--worker-id`, as `GET /workers` names it", metavar="WORKER")],
+    admin: Annotated[
+        str, typer.Option(help="Admin listener of the router, as it says when it starts", metavar="URL")
+    ] = ADMIN,
+    wait: Annotated[bool, typer.Option(help="Return when the worker has no request any more")] = True,
+    undo: Annotated[bool, typer.Option("--undo", help="Give the worker requests again")] = False,
+) -> None:
+    raise typer.Exit(drain_worker(worker, admin, wait=wait, undo=undo))
 
 
 @app.command("version", help="Print the version.")

@@ -6,50 +6,68 @@ A `DecodingSequence` is built from exactly one licence: `Verified`, the transfer
 
 from __future__ import annotations
 
+from collections import deque
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import Final
 
-from disagg.cache.cache import CachedSequence
+from disagg.cache.cache import CachedSequence, Held
 from disagg.engine.commands import AttemptKey
 from disagg.engine.sampling.seen import SeenTokens
 from disagg.transceiver.protocol.actions import Verified
-from disagg.transceiver.wire.messages.values import FirstToken, OtherFirst, Sampling, SamplingState, TokenLogprobs
+from disagg.transceiver.wire.messages.values import (
+    Ending,
+    FirstToken,
+    OtherFirst,
+    Sampling,
+    SamplingState,
+    TokenLogprobs,
+)
+
+KEPT_LOGPROBS: Final = 256
+"""Newest tokens of an answer whose log-probabilities are kept for a worker that takes it over: a router is seconds
+behind at most, and a token that it lacks is among these."""
 
 UNKNOWN: Final = -1
 """Stands for a token that a launched step draws: no id is negative."""
 
 
 @dataclass(frozen=True, slots=True)
-class Ending:
-    """Why an answer ended: `stop` with the token that stopped it, or `length`."""
-
-    reason: str
-    stop_token_id: int | None = None
-
-
-@dataclass(frozen=True, slots=True)
 class Request:
     """One attempt's prompt and how to sample from it. `seen`: what penalties count, kept from token to token.
 
-    `priority`: lower ones are admitted first and preempted last.
+    `priority`: lower ones are admitted first and preempted last, of equals those that came first: `arrived_at` is on
+    this worker's clock, also of a request that another worker had first. `emitted`: the answer's tokens that an earlier
+    attempt gave. They are computed with the prompt, or come with its KV, and count as the answer.
     """
 
     key: AttemptKey
     prompt: tuple[int, ...]
     sampling: Sampling
     priority: int = 0
+    emitted: tuple[int, ...] = ()
+    arrived_at: float = 0.0
     seen: SeenTokens = field(default_factory=SeenTokens, compare=False, repr=False)
 
     @property
     def prompt_len(self) -> int:
         return len(self.prompt)
 
+    @property
+    def known(self) -> tuple[int, ...]:
+        """Tokens before the first that this attempt samples."""
+        return self.prompt + self.emitted
+
+    @property
+    def num_known(self) -> int:
+        return len(self.prompt) + len(self.emitted)
+
     def of_choice(self, choice: int) -> Request:
         """The request for one of the answers alone."""
         if not choice:
             return self
-        return Request(replace(self.key, choice=choice), self.prompt, self.sampling.of_choice(choice))
+        key, sampling = replace(self.key, choice=choice), self.sampling.of_choice(choice)
+        return Request(key, self.prompt, sampling, arrived_at=self.arrived_at)
 
     @property
     def total_tokens(self) -> int:
@@ -57,13 +75,8 @@ class Request:
         return len(self.prompt) + self.sampling.max_tokens
 
     def ending_after(self, token_id: int, num_output_tokens: int) -> Ending | None:
-        """Whether `token_id`, as the last of so many output tokens, ends the answer. No stop before `min_tokens`."""
-        stops = self.sampling.stop_token_ids
-        if not self.sampling.ignore_eos:
-            stops += self.sampling.eos_token_ids
-        if token_id in stops and num_output_tokens >= self.sampling.min_tokens:
-            return Ending("stop", token_id)
-        return Ending("length") if num_output_tokens >= self.sampling.max_tokens else None
+        """Whether `token_id`, as the last of so many output tokens, ends the answer."""
+        return self.sampling.ending_after(token_id, num_output_tokens)
 
 
 class Claim(Enum):
@@ -120,7 +133,7 @@ class PromptSequence:
     """Tokens of it that a launched step computes."""
 
     def __post_init__(self) -> None:
-        self.token_ids = self.request.prompt + tuple(self.answer.output if self.answer else ())
+        self.token_ids = self.request.prompt + tuple(self.answer.output) if self.answer else self.request.known
 
     @property
     def key(self) -> AttemptKey:
@@ -147,7 +160,8 @@ class PromptSequence:
     @property
     def has_looked(self) -> bool:
         """Its request has looked for a cached prefix: hit rates count the first look only."""
-        return self.answer is not None or self.check_id > 0 or self.num_cached_tokens is not None
+        is_first = self.answer is None and not self.request.emitted
+        return not is_first or self.check_id > 0 or self.num_cached_tokens is not None
 
     @property
     def num_computed(self) -> int:
@@ -168,15 +182,16 @@ class PromptSequence:
 
 @dataclass(slots=True, eq=False)
 class Reservation:
-    """Room for a prompt's KV that will be received; `cached` once it is granted.
+    """Room for a prompt's KV that will be received, with that of `request.emitted`; `cached` once it is granted.
 
-    `awaited`: per group, the (ordinal, slot) pairs that the transfer fills.
+    `awaited`: per group, the (ordinal, slot) pairs that the transfer fills. `held`: ordinals that it need not fill.
     """
 
     request: Request
     precision: str = ""
     cached: CachedSequence | None = None
     awaited: tuple[tuple[tuple[int, int], ...], ...] = ()
+    held: Held = ()
 
     @property
     def key(self) -> AttemptKey:
@@ -201,7 +216,10 @@ class Computed:
 
 @dataclass(slots=True, eq=False)
 class DecodingSequence:
-    """An answer being decoded. `output` starts as the licence's first token; its last token has no KV yet."""
+    """An answer being decoded. `output` starts as what was emitted before and the licence's token, which has no KV yet.
+
+    That of each of several answers that go on is licensed by a prompt of its own.
+    """
 
     request: Request
     cached: CachedSequence
@@ -209,11 +227,16 @@ class DecodingSequence:
     output: list[int] = field(init=False)
     num_ahead: int = 0
     """Launched steps whose tokens are not known yet."""
+    frozen_for: str | None = None
+    """The transfer for which it takes no part in steps and keeps what it holds: another worker may go on with it."""
+    logprobs: deque[TokenLogprobs] = field(init=False, repr=False)
+    """Of its newest tokens, where they are asked for."""
 
     def __post_init__(self) -> None:
-        assert _licensed_key(self.licence) == self.key.attempt, f"{self.key}: licensed for {self.licence}"
-        assert self.cached.history == self.request.prompt_len, f"{self.key}: the prompt's KV is not whole"
-        self.output = [self.first.token_id]
+        assert _licensed_key(self.licence) in (self.key, self.key.attempt), f"{self.key}: licensed for {self.licence}"
+        assert self.cached.history == self.request.num_known, f"{self.key}: the prompt's KV is not whole"
+        self.output = [*self.request.emitted, self.first.token_id]
+        self.logprobs = deque(maxlen=KEPT_LOGPROBS)
 
     @property
     def key(self) -> AttemptKey:
@@ -222,7 +245,12 @@ class DecodingSequence:
     @property
     def first(self) -> OtherFirst:
         """The first token, as the prompt's worker sampled it for this answer."""
-        return self.licence.first_token.of(self.key.choice)
+        return self.licence.first_token.of(self.key.choice - _licensed_key(self.licence).choice)
+
+    @property
+    def num_sampled(self) -> int:
+        """Tokens of this attempt."""
+        return len(self.output) - len(self.request.emitted)
 
     @property
     def num_stored(self) -> int:
@@ -235,9 +263,13 @@ class DecodingSequence:
         return UNKNOWN if self.num_ahead else self.output[-1]
 
     @property
+    def is_frozen(self) -> bool:
+        return self.frozen_for is not None
+
+    @property
     def is_continued(self) -> bool:
         """Whether a token may follow those known and those under way."""
-        return len(self.output) + self.num_ahead < self.request.sampling.max_tokens
+        return not self.is_frozen and len(self.output) + self.num_ahead < self.request.sampling.max_tokens
 
     def tokens(self, start: int, stop: int) -> tuple[int, ...]:
         """Those at positions [start, stop), prompt and answer alike."""

@@ -16,6 +16,7 @@ from disagg.transceiver.wire.codec import Message
 from disagg.transceiver.wire.errors import LocalProtocolError, PeerLost, clipped
 from disagg.transceiver.wire.faults import PeerFaults
 from disagg.transceiver.wire.links import ControlServer
+from disagg.transceiver.wire.messages.blocks import AskBlocks, BlockEvents
 from disagg.transceiver.wire.messages.peer import Refused
 from disagg.transceiver.wire.messages.router import (
     BROKEN,
@@ -39,9 +40,6 @@ TICK_S: Final = 0.25
 """How often deadlines and leases are looked at: half a heartbeat, so a loss is seen within 3.25 s of the last sign."""
 
 
-MAX_CANCELS: Final = 1024
-"""Requests that one lease may have cancelled as unknown: as many as wait at most. The next lease names what is left."""
-
 WORKERS_HEARD_A_SECOND: Final = 200
 """Leases with metrics, of some 60 samples: a tenth of a core. A thousand workers tell theirs every 5 s, a third of the
 15 s at which Prometheus asks by default; a few workers with every lease."""
@@ -58,6 +56,9 @@ class ClusterListener(Protocol):
 
     def lost(self, incarnation: str, reason: str, in_step: Steps) -> None:
         """A worker is no longer registered; if it died, these were the new requests of its step."""
+
+    def told_blocks(self, events: BlockEvents) -> None:
+        """A registered worker told what its prefix cache registered and dropped."""
 
     def faulted(self) -> None:
         """A message could not be taken; its peer is dropped."""
@@ -113,7 +114,7 @@ class Cluster:
         finally:
             self._pulses.close()
 
-    def order(self, incarnation: str, message: OrderMessage) -> None:
+    def order(self, incarnation: str, message: OrderMessage | AskBlocks) -> None:
         """To a worker; dropped when it is lost, because its loss is told to the listener on its own."""
         if route := self._route_of.get(incarnation):
             self._post(route, message)
@@ -156,6 +157,8 @@ class Cluster:
                 self._pulses.note(message)
             case StepTokens():
                 self._take_tokens(route, message)
+            case BlockEvents() if self._route_of.get(message.incarnation) == route:
+                self._listener.told_blocks(message)
             case _ if isinstance(message, AnswerMessage):
                 self._take_answer(route, message)
             case _:
@@ -250,7 +253,7 @@ class Cluster:
 
     def _cancel_unknown(self, lease: Lease) -> None:
         """A worker may still hold what the router ended: a cancel is lost with the connection it was queued on."""
-        for transfer_id, epoch in lease.requests[:MAX_CANCELS]:
+        for transfer_id, epoch in lease.requests:
             if not self._listener.is_serving(transfer_id, lease.incarnation):
                 self.order(lease.incarnation, CancelRequest(transfer_id, epoch, "unknown"))
 

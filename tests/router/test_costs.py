@@ -79,6 +79,14 @@ def test_steps_between_two_that_were_measured_lie_on_a_line_and_beyond_the_last_
     assert rates.answer_seconds(3) == 4.0 + 3 * (4.0 - 2.0)
 
 
+def test_a_larger_step_that_was_measured_faster_makes_no_answer_a_gain() -> None:
+    rates = Rates(1000.0, ((1, 0.01), (4, 0.06), (8, 0.02)))
+    assert rates.answer_seconds(4) == rates.step_seconds(5) > 0
+    shape = KvShape(16, (GroupShape(None, 0, 64),))
+    busy = [Candidate(name, "both", shape, rates, num_answers=4) for name in "ab"]
+    assert decide(Ask(10, 50, 50.0), busy, lambda source, sink: None, POLICIES["prefix-aware"]) is not None
+
+
 @pytest.mark.parametrize("value", [0.0, -1.0, math.nan, math.inf])
 def test_a_rate_that_is_no_rate_cannot_be_built(value: float) -> None:
     with pytest.raises(ValueError, match="expected"):
@@ -152,6 +160,14 @@ def test_a_link_that_fetches_no_prefixes_only_hands_over() -> None:
     ask, pair = Ask(2000, 8, held={"d": 1600}), [worker("p", "prefill"), worker("d", "decode")]
     plain = linked(("p", "d"), ("d", "p"), rate=LinkRate(1.0, fetches=False))
     assert told(decide(ask, pair, plain, AWARE)) == ("p", "d", None, 2000)
+
+
+def test_a_link_that_hands_nothing_over_makes_no_pair() -> None:
+    ask, pair = Ask(2000, 8, held={"p": 1600}), [worker("p", "prefill"), worker("d", "decode")]
+    only_fetches = linked(("p", "d"), rate=LinkRate(1.0, hands_over=False))
+    assert decide(ask, pair, only_fetches, AWARE) is None
+    lifted = replace(ask, max_local_prefill=400)
+    assert told(decide(lifted, pair, only_fetches, AWARE)) == ("d", "d", "p", 400)
 
 
 def test_a_fetch_that_would_be_given_up_is_no_way() -> None:
@@ -237,7 +253,11 @@ def test_the_choice_costs_no_more_than_any_way_that_a_plain_search_finds(
     data: st.DataObject, fleet: list[Candidate], num_tokens: int, max_tokens: int
 ) -> None:
     speeds = {
-        (a, b): data.draw(st.sampled_from([None, LinkRate(0.0005, 0.02), LinkRate(1.0, fetches=False)]))
+        (a, b): data.draw(
+            st.sampled_from(
+                [None, LinkRate(0.0005, 0.02), LinkRate(1.0, fetches=False), LinkRate(1.0, hands_over=False)]
+            )
+        )
         for a in ("x", *(c.name for c in fleet))
         for b in (c.name for c in fleet)
         if a != b
@@ -303,7 +323,14 @@ def plain_cost(
             return None
     else:
         link = speeds[a.name, b.name]
-        if ask.max_tokens == 1 or link is None or a.role == "decode" or b.role == "prefill" or is_lifted:
+        if (
+            ask.max_tokens == 1
+            or link is None
+            or not link.hands_over
+            or a.role == "decode"
+            or b.role == "prefill"
+            or is_lifted
+        ):
             return None
         nbytes = KV.moved_nbytes(ask.num_tokens, min(ask.held[b.name], last))
         handoff_s = link.latency_s + nbytes / link.gb_per_s / 1e9

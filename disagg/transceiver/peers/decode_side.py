@@ -16,11 +16,13 @@ from typing import Any, Final, Protocol
 from disagg.transceiver.memory.regions import Destination, LandingJob, PoolRegion
 from disagg.transceiver.peers.landing_threads import Landed, LandingThreads
 from disagg.transceiver.peers.link import LinkSpeed, PeerLink
+from disagg.transceiver.peers.link_meter import BusyTime
 from disagg.transceiver.peers.live import Transfers
 from disagg.transceiver.peers.peer_links import PeerLinks
 from disagg.transceiver.planes.base import LandingPlane
 from disagg.transceiver.protocol.actions import (
     Action,
+    AskExtension,
     FreeReservation,
     Land,
     PartVerified,
@@ -73,6 +75,8 @@ class TransferRecord:
     first_slice_at: float = 0.0
     landed_at: float = 0.0
     done_at: float = 0.0
+    busy: BusyTime = field(default_factory=BusyTime)
+    """While bytes were on their way."""
     num_operations: int = 0
     num_saturated: int = 0
     """Numbers that landed as the largest of our format."""
@@ -104,8 +108,14 @@ class ReceivingSide:
         host: LandingHost,
         on_part: Callable[[AttemptKey, PartVerified, TransferRecord], None] | None = None,
         faults: PeerFaults | None = None,
+        on_room: Callable[[AttemptKey, AskExtension], None] | None = None,
     ) -> None:
-        """`on_part` hears, where ranks are joined, of a pair of ranks that is done; its leader decides."""
+        """`on_part` hears, where ranks are joined, of a pair of ranks that is done; its leader decides.
+
+        `on_room`: an answer that comes here has become so long. The worker makes room for it, sets the destinations and
+        feeds `Extended`, or `RoomRefused`.
+        """
+        self._on_room = on_room
         self._faults = faults or PeerFaults()
         self._on_part = on_part
         self._node, self._planes, self._pools, self._pool_of_group = node, planes, pools, pool_of_group
@@ -147,14 +157,18 @@ class ReceivingSide:
         self, key: AttemptKey, transfer: Transfer, peer: str, slots: Sequence[Sequence[tuple[int, int]]], event: Event
     ) -> None:
         """Destinations are reserved: `slots[g]` = (ordinal, slot) pairs. `event` (Reserved) begins the transfer."""
-        destinations = {(group, ordinal): slot for group, pairs in enumerate(slots) for ordinal, slot in pairs}
         record = TransferRecord(self.plane_of(peer), transfer.purpose)
-        self._incoming[key] = _Incoming(peer, destinations, record)
+        self._incoming[key] = _Incoming(peer, _by_unit(slots), record)
         self._transfers.add(key, transfer)
         if self.is_ready(peer, transfer.purpose):
             self.feed(key, event)
         else:
             self.feed(key, PeerGone("this worker has no link to it"))
+
+    def set_destinations(self, key: AttemptKey, slots: Sequence[Sequence[tuple[int, int]]]) -> None:
+        """Of a transfer that says only in its course what it brings: before the event that says so to its core."""
+        if (incoming := self._incoming.get(key)) is not None:
+            incoming.destinations = _by_unit(slots)
 
     def feed(self, key: AttemptKey, event: Event) -> None:
         self._transfers.feed(key, event)
@@ -241,10 +255,13 @@ class ReceivingSide:
                 self._send(self._transfers.peer_of(key), message)
             case Land(message):
                 self._land(key, message)
+            case AskExtension():
+                assert self._on_room is not None, "a move to a worker that takes none"
+                self._on_room(key, action)
             case StopLanding():
                 self._to_stop.put_nowait(key)
             case Verified():
-                self._host.decode(key, action, self._end(key))
+                self._host.decode(key, action, self._end_well(key))
             case PartVerified():
                 assert self._on_part is not None, "a part that no leader joins"
                 self._on_part(key, action, self._end(key))
@@ -293,6 +310,14 @@ class ReceivingSide:
         incoming.record.done_at = time.monotonic()
         return incoming.record
 
+    def _end_well(self, key: AttemptKey) -> TransferRecord:
+        """Its time says how fast the link is."""
+        link = self.links.get(self._incoming[key].peer)
+        record = self._end(key)
+        if link is not None:
+            link.meter.note(sum(record.nbytes.values()), record.busy.seconds, record.done_at - record.landed_at)
+        return record
+
     # --- landing ----------------------------------------------------------------------------------------------
 
     def _land(self, key: AttemptKey, message: Slice) -> None:
@@ -306,6 +331,7 @@ class ReceivingSide:
             self.feed(key, LandingFailed(message.number, "this worker's registration ends"))
             return
         job = self._make_job(key, incoming, message)
+        incoming.record.busy.begin(time.monotonic())
         try:
             if plane.is_here(job):
                 self._landing.begin(job, plane, self._end_job)
@@ -349,6 +375,8 @@ class ReceivingSide:
     def _fail_job(self, key: AttemptKey, job: LandingJob, exc: Exception) -> None:
         """The peer is gone, or the source changed, or sent what does not fit the slots; anything else is a bug of ours,
         which costs this attempt and no other."""
+        if (incoming := self._incoming.get(key)) is not None:
+            incoming.record.busy.end(time.monotonic())
         if not isinstance(exc, TransceiverError):
             log.error("slice %d of %s was not landed", job.number, job.transfer_id, exc_info=exc)
         reason = f"{reasons.LOST}: {exc}" if isinstance(exc, PeerLost) else str(exc)
@@ -356,6 +384,7 @@ class ReceivingSide:
 
     def _take_landed(self, key: AttemptKey, job: LandingJob, landed: Landed) -> None:
         if (incoming := self._incoming.get(key)) is not None:
+            incoming.record.busy.end(time.monotonic())
             self._count(incoming.record, job, landed)
         self.feed(key, SliceLanded(job.number, landed.units))
 
@@ -396,3 +425,8 @@ class ReceivingSide:
             job.cancel()
         await asyncio.gather(*jobs, return_exceptions=True)
         await self._landing.stop(key.transfer_id, key.epoch)
+
+
+def _by_unit(slots: Sequence[Sequence[tuple[int, int]]]) -> dict[tuple[int, int], int]:
+    """By (group, ordinal)."""
+    return {(group, ordinal): slot for group, pairs in enumerate(slots) for ordinal, slot in pairs}

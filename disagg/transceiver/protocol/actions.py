@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from disagg.transceiver.layout.units import SourceUnit
 from disagg.transceiver.wire.messages.peer import Refused, Slice, TransferMessage
-from disagg.transceiver.wire.messages.values import FirstToken, UnitName
+from disagg.transceiver.wire.messages.values import FirstToken, GroupRuns, TokenLogprobs, UnitName
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,12 +26,26 @@ class SendPayload:
 
 @dataclass(frozen=True, slots=True)
 class AskPin:
-    """Sender: a FETCH was accepted; the engine must pin the request's blocks and answer with `Pinned`."""
+    """Sender: a FETCH was accepted; the engine must pin the request's blocks and answer with `Pinned`.
+
+    Source of a move: it must freeze the answer, and answer with `Frozen`.
+    """
+
+
+@dataclass(frozen=True, slots=True)
+class AskPrefix:
+    """Sender of a prefix: the engine must find its cached blocks of the granted tokens and answer with `Pinned`.
+
+    `held`: per group, what the sink has, in blocks of the sink.
+    """
+
+    held: tuple[GroupRuns, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class ReleaseSource:
-    """Sender, once per epoch: the peer needs nothing any more, the engine frees the request.
+    """Sender, once per epoch: the peer needs nothing any more, the engine frees the request. Of a move it does so only
+    when it was `acked`: else the answer is this worker's still, frozen or not, and the router says what becomes of it.
 
     `reason`: `acked`, `finished`, `cancelled`, `lost`, `deadline` or `failed`.
     """
@@ -47,8 +61,27 @@ class Land:
 
 
 @dataclass(frozen=True, slots=True)
+class AskRoom:
+    """Receiver of a prefix, once: make room for these units and answer with `Reserved`."""
+
+    boundary: int
+    required: tuple[GroupRuns, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class StopLanding:
     """Receiver: stop and join every landing job of this epoch; answer `LandingStopped`."""
+
+
+@dataclass(frozen=True, slots=True)
+class AskExtension:
+    """Sink of a move: the answer is this long; make room for all of it and answer `Extended` or `RoomRefused`.
+
+    `logprobs`: of the last of `output`, as many as the router has not, or none.
+    """
+
+    output: tuple[int, ...]
+    logprobs: tuple[TokenLogprobs, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +101,17 @@ class PartVerified:
     """
 
     first_token: FirstToken | None
+
+
+@dataclass(frozen=True, slots=True)
+class PrefixVerified:
+    """Receiver of a prefix, once: cached blocks up to `boundary` are whole, 0 = there were none. They may be registered
+    for reuse, and no answer may be decoded from them: that takes `Verified`, which this is not.
+    """
+
+    transfer_id: str
+    epoch: int
+    boundary: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,11 +147,15 @@ Action = (
     Send
     | SendPayload
     | AskPin
+    | AskPrefix
+    | AskRoom
     | ReleaseSource
+    | AskExtension
     | Land
     | StopLanding
     | Verified
     | PartVerified
+    | PrefixVerified
     | ReportFailed
     | FreeReservation
     | UnregisterUnits

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from disagg.transceiver.layout.units import HashedUnit
 from disagg.transceiver.wire.messages.peer import Refused, TransferMessage
-from disagg.transceiver.wire.messages.values import FirstToken, GroupRuns, UnitName
+from disagg.transceiver.wire.messages.values import FirstToken, GroupRuns, TokenLogprobs, UnitName
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,9 +64,13 @@ class LeaseRenewed:
 
 @dataclass(frozen=True, slots=True)
 class Pinned:
-    """The engine holds every block of computation `compute_id` until it is released: from here nothing is soft."""
+    """The engine holds every block of computation `compute_id` until it is released: from here nothing is soft.
+
+    Of a prefix: what it has cached reaches up to `boundary`, and is sent for as long as it is not evicted.
+    """
 
     compute_id: int
+    boundary: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,10 +115,17 @@ class ComputeFailed:
 
 @dataclass(frozen=True, slots=True)
 class Reserved:
-    """Destinations exist for exactly these ordinals (need minus have). The transfer starts with FETCH."""
+    """Destinations exist for exactly these ordinals (need minus have). A handoff starts with FETCH then; a prefix asked
+    before, and heard from its source what is needed.
+    """
 
     required: tuple[GroupRuns, ...]
     prompt_len: int
+
+
+@dataclass(frozen=True, slots=True)
+class FetchWanted:
+    """A prompt may begin with another worker's blocks: ask for them. Room is made once the source has said how many."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,6 +150,40 @@ class LandingStopped:
     """No job of this epoch holds a destination slot any more (answers the action `StopLanding`)."""
 
 
+# --- moves --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Frozen:
+    """Source: the answer stands still, and `output` is all of it. `logprobs`: of what the router has not, or none."""
+
+    output: tuple[int, ...]
+    logprobs: tuple[TokenLogprobs, ...]
+    seed: int
+
+
+@dataclass(frozen=True, slots=True)
+class RoomMade:
+    """Sink: room is reserved for the answer as the router has it; these whole blocks of it are held already."""
+
+    held: tuple[GroupRuns, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Extended:
+    """Sink: destinations exist for exactly these ordinals of what the answer has become (answers `AskExtension`)."""
+
+    required: tuple[GroupRuns, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class RoomRefused:
+    """Sink: there is no room for what the answer has become (answers `AskExtension`)."""
+
+    reason: str
+
+
 SenderEvent = LeaseRenewed | Pinned | UnitsFinal | SoftDropped | PromptComputed | FinishedEarly | ComputeFailed
-ReceiverEvent = Reserved | SliceLanded | LandingFailed | LandingStopped
-Event = MessageArrived | CancelAsked | PeerGone | Tick | SenderEvent | ReceiverEvent
+ReceiverEvent = FetchWanted | Reserved | SliceLanded | LandingFailed | LandingStopped
+MoveEvent = Frozen | RoomMade | Extended | RoomRefused
+Event = MessageArrived | CancelAsked | PeerGone | Tick | SenderEvent | ReceiverEvent | MoveEvent

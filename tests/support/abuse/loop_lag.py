@@ -49,7 +49,7 @@ class LoopLags:
         return {loop: self.num_ticks(loop) for loop in self.counts}
 
     def p99_s(self) -> dict[Loop, float]:
-        """Per loop the least bound that holds 99 % of its ticks, or all but one where there are fewer than a hundred: in
+        """Per loop the least bound that holds 99 % of its ticks, or all but one where there are fewer: in
         a second a single tick is two of a hundred. A loop that stands still for longer is late in several at once."""
         found = {}
         for loop, counts in self.counts.items():

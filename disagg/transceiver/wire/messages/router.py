@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Annotated, Final
 
+from disagg.transceiver.wire.messages.blocks import AskBlocks, BlockEvents
 from disagg.transceiver.wire.messages.peer import check_purposes
 from disagg.transceiver.wire.messages.prompt_logprobs import PromptLogprobs
 from disagg.transceiver.wire.messages.ranges import (
@@ -34,9 +36,11 @@ from disagg.transceiver.wire.messages.ranges import (
     check_one_of,
     check_size,
     check_transfers,
+    fail,
 )
+from disagg.transceiver.wire.messages.rates import MeasuredRates
 from disagg.transceiver.wire.messages.sampling_limits import MAX_CHOICES
-from disagg.transceiver.wire.messages.tokens import TOKENS_WINDOW, StepTokens, TokenCredit
+from disagg.transceiver.wire.messages.tokens import TOKENS_WINDOW, ChoiceOutput, StepTokens, TokenCredit
 from disagg.transceiver.wire.messages.values import (
     Geometry,
     GroupBytes,
@@ -49,7 +53,7 @@ from disagg.transceiver.wire.messages.values import (
 from disagg.transceiver.wire.purposes import HANDOFF, MOVE, PREFIX, PURPOSES
 from disagg.transceiver.wire.schema import PackedInts
 
-MODES: Final = ("serve", "prefill", "decode")
+MODES: Final = ("serve", "prefill", "decode", "move")
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +61,8 @@ class Register:
     """A worker offers itself. `role` is `prefill`, `decode` or `both`; `peer_endpoint` is where peers say HELLO.
 
     `sends`, `receives`: the purposes of which it is a source and a sink; None = as protocol 2.0, which has handoffs
-    alone (see `disagg.transceiver.wire.purposes`).
+    alone (see `disagg.transceiver.wire.purposes`). `tells_blocks`: whether ASK_BLOCKS may be said to it.
+    `takes_output`: whether it goes on with answers that were begun elsewhere (`Dispatch.output`).
     """
 
     incarnation: str
@@ -74,6 +79,8 @@ class Register:
     eos_token_ids: Annotated[tuple[int, ...], MAX_ITEMS] = ()
     sends: Annotated[tuple[str, ...], MAX_PURPOSES] | None = None
     receives: Annotated[tuple[str, ...], MAX_PURPOSES] | None = None
+    tells_blocks: bool = False
+    takes_output: bool = False
 
     def __post_init__(self) -> None:
         check_purposes(self.sends or ())
@@ -152,7 +159,9 @@ class Peers:
 class LinkStatus:
     """What a worker says of one peer.
 
-    `state` is `ready`, `suspect`, `lost`, `connecting` or `refused`; `detail` names the field that differs.
+    `state` is `ready`, `suspect`, `lost`, `connecting` or `refused`; `detail` names the field that differs. `gb_per_s`:
+    of the last transfers, or of the probe at first contact before there were any; `latency_s`: of the last transfers,
+    between their last byte and their end.
     """
 
     incarnation: str
@@ -161,6 +170,7 @@ class LinkStatus:
     state: str
     gb_per_s: float
     detail: str = ""
+    latency_s: float = 0.0
 
     def __post_init__(self) -> None:
         check_id("incarnation", self.incarnation)
@@ -168,6 +178,7 @@ class LinkStatus:
         check_size("plane", self.plane, MAX_ADDRESS_CHARS)
         check_size("state", self.state, MAX_NAME_CHARS)
         check_finite("gb_per_s", self.gb_per_s)
+        check_finite("latency_s", self.latency_s)
         check_size("detail", self.detail, MAX_TEXT_CHARS)
 
 
@@ -203,7 +214,7 @@ class Pulse:
 class Lease:
     """Both ways, every 0.5 s. A worker's carries its figures and live requests, the router's only its incarnation.
 
-    `metrics` and `links` None: as in the last lease that had them. They are most of it, and seldom change.
+    `metrics`, `links` and `rates` None: as in the last lease that had them. They are most of it, and seldom change.
     """
 
     incarnation: str
@@ -216,6 +227,7 @@ class Lease:
     blocks_used: Annotated[tuple[int, ...], MAX_GROUPS] = ()
     blocks_free: Annotated[tuple[int, ...], MAX_GROUPS] = ()
     links: Annotated[tuple[LinkStatus, ...], MAX_LINKS] | None = None
+    rates: MeasuredRates | None = None
 
     def __post_init__(self) -> None:
         check_id("incarnation", self.incarnation)
@@ -255,6 +267,7 @@ class Grant:
 
     For `prefix`: cached blocks of `tokens`, which end at the boundary of the ticket, among requests of `salt`. The
     source names the blocks itself, so nothing else is ever served. `ttl_s`: as in the ticket, counted from receipt.
+    For `move`: the answer of `request` that the source is decoding, of which the router has the first `num_tokens`.
     """
 
     transfer_id: str
@@ -265,10 +278,12 @@ class Grant:
     ttl_s: float
     tokens: PackedInts = ()
     salt: str = ""
+    num_tokens: int = 0
 
     def __post_init__(self) -> None:
         check_attempt(self.transfer_id, self.epoch)
         check_id("request", self.request)
+        check_int("num_tokens", self.num_tokens, 1 if self.purpose == MOVE else 0, MAX_INT32)
         check_one_of("purpose", self.purpose, (PREFIX, MOVE))
         check_duration("ttl_s", self.ttl_s)
 
@@ -279,10 +294,17 @@ class Dispatch:
 
     - `serve`: compute the prompt and emit every token here (role both, max_tokens = 1, or no peer);
     - `prefill`: compute the prompt and hand its KV to `peer`;
-    - `decode`: receive the KV from `peer`, then emit tokens.
+    - `decode`: receive the KV from `peer`, then emit tokens;
+    - `move`: receive the answer that `peer` is decoding, by the transfer `leg`, then go on with it. `output` is what
+      the router had of it. Sent only to workers that receive moves.
 
     `deadline_s` is a duration counted from receipt, so that no two clocks are compared. Requests of lower `priority`
-    are admitted first. `prefix`: where the first of the prompt's blocks may be had, for one that computes it.
+    are admitted first and preempted last, of equals those that are older, by `age_s` since the router received them.
+    `prefix`: where the first of the prompt's blocks may be had, for one that computes it.
+
+    `output`: of an attempt that goes on after a loss, what the client has of each answer that is not over, in order of
+    their numbers; answers that it does not name are. They are computed as the prompt is, and count as the answer. The
+    KV of one answer is transferred with them; several go on in mode `serve`.
     """
 
     transfer_id: str
@@ -296,14 +318,43 @@ class Dispatch:
     ticket: bytes = b""
     priority: int = 0
     prefix: PrefixLeg | None = None
+    output: Annotated[tuple[ChoiceOutput, ...], MAX_CHOICES] = ()
+    leg: str = ""
+    age_s: float = 0.0
 
     def __post_init__(self) -> None:
         check_attempt(self.transfer_id, self.epoch)
+        check_size("leg", self.leg, MAX_NAME_CHARS)
+        check_finite("age_s", self.age_s)
         check_int("priority", self.priority, -MAX_INT32 - 1, MAX_INT32)
         check_size("request_id", self.request_id, MAX_ADDRESS_CHARS)
         check_one_of("mode", self.mode, MODES)
         check_size("ticket", self.ticket, MAX_SECRET_NBYTES)
         check_duration("deadline_s", self.deadline_s)
+        self._check_output()
+
+    @property
+    def first_output(self) -> tuple[int, ...]:
+        """Of the answer that a transfer is for."""
+        return self.output[0].token_ids if self.output else ()
+
+    @property
+    def num_known(self) -> int:
+        """Tokens before the next one of that answer, the P of its transfer."""
+        return len(self.prompt) + len(self.first_output)
+
+    def _check_output(self) -> None:
+        choices, sampling = [answer.choice for answer in self.output], self.sampling
+        if any(a >= b for a, b in pairwise(choices)) or (choices and choices[-1] >= sampling.num_choices):
+            fail("output", choices, f"ascending numbers of {sampling.num_choices} choices")
+        if any(len(answer.token_ids) >= sampling.max_tokens for answer in self.output):
+            fail("output", "an answer without an end", f"fewer than max_tokens = {sampling.max_tokens} tokens of each")
+        if self.output and self.mode != "serve" and sampling.num_choices > 1:
+            fail("output", f"{sampling.num_choices} choices in mode {self.mode}", "a transfer of one")
+        if self.mode == "move":
+            check_id("leg", self.leg)
+            if not self.first_output:
+                fail("output", "nothing", "what there is of the answer to be moved")
 
 
 @dataclass(frozen=True, slots=True)
@@ -357,7 +408,10 @@ class RequestFailed:
 
 @dataclass(frozen=True, slots=True)
 class TransferFailure:
-    """Decode -> router: this epoch's KV did not arrive whole. The router owns what happens next."""
+    """Decode -> router: this epoch's KV did not arrive whole. The router owns what happens next.
+
+    Of a move both ends say so, each under the epoch of its own attempt.
+    """
 
     transfer_id: str
     epoch: int
@@ -387,6 +441,20 @@ class Retarget:
 @dataclass(frozen=True, slots=True)
 class PrefillLocally:
     """Router -> decode: give the transfer up and compute the prompt here under a new epoch."""
+
+    transfer_id: str
+    epoch: int
+
+    def __post_init__(self) -> None:
+        check_attempt(self.transfer_id, self.epoch)
+
+
+@dataclass(frozen=True, slots=True)
+class Resume:
+    """Router -> source of a move: go on with the answer, whose tokens are of `epoch` from here on.
+
+    The router hears nothing more of the epochs before it but this source's own, so no second worker can speak.
+    """
 
     transfer_id: str
     epoch: int
@@ -461,5 +529,8 @@ RouterMessage = (
     | TransferReport
     | PromptScores
     | CancelChoice
+    | BlockEvents
+    | AskBlocks
     | Grant
+    | Resume
 )
