@@ -111,9 +111,12 @@ class ControlServer:
             if message is not None:
                 return peer.bytes, message
 
-    async def send(self, peer: bytes, message: Message) -> None:
-        """Queue `message` for `peer`. Raises `PeerLost` when it is not connected or reads nothing; never waits."""
-        data = encode(message)
+    async def send(self, peer: bytes, message: Message | bytes) -> None:
+        """Queue `message` for `peer`, or its bytes where the same goes to many.
+
+        Raises `PeerLost` when the peer is not connected or reads nothing; never waits.
+        """
+        data = message if isinstance(message, bytes) else encode(message)
         try:
             await self._socket.send_multipart([peer, data], flags=zmq.DONTWAIT)
         except zmq.ZMQError as exc:
