@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections.abc import Callable, Iterable
@@ -91,8 +92,7 @@ class Cluster:
         self._incarnation_of: dict[bytes, str] = {}
         self._claims: dict[str, tuple[bytes, Register]] = {}
         """By the incarnation that has the name: the last REGISTER that asked for it, with its connection."""
-        # Unbounded, because what enters is bounded: a few messages per attempt of requests that are bounded
-        # themselves, answers to messages received, and leases. It drains at once: sending never waits.
+        # Of what could not be sent, and what came after it. It drains at once: sending never waits.
         self._outbox: TurnQueue[tuple[bytes, Message | bytes]] = TurnQueue()
 
     @property
@@ -270,6 +270,14 @@ class Cluster:
     # --- out ------------------------------------------------------------------------------------------------
 
     def _post(self, route: bytes, message: Message | bytes) -> None:
+        """Send it now, so that a request is with its workers before the next one is looked at.
+
+        What cannot be sent waits for `_send`: a loss is told to the listener, which may be in the middle of something.
+        """
+        if self._outbox.empty():
+            with contextlib.suppress(PeerLost, LocalProtocolError):
+                self._server.send_now(route, message)
+                return
         self._outbox.put_nowait((route, message))
 
     async def _send(self) -> None:

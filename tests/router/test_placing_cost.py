@@ -13,6 +13,7 @@ from support.cluster.router_harness import GEOMETRY, make_lease, make_link, make
 
 from disagg.router.choose import MAX_PAIRS_TOLD, Fleet, Placement, Unplaceable, link_rank
 from disagg.router.generation import GenerationRequest
+from disagg.router.introductions import EAGER_WORKERS
 from disagg.router.load_order import LoadOrder
 from disagg.router.placing import Placing
 from disagg.router.record import RecordStore, RequestRecord
@@ -25,13 +26,17 @@ from disagg.transceiver.wire.timing import SUSPECT_S
 def large_fleet(size: int, *, linked: bool = True) -> list[Worker]:
     prefills = [make_register(f"p{i}", "prefill") for i in range(size)]
     decodes = [make_register(f"d{i}", "decode", geometry=replace(GEOMETRY)) for i in range(size)]
-    peers = [register.incarnation for register in prefills] if linked else []
+    on_use = linked and size > EAGER_WORKERS // 2
+    peers = [register.incarnation for register in prefills] if linked and not on_use else []
     workers = [Worker(register, make_lease(register.incarnation), 0.0) for register in prefills]
-    return workers + [Worker(d, make_lease(d.incarnation, links=peers), 0.0) for d in decodes]
+    workers += [Worker(d, make_lease(d.incarnation, links=peers), 0.0) for d in decodes]
+    return [replace(worker, is_linked_on_use=on_use) for worker in workers]
 
 
 def registry_of(workers: list[Worker]) -> Registry:
     registry = Registry()
+    if workers[0].is_linked_on_use:
+        registry.link_on_use()
     for worker in workers:
         registry.register(worker.register, worker.heard_at)
         registry.renew(worker.lease, worker.heard_at)

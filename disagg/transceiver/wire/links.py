@@ -8,6 +8,7 @@ heartbeat later.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import logging
 from typing import Any, Final
@@ -116,11 +117,17 @@ class ControlServer:
 
         Raises `PeerLost` when the peer is not connected or reads nothing; never waits.
         """
+        self.send_now(peer, message)
+
+    def send_now(self, peer: bytes, message: Message | bytes) -> None:
+        """As `send`, which waits for nothing."""
         data = message if isinstance(message, bytes) else encode(message)
-        try:
-            await self._socket.send_multipart([peer, data], flags=zmq.DONTWAIT)
-        except zmq.ZMQError as exc:
-            raise PeerLost(f"peer {peer.hex()} is gone: {reason(exc)}") from exc
+        sent = asyncio.ensure_future(self._socket.send_multipart([peer, data], flags=zmq.DONTWAIT))
+        fault = sent.exception()  # DONTWAIT: the future is done when it is made
+        if isinstance(fault, zmq.ZMQError):
+            raise PeerLost(f"peer {peer.hex()} is gone: {reason(fault)}") from fault
+        if fault is not None:
+            raise fault
 
     async def close(self) -> None:
         """Stop listening and drop every connection; a task waiting in `recv` is cancelled. Safe to repeat."""
