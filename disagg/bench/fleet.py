@@ -43,6 +43,10 @@ from disagg.worker.vitals import Vitals
 MAX_MODEL_LEN: Final = 1 << 18
 GEOMETRY: Final = Geometry(16, "float32", (GroupSemantics(None, 0, 2, 16, (0,)),), (4096,))
 KEYS: Final = ClusterKeys.published()
+MAX_PULSES: Final = 128
+"""Workers with pulses, each of which takes a thread here; the others live by their leases."""
+AT_ONCE: Final = 64
+"""Workers that register at the same time, which this one process can answer for."""
 SETTLE_S: Final = 2.0
 """Until a fleet that has registered at once does nothing but lease."""
 TOKEN_IDS: Final = range(300, 1324)
@@ -158,9 +162,8 @@ class FakeWorker:
 class Fleet:
     """Registers workers at one router, each in a task of its own, and says how long that took."""
 
-    def __init__(self, router: str, step_s: float, *, with_pulses: bool, num_seats: int = MAX_LEASED) -> None:
-        self._router, self._step_s, self._with_pulses = router, step_s, with_pulses
-        self._num_seats = num_seats
+    def __init__(self, router: str, step_s: float, *, num_seats: int = MAX_LEASED) -> None:
+        self._router, self._step_s, self._num_seats = router, step_s, num_seats
         self._sockets = Sockets(KEYS)
         self._running: list[asyncio.Task[None]] = []
         self.workers: list[FakeWorker] = []
@@ -171,7 +174,7 @@ class Fleet:
         for role, event in zip(roles, ready, strict=True):
             name = f"{role}-{len(self.workers)}"
             worker = FakeWorker(Node(draw_id(), name, identity(), GEOMETRY, KEYS), role, self._step_s, self._num_seats)
-            vitals = Vitals(self._sockets, lambda: True) if self._with_pulses else None
+            vitals = Vitals(self._sockets, lambda: True) if len(self.workers) < MAX_PULSES else None
             self.workers.append(worker)
             run = worker.run(self._router, self._sockets, vitals, event.set)
             self._running.append(asyncio.create_task(run))
@@ -188,9 +191,12 @@ class Fleet:
 async def run(options: argparse.Namespace) -> None:
     """Register everything, say so on stdout, and emit tokens until stdin ends."""
     raise_descriptor_limit()
-    fleet = Fleet(options.router, options.step_s, with_pulses=options.pulses)
+    fleet = Fleet(options.router, options.step_s)
+    roles = ["prefill", "decode"] * options.pairs
     async with serve_directly(options.step_s) as port:
-        seconds = await fleet.register(*["prefill"] * options.pairs, *["decode"] * options.pairs)
+        seconds = 0.0
+        for first in range(0, len(roles), AT_ONCE):
+            seconds += await fleet.register(*roles[first : first + AT_ONCE])
         await asyncio.sleep(SETTLE_S if options.late else 0)
         last = await fleet.register("prefill", "decode") if options.late else seconds
         say({"event": "ready", "seconds": seconds, "last_seconds": last, "direct_port": port})
@@ -209,5 +215,4 @@ if __name__ == "__main__":
     parser.add_argument("--pairs", type=int, default=1)
     parser.add_argument("--step-s", type=float, default=0.02)
     parser.add_argument("--late", action="store_true", help="one more pair once all others are registered")
-    parser.add_argument("--pulses", action=argparse.BooleanOptionalAction, default=True)
     asyncio.run(run(parser.parse_args()))

@@ -31,7 +31,7 @@ async def served() -> AsyncIterator[tuple[int, Router]]:
     """The port of an API over a router with one worker, which makes a token of each answer every 0.5 ms."""
     settings = ApiSettings(model_folder=demo_model_folder(), served_model_name="demo")
     async with Router.open("tcp://127.0.0.1:0", KEYS) as router, open_app(router, settings) as app:
-        fleet = Fleet(router.endpoint, 0.0005, with_pulses=True)
+        fleet = Fleet(router.endpoint, 0.0005)
         await within(fleet.register("both"), 10)
         bound = await bind("127.0.0.1", 0)
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SMALL_NBYTES)

@@ -28,7 +28,7 @@ async def routed(
     *, step_s: float = STEP_S, num_seats: int = 512, roles: tuple[str, ...] = ("both",), options: RouterOptions
 ) -> AsyncIterator[tuple[Router, Fleet]]:
     async with Router.open("tcp://127.0.0.1:0", KEYS, options) as router:
-        fleet = Fleet(router.endpoint, step_s, with_pulses=True, num_seats=num_seats)
+        fleet = Fleet(router.endpoint, step_s, num_seats=num_seats)
         await within(fleet.register(*roles), 10)
         try:
             yield router, fleet
