@@ -58,7 +58,8 @@ async def tokens_of_two_tenants(seconds: float, names: tuple[str, str]) -> tuple
 
     async def client(router: Router, place: str, name: str) -> None:
         while True:
-            served[place] += await answer(router, 8, name)
+            num_tokens = await answer(router, 8, name)
+            served[place] += num_tokens
 
     async with routed(num_seats=SEATS, options=RouterOptions(ahead_per_server=SEATS)) as (router, _):
         clients = [client(router, "many", names[0]) for _ in range(64)] + [
