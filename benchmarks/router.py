@@ -34,6 +34,7 @@ from disagg.router.generation import GenerationRequest, TokenChunk
 from disagg.router.placing import Placing
 from disagg.router.registry import Registry
 from disagg.router.router import Router
+from disagg.router.workload import Share
 from disagg.transceiver.wire.keys import ClusterKeys
 from disagg.transceiver.wire.messages.values import Sampling
 from disagg.transceiver.wire.node import draw_id
@@ -291,7 +292,7 @@ def placing_us(pairs: int) -> float:
     for _ in range(1000):
         placed = placing.at(0.0).place(16)
         assert isinstance(placed, Placement)
-        placing.count((), (placed.server.incarnation,))
+        placing.count((), (Share(placed.server.incarnation),))
     return 1e3 * (time.process_time() - before)
 
 

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import faulthandler
 import gc
+import json
 import logging
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, settings
+from support.cluster.kept import FAILED
 from support.faults.wrong import Wrong, wrong_in
 
 faulthandler.enable()
@@ -36,6 +39,31 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )
 settings.load_profile("dev")  # pytest's --hypothesis-profile, applied later, wins
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--failures-to", type=Path, help="append a line of JSON for each failure (tools/run_tests.py)")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if (file := config.getoption("--failures-to")) and not hasattr(config, "workerinput"):
+        config.pluginmanager.register(FailuresFile(file))
+
+
+class FailuresFile:
+    """Tells what failed, and whether a machine that is too busy may be the reason: not of a `Wrong`, and not of a
+    test that ended its process, of which there is no traceback."""
+
+    def __init__(self, file: Path) -> None:
+        self._file = file
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if not report.failed:
+            return
+        crash = getattr(report.longrepr, "reprcrash", None)
+        may_be_late = crash is not None and not crash.message.startswith(f"{Wrong.__module__}.{Wrong.__name__}")
+        with self._file.open("a") as file:
+            file.write(json.dumps([report.nodeid, may_be_late]) + "\n")
 
 
 def pytest_collection_finish() -> None:
@@ -84,6 +112,15 @@ def pytest_runtest_call() -> Iterator[None]:
         if isinstance(error, Wrong) or (wrong := wrong_in(error)) is None:
             raise
         raise Wrong(str(wrong)) from error
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Generator[None, Any, Any]:
+    """What a test did to a system it shares is known by how it ended."""
+    report = yield
+    if call.when == "call":
+        item.stash[FAILED] = call.excinfo is not None
+    return report
 
 
 def missing_gpu() -> str | None:

@@ -17,6 +17,7 @@ from disagg.transceiver.wire.codec import Message, encode
 from disagg.transceiver.wire.errors import LocalProtocolError, PeerLost, clipped
 from disagg.transceiver.wire.faults import PeerFaults
 from disagg.transceiver.wire.links import ControlServer
+from disagg.transceiver.wire.messages.blocks import AskBlocks, BlockEvents
 from disagg.transceiver.wire.messages.peer import Refused
 from disagg.transceiver.wire.messages.router import (
     BROKEN,
@@ -56,6 +57,9 @@ class ClusterListener(Protocol):
 
     def lost(self, incarnation: str, reason: str, in_step: Steps) -> None:
         """A worker is no longer registered; if it died, these were the new requests of its step."""
+
+    def told_blocks(self, events: BlockEvents) -> None:
+        """A registered worker told what its prefix cache registered and dropped."""
 
     def faulted(self) -> None:
         """A message could not be taken; its peer is dropped."""
@@ -110,7 +114,7 @@ class Cluster:
         finally:
             self._pulses.close()
 
-    def order(self, incarnation: str, message: OrderMessage) -> None:
+    def order(self, incarnation: str, message: OrderMessage | AskBlocks) -> None:
         """To a worker; dropped when it is lost, because its loss is told to the listener on its own."""
         if route := self._route_of.get(incarnation):
             self._post(route, message)
@@ -153,6 +157,8 @@ class Cluster:
                 self._pulses.note(message)
             case StepTokens():
                 self._take_tokens(route, message)
+            case BlockEvents() if self._route_of.get(message.incarnation) == route:
+                self._listener.told_blocks(message)
             case _ if isinstance(message, AnswerMessage):
                 self._take_answer(route, message)
             case _:
@@ -331,7 +337,7 @@ class Cluster:
             self._forget(worker, reason)
 
     def _forget(self, worker: Worker, reason: str, in_step: Steps | None = None, level: int = logging.WARNING) -> None:
-        """`worker` has left the registry: tell the listener, and decode workers that it is no peer any more.
+        """`worker` has left the registry: tell the listener, and its sinks that it is no peer any more.
 
         `in_step`: what its death is charged to, if it says so itself.
         """

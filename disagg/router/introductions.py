@@ -1,7 +1,7 @@
-"""Which decode workers hear of which prefill workers ahead of any request: of all while the fleet is small, else none.
+"""Which sinks hear of which sources ahead of any request: of all while the fleet is small, else none.
 
-Every decode worker linked to every prefill worker is quadratic in the fleet. Past a size, or where an operator says so,
-a decode worker connects to a peer when a request names it for the first time; the router then takes a pair without a
+Every sink linked to every source is quadratic in the fleet. Past a size, or where an operator says so,
+a worker connects to a peer when a request names it for the first time; the router then takes a pair without a
 link for one that can be linked. A fleet that has been so large stays so: its pairs are not all linked any more.
 """
 
@@ -14,6 +14,7 @@ from typing import Final, Literal
 from disagg.router.pairing import traits_difference
 from disagg.router.registry import Registry, Worker
 from disagg.transceiver.wire.messages.router import Lease, Peers, PeerTarget
+from disagg.transceiver.wire.purposes import HANDOFF, shared
 
 Connect = Literal["auto", "eager", "lazy"]
 
@@ -23,6 +24,11 @@ of a core. Twice as many workers have four times the links."""
 
 MAX_EAGER_WORKERS: Final = 256
 """Even where an operator says eager: a lease names 384 links, and a link that no lease names is none."""
+
+MAX_ACQUAINTED: Final = 16
+"""Workers of a fleet in which all that may fetch from one another are linked ahead of any request: 240 links, each with
+a thread's worth of sockets and a measurement at first contact. Beyond, those for prefixes and moves are made when one
+is named."""
 
 PEERS_PER_MESSAGE: Final = 128
 """Of the reader's own geometry, so that reading them takes a fraction of the 5 ms that one handler has."""
@@ -43,22 +49,25 @@ class Introductions:
             self._registry.link_on_use()
         if self._registry.is_linked_on_use:
             return
-        if worker.role == "decode":
-            prefills = [other for other in self._registry if may_pair(other, worker)]
-            for peers in _messages([_target_for(worker, prefill) for prefill in prefills]):
-                yield worker, peers
-        elif worker.role == "prefill":
-            for other in self._registry:
-                if may_pair(worker, other):
-                    yield other, Peers((_target_for(other, worker),))
+        sources = [_target_for(worker, other) for other in self._registry if self._meet(other, worker)]
+        yield from ((worker, peers) for peers in _messages(sources))
+        for other in self._registry:
+            if self._meet(worker, other):
+                yield other, Peers((_target_for(other, worker),))
 
-    def of_lost(self, prefill: Worker) -> Told:
+    def of_lost(self, source: Worker) -> Told:
         """To those that have a link to it, or may be making one."""
-        if prefill.role == "prefill":
-            for other in self._registry:
-                is_told = not self._registry.is_linked_on_use and may_pair(prefill, other)
-                if is_told or prefill.incarnation in other.link_states:
-                    yield other, Peers((), (prefill.incarnation,))
+        for other in self._registry:
+            is_told = not self._registry.is_linked_on_use and self._meet(source, other)
+            if is_told or source.incarnation in other.link_reports:
+                yield other, Peers((), (source.incarnation,))
+
+    def _meet(self, source: Worker, sink: Worker) -> bool:
+        """For handoffs as far as links are made ahead at all, for other purposes in small fleets."""
+        if source is sink or traits_difference(source.traits, sink.traits) is not None:
+            return False
+        purposes = shared(source.sends, sink.receives)
+        return HANDOFF in purposes or (bool(purposes) and len(self._registry) <= MAX_ACQUAINTED)
 
     def of_links(self, lease: Lease) -> Peers | None:
         """What to answer a lease that names links to workers which are none any more.
@@ -67,11 +76,6 @@ class Introductions:
         """
         gone = tuple(link.incarnation for link in lease.links or () if self._registry.get(link.incarnation) is None)
         return Peers((), gone) if gone else None
-
-
-def may_pair(prefill: Worker, decode: Worker) -> bool:
-    roles = prefill.role == "prefill" and decode.role == "decode"
-    return roles and traits_difference(prefill.traits, decode.traits) is None
 
 
 def _target_for(reader: Worker, worker: Worker) -> PeerTarget:

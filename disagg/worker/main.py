@@ -83,7 +83,15 @@ async def _register_until_drained(parts: WorkerParts, stopped: asyncio.Future[in
     """A lost router is looked for again, under a new incarnation. Raises `RegistrationRefused`."""
     while True:
         made = parts.made
-        node = Node(draw_id(), made.worker_id, made.identity, made.geometry, parts.keys)
+        node = Node(
+            draw_id(),
+            made.worker_id,
+            made.identity,
+            made.geometry,
+            parts.keys,
+            sends=made.sends,
+            receives=made.receives,
+        )
         try:
             await Registration(parts, node).run()
         except (RouterLost, RegistrationRefused, Shortage, ExceptionGroup) as end:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from disagg.cache.pool import NUM_RESERVED_SLOTS
 from disagg.engine.stats import EngineStats
 from disagg.loop_lag import LoopLag
+from disagg.transceiver.peers.decode_side import TransferRecord
 from disagg.transceiver.peers.link import LinkSpeed
 from disagg.transceiver.wire.messages.values import MetricSample
 
@@ -25,13 +26,19 @@ class WorkerMetrics:
         self._read_links: Callable[[], Iterable[LinkSpeed]] = tuple
         self._read_faults: Callable[[], int] = int
 
-    def count_transfer(self, plane: str, nbytes: Mapping[int, int], num_operations: int, outcome: str) -> None:
+    def count_transfer(self, record: TransferRecord, outcome: str) -> None:
         """One transfer ended: payload bytes that landed per group, by what became of them."""
-        self._count("disagg_transfers_total", (("plane", plane), ("outcome", outcome)))
-        self._count("disagg_transfer_operations_total", (("plane", plane),), num_operations)
-        for group, amount in nbytes.items():
-            labels = (("plane", plane), ("group", self._group_names[group]), ("outcome", outcome))
+        of_it: Labels = (("plane", record.plane), ("purpose", record.purpose))
+        self._count("disagg_transfers_total", (*of_it, ("outcome", outcome)))
+        self._count("disagg_transfer_operations_total", of_it, record.num_operations)
+        for group, amount in record.nbytes.items():
+            labels = (*of_it, ("group", self._group_names[group]), ("outcome", outcome))
             self._count("disagg_transfer_bytes_total", labels, amount)
+        self._count("disagg_kv_saturated_total", (("at", "landed"),), record.num_saturated)
+
+    def count_refused(self, purpose: str, why: str) -> None:
+        """A peer asked for, or sent, what the transfer does not allow."""
+        self._count("disagg_transfers_refused_total", (("purpose", purpose), ("why", why)))
 
     def count_digest_failure(self, num_units: int) -> None:
         self._count("disagg_digest_failures_total", (), num_units)
@@ -39,10 +46,6 @@ class WorkerMetrics:
     def count_rehashed(self, why: str, result: str, num_blocks: int) -> None:
         """Blocks of this worker that were hashed again: because a prefix hit or a `peer` asked, and what came of it."""
         self._count("disagg_blocks_rehashed_total", (("why", why), ("result", result)), num_blocks)
-
-    def count_landed_saturated(self, num_numbers: int) -> None:
-        """Numbers of one transfer that landed as the largest of our format."""
-        self._count("disagg_kv_saturated_total", (("at", "landed"),), num_numbers)
 
     def watch_saturation(self, at: str, read: Callable[[], int]) -> None:
         """`read()`: numbers `at` (computed or sent) that were stored as the largest of their format; it never falls."""

@@ -6,11 +6,14 @@ import asyncio
 import logging
 import queue
 import threading
+import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Final, Protocol
 
 from disagg.engine.commands import Command, EngineEvent
 from disagg.engine.stats import EngineStats
+from disagg.worker.speeds import StepSpeeds
 
 log = logging.getLogger(__name__)
 
@@ -22,6 +25,13 @@ class Wake:
 
 
 WAKE: Final = Wake()
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """No command either: something to be called on the thread that owns the cache, between two steps."""
+
+    function: Callable[[], None]
 
 
 class StepEngine(Protocol):
@@ -62,15 +72,16 @@ class ModelThread:
         self.is_dead = False
         """An exception ended the thread; any thread may read it."""
         self._is_held = False
-        self._inbox: queue.SimpleQueue[Command | Wake | None] = queue.SimpleQueue()
+        self._inbox: queue.SimpleQueue[Command | Call | Wake | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="model", daemon=True)
+        self.speeds = StepSpeeds()
         self.stats = engine.stats()
         """The figures after the last step; replaced whole, so any thread may read it."""
 
     def start(self) -> None:
         self._thread.start()
 
-    def submit(self, command: Command) -> None:
+    def submit(self, command: Command | Call) -> None:
         """Post `command`; wakes an idle thread. Never blocks."""
         self._inbox.put(command)
 
@@ -97,16 +108,31 @@ class ModelThread:
             self._on_rest()
         commands = self._drain(wait=must_wait)
         for command in commands:
-            if command is not CLOSE and not isinstance(command, Wake):
+            if isinstance(command, Call):
+                command.function()
+            elif command is not CLOSE and not isinstance(command, Wake):
                 self._reply(self._engine.handle(command))
-        events = self._engine.step() if self._may_step else []
-        self.stats = self._engine.stats()
+        events = self._compute() if self._may_step else self._rest()
         self._reply(events)
         return CLOSE not in commands
 
     @property
     def _may_step(self) -> bool:
         return self._engine.has_work and not self._is_held
+
+    def _compute(self) -> list[EngineEvent]:
+        """A step, measured. Where one is launched ahead, its time is that of the step whose tokens were read."""
+        before, began_at = self.stats, time.perf_counter()
+        events = self._engine.step()
+        seconds, after = time.perf_counter() - began_at, self._engine.stats()
+        self.stats = after
+        num_prompt_tokens = after.prompt_tokens_computed - before.prompt_tokens_computed
+        self.speeds.note(seconds, num_prompt_tokens, after.answer_tokens - before.answer_tokens)
+        return events
+
+    def _rest(self) -> list[EngineEvent]:
+        self.stats = self._engine.stats()
+        return []
 
     def _run(self) -> None:
         try:
@@ -118,8 +144,8 @@ class ModelThread:
             log.exception("model thread died")
             self._post(self._on_death, death)
 
-    def _drain(self, *, wait: bool) -> list[Command | Wake | None]:
-        commands: list[Command | Wake | None] = [self._inbox.get()] if wait else []
+    def _drain(self, *, wait: bool) -> list[Command | Call | Wake | None]:
+        commands: list[Command | Call | Wake | None] = [self._inbox.get()] if wait else []
         while True:
             try:
                 commands.append(self._inbox.get_nowait())

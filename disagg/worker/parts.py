@@ -18,6 +18,7 @@ from disagg.transceiver.peers.landing_threads import LANDING_THREADS, LandingThr
 from disagg.transceiver.wire.faults import PeerFaults
 from disagg.transceiver.wire.keys import ClusterKeys
 from disagg.transceiver.wire.messages.values import Geometry, GroupSemantics, Identity
+from disagg.transceiver.wire.purposes import served_by
 from disagg.transceiver.wire.sockets import Sockets
 from disagg.transceiver.wire.turns import TurnQueue
 from disagg.worker.drain import Drain
@@ -47,6 +48,16 @@ class EngineParts:
     @property
     def worker_id(self) -> str:
         return self.settings.name(self.role)
+
+    @property
+    def sends(self) -> tuple[str, ...]:
+        """The purposes of which this worker is a source."""
+        return served_by(self.role, reuses_prefixes=self.cache.reuses_prefixes)[0]
+
+    @property
+    def receives(self) -> tuple[str, ...]:
+        """Those of which it is a sink."""
+        return served_by(self.role, reuses_prefixes=self.cache.reuses_prefixes)[1]
 
     @property
     def geometry(self) -> Geometry:

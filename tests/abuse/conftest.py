@@ -1,14 +1,14 @@
-"""The pair under abuse, and what honest clients ask it for. A test that fails takes the pair with it."""
+"""The pair under abuse, and what honest clients ask it for."""
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator
 
 import pytest
 import torch
 from support.abuse.honest import Ask
 from support.abuse.pair import MAX_MODEL_LEN, Pair, running_pair
+from support.cluster.kept import Kept
 from support.faults.wrong import Wrong
 from support.model.families import MIN_GAP, reference_generate
 
@@ -22,56 +22,17 @@ NUM_CHECKED_TOKENS = 6
 MAX_RESEEDS = 50
 
 
-class Pairs:
-    """One pair at a time, kept from test to test while nothing is wrong with it."""
-
-    def __init__(self) -> None:
-        self._stack: contextlib.ExitStack | None = None
-        self._pair: Pair | None = None
-
-    def get(self) -> Pair:
-        if self._pair is not None and self._pair.ended():
-            self.drop()
-        if self._pair is None:
-            self._stack = contextlib.ExitStack()
-            self._pair = self._stack.enter_context(running_pair(PLANES))
-        return self._pair
-
-    def drop(self) -> None:
-        """Without asking how it ends: something was wrong with it already."""
-        stack, self._stack, self._pair = self._stack, None, None
-        if stack is not None:
-            with contextlib.suppress(AssertionError):
-                stack.__exit__(AssertionError, AssertionError(), None)
-
-    def close(self) -> None:
-        if self._stack is not None:
-            self._stack.close()
-
-
 @pytest.fixture(scope="package")
-def pairs() -> Iterator[Pairs]:
-    kept = Pairs()
+def pairs() -> Iterator[Kept[Pair]]:
+    kept = Kept(lambda: running_pair(PLANES), Pair.ended)
     yield kept
     kept.close()
 
 
 @pytest.fixture
-def pair(pairs: Pairs, request: pytest.FixtureRequest) -> Iterator[Pair]:
-    yield pairs.get()
-    if request.node.stash.get(FAILED, False):
-        pairs.drop()
-
-
-FAILED = pytest.StashKey[bool]()
-
-
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
-    report = yield
-    if call.when == "call":
-        item.stash[FAILED] = call.excinfo is not None
-    return report
+def pair(pairs: Kept[Pair], request: pytest.FixtureRequest) -> Iterator[Pair]:
+    with pairs.lent_to(request.node) as pair:
+        yield pair
 
 
 @pytest.fixture(scope="package")

@@ -8,7 +8,6 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator
 
 import pytest
@@ -16,7 +15,7 @@ from support.abuse import guest
 from support.abuse.aside import NICENESS, aside
 from support.abuse.bodies import KINDS, NUM_BYTES
 from support.abuse.clients import newcomers
-from support.abuse.flawed_server import BREAKS, LIES, REFUSES, STALL_S, STALLS, STOPS, flawed_server
+from support.abuse.flawed_server import BREAKS, LIES, REFUSES, STALLS, STOPS, flawed_server
 from support.abuse.fuzz import fault_of
 from support.abuse.guest import Guests
 from support.abuse.honest import Ask, Honest
@@ -31,18 +30,17 @@ from support.links.sample_messages import GEOMETRY, IDENTITY
 
 from disagg.transceiver.wire.messages.peer import Hello
 
-RUN_S = 4.0  # until a client runs, an answer of 50 tokens, its stall and the beginning of the next
-ASKS = [Ask((1, 2, 3), 50, tuple(range(5)))] * 2
+ASKS = [Ask((number, 2, 3), 30, tuple(range(5))) for number in range(2)]
 
 
 # --- streams ------------------------------------------------------------------------------------------------
 
 
 def watched(flaw: str) -> Report:
-    with flawed_server(flaw) as url:
-        honest = Honest(url, ASKS)
+    with flawed_server(flaw) as server:
+        honest = Honest(server.url, ASKS)
         try:
-            time.sleep(RUN_S if flaw == STALLS else RUN_S - STALL_S)
+            server.wait_until_seen(len(ASKS))
             return judge_streams(honest.stop(), began_at=0)
         finally:
             honest.kill()
@@ -79,9 +77,9 @@ def test_the_watch_finds_nothing_in_streams_without_a_flaw() -> None:
 
 @pytest.mark.processes
 def test_a_stall_counts_in_the_time_in_which_it_ended() -> None:
-    with flawed_server(STALLS) as url:
-        honest = Honest(url, ASKS)
-        time.sleep(RUN_S)
+    with flawed_server(STALLS) as server:
+        honest = Honest(server.url, ASKS)
+        server.wait_until_seen(len(ASKS))
         seen = honest.stop()
     ended_at = max(at for at, seconds in seen.gaps if seconds > MAX_GAP_S)
     assert judge_streams(seen, began_at=ended_at - 0.1).late
@@ -183,6 +181,11 @@ def test_a_loop_that_is_late_in_one_tick_of_fifty_is_found() -> None:
     assert judge_lags(LoopLags.read(metrics(995, 5))) == ([], [])
     wrong, late = judge_lags(LoopLags.read(metrics(980, 20)))
     assert (len(wrong), len(late)) == (0, 1)
+
+
+def test_of_a_few_ticks_one_may_be_late_and_two_are_found() -> None:
+    assert judge_lags(LoopLags.read(metrics(50, 1))) == ([], [])
+    assert judge_lags(LoopLags.read(metrics(50, 2)))[1]
 
 
 def test_lags_before_the_abuse_do_not_count_and_each_loop_does() -> None:

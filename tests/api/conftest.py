@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+import asyncio
+import gc
+import time
+from collections.abc import AsyncIterator, Iterator
 
 import openai
 import pytest
@@ -34,6 +37,22 @@ async def running(anyio_backend: str) -> AsyncIterator[Api]:
     settings = ApiSettings(model_folder=DEMO_FOLDER, served_model_name="demo", defaults=DEFAULTS)
     async with served(settings) as api:
         yield api
+
+
+@pytest.fixture
+def longest(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[float]]:
+    """Seconds of processor that the longest turn of the loop took: no other process's load is in them."""
+    found, run = [0.0], asyncio.events.Handle._run
+
+    def timed(handle: asyncio.Handle) -> None:
+        started = time.thread_time()
+        run(handle)
+        found[0] = max(found[0], time.thread_time() - started)
+
+    gc.disable()  # a test process has far more objects to look at than a router
+    monkeypatch.setattr(asyncio.events.Handle, "_run", timed)
+    yield found
+    gc.enable()
 
 
 @pytest.fixture

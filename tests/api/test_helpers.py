@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 import inspect
 import io
 import json
@@ -11,12 +10,13 @@ import os
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
+from pathlib import Path
 
 import pytest
 from support.cluster.fake_backend import FakeBackend
 from support.cluster.openai_client import served
+from support.event_loop import until
 from support.model.small_tokenizers import DEMO_FOLDER
 
 from disagg.api.helpers import pool as helpers
@@ -41,22 +41,6 @@ async def pool(tokenizer: ModelTokenizer) -> AsyncIterator[Helpers]:
     pool = Helpers(SETTINGS, tokenizer)
     yield pool
     await pool.close()
-
-
-@pytest.fixture
-def longest(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[float]]:
-    """Seconds of processor that the longest turn of the loop took: no other process's load is in them."""
-    found, run = [0.0], asyncio.events.Handle._run
-
-    def timed(handle: asyncio.Handle) -> None:
-        started = time.thread_time()
-        run(handle)
-        found[0] = max(found[0], time.thread_time() - started)
-
-    gc.disable()  # a test process has far more objects to look at than a router
-    monkeypatch.setattr(asyncio.events.Handle, "_run", timed)
-    yield found
-    gc.enable()
 
 
 HELD_S = 0.08
@@ -150,13 +134,24 @@ async def test_a_client_that_leaves_costs_no_helper(pool: Helpers) -> None:
     assert await pool.text(TOKENIZE, [json.dumps({"prompt": "x" + PADDING}).encode()], None)
 
 
+async def computing(pool: Helpers, pid: int) -> asyncio.Task[object]:
+    """A text that this idle helper has begun to read, seconds before its end."""
+    began_at = cpu_ticks(pid)
+    task = asyncio.create_task(pool.text(TOKENIZE, [json.dumps({"prompt": "some words " * 600_000}).encode()], None))
+    await until(lambda: cpu_ticks(pid) > began_at + 2, "it computes")
+    return task
+
+
+def cpu_ticks(pid: int) -> int:
+    """Of 10 ms that a process has computed."""
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[11])
+
+
 async def test_a_helper_that_dies_fails_its_request_only(pool: Helpers) -> None:
-    body = json.dumps({"prompt": "some words " * 200_000}).encode()
     small = json.dumps({"prompt": "x" + PADDING}).encode()
     await pool.text(TOKENIZE, [small], None)
     (helper,) = pool._idle
-    task = asyncio.create_task(pool.text(TOKENIZE, [body], None))
-    await asyncio.sleep(0.05)
+    task = await computing(pool, helper._process.pid)
     os.kill(helper._process.pid, signal.SIGKILL)
     with pytest.raises(ApiError) as raised:
         await task
@@ -168,8 +163,7 @@ async def test_a_text_that_takes_too_long_is_the_requests_fault(pool: Helpers) -
     small = json.dumps({"prompt": "x" + PADDING}).encode()
     await pool.text(TOKENIZE, [small], None)
     (helper,) = pool._idle
-    task = asyncio.create_task(pool.text(TOKENIZE, [json.dumps({"prompt": "some words " * 200_000}).encode()], None))
-    await asyncio.sleep(0.05)
+    task = await computing(pool, helper._process.pid)
     os.kill(helper._process.pid, signal.SIGALRM)  # what its own alarm sends
     with pytest.raises(ApiError, match="to tokenize") as raised:
         await task

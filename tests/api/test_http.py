@@ -27,6 +27,8 @@ from disagg.router.generation import GenerationEnd, GenerationError, TokenChunk
 
 pytestmark = pytest.mark.anyio
 
+HELD_S = 0.08  # far over what a turn of the loop may take, far under what such a prompt takes
+
 SETTINGS = ApiSettings(model_folder=DEMO_FOLDER, served_model_name="demo")
 BOTH = pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
 STREAMED_OR_NOT = pytest.mark.parametrize("stream", [True, False])
@@ -440,15 +442,12 @@ async def test_what_the_template_refuses_is_400(tmp_path: Any) -> None:
         assert "roles must alternate" in reply.error["message"]
 
 
-async def test_a_long_prompt_does_not_keep_others_waiting(api: Api) -> None:
+async def test_a_long_prompt_does_not_keep_others_waiting(api: Api, longest: list[float]) -> None:
     """Two MiB take most of a second to encode; meanwhile the loop answers."""
     body = io.BytesIO(json.dumps({"prompt": "a quick brown fox. " * 100_000}).encode())
     long = asyncio.create_task(api.request("POST", "/v1/completions", data=body))
-    slowest = 0.0
     while not long.done():
-        started = time.monotonic()
         assert (await api.get("/health")).status == 200
-        slowest = max(slowest, time.monotonic() - started)
         await asyncio.sleep(0.01)
     assert (await long).error["code"] == "context_length_exceeded"
-    assert slowest < 0.5
+    assert longest[0] < HELD_S

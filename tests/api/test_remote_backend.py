@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from support.cluster.fake_backend import FakeBackend, answer
 from support.cluster.remote import linked
+from support.event_loop import PATIENCE_S
 
 from disagg.api.processes.core_side import CoreSide
 from disagg.api.processes.link import LENGTH, ProcessLink
@@ -135,6 +136,6 @@ async def test_what_cannot_be_read_ends_that_process_s_answers_and_nothing_else(
     ours, theirs = socket.socketpair()
     side = CoreSide(FakeBackend(), await ProcessLink.open(ours))
     theirs.send(data)
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(PATIENCE_S):
         await side.run()
     theirs.close()

@@ -7,6 +7,7 @@ import socket
 import aiohttp
 import pytest
 from starlette.types import Receive, Scope, Send
+from support.event_loop import within
 
 from disagg.api.http.edge import Edge
 from disagg.api.http.server import serve
@@ -65,10 +66,16 @@ async def test_the_port_is_free_again_after_the_end() -> None:
 
 
 async def test_running_requests_get_their_time_and_then_an_error() -> None:
-    async with serve(Edge(hello), "127.0.0.1", 0, shutdown_timeout_s=1) as listener:
+    is_here = asyncio.Event()
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        is_here.set()
+        await hello(scope, receive, send)
+
+    async with serve(Edge(app), "127.0.0.1", 0, shutdown_timeout_s=1) as listener:
         slow = asyncio.create_task(get(f"{listener.url}/slow"))
-        await asyncio.sleep(0.1)
-    assert b"shutting down" in await asyncio.wait_for(slow, 5)
+        await within(is_here.wait())
+    assert b"shutting down" in await within(slow)
 
 
 async def test_an_error_in_the_context_comes_out_as_itself() -> None:

@@ -17,6 +17,7 @@ import aiohttp
 import pytest
 from support.cluster.calls import Call, until
 from support.cluster.hand_started import FAULTY
+from support.cluster.kept import Kept
 from support.cluster.system import System, children_of, start, stop, wait_for_start
 from support.faults.switches import Faults
 from support.faults.wrong import never_late, same
@@ -28,6 +29,8 @@ pytestmark = [pytest.mark.processes, pytest.mark.timeout(240)]  # processes star
 
 PROMISED_S = 5.0
 NUM_TOKENS = 60
+STEP_S, SLOW_STEP_S = 0.15, 0.5
+"""Of a decoding step: until both answers have begun, and from then on, so that they last for half a minute."""
 SHORT, MIDDLE, LONG = 9, 30, 330
 FLAGS = (
     *("--dtype", "float32", "--block-size", "8", "--max-model-len", "400"),
@@ -48,23 +51,36 @@ class Case:
 
 
 @pytest.fixture(scope="module", params=PLANES)
-def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Case]:
-    """The last test kills the supervisor, so it may be gone already at the end."""
+def cases(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Kept[Case]]:
     model = save_family("gemma3", tmp_path_factory.mktemp("gemma3"))
     references = safe_prompts(build_family("gemma3"), (SHORT, MIDDLE, LONG), NUM_TOKENS)
-    faults = Faults(tmp_path_factory.mktemp("faults"))
-    flags = ("--planes", request.param)
-    system = start("--model", str(model), *FLAGS, *flags, program=(str(FAULTY), str(faults.folder)))
-    try:
-        wait_for_start(system)
-        yield Case(system, faults, dict(zip(PHASES, references, strict=True)))
-        if system.process.poll() is None:
-            stop(system)
-    finally:
-        if system.process.poll() is None:
-            system.process.kill()
-        system.process.wait()
-        system.close()
+
+    @contextlib.contextmanager
+    def start_case() -> Iterator[Case]:
+        """A test may have killed the supervisor at the end."""
+        faults = Faults(tmp_path_factory.mktemp("faults"))
+        flags = ("--model", str(model), *FLAGS, "--planes", request.param)
+        system = start(*flags, program=(str(FAULTY), str(faults.folder)))
+        try:
+            wait_for_start(system)
+            yield Case(system, faults, dict(zip(PHASES, references, strict=True)))
+            if system.process.poll() is None:
+                stop(system)
+        finally:
+            if system.process.poll() is None:
+                system.process.kill()
+            system.process.wait()
+            system.close()
+
+    kept = Kept(start_case, lambda case: case.system.process.poll() is not None)
+    yield kept
+    kept.close()
+
+
+@pytest.fixture
+def case(cases: Kept[Case], request: pytest.FixtureRequest) -> Iterator[Case]:
+    with cases.lent_to(request.node) as case:
+        yield case
 
 
 @dataclass(frozen=True)
@@ -94,21 +110,30 @@ async def play(case: Case, name: str, kill: Callable[[], None]) -> Scene:
             for call in calls[phase]:
                 tasks.create_task(call.run(session, case.system.url))
 
-        case.faults.set(pause_decode={"seconds": 0.15})
-        begin("decode")
-        await until(lambda: all(num_emitted(case, call) > 1 for call in calls["decode"]), "tokens of both answers")
-        slow = {"pause_decode": {"seconds": 0.15}, "pause_prefill": {"seconds": 0.4}}
-        case.faults.set(**slow, pause_landing={"seconds": 1.5, "times": 2})
-        begin("transfer")
-        begin("prefill")
-        await until(lambda: is_set(case, calls), "requests in all phases")
-        records = await asyncio.to_thread(records_of, case, calls)
-        killed_at = time.monotonic()
-        kill()
-        case.faults.set()
+        try:
+            await set_scene(case, calls, begin)
+            records = await asyncio.to_thread(records_of, case, calls)
+            killed_at = time.monotonic()
+            kill()
+        finally:
+            case.faults.set()
         scene = Scene(calls, killed_at, records)
         await keep_promise(case, scene)
     return scene
+
+
+async def set_scene(case: Case, calls: dict[str, list[Call]], begin: Callable[[str], None]) -> None:
+    """Bytes stop where they land, and after both are there a step of the prompts still to compute stops: none of these
+    calls leaves its phase, however long the others need. Decoding goes on, too slowly to end meanwhile."""
+    case.faults.set(pause_decode={"seconds": STEP_S})
+    begin("decode")
+    await until(lambda: all(num_emitted(case, call) > 1 for call in calls["decode"]), "tokens of both answers")
+    case.faults.set(pause_decode={"seconds": SLOW_STEP_S}, pause_landing={})
+    begin("transfer")
+    await until(lambda: is_landing(case, calls["transfer"]), "bytes of prompts that are computed")
+    case.faults.add(pause_prefill={})
+    begin("prefill")
+    await until(lambda: is_computing(case, calls["prefill"]), "a step of prompts that the router knows")
 
 
 def record_of(case: Case, call: Call) -> Any:
@@ -127,14 +152,15 @@ def num_emitted(case: Case, call: Call) -> int:
     return record["output_tokens"] if record else 0
 
 
-def is_set(case: Case, calls: dict[str, list[Call]]) -> bool:
-    """Bytes are landing, both transfers' prompts are computed, and the router knows of the prompts still to compute."""
-    records = records_of(case, calls)
-    prompts_done = [
-        record is not None and "prefill-0" in record["attempts"][0]["stages"]
-        for record in (records[call.request_id] for call in calls["transfer"])
-    ]
-    return case.faults.num_fired("pause_landing") > 0 and all(prompts_done) and all(records.values())
+def is_landing(case: Case, calls: list[Call]) -> bool:
+    """Bytes have stopped where they land, and both transfers' prompts are computed."""
+    records = [record_of(case, call) for call in calls]
+    is_computed = [record is not None and "prefill-0" in record["attempts"][0]["stages"] for record in records]
+    return case.faults.num_fired("pause_landing") > 0 and all(is_computed)
+
+
+def is_computing(case: Case, calls: list[Call]) -> bool:
+    return case.faults.num_fired("pause_prefill") > 0 and all(record_of(case, call) for call in calls)
 
 
 async def keep_promise(case: Case, scene: Scene) -> None:

@@ -22,7 +22,7 @@ pytestmark = pytest.mark.processes
 MAX_MODEL_LEN = 4096
 NUM_TOKENS = 4
 LONG_PREFILL_S = 1.5  # at least, for the test to mean something
-HEALTH_S = 0.5
+HELD_SHARE = 1 / 3  # of the long prefill, during which a server that waits for it answers nothing
 # 13 million parameters in float32, 52 MB: 0.1 TFLOP of matmuls and as much attention for the longest prompt.
 SIZE = {
     "hidden_size": 512,
@@ -93,5 +93,5 @@ def test_during_a_long_prefill_health_answers_and_a_short_prompt_overtakes(syste
     assert ttft["long"] > LONG_PREFILL_S
     assert short.first_token_at < long.first_token_at
     assert ttft["short"] < ttft["long"] / 2
-    assert max(delays) < HEALTH_S
-    assert len(delays) > LONG_PREFILL_S / HEALTH_S
+    assert max(delays) < HELD_SHARE * ttft["long"]  # on a machine that others use, both take longer
+    assert len(delays) > 1 / HELD_SHARE

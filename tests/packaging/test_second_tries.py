@@ -12,9 +12,11 @@ from support.faults.wrong import Wrong, never_late, same, wrong_in
 from support.tools import ROOT
 
 FAILING_ONCE = """
+import contextlib
 from pathlib import Path
 
 import pytest
+from support.cluster.kept import Kept
 from support.faults.wrong import Wrong, never_late, same
 
 
@@ -70,6 +72,43 @@ def test_wrong_before_it_began(setting_up): ...
 
 def test_late_but_not_in_real_time():
     raise_once("no processes", AssertionError("late"))
+
+
+STARTED, ENDED = [], []
+
+
+@contextlib.contextmanager
+def start_system():
+    STARTED.append(len(STARTED))
+    yield STARTED[-1]
+    ENDED.append(STARTED[-1])
+
+
+@pytest.fixture(scope="module")
+def systems():
+    kept = Kept(start_system)
+    yield kept
+    kept.close()
+
+
+@pytest.fixture
+def system(systems, request):
+    with systems.lent_to(request.node) as system:
+        yield system
+
+
+def test_first_of_a_system(system):
+    assert system == 0
+
+
+@pytest.mark.processes
+def test_late_on_a_system(system):
+    raise_once("system", AssertionError("the system was 0, as it should be") if system == 0 else Wrong("another"))
+    assert (system, ENDED) == (1, [])
+
+
+def test_last_of_a_system(system):
+    assert system == 1
 """
 
 
@@ -108,6 +147,12 @@ def test_what_was_wrong_before_the_test_began_fails_too(outcomes: dict[str, list
 
 def test_what_is_not_in_real_time_has_one_try(outcomes: dict[str, list[str]]) -> None:
     assert outcomes["test_late_but_not_in_real_time"] == ["FAILED"]
+
+
+def test_a_failure_takes_a_shared_system_with_it_and_a_success_does_not(outcomes: dict[str, list[str]]) -> None:
+    assert outcomes["test_first_of_a_system"] == ["PASSED"]
+    assert outcomes["test_late_on_a_system"] == ["RERUN", "PASSED"]
+    assert outcomes["test_last_of_a_system"] == ["PASSED"]
 
 
 def test_wrong_is_found_wherever_it_is() -> None:

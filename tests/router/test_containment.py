@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from support.cluster.fake_worker import FakeWorker
 from support.cluster.router_harness import GEOMETRY, make_request
-from support.event_loop import in_event_loop, within
+from support.event_loop import in_event_loop, until, within
 from support.links.extremes import messages
 from support.links.sample_messages import SAMPLES
 
@@ -55,9 +55,7 @@ def look_everywhere(router: Router) -> None:
 async def until_heard(router: Router, worker: FakeWorker) -> None:
     """The router has taken what the worker sent: its farewell at the latest, on the same connection."""
     await worker.say(r.Lease(worker.register.incarnation, router.cluster.incarnation, r.LEAVING))
-    async with asyncio.timeout(5):
-        while router.cluster.registry.get(worker.register.incarnation) is not None:  # noqa: ASYNC110
-            await asyncio.sleep(0.002)
+    await until(lambda: router.cluster.registry.get(worker.register.incarnation) is None, "it left")
 
 
 def batches() -> list[list[tuple[str, bytes]]]:
@@ -126,9 +124,7 @@ async def test_a_message_that_raises_costs_its_connection_is_logged_once_by_name
             monkeypatch.setattr(router, "answered", fail)
             for _ in range(3):
                 await evil.say(Tokens("t", 1, 0, (1,)))
-            async with asyncio.timeout(5):
-                while not evil.num_refusals:  # noqa: ASYNC110
-                    await asyncio.sleep(0.002)
+            await until(lambda: evil.num_refusals, "it is refused")
         assert [worker["id"] for worker in router.workers()] == ["p0"]
         assert b"disagg_peer_faults_total 1.0" in router.metrics()
         told = [record for record in caplog.records if record.levelno == logging.ERROR]

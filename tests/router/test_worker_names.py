@@ -13,6 +13,7 @@ from support.event_loop import in_event_loop, within
 from disagg.router.router import Router
 from disagg.transceiver.wire.keys import ClusterKeys
 from disagg.transceiver.wire.messages.router import LEAVING, Lease
+from disagg.transceiver.wire.timing import LOST_S
 
 KEYS = ClusterKeys.from_secret(b"a secret of the tests, long enough")
 
@@ -39,7 +40,7 @@ async def test_a_killed_worker_s_restart_gets_in_within_a_second() -> None:
             pass  # its socket closes without a word
         began_at = time.monotonic()
         async with FakeWorker.open(router.endpoint, KEYS, "p0", "prefill", incarnation="second"):
-            assert time.monotonic() - began_at < 1.0
+            assert time.monotonic() - began_at < LOST_S  # a round trip: nothing waits for silence
             assert [worker["incarnation"] for worker in router.workers()] == ["second"]
             router.check_invariants()
 
@@ -68,7 +69,7 @@ async def test_another_connection_cannot_speak_as_a_registered_worker() -> None:
         route = router.cluster._route_of["first"]
         await other.say(first.register)
         await other.say(Lease("first", router.cluster.incarnation, state=LEAVING))
-        await within(refused(other, 2), 3.0)
+        await within(refused(other, 2))
         assert router.cluster._route_of["first"] == route
         assert [worker["incarnation"] for worker in router.workers()] == ["first", "other"]
         assert first.num_refusals == 0

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import time
 from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any, ParamSpec, TypeVar
 
 P = ParamSpec("P")
 T = TypeVar("T")
 
-DEADLINE_S = (
-    30.0  # no test needs a tenth of it; a hang should fail with its own traceback, long before pytest's timeout
-)
+DEADLINE_S = 60.0  # a hang should fail with its own traceback, before pytest's timeout
+
+PATIENCE_S = 20.0  # of one step of a test: a hang is told from a machine that is busy, not a slow one from a fast one
 
 
 def in_event_loop(test: Callable[P, Coroutine[Any, Any, None]]) -> Callable[P, None]:
@@ -23,10 +24,18 @@ def in_event_loop(test: Callable[P, Coroutine[Any, Any, None]]) -> Callable[P, N
     return run
 
 
-async def within(awaitable: Awaitable[T], seconds: float = 5.0) -> T:
+async def within(awaitable: Awaitable[T], seconds: float = PATIENCE_S) -> T:
     """The result, or `TimeoutError`: what loopback does takes milliseconds."""
     async with asyncio.timeout(seconds):
         return await awaitable
+
+
+async def until(is_true: Callable[[], object], what: str = "", patience_s: float = PATIENCE_S) -> None:
+    """Poll: nothing raises an event for what tests look at. `AssertionError` when it does not become true."""
+    deadline = time.monotonic() + patience_s
+    while not is_true():
+        assert time.monotonic() < deadline, f"waited in vain: {what}"
+        await asyncio.sleep(0.001)
 
 
 async def _supervised(test: Coroutine[Any, Any, None]) -> None:

@@ -58,7 +58,7 @@ def test_unknown_fields_of_a_later_minor_version_are_ignored() -> None:
 
 
 def test_another_major_version_is_refused_naming_both() -> None:
-    with pytest.raises(RemoteProtocolError, match=r"protocol 3\.5, this process 2\.0"):
+    with pytest.raises(RemoteProtocolError, match=r"protocol 3\.5, this process 2\.1"):
         decode(packed(11, fields_of(Ack(HEADER)), (3, 5)))
 
 

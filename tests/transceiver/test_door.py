@@ -91,6 +91,12 @@ async def test_a_door_may_be_closed_twice_and_while_it_pauses() -> None:
 # --- strangers ------------------------------------------------------------------------------------------------
 
 
+@pytest.fixture
+def silent_for_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Connections leave by their number alone, not because a busy machine was slow to make the others."""
+    monkeypatch.setattr(door, "GREETING_S", 60.0)
+
+
 def strangers(port: int, count: int, address: str = "127.0.0.1") -> list[socket.socket]:
     """Connections that say nothing."""
     return [socket.create_connection(("127.0.0.1", port), source_address=(address, 0)) for _ in range(count)]
@@ -108,7 +114,7 @@ async def settled(one: Door, port: int) -> None:
 
 @pytest.mark.parametrize("said", [b"", b"DSM1", b"DSM1" + bytes(16)], ids=["silent", "slow", "slower"])
 @in_event_loop
-async def test_a_crowd_of_silent_connections_keeps_nobody_out(said: bytes) -> None:
+async def test_a_crowd_of_silent_connections_keeps_nobody_out(said: bytes, silent_for_long: None) -> None:
     one, port, offer, guests = open_door()
     crowd: list[socket.socket] = []
     for _ in range(5):
@@ -123,7 +129,7 @@ async def test_a_crowd_of_silent_connections_keeps_nobody_out(said: bytes) -> No
 
 
 @in_event_loop
-async def test_connections_of_one_address_are_dropped_for_it_and_not_for_others() -> None:
+async def test_connections_of_one_address_are_dropped_for_it_and_not_for_others(silent_for_long: None) -> None:
     one, port, offer, guests = open_door()
     quiet = strangers(port, 1, "127.0.0.2")
     await settled(one, port)
@@ -139,7 +145,7 @@ async def test_connections_of_one_address_are_dropped_for_it_and_not_for_others(
 
 
 @in_event_loop
-async def test_of_many_addresses_the_oldest_silent_connection_leaves_first() -> None:
+async def test_of_many_addresses_the_oldest_silent_connection_leaves_first(silent_for_long: None) -> None:
     one, port, _, _ = open_door()
     crowd = [sock for i in range(2, 202) for sock in strangers(port, 1, f"127.0.0.{i}")]
     await settled(one, port)
@@ -150,7 +156,7 @@ async def test_of_many_addresses_the_oldest_silent_connection_leaves_first() -> 
 
 
 @in_event_loop
-async def test_a_token_that_has_arrived_is_not_dropped_for_strangers() -> None:
+async def test_a_token_that_has_arrived_is_not_dropped_for_strangers(silent_for_long: None) -> None:
     """The loop has not heard of it yet: it reads before it drops."""
     one, port, offer, guests = open_door()
     assert one._listener is not None

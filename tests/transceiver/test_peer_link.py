@@ -11,11 +11,11 @@ from typing import Any
 
 import msgpack
 import pytest
-from support.event_loop import in_event_loop
+from support.event_loop import in_event_loop, until
 from support.links.extremes import messages
 from support.links.sample_messages import PEER_SAMPLES
 from support.links.sending_side import IDENTITY, Prefill, pools
-from support.links.shell_pair import patched_timing, until
+from support.links.shell_pair import patched_timing
 from support.links.transfer_pair import GEOMETRY, KEYS, TRANSFER_ID
 from support.links.unchecked import raw
 
@@ -33,7 +33,7 @@ from disagg.transceiver.wire.messages.values import PlaneOffer
 from disagg.transceiver.wire.node import Node, draw_id
 from disagg.transceiver.wire.sockets import Sockets
 
-SCALE = 0.2
+SCALE = 0.5
 ME = "d" * 32
 
 
@@ -255,6 +255,30 @@ async def test_a_peer_of_a_later_minor_is_linked_whatever_fields_it_adds() -> No
     later = PROTOCOL[0], PROTOCOL[1] + 1
     async with faked(lambda fake: versioned(fake.welcome(), later, added=[1, {"x": 2}])) as (_, link):
         await until(lambda: link.state == "ready", link.detail)
+
+
+@in_event_loop
+async def test_a_peer_of_the_minor_before_is_linked_for_handoffs_alone() -> None:
+    def answer(fake: FakePrefill) -> bytes:
+        major, minor, tag, fields = msgpack.unpackb(encode(fake.welcome()))
+        del fields["purposes"]
+        return bytes(msgpack.packb([major, minor - 1, tag, fields]))
+
+    async with faked(answer) as (_, link):
+        await until(lambda: link.state == "ready", link.detail)
+        assert link.link.purposes == ("handoff",)
+
+
+@in_event_loop
+async def test_over_a_link_goes_what_one_end_sends_and_the_other_receives() -> None:
+    def answer(fake: FakePrefill) -> bytes:
+        return encode(replace(fake.welcome(), purposes=("prefix", "later")))
+
+    async with faked(answer) as (fake, link):
+        await until(lambda: link.state == "ready", link.detail)
+        assert link.link.purposes == (), "this end is a sink of handoffs alone"
+        (hello,) = [message for message in fake.heard if isinstance(message, p.Hello)][:1]
+        assert hello.purposes == ("handoff",)
 
 
 @in_event_loop

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from support.event_loop import in_event_loop, within
+from support.event_loop import in_event_loop, until, within
 from support.links.plane_pair import PLANES, SHAPES, PlanePair, Receiver, plane_pair
 
 from disagg.cache.pool import NULL_SLOT, TRASH_SLOT
@@ -264,9 +264,7 @@ async def test_a_cancelled_connect_leaves_no_file_behind(kind: str) -> None:
         await within(asyncio.wait({connecting}))
         await landing.close()
         await pair.source.drop("b" * 32)
-        async with asyncio.timeout(5):
-            while open_resources() != before:  # noqa: ASYNC110 - the source closes its end when it hears of it
-                await asyncio.sleep(0.01)
+        await until(lambda: open_resources() == before, "the source closes its end when it hears of it")
 
 
 @in_event_loop

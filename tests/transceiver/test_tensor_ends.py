@@ -193,8 +193,17 @@ async def test_a_block_given_away_before_it_left_ends_the_transfer() -> None:
     theirs.fill()
     async with linked(theirs, ours) as (source, destination):
         key = AttemptKey(draw_id(), 1)
+        hashing, is_hashed = source._ranks._landing[0], asyncio.Event()
+        digest_units = hashing.digest_units
+
+        async def then_tell(*args: Any) -> Any:
+            units = await digest_units(*args)
+            is_hashed.set()
+            return units
+
+        hashing.digest_units = then_tell  # type: ignore[method-assign]
         sending = asyncio.create_task(source.send(key, PROMPT, 7, theirs.tables, destination.peer))
-        await asyncio.sleep(0.1)  # hashed
+        await within(is_hashed.wait())
         theirs.pools[0].generations[theirs.tables[0][3]] += 1
         with pytest.raises(TransferFailed):
             await within(destination.fetch(key, PROMPT, ours.tables))

@@ -9,6 +9,7 @@ from functools import partial
 
 import pytest
 import torch
+from support.event_loop import PATIENCE_S
 
 from disagg.engine.commands import AttemptKey, Command, EngineEvent, PinnedEvent, Release
 from disagg.engine.stats import EngineStats
@@ -42,7 +43,7 @@ class ScriptedEngine:
 
     def wait_for_calls(self, count: int) -> None:
         with self._called:
-            assert self._called.wait_for(lambda: len(self.calls) >= count, timeout=5), self.calls
+            assert self._called.wait_for(lambda: len(self.calls) >= count, timeout=PATIENCE_S), self.calls
 
     def _note(self, call: str) -> None:
         with self._called:
@@ -90,7 +91,7 @@ def test_what_a_command_brought_about_is_told_while_the_step_behind_it_computes(
         was_told = threading.Event()
 
         def step(self) -> list[EngineEvent]:
-            self._note("told" if self.was_told.wait(timeout=5) else "not told")
+            self._note("told" if self.was_told.wait(timeout=PATIENCE_S) else "not told")
             return super().step()
 
     async def scenario() -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import msgpack
 import pytest
 from support.cluster.router_harness import GEOMETRY, IDENTITY, make_register
-from support.event_loop import in_event_loop, within
+from support.event_loop import PATIENCE_S, in_event_loop, within
 from support.links.unchecked import raw
 
 from disagg.transceiver.wire.codec import PROTOCOL, encode
@@ -36,7 +36,7 @@ class FakeRouter:
 
     async def hear(self) -> Any:
         """The next message that is no lease."""
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(PATIENCE_S):
             while isinstance(heard := await self._next(), r.Lease):
                 pass
         return heard

@@ -5,13 +5,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import threading
-import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any
 
 import pytest
 from support.cluster.router_harness import GEOMETRY, IDENTITY, make_register
-from support.event_loop import in_event_loop
+from support.event_loop import PATIENCE_S, in_event_loop, until
 
 from disagg.engine.commands import AttemptKey
 from disagg.router.router import Router
@@ -26,7 +25,7 @@ from disagg.worker.vitals import Vitals
 
 KEYS = ClusterKeys.from_secret(b"a secret of the tests, long enough")
 ME = "w" * 32
-STALL_S = 5.0
+STALL_S = LOST_S + 1.5
 
 
 class Elsewhere:
@@ -46,8 +45,15 @@ class Elsewhere:
     async def leave(self, context: Any) -> None:
         await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(context.__aexit__(None, None, None), self.loop))
 
-    def stall(self, seconds: float) -> None:
-        self.loop.call_soon_threadsafe(time.sleep, seconds)
+    @contextlib.contextmanager
+    def standing_still(self) -> Iterator[None]:
+        """Its loop, within the block."""
+        go_on = threading.Event()
+        self.loop.call_soon_threadsafe(go_on.wait, 4 * PATIENCE_S)
+        try:
+            yield
+        finally:
+            go_on.set()
 
     def close(self) -> None:
         self.loop.call_soon_threadsafe(self.loop.stop)
@@ -108,14 +114,8 @@ async def registered(
         sockets.close()
 
 
-async def until(is_true: Callable[[], object], within_s: float = 5.0) -> None:
-    async with asyncio.timeout(within_s):
-        while not is_true():  # noqa: ASYNC110
-            await asyncio.sleep(0.01)
-
-
 @pytest.mark.parametrize("has_pulses", [True, False], ids=["pulses", "leases of the loop alone"])
-def test_a_worker_whose_loop_stands_still_for_five_seconds_keeps_its_registration(
+def test_a_worker_whose_loop_stands_still_for_longer_than_a_dead_one_keeps_its_registration(
     elsewhere: Elsewhere, has_pulses: bool
 ) -> None:
     @in_event_loop
@@ -123,27 +123,26 @@ def test_a_worker_whose_loop_stands_still_for_five_seconds_keeps_its_registratio
         async with Router.open("tcp://127.0.0.1:0", KEYS) as router:
             context = registered(router.endpoint, has_pulses=has_pulses)
             worker, _ = await elsewhere.enter(context)
-            await until(lambda: router.cluster._pulses.heard_at(ME) > 0)
-            await asyncio.sleep(1.0)
-            elsewhere.stall(STALL_S)
-            await asyncio.sleep(STALL_S - 0.5)
-            assert (router.cluster.registry.get(ME) is not None) is has_pulses
-            await asyncio.sleep(1.5)
+            await until(lambda: router.cluster._pulses.heard_at(ME) > 0, "a pulse")
+            with elsewhere.standing_still():
+                await asyncio.sleep(STALL_S)
+                assert (router.cluster.registry.get(ME) is not None) is has_pulses
+            await (asyncio.sleep(1.5) if has_pulses else until(lambda: worker.end, "it hears that it was lost"))
             assert (worker.end is None) is has_pulses
             await elsewhere.leave(context)
 
     scenario()
 
 
-def test_a_router_whose_loop_stands_still_for_five_seconds_keeps_its_workers(elsewhere: Elsewhere) -> None:
+def test_a_router_whose_loop_stands_still_for_longer_than_a_dead_one_keeps_its_workers(elsewhere: Elsewhere) -> None:
     @in_event_loop
     async def scenario() -> None:
         context = Router.open("tcp://127.0.0.1:0", KEYS)
         router = await elsewhere.enter(context)
         async with registered(router.endpoint) as (worker, _):
-            await asyncio.sleep(1.0)
-            elsewhere.stall(STALL_S)
-            await asyncio.sleep(STALL_S + 1.5)
+            with elsewhere.standing_still():
+                await asyncio.sleep(STALL_S)
+            await asyncio.sleep(1.5)
             assert worker.end is None
             assert router.cluster.registry.get(ME) is not None
         await elsewhere.leave(context)
@@ -159,9 +158,9 @@ def test_a_worker_whose_loop_hangs_for_good_is_lost(elsewhere: Elsewhere, monkey
         async with Router.open("tcp://127.0.0.1:0", KEYS) as router:
             context = registered(router.endpoint)
             await elsewhere.enter(context)
-            await asyncio.sleep(0.6)
-            elsewhere.stall(1.0 + LOST_S + 2.0)
-            await until(lambda: router.cluster.registry.get(ME) is None, 1.0 + LOST_S + 1.5)
+            await until(lambda: router.cluster._pulses.heard_at(ME) > 0, "a pulse")
+            with elsewhere.standing_still():
+                await until(lambda: router.cluster.registry.get(ME) is None, "the router gives it up")
             await elsewhere.leave(context)
 
     scenario()

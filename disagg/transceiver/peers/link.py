@@ -1,4 +1,4 @@
-"""The decode side's link to one prefill incarnation: HELLO until answered, heartbeats, a plane opened, loss."""
+"""A sink's link to one incarnation of a source: HELLO until answered, heartbeats, a plane opened, loss."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from typing import Any, Final, cast
 from disagg.transceiver.layout.compatibility import differing_field, geometry_difference
 from disagg.transceiver.memory.foreign_pools import moves_slots
 from disagg.transceiver.memory.regions import PoolRegion
+from disagg.transceiver.peers.link_meter import LinkMeter
 from disagg.transceiver.planes.base import LandingPlane
 from disagg.transceiver.planes.probe import measure
 from disagg.transceiver.planes.reshaping import ReshapingPlane
@@ -43,6 +44,7 @@ from disagg.transceiver.wire.messages.router import LinkStatus as LinkReport
 from disagg.transceiver.wire.messages.router import PeerTarget
 from disagg.transceiver.wire.messages.values import AttemptKey, Geometry, PlaneOffer
 from disagg.transceiver.wire.node import Node
+from disagg.transceiver.wire.purposes import shared
 from disagg.transceiver.wire.sockets import Sockets
 from disagg.transceiver.wire.timing import HEARTBEAT_S, LOST_S, SUSPECT_S
 from disagg.transceiver.wire.turns import TurnQueue
@@ -82,7 +84,7 @@ class LinkSpeed:
 
 
 class PeerLink:
-    """One prefill worker as this decode worker sees it. `run` connects and reconnects until cancelled."""
+    """One source as this sink sees it. `run` connects and reconnects until cancelled."""
 
     def __init__(
         self,
@@ -116,6 +118,9 @@ class PeerLink:
         self.unit_nbytes: tuple[int, ...] = ()
         """Bytes of a unit per group where the peer's geometry differs; empty where a unit is a slot."""
         self.gb_per_s = 0.0
+        self.meter = LinkMeter()
+        self.purposes: tuple[str, ...] = ()
+        """What may be fetched over it."""
 
     @property
     def is_ready(self) -> bool:
@@ -132,7 +137,8 @@ class PeerLink:
         if state == "ready" and time.monotonic() - self._heard_at > SUSPECT_S:
             state = "suspect"
         plane = _named(self.plane) if self.plane else ""
-        return LinkReport(self.target.incarnation, self.target.worker_id, plane, state, self.gb_per_s, self._detail)
+        peer, meter = (self.target.incarnation, self.target.worker_id), self.meter
+        return LinkReport(*peer, plane, state, meter.gb_per_s, self._detail, meter.latency_s)
 
     @property
     def speed(self) -> LinkSpeed | None:
@@ -206,7 +212,8 @@ class PeerLink:
 
     async def _say_hello(self, client: ControlClient) -> Welcome:
         node = self._node
-        hello = Hello(node.incarnation, node.worker_id, node.identity, node.geometry, tuple(self._planes))
+        planes = tuple(self._planes)
+        hello = Hello(node.incarnation, node.worker_id, node.identity, node.geometry, planes, node.receives)
         try:
             async with asyncio.timeout(LOST_S):
                 while True:
@@ -230,6 +237,7 @@ class PeerLink:
                 )
                 if difference is not None:
                     raise PeerRefused(*difference)
+                self.purposes = shared(answer.purposes, self._node.receives)
                 return answer
             case Refused(field=field, ours=ours, theirs=theirs):
                 raise PeerRefused(field, theirs, ours)
@@ -263,6 +271,7 @@ class PeerLink:
         try:
             await plane.connect(self._node.incarnation, offer, pools)
             self.gb_per_s = await measure(plane, pools)
+            self.meter = LinkMeter(self.gb_per_s)
         except BaseException:
             await plane.close()
             raise

@@ -50,6 +50,10 @@ class Transfers:
         transfer = self._live.get(key)
         return transfer.peer if transfer is not None else ""
 
+    def purpose_of(self, key: AttemptKey) -> str:
+        """That of a live transfer."""
+        return self._live[key].purpose
+
     def awaits_fetch(self, key: AttemptKey) -> bool:
         """Whether this attempt's sender lives and has admitted no FETCH yet."""
         transfer = self._live.get(key)

@@ -9,7 +9,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Final, Protocol, cast
@@ -97,8 +97,13 @@ class SendingSide:
         host: SourceHost,
         pools: Sequence[PoolRegion] = (),
         faults: PeerFaults | None = None,
+        on_refused: Callable[[str, str], None] = lambda purpose, field: None,
     ) -> None:
-        """Without `pools`, peers of another geometry are refused."""
+        """Without `pools`, peers of another geometry are refused.
+
+        `on_refused` hears of each FETCH that asks for what its ticket or its request does not allow: purpose and field.
+        """
+        self._on_refused = on_refused
         self._faults = faults or PeerFaults()
         self._node = node
         self._pools = pools
@@ -211,7 +216,8 @@ class SendingSide:
             self._peers[hello.incarnation] = _Peer(hello, routing_id, time.monotonic(), cut)
         named = dict.fromkeys(name for name in hello.planes if name in self._planes)
         offers = tuple(self._planes[name].offer(hello.incarnation) for name in named)
-        self._post(routing_id, Welcome(node.incarnation, node.worker_id, node.identity, node.geometry, offers))
+        facts = (node.incarnation, node.worker_id, node.identity, node.geometry)
+        self._post(routing_id, Welcome(*facts, offers, node.sends))
 
     def _geometry_difference(self, theirs: Geometry) -> Difference | None:
         """Units can be cut only from memory that this process can map."""
@@ -283,6 +289,8 @@ class SendingSide:
             case Send(Accepted() as message):
                 self._send(key, replace(message, queue_position=self._position(key)))
             case Send(message):
+                if isinstance(message, Refused):
+                    self._on_refused(self._transfers.purpose_of(key), message.field)
                 self._send(key, message)
             case SendPayload():
                 self._payloads.put_nowait((key, action))

@@ -16,6 +16,7 @@ from disagg.transceiver.protocol.events import Event, MessageArrived
 from disagg.transceiver.protocol.state import Decision, Kind, Role, State, next_state
 from disagg.transceiver.wire.errors import RemoteProtocolError
 from disagg.transceiver.wire.messages.peer import Header, Refused, TransferMessage
+from disagg.transceiver.wire.purposes import HANDOFF
 from disagg.transceiver.wire.repeat import Repeat
 from disagg.transceiver.wire.timing import LEASE_S
 
@@ -40,6 +41,7 @@ class Transfer(ABC):
     """One end of one (transfer, epoch), made at DISPATCH: a `Sender` or a `Receiver`."""
 
     role: ClassVar[Role]
+    purpose: ClassVar[str] = HANDOFF
     reactions: ClassVar[Reactions]
 
     def __init__(self, ends: Ends, deadline_s: float, now: float) -> None:
@@ -138,7 +140,7 @@ class Transfer(ABC):
         reaction = self.reactions[self.state].get(kind)
         self.state = target
         if reaction is not None:
-            reaction(self, subject)
+            getattr(self, reaction.__name__)(subject)  # by name: an end of another purpose has methods of its own
 
     def _check_address(self, message: TransferMessage | Refused) -> None:
         ends = self.ends

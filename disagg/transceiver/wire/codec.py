@@ -14,7 +14,7 @@ from typing import Any, Final
 import msgpack
 
 from disagg.transceiver.wire.errors import LocalProtocolError, ProtocolDiffers, RemoteProtocolError
-from disagg.transceiver.wire.messages import peer, router, tokens
+from disagg.transceiver.wire.messages import blocks, peer, router, tokens
 from disagg.transceiver.wire.messages.peer import PeerMessage
 from disagg.transceiver.wire.messages.ranges import MAX_UNITS
 from disagg.transceiver.wire.messages.router import RouterMessage
@@ -23,8 +23,9 @@ from disagg.transceiver.wire.sizes import MAX_FIELDS, MAX_MESSAGE_NBYTES, Conten
 
 Message = PeerMessage | RouterMessage
 
-PROTOCOL: Final = (2, 0)
-"""(major, minor). Identity carries the major: workers of another one are refused by name."""
+PROTOCOL: Final = (2, 1)
+"""(major, minor). Identity carries the major: workers of another one are refused by name. 2.1 has purposes; a worker of
+2.0 names none, and is asked for handoffs alone."""
 
 TAGS: Final[dict[int, type]] = {
     1: peer.Hello,
@@ -58,6 +59,9 @@ TAGS: Final[dict[int, type]] = {
     46: tokens.TokenCredit,
     47: router.PromptScores,
     48: router.CancelChoice,
+    49: router.Grant,
+    56: blocks.BlockEvents,
+    57: blocks.AskBlocks,
 }
 
 HEAD_NBYTES: Final = 32

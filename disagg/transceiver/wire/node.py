@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from disagg.transceiver.wire.keys import ClusterKeys
 from disagg.transceiver.wire.messages.values import Geometry, Identity
+from disagg.transceiver.wire.purposes import HANDOFF
 
 
 def draw_id() -> str:
@@ -25,3 +26,6 @@ class Node:
     keys: ClusterKeys
     joins_ranks: bool = False
     """Is this one rank of several, with a leader that joins them? Then peers may be cut into ranks otherwise."""
+    sends: tuple[str, ...] = (HANDOFF,)
+    receives: tuple[str, ...] = (HANDOFF,)
+    """The purposes of which it is a source, and those of which it is a sink."""

@@ -78,8 +78,8 @@ _LARGE: Final = {
     # Scales of 126 layers of 128 heads, the most of any published model, as floats; three containers a layer.
     peer.Hello: SizeLimit(384 << 10, 1 << 12),
     peer.Welcome: SizeLimit(384 << 10, 1 << 12),
-    # Runs of at most 11 bytes.
-    peer.Fetch: SizeLimit(64 << 10, MAX_RUNS + 4 * MAX_GROUPS),
+    # Runs of at most 11 bytes, required ones and held ones.
+    peer.Fetch: SizeLimit(64 << 10, 2 * (MAX_RUNS + 4 * MAX_GROUPS)),
     # 14 bytes a unit with its slot and generation; three containers a run.
     peer.Slice: SizeLimit(128 << 10, 4 * MAX_SLICE_RUNS),
     # 64 bytes a group beside its columns; the rest is a first token with its logprobs and the counts of what came.
@@ -90,6 +90,7 @@ _LARGE: Final = {
     router.TransferFailure: _UNIT_NAMES,
     # A prompt is one string of bytes: the longest has few containers beside it.
     router.Dispatch: SizeLimit(MAX_MESSAGE_NBYTES, 1 << 15),
+    router.Grant: SizeLimit(MAX_MESSAGE_NBYTES, 1 << 12),
     # Many peers by name and address, or one with its geometry and the scales of its layers.
     router.Peers: SizeLimit(448 << 10, 1 << 12),
     # Text that links give as their reasons; a sample has five containers.

@@ -23,7 +23,8 @@ from support.faults.wrong import Wrong
 
 START_TIMEOUT_S = 90.0  # three processes that import torch on two busy cores
 STOP_TIMEOUT_S = 20.0
-LEASE_INTERVAL_S = 0.5
+ON_ITS_WAY_S = 0.15  # a lease crosses loopback in a millisecond
+SETTLE_TIMEOUT_S = 20.0  # forty leases
 ON_CPU = {"DISAGG_PREFILL_DEVICES": "cpu", "DISAGG_DECODE_DEVICES": "cpu"}  # on machines with GPUs too
 LEAKED_S = 30.0  # three times a lease, which is the last thing that could still end what is held
 
@@ -101,8 +102,18 @@ class System:
         raise LookupError(f"no child {name}: {self.stderr[-20:]}")
 
     def settle(self) -> None:
-        """Until every worker's lease, which carries its figures, was sent after this call."""
-        time.sleep(2 * LEASE_INTERVAL_S)
+        """Until every worker's lease, which carries its figures, was sent after this call: the next to come, but for
+        one that was on its way."""
+        time.sleep(ON_ITS_WAY_S)
+        before, deadline = self._loop_ticks(), time.monotonic() + SETTLE_TIMEOUT_S
+        assert before, "no worker tells its loop's ticks"
+        while any(self._loop_ticks().get(worker) == ticks for worker, ticks in before.items()):
+            assert time.monotonic() < deadline, "a worker sends no lease"
+            time.sleep(0.02)
+
+    def _loop_ticks(self) -> dict[frozenset[tuple[str, str]], float]:
+        """Of every worker's event loop, as its last lease told them: no two leases tell the same."""
+        return self.samples("disagg_worker_loop_lag_seconds_count")
 
     def wait_until_idle(self, timeout_s: float = 10.0) -> None:
         """Until every worker reports zero used blocks. Later than `timeout_s` is late, kept for good is `Wrong`."""

@@ -33,15 +33,17 @@ HIGHEST_FD: Final = 1 << 16  # more than a test's process has open
 SPARE_FD: Final = 1000  # from here on: above what a command line names
 
 PYTHON: Final = [sys.executable, "-P"]
-COMMANDS: Final = {("-m", "disagg"), ("-m", "disagg.api.helpers.process"), ("-m", "disagg.bench.child")}
+COMMANDS: Final = {
+    ("-m", name) for name in ("disagg", "disagg.api.helpers.process", "disagg.cli.api_process", "disagg.bench.child")
+}
 PROGRAMS: Final = {"faulty_worker.py", "describe_process.py"}  # they patch what is loaded, or nothing
 READ_AT_IMPORT: Final = ("DISAGG_KERNELS", "DISAGG_FUSED_QKV", "DISAGG_NATIVE", "TRITON_INTERPRET", "LD_PRELOAD")
 MODULES: Final = (
     *("disagg.cli.main", "disagg.cli.up", "disagg.api.main", "disagg.api.helpers.process", "disagg.worker.main"),
     *("uvicorn.protocols.http.h11_impl", "uvicorn.lifespan.off", "safetensors.torch"),
-    *("disagg.bench.child",),
+    *("disagg.cli.api_process", "disagg.api.processes.process", "disagg.bench.child"),
 )
-"""What a router, a helper of the API, a worker and a side of a benchmark load, at once or when they need it first."""
+"""What a router, a process and a helper of the API, a worker and a side of a benchmark load, at once or later."""
 CLASSES: Final = ("LlamaForCausalLM", "Gemma3ForCausalLM", "PreTrainedTokenizerFast", "AutoTokenizer")
 """What transformers loads when it is asked for."""
 

@@ -1,4 +1,4 @@
-"""Messages between a prefill and a decode worker (protocol.md section 4)."""
+"""Messages between the source and the sink of transfers (protocol.md section 4)."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from disagg.transceiver.wire.messages.ranges import (
     MAX_NAMED_UNITS,
     MAX_ORDINAL,
     MAX_PLANES,
+    MAX_PURPOSES,
     MAX_RANKS,
     MAX_RUNS,
     MAX_SECRET_NBYTES,
@@ -27,11 +28,13 @@ from disagg.transceiver.wire.messages.ranges import (
     check_id,
     check_int,
     check_names,
+    check_one_of,
     check_size,
     check_transfers,
     fail,
 )
 from disagg.transceiver.wire.messages.values import (
+    IDENTITY_NBYTES,
     FirstToken,
     Geometry,
     GroupRuns,
@@ -40,9 +43,16 @@ from disagg.transceiver.wire.messages.values import (
     UnitName,
     UnitRun,
 )
+from disagg.transceiver.wire.purposes import HANDOFF, PURPOSES
 
 MAX_REQUIRED: Final = MAX_ORDINAL
 """More than one transfer may name (`sizes.MAX_MANIFEST_ENTRIES`) is refused by its field; this bounds the look."""
+
+
+def check_purposes(purposes: tuple[str, ...]) -> None:
+    """Names of later versions are legal: they are of no use to this process, and it asks for none of them."""
+    check_size("purposes", purposes, MAX_PURPOSES)
+    check_names("purposes", purposes)
 
 
 def num_runs(required: Iterable[GroupRuns]) -> int:
@@ -68,35 +78,42 @@ class Header:
 
 @dataclass(frozen=True, slots=True)
 class Hello:
-    """First message of a connection, decode -> prefill. `planes` in the caller's order of preference."""
+    """First message of a connection, sink -> source. `planes` in the caller's order of preference.
+
+    `purposes`: what the caller would fetch over it.
+    """
 
     incarnation: str
     worker_id: str
     identity: Identity
     geometry: Geometry
     planes: Annotated[tuple[str, ...], MAX_PLANES]
+    purposes: Annotated[tuple[str, ...], MAX_PURPOSES] = (HANDOFF,)
 
     def __post_init__(self) -> None:
         check_id("incarnation", self.incarnation)
         check_id("worker_id", self.worker_id)
         check_size("planes", self.planes, MAX_PLANES)
         check_names("planes", self.planes)
+        check_purposes(self.purposes)
 
 
 @dataclass(frozen=True, slots=True)
 class Welcome:
-    """Answers HELLO: which incarnation answers, and how to open each plane both sides can use."""
+    """Answers HELLO: which incarnation answers, how to open each plane both sides can use, and what it would send."""
 
     incarnation: str
     worker_id: str
     identity: Identity
     geometry: Geometry
     planes: Annotated[tuple[PlaneOffer, ...], MAX_PLANES]
+    purposes: Annotated[tuple[str, ...], MAX_PURPOSES] = (HANDOFF,)
 
     def __post_init__(self) -> None:
         check_id("incarnation", self.incarnation)
         check_id("worker_id", self.worker_id)
         check_size("planes", self.planes, MAX_PLANES)
+        check_purposes(self.purposes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,15 +140,27 @@ class Refused:
 
 @dataclass(frozen=True, slots=True)
 class Fetch:
-    """Decode asks for units by ordinal. Carries no slot and no address."""
+    """The sink asks for units by ordinal. Carries no slot and no address.
+
+    For `prefix` the source says what is `required`: `prompt_len` is the boundary up to which it is asked, `tip` the
+    identity of the source's block that ends there, and `held` the sink's ordinals below it, in blocks of the sink.
+    """
 
     header: Header
     ticket: bytes
     prompt_len: int
     required: Annotated[tuple[GroupRuns, ...], MAX_GROUPS]
     plane: str
+    purpose: str = HANDOFF
+    tip: bytes = b""
+    held: Annotated[tuple[GroupRuns, ...], MAX_GROUPS] = ()
 
     def __post_init__(self) -> None:
+        check_one_of("purpose", self.purpose, PURPOSES)
+        check_size("tip", self.tip, IDENTITY_NBYTES)
+        check_size("held", self.held, MAX_GROUPS)
+        check_int("held: runs", num_runs(self.held), 0, MAX_RUNS)
+        check_int("held", sum(count for entry in self.held for _, count in entry.runs), 0, MAX_REQUIRED)
         check_size("ticket", self.ticket, MAX_SECRET_NBYTES)
         check_int("prompt_len", self.prompt_len, 1, MAX_INT32)
         check_size("required", self.required, MAX_GROUPS)
@@ -144,13 +173,19 @@ class Fetch:
 class Accepted:
     """Answers FETCH. `queue_position`: transfers accepted before this one that wait for their blocks to be pinned.
 
-    0: it is next, or pinned already (a repeated FETCH).
+    0: it is next, or pinned already (a repeated FETCH). `boundary`: of `prefix`, the tokens up to which source and sink
+    together hold what is needed, 0 for none. `precision`: the formats that the KV has been through before it came to
+    the source; "" = the source's own alone.
     """
 
     header: Header
     queue_position: int
+    boundary: int = 0
+    precision: str = ""
 
     def __post_init__(self) -> None:
+        check_int("boundary", self.boundary, 0, MAX_INT32)
+        check_size("precision", self.precision, MAX_NAME_CHARS)
         check_int("queue_position", self.queue_position, 0, MAX_INT32)
 
 
@@ -183,7 +218,7 @@ class Received:
 class Done:
     """One rank's terminal message: it announced `num_slices` slices; `mac` binds all of it to the transfer.
 
-    `manifest`: ascending groups, those of which something moved.
+    `manifest`: ascending groups, those of which something moved. `boundary`, `precision`: as ACCEPTED said.
     """
 
     header: Header
@@ -193,8 +228,14 @@ class Done:
     manifest: Annotated[tuple[GroupDigests, ...], MAX_GROUPS]
     first_token: FirstToken | None
     mac: bytes
+    purpose: str = HANDOFF
+    boundary: int = 0
+    precision: str = ""
 
     def __post_init__(self) -> None:
+        check_one_of("purpose", self.purpose, PURPOSES)
+        check_int("boundary", self.boundary, 0, MAX_INT32)
+        check_size("precision", self.precision, MAX_NAME_CHARS)
         check_int("num_ranks", self.num_ranks, 1, MAX_RANKS**2)
         check_int("rank", self.rank, 0, MAX_RANKS**2 - 1)
         check_int("num_slices", self.num_slices, 0, MAX_INT32)

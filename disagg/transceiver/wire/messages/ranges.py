@@ -96,6 +96,9 @@ MAX_PEERS: Final = 512
 MAX_PLANES: Final = 16
 """There are four."""
 
+MAX_PURPOSES: Final = 16
+"""There are three."""
+
 
 def fail(name: str, value: object, expected: str) -> None:
     raise ValueError(f"{name}: {clipped(repr(value))}, expected {expected}")
@@ -136,6 +139,11 @@ def check_names(name: str, values: Iterable[str], limit: int = MAX_NAME_CHARS) -
 def check_finite(name: str, value: float) -> None:
     if not math.isfinite(value):
         fail(name, value, "a finite number")
+
+
+def check_duration(name: str, value: float) -> None:
+    if not 0 < value < math.inf:
+        fail(name, value, "a finite duration above 0")
 
 
 def check_one_of(name: str, value: str, legal: Collection[str]) -> None:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Annotated, Final
 
+from disagg.transceiver.wire.messages.blocks import AskBlocks, BlockEvents
+from disagg.transceiver.wire.messages.peer import check_purposes
 from disagg.transceiver.wire.messages.prompt_logprobs import PromptLogprobs
 from disagg.transceiver.wire.messages.ranges import (
     MAX_ADDRESS_CHARS,
@@ -19,10 +22,12 @@ from disagg.transceiver.wire.messages.ranges import (
     MAX_PEERS,
     MAX_PLANES,
     MAX_PORT,
+    MAX_PURPOSES,
     MAX_SAMPLES,
     MAX_SECRET_NBYTES,
     MAX_TEXT_CHARS,
     check_attempt,
+    check_duration,
     check_finite,
     check_id,
     check_int,
@@ -31,9 +36,11 @@ from disagg.transceiver.wire.messages.ranges import (
     check_one_of,
     check_size,
     check_transfers,
+    fail,
 )
+from disagg.transceiver.wire.messages.rates import MeasuredRates
 from disagg.transceiver.wire.messages.sampling_limits import MAX_CHOICES
-from disagg.transceiver.wire.messages.tokens import TOKENS_WINDOW, StepTokens, TokenCredit
+from disagg.transceiver.wire.messages.tokens import TOKENS_WINDOW, ChoiceOutput, StepTokens, TokenCredit
 from disagg.transceiver.wire.messages.values import (
     Geometry,
     GroupBytes,
@@ -43,6 +50,7 @@ from disagg.transceiver.wire.messages.values import (
     StageTimes,
     UnitName,
 )
+from disagg.transceiver.wire.purposes import HANDOFF, MOVE, PREFIX, PURPOSES
 from disagg.transceiver.wire.schema import PackedInts
 
 MODES: Final = ("serve", "prefill", "decode")
@@ -50,7 +58,11 @@ MODES: Final = ("serve", "prefill", "decode")
 
 @dataclass(frozen=True, slots=True)
 class Register:
-    """A worker offers itself. `role` is `prefill`, `decode` or `both`; `peer_endpoint` is where peers say HELLO."""
+    """A worker offers itself. `role` is `prefill`, `decode` or `both`; `peer_endpoint` is where peers say HELLO.
+
+    `sends`, `receives`: the purposes of which it is a source and a sink; None = as protocol 2.0, which has handoffs
+    alone (see `disagg.transceiver.wire.purposes`). `tells_blocks`: whether ASK_BLOCKS may be said to it.
+    """
 
     incarnation: str
     worker_id: str
@@ -64,8 +76,13 @@ class Register:
     device: str
     num_slots: Annotated[tuple[int, ...], MAX_GROUPS]
     eos_token_ids: Annotated[tuple[int, ...], MAX_ITEMS] = ()
+    sends: Annotated[tuple[str, ...], MAX_PURPOSES] | None = None
+    receives: Annotated[tuple[str, ...], MAX_PURPOSES] | None = None
+    tells_blocks: bool = False
 
     def __post_init__(self) -> None:
+        check_purposes(self.sends or ())
+        check_purposes(self.receives or ())
         check_id("incarnation", self.incarnation)
         check_id("worker_id", self.worker_id)
         check_size("role", self.role, MAX_NAME_CHARS)
@@ -105,7 +122,7 @@ class Registered:
 
 @dataclass(frozen=True, slots=True)
 class PeerTarget:
-    """The other end of a transfer, or a prefill worker that a decode worker should connect to ahead of any request.
+    """The other end of a transfer, or a source that a sink should connect to ahead of any request.
 
     `geometry`: the peer's; None = as the reader's. Both ends plan in the units that it makes.
     """
@@ -123,7 +140,7 @@ class PeerTarget:
 
 @dataclass(frozen=True, slots=True)
 class Peers:
-    """Router -> decode worker: connect to these too, now (first contact happens before the first request).
+    """Router -> sink: connect to these sources too, now (first contact happens before the first request).
 
     `gone`: incarnations that are no peers any more. Where no PEERS names a peer, a dispatch does, and makes the link.
     """
@@ -140,7 +157,9 @@ class Peers:
 class LinkStatus:
     """What a worker says of one peer.
 
-    `state` is `ready`, `suspect`, `lost`, `connecting` or `refused`; `detail` names the field that differs.
+    `state` is `ready`, `suspect`, `lost`, `connecting` or `refused`; `detail` names the field that differs. `gb_per_s`:
+    of the last transfers, or of the probe at first contact before there were any; `latency_s`: of the last transfers,
+    between their last byte and their end.
     """
 
     incarnation: str
@@ -149,6 +168,7 @@ class LinkStatus:
     state: str
     gb_per_s: float
     detail: str = ""
+    latency_s: float = 0.0
 
     def __post_init__(self) -> None:
         check_id("incarnation", self.incarnation)
@@ -156,6 +176,7 @@ class LinkStatus:
         check_size("plane", self.plane, MAX_ADDRESS_CHARS)
         check_size("state", self.state, MAX_NAME_CHARS)
         check_finite("gb_per_s", self.gb_per_s)
+        check_finite("latency_s", self.latency_s)
         check_size("detail", self.detail, MAX_TEXT_CHARS)
 
 
@@ -191,7 +212,7 @@ class Pulse:
 class Lease:
     """Both ways, every 0.5 s. A worker's carries its figures and live requests, the router's only its incarnation.
 
-    `metrics` and `links` None: as in the last lease that had them. They are most of it, and seldom change.
+    `metrics`, `links` and `rates` None: as in the last lease that had them. They are most of it, and seldom change.
     """
 
     incarnation: str
@@ -204,6 +225,7 @@ class Lease:
     blocks_used: Annotated[tuple[int, ...], MAX_GROUPS] = ()
     blocks_free: Annotated[tuple[int, ...], MAX_GROUPS] = ()
     links: Annotated[tuple[LinkStatus, ...], MAX_LINKS] | None = None
+    rates: MeasuredRates | None = None
 
     def __post_init__(self) -> None:
         check_id("incarnation", self.incarnation)
@@ -220,6 +242,48 @@ class Lease:
 
 
 @dataclass(frozen=True, slots=True)
+class PrefixLeg:
+    """A transfer that brings cached blocks of a prompt's first `boundary` tokens to the worker that computes it.
+
+    It has an id of its own and the epoch of its request. `source` was sent a GRANT for it.
+    """
+
+    transfer_id: str
+    source: PeerTarget
+    boundary: int
+    ticket: bytes
+
+    def __post_init__(self) -> None:
+        check_id("transfer_id", self.transfer_id)
+        check_int("boundary", self.boundary, 1, MAX_INT32)
+        check_size("ticket", self.ticket, MAX_SECRET_NBYTES)
+
+
+@dataclass(frozen=True, slots=True)
+class Grant:
+    """Router -> source: `sink` may fetch this once. `transfer_id`: of this transfer; `request`: of the request.
+
+    For `prefix`: cached blocks of `tokens`, which end at the boundary of the ticket, among requests of `salt`. The
+    source names the blocks itself, so nothing else is ever served. `ttl_s`: as in the ticket, counted from receipt.
+    """
+
+    transfer_id: str
+    epoch: int
+    request: str
+    purpose: str
+    sink: PeerTarget
+    ttl_s: float
+    tokens: PackedInts = ()
+    salt: str = ""
+
+    def __post_init__(self) -> None:
+        check_attempt(self.transfer_id, self.epoch)
+        check_id("request", self.request)
+        check_one_of("purpose", self.purpose, (PREFIX, MOVE))
+        check_duration("ttl_s", self.ttl_s)
+
+
+@dataclass(frozen=True, slots=True)
 class Dispatch:
     """One attempt of one request. `mode`:
 
@@ -228,7 +292,11 @@ class Dispatch:
     - `decode`: receive the KV from `peer`, then emit tokens.
 
     `deadline_s` is a duration counted from receipt, so that no two clocks are compared. Requests of lower `priority`
-    are admitted first.
+    are admitted first. `prefix`: where the first of the prompt's blocks may be had, for one that computes it.
+
+    `output`: of an attempt that goes on after a loss, what the client has of each answer that is not over, in order of
+    their numbers; answers that it does not name are. They are computed as the prompt is, and count as the answer. The
+    KV of one answer is transferred with them; several go on in mode `serve`.
     """
 
     transfer_id: str
@@ -241,6 +309,8 @@ class Dispatch:
     peer: PeerTarget | None = None
     ticket: bytes = b""
     priority: int = 0
+    prefix: PrefixLeg | None = None
+    output: Annotated[tuple[ChoiceOutput, ...], MAX_CHOICES] = ()
 
     def __post_init__(self) -> None:
         check_attempt(self.transfer_id, self.epoch)
@@ -248,8 +318,27 @@ class Dispatch:
         check_size("request_id", self.request_id, MAX_ADDRESS_CHARS)
         check_one_of("mode", self.mode, MODES)
         check_size("ticket", self.ticket, MAX_SECRET_NBYTES)
-        if not 0 < self.deadline_s < float("inf"):
-            raise ValueError(f"deadline_s: {self.deadline_s}, expected a finite duration above 0")
+        check_duration("deadline_s", self.deadline_s)
+        self._check_output()
+
+    @property
+    def first_output(self) -> tuple[int, ...]:
+        """Of the answer that a transfer is for."""
+        return self.output[0].token_ids if self.output else ()
+
+    @property
+    def num_known(self) -> int:
+        """Tokens before the next one of that answer, the P of its transfer."""
+        return len(self.prompt) + len(self.first_output)
+
+    def _check_output(self) -> None:
+        choices, sampling = [answer.choice for answer in self.output], self.sampling
+        if any(a >= b for a, b in pairwise(choices)) or (choices and choices[-1] >= sampling.num_choices):
+            fail("output", choices, f"ascending numbers of {sampling.num_choices} choices")
+        if any(len(answer.token_ids) >= sampling.max_tokens for answer in self.output):
+            fail("output", "an answer without an end", f"fewer than max_tokens = {sampling.max_tokens} tokens of each")
+        if self.output and self.mode != "serve" and sampling.num_choices > 1:
+            fail("output", f"{sampling.num_choices} choices in mode {self.mode}", "a transfer of one")
 
 
 @dataclass(frozen=True, slots=True)
@@ -378,8 +467,10 @@ class TransferReport:
     groups: Annotated[tuple[GroupBytes, ...], MAX_GROUPS]
     times: StageTimes
     num_operations: int = 0
+    purpose: str = HANDOFF
 
     def __post_init__(self) -> None:
+        check_one_of("purpose", self.purpose, PURPOSES)
         check_attempt(self.transfer_id, self.epoch)
         check_size("worker_id", self.worker_id, MAX_NAME_CHARS)
         check_size("plane", self.plane, MAX_NAME_CHARS)
@@ -405,4 +496,7 @@ RouterMessage = (
     | TransferReport
     | PromptScores
     | CancelChoice
+    | BlockEvents
+    | AskBlocks
+    | Grant
 )

@@ -58,6 +58,9 @@ MAX_TOP: Final = 128
 MAX_COUNTED: Final = 1024
 """Tokens generated before a transfer, by id: today's transfers follow the first one."""
 
+IDENTITY_NBYTES: Final = 16
+"""Of a block's identity, a keyed hash of its tokens and all before them."""
+
 MAX_LABELS: Final = 64
 """Labels of a metric, and stages of a request: each has a handful."""
 
@@ -321,6 +324,14 @@ class FirstToken:
 
 
 @dataclass(frozen=True, slots=True)
+class Ending:
+    """Why an answer ended: `stop` with the token that stopped it, or `length`."""
+
+    reason: str
+    stop_token_id: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Sampling:
     """How to choose tokens. Pure in (seed, position, logits): see `disagg.engine.sampler`.
 
@@ -371,6 +382,15 @@ class Sampling:
     def of_choice(self, choice: int) -> Sampling:
         """What a request for this answer alone would ask for."""
         return replace(self, num_choices=1, seed=(self.seed + choice) & CHOICE_SEEDS) if choice else self
+
+    def ending_after(self, token_id: int, num_output_tokens: int) -> Ending | None:
+        """Whether `token_id`, as the last of so many output tokens, ends the answer. No stop before `min_tokens`."""
+        stops = self.stop_token_ids
+        if not self.ignore_eos:
+            stops += self.eos_token_ids
+        if token_id in stops and num_output_tokens >= self.min_tokens:
+            return Ending("stop", token_id)
+        return Ending("length") if num_output_tokens >= self.max_tokens else None
 
     def _check_ids(self) -> None:
         check_ids("logit_bias", [entry[0] for entry in self.logit_bias], MAX_BIASES)
