@@ -95,6 +95,7 @@ class FakeWorker:
     waiting: dict[str, FakeAnswer] = field(default_factory=dict)
     running: dict[str, FakeAnswer] = field(default_factory=dict)
     links: dict[str, LinkStatus] = field(default_factory=dict)
+    has_work: asyncio.Event = field(default_factory=asyncio.Event)
     num_emitted: int = 0
     link: RouterLink | None = None
 
@@ -128,6 +129,7 @@ class FakeWorker:
                     pass
                 case Dispatch() as dispatch:
                     self.waiting[dispatch.transfer_id] = FakeAnswer(dispatch)
+                    self.has_work.set()
                 case CancelRequest(transfer_id=transfer_id):
                     self.running.pop(transfer_id, None)
                     self.waiting.pop(transfer_id, None)
@@ -141,6 +143,9 @@ class FakeWorker:
     async def _step_on(self, link: RouterLink) -> None:
         due = time.monotonic()
         while True:
+            if not self.waiting and not self.running:
+                self.has_work.clear()
+                await self.has_work.wait()
             due = max(due + self.step_s, time.monotonic())
             await asyncio.sleep(due - time.monotonic())
             self._step(link)
@@ -159,7 +164,7 @@ class FakeWorker:
                 del self.running[transfer_id]
 
 
-class Fleet:
+class FakeFleet:
     """Registers workers at one router, each in a task of its own, and says how long that took."""
 
     def __init__(self, router: str, step_s: float, *, num_seats: int = MAX_LEASED) -> None:
@@ -191,7 +196,7 @@ class Fleet:
 async def run(options: argparse.Namespace) -> None:
     """Register everything, say so on stdout, and emit tokens until stdin ends."""
     raise_descriptor_limit()
-    fleet = Fleet(options.router, options.step_s)
+    fleet = FakeFleet(options.router, options.step_s)
     roles = ["prefill", "decode"] * options.pairs
     async with serve_directly(options.step_s) as port:
         seconds = 0.0
