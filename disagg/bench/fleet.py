@@ -14,7 +14,7 @@ import json
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any, Final
 
@@ -22,6 +22,7 @@ from disagg.bench.direct import serve_directly
 from disagg.config.demo import demo_model_folder
 from disagg.config.descriptors import raise_descriptor_limit
 from disagg.engine.model.checkpoint import fingerprint
+from disagg.transceiver.wire.errors import first_cause
 from disagg.transceiver.wire.keys import ClusterKeys
 from disagg.transceiver.wire.messages.ranges import MAX_LEASED
 from disagg.transceiver.wire.messages.router import (
@@ -37,7 +38,7 @@ from disagg.transceiver.wire.messages.tokens import Tokens
 from disagg.transceiver.wire.messages.values import Geometry, GroupSemantics, Identity
 from disagg.transceiver.wire.node import Node, draw_id
 from disagg.transceiver.wire.sockets import Sockets
-from disagg.worker.router_link import RouterLink
+from disagg.worker.router_link import RouterLink, RouterLost
 from disagg.worker.vitals import Vitals
 
 MAX_MODEL_LEN: Final = 1 << 18
@@ -86,7 +87,7 @@ class FakeAnswer:
 
 @dataclass(slots=True)
 class FakeWorker:
-    """One registration. `running` is what its steps emit for, `waiting` what has no seat yet."""
+    """One worker. `running` is what its steps emit for, `waiting` what has no seat yet."""
 
     node: Node
     role: str
@@ -172,6 +173,7 @@ class FakeFleet:
         self._sockets = Sockets(KEYS)
         self._running: list[asyncio.Task[None]] = []
         self.workers: list[FakeWorker] = []
+        self.num_losses = 0
 
     async def register(self, *roles: str) -> float:
         """One worker of each role: seconds until all of them are registered."""
@@ -181,10 +183,20 @@ class FakeFleet:
             worker = FakeWorker(Node(draw_id(), name, identity(), GEOMETRY, KEYS), role, self._step_s, self._num_seats)
             vitals = Vitals(self._sockets, lambda: True) if len(self.workers) < MAX_PULSES else None
             self.workers.append(worker)
-            run = worker.run(self._router, self._sockets, vitals, event.set)
-            self._running.append(asyncio.create_task(run))
+            self._running.append(asyncio.create_task(self._keep(worker, vitals, event.set)))
         await asyncio.gather(*(event.wait() for event in ready))
         return time.monotonic() - began_at
+
+    async def _keep(self, worker: FakeWorker, vitals: Vitals | None, on_ready: Callable[[], None]) -> None:
+        """Registered anew, under another incarnation, whenever the router has lost it, as a worker is."""
+        while True:
+            try:
+                await worker.run(self._router, self._sockets, vitals, on_ready)
+            except (ExceptionGroup, RouterLost) as end:
+                if not isinstance(first_cause(end), RouterLost):
+                    raise
+            self.num_losses += 1
+            worker.node = replace(worker.node, incarnation=draw_id())
 
     async def close(self) -> None:
         for task in self._running:
