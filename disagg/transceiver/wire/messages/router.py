@@ -141,10 +141,7 @@ class PeerTarget:
 
 @dataclass(frozen=True, slots=True)
 class Peers:
-    """Router -> sink: connect to these sources too, now (first contact happens before the first request).
-
-    `gone`: incarnations that are no peers any more. Where no PEERS names a peer, a dispatch does, and makes the link.
-    """
+    """Router -> sink: connect to these sources now, before a request names them; `gone` are no peers any more."""
 
     peers: Annotated[tuple[PeerTarget, ...], MAX_PEERS]
     gone: Annotated[tuple[str, ...], MAX_PEERS] = ()
