@@ -11,6 +11,7 @@ import resource
 import signal
 import sys
 import time
+from collections import deque
 from collections.abc import Iterator
 from typing import Any, Final
 
@@ -36,6 +37,9 @@ from disagg.transceiver.wire.messages.blocks import BlockEvents
 
 READ_NBYTES: Final = 1 << 20
 """At once: a prompt of a quarter of a million tokens."""
+
+MAX_TOLD_NBYTES: Final = 16 << 20
+"""Read and not noted yet: beyond it the pipe is left to fill, and the router to find that nothing is read."""
 
 
 class IndexServer:
@@ -95,19 +99,48 @@ def chain_of(hasher: BlockHasher, salt: str, tokens: bytes, block_size: int) -> 
 
 def serve(jobs: int, answers: int) -> None:
     """Answer what comes at the descriptor `jobs` until it is closed."""
-    server, buffer, poller = IndexServer(), FrameBuffer(), zmq.Poller()
-    poller.register(jobs, zmq.POLLIN)
-    is_swept = True
-    while True:
-        if not poller.poll(None if is_swept else 0):
-            is_swept = not server.sweep()
-            continue
-        if not (data := os.read(jobs, READ_NBYTES)):
-            return
-        for kind, payload in buffer.feed(data):
-            for answer in server.handle(kind, values_of(payload)):
-                _write(answers, answer)
-        is_swept = False
+    loop = _Loop(jobs, answers)
+    while loop.turn():
+        pass
+
+
+class _Loop:
+    """Questions are answered before what was told ahead of them is noted: a batch of events takes tens of ms."""
+
+    def __init__(self, jobs: int, answers: int) -> None:
+        self._jobs, self._answers = jobs, answers
+        self._server, self._buffer, self._poller = IndexServer(), FrameBuffer(), zmq.Poller()
+        self._poller.register(jobs, zmq.POLLIN)
+        self._told: deque[tuple[bytes, bytes]] = deque()
+        self._told_nbytes, self._is_swept = 0, True
+
+    def turn(self) -> bool:
+        """Read and answer what came, or note one thing told, or clean up. False at the end of what comes."""
+        may_read = self._told_nbytes < MAX_TOLD_NBYTES
+        if may_read and self._poller.poll(None if self._is_swept and not self._told else 0):
+            return self._read()
+        if self._told:
+            kind, payload = self._told.popleft()
+            self._told_nbytes -= len(payload)
+            self._is_swept = False
+            self._handle(kind, payload)
+        else:
+            self._is_swept = not self._server.sweep()
+        return True
+
+    def _read(self) -> bool:
+        data = os.read(self._jobs, READ_NBYTES)
+        for kind, payload in self._buffer.feed(data):
+            if kind == QUESTION:
+                self._handle(kind, payload)
+            else:
+                self._told.append((kind, payload))
+                self._told_nbytes += len(payload)
+        return bool(data)
+
+    def _handle(self, kind: bytes, payload: bytes) -> None:
+        for answer in self._server.handle(kind, values_of(payload)):
+            _write(self._answers, answer)
 
 
 def _write(descriptor: int, data: bytes) -> None:
