@@ -288,7 +288,8 @@ class Router:
 
     async def _who_holds(self, request: GenerationRequest) -> dict[str, int]:
         """As `PrefixIndex.who_holds`; nobody, for a request that uses no prefix."""
-        if self._index is None or request.sampling.num_prompt_logprobs is not None:
+        uses_prefixes = self._placing.policy.weighs_all and request.sampling.num_prompt_logprobs is None
+        if self._index is None or not uses_prefixes:
             return {}
         return await self._index.who_holds(request.prompt, request.sampling.cache_salt)
 
