@@ -1,4 +1,4 @@
-"""Where requests go, in a real system: short prompts to the worker that decodes them, long ones not, chats to their KV."""
+"""Where requests go in a real system: short prompts to the worker that decodes them, chats to where their KV is."""
 
 from __future__ import annotations
 

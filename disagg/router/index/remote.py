@@ -138,8 +138,9 @@ class PrefixIndex(Collector):
 
         Empty when no answer comes in time.
         """
-        if self._process is None or not self._workers:
-            return {}
+        sizes = [register.geometry.block_size for register in self._workers.values()]
+        if self._process is None or len(prompt) <= min(sizes, default=len(prompt)):
+            return {}  # no block of it could be cached, or no worker tells any
         tokens = prompt if isinstance(prompt, array) and prompt.typecode == "i" else array("i", prompt)
         self._num_questions += 1
         number = self._num_questions
