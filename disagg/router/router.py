@@ -184,7 +184,7 @@ class Router:
         self.cluster.order(incarnation, message)
 
     def use(self, index: PrefixIndex) -> None:
-        """From here on ask who holds what of a prompt."""
+        """From here on ask which workers hold what of a prompt."""
         self._index = index
         self._metrics.add(index)
         for worker in self.cluster.registry:
@@ -277,7 +277,7 @@ class Router:
             raise
 
     async def _look_up(self, attempts: RoutedRequest, held: dict[str, int]) -> None:
-        """Who holds something of the prompt. Raises GenerationError when the router closes meanwhile."""
+        """The workers that hold something of the prompt. Raises GenerationError when the router closes meanwhile."""
         try:
             held |= await self._who_holds(attempts.request)
         except BaseException:
