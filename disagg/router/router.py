@@ -28,6 +28,7 @@ from disagg.router.attempt_events import (
     Emit,
     Event,
     Fail,
+    MoveEnded,
     RouterClosing,
     SendOrder,
     TimePassed,
@@ -39,12 +40,14 @@ from disagg.router.charges import MAX_CHARGES
 from disagg.router.choose import RETRY_BUSY_S, Placement
 from disagg.router.cluster import Cluster
 from disagg.router.costs.decide import POLICIES
+from disagg.router.emptying import Emptying
 from disagg.router.gate import AHEAD_PER_SERVER, Gate
 from disagg.router.generation import GenerationEnd, GenerationError, GenerationRequest, TokenChunk
 from disagg.router.going_on import MAX_CONTINUATIONS
 from disagg.router.index.remote import PrefixIndex
 from disagg.router.introductions import Connect
 from disagg.router.metrics import RouterMetrics
+from disagg.router.moving import MovableRequest
 from disagg.router.placing import Placing
 from disagg.router.record import RecordStore, RequestRecord
 from disagg.router.registry import Worker
@@ -58,7 +61,8 @@ from disagg.transceiver.wire.messages.blocks import AskBlocks, BlockEvents
 from disagg.transceiver.wire.messages.router import TransferReport
 from disagg.transceiver.wire.messages.tokens import Tokens
 from disagg.transceiver.wire.node import draw_id
-from disagg.transceiver.wire.ticket import mint
+from disagg.transceiver.wire.ticket import mint, move_claims
+from disagg.transceiver.wire.ticket import mint_leg as mint_ticket_of_leg
 
 log = logging.getLogger(__name__)
 
@@ -101,13 +105,15 @@ class RouterOptions:
 class _Stream:
     """One request in progress and what its client has not read yet."""
 
-    attempts: RoutedRequest
+    attempts: MovableRequest
     turn: QueuedRequest
     load: tuple[Share, ...] = ()
     """What of it is counted in the router's load."""
     last_token_at: dict[int, float] = field(default_factory=dict)
     """By choice."""
     unread: Unread = field(default_factory=Unread)
+    has_moved: bool = False
+    """Another worker has taken the answer over, and its first token is to come."""
 
 
 class Router:
@@ -138,6 +144,9 @@ class Router:
         policy, bound = POLICIES[self.options.policy], self.options.max_local_prefill
         self._placing = Placing(self.cluster.registry, self.options.max_queued, policy, bound)
         self._index: PrefixIndex | None = None
+        self._emptying = Emptying(self.cluster.registry, self._placing.work.answers)
+        self._is_draining = False
+        """A move ended since draining workers were looked at."""
         self._charged: dict[str, _Stream] = {}
         """Requests that a worker may have died of. One leaves when it has shown that another was the cause."""
 
@@ -244,7 +253,9 @@ class Router:
 
     def drain(self, worker_id: str, draining: bool = True) -> bool:
         """Give a worker no new requests, or some again. False when it is not registered."""
-        return self.cluster.registry.drain(worker_id, draining)
+        is_known = self.cluster.registry.drain(worker_id, draining)
+        self._empty_draining()
+        return is_known
 
     def record(self, request_id: str) -> Mapping[str, Any] | None:
         record = self._records.get(request_id)
@@ -299,7 +310,7 @@ class Router:
             return {}
         return await self._index.who_holds(request.prompt, request.sampling.cache_salt)
 
-    def _routed(self, request: GenerationRequest, held: Mapping[str, int]) -> RoutedRequest:
+    def _routed(self, request: GenerationRequest, held: Mapping[str, int]) -> MovableRequest:
         transfer_id, now = draw_id(), self._clock()
 
         def mint_ticket(epoch: int, prefill: str, decode: str, ttl_s: float, output: Sequence[int]) -> bytes:
@@ -314,11 +325,16 @@ class Router:
                 output=output,
             )
 
-        return RoutedRequest(
+        def mint_leg(leg: str, epoch: int, source: str, sink: str, num_tokens: int, ttl_s: float) -> bytes:
+            claims = move_claims(leg, epoch, transfer_id, source, sink, request.prompt, num_tokens)
+            return mint_ticket_of_leg(self._keys.ticket, claims, ttl_s)
+
+        return MovableRequest(
             request,
             transfer_id,
             lambda: self._placing.at(self._clock(), request, held),
             mint_ticket,
+            mint_leg=mint_leg,
             max_attempts=self.options.max_attempts,
             max_continuations=self.options.max_continuations,
             timeout_s=min(request.timeout_s or math.inf, self.options.request_timeout_s),
@@ -326,7 +342,7 @@ class Router:
             news=self,
         )
 
-    def _start(self, attempts: RoutedRequest, turn: QueuedRequest) -> _Stream:
+    def _start(self, attempts: MovableRequest, turn: QueuedRequest) -> _Stream:
         stream, now = _Stream(attempts, turn), self._clock()
         actions = attempts.start(now)
         self._streams[attempts.transfer_id] = stream
@@ -366,6 +382,10 @@ class Router:
             match action:
                 case SendOrder(to, message):
                     self.cluster.order(to, message)
+                case MoveEnded(outcome):
+                    self._metrics.moves.labels(outcome=outcome).inc()
+                    stream.has_moved = outcome == "moved"
+                    self._is_draining = True  # another may go in its place
                 case WentOn(choice, is_exact):
                     self._metrics.went_on(now - stream.last_token_at.get(choice, now), is_exact=is_exact)
                 case Emit(item):
@@ -400,9 +420,29 @@ class Router:
             if (error := stream.attempts.record.current.estimate_ratio(now)) is not None:
                 self._metrics.estimate_ratio.observe(error)
         elif last_token_at is not None:
+            self._note_pause(stream, now - last_token_at)
             count = len(item.token_ids)
             self._metrics.itl.note((now - last_token_at) / count, count)
         stream.last_token_at[item.choice] = now
+
+    def _note_pause(self, stream: _Stream, pause_s: float) -> None:
+        if stream.has_moved:
+            stream.has_moved = False
+            stream.attempts.record.current.pause_s = pause_s
+            self._metrics.move_pause.observe(pause_s)
+
+    # --- draining -------------------------------------------------------------------------------------------
+
+    def _empty_draining(self) -> None:
+        """Take from draining workers what another can have: answers are moved, what has no token is placed anew."""
+        now, self._is_draining = self._clock(), False
+        for worker in self._emptying.draining(now):
+            here = [s for s in self._streams.values() if s.attempts.server == worker.incarnation]
+            for stream in here:
+                self._perform(stream, stream.attempts.leave(now), now)
+            for request, sink in self._emptying.moves(worker, [s.attempts for s in here], now):
+                stream = self._streams[request.transfer_id]
+                self._perform(stream, request.move(sink, draw_id(), now), now)
 
     def _note_end(self, record: RequestRecord, now: float) -> None:
         self._metrics.e2e.observe(now - record.received_at)
@@ -444,6 +484,8 @@ class Router:
         if stream := self._streams.get(message.transfer_id):
             if not (isinstance(message, Tokens) and self._go_on(stream, source, message)):
                 self._apply(stream, Answered(source, message))
+                if self._is_draining:
+                    self._empty_draining()
         elif isinstance(message, TransferReport) and (record := self._records.get(message.transfer_id)):
             record.note(source, message)
 
@@ -472,3 +514,4 @@ class Router:
     def time_passed(self) -> None:
         self._gate.look()
         self._apply_to_all(TimePassed())
+        self._empty_draining()

@@ -169,6 +169,7 @@ class Registration:
                 parts.sockets,
                 self._attempts,
                 faults=parts.faults,
+                on_room=self._attempts.make_room,
             )
             parts.metrics.watch_links(self._attempts.receiving.speeds)
 
@@ -233,6 +234,8 @@ class Registration:
         """The registration is over, and so are its requests. Landing jobs end before their slots are freed."""
         receiving = self._attempts.receiving
         # A cancelled attempt is forgotten at once, while its landing jobs may still be joined.
-        for key in {*self._attempts.held, *(receiving.held if receiving is not None else ())}:
+        held = {*self._attempts.held, *(receiving.held if receiving is not None else ())}
+        for key in held:  # all before any slot is freed: a move lands under another name than that of its attempt
             await self._parts.landing.stop(key.transfer_id, key.epoch)
+        for key in held:
             self._parts.taking_in.submit(Release(key))

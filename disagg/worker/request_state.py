@@ -7,6 +7,7 @@ from collections import deque
 from dataclasses import dataclass, field
 
 from disagg.engine.commands import Serve
+from disagg.transceiver.protocol.actions import AskExtension
 from disagg.transceiver.wire.messages.router import Dispatch
 from disagg.transceiver.wire.messages.values import AttemptKey, StageTimes, UnitName
 from disagg.worker.pairing import Pairing
@@ -20,6 +21,8 @@ class RequestState:
     pairing: Pairing
     arrived_at: float = field(default_factory=time.monotonic)
     reserved_at: float | None = None
+    came: AskExtension | None = None
+    """Of an answer that comes from another worker: what it has become there."""
     is_pinned: bool = False
     soft_dropped: bool = False
     is_reported: bool = False
@@ -36,7 +39,11 @@ class RequestState:
     to_follow: deque[Serve] = field(default_factory=deque)
     """Choices that go on: each is computed when the one before it has been, of whose blocks it reuses the prompt's."""
 
+    epoch: int = field(init=False)
+    """By which the router knows the attempt: another than the dispatch's after a move that failed."""
+
     def __post_init__(self) -> None:
+        self.epoch = self.dispatch.epoch
         sampling, output = self.dispatch.sampling, self.dispatch.output
         going_on = [answer.choice for answer in output]
         self.ended = {choice for choice in range(sampling.num_choices) if output and choice not in going_on}
@@ -47,8 +54,20 @@ class RequestState:
         return AttemptKey(self.dispatch.transfer_id, self.dispatch.epoch)
 
     def begins_at(self, choice: int) -> int:
-        """The index of the first token that this attempt gives to an answer."""
+        """The index of the first token that this attempt gives to an answer; the newest of one that came here."""
+        if self.came is not None:
+            return len(self.came.output) - 1
         return next((len(answer.token_ids) for answer in self.dispatch.output if answer.choice == choice), 0)
+
+    @property
+    def is_unfetched(self) -> bool:
+        """Whether it computes for a decode worker that has not asked yet, and holds soft blocks for that."""
+        return self.dispatch.mode == "prefill" and not self.is_pinned and not self.soft_dropped
+
+    @property
+    def began_at(self) -> float:
+        """When the router received the request, on this machine's clock."""
+        return self.arrived_at - self.dispatch.age_s
 
     @property
     def is_over(self) -> bool:

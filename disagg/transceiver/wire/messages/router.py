@@ -53,7 +53,7 @@ from disagg.transceiver.wire.messages.values import (
 from disagg.transceiver.wire.purposes import HANDOFF, MOVE, PREFIX, PURPOSES
 from disagg.transceiver.wire.schema import PackedInts
 
-MODES: Final = ("serve", "prefill", "decode")
+MODES: Final = ("serve", "prefill", "decode", "move")
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +62,7 @@ class Register:
 
     `sends`, `receives`: the purposes of which it is a source and a sink; None = as protocol 2.0, which has handoffs
     alone (see `disagg.transceiver.wire.purposes`). `tells_blocks`: whether ASK_BLOCKS may be said to it.
+    `takes_output`: whether it goes on with answers that were begun elsewhere (`Dispatch.output`).
     """
 
     incarnation: str
@@ -79,6 +80,7 @@ class Register:
     sends: Annotated[tuple[str, ...], MAX_PURPOSES] | None = None
     receives: Annotated[tuple[str, ...], MAX_PURPOSES] | None = None
     tells_blocks: bool = False
+    takes_output: bool = False
 
     def __post_init__(self) -> None:
         check_purposes(self.sends or ())
@@ -263,6 +265,7 @@ class Grant:
 
     For `prefix`: cached blocks of `tokens`, which end at the boundary of the ticket, among requests of `salt`. The
     source names the blocks itself, so nothing else is ever served. `ttl_s`: as in the ticket, counted from receipt.
+    For `move`: the answer of `request` that the source is decoding, of which the router has the first `num_tokens`.
     """
 
     transfer_id: str
@@ -273,10 +276,12 @@ class Grant:
     ttl_s: float
     tokens: PackedInts = ()
     salt: str = ""
+    num_tokens: int = 0
 
     def __post_init__(self) -> None:
         check_attempt(self.transfer_id, self.epoch)
         check_id("request", self.request)
+        check_int("num_tokens", self.num_tokens, 1 if self.purpose == MOVE else 0, MAX_INT32)
         check_one_of("purpose", self.purpose, (PREFIX, MOVE))
         check_duration("ttl_s", self.ttl_s)
 
@@ -287,10 +292,13 @@ class Dispatch:
 
     - `serve`: compute the prompt and emit every token here (role both, max_tokens = 1, or no peer);
     - `prefill`: compute the prompt and hand its KV to `peer`;
-    - `decode`: receive the KV from `peer`, then emit tokens.
+    - `decode`: receive the KV from `peer`, then emit tokens;
+    - `move`: receive the answer that `peer` is decoding, by the transfer `leg`, then go on with it. `output` is what
+      the router had of it. Sent only to workers that receive moves.
 
     `deadline_s` is a duration counted from receipt, so that no two clocks are compared. Requests of lower `priority`
-    are admitted first. `prefix`: where the first of the prompt's blocks may be had, for one that computes it.
+    are admitted first and preempted last, of equals those that are older, by `age_s` since the router received them.
+    `prefix`: where the first of the prompt's blocks may be had, for one that computes it.
 
     `output`: of an attempt that goes on after a loss, what the client has of each answer that is not over, in order of
     their numbers; answers that it does not name are. They are computed as the prompt is, and count as the answer. The
@@ -309,9 +317,13 @@ class Dispatch:
     priority: int = 0
     prefix: PrefixLeg | None = None
     output: Annotated[tuple[ChoiceOutput, ...], MAX_CHOICES] = ()
+    leg: str = ""
+    age_s: float = 0.0
 
     def __post_init__(self) -> None:
         check_attempt(self.transfer_id, self.epoch)
+        check_size("leg", self.leg, MAX_NAME_CHARS)
+        check_finite("age_s", self.age_s)
         check_int("priority", self.priority, -MAX_INT32 - 1, MAX_INT32)
         check_size("request_id", self.request_id, MAX_ADDRESS_CHARS)
         check_one_of("mode", self.mode, MODES)
@@ -337,6 +349,10 @@ class Dispatch:
             fail("output", "an answer without an end", f"fewer than max_tokens = {sampling.max_tokens} tokens of each")
         if self.output and self.mode != "serve" and sampling.num_choices > 1:
             fail("output", f"{sampling.num_choices} choices in mode {self.mode}", "a transfer of one")
+        if self.mode == "move":
+            check_id("leg", self.leg)
+            if not self.first_output:
+                fail("output", "nothing", "what there is of the answer to be moved")
 
 
 @dataclass(frozen=True, slots=True)
@@ -390,7 +406,10 @@ class RequestFailed:
 
 @dataclass(frozen=True, slots=True)
 class TransferFailure:
-    """Decode -> router: this epoch's KV did not arrive whole. The router owns what happens next."""
+    """Decode -> router: this epoch's KV did not arrive whole. The router owns what happens next.
+
+    Of a move both ends say so, each under the epoch of its own attempt.
+    """
 
     transfer_id: str
     epoch: int
@@ -420,6 +439,20 @@ class Retarget:
 @dataclass(frozen=True, slots=True)
 class PrefillLocally:
     """Router -> decode: give the transfer up and compute the prompt here under a new epoch."""
+
+    transfer_id: str
+    epoch: int
+
+    def __post_init__(self) -> None:
+        check_attempt(self.transfer_id, self.epoch)
+
+
+@dataclass(frozen=True, slots=True)
+class Resume:
+    """Router -> source of a move: go on with the answer, whose tokens are of `epoch` from here on.
+
+    The router hears nothing more of the epochs before it but this source's own, so no second worker can speak.
+    """
 
     transfer_id: str
     epoch: int
@@ -497,4 +530,5 @@ RouterMessage = (
     | BlockEvents
     | AskBlocks
     | Grant
+    | Resume
 )
