@@ -1,8 +1,9 @@
 """Which worker holds which blocks, per layer group. Pure: events of workers in, holders of a chain out.
 
-One integer for each known block says who holds it: worker number x groups + group is the bit. So a block that a
-hundred workers hold costs one entry, and a chain is looked up once, whatever the number of workers. What a worker told
-goes with it: its bits count no more at once, and are cleared a few blocks at a time before its number is used again.
+One integer for each known block says which workers hold it: worker number x groups + group is the bit. So a block that
+a hundred workers hold costs one entry, and a chain is looked up once, whatever the number of workers. What a worker
+told goes with it: its bits count no more at once, and are cleared a few blocks at a time before its number is used
+again.
 """
 
 from __future__ import annotations
@@ -79,6 +80,11 @@ class BlockIndex:
         """A worker registered. It holds nothing before its first reset."""
         self.remove(incarnation)
         self._tellers[incarnation] = _Teller(block_size, self._take_number())
+
+    def follows(self, incarnation: str) -> bool:
+        """Whether all that this worker told is known here: it began, and nothing was missed since."""
+        teller = self._tellers.get(incarnation)
+        return teller is not None and teller.expected is not None
 
     def remove(self, incarnation: str) -> None:
         """A worker is gone, with all that it told. One that is not known is no error."""
