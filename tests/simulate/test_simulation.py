@@ -152,6 +152,17 @@ def test_every_request_ends_once_and_leaves_nothing_behind(policy: str, fleet: s
         assert any(worker.store.num_evicted for worker in outcome.workers)
 
 
+def test_prompts_that_gave_way_before_they_were_asked_for_are_computed_anew() -> None:
+    """Two seats for answers, and pools of prompts that hold few: prompts run ahead and must make room for others."""
+    draw = random.Random(5)
+    lengths = [(draw.randint(50, 400), draw.randint(2, 60)) for _ in range(60)]
+    trace = Trace(16, tuple(TracedRequest(0.01 * i, *lengths[i], ()) for i in range(60)))
+    outcome = run(trace, "1p2d", kind=kind_of(None, num_slots=60, max_num_seqs=2))
+    assert sum(request.num_drops for request in outcome.requests) > 5
+    assert all(_is_in_order(request) for request in outcome.requests)
+    assert all(not any(worker.store.promises.promised) for worker in outcome.workers)
+
+
 def _is_in_order(request: SimulatedRequest) -> bool:
     moments = (request.traced.arrival_s, request.placed_at, request.computed_at, request.first_at, request.ended_at)
     return all(a is not None and b is not None and a <= b for a, b in pairwise(moments))
