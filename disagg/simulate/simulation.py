@@ -33,7 +33,7 @@ class Setting:
     kind: WorkerKind
     rates: ClusterRates
     policy: str
-    num_cores: int | None = None
+    num_cores: float | None = None
     max_queued: int = 1024
     max_local_prefill: int = 0
 

@@ -31,7 +31,13 @@ def test_fleets_and_policies_are_compared_as_a_table_with_plots(
     ]
     assert "40 requests; good: first token within 2 s" in out
     assert "1p1d prefix-aware: 40 requests in " in err
-    assert sorted(path.name for path in plots.iterdir()) == ["goodput.svg", "hits.svg", "itl.svg", "moved.svg", "ttft.svg"]
+    assert sorted(path.name for path in plots.iterdir()) == [
+        "goodput.svg",
+        "hits.svg",
+        "itl.svg",
+        "moved.svg",
+        "ttft.svg",
+    ]
 
 
 def test_a_trace_that_was_written_gives_the_same_figures_when_it_is_read(
@@ -51,7 +57,9 @@ def test_a_trace_that_was_written_gives_the_same_figures_when_it_is_read(
 def test_faster_arrivals_wait_longer(rates: str, capsys: pytest.CaptureFixture[str]) -> None:
     waits = []
     for speed in ("1", "20"):
-        assert main(["simulate", "bursty", "--rates", rates, "--speed", speed, "--json", "--policy", "least-loaded"]) == 0
+        assert (
+            main(["simulate", "bursty", "--rates", rates, "--speed", speed, "--json", "--policy", "least-loaded"]) == 0
+        )
         waits.append(json.loads(capsys.readouterr().out)["runs"][0]["ttft_s"]["p50"])
     assert waits[1] > 2 * waits[0]
 
@@ -62,7 +70,10 @@ def test_faster_arrivals_wait_longer(rates: str, capsys: pytest.CaptureFixture[s
         (["chat"], "`--rates` is missing: measure with `disagg bench rates > rates.json` and give that file"),
         (["absent.jsonl", "--rates", "RATES"], "trace `absent.jsonl` cannot be read"),
         (["chat", "--rates", "absent.json"], "rates `absent.json` cannot be read"),
-        (["chat", "--rates", "RATES", "--fleet", "1p"], "expected a prefill and a decode worker, or one that does both"),
+        (
+            ["chat", "--rates", "RATES", "--fleet", "1p"],
+            "expected a prefill and a decode worker, or one that does both",
+        ),
         (["chat", "--rates", "RATES", "--policy", "best"], "`--policy` is `best`: expected some of round-robin"),
         (["chat", "--rates", "RATES", "--kv-cache-memory", "4KiB"], "4096"),
         (["chat", "--rates", "RATES", "--model", "absent/folder"], "absent/folder"),
