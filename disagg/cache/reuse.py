@@ -10,13 +10,13 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from disagg.cache.layout import CacheLayout, LayerGroup
-from disagg.cache.window import needed_ordinals, sink_blocks
+from disagg.cache.layout import CacheLayout
+from disagg.cache.window import Attends, needed_ordinals, sink_blocks
 
 Resident = NDArray[np.bool_]
 
 
-def usable_lengths(resident: Resident, group: LayerGroup, block_size: int) -> NDArray[np.bool_]:
+def usable_lengths(resident: Resident, group: Attends, block_size: int) -> NDArray[np.bool_]:
     """bool [n + 1]: whether the group could go on from k blocks, k = 0..n: all that is not stale at k*T is resident."""
     num_known = len(resident)
     lengths = np.arange(num_known + 1)
@@ -43,7 +43,7 @@ def longest_common(resident: Sequence[Resident], layout: CacheLayout, prompt_len
     return int(np.flatnonzero(usable[: limit + 1])[-1])  # 0 blocks are always usable
 
 
-def held_ordinals(resident: Resident, group: LayerGroup, block_size: int, prompt_len: int) -> NDArray[np.int64]:
+def held_ordinals(resident: Resident, group: Attends, block_size: int, prompt_len: int) -> NDArray[np.int64]:
     """`have_g` of the protocol: the needed ordinals that are resident, whichever they are. int64, ascending.
 
     `resident` covers whole blocks of the prompt only, so the partly filled last one is never among them.

@@ -6,8 +6,19 @@ S = sink tokens. A query at p attends to keys in [p-W+1, p] and to the S sinks; 
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import numpy as np
 from numpy.typing import NDArray
+
+
+class Attends(Protocol):
+    """What formulas read of a layer group: `disagg.cache.layout.LayerGroup` has it, and the wire's `GroupSemantics`."""
+
+    @property
+    def window(self) -> int | None: ...
+    @property
+    def num_sink_tokens(self) -> int: ...
 
 
 def sink_blocks(num_sink_tokens: int, block_size: int) -> int:

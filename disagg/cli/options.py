@@ -13,7 +13,7 @@ from typing import Annotated, Any, Final, Literal, TypeVar, Union, get_args, get
 import typer
 from pydantic.fields import FieldInfo
 
-from disagg.config.load import check_switches, flag_of, load, unknown_variables
+from disagg.config.load import check_switches, flag_of, load, off_flag_of, unknown_variables
 from disagg.config.settings import ModelSettings, Nbytes, Sizes
 
 NO_SWITCHES: Final[Mapping[str, str]] = MappingProxyType({})
@@ -67,7 +67,7 @@ def _option(field: str, info: FieldInfo) -> Any:
     flag, text = flag_of(field), info.description or ""
     if info.annotation is bool:
         help_text = _help(text, "on" if info.default else "off")
-        return Annotated[bool | None, typer.Option(f"{flag}/--no-{flag[2:]}", help=help_text, show_default=False)]
+        return Annotated[bool | None, typer.Option(f"{flag}/{off_flag_of(field)}", help=help_text, show_default=False)]
     hidden = info.json_schema_extra == {"hidden": True}
     help_text, metavar = _help(text, info.default), _metavar(info.annotation)
     option = typer.Option(flag, help=help_text, metavar=metavar, hidden=hidden)

@@ -176,6 +176,10 @@ class HttpSettings(Settings):
         "else a quarter of the cores, 8 at most]",
     )
     max_attempts: Count = Field(3, description="Attempts per request in all; 1 means no retry")
+    max_continuations: Count = Field(
+        8, description="Times that one answer goes on elsewhere when its worker is lost in the middle of it"
+    )
+    no_continue: bool = Field(False, description="End an answer with an error when its worker is lost in the middle")
     request_timeout_s: Seconds = Field(600.0, description="Seconds after which a request is given up")
     policy: Literal["prefix-aware", "least-loaded", "round-robin"] = Field(
         "prefix-aware",
@@ -189,6 +193,11 @@ class HttpSettings(Settings):
         "cheaper than a transfer; 0: none",
     )
     max_queued: Count = Field(1024, description="Requests that may wait; more get 503 with Retry-After")
+    connect: Literal["auto", "eager", "lazy"] = Field(
+        "auto",
+        description="When decode workers connect to prefill workers: eager, to all of them before a request comes; "
+        "lazy, to those that a request needs; auto: eager in a fleet of up to 64 workers",
+    )
 
     @property
     def served_name(self) -> str:

@@ -15,13 +15,18 @@ from disagg.transceiver.wire.messages.values import FirstToken, Sampling, TokenL
 
 @dataclass(frozen=True, slots=True)
 class Serve:
-    """Compute the prompt and emit every token here (colocated, fallback, max_tokens 1). `urgent`: head of admission."""
+    """Compute the prompt and emit every token here (colocated, fallback, max_tokens 1). `urgent`: head of admission.
+
+    `output`, here and below: tokens of the answer that were emitted elsewhere. It goes on behind them, at the head of
+    admission, since a client waits in the middle of it.
+    """
 
     key: AttemptKey
     prompt: tuple[int, ...]
     sampling: Sampling
     urgent: bool = False
     priority: int = 0
+    output: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +37,7 @@ class Prefill:
     prompt: tuple[int, ...]
     sampling: Sampling
     priority: int = 0
+    output: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +59,7 @@ class Reserve:
     sampling: Sampling
     precision: str = ""
     priority: int = 0
+    output: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -235,11 +235,11 @@ class Engine:
     def _apply(self, command: Command) -> list[EngineEvent]:
         match command:
             case Serve():
-                return self._add(PromptSequence(_request(command), Claim.OWN), urgent=command.urgent)
+                return self._add(PromptSequence(_request(command), Claim.OWN), urgent=_is_urgent(command))
             case Prefill():
                 return self._add(PromptSequence(_request(command), Claim.SOFT))
             case Reserve():
-                return self._add(Reservation(_request(command), command.precision))
+                return self._add(Reservation(_request(command), command.precision), urgent=_is_urgent(command))
             case Pin():
                 return self._pin(command)
             case Decode():
@@ -458,20 +458,25 @@ def request_refusal(request: Request, max_model_len: int, vocab_size: int | None
             f"{request.prompt_len} prompt tokens and max_tokens {request.sampling.max_tokens} make "
             f"{request.total_tokens}, `--max-model-len` is {max_model_len}; shorten the prompt or lower max_tokens"
         )
-    if vocab_size is not None and not 0 <= min(request.prompt) <= max(request.prompt) < vocab_size:
-        wrong = next(token for token in request.prompt if not 0 <= token < vocab_size)
+    known = request.known
+    if vocab_size is not None and not 0 <= min(known) <= max(known) < vocab_size:
+        wrong = next(token for token in known if not 0 <= token < vocab_size)
         return f"prompt token id {wrong} is not in the vocabulary of {vocab_size}"
     return None
 
 
 def _request(command: Serve | Prefill | Reserve) -> Request:
-    return Request(command.key, command.prompt, command.sampling, command.priority)
+    return Request(command.key, command.prompt, command.sampling, command.priority, command.output)
+
+
+def _is_urgent(command: Serve | Reserve) -> bool:
+    return bool(command.output) or (isinstance(command, Serve) and command.urgent)
 
 
 def _prompt_computed(prompt: PromptSequence, computed: Computed) -> PromptComputedEvent:
     """A first token that stops the answer leaves nothing to decode; one that only uses up max_tokens is still sent."""
     token_id = computed.first_token.token_id
-    ending = prompt.request.ending_after(token_id, 1)
+    ending = prompt.request.ending_after(token_id, len(prompt.request.emitted) + 1)
     stop_token_id = ending.stop_token_id if ending else None
     others = computed.first_token.others
     is_finished = stop_token_id is not None and all(_stops(prompt.request, other.token_id) for other in others)
@@ -486,4 +491,4 @@ def _stops(request: Request, token_id: int) -> bool:
 def _is_young(piece: Work) -> bool:
     sequence = piece.sequence
     answer = sequence.answer if isinstance(sequence, PromptSequence) else sequence
-    return answer is None or len(answer.output) < YOUNG_TOKENS
+    return answer is None or answer.num_sampled < YOUNG_TOKENS

@@ -12,7 +12,7 @@ from itertools import islice, product
 from typing import Final
 
 from disagg.router.costs.ways import Way
-from disagg.router.pairing import traits_difference
+from disagg.router.pairing import KvFormat, kv_format, traits_difference
 from disagg.router.registry import Worker, WorkerState
 from disagg.transceiver.wire.messages.router import PeerTarget
 
@@ -25,7 +25,7 @@ MAX_PAIRS_TOLD: Final = 4
 """Of a fleet without one connected pair, in a sentence for a client: two by two, which a person can still read."""
 
 _RANK = {WorkerState.READY: 0, WorkerState.SUSPECT: 1}
-_LINK_RANK = {"ready": 0, "suspect": 1}
+_LINK_RANK = {"ready": 0, "idle": 0, "suspect": 1}
 _WORST: Final = 4
 """Above the rank of any pair: two suspect workers with a suspect link between them make 3."""
 
@@ -70,6 +70,18 @@ class Fleet:
         if max_tokens == 1:
             return self._alone(("prefill", "both"), exclude) or self._unplaceable(exclude)
         return self._pair(exclude) or self._alone(("both",), exclude) or self._unplaceable(exclude)
+
+    def alone(self, exclude: frozenset[str]) -> Placement | Unplaceable:
+        """A worker that computes a prompt and its answer itself, though it may be there to decode what others send."""
+        return self._alone(("decode", "both"), exclude) or self._unplaceable(exclude)
+
+    def unfit(self, kv: KvFormat | None) -> frozenset[str]:
+        """Workers that cannot go on with an answer begun elsewhere; given `kv`, also those that store KV otherwise."""
+        return frozenset(
+            w.incarnation
+            for w in self.workers
+            if not w.goes_on or (kv is not None and kv_format(w.register.geometry) != kv)
+        )
 
     def prefill_for(self, decode: str, exclude: frozenset[str]) -> PeerTarget | None:
         """Another prefill worker for a request whose destinations already lie at incarnation `decode`."""
@@ -144,14 +156,14 @@ def _best_pair(prefills: Sequence[_Option], decodes: Sequence[_Option]) -> tuple
 
 
 def _within_reach(prefills: Sequence[_Option], places: Mapping[str, int], decode: Worker) -> Sequence[_Option]:
-    """In order; where a decode worker has few links, only what they lead to, not all pairs."""
-    if len(decode.link_reports) >= len(prefills):
+    """In order; where a decode worker has few links and makes no others, only what they lead to, not all pairs."""
+    if decode.is_linked_on_use or len(decode.link_reports) >= len(prefills):
         return prefills
     return [prefills[place] for place in sorted(places[peer] for peer in decode.link_reports if peer in places)]
 
 
 def link_rank(prefill: Worker, decode: Worker) -> int | None:
-    """0 for a ready link, 1 for a suspect one, None when KV cannot go from `prefill` to `decode` now."""
+    """0 for a ready link or one that a request makes, 1 for a suspect one, None when no KV can go this way now."""
     state = _LINK_RANK.get(decode.link_state(prefill.incarnation))
     return None if state is None or traits_difference(prefill.traits, decode.traits) else state
 

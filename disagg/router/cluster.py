@@ -5,17 +5,18 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Final, Protocol
 
 from disagg.router.attempt_events import AnswerMessage, OrderMessage
-from disagg.router.pairing import traits_difference
+from disagg.router.introductions import Connect, Introductions
 from disagg.router.pulses import Pulses, Steps
 from disagg.router.registry import Claimed, Registry, Worker
 from disagg.transceiver.wire.codec import Message
 from disagg.transceiver.wire.errors import LocalProtocolError, PeerLost, clipped
 from disagg.transceiver.wire.faults import PeerFaults
 from disagg.transceiver.wire.links import ControlServer
+from disagg.transceiver.wire.messages.blocks import AskBlocks, BlockEvents
 from disagg.transceiver.wire.messages.peer import Refused
 from disagg.transceiver.wire.messages.router import (
     BROKEN,
@@ -30,7 +31,6 @@ from disagg.transceiver.wire.messages.router import (
 )
 from disagg.transceiver.wire.messages.tokens import TOKENS_WINDOW, StepTokens, TokenCredit
 from disagg.transceiver.wire.node import draw_id
-from disagg.transceiver.wire.purposes import HANDOFF, shared
 from disagg.transceiver.wire.timing import HEARTBEAT_S, LOST_S, SUSPECT_S
 from disagg.transceiver.wire.turns import TurnQueue
 
@@ -40,18 +40,9 @@ TICK_S: Final = 0.25
 """How often deadlines and leases are looked at: half a heartbeat, so a loss is seen within 3.25 s of the last sign."""
 
 
-MAX_CANCELS: Final = 1024
-"""Requests that one lease may have cancelled as unknown: as many as wait at most. The next lease names what is left."""
-
 WORKERS_HEARD_A_SECOND: Final = 200
 """Leases with metrics, of some 60 samples: a tenth of a core. A thousand workers tell theirs every 5 s, a third of the
 15 s at which Prometheus asks by default; a few workers with every lease."""
-
-
-MAX_ACQUAINTED: Final = 16
-"""Workers of a fleet in which all that may fetch from one another are linked ahead of any request: 240 links, each with
-a thread's worth of sockets and a measurement at first contact. Beyond, those for prefixes and moves are made when one
-is named."""
 
 
 class ClusterListener(Protocol):
@@ -65,6 +56,9 @@ class ClusterListener(Protocol):
 
     def lost(self, incarnation: str, reason: str, in_step: Steps) -> None:
         """A worker is no longer registered; if it died, these were the new requests of its step."""
+
+    def told_blocks(self, events: BlockEvents) -> None:
+        """A registered worker told what its prefix cache registered and dropped."""
 
     def faulted(self) -> None:
         """A message could not be taken; its peer is dropped."""
@@ -85,10 +79,12 @@ class Cluster:
         expected_fingerprint: str | None,
         listener: ClusterListener,
         clock: Callable[[], float] = time.monotonic,
+        connect: Connect = "auto",
     ) -> None:
         self.incarnation = draw_id()
         self._pulses = Pulses(server.sockets, server.endpoint, self.incarnation, clock)
         self.registry = Registry(expected_fingerprint, self._pulses.heard_at)
+        self._introductions = Introductions(self.registry, connect)
         self._server = server
         self._listener = listener
         self._clock = clock
@@ -118,7 +114,7 @@ class Cluster:
         finally:
             self._pulses.close()
 
-    def order(self, incarnation: str, message: OrderMessage) -> None:
+    def order(self, incarnation: str, message: OrderMessage | AskBlocks) -> None:
         """To a worker; dropped when it is lost, because its loss is told to the listener on its own."""
         if route := self._route_of.get(incarnation):
             self._post(route, message)
@@ -161,6 +157,8 @@ class Cluster:
                 self._pulses.note(message)
             case StepTokens():
                 self._take_tokens(route, message)
+            case BlockEvents() if self._route_of.get(message.incarnation) == route:
+                self._listener.told_blocks(message)
             case _ if isinstance(message, AnswerMessage):
                 self._take_answer(route, message)
             case _:
@@ -232,7 +230,7 @@ class Cluster:
             self._forget(superseded, "a new process registered under its name")
         if (worker := self.registry.get(message.incarnation)) is not None:
             self._listener.registered(worker)
-            self._introduce(worker)
+            self._tell(self._introductions.of_new(worker))
 
     def _take_lease(self, route: bytes, lease: Lease) -> None:
         is_ours = lease.router_incarnation == self.incarnation and self._is_own(lease.incarnation, route)
@@ -240,6 +238,8 @@ class Cluster:
             return self._turn_away(route, lease.incarnation)
         if lease.state in (LEAVING, BROKEN) and (worker := self.registry.remove(lease.incarnation)):
             return self._say_farewell(worker, lease)
+        if (peers := self._introductions.of_links(lease)) is not None:
+            self._post(route, peers)
         return self._cancel_unknown(lease)
 
     def _turn_away(self, route: bytes, incarnation: str) -> None:
@@ -253,7 +253,7 @@ class Cluster:
 
     def _cancel_unknown(self, lease: Lease) -> None:
         """A worker may still hold what the router ended: a cancel is lost with the connection it was queued on."""
-        for transfer_id, epoch in lease.requests[:MAX_CANCELS]:
+        for transfer_id, epoch in lease.requests:
             if not self._listener.is_serving(transfer_id, lease.incarnation):
                 self.order(lease.incarnation, CancelRequest(transfer_id, epoch, "unknown"))
 
@@ -300,27 +300,9 @@ class Cluster:
                 self._post(route, Lease(self.incarnation, self.incarnation))
             await asyncio.sleep(HEARTBEAT_S)
 
-    def _introduce(self, worker: Worker) -> None:
-        """Tell a new sink its sources, and the sinks of a new source.
-
-        So first contact precedes a request. One message per link that is new.
-        """
-        if worker.receives:
-            sources = [other for other in self.registry if self._should_meet(other, worker)]
-            self._post(self._route_of[worker.incarnation], Peers(tuple(source.target for source in sources)))
-        self._tell_sinks(worker, Peers((worker.target,)))
-
-    def _tell_sinks(self, source: Worker, change: Peers) -> None:
-        for other in self.registry:
-            if self._should_meet(source, other):
-                self._post(self._route_of[other.incarnation], change)
-
-    def _should_meet(self, source: Worker, sink: Worker) -> bool:
-        """Handoffs at any size of the fleet; for other purposes two workers of a large one meet when one is named."""
-        if source is sink or traits_difference(source.traits, sink.traits) is not None:
-            return False
-        purposes = shared(source.sends, sink.receives)
-        return HANDOFF in purposes or (bool(purposes) and len(self.registry) <= MAX_ACQUAINTED)
+    def _tell(self, told: Iterable[tuple[Worker, Peers]]) -> None:
+        for worker, peers in told:
+            self._post(self._route_of[worker.incarnation], peers)
 
     # --- losses and time ------------------------------------------------------------------------------------
 
@@ -358,6 +340,6 @@ class Cluster:
         self._num_taken.pop(incarnation, None)
         self._incarnation_of.pop(self._route_of.pop(incarnation, b""), None)
         self._listener.lost(incarnation, reason, in_step)
-        self._tell_sinks(worker, Peers((), (incarnation,)))
+        self._tell(self._introductions.of_lost(worker))
         if claim := self._claims.pop(incarnation, None):
             self._register(*claim)

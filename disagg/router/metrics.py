@@ -54,6 +54,15 @@ class RouterMetrics:
         self.refused_after_deaths = Counter(
             "disagg_requests_refused_after_deaths", "Requests not tried again after two such deaths", registry=None
         )
+        self.continuations = Counter(
+            "disagg_continuations", "Answers that went on elsewhere after their worker was lost", registry=None
+        )
+        self.inexact = Counter(
+            "disagg_continuations_inexact", "Those of them whose KV is stored in another format there", registry=None
+        )
+        self.continuation_gap = _histogram(
+            "continuation_gap_seconds", "From the last token before such a loss to the next one", _TTFT_BUCKETS
+        )
         self.peer_faults = Counter(
             "disagg_peer_faults",
             "Messages of workers that could not be taken, at the cost of their connection",
@@ -61,7 +70,8 @@ class RouterMetrics:
         )
         own = (
             *(self.ttft, self.estimate_ratio, self.itl, self.e2e, self.requests, self.attempts, self.running),
-            *(self.loop_lag, self.charged_deaths, self.refused_after_deaths, self.peer_faults, *more),
+            *(self.loop_lag, self.charged_deaths, self.refused_after_deaths, self.peer_faults),
+            *(self.continuations, self.inexact, self.continuation_gap, *more),
         )
         self._own: list[Collector] = [*own]
         self._registry = CollectorRegistry(auto_describe=False)
@@ -70,6 +80,12 @@ class RouterMetrics:
     def add(self, collector: Collector) -> None:
         """Tell what another part of this process counts too."""
         self._own.append(collector)
+
+    def went_on(self, gap_s: float, *, is_exact: bool) -> None:
+        """An answer has its next token after a loss, `gap_s` seconds after the one before it."""
+        self.continuations.inc()
+        self.inexact.inc(not is_exact)
+        self.continuation_gap.observe(gap_s)
 
     def text(self) -> bytes:
         return generate_latest(self._registry)

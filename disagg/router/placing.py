@@ -18,6 +18,7 @@ from disagg.router.costs.ways import Ask
 from disagg.router.generation import GenerationRequest
 from disagg.router.known_rates import KnownLinks, KnownRates
 from disagg.router.load_order import LoadOrder
+from disagg.router.pairing import KvFormat
 from disagg.router.registry import Registry, Worker, WorkerState
 from disagg.router.workload import Share, Workload
 from disagg.transceiver.wire.messages.router import PeerTarget
@@ -49,13 +50,20 @@ class Placing:
         self.rates, self.links = KnownRates(), KnownLinks(registry)
         self._registry, self._max_queued = registry, max_queued
         self._orders: dict[str, LoadOrder] = {}
+        self._unfit: dict[KvFormat | None, frozenset[str]] = {}
+        """As long as no worker comes or goes: the answers of one that died ask all at once."""
         self._turn = 0
 
     def add(self, worker: Worker) -> None:
+        self._unfit.clear()
+        self._put_in_order(worker)
+
+    def _put_in_order(self, worker: Worker) -> None:
         load = 0 if self.policy.name == "round-robin" else self.load[worker.incarnation]  # each time to the end of it
         self._orders.setdefault(worker.role, LoadOrder()).place(worker, load)
 
     def remove(self, incarnation: str) -> None:
+        self._unfit.clear()
         self.rates.forget(incarnation)
         for order in self._orders.values():
             order.remove(incarnation)
@@ -68,15 +76,28 @@ class Placing:
         self.load.update(are)
         for incarnation in {*were, *are}:
             if (worker := self._registry.get(incarnation)) is not None:
-                self.add(worker)
+                self._put_in_order(worker)
             if not self.load[incarnation]:
                 del self.load[incarnation]
 
-    def at(self, now: float, request: GenerationRequest | None = None) -> PlacingAt:
-        """Choices at this moment; estimated ones for `request`, if the policy estimates."""
+    def at(
+        self, now: float, request: GenerationRequest | None = None, held: Mapping[str, int] | None = None
+    ) -> PlacingAt:
+        """Choices at this moment; estimated ones for `request`, if the policy estimates.
+
+        `held`: by incarnation, from how many of its tokens a worker could go on; few workers.
+        """
         self._turn += 1
-        estimates = Estimates(self, request, self._turn) if request is not None and self.policy.weighs_all else None
-        return PlacingAt(self._orders, self._fleet(now), self.load, now, self._max_queued, estimates)
+        weighs = request is not None and self.policy.weighs_all
+        estimates = Estimates(self, request, held or {}, self._turn) if request is not None and weighs else None
+        fleet = self._fleet(now)
+        return PlacingAt(self._orders, fleet, self.load, now, self._max_queued, self._unfit, estimates)
+
+    def knows(self, incarnation: str) -> bool:
+        return self._registry.get(incarnation) is not None
+
+    def holders(self, held: Iterable[str]) -> list[Worker]:
+        return [worker for incarnation in held if (worker := self._registry.get(incarnation)) is not None]
 
     def target(self, incarnation: str) -> PeerTarget:
         worker = self._registry.get(incarnation)
@@ -100,8 +121,9 @@ class Placing:
 class Estimates:
     """The cost function asked about one request."""
 
-    def __init__(self, placing: Placing, request: GenerationRequest, turn: int) -> None:
+    def __init__(self, placing: Placing, request: GenerationRequest, held: Mapping[str, int], turn: int) -> None:
         self._placing, self._request, self._turn = placing, request, turn
+        self.held = {incarnation: count for incarnation, count in held.items() if placing.knows(incarnation)}
 
     def place(self, workers: Iterable[Worker], max_tokens: int) -> Placement | None:
         placing = self._placing
@@ -113,10 +135,14 @@ class Estimates:
         server = placing.target(way.landing.worker.name)
         return Placement(server, None if way.is_local else placing.target(way.start.worker.name), way)
 
+    def holders(self) -> list[Worker]:
+        """The workers that hold something of the prompt."""
+        return self._placing.holders(self.held)
+
     def _ask(self, max_tokens: int) -> Ask:
         request, placing = self._request, self._placing
         expected = min(max_tokens, placing.work.mean_answer) * request.sampling.num_choices
-        return Ask(len(request.prompt), max_tokens, expected, {}, placing.max_local_prefill)
+        return Ask(len(request.prompt), max_tokens, expected, self.held, placing.max_local_prefill)
 
 
 class PlacingAt:
@@ -129,15 +155,17 @@ class PlacingAt:
         load: Mapping[str, int],
         now: float,
         max_queued: int,
+        unfit: dict[KvFormat | None, frozenset[str]],
         estimates: Estimates | None = None,
     ) -> None:
         self._orders, self._fleet, self._load, self._now, self._max_queued = orders, fleet, load, now, max_queued
-        self._estimates = estimates
+        self._unfit, self._estimates = unfit, estimates
 
     def place(self, max_tokens: int, exclude: frozenset[str] = frozenset()) -> Placement | Unplaceable:
         if self._estimates is not None:
             orders = self._orders.values()
             few = [worker for order in orders for worker in islice(self._able(order, exclude), MAX_CANDIDATES)]
+            few += [w for w in self._estimates.holders() if w not in few and self._may_be_given_work(w, exclude)]
             if (placed := self._estimates.place(few, max_tokens)) is not None:
                 return placed
         if max_tokens > 1:
@@ -147,6 +175,14 @@ class PlacingAt:
             if prefill and decode and link_rank(prefill, decode) == 0:
                 return Placement(decode.target, prefill.target)
         return self._fleet.place(max_tokens, exclude)
+
+    def alone(self, exclude: frozenset[str]) -> Placement | Unplaceable:
+        return self._fleet.alone(exclude)
+
+    def unfit(self, kv: KvFormat | None) -> frozenset[str]:
+        if (found := self._unfit.get(kv)) is None:
+            found = self._unfit[kv] = self._fleet.unfit(kv)
+        return found
 
     def prefill_for(self, decode: str, exclude: frozenset[str]) -> PeerTarget | None:
         return self._fleet.prefill_for(decode, exclude)
@@ -159,7 +195,10 @@ class PlacingAt:
 
     def _able(self, order: LoadOrder, exclude: frozenset[str], *, latest_first: bool = False) -> Iterator[Worker]:
         some = islice(order.in_order(latest_first=latest_first), MAX_PASSED)
-        return (w for w in some if self._may_have_work(w) and w.incarnation not in exclude)
+        return (w for w in some if self._may_be_given_work(w, exclude))
+
+    def _may_be_given_work(self, worker: Worker, exclude: frozenset[str]) -> bool:
+        return worker.incarnation not in exclude and self._may_have_work(worker)
 
     def _may_have_work(self, worker: Worker) -> bool:
         num_waiting = self._load.get(worker.incarnation, 0) - worker.lease.num_running

@@ -22,12 +22,18 @@ MAX_REPORTS: Final = 4
 
 @dataclass(slots=True)
 class AttemptRecord:
-    """One attempt: `mode` is `transfer`, `serve`, `retarget` or `local`; `outcome` is `running` until it is known."""
+    """One attempt: `mode` is `transfer`, `serve`, `retarget` or `local`; `outcome` is `running` until it is known.
+
+    `num_before`: tokens that the client had of all answers; with any the attempt goes on with them, and `is_exact` says
+    whether its own are what would have followed.
+    """
 
     epoch: int
     mode: str
     placement: Placement
     started_at: float
+    num_before: int = 0
+    is_exact: bool = True
     ended_at: float | None = None
     outcome: str = "running"
     reports: list[tuple[str, TransferReport]] = field(default_factory=list)
@@ -80,6 +86,8 @@ class AttemptRecord:
             "prefill": prefill.worker_id if prefill else None,
             "decode": self.placement.server.worker_id,
             "outcome": self.outcome,
+            "tokens_before": self.num_before,
+            "exact": self.is_exact,
             "started_s": self.started_at - received_at,
             "ended_s": None if self.ended_at is None else self.ended_at - received_at,
             "stages": {report.worker_id: finite_stages(report) for _, report in self.reports},
@@ -117,6 +125,8 @@ class RequestRecord:
     received_at: float
     request_id: str = field(init=False)
     num_prompt_tokens: int = field(init=False)
+    seeds: tuple[int, ...] = field(init=False)
+    """Of each answer: with it the answer can be had again."""
     state: str = "running"
     status: int | None = None
     error: str | None = None
@@ -129,10 +139,16 @@ class RequestRecord:
 
     def __post_init__(self, request: GenerationRequest) -> None:
         self.request_id, self.num_prompt_tokens = request.request_id, len(request.prompt)
+        self.seeds = tuple(request.sampling.of_choice(i).seed for i in range(request.sampling.num_choices))
 
     @property
     def current(self) -> AttemptRecord:
         return self.attempts[-1]
+
+    @property
+    def num_continuations(self) -> int:
+        """Times that it was placed anew after its first token."""
+        return sum(attempt.num_before > 0 and attempt.mode in ("transfer", "serve") for attempt in self.attempts)
 
     @property
     def ttft_s(self) -> float | None:
@@ -176,14 +192,15 @@ class RequestRecord:
     def timeline(self) -> dict[str, float] | None:
         """Seconds to the first token, cut into stages that sum to it; None before it.
 
-        `waiting` is the time to its turn at the router, `failed_attempts` what attempts before the last one took, and
-        `first_token` what no report explains: sampling, messages, the router itself.
+        `waiting` is the time to its turn at the router, `failed_attempts` what attempts before the one that gave the
+        token took, and `first_token` what no report explains: sampling, messages, the router itself.
         """
         if self.ttft_s is None:
             return None
-        dispatched = self.current.started_at - self.received_at
+        first = next(attempt for attempt in reversed(self.attempts) if not attempt.num_before)
+        dispatched = first.started_at - self.received_at
         ends = [("waiting", self.attempts[0].started_at - self.received_at), ("failed_attempts", dispatched)]
-        ends += [(stage, dispatched + seconds) for stage, seconds in self.current.stage_ends()]
+        ends += [(stage, dispatched + seconds) for stage, seconds in first.stage_ends()]
         timeline, at = {}, 0.0
         for stage, end in ends:
             reached = min(max(end, at), self.ttft_s)
@@ -199,6 +216,8 @@ class RequestRecord:
             "error": self.error,
             "prompt_tokens": self.num_prompt_tokens,
             "output_tokens": self.num_tokens,
+            "seeds": list(self.seeds),
+            "continuations": self.num_continuations,
             "ttft_s": self.ttft_s,
             "e2e_s": None if self.ended_at is None else self.ended_at - self.received_at,
             "timeline": self.timeline(),

@@ -26,6 +26,9 @@ PROOF_S: Final = HEARTBEAT_S / 2
 """A sign of life counts as given after a moment when it is heard so much later: what a process said before it died has
 long arrived by then, and one that lives speaks twice a second by two ways."""
 
+MAX_KINDS: Final = 64
+"""Kinds of workers that are remembered: a fleet has a handful at a time, and what is forgotten costs a comparison."""
+
 MAX_CLAIMANTS: Final = 16
 """Incarnations that wait for one worker id: a supervisor starts one at a time, all else are mistakes."""
 
@@ -54,6 +57,8 @@ class Worker:
     sends: tuple[str, ...] = field(init=False)
     receives: tuple[str, ...] = field(init=False)
     """The purposes of which it is a source, and those of which it is a sink."""
+    is_linked_on_use: bool = False
+    """Whether it connects to a peer when a request names it, so that it needs no link to be chosen."""
 
     def __post_init__(self) -> None:
         self.traits = PairTraits(self.register)
@@ -90,15 +95,24 @@ class Worker:
         register = self.register
         return PeerTarget(self.incarnation, self.worker_id, register.peer_endpoint, register.geometry)
 
+    @property
+    def goes_on(self) -> bool:
+        """Whether it can go on with an answer begun elsewhere: protocol 2.1 has both that and names of purposes."""
+        return self.register.sends is not None
+
     def state(self, now: float) -> WorkerState:
         if self.draining or self.lease.state == DRAINING:
             return WorkerState.DRAINING
         return WorkerState.SUSPECT if now - self.heard_at >= SUSPECT_S else WorkerState.READY
 
     def link_state(self, peer: str) -> str:
-        """What this worker last said of its link to incarnation `peer`; `connecting` when it said nothing yet."""
-        report = self.link_reports.get(peer)
-        return "connecting" if report is None else report.state
+        """What this worker last said of its link to incarnation `peer`; `connecting` when it said nothing yet.
+
+        `idle`: none yet, which the first request makes.
+        """
+        if (report := self.link_reports.get(peer)) is not None and report.state != "connecting":
+            return report.state
+        return "idle" if self.is_linked_on_use else "connecting"
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,6 +145,10 @@ class Registry:
         self._workers: dict[str, Worker] = {}
         self._by_name: dict[str, Worker] = {}
         self._numbers = count()
+        self._kinds: dict[PairTraits, PairTraits] = {}
+        """So that equal ones are one object, and comparing them looks at no number of a geometry."""
+        self.is_linked_on_use = False
+        """Whether decode workers connect to a peer when a request names it, and not ahead of any."""
         self._looks: list[tuple[float, int, Worker]] = []
         """A heap, one entry for each worker: its sign of life when it was last looked at. A worker that lives is looked
         at again when that sign is `LOST_S` old, and not before; so is one that has left, to be forgotten."""
@@ -169,10 +187,23 @@ class Registry:
             if (verdict := self._judge(rival, message, now)) is not None:
                 return verdict
             self.remove(rival.incarnation)
-        worker = Worker(message, Lease(message.incarnation, ""), now)
+        worker = Worker(message, Lease(message.incarnation, ""), now, is_linked_on_use=self.is_linked_on_use)
+        worker.traits = self._kind_of(worker.traits)
         self._workers[message.incarnation] = self._by_name[message.worker_id] = worker
         self._look_later(worker)
         return Admitted(rival)
+
+    def link_on_use(self) -> None:
+        """From here on pairs need no link to be chosen."""
+        if not self.is_linked_on_use:
+            self.is_linked_on_use = True
+            for worker in self:
+                worker.is_linked_on_use = True
+
+    def _kind_of(self, traits: PairTraits) -> PairTraits:
+        if len(self._kinds) >= MAX_KINDS:
+            self._kinds.clear()
+        return self._kinds.setdefault(traits, traits)
 
     def _judge(self, rival: Worker, message: Register, now: float) -> Refused | Claimed | None:
         """What `rival`, which has the name, means for the one that asks for it; None = it is dead and gives way."""

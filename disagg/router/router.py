@@ -13,7 +13,7 @@ import logging
 import math
 import time
 from collections import Counter
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -32,6 +32,7 @@ from disagg.router.attempt_events import (
     SendOrder,
     TimePassed,
     TurnedAway,
+    WentOn,
     WorkerLost,
 )
 from disagg.router.charges import MAX_CHARGES
@@ -40,6 +41,9 @@ from disagg.router.cluster import Cluster
 from disagg.router.costs.decide import POLICIES
 from disagg.router.gate import AHEAD_PER_SERVER, Gate
 from disagg.router.generation import GenerationEnd, GenerationError, GenerationRequest, TokenChunk
+from disagg.router.going_on import MAX_CONTINUATIONS
+from disagg.router.index.remote import PrefixIndex
+from disagg.router.introductions import Connect
 from disagg.router.metrics import RouterMetrics
 from disagg.router.placing import Placing
 from disagg.router.record import RecordStore, RequestRecord
@@ -50,9 +54,8 @@ from disagg.router.unread import Unread
 from disagg.router.workload import Share
 from disagg.transceiver.wire.keys import ClusterKeys
 from disagg.transceiver.wire.links import ControlServer
-from disagg.transceiver.wire.messages.router import (
-    TransferReport,
-)
+from disagg.transceiver.wire.messages.blocks import AskBlocks, BlockEvents
+from disagg.transceiver.wire.messages.router import TransferReport
 from disagg.transceiver.wire.messages.tokens import Tokens
 from disagg.transceiver.wire.node import draw_id
 from disagg.transceiver.wire.ticket import mint
@@ -64,17 +67,20 @@ log = logging.getLogger(__name__)
 class RouterOptions:
     """`expected_fingerprint`: the model every worker must have; None lets the first worker decide.
 
-    `tenants`: limits by the names of API keys; others have none. `ahead_per_server`: see `gate`. `policy`: how a way to
-    serve is chosen, by the names of `costs.decide.POLICIES`; `max_local_prefill`: tokens of a prompt that may be
-    computed where others' answers are decoded.
+    `max_continuations`: losses that one answer may survive in its middle; 0: a loss ends it with an error. `tenants`:
+    limits by the names of API keys; others have none. `ahead_per_server`: see `gate`. `connect`: see `introductions`.
+    `policy`: how a way to serve is chosen, by the names of `costs.decide.POLICIES`; `max_local_prefill`: tokens of a
+    prompt that may be computed where others' answers are decoded.
     """
 
     expected_fingerprint: str | None = None
     max_attempts: int = 3
+    max_continuations: int = MAX_CONTINUATIONS
     max_queued: int = 1024
     request_timeout_s: float = 600.0
     tenants: Mapping[str, TenantLimits] = field(default_factory=dict)
     ahead_per_server: int = AHEAD_PER_SERVER
+    connect: Connect = "auto"
     policy: str = "prefix-aware"
     max_local_prefill: int = 0
 
@@ -83,6 +89,8 @@ class RouterOptions:
             raise ValueError(f"policy: `{self.policy}`, expected one of {', '.join(POLICIES)}")
         if self.max_attempts < 1:
             raise ValueError(f"max_attempts: {self.max_attempts}, expected at least 1")
+        if self.max_continuations < 0:
+            raise ValueError(f"max_continuations: {self.max_continuations}, expected at least 0")
         if self.max_queued < 1:
             raise ValueError(f"max_queued: {self.max_queued}, expected at least 1")
         if not self.request_timeout_s > 0:
@@ -113,7 +121,7 @@ class Router:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.options = options or RouterOptions()
-        self.cluster = Cluster(server, self.options.expected_fingerprint, self, clock)
+        self.cluster = Cluster(server, self.options.expected_fingerprint, self, clock, self.options.connect)
         self._keys = keys
         self._clock = clock
         self._gate = Gate(
@@ -129,6 +137,7 @@ class Router:
         self._by_request: dict[GenerationRequest, _Stream] = {}
         policy, bound = POLICIES[self.options.policy], self.options.max_local_prefill
         self._placing = Placing(self.cluster.registry, self.options.max_queued, policy, bound)
+        self._index: PrefixIndex | None = None
         self._charged: dict[str, _Stream] = {}
         """Requests that a worker may have died of. One leaves when it has shown that another was the cause."""
 
@@ -169,6 +178,17 @@ class Router:
     async def run(self) -> None:
         """Serve until cancelled."""
         await self.cluster.run()
+
+    def ask_blocks(self, incarnation: str, message: AskBlocks) -> None:
+        """Have a worker tell all blocks of its prefix cache."""
+        self.cluster.order(incarnation, message)
+
+    def use(self, index: PrefixIndex) -> None:
+        """From here on ask who holds what of a prompt."""
+        self._index = index
+        self._metrics.add(index)
+        for worker in self.cluster.registry:
+            index.add(worker.register)
 
     def shut_down(self) -> None:
         """End every request with 503 and take no new one. Workers see the closed socket and drop what they hold."""
@@ -238,7 +258,8 @@ class Router:
 
     async def _enter(self, request: GenerationRequest) -> _Stream:
         """Wait for the request's turn and send it to its workers."""
-        attempts = self._routed(request)
+        held: dict[str, int] = {}
+        attempts = self._routed(request, held)
         self._records.add(attempts.record)
         try:
             turn = await self._gate.enter(request, attempts.record.received_at, attempts.deadline)
@@ -246,6 +267,12 @@ class Router:
             self._end_unstarted(attempts, TurnedAway(refusal.status, refusal.message))
             raise
         except BaseException:
+            self._end_unstarted(attempts, ClientGone())
+            raise
+        try:
+            held |= await self._who_holds(request)
+        except BaseException:
+            self._gate.leave(turn, 0)
             self._end_unstarted(attempts, ClientGone())
             raise
         try:
@@ -259,21 +286,34 @@ class Router:
         attempts.handle(event, now)
         self._note_end(attempts.record, now)
 
-    def _routed(self, request: GenerationRequest) -> RoutedRequest:
+    async def _who_holds(self, request: GenerationRequest) -> dict[str, int]:
+        """As `PrefixIndex.who_holds`; nobody, for a request that uses no prefix."""
+        if self._index is None or request.sampling.num_prompt_logprobs is not None:
+            return {}
+        return await self._index.who_holds(request.prompt, request.sampling.cache_salt)
+
+    def _routed(self, request: GenerationRequest, held: Mapping[str, int]) -> RoutedRequest:
         transfer_id, now = draw_id(), self._clock()
 
-        def mint_ticket(epoch: int, prefill: str, decode: str, ttl_s: float) -> bytes:
-            key, prompt = self._keys.ticket, request.prompt
+        def mint_ticket(epoch: int, prefill: str, decode: str, ttl_s: float, output: Sequence[int]) -> bytes:
             return mint(
-                key, transfer_id=transfer_id, epoch=epoch, prefill=prefill, decode=decode, prompt=prompt, ttl_s=ttl_s
+                self._keys.ticket,
+                transfer_id=transfer_id,
+                epoch=epoch,
+                prefill=prefill,
+                decode=decode,
+                prompt=request.prompt,
+                ttl_s=ttl_s,
+                output=output,
             )
 
         return RoutedRequest(
             request,
             transfer_id,
-            lambda: self._placing.at(self._clock(), request),
+            lambda: self._placing.at(self._clock(), request, held),
             mint_ticket,
             max_attempts=self.options.max_attempts,
+            max_continuations=self.options.max_continuations,
             timeout_s=min(request.timeout_s or math.inf, self.options.request_timeout_s),
             now=now,
             news=self,
@@ -319,6 +359,8 @@ class Router:
             match action:
                 case SendOrder(to, message):
                     self.cluster.order(to, message)
+                case WentOn(choice, is_exact):
+                    self._metrics.went_on(now - stream.last_token_at.get(choice, now), is_exact=is_exact)
                 case Emit(item):
                     self._measure(stream, item, now)
                     stream.unread.put(item)
@@ -400,10 +442,18 @@ class Router:
 
     def registered(self, worker: Worker) -> None:
         self._placing.add(worker)
+        if self._index is not None:
+            self._index.add(worker.register)
 
     def lost(self, incarnation: str, reason: str, in_step: Mapping[str, int]) -> None:
         self._placing.remove(incarnation)
+        if self._index is not None:
+            self._index.remove(incarnation)
         self._apply_to_all(WorkerLost(incarnation, reason, in_step))
+
+    def told_blocks(self, events: BlockEvents) -> None:
+        if self._index is not None:
+            self._index.take(events)
 
     def faulted(self) -> None:
         self._metrics.peer_faults.inc()

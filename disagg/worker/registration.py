@@ -20,6 +20,7 @@ from disagg.transceiver.planes.base import SourcePlane
 from disagg.transceiver.wire.errors import clipped
 from disagg.transceiver.wire.links import ControlServer
 from disagg.transceiver.wire.messages.blocks import AskBlocks
+from disagg.transceiver.wire.messages.ranges import MAX_LEASED, MAX_SAMPLES
 from disagg.transceiver.wire.messages.router import (
     DRAINING,
     READY,
@@ -35,6 +36,7 @@ from disagg.transceiver.wire.timing import HEARTBEAT_S
 from disagg.worker.attempts import Attempts
 from disagg.worker.block_news import BlockNews
 from disagg.worker.engine_events import EngineEvents
+from disagg.worker.in_turn import InTurn
 from disagg.worker.model_thread import Call
 from disagg.worker.pairing import Pairing
 from disagg.worker.parts import WorkerParts
@@ -52,6 +54,7 @@ class Registration:
         self._attempts: Attempts
         self._events: EngineEvents
         self._blocks: BlockNews | None = None
+        self._in_turn = InTurn(MAX_LEASED)
 
     async def run(self) -> None:
         """Register, then serve."""
@@ -216,8 +219,8 @@ class Registration:
             incarnation=self._node.incarnation,
             router_incarnation=router_incarnation,
             state=DRAINING if self._parts.drain.asked.is_set() else READY,
-            metrics=self._parts.metrics.samples(stats),
-            requests=tuple((key.transfer_id, key.epoch) for key in self._attempts.keys),
+            metrics=self._parts.metrics.samples(stats)[:MAX_SAMPLES],
+            requests=self._in_turn.some([(key.transfer_id, key.epoch) for key in self._attempts.keys]),
             num_running=stats.num_running,
             num_queued=stats.num_waiting,
             blocks_used=tuple(pool.num_used for pool in stats.pools),

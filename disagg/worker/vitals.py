@@ -19,6 +19,7 @@ import zmq
 
 from disagg.engine.commands import AttemptKey
 from disagg.transceiver.wire.errors import TransceiverError
+from disagg.transceiver.wire.messages.ranges import MAX_LEASED
 from disagg.transceiver.wire.messages.router import Pulse
 from disagg.transceiver.wire.pulse import LoopTurns, PulseThread, Route, open_pulse_socket, send_pulse
 from disagg.transceiver.wire.sockets import Sockets, bracketed
@@ -59,7 +60,7 @@ class StepNews:
 
     def tell(self, keys: Sequence[AttemptKey]) -> None:
         """A step with these new requests is about to begin. Costs nothing when they are those of the last one."""
-        in_step = tuple(dict.fromkeys((key.transfer_id, key.epoch) for key in keys))
+        in_step = tuple(dict.fromkeys((key.transfer_id, key.epoch) for key in keys))[:MAX_LEASED]
         if in_step == self._told:
             return
         with self._lock:

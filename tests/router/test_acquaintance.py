@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 from support.cluster.fake_worker import FakeWorker
-from support.cluster.router_stage import Stage, run, stage, until
+from support.cluster.router_stage import Stage, run, stage
+from support.event_loop import until
 
-from disagg.router import cluster
+from disagg.router import introductions
 from disagg.transceiver.wire.purposes import RECEIVES, SENDS
 
 
@@ -46,7 +47,7 @@ def test_a_worker_of_the_minor_before_meets_others_for_handoffs_alone() -> None:
 
 
 def test_in_a_large_fleet_only_handoffs_are_prepared(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cluster, "MAX_ACQUAINTED", 1)
+    monkeypatch.setattr(introductions, "MAX_ACQUAINTED", 1)
 
     async def scenario() -> None:
         async with stage() as s:

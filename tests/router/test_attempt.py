@@ -279,8 +279,8 @@ def test_the_only_decode_worker_lost_is_503_and_names_it() -> None:
     ],
     ids=["lost", "failed", "transfer failed"],
 )
-def test_nothing_is_retried_after_the_first_token(event: WorkerLost | Answered) -> None:
-    attempts = started()
+def test_nothing_is_retried_after_the_first_token_where_answers_do_not_go_on(event: WorkerLost | Answered) -> None:
+    attempts = started(max_continuations=0)
     say(attempts, "d0", tokens(0, 5))
     lines = summary(attempts.handle(event, 2.0))
     assert lines[0] == (Fail, 502)

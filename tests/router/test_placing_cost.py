@@ -18,6 +18,7 @@ from disagg.router.placing import Placing
 from disagg.router.record import RecordStore, RequestRecord
 from disagg.router.registry import Registry, Worker
 from disagg.router.workload import shares_of
+from disagg.transceiver.wire.messages.ranges import MAX_LINKS
 from disagg.transceiver.wire.messages.router import Lease
 from disagg.transceiver.wire.messages.values import Sampling
 from disagg.transceiver.wire.timing import SUSPECT_S
@@ -26,13 +27,17 @@ from disagg.transceiver.wire.timing import SUSPECT_S
 def large_fleet(size: int, *, linked: bool = True) -> list[Worker]:
     prefills = [make_register(f"p{i}", "prefill") for i in range(size)]
     decodes = [make_register(f"d{i}", "decode", geometry=replace(GEOMETRY)) for i in range(size)]
-    peers = [register.incarnation for register in prefills] if linked else []
+    are_named = linked and size <= MAX_LINKS  # a larger fleet links on use
+    peers = [register.incarnation for register in prefills] if are_named else []
+    on_use = linked and not are_named
     workers = [Worker(register, make_lease(register.incarnation), 0.0) for register in prefills]
-    return workers + [Worker(d, make_lease(d.incarnation, links=peers), 0.0) for d in decodes]
+    return workers + [Worker(d, make_lease(d.incarnation, links=peers), 0.0, is_linked_on_use=on_use) for d in decodes]
 
 
 def registry_of(workers: list[Worker]) -> Registry:
     registry = Registry()
+    if workers and workers[-1].is_linked_on_use:
+        registry.link_on_use()
     for worker in workers:
         registry.register(worker.register, worker.heard_at)
         registry.renew(worker.lease, worker.heard_at)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import struct
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -17,15 +18,18 @@ from support.links.sample_messages import GEOMETRY, HEADER, IDENTITY, SAMPLES
 from disagg.transceiver.wire import codec, sizes
 from disagg.transceiver.wire.codec import decode, encode
 from disagg.transceiver.wire.errors import LocalProtocolError, RemoteProtocolError
-from disagg.transceiver.wire.messages import peer, values
+from disagg.transceiver.wire.messages import peer, router, values
 from disagg.transceiver.wire.messages.digests import GroupDigests
 from disagg.transceiver.wire.messages.peer import Heartbeat, PeerMessage
 from disagg.transceiver.wire.messages.ranges import (
     MAX_GROUPS,
-    MAX_ITEMS,
+    MAX_LEASED,
+    MAX_LINKS,
     MAX_NAMED_TRANSFERS,
     MAX_NAMED_UNITS,
+    MAX_PEERS,
     MAX_RUNS,
+    MAX_SAMPLES,
     MAX_SLICE_RUNS,
     MAX_SLICE_UNITS,
     MAX_TEXT_CHARS,
@@ -33,11 +37,14 @@ from disagg.transceiver.wire.messages.ranges import (
 )
 from disagg.transceiver.wire.messages.router import Lease
 from disagg.transceiver.wire.schema import Record
-from disagg.transceiver.wire.sizes import CONTROL, MAX_MESSAGE_NBYTES, SizeLimit, limit_of
+from disagg.transceiver.wire.sizes import MAX_MESSAGE_NBYTES, SizeLimit, limit_of
 
 MAX_CPU_S = 1.0  # some of the router's take a tenth of it on a busy machine; without limits it is many times that
 PEER_CPU_S = 0.05  # what a peer says takes 5 ms at most, ten times as much on a busy machine
+NUM_TRIES = 3
 ROOM_NBYTES = 8192
+PLACE = "where the long value will be"
+ARRAY_32 = struct.Struct(">BI")  # msgpack's head of a list
 KINDS = {type(sample): packed_form(sample) for sample in SAMPLES}
 
 
@@ -45,7 +52,8 @@ def long_ones(kind: type, nbytes: int) -> Iterator[tuple[str, bytes]]:
     """The message with each of its lists, texts and bytes, and a field that no version knows, filled to `nbytes`."""
     form = KINDS[kind]
     for path, value in (*_within(form), (("unknown",), [[]]), (("unknown",), [0])):
-        yield ".".join(map(str, path)), pack(kind, Change(path, _filled(value, nbytes - ROOM_NBYTES)).applied_to(form))
+        packed = pack(kind, Change(path, PLACE).applied_to(form))
+        yield ".".join(map(str, path)), packed.replace(msgpack.packb(PLACE), _filled(value, nbytes - ROOM_NBYTES))
 
 
 def _within(value: Any, here: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], Any]]:
@@ -56,8 +64,18 @@ def _within(value: Any, here: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any,
         yield from _within(item, (*here, name))
 
 
-def _filled(value: Any, nbytes: int) -> Any:
-    return value[:1] * (nbytes // (len(msgpack.packb(value[0])) if isinstance(value, list) else 1))
+def _filled(value: Any, nbytes: int) -> bytes:
+    """So much of it, packed. A list's items are packed once."""
+    if not isinstance(value, list):
+        return bytes(msgpack.packb(value[:1] * nbytes))
+    item = msgpack.packb(value[0])
+    count = nbytes // len(item)
+    return bytes(ARRAY_32.pack(0xDD, count) + item * count)
+
+
+def is_read_within(seconds: float, data: bytes) -> bool:
+    """At one of a few tries: what other processes took from the caches adds to some."""
+    return any(cpu_seconds(data) < seconds for _ in range(NUM_TRIES))
 
 
 def cpu_seconds(data: bytes) -> float:
@@ -72,12 +90,12 @@ def cpu_seconds(data: bytes) -> float:
 def test_no_field_filled_to_the_largest_size_holds_the_reader(kind: type) -> None:
     for field, data in long_ones(kind, limit_of(kind).nbytes):
         assert len(data) <= limit_of(kind).nbytes
-        assert cpu_seconds(data) < (PEER_CPU_S if issubclass(kind, PeerMessage) else MAX_CPU_S), field
+        assert is_read_within(PEER_CPU_S if issubclass(kind, PeerMessage) else MAX_CPU_S, data), field
 
 
 def test_without_limits_a_field_that_no_version_knows_holds_the_reader(monkeypatch: pytest.MonkeyPatch) -> None:
     data = pack(Lease, KINDS[Lease] | {"unknown": [[]] * (MAX_UNITS * 40)})
-    limited = cpu_seconds(data)
+    limited = min(cpu_seconds(data) for _ in range(NUM_TRIES))
     unlimited = SizeLimit(MAX_MESSAGE_NBYTES, MAX_MESSAGE_NBYTES)
     monkeypatch.setattr(codec, "limit_of", lambda _kind: unlimited)
     monkeypatch.setattr(codec, "MAX_UNITS", MAX_MESSAGE_NBYTES)
@@ -92,9 +110,9 @@ def test_a_message_above_the_size_of_its_kind_is_refused_on_both_sides(kind: typ
 
 
 def test_a_message_that_its_reader_refuses_for_its_size_is_not_said() -> None:
-    transfers = tuple(("t" * 250, 1) for _ in range(MAX_ITEMS))
-    with pytest.raises(LocalProtocolError, match=f"Lease: .* at most {CONTROL.nbytes}"):
-        encode(Lease("a", "b", requests=transfers))
+    links = tuple(router.LinkStatus("p", "p", "shm", "lost", 0.0, "x" * MAX_TEXT_CHARS) for _ in range(MAX_LINKS))
+    with pytest.raises(LocalProtocolError, match=f"Lease: .* at most {limit_of(Lease).nbytes}"):
+        encode(Lease("a", "b", links=links))
 
 
 @pytest.mark.parametrize("filler", [[[]] * 9, [0] * 80])
@@ -142,8 +160,27 @@ def legal_ones() -> Iterator[peer.PeerMessage]:
     yield peer.Refused("x" * MAX_TEXT_CHARS, "\U0010ffff" * MAX_TEXT_CHARS, "x" * MAX_TEXT_CHARS)
 
 
-@pytest.mark.parametrize("message", list(legal_ones()), ids=lambda message: type(message).__name__)
-def test_what_is_legal_between_peers_fits_its_kind_and_is_read_at_once(message: peer.PeerMessage) -> None:
+def legal_ones_of_the_router() -> Iterator[router.RouterMessage]:
+    """What router and workers say of the whole fleet or of all requests, with as much in it as is legal."""
+    name = "x" * 128
+    links = tuple(router.LinkStatus(f"{i:032}", name, "shm", "ready", 1.5, name) for i in range(MAX_LINKS))
+    labels = (("peer", name), ("plane", "shm"), ("lane", "rc"))
+    samples = tuple(values.MetricSample(name, "gauge", labels, 1.5) for _ in range(MAX_SAMPLES))
+    requests = tuple((f"{i:032}", 2**31 - 1) for i in range(MAX_LEASED))
+    yield Lease(name, name, requests=requests, links=links, metrics=samples)
+    yield router.Pulse(name, requests)
+    peers = tuple(router.PeerTarget(f"{i:032}", name, f"tcp://{name}:12345") for i in range(MAX_PEERS))
+    yield router.Peers(peers, tuple(f"{i:032}" for i in range(MAX_PEERS)))
+    half = (0.5,) * 128
+    largest = replace(GEOMETRY, kv_scales=(tuple((half, half) for _ in range(126)),))
+    yield router.Peers((replace(peers[0], geometry=largest),))
+    yield router.Register(name, name, "decode", IDENTITY, largest, ("shm",), "", 1, name, "cpu", (1,) * MAX_GROUPS)
+
+
+@pytest.mark.parametrize(
+    "message", [*legal_ones(), *legal_ones_of_the_router()], ids=lambda message: type(message).__name__
+)
+def test_what_is_legal_fits_its_kind_and_is_read_at_once(message: peer.PeerMessage | router.RouterMessage) -> None:
     data = encode(message)
     assert decode(data) == message
-    assert cpu_seconds(data) < PEER_CPU_S
+    assert is_read_within(PEER_CPU_S, data)

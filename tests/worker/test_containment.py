@@ -48,6 +48,12 @@ class Side:
     def set_peers(self, targets: Any) -> None:
         self.peers = {target.incarnation for target in targets}
 
+    def forget_peers(self, incarnations: Any) -> None: ...
+
+    def reach(self, target: Any, then: Any = None) -> None:
+        if then is not None:
+            then()
+
     def plane_of(self, incarnation: str) -> str:
         return "shm"
 

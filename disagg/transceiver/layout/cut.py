@@ -15,12 +15,11 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from disagg.cache.window import needed_ordinals
+from disagg.cache.window import Attends, needed_ordinals
 from disagg.transceiver.layout.block_lists import HOLE, Table
 from disagg.transceiver.layout.strides import ELEMENT_NBYTES
 from disagg.transceiver.wire.messages.values import GroupSemantics
@@ -28,15 +27,6 @@ from disagg.transceiver.wire.messages.values import GroupSemantics
 Ints = NDArray[np.int64]
 Rectangle = tuple[int, int, int, int]
 """(first layer, layers, first head, heads) as positions in the model-wide group: what a manifest entry names."""
-
-
-class Attends(Protocol):
-    """What the plan reads of a layer group: `cache.LayerGroup` and `messages.GroupSemantics` both have it."""
-
-    @property
-    def window(self) -> int | None: ...
-    @property
-    def num_sink_tokens(self) -> int: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,7 +136,7 @@ def required_ordinals(
 ) -> Ints:
     """Units of `required_g`, ascending: needed at the finer size, less what the receiver holds in blocks of its own."""
     need = needed_ordinals(prompt_len, group.window, group.num_sink_tokens, unit)
-    if not held:
+    if len(held) == 0:
         return need
     have = finer(np.fromiter(held, dtype=np.int64), held_block_size or unit, unit)
     return np.setdiff1d(need, have)

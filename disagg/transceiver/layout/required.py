@@ -15,7 +15,8 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from disagg.transceiver.layout.cut import Attends, required_ordinals
+from disagg.cache.window import Attends
+from disagg.transceiver.layout.cut import required_ordinals
 from disagg.transceiver.wire.errors import RemoteProtocolError
 from disagg.transceiver.wire.messages.values import GroupRuns, Run
 
@@ -28,10 +29,18 @@ def needed_units(groups: Sequence[Attends], prompt_len: int, block_size: int) ->
     return required_units(groups, prompt_len, block_size, ())
 
 
-def required_units(groups: Sequence[Attends], prompt_len: int, block_size: int, held: Held) -> tuple[GroupRuns, ...]:
-    """`required_g`: entry g is group g's, with no runs when nothing of it must move. Any subset may be held."""
+def required_units(
+    groups: Sequence[Attends], prompt_len: int, block_size: int, held: Held, held_block_size: int = 0
+) -> tuple[GroupRuns, ...]:
+    """`required_g`: entry g is group g's, with no runs when nothing of it must move. Any subset may be held.
+
+    `held` in blocks of `held_block_size`, which `block_size` divides; 0 = in blocks of `block_size`.
+    """
     return tuple(
-        GroupRuns(number, runs_of(required_ordinals(group, prompt_len, block_size, held[number] if held else ())))
+        GroupRuns(
+            number,
+            runs_of(required_ordinals(group, prompt_len, block_size, held[number] if held else (), held_block_size)),
+        )
         for number, group in enumerate(groups)
     )
 

@@ -8,16 +8,17 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Final, Protocol
+from typing import Any, Final, Protocol
 
 from disagg.transceiver.memory.regions import Destination, LandingJob, PoolRegion
 from disagg.transceiver.peers.landing_threads import Landed, LandingThreads
 from disagg.transceiver.peers.link import LinkSpeed, PeerLink
 from disagg.transceiver.peers.link_meter import BusyTime
 from disagg.transceiver.peers.live import Transfers
+from disagg.transceiver.peers.peer_links import PeerLinks
 from disagg.transceiver.planes.base import LandingPlane
 from disagg.transceiver.protocol.actions import (
     Action,
@@ -115,7 +116,7 @@ class ReceivingSide:
         self._transfers = Transfers(node.incarnation, self._perform)
         self._incoming: dict[AttemptKey, _Incoming] = {}
         self._received: dict[AttemptKey, Received] = {}
-        self._links: dict[str, tuple[PeerLink, asyncio.Task[None]]] = {}
+        self.links = PeerLinks(self._make_link, self._begin, self._busy_peers)
         self._to_stop: asyncio.Queue[AttemptKey] = asyncio.Queue()
         self._tasks: asyncio.TaskGroup | None = None
         self._is_ending = False
@@ -128,22 +129,22 @@ class ReceivingSide:
                 await self._transfers.tick()
             finally:
                 self._is_ending = True  # links still deliver what they have received, but the group takes no new task
-                for link, _ in self._links.values():
-                    link.end()
+                self.links.end()
 
     # --- the worker's side ------------------------------------------------------------------------------------
 
     def set_peers(self, targets: Iterable[PeerTarget]) -> None:
         """Connect to exactly these prefill workers, ahead of any request."""
-        assert self._tasks is not None
-        wanted = {target.incarnation: target for target in targets}
-        for incarnation in self._links.keys() - wanted.keys():
-            link, task = self._links.pop(incarnation)
-            link.end()
-            task.cancel()
-        for incarnation in wanted.keys() - self._links.keys():
-            link = self._make_link(wanted[incarnation])
-            self._links[incarnation] = link, self._tasks.create_task(link.run())
+        self.links.introduce(targets)
+
+    def forget_peers(self, incarnations: Iterable[str]) -> None:
+        """These registrations are over, however the links to them came about."""
+        for incarnation in incarnations:
+            self.links.forget(incarnation)
+
+    def reach(self, target: PeerTarget, then: Callable[[], None] | None = None) -> None:
+        """Connect to `target` unless there is a link; `then` is called once it is ready, lost or refused."""
+        self.links.reach(target, then)
 
     def start(
         self, key: AttemptKey, transfer: Transfer, peer: str, slots: Sequence[Sequence[tuple[int, int]]], event: Event
@@ -176,20 +177,20 @@ class ReceivingSide:
 
     def is_ready(self, peer: str, purpose: str = HANDOFF) -> bool:
         """Whether something of this purpose may be fetched from `peer` now."""
-        link = self._links.get(peer)
-        return link is not None and link[0].is_ready and purpose in link[0].purposes
+        link = self.links.get(peer)
+        return link is not None and link.is_ready and purpose in link.purposes
 
     def plane_of(self, peer: str) -> str:
         """Name of the plane to `peer`, or "" while there is none."""
-        link = self._links.get(peer)
-        return link[0].plane.name if link and link[0].plane else ""
+        plane = self._plane(peer)
+        return plane.name if plane is not None else ""
 
     def reports(self) -> tuple[LinkReport, ...]:
-        return tuple(link.report() for link, _ in self._links.values())
+        return tuple(link.report() for link in self.links)
 
     def speeds(self) -> tuple[LinkSpeed, ...]:
         """Of the links whose plane is open."""
-        return tuple(speed for link, _ in self._links.values() if (speed := link.speed) is not None)
+        return tuple(speed for link in self.links if (speed := link.speed) is not None)
 
     # --- links ------------------------------------------------------------------------------------------------
 
@@ -204,7 +205,19 @@ class ReceivingSide:
             self._transfers.wanting_lease,
             self._sockets,
             self._faults,
+            self.links.settle,
         )
+
+    def _begin(self, running: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        assert self._tasks is not None
+        return self._tasks.create_task(running)
+
+    def _busy_peers(self) -> set[str]:
+        return {*(incoming.peer for incoming in self._incoming.values()), *self._transfers.peers()}
+
+    def _plane(self, peer: str) -> LandingPlane | None:
+        link = self.links.get(peer)
+        return link.plane if link is not None else None
 
     def _take_message(self, message: TransferMessage | Refused) -> None:
         if (answer := self._transfers.take(message)) is not None:
@@ -255,8 +268,8 @@ class ReceivingSide:
         return num_unsaid > 0 and (self._reads_sources(key) or num_unsaid < BYTE_WINDOW // 2)
 
     def _reads_sources(self, key: AttemptKey) -> bool:
-        link = self._links.get(self._transfers.peer_of(key))
-        return link is not None and link[0].plane is not None and link[0].plane.reads_sources
+        plane = self._plane(self._transfers.peer_of(key))
+        return plane is not None and plane.reads_sources
 
     def _say_received_later(self, key: AttemptKey, message: Received) -> None:
         if key not in self._received:
@@ -274,9 +287,9 @@ class ReceivingSide:
             incoming.received = max(incoming.received, message.number)
 
     def _send(self, peer: str, message: TransferMessage | Refused) -> None:
-        link = self._links.get(peer)
+        link = self.links.get(peer)
         if link is not None:
-            link[0].send(message)
+            link.send(message)
 
     def _end(self, key: AttemptKey) -> TransferRecord:
         incoming = self._incoming.pop(key)
@@ -285,10 +298,10 @@ class ReceivingSide:
 
     def _end_well(self, key: AttemptKey) -> TransferRecord:
         """Its time says how fast the link is."""
-        link = self._links.get(self._incoming[key].peer)
+        link = self.links.get(self._incoming[key].peer)
         record = self._end(key)
         if link is not None:
-            link[0].meter.note(sum(record.nbytes.values()), record.busy.seconds, record.done_at - record.landed_at)
+            link.meter.note(sum(record.nbytes.values()), record.busy.seconds, record.done_at - record.landed_at)
         return record
 
     # --- landing ----------------------------------------------------------------------------------------------
@@ -296,14 +309,14 @@ class ReceivingSide:
     def _land(self, key: AttemptKey, message: Slice) -> None:
         incoming = self._incoming[key]
         incoming.record.first_slice_at = incoming.record.first_slice_at or time.monotonic()
-        link = self._links.get(incoming.peer)
-        if link is None or link[0].plane is None:
+        plane = self._plane(incoming.peer)
+        if plane is None:
             self.feed(key, LandingFailed(message.number, "no data plane"))
             return
         if self._is_ending:
             self.feed(key, LandingFailed(message.number, "this worker's registration ends"))
             return
-        job, plane = self._make_job(key, incoming, message), link[0].plane
+        job = self._make_job(key, incoming, message)
         incoming.record.busy.begin(time.monotonic())
         try:
             if plane.is_here(job):
@@ -363,8 +376,8 @@ class ReceivingSide:
 
     def _count(self, record: TransferRecord, job: LandingJob, landed: Landed) -> None:
         """Bytes are counted here and nowhere else: where they land."""
-        link = self._links.get(job.source)
-        unit_nbytes = link[0].unit_nbytes if link is not None else ()
+        link = self.links.get(job.source)
+        unit_nbytes = link.unit_nbytes if link is not None else ()
         record.num_operations += landed.num_operations
         record.num_saturated += landed.num_saturated
         record.landed_at = time.monotonic()
@@ -379,9 +392,9 @@ class ReceivingSide:
             key = await self._to_stop.get()
             await self._join_jobs(key)
             incoming = self._incoming.get(key)
-            link = self._links.get(incoming.peer) if incoming is not None else None
-            if link is not None and link[0].plane is not None:
-                self._discard(link[0].plane, key)
+            plane = self._plane(incoming.peer) if incoming is not None else None
+            if plane is not None:
+                self._discard(plane, key)
             self.feed(key, LandingStopped())
 
     def _discard(self, plane: LandingPlane, key: AttemptKey) -> None:

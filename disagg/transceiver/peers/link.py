@@ -97,12 +97,17 @@ class PeerLink:
         live_transfers: Callable[[str], Iterable[AttemptKey]],
         sockets: Sockets,
         faults: PeerFaults | None = None,
+        on_settled: Callable[[str], None] = lambda incarnation: None,
     ) -> None:
-        """`planes` in order of preference. `on_lost(incarnation, reason)` returns when no job uses the plane."""
+        """`planes` in order of preference. `on_lost(incarnation, reason)` returns when no job uses the plane.
+
+        `on_settled(incarnation)`: the link is ready, lost or refused, each time that it becomes so.
+        """
         self._node, self.target = node, target
         self._planes, self._pools = planes, pools
         self._on_message, self._on_lost, self._live_transfers = on_message, on_lost, live_transfers
         self._sockets, self._faults = sockets, faults or PeerFaults()
+        self._on_settled = on_settled
         self._pause_s = RECONNECT_S
         self._outbox: TurnQueue[PeerMessage] = TurnQueue()
         self._heard_at = 0.0
@@ -120,6 +125,11 @@ class PeerLink:
     @property
     def is_ready(self) -> bool:
         return self._state == "ready"
+
+    @property
+    def is_connecting(self) -> bool:
+        """For the first time: nothing is known of the peer yet."""
+        return self._state == "connecting"
 
     def report(self) -> LinkReport:
         """What the lease says of this link."""
@@ -163,6 +173,7 @@ class PeerLink:
                 log.error("the link to prefill worker %s failed", self.target.worker_id, exc_info=failure)
             if failure is not None:
                 self._note("lost", failure)
+            self._on_settled(self.target.incarnation)
             if not self._is_ended:
                 await asyncio.sleep(self._next_pause(failure))
 
@@ -187,6 +198,7 @@ class PeerLink:
                 await self._open_plane(welcome)
                 tasks.create_task(self._watch(self._plane_lost.wait(), "data plane"))
                 self._state, self._detail, self._pause_s = "ready", "", RECONNECT_S
+                self._on_settled(self.target.incarnation)
         finally:
             self._state = "lost"
             await to_the_end(self._close(client))

@@ -41,6 +41,10 @@ class Transfers:
     def of_peer(self, incarnation: str) -> list[AttemptKey]:
         return [key for key, transfer in self._live.items() if transfer.peer == incarnation]
 
+    def peers(self) -> set[str]:
+        """Incarnations with a live transfer."""
+        return {transfer.peer for transfer in self._live.values()}
+
     def peer_of(self, key: AttemptKey) -> str:
         """The peer's incarnation, or "" for a transfer that is over."""
         transfer = self._live.get(key)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from disagg.transceiver.layout.units import SourceUnit
 from disagg.transceiver.wire.messages.peer import Refused, Slice, TransferMessage
-from disagg.transceiver.wire.messages.values import FirstToken, UnitName
+from disagg.transceiver.wire.messages.values import FirstToken, GroupRuns, UnitName
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +30,16 @@ class AskPin:
 
 
 @dataclass(frozen=True, slots=True)
+class AskPrefix:
+    """Sender of a prefix: the engine must find its cached blocks of the granted tokens and answer with `Pinned`.
+
+    `held`: per group, what the sink has, in blocks of the sink.
+    """
+
+    held: tuple[GroupRuns, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class ReleaseSource:
     """Sender, once per epoch: the peer needs nothing any more, the engine frees the request.
 
@@ -44,6 +54,14 @@ class Land:
     """Receiver: land this slice into the reserved destinations; answer `SliceLanded` or `LandingFailed`."""
 
     message: Slice
+
+
+@dataclass(frozen=True, slots=True)
+class AskRoom:
+    """Receiver of a prefix, once: make room for these units and answer with `Reserved`."""
+
+    boundary: int
+    required: tuple[GroupRuns, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +86,17 @@ class PartVerified:
     """
 
     first_token: FirstToken | None
+
+
+@dataclass(frozen=True, slots=True)
+class PrefixVerified:
+    """Receiver of a prefix, once: cached blocks up to `boundary` are whole, 0 = there were none. They may be registered
+    for reuse, and no answer may be decoded from them: that takes `Verified`, which this is not.
+    """
+
+    transfer_id: str
+    epoch: int
+    boundary: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,11 +132,14 @@ Action = (
     Send
     | SendPayload
     | AskPin
+    | AskPrefix
+    | AskRoom
     | ReleaseSource
     | Land
     | StopLanding
     | Verified
     | PartVerified
+    | PrefixVerified
     | ReportFailed
     | FreeReservation
     | UnregisterUnits

@@ -64,9 +64,13 @@ class LeaseRenewed:
 
 @dataclass(frozen=True, slots=True)
 class Pinned:
-    """The engine holds every block of computation `compute_id` until it is released: from here nothing is soft."""
+    """The engine holds every block of computation `compute_id` until it is released: from here nothing is soft.
+
+    Of a prefix: what it has cached reaches up to `boundary`, and is sent for as long as it is not evicted.
+    """
 
     compute_id: int
+    boundary: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,10 +115,17 @@ class ComputeFailed:
 
 @dataclass(frozen=True, slots=True)
 class Reserved:
-    """Destinations exist for exactly these ordinals (need minus have). The transfer starts with FETCH."""
+    """Destinations exist for exactly these ordinals (need minus have). A handoff starts with FETCH then; a prefix asked
+    before, and heard from its source what is needed.
+    """
 
     required: tuple[GroupRuns, ...]
     prompt_len: int
+
+
+@dataclass(frozen=True, slots=True)
+class FetchWanted:
+    """A prompt may begin with another worker's blocks: ask for them. Room is made once the source has said how many."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,5 +151,5 @@ class LandingStopped:
 
 
 SenderEvent = LeaseRenewed | Pinned | UnitsFinal | SoftDropped | PromptComputed | FinishedEarly | ComputeFailed
-ReceiverEvent = Reserved | SliceLanded | LandingFailed | LandingStopped
+ReceiverEvent = FetchWanted | Reserved | SliceLanded | LandingFailed | LandingStopped
 Event = MessageArrived | CancelAsked | PeerGone | Tick | SenderEvent | ReceiverEvent

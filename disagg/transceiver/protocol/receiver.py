@@ -16,6 +16,7 @@ from disagg.transceiver.layout.required import check_required
 from disagg.transceiver.protocol.actions import FreeReservation, Land, PartVerified, ReportFailed, StopLanding, Verified
 from disagg.transceiver.protocol.events import (
     CancelAsked,
+    FetchWanted,
     LandingFailed,
     LandingStopped,
     PeerGone,
@@ -75,6 +76,10 @@ class Receiver(Transfer):
     def _check(self, subject: Any) -> None:
         is_landing = self.state is State.LANDING
         match subject:
+            case FetchWanted():
+                raise LocalProtocolError("a handoff is fetched once there is room for it")
+            case Reserved() if is_landing:
+                raise LocalProtocolError("there was room for this handoff before it was fetched")
             case Reserved():
                 self._check_reserved(subject)
             case SliceLanded(number, units) if is_landing and not self._inbox.expects(number, units):
@@ -99,6 +104,9 @@ class Receiver(Transfer):
         self._inbox = Inbox((entry.group, ordinal) for entry in required for ordinal in entry.ordinals)
         self._insist(Fetch(self._header(), self._order.ticket, event.prompt_len, required, self._order.plane))
 
+    def _take_accepted(self, message: Accepted) -> None:
+        self._repeat.stop()
+
     def _take_slice(self, message: Slice) -> None:
         self._repeat.stop()
         try:
@@ -110,9 +118,12 @@ class Receiver(Transfer):
             self._fault(reasons.PROTOCOL)
         elif is_new:
             self._poll.start(self._now)
-            self._do(Land(message))
+            self._land(message)
         else:
             self._send(Received(self._header(), self._inbox.highest))
+
+    def _land(self, message: Slice) -> None:
+        self._do(Land(message))
 
     def _take_landed(self, event: SliceLanded) -> None:
         bad = tuple(UnitName(unit.group, unit.ordinal) for unit in event.units if not unit.finite)
@@ -142,7 +153,9 @@ class Receiver(Transfer):
 
     def _problem_of(self, done: Done) -> str | None:
         """Why this DONE cannot be right, before any byte is compared."""
-        if not is_sealed(self._order.keys.manifest_mac, done):
+        if done.purpose != self.purpose:
+            return reasons.PURPOSE
+        if not self._is_sealed(done):
             return reasons.MAC
         if not self._inbox.is_covered(done.manifest):
             return reasons.PROTOCOL
@@ -150,9 +163,16 @@ class Receiver(Transfer):
         if any(entry.rectangle != part.rectangles[entry.group] for entry in done.manifest):
             return reasons.PROTOCOL
         is_whole = (done.rank, done.num_ranks) == (part.rank, part.num_ranks)
-        is_whole = is_whole and (done.first_token is not None) == (part.rank == 0)
+        is_whole = is_whole and (done.first_token is not None) == self._has_first_token and not done.precision
         is_counted = self._inbox.highest_announced < done.num_slices <= len(self._inbox.required)
         return None if is_whole and is_counted else reasons.PROTOCOL
+
+    @property
+    def _has_first_token(self) -> bool:
+        return self._order.part.rank == 0
+
+    def _is_sealed(self, done: Done) -> bool:
+        return is_sealed(self._order.keys.manifest_mac, done)
 
     def _try_verify(self) -> None:
         """DONE waits for the slices it overtook; when all have landed, the digests decide."""
@@ -289,7 +309,7 @@ class Receiver(Transfer):
             Decision.OVERDUE: _lose,
         },
         State.FETCHING: {
-            Accepted: _stop_repeating,
+            Accepted: _take_accepted,
             Slice: _take_slice,
             Done: _take_done,
             Tick: _look_at_limit,
@@ -302,6 +322,7 @@ class Receiver(Transfer):
             PeerGone: _join_lost,
         },
         State.LANDING: {
+            Accepted: _take_accepted,
             Slice: _take_slice,
             SliceLanded: _take_landed,
             Done: _take_done,

@@ -7,10 +7,11 @@ each computation reported. `Pinned` names the one that stays, and only its units
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
+from disagg.transceiver.layout.compatibility import Difference
 from disagg.transceiver.layout.ranks import Part
 from disagg.transceiver.layout.required import check_required
 from disagg.transceiver.layout.units import HashedUnit
@@ -51,6 +52,7 @@ from disagg.transceiver.wire.messages.peer import (
 from disagg.transceiver.wire.messages.values import (
     FirstToken,
     Geometry,
+    GroupRuns,
     UnitName,
     UnitRun,
     nameable,
@@ -70,8 +72,10 @@ class _Computation:
 class Offer:
     """What the router ordered and this worker can do: everything a FETCH is judged by.
 
-    `planes`: those offered to this peer, each with whether the sender pushes its bytes. `unit_nbytes`: slot bytes per
-    group. `ttl_s` is DISPATCH's, exactly: it is bound by the ticket. `part`: what this pair of ranks moves.
+    `prompt`: for `prefix` the tokens up to the boundary. `planes`: those offered to this peer, each with whether the
+    sender pushes its bytes. `unit_nbytes`: slot bytes per group. `ttl_s` is DISPATCH's, exactly: it is bound by the
+    ticket. `part`: what this pair of ranks moves. `output`: of an answer that goes on, its tokens so far, whose KV
+    moves with the prompt's.
     """
 
     prompt: tuple[int, ...]
@@ -81,6 +85,12 @@ class Offer:
     keys: ClusterKeys
     ttl_s: float
     part: Part
+    output: tuple[int, ...] = ()
+
+    @property
+    def num_known(self) -> int:
+        """Tokens before the one that the receiver emits first: P."""
+        return len(self.prompt) + len(self.output)
 
 
 _Cause = CancelAsked | FinishedEarly | ComputeFailed | Decision
@@ -109,15 +119,26 @@ class Sender(Transfer):
 
     def _judge(self, fetch: Fetch) -> None:
         """Admit it, or say which field is wrong and stay as we are: a forged FETCH must not end an honest transfer."""
+        if (wrong := self._wrong_field(fetch)) is not None:
+            self._refuse(*wrong)
+            return
+        self._decide(Decision.ADMIT)
+        self._fetch = fetch
+        self._lease_end = self._now + LEASE_S
+        self._admit(fetch)
+
+    def _wrong_field(self, fetch: Fetch) -> Difference | None:
+        """What it asks for that was not ordered."""
         offer = self._offer
+        if fetch.purpose != self.purpose:
+            return "purpose", self.purpose, fetch.purpose
         if not self._is_ticket_right(fetch):
-            self._refuse("ticket", "the router's, of this transfer and epoch", "another")
-        elif fetch.prompt_len != len(offer.prompt):
-            self._refuse("prompt_len", str(len(offer.prompt)), str(fetch.prompt_len))
-        elif fetch.plane not in offer.planes:
-            self._refuse("plane", ", ".join(offer.planes), fetch.plane)
-        else:
-            self._admit_if_needed(fetch)
+            return "ticket", "the router's, of this transfer and epoch", "another"
+        if fetch.prompt_len != offer.num_known:
+            return "prompt_len", str(offer.num_known), str(fetch.prompt_len)
+        if fetch.plane not in offer.planes:
+            return "plane", ", ".join(offer.planes), fetch.plane
+        return self._wrong_units(fetch)
 
     def _is_ticket_right(self, fetch: Fetch) -> bool:
         ends, offer = self.ends, self._offer
@@ -131,39 +152,39 @@ class Sender(Transfer):
                 decode=ends.peer,
                 prompt=offer.prompt,
                 ttl_s=offer.ttl_s,
+                output=offer.output,
             )
         except TicketRefused:
             return False
         return True
 
-    def _admit_if_needed(self, fetch: Fetch) -> None:
+    def _wrong_units(self, fetch: Fetch) -> Difference | None:
         geometry = self._offer.geometry
         try:
             need = self._offer.part.needed(geometry.groups, fetch.prompt_len, geometry.block_size)
             check_required(fetch.required, need)
         except RemoteProtocolError as exc:
-            self._refuse("required", "part of what is needed", str(exc))
-            return
-        num_units = sum(count for entry in fetch.required for _, count in entry.runs)
-        if num_units > MAX_MANIFEST_ENTRIES:  # before a block is moved: no DONE could name them all
-            self._refuse("required", f"at most {MAX_MANIFEST_ENTRIES} units", f"{num_units} units")
-        else:
-            self._admit(fetch)
+            return "required", "part of what is needed", str(exc)
+        return too_many(fetch.required)
 
     def _admit(self, fetch: Fetch) -> None:
-        self._decide(Decision.ADMIT)
-        self._fetch = fetch
-        self._lease_end = self._now + LEASE_S
-        keys = [(entry.group, ordinal) for entry in fetch.required for ordinal in entry.ordinals]
-        self._outbox = Outbox(keys, self._offer.unit_nbytes, pushes_bytes=self._pushes_bytes)
+        self._expect(fetch.required)
         self._do(AskPin())
+        self._accept()
+
+    def _expect(self, required: Iterable[GroupRuns]) -> None:
+        """These units are to be announced."""
+        keys = [(entry.group, ordinal) for entry in required for ordinal in entry.ordinals]
+        self._outbox = Outbox(keys, self._offer.unit_nbytes, pushes_bytes=self._pushes_bytes)
+
+    def _accept(self) -> None:
         self._send(Accepted(self._header(), 0))
 
     def _accept_again(self, fetch: Fetch) -> None:
         """One was admitted: this must be its repeat."""
         assert self._fetch is not None
         if replace(fetch, header=self._fetch.header) == self._fetch:
-            self._send(Accepted(self._header(), 0))
+            self._accept()
         else:
             self._refuse("required", "one FETCH per epoch", "another FETCH")
 
@@ -239,7 +260,8 @@ class Sender(Transfer):
     def _say_done(self, decision: Decision) -> None:
         self._insist(self._sealed_done())
 
-    def _sealed_done(self) -> Done:
+    def _sealed_done(self, **bound: Any) -> Done:
+        """`bound`: what else the MAC of this purpose binds."""
         part = self._offer.part
         return seal(
             self._offer.keys.manifest_mac,
@@ -249,6 +271,8 @@ class Sender(Transfer):
             num_slices=self._outbox.num_slices,
             manifest=self._manifest(),
             first_token=self._first_token if part.rank == 0 else None,
+            purpose=self.purpose,
+            **bound,
         )
 
     def _manifest(self) -> tuple[GroupDigests, ...]:
@@ -424,6 +448,14 @@ class Sender(Transfer):
             **dict.fromkeys((Ack, Cancel), _say_closed),
         },
     }
+
+
+def too_many(required: Iterable[GroupRuns]) -> Difference | None:
+    """More units than one DONE could name: said before a block is moved."""
+    num_units = sum(count for entry in required for _, count in entry.runs)
+    if num_units <= MAX_MANIFEST_ENTRIES:
+        return None
+    return "required", f"at most {MAX_MANIFEST_ENTRIES} units", f"{num_units} units"
 
 
 def unit_runs(units: tuple[HashedUnit, ...], with_slots: bool) -> tuple[UnitRun, ...]:

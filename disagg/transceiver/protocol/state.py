@@ -39,6 +39,7 @@ from disagg.transceiver.protocol.events import (
     CancelAsked,
     ComputeFailed,
     Event,
+    FetchWanted,
     FinishedEarly,
     LandingFailed,
     LandingStopped,
@@ -153,7 +154,7 @@ TRANSITIONS: Final[dict[Role, dict[State, dict[Kind, State]]]] = {
     },
     Role.RECEIVER: {
         S.WAITING: {
-            Reserved: S.FETCHING,
+            **_all_to(S.FETCHING, Reserved, FetchWanted),
             Tick: S.WAITING,
             # Nothing was asked of the peer and no job can hold a slot: there is nothing to stop.
             **_all_to(S.CLOSED, CancelAsked, D.OVERDUE, PeerGone),
@@ -165,7 +166,7 @@ TRANSITIONS: Final[dict[Role, dict[State, dict[Kind, State]]]] = {
             **_all_to(S.JOINING, Closed, PeerGone),
         },
         S.LANDING: {
-            **_all_to(S.LANDING, Accepted, Slice, Done, SliceLanded, Tick),
+            **_all_to(S.LANDING, Accepted, Reserved, Slice, Done, SliceLanded, Tick),
             D.COVERED: S.VERIFIED,
             **_all_to(S.STOPPING, D.FAULT, LandingFailed, CancelAsked, D.OVERDUE),
             **_all_to(S.STOPPING, Failed, Cancelled, Refused),
@@ -176,21 +177,21 @@ TRANSITIONS: Final[dict[Role, dict[State, dict[Kind, State]]]] = {
             **_all_to(S.CLOSED, Closed, Cancelled, D.OVERDUE, PeerGone),
         },
         S.STOPPING: {
-            **_all_to(S.STOPPING, Tick, CancelAsked, SliceLanded, LandingFailed, *_ANSWERS),
+            **_all_to(S.STOPPING, Tick, CancelAsked, Reserved, SliceLanded, LandingFailed, *_ANSWERS),
             LandingStopped: S.CANCELLING,
             **_all_to(S.JOINING, Closed, Cancelled, D.OVERDUE, PeerGone),
         },
         S.JOINING: {
-            **_all_to(S.JOINING, Tick, CancelAsked, SliceLanded, LandingFailed, *_ANSWERS),
+            **_all_to(S.JOINING, Tick, CancelAsked, Reserved, SliceLanded, LandingFailed, *_ANSWERS),
             **_all_to(S.JOINING, Closed, Cancelled, PeerGone),
             LandingStopped: S.CLOSED,
         },
         S.CANCELLING: {
-            **_all_to(S.CANCELLING, Tick, CancelAsked, *_ANSWERS),
+            **_all_to(S.CANCELLING, Tick, CancelAsked, Reserved, *_ANSWERS),
             **_all_to(S.CLOSED, Closed, Cancelled, D.OVERDUE, PeerGone),
         },
         S.CLOSED: {
-            # RESERVED: the engine had made room before it read that the request was over.
+            # Reserved: the engine had made room before it read that the request was over.
             **_all_to(S.CLOSED, Tick, CancelAsked, Reserved, *_ANSWERS),
             **_all_to(S.CLOSED, Closed, Cancelled, PeerGone),
         },

@@ -140,7 +140,7 @@ class Transfer(ABC):
         reaction = self.reactions[self.state].get(kind)
         self.state = target
         if reaction is not None:
-            reaction(self, subject)
+            getattr(self, reaction.__name__)(subject)  # by name: an end of another purpose has methods of its own
 
     def _check_address(self, message: TransferMessage | Refused) -> None:
         ends = self.ends

@@ -12,9 +12,12 @@ from typing import Any, Final
 from disagg.transceiver.wire.messages import peer, router
 from disagg.transceiver.wire.messages.ranges import (
     MAX_GROUPS,
+    MAX_LEASED,
+    MAX_LINKS,
     MAX_NAMED_TRANSFERS,
     MAX_NAMED_UNITS,
     MAX_RUNS,
+    MAX_SAMPLES,
     MAX_SLICE_RUNS,
     MAX_UNITS,
 )
@@ -66,7 +69,7 @@ class Contents:
 
 
 CONTROL: Final = SizeLimit(1 << 20, 1 << 15)
-"""What has no long list: registrations, leases with thousands of samples and requests, the tokens of one step."""
+"""What has no long list: registrations, reports, the tokens of one step."""
 
 _UNIT_NAMES: Final = SizeLimit(512 << 10, MAX_NAMED_UNITS + 64)
 """Units by name, in at most 24 bytes each, and a reason."""
@@ -88,8 +91,15 @@ _LARGE: Final = {
     # A prompt is one string of bytes: the longest has few containers beside it.
     router.Dispatch: SizeLimit(MAX_MESSAGE_NBYTES, 1 << 15),
     router.Grant: SizeLimit(MAX_MESSAGE_NBYTES, 1 << 12),
-    # A thousand workers, each with its geometry and the scales of its layers.
-    router.Peers: SizeLimit(2 << 20, 1 << 16),
+    # Many peers by name and address, or one with its geometry and the scales of its layers.
+    router.Peers: SizeLimit(448 << 10, 1 << 12),
+    # Text that links give as their reasons; a sample has five containers.
+    router.Lease: SizeLimit(1 << 20, MAX_LEASED + MAX_LINKS + 5 * MAX_SAMPLES + 16),
+    router.Pulse: SizeLimit(512 << 10, MAX_LEASED + 16),
+    # With one geometry, as HELLO.
+    router.Register: SizeLimit(448 << 10, 1 << 12),
+    router.Retarget: SizeLimit(448 << 10, 1 << 12),
+    router.TransferReport: SizeLimit(512 << 10, 4 * MAX_GROUPS),
 }
 
 

@@ -18,7 +18,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from support.faults.gates import PATIENCE_S, EventGate, LandingGate
+from support.event_loop import PATIENCE_S, until
+from support.faults.gates import EventGate, LandingGate
 from support.faults.wrong import Wrong, never_late
 from support.links.message_proxy import MessageProxy
 from support.model.engine_pair import LAYOUT, TestedEngine, greedy, prompt_of
@@ -76,14 +77,6 @@ def patched_shells(patch: pytest.MonkeyPatch, plane: str) -> None:
         hub = InprocHub()
         patch.setattr(registration, "source_planes", lambda *a, **k: {"inproc": InprocSourcePlane(hub)})
         patch.setattr(registration, "landing_planes", lambda *a, **k: {"inproc": lambda: InprocLandingPlane(hub)})
-
-
-async def until(is_true: Callable[[], object], what: str = "", patience_s: float = PATIENCE_S) -> None:
-    """Poll: nothing here raises an event for what tests look at."""
-    deadline = time.monotonic() + patience_s
-    while not is_true():
-        assert time.monotonic() < deadline, f"waited in vain: {what}"
-        await asyncio.sleep(0.001)
 
 
 class JournalledAttempts(Attempts):
@@ -261,7 +254,7 @@ class ShellWorker:
     @property
     def plane(self) -> Any:
         """The data plane to the only source, without what reshapes between unequal blocks."""
-        ((link, _),) = self.receiving._links.values()
+        (link,) = self.receiving.links
         return getattr(link.plane, "_inner", link.plane)
 
     def note(self, event: Any) -> Any:
@@ -312,7 +305,7 @@ class ShellWorker:
         left |= {"attempts": attempts.keys, "requests": tuple(attempts._requests)}
         if attempts.receiving is not None:
             left["reservations"] = attempts.receiving.held
-            for link, _ in attempts.receiving._links.values():
+            for link in attempts.receiving.links:
                 plane = getattr(link.plane, "_inner", link.plane)
                 left["payloads"] = getattr(plane, "_num_held", 0) or len(getattr(plane, "_landable", ()))
                 if (staging := getattr(link.plane, "_staging", None)) is not None:
@@ -370,7 +363,7 @@ class ShellTrio:
 
     async def start_router(self) -> None:
         self._router_stack = contextlib.AsyncExitStack()
-        opened = Router.open("tcp://127.0.0.1:0", KEYS, RouterOptions())
+        opened = Router.open("tcp://127.0.0.1:0", KEYS, self.options)
         self.router = await self._router_stack.enter_async_context(opened)
         for proxy in self.links.router.values():
             proxy.target, proxy.is_down = self.router.endpoint, False
@@ -380,6 +373,7 @@ class ShellTrio:
             proxy.cut(down=True)
         await self._router_stack.aclose()
 
+    options = RouterOptions()
     layouts: Mapping[str, CacheLayout] = {}
     """By role, where it is not `LAYOUT`."""
 

@@ -102,6 +102,7 @@ def sample_event(kind: Kind, role: Role, pair: TransferPair) -> e.Event:
         e.PromptComputed: lambda: e.PromptComputed(COMPUTE_ID - 1, FIRST),
         e.FinishedEarly: lambda: e.FinishedEarly(COMPUTE_ID),
         e.ComputeFailed: lambda: e.ComputeFailed("non-finite"),
+        e.FetchWanted: e.FetchWanted,
         e.Reserved: make_reserved,
         e.SliceLanded: lambda: landed(slice_message(), pair),
         e.LandingFailed: lambda: e.LandingFailed(0, "source changed"),

@@ -312,8 +312,7 @@ class Heartbeat:
     def __post_init__(self) -> None:
         check_id("source", self.source)
         check_id("destination", self.destination)
-        check_size("transfers", self.transfers, MAX_NAMED_TRANSFERS)
-        check_transfers("transfers", self.transfers)
+        check_transfers("transfers", self.transfers, MAX_NAMED_TRANSFERS)
 
 
 TransferMessage = Fetch | Accepted | Slice | Received | Done | Failed | Cancelled | Ack | Cancel | Closed

@@ -79,7 +79,19 @@ MAX_NAMED_TRANSFERS: Final = 2048
 """In one heartbeat, 2 ms of reading; a peer that has more says several."""
 
 MAX_ITEMS: Final = 1 << 14
-"""Workers, live requests, samples in one message: several times those of the largest cluster of one router."""
+"""Rows of one step, ids of a model's end tokens: several times those of the largest batch and vocabulary."""
+
+MAX_LEASED: Final = 512
+"""Attempts that one lease or pulse names, 0.5 ms of reading; a worker with more names them in turn."""
+
+MAX_LINKS: Final = 384
+"""In one lease, 1.5 ms of reading: a decode worker has 255 introduced ones at most, and 64 that requests made."""
+
+MAX_SAMPLES: Final = 400
+"""In one lease, 2.5 ms of reading: a worker with four layer groups has some 90 figures, and one of each link."""
+
+MAX_PEERS: Final = 512
+"""In one PEERS, 2 ms of reading; a router with more tells them in several."""
 
 MAX_PLANES: Final = 16
 """There are four."""
@@ -139,9 +151,9 @@ def check_one_of(name: str, value: str, legal: Collection[str]) -> None:
         fail(name, value, f"one of {', '.join(legal)}")
 
 
-def check_transfers(name: str, values: Collection[tuple[str, int]]) -> None:
+def check_transfers(name: str, values: Collection[tuple[str, int]], most: int) -> None:
     """(transfer id, epoch) of live attempts."""
-    check_size(name, values, MAX_ITEMS)
+    check_size(name, values, most)
     for transfer_id, epoch in values:
         check_id(name, transfer_id)
         check_int(name, epoch, 0, MAX_INT32)

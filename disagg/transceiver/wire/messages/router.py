@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Annotated, Final
 
 from disagg.transceiver.wire.messages.blocks import AskBlocks, BlockEvents
@@ -14,11 +15,15 @@ from disagg.transceiver.wire.messages.ranges import (
     MAX_INT32,
     MAX_INT64,
     MAX_ITEMS,
+    MAX_LEASED,
+    MAX_LINKS,
     MAX_NAME_CHARS,
     MAX_NAMED_UNITS,
+    MAX_PEERS,
     MAX_PLANES,
     MAX_PORT,
     MAX_PURPOSES,
+    MAX_SAMPLES,
     MAX_SECRET_NBYTES,
     MAX_TEXT_CHARS,
     check_attempt,
@@ -31,10 +36,11 @@ from disagg.transceiver.wire.messages.ranges import (
     check_one_of,
     check_size,
     check_transfers,
+    fail,
 )
 from disagg.transceiver.wire.messages.rates import MeasuredRates
 from disagg.transceiver.wire.messages.sampling_limits import MAX_CHOICES
-from disagg.transceiver.wire.messages.tokens import TOKENS_WINDOW, StepTokens, TokenCredit
+from disagg.transceiver.wire.messages.tokens import TOKENS_WINDOW, ChoiceOutput, StepTokens, TokenCredit
 from disagg.transceiver.wire.messages.values import (
     Geometry,
     GroupBytes,
@@ -136,15 +142,15 @@ class PeerTarget:
 class Peers:
     """Router -> sink: connect to these sources too, now (first contact happens before the first request).
 
-    `gone`: incarnations of earlier ones that are no peers any more. A registration's first message names all there are.
+    `gone`: incarnations that are no peers any more. Where no PEERS names a peer, a dispatch does, and makes the link.
     """
 
-    peers: Annotated[tuple[PeerTarget, ...], MAX_ITEMS]
-    gone: Annotated[tuple[str, ...], MAX_ITEMS] = ()
+    peers: Annotated[tuple[PeerTarget, ...], MAX_PEERS]
+    gone: Annotated[tuple[str, ...], MAX_PEERS] = ()
 
     def __post_init__(self) -> None:
-        check_size("peers", self.peers, MAX_ITEMS)
-        check_size("gone", self.gone, MAX_ITEMS)
+        check_size("peers", self.peers, MAX_PEERS)
+        check_size("gone", self.gone, MAX_PEERS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,12 +200,12 @@ class Pulse:
     """
 
     incarnation: str
-    in_step: Annotated[tuple[tuple[str, int], ...], MAX_ITEMS] | None = None
+    in_step: Annotated[tuple[tuple[str, int], ...], MAX_LEASED] | None = None
 
     def __post_init__(self) -> None:
         check_id("incarnation", self.incarnation)
         if self.in_step is not None:
-            check_transfers("in_step", self.in_step)
+            check_transfers("in_step", self.in_step, MAX_LEASED)
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,27 +218,27 @@ class Lease:
     incarnation: str
     router_incarnation: str
     state: str = READY
-    metrics: Annotated[tuple[MetricSample, ...], MAX_ITEMS] | None = None
-    requests: Annotated[tuple[tuple[str, int], ...], MAX_ITEMS] = ()
+    metrics: Annotated[tuple[MetricSample, ...], MAX_SAMPLES] | None = None
+    requests: Annotated[tuple[tuple[str, int], ...], MAX_LEASED] = ()
     num_running: int = 0
     num_queued: int = 0
     blocks_used: Annotated[tuple[int, ...], MAX_GROUPS] = ()
     blocks_free: Annotated[tuple[int, ...], MAX_GROUPS] = ()
-    links: Annotated[tuple[LinkStatus, ...], MAX_ITEMS] | None = None
+    links: Annotated[tuple[LinkStatus, ...], MAX_LINKS] | None = None
     rates: MeasuredRates | None = None
 
     def __post_init__(self) -> None:
         check_id("incarnation", self.incarnation)
         check_size("router_incarnation", self.router_incarnation, MAX_NAME_CHARS)
         check_size("state", self.state, MAX_NAME_CHARS)
-        check_size("metrics", self.metrics or (), MAX_ITEMS)
-        check_transfers("requests", self.requests)
+        check_size("metrics", self.metrics or (), MAX_SAMPLES)
+        check_transfers("requests", self.requests, MAX_LEASED)
         check_int("num_running", self.num_running, 0, MAX_INT32)
         check_int("num_queued", self.num_queued, 0, MAX_INT32)
         for name in ("blocks_used", "blocks_free"):
             check_size(name, getattr(self, name), MAX_GROUPS)
             check_ints(name, getattr(self, name), 0, MAX_INT32)
-        check_size("links", self.links or (), MAX_ITEMS)
+        check_size("links", self.links or (), MAX_LINKS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -287,6 +293,10 @@ class Dispatch:
 
     `deadline_s` is a duration counted from receipt, so that no two clocks are compared. Requests of lower `priority`
     are admitted first. `prefix`: where the first of the prompt's blocks may be had, for one that computes it.
+
+    `output`: of an attempt that goes on after a loss, what the client has of each answer that is not over, in order of
+    their numbers; answers that it does not name are. They are computed as the prompt is, and count as the answer. The
+    KV of one answer is transferred with them; several go on in mode `serve`.
     """
 
     transfer_id: str
@@ -300,6 +310,7 @@ class Dispatch:
     ticket: bytes = b""
     priority: int = 0
     prefix: PrefixLeg | None = None
+    output: Annotated[tuple[ChoiceOutput, ...], MAX_CHOICES] = ()
 
     def __post_init__(self) -> None:
         check_attempt(self.transfer_id, self.epoch)
@@ -308,6 +319,26 @@ class Dispatch:
         check_one_of("mode", self.mode, MODES)
         check_size("ticket", self.ticket, MAX_SECRET_NBYTES)
         check_duration("deadline_s", self.deadline_s)
+        self._check_output()
+
+    @property
+    def first_output(self) -> tuple[int, ...]:
+        """Of the answer that a transfer is for."""
+        return self.output[0].token_ids if self.output else ()
+
+    @property
+    def num_known(self) -> int:
+        """Tokens before the next one of that answer, the P of its transfer."""
+        return len(self.prompt) + len(self.first_output)
+
+    def _check_output(self) -> None:
+        choices, sampling = [answer.choice for answer in self.output], self.sampling
+        if any(a >= b for a, b in pairwise(choices)) or (choices and choices[-1] >= sampling.num_choices):
+            fail("output", choices, f"ascending numbers of {sampling.num_choices} choices")
+        if any(len(answer.token_ids) >= sampling.max_tokens for answer in self.output):
+            fail("output", "an answer without an end", f"fewer than max_tokens = {sampling.max_tokens} tokens of each")
+        if self.output and self.mode != "serve" and sampling.num_choices > 1:
+            fail("output", f"{sampling.num_choices} choices in mode {self.mode}", "a transfer of one")
 
 
 @dataclass(frozen=True, slots=True)
