@@ -5,8 +5,8 @@
 
 Rates come first, measured with one request at a time and with four (`disagg bench rates --threads 1`), or from a file.
 Then each fleet of the bundled model's workers, one CPU thread each, gets one trace of chats at its times from a client
-in this process, in turns; the simulator gets the same trace, rates and policy, and the cores that other processes left to
-the run. A row holds what was measured and predicted, each in the median of the rounds, and the difference. Where other
+in this process, in turns; the simulator gets the same trace, rates and policy, and the cores that other processes left
+to the run. A row holds what was measured and predicted, each in the median of the rounds, and the difference. Where other
 processes are many, what they left is no more than a rough account of how they disturb.
 
 `--speed` simulates 100,000 requests on 1,000 workers under each policy and prints the CPU time that takes.

@@ -63,7 +63,10 @@ class OwnCores:
 
 
 class SharedCores:
-    """`num_cores` for all jobs; half a core is one that others have half of. `_pace` is the work done so far by a job that was there from the beginning."""
+    """`num_cores` for all jobs: half of one where others have the other half.
+
+    `_pace` is the work done so far by a job that was there from the beginning.
+    """
 
     def __init__(self, agenda: Agenda, num_cores: float) -> None:
         self._agenda, self._num_cores = agenda, num_cores

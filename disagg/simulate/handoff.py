@@ -88,10 +88,13 @@ def fetch_prefix(
     num_blocks: int,
     on_there: Callable[[], None],
 ) -> None:
-    """The first blocks of a prompt go from one worker to another, which keeps them as its own."""
+    """The first blocks of a prompt, as far as the source has them still, go to the sink, which keeps them."""
     traced, store, unit = request.traced, sink.store, ground.geometry.unit
-    hashes, now = traced.hashes[:num_blocks], ground.agenda.now
-    length = len(hashes) * unit
+    there = source.store.usable(traced.hashes[:num_blocks], num_blocks * unit + 1)
+    if there <= store.usable(traced.hashes, traced.prompt_len):
+        ground.agenda.after(2 * ground.rates.link_latency_s, on_there)  # a question and an answer
+        return
+    hashes, now, length = traced.hashes[:there], ground.agenda.now, there * unit
     request.prefix_nbytes = ground.geometry.moved(length, store.held(hashes, length))
     nbytes = sum(request.prefix_nbytes)
     arrives_at = ground.network.send(source.number, sink.number, nbytes, tail=nbytes, begun_at=now, ready_at=now)

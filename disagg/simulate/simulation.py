@@ -18,7 +18,7 @@ from disagg.simulate.handoff import Ground, Handoff, fetch_prefix
 from disagg.simulate.network import Network
 from disagg.simulate.rates import ClusterRates
 from disagg.simulate.requests import AnswerWork, PromptWork, SimulatedRequest, StepsDone
-from disagg.simulate.routing import Route, routing_of
+from disagg.simulate.routing import Route, Routing
 from disagg.simulate.trace import Trace
 from disagg.simulate.worker import MOST_STEPS, SimulatedWorker
 
@@ -71,7 +71,7 @@ class Simulation:
         self._turns: dict[QueuedRequest, SimulatedRequest] = {}
         self._turn_of: dict[SimulatedRequest, QueuedRequest] = {}
         self._delivered_at = [0.0] * len(roles)
-        self._routing = routing_of(
+        self._routing = Routing(
             self.ground,
             self.workers,
             setting.policy,
