@@ -5,9 +5,9 @@
 
 Rates come first, measured with one request at a time and with four (`disagg bench rates --threads 1`), or from a file.
 Then each fleet of the bundled model's workers, one CPU thread each, gets one trace of chats at its times from a client
-in this process, in turns; the simulator gets the same trace, rates and policy, and the cores that other processes left
-to the run. A row holds what was measured and predicted, each in the median of the rounds, and the difference. Where other
-processes are many, what they left is no more than a rough account of how they disturb.
+in this process, in turns; the simulator gets the same trace, rates, policy and cores, and the mean number of threads of
+other processes that wanted a core during the run, its neighbours. A row holds what was measured and predicted, each in
+the median of the rounds, and the difference. Neighbours are modelled roughly: an idle machine has none.
 
 `--speed` simulates 100,000 requests on 1,000 workers under each policy and prints the CPU time that takes.
 """
@@ -29,7 +29,6 @@ from disagg.bench.circumstances import circumstances
 from disagg.bench.play import PlannedRequest, PlayedRequest, play
 from disagg.bench.rates import measure_rates
 from disagg.bench.running import RunningSystem, running_system
-from disagg.bench.serving import cpu_s
 from disagg.cli.simulate import kind_of
 from disagg.config.load import load
 from disagg.config.resources import num_cores
@@ -105,41 +104,54 @@ def _part(values: Sequence[float], part: float) -> float:
     return sorted(values)[min(len(values) - 1, int(part * len(values)))]
 
 
-class CoresLeft:
-    """What other processes leave of the cores while a system runs, from the kernel's counts."""
+class Neighbours:
+    """How many threads of other processes want a core, in the mean, while a system runs."""
 
     def __init__(self, system: RunningSystem) -> None:
         self._pids = [*system.processes.values(), os.getpid()]
-        self._before = self._now()
+        self._seen: list[int] = []
 
-    def cores(self, num_cores: int) -> float:
-        """Since this was made."""
-        busy_s, ours_s, at = (now - before for now, before in zip(self._now(), self._before, strict=True))
-        return max(0.1, num_cores - max(0.0, busy_s - ours_s) / at)
+    async def watch(self) -> None:
+        """Look now and then, until cancelled."""
+        while True:
+            self._seen.append(max(0, _all_running() - sum(map(_num_running, self._pids))))
+            await asyncio.sleep(0.25)
 
-    def _now(self) -> tuple[float, float, float]:
-        user, nice, system, _, _, irq, softirq, *_ = map(int, Path("/proc/stat").read_text().split()[1:11])
-        busy_s = (user + nice + system + irq + softirq) / os.sysconf("SC_CLK_TCK")
-        return busy_s, sum(map(cpu_s, self._pids)), time.monotonic()
+    @property
+    def mean(self) -> float:
+        return statistics.mean(self._seen)
+
+
+def _all_running() -> int:
+    return int(Path("/proc/stat").read_text().partition("procs_running ")[2].split()[0])
+
+
+def _num_running(pid: int) -> int:
+    """Threads of a process that want a core now."""
+    states = [stat.read_text().rpartition(")")[2].split()[0] for stat in Path(f"/proc/{pid}/task").glob("*/stat")]
+    return states.count("R")
 
 
 async def run_real(
-    fleet: FleetShape, trace: Trace, settings: RatesSettings, seed: int, cores: int
+    fleet: FleetShape, trace: Trace, settings: RatesSettings, seed: int
 ) -> tuple[dict[str, float], float]:
-    """What was measured, and the cores that this run had."""
+    """What was measured, and its neighbours on the cores."""
     counts = {"prefill": fleet.prefill, "decode": fleet.decode, "both": fleet.both}
     flags = ("--policy", POLICY, "--kv-cache-memory", KV_MEMORY, "--threads", "1")
     async with running_system(settings, *flags, **counts) as system:
         warm = [PlannedRequest(0.0, _words(f"warm {seed} {number}", 64), 4) for number in range(8)]
         await play(system.url, warm, at_once=4)
-        left = CoresLeft(system)
-        return measured(await play(system.url, planned(trace, seed)), trace), left.cores(cores)
+        neighbours = Neighbours(system)
+        watching = asyncio.create_task(neighbours.watch())
+        played = await play(system.url, planned(trace, seed))
+        watching.cancel()
+        return measured(played, trace), neighbours.mean
 
 
-def setting_of(fleet: FleetShape, rates: ClusterRates, cores: float) -> Setting:
+def setting_of(fleet: FleetShape, rates: ClusterRates, cores: int, neighbours: float) -> Setting:
     workers = len(fleet.roles)
     kind = kind_of(load(SimulateSettings, {"kv_cache_memory": f"{256 // workers}MiB", "max_num_seqs": 16}, {}))
-    return Setting(fleet, kind, rates, POLICY, cores)
+    return Setting(fleet, kind, rates, POLICY, cores, neighbours)
 
 
 def compare(options: argparse.Namespace) -> None:
@@ -150,14 +162,15 @@ def compare(options: argparse.Namespace) -> None:
     for number in range(options.rounds):
         for fleet in fleets:
             print(f"round {number + 1} of {options.rounds}: {fleet}", file=sys.stderr, flush=True)
-            rounds[fleet].append(asyncio.run(run_real(fleet, trace, settings, number, options.cores)))
+            rounds[fleet].append(asyncio.run(run_real(fleet, trace, settings, number)))
     print(circumstances(f"{options.requests} requests at {options.rate:g} per second, {POLICY}"))
     print(f"\nrates: {rates.as_json()}\n")
     print("| fleet | figure | measured | rounds | predicted | off by | |\n|---|---|---|---|---|---|---|")
     for fleet in fleets:
-        told, cores = zip(*rounds[fleet], strict=True)
-        guesses = [predicted(Simulation(trace, setting_of(fleet, rates, left)).run()) for left in cores]
-        _print_rows(f"{fleet}, {statistics.median(cores):.2f} cores left", told, guesses)
+        told, neighbours = zip(*rounds[fleet], strict=True)
+        settings_of = [setting_of(fleet, rates, options.cores, others) for others in neighbours]
+        guesses = [predicted(Simulation(trace, setting).run()) for setting in settings_of]
+        _print_rows(f"{fleet}, {statistics.median(neighbours):.1f} neighbours", told, guesses)
 
 
 def _print_rows(fleet: str, rounds: Sequence[dict[str, float]], guesses: Sequence[dict[str, float]]) -> None:

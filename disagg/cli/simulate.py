@@ -128,8 +128,15 @@ def run_all(
     for fleet in fleets:
         for policy in settings.policy:
             begun = time.process_time()
-            bounds = {"max_queued": settings.max_queued, "max_local_prefill": settings.max_local_prefill}
-            setting = Setting(fleet, kind, rates, policy, settings.cores, **bounds)
+            setting = Setting(
+                fleet,
+                kind,
+                rates,
+                policy,
+                num_cores=settings.cores,
+                max_queued=settings.max_queued,
+                max_local_prefill=settings.max_local_prefill,
+            )
             found.append(figures(Simulation(trace, setting).run(), objectives))
             spent = time.process_time() - begun
             print(f"{fleet} {policy}: {len(trace.requests)} requests in {spent:.1f} s of CPU", file=sys.stderr)  # noqa: T201

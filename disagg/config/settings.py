@@ -111,8 +111,8 @@ class SimulateSettings(ModelSettings):
         ("1p1d",), description="Fleets to compare: prefill, decode and `both` workers, such as 1p1d,2p2d,4b"
     )
     policy: Names = Field(("round-robin", "least-loaded", "prefix-aware"), description="Policies to compare")
-    cores: float | None = Field(
-        None, gt=0, description="Cores that all workers and the front end share [default: a device for each worker]"
+    cores: Count | None = Field(
+        None, description="Cores that all workers and the front end share [default: a device for each worker]"
     )
     speed: float = Field(1.0, gt=0, description="Requests arrive so many times as fast as the trace says")
     ttft: Seconds = Field(2.0, description="Objective: seconds to the first token")
