@@ -137,8 +137,9 @@ class Estimates:
 
     def _ask(self, max_tokens: int) -> Ask:
         request, placing = self._request, self._placing
+        num_emitted = request.sampling.max_tokens - max_tokens  # an answer that goes on has fewer left
         expected = min(max_tokens, placing.work.mean_answer) * request.sampling.num_choices
-        return Ask(len(request.prompt), max_tokens, expected, self.held, placing.max_local_prefill)
+        return Ask(len(request.prompt) + num_emitted, max_tokens, expected, self.held, placing.max_local_prefill)
 
 
 class PlacingAt:

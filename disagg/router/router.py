@@ -36,7 +36,7 @@ from disagg.router.attempt_events import (
     WorkerLost,
 )
 from disagg.router.charges import MAX_CHARGES
-from disagg.router.choose import Placement
+from disagg.router.choose import RETRY_BUSY_S, Placement
 from disagg.router.cluster import Cluster
 from disagg.router.costs.decide import POLICIES
 from disagg.router.gate import AHEAD_PER_SERVER, Gate
@@ -270,16 +270,22 @@ class Router:
             self._end_unstarted(attempts, ClientGone())
             raise
         try:
-            held |= await self._who_holds(request)
-        except BaseException:
-            self._gate.leave(turn, 0)
-            self._end_unstarted(attempts, ClientGone())
-            raise
-        try:
+            await self._look_up(attempts, held)
             return self._start(attempts, turn)
         except BaseException:
             self._gate.leave(turn, 0)
             raise
+
+    async def _look_up(self, attempts: RoutedRequest, held: dict[str, int]) -> None:
+        """Who holds something of the prompt. Raises GenerationError when the router closes meanwhile."""
+        try:
+            held |= await self._who_holds(attempts.request)
+        except BaseException:
+            self._end_unstarted(attempts, ClientGone())
+            raise
+        if self._gate.is_closing:
+            self._end_unstarted(attempts, RouterClosing())
+            raise GenerationError(503, "the router is shutting down", retry_after_s=RETRY_BUSY_S)
 
     def _end_unstarted(self, attempts: RoutedRequest, event: Event) -> None:
         now = self._clock()
@@ -287,8 +293,9 @@ class Router:
         self._note_end(attempts.record, now)
 
     async def _who_holds(self, request: GenerationRequest) -> dict[str, int]:
-        """As `PrefixIndex.who_holds`; nobody, for a request that uses no prefix."""
-        if self._index is None or request.sampling.num_prompt_logprobs is not None:
+        """As `PrefixIndex.who_holds`; empty for a request that uses no prefix."""
+        uses_prefixes = self._placing.policy.weighs_all and request.sampling.num_prompt_logprobs is None
+        if self._index is None or not uses_prefixes:
             return {}
         return await self._index.who_holds(request.prompt, request.sampling.cache_salt)
 

@@ -152,4 +152,4 @@ def test_what_is_measured_of_the_bundled_model_is_what_simulate_reads(
     assert told["about"]["clock"] == "CPU"
     path = tmp_path / "rates.json"
     path.write_text(json.dumps(told))
-    assert main(["simulate", "chat", "--rates", str(path), "--requests", "5", "--policy", "round-robin"]) == 0
+    assert main(["simulate", "chat", "--rates", str(path), "--requests", "5", "--policies", "round-robin"]) == 0

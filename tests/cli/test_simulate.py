@@ -23,7 +23,7 @@ def test_fleets_and_policies_are_compared_as_a_table_with_plots(
     rates: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     plots = tmp_path / "plots"
-    command = ["simulate", "chat", "--rates", rates, "--requests", "40", "--fleet", "1p1d,2b", "--plots", str(plots)]
+    command = ["simulate", "chat", "--rates", rates, "--requests", "40", "--fleets", "1p1d,2b", "--plots", str(plots)]
     assert main(command) == 0
     out, err = capsys.readouterr()
     assert [line.split()[:2] for line in out.splitlines() if line.startswith(("  1p1d", "  2b"))] == [
@@ -43,7 +43,7 @@ def test_fleets_and_policies_are_compared_as_a_table_with_plots(
 def test_a_trace_that_was_written_gives_the_same_figures_when_it_is_read(
     rates: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    trace, common = tmp_path / "trace.jsonl", ["--rates", rates, "--policy", "prefix-aware", "--json"]
+    trace, common = tmp_path / "trace.jsonl", ["--rates", rates, "--policies", "prefix-aware", "--json"]
     assert main(["simulate", "long", "--requests", "30", "--prompt", "64", "--write-trace", str(trace), *common]) == 0
     made = json.loads(capsys.readouterr().out)
     assert main(["simulate", str(trace), *common]) == 0
@@ -58,7 +58,8 @@ def test_faster_arrivals_wait_longer(rates: str, capsys: pytest.CaptureFixture[s
     waits = []
     for speed in ("1", "20"):
         assert (
-            main(["simulate", "bursty", "--rates", rates, "--speed", speed, "--json", "--policy", "least-loaded"]) == 0
+            main(["simulate", "bursty", "--rates", rates, "--speed", speed, "--json", "--policies", "least-loaded"])
+            == 0
         )
         waits.append(json.loads(capsys.readouterr().out)["runs"][0]["ttft_s"]["p50"])
     assert waits[1] > 2 * waits[0]
@@ -71,10 +72,10 @@ def test_faster_arrivals_wait_longer(rates: str, capsys: pytest.CaptureFixture[s
         (["absent.jsonl", "--rates", "RATES"], "trace `absent.jsonl` cannot be read"),
         (["chat", "--rates", "absent.json"], "rates `absent.json` cannot be read"),
         (
-            ["chat", "--rates", "RATES", "--fleet", "1p"],
+            ["chat", "--rates", "RATES", "--fleets", "1p"],
             "expected a prefill and a decode worker, or one that does both",
         ),
-        (["chat", "--rates", "RATES", "--policy", "best"], "`--policy` is `best`: expected some of round-robin"),
+        (["chat", "--rates", "RATES", "--policies", "best"], "`--policies` is `best`: expected some of round-robin"),
         (["chat", "--rates", "RATES", "--kv-cache-memory", "4KiB"], "4096"),
         (["chat", "--rates", "RATES", "--model", "absent/folder"], "absent/folder"),
         (["chat", "--rates", "RATES", "--rate", "0"], "rate"),

@@ -82,6 +82,11 @@ class BlockIndex:
         self.remove(incarnation)
         self._tellers[incarnation] = _Teller(block_size, self._take_number())
 
+    def follows(self, incarnation: str) -> bool:
+        """Whether all that this worker told is known here: it began, and nothing was missed since."""
+        teller = self._tellers.get(incarnation)
+        return teller is not None and teller.expected is not None
+
     def remove(self, incarnation: str) -> None:
         """A worker is gone, with all that it told. One that is not known is no error."""
         if (teller := self._tellers.pop(incarnation, None)) is not None:
