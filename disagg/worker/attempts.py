@@ -431,14 +431,13 @@ class Attempts:
         self._arrivals.make_room(key, asked)
 
     def decode(self, key: AttemptKey, verified: Verified, record: TransferRecord) -> None:
-        key = self._arrivals.attempt(key)
+        key = self._arrivals.release(key)
         self._metrics.count_transfer(record, "verified")
         if (state := self._live.get(key)) is not None:
             self._report(state, stage_times(state, record), record)
             self._decode(Decode(key, verified, state.partial_blocks), state.reserved, self._cannot_copy)
             if state.came is not None:
                 self._send(self._arrivals.tokens(state, verified.first_token))
-                self._arrivals.forget(state)
             else:
                 self._send_first_token(state, verified.first_token)  # the engine's next turn is a step away
             state.first_token_sent = True
@@ -448,13 +447,12 @@ class Attempts:
         self.fail(key, f"what was received cannot be copied to the device: {clipped(repr(fault))}")
 
     def transfer_failed(self, key: AttemptKey, failure: ReportFailed, record: TransferRecord) -> None:
-        key = self._arrivals.attempt(key)
+        key = self._arrivals.release(key)
         self._metrics.count_transfer(record, "failed")
         if failure.reason in reasons.WRONG:
             self._metrics.count_refused(record.purpose, failure.reason)
         self._submit(Release(key))
         if (state := self._live.pop(key, None)) is not None:  # the request stays: the router says what comes next
-            self._arrivals.forget(state)
             log.warning("transfer failed: %s", failure.reason, extra=_of(state))
             self._send(TransferFailure(key.transfer_id, key.epoch, failure.reason, nameable(failure.units)))
 
@@ -484,7 +482,8 @@ class Attempts:
         self._send(report_of(state, times, record))
 
     def _forget(self, key: AttemptKey) -> None:
-        if self._live.pop(key, None) is not None:
+        if (state := self._live.pop(key, None)) is not None:
+            self._arrivals.forget(state)
             self._drop_request(key.transfer_id)
 
     def _drop_request(self, transfer_id: str) -> None:

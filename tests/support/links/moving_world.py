@@ -7,6 +7,7 @@ chose it: a token that follows another text than the client has is a second text
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from dataclasses import dataclass, field, replace
 from hashlib import blake2b
@@ -45,7 +46,9 @@ IDENTITY = Identity(2, "f" * 16, "full", "float32", 200, "k" * 16)
 GEOMETRY = Geometry(
     block_size=LAYOUT.block_size,
     kv_dtype="float32",
-    groups=tuple(GroupSemantics(g.window, g.num_sink_tokens, g.num_kv_heads, g.head_dim, g.layers) for g in LAYOUT.groups),
+    groups=tuple(
+        GroupSemantics(g.window, g.num_sink_tokens, g.num_kv_heads, g.head_dim, g.layers) for g in LAYOUT.groups
+    ),
     slot_nbytes=LAYOUT.slot_nbytes,
 )
 SOURCE, SINK = "a" * 32, "b" * 32
@@ -219,7 +222,9 @@ class SimWorker:
         self.attempts.sending, self.attempts.receiving = self.sending, self.receiving  # type: ignore[assignment]
 
     def _draw(self, logits: Any, inputs: Any) -> Any:
-        own = [replace(i, sampling=replace(i.sampling, seed=seed_of(self.incarnation, i.sampling.seed))) for i in inputs]
+        own = [
+            replace(i, sampling=replace(i.sampling, seed=seed_of(self.incarnation, i.sampling.seed))) for i in inputs
+        ]
         return draw(logits, own)
 
     def submit(self, command: Command) -> None:
@@ -279,8 +284,6 @@ class MovingWorld:
     max_continuations: int = 8
 
     def __post_init__(self) -> None:
-        import time
-
         self.now = time.monotonic()
         self.began_at = self.now
         self.faults: list[str] = []
@@ -321,7 +324,7 @@ class MovingWorld:
             match action:
                 case SendOrder(to, message):
                     if self.workers[to].is_alive:
-                        self.workers[to].orders.append(message)
+                        self.workers[to].orders.append(decode(encode(message)))
                 case Emit(GenerationEnd() as end):
                     self.ends.append(end)
                 case Emit(chunk):
