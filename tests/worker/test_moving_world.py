@@ -41,8 +41,9 @@ def test_the_sink_goes_on_where_the_source_stood_still() -> None:
     assert world.request.server == SINK
 
 
-def test_an_answer_may_move_to_and_fro_while_it_lasts() -> None:
-    world = begun()
+@pytest.mark.parametrize("reuses", [False, True])
+def test_an_answer_may_move_to_and_fro_and_blocks_that_stayed_behind_move_no_more(reuses: bool) -> None:
+    world = begun(reuses=reuses)
     for _ in range(3):
         assert world.move()
         moves = world.request.record.num_moves
@@ -51,6 +52,7 @@ def test_an_answer_may_move_to_and_fro_while_it_lasts() -> None:
                 world.pass_time(0.05)
     finished(world)
     assert world.request.record.num_moves == 3
+    assert bool(world.num_held) == reuses
 
 
 def states(world: MovingWorld) -> tuple[State, State]:
@@ -214,12 +216,20 @@ FATES = st.sampled_from(["nothing", "nothing", "kill source", "kill sink", "cut"
     rough=st.booleans(),
     finds_out=st.booleans(),
     room=st.sampled_from([AMPLE, AMPLE, (6, 14)]),
+    reuses=st.booleans(),
 )
 def test_any_schedule_of_a_move_gives_one_text_and_leaks_nothing(
-    steps: list[str], fate: str, when: int, seed: int, rough: bool, finds_out: bool, room: tuple[int, int]
+    steps: list[str],
+    fate: str,
+    when: int,
+    seed: int,
+    rough: bool,
+    finds_out: bool,
+    room: tuple[int, int],
+    reuses: bool,
 ) -> None:
     link = LossyLink(seed, 0.2, 0.2, 0.05, 0.3) if rough else LossyLink(seed)
-    world = begun(3, link=link, sink_slots=room)
+    world = begun(3, link=link, sink_slots=room, reuses=reuses)
     world.move()
     for number, step in enumerate(steps):
         if number == when:
