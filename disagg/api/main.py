@@ -24,6 +24,7 @@ from disagg.config.resources import num_api_processes, num_cores
 from disagg.config.settings import RouterSettings
 from disagg.config.signals import heeded_signals
 from disagg.engine.model.checkpoint import ModelRefused, fingerprint, generation_defaults, resolve_model
+from disagg.router.index.remote import PrefixIndex
 from disagg.router.router import Router, RouterOptions
 from disagg.router.tenants import TenantLimits
 from disagg.transceiver.wire.errors import EndpointRefused
@@ -61,6 +62,9 @@ async def _serve(
         with _reading(folder):
             options = _router_options(settings, folder, clients)
         router = await stack.enter_async_context(Router.open(control, keys, options))
+        if settings.policy == "prefix-aware":
+            index = PrefixIndex.open(keys.prefix_hash, router.ask_blocks)
+            router.use(await stack.enter_async_context(index))
         with _reading(folder):
             api_settings = _api_settings(settings, folder, clients)
             check_text(api_settings)

@@ -385,6 +385,17 @@ class DemoSettings(UpSettings):
     )
 
 
+class RatesSettings(EngineSettings):
+    """`disagg bench rates`: a worker's settings, and what is measured beside its steps."""
+
+    device: Device = Field("cpu", description="cpu, cuda or cuda:N")
+    threads: Count | None = Field(None, description="CPU threads of the model, as its workers will have [default: all]")
+    rounds: Count = Field(5, description="Times that each is measured; the median counts")
+    serving: bool = Field(
+        True, description="Start a prefill and a decode worker, and count what router, API and client take of the CPU"
+    )
+
+
 def _refuse_insecure(insecure: bool, field: str, host: str) -> None:
     """Raise ValueError, naming the field, when the published secret would leave this machine."""
     if insecure and not is_loopback(host):

@@ -16,6 +16,7 @@ from disagg.transceiver.wire.codec import Message
 from disagg.transceiver.wire.errors import LocalProtocolError, PeerLost, clipped
 from disagg.transceiver.wire.faults import PeerFaults
 from disagg.transceiver.wire.links import ControlServer
+from disagg.transceiver.wire.messages.blocks import AskBlocks, BlockEvents
 from disagg.transceiver.wire.messages.peer import Refused
 from disagg.transceiver.wire.messages.router import (
     BROKEN,
@@ -55,6 +56,9 @@ class ClusterListener(Protocol):
 
     def lost(self, incarnation: str, reason: str, in_step: Steps) -> None:
         """A worker is no longer registered; if it died, these were the new requests of its step."""
+
+    def told_blocks(self, events: BlockEvents) -> None:
+        """A registered worker told what its prefix cache registered and dropped."""
 
     def faulted(self) -> None:
         """A message could not be taken; its peer is dropped."""
@@ -110,7 +114,7 @@ class Cluster:
         finally:
             self._pulses.close()
 
-    def order(self, incarnation: str, message: OrderMessage) -> None:
+    def order(self, incarnation: str, message: OrderMessage | AskBlocks) -> None:
         """To a worker; dropped when it is lost, because its loss is told to the listener on its own."""
         if route := self._route_of.get(incarnation):
             self._post(route, message)
@@ -153,6 +157,8 @@ class Cluster:
                 self._pulses.note(message)
             case StepTokens():
                 self._take_tokens(route, message)
+            case BlockEvents() if self._route_of.get(message.incarnation) == route:
+                self._listener.told_blocks(message)
             case _ if isinstance(message, AnswerMessage):
                 self._take_answer(route, message)
             case _:

@@ -8,11 +8,12 @@ from typing import Final
 from disagg.router.costs.kv_shape import GroupShape, KvShape
 from disagg.router.costs.rates import LinkRate, Rates
 from disagg.router.costs.ways import Candidate
-from disagg.router.pairing import traits_difference
+from disagg.router.pairing import kv_format, traits_difference
 from disagg.router.registry import Registry, Worker
 from disagg.router.workload import Workload
 from disagg.transceiver.layout.strides import ELEMENT_NBYTES
 from disagg.transceiver.wire.messages.rates import MeasuredRates
+from disagg.transceiver.wire.messages.router import LinkStatus
 from disagg.transceiver.wire.messages.values import Geometry
 from disagg.transceiver.wire.purposes import HANDOFF, PREFIX, shared
 
@@ -20,6 +21,9 @@ FIRST_GUESS: Final = MeasuredRates(2000.0, 0.01, ((1, 0.02),))
 """Of a worker of which nothing is known, nor of another on such a device: as all are given it, it decides nothing."""
 LINK_GUESS_GB_PER_S: Final = 1.0
 """Of a link that was not measured, likewise."""
+
+CONNECT_S: Final = 0.05
+"""Of a link that the first request makes: some round trips, and a measurement."""
 
 MIN_RATE: Final = 1e-3
 MAX_RATE: Final = 1e12
@@ -99,13 +103,19 @@ class KnownLinks:
         ends = self._registry.get(source), self._registry.get(sink)
         if ends[0] is None or ends[1] is None:
             return None
-        report = ends[1].link_reports.get(source)
-        if report is None or report.state != "ready" or traits_difference(ends[0].traits, ends[1].traits) is not None:
+        state, traits = ends[1].link_state(source), (ends[0].traits, ends[1].traits)
+        if state not in ("ready", "idle") or traits_difference(*traits) is not None:
             return None
-        gb_per_s = min(max(report.gb_per_s, MIN_RATE), MAX_RATE) if report.gb_per_s > 0 else LINK_GUESS_GB_PER_S
-        latency_s = min(max(report.latency_s, 0.0), MAX_SECONDS)
         purposes = shared(ends[0].sends, ends[1].receives)
-        return LinkRate(gb_per_s, latency_s, hands_over=HANDOFF in purposes, fetches=PREFIX in purposes)
+        is_exact = kv_format(traits[0].geometry) == kv_format(traits[1].geometry)
+        speed = _speed_of(ends[1].link_reports[source]) if state == "ready" else (LINK_GUESS_GB_PER_S, CONNECT_S)
+        return LinkRate(*speed, hands_over=HANDOFF in purposes, fetches=PREFIX in purposes and is_exact)
+
+
+def _speed_of(report: LinkStatus) -> tuple[float, float]:
+    """GB/s and latency, within bounds."""
+    gb_per_s = min(max(report.gb_per_s, MIN_RATE), MAX_RATE) if report.gb_per_s > 0 else LINK_GUESS_GB_PER_S
+    return gb_per_s, min(max(report.latency_s, 0.0), MAX_SECONDS)
 
 
 def kv_shape_of(geometry: Geometry) -> KvShape:

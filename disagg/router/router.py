@@ -13,7 +13,7 @@ import logging
 import math
 import time
 from collections import Counter
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -44,8 +44,10 @@ from disagg.router.emptying import Emptying
 from disagg.router.gate import AHEAD_PER_SERVER, Gate
 from disagg.router.generation import GenerationEnd, GenerationError, GenerationRequest, TokenChunk
 from disagg.router.going_on import MAX_CONTINUATIONS
+from disagg.router.index.remote import PrefixIndex
 from disagg.router.introductions import Connect
 from disagg.router.metrics import RouterMetrics
+from disagg.router.minting import Minting
 from disagg.router.moving import MovableRequest
 from disagg.router.placing import Placing
 from disagg.router.record import RecordStore, RequestRecord
@@ -56,13 +58,10 @@ from disagg.router.unread import Unread
 from disagg.router.workload import Share
 from disagg.transceiver.wire.keys import ClusterKeys
 from disagg.transceiver.wire.links import ControlServer
-from disagg.transceiver.wire.messages.router import (
-    TransferReport,
-)
+from disagg.transceiver.wire.messages.blocks import AskBlocks, BlockEvents
+from disagg.transceiver.wire.messages.router import TransferReport
 from disagg.transceiver.wire.messages.tokens import Tokens
 from disagg.transceiver.wire.node import draw_id
-from disagg.transceiver.wire.ticket import mint, move_claims
-from disagg.transceiver.wire.ticket import mint_leg as mint_ticket_of_leg
 
 log = logging.getLogger(__name__)
 
@@ -146,6 +145,7 @@ class Router:
         self._emptying = Emptying(self.cluster.registry, self._placing.work.answers)
         self._is_draining = False
         """A move ended since draining workers were looked at."""
+        self._index: PrefixIndex | None = None
         self._charged: dict[str, _Stream] = {}
         """Requests that a worker may have died of. One leaves when it has shown that another was the cause."""
 
@@ -186,6 +186,17 @@ class Router:
     async def run(self) -> None:
         """Serve until cancelled."""
         await self.cluster.run()
+
+    def ask_blocks(self, incarnation: str, message: AskBlocks) -> None:
+        """Have a worker tell all blocks of its prefix cache."""
+        self.cluster.order(incarnation, message)
+
+    def use(self, index: PrefixIndex) -> None:
+        """From here on ask who holds what of a prompt."""
+        self._index = index
+        self._metrics.add(index)
+        for worker in self.cluster.registry:
+            index.add(worker.register)
 
     def shut_down(self) -> None:
         """End every request with 503 and take no new one. Workers see the closed socket and drop what they hold."""
@@ -257,7 +268,8 @@ class Router:
 
     async def _enter(self, request: GenerationRequest) -> _Stream:
         """Wait for the request's turn and send it to its workers."""
-        attempts = self._routed(request)
+        held: dict[str, int] = {}
+        attempts = self._routed(request, held)
         self._records.add(attempts.record)
         try:
             turn = await self._gate.enter(request, attempts.record.received_at, attempts.deadline)
@@ -265,6 +277,12 @@ class Router:
             self._end_unstarted(attempts, TurnedAway(refusal.status, refusal.message))
             raise
         except BaseException:
+            self._end_unstarted(attempts, ClientGone())
+            raise
+        try:
+            held |= await self._who_holds(request)
+        except BaseException:
+            self._gate.leave(turn, 0)
             self._end_unstarted(attempts, ClientGone())
             raise
         try:
@@ -278,31 +296,21 @@ class Router:
         attempts.handle(event, now)
         self._note_end(attempts.record, now)
 
-    def _routed(self, request: GenerationRequest) -> MovableRequest:
+    async def _who_holds(self, request: GenerationRequest) -> dict[str, int]:
+        """As `PrefixIndex.who_holds`; nobody, for a request that uses no prefix."""
+        if self._index is None or request.sampling.num_prompt_logprobs is not None:
+            return {}
+        return await self._index.who_holds(request.prompt, request.sampling.cache_salt)
+
+    def _routed(self, request: GenerationRequest, held: Mapping[str, int]) -> MovableRequest:
         transfer_id, now = draw_id(), self._clock()
-
-        def mint_ticket(epoch: int, prefill: str, decode: str, ttl_s: float, output: Sequence[int]) -> bytes:
-            return mint(
-                self._keys.ticket,
-                transfer_id=transfer_id,
-                epoch=epoch,
-                prefill=prefill,
-                decode=decode,
-                prompt=request.prompt,
-                ttl_s=ttl_s,
-                output=output,
-            )
-
-        def mint_leg(leg: str, epoch: int, source: str, sink: str, num_tokens: int, ttl_s: float) -> bytes:
-            claims = move_claims(leg, epoch, transfer_id, source, sink, request.prompt, num_tokens)
-            return mint_ticket_of_leg(self._keys.ticket, claims, ttl_s)
-
+        minting = Minting(self._keys.ticket, transfer_id, request)
         return MovableRequest(
             request,
             transfer_id,
-            lambda: self._placing.at(self._clock(), request),
-            mint_ticket,
-            mint_leg=mint_leg,
+            lambda: self._placing.at(self._clock(), request, held),
+            minting.handoff,
+            mint_leg=minting.move,
             max_attempts=self.options.max_attempts,
             max_continuations=self.options.max_continuations,
             timeout_s=min(request.timeout_s or math.inf, self.options.request_timeout_s),
@@ -459,10 +467,18 @@ class Router:
 
     def registered(self, worker: Worker) -> None:
         self._placing.add(worker)
+        if self._index is not None:
+            self._index.add(worker.register)
 
     def lost(self, incarnation: str, reason: str, in_step: Mapping[str, int]) -> None:
         self._placing.remove(incarnation)
+        if self._index is not None:
+            self._index.remove(incarnation)
         self._apply_to_all(WorkerLost(incarnation, reason, in_step))
+
+    def told_blocks(self, events: BlockEvents) -> None:
+        if self._index is not None:
+            self._index.take(events)
 
     def faulted(self) -> None:
         self._metrics.peer_faults.inc()

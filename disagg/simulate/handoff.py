@@ -26,7 +26,7 @@ class Ground:
 
 
 class Handoff:
-    """Both ends are asked at once, and answer in any order. `on_landed` is told of the answer that goes on from here."""
+    """Both ends are asked at once, and answer in any order. `on_landed` is told of the answer that begins."""
 
     def __init__(
         self,

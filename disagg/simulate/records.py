@@ -50,9 +50,9 @@ def records_of(workers: Sequence[SimulatedWorker], ground: Ground) -> Registry:
         w.incarnation: LinkStatus(w.incarnation, w.worker_id, "shm", "ready", per_s, "", latency_s) for w in registry
     }
     measured = MeasuredRates(rates.prefill_tokens_per_s, rates.empty_step_s, rates.decode_step_s.points)
-    for worker in registry:
-        worker.heard_at, worker.link_reports = math.inf, links
-        worker.lease = Lease(worker.incarnation, "", rates=measured)
+    for record in registry:
+        record.heard_at, record.link_reports = math.inf, links
+        record.lease = Lease(record.incarnation, "", rates=measured)
     return registry
 
 

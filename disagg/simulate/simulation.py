@@ -60,9 +60,11 @@ class Simulation:
         self._agenda, roles = Agenda(), setting.fleet.roles
         cores = SharedCores(self._agenda, setting.num_cores) if setting.num_cores else OwnCores(self._agenda)
         network = Network(len(roles), self._rates.link_bytes_per_s, self._rates.link_latency_s)
-        self._ground = Ground(self._agenda, cores, network, self._rates, KvGeometry(kind.layout, trace.block_size))
+        self.ground = Ground(self._agenda, cores, network, self._rates, KvGeometry(kind.layout, trace.block_size))
         self._front = FrontEnd(cores)
-        self._token_cpu_s = self._rates.token_cpu_s if setting.num_cores else 0.0
+        shares = setting.num_cores is not None
+        self._message_cpu_s = self._rates.message_cpu_s if shares else 0.0
+        self._token_cpu_s = self._rates.token_cpu_s if shares else 0.0
         self.workers = [self._worker(number, role) for number, role in enumerate(roles)]
         self._admission = Admission({}, max_queued=setting.max_queued)
         self._room = AHEAD_PER_SERVER * sum(role != "prefill" for role in roles)
@@ -70,7 +72,7 @@ class Simulation:
         self._turn_of: dict[SimulatedRequest, QueuedRequest] = {}
         self._delivered_at = [0.0] * len(roles)
         self._routing = routing_of(
-            self._ground,
+            self.ground,
             self.workers,
             setting.policy,
             max_queued=setting.max_queued,
@@ -90,9 +92,9 @@ class Simulation:
 
     def _worker(self, number: int, role: str) -> SimulatedWorker:
         kind = self._setting.kind
-        store = BlockStore(self._ground.geometry, kind.num_slots, reuses=kind.reuses_prefixes)
+        store = BlockStore(self.ground.geometry, kind.num_slots, reuses=kind.reuses_prefixes)
         most_steps = 1 if self._token_cpu_s else MOST_STEPS  # tokens take cores that the next step needs
-        cores, done = self._ground.cores, self._steps_done
+        cores, done = self.ground.cores, self._steps_done
         return SimulatedWorker(number, role, self._agenda, cores, self._rates, store, kind, done, most_steps=most_steps)
 
     # --- the router -----------------------------------------------------------------------------------------
@@ -147,7 +149,7 @@ class Simulation:
         total = traced.prompt_len + traced.answer_len
         if total > kind.max_model_len:
             return f"{total} tokens, more than the model's {kind.max_model_len}"
-        peaks = self._ground.geometry.peaks(total, 0, kind.max_num_batched_tokens)
+        peaks = self.ground.geometry.peaks(total, 0, kind.max_num_batched_tokens)
         if self.workers[0].store.promises.fits_empty(peaks):
             return ""
         return f"{total} tokens need more blocks than a worker has"
@@ -163,7 +165,7 @@ class Simulation:
         else:
             source = self.workers[route.source]
             fetch_prefix(
-                self._ground, request, source, computing, route.fetched,
+                self.ground, request, source, computing, route.fetched,
                 lambda: self._dispatch(request, server, computing),
             )  # fmt: skip
 
@@ -171,13 +173,13 @@ class Simulation:
         if computing is server:
             server.compute(self._prompt(request, serves=True))
         else:
-            Handoff(self._ground, self._prompt(request, serves=False), computing, server, self._landed).begin()
+            Handoff(self.ground, self._prompt(request, serves=False), computing, server, self._landed).begin()
 
     def _prompt(self, request: SimulatedRequest, *, serves: bool) -> PromptWork:
         traced, step = request.traced, self._setting.kind.max_num_batched_tokens
         total = traced.prompt_len + (traced.answer_len if serves else 0)
-        peaks = self._ground.geometry.peaks(total, 0, step)
-        kept = self._ground.geometry.peaks(total, traced.prompt_len, step)
+        peaks = self.ground.geometry.peaks(total, 0, step)
+        kept = self.ground.geometry.peaks(total, traced.prompt_len, step)
         return PromptWork(request, peaks, kept, serves, is_soft=not serves)
 
     def _landed(self, answer: AnswerWork) -> None:
@@ -188,12 +190,13 @@ class Simulation:
             self._note_first(answer.request)
             self._admit()
 
-        self._front.do(self._token_cpu_s, deliver)
+        self._front.do(self._message_cpu_s + self._token_cpu_s, deliver)
 
     # --- tokens ---------------------------------------------------------------------------------------------
 
     def _steps_done(self, steps: StepsDone) -> None:
-        work_s = steps.num_tokens * self._token_cpu_s
+        num_tokens = steps.num_tokens
+        work_s = num_tokens * self._token_cpu_s + (steps.count * self._message_cpu_s if num_tokens else 0.0)
         self._front.do(work_s, lambda: self._deliver(steps))
 
     def _deliver(self, steps: StepsDone) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import struct
 
+from disagg.transceiver.wire.messages import blocks as b
 from disagg.transceiver.wire.messages import peer as p
 from disagg.transceiver.wire.messages import router as r
 from disagg.transceiver.wire.messages import values as v
@@ -117,6 +118,8 @@ SAMPLES = (
     r.Resume(ID, 3),
     StepTokens.of((Tokens(ID, 2, 0, (5, 6), (LOGPROBS, LOGPROBS), 32, 1), Tokens(ID[::-1], 1, 7, (8,)))),
     TokenCredit(48),
+    b.BlockEvents(ID, 7, 2, ((0, 1), (1,)), bytes([3, 1, 6, 4]), bytes(range(64)), bytes(16), bytes(24), True),
+    b.AskBlocks(ID, True),
     r.PromptScores(ID, 2, SCORES),
     r.Finished(ID, 2, 17, "stop", 106, 1),
     r.RequestFailed(ID, 2, 503, "no room"),

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Annotated, Final
 
+from disagg.transceiver.wire.messages.blocks import AskBlocks, BlockEvents
 from disagg.transceiver.wire.messages.peer import check_purposes
 from disagg.transceiver.wire.messages.prompt_logprobs import PromptLogprobs
 from disagg.transceiver.wire.messages.ranges import (
@@ -60,8 +61,7 @@ class Register:
     """A worker offers itself. `role` is `prefill`, `decode` or `both`; `peer_endpoint` is where peers say HELLO.
 
     `sends`, `receives`: the purposes of which it is a source and a sink; None = as protocol 2.0, which has handoffs
-    alone (see `disagg.transceiver.wire.purposes`).
-    `takes_output`: whether it goes on with answers that were begun elsewhere (`Dispatch.output`).
+    alone (see `disagg.transceiver.wire.purposes`). `tells_blocks`: whether ASK_BLOCKS may be said to it.
     """
 
     incarnation: str
@@ -78,7 +78,7 @@ class Register:
     eos_token_ids: Annotated[tuple[int, ...], MAX_ITEMS] = ()
     sends: Annotated[tuple[str, ...], MAX_PURPOSES] | None = None
     receives: Annotated[tuple[str, ...], MAX_PURPOSES] | None = None
-    takes_output: bool = False
+    tells_blocks: bool = False
 
     def __post_init__(self) -> None:
         check_purposes(self.sends or ())
@@ -527,6 +527,8 @@ RouterMessage = (
     | TransferReport
     | PromptScores
     | CancelChoice
+    | BlockEvents
+    | AskBlocks
     | Grant
     | Resume
 )
