@@ -14,6 +14,7 @@ from disagg.engine.commands import (
     Freeze,
     FrozenEvent,
     MoveRefusedEvent,
+    PressedEvent,
     Thaw,
 )
 from disagg.engine.reserving import extend
@@ -53,6 +54,14 @@ class Moves:
             self._rename_last(answer)
             answer.frozen_for = None
         return []
+
+    def pressed(self) -> list[EngineEvent]:
+        """The answer that is preempted next, where that is near; in time to move it, and once."""
+        answer = self._scheduler.pressed_answer()
+        if answer is None or answer.is_named or answer.request.sampling.num_choices > 1 or answer.key.choice:
+            return []
+        answer.is_named = True
+        return [PressedEvent(answer.key)]
 
     def extend(self, command: Extend) -> list[EngineEvent]:
         """Room for all that is to come, or the news that there is none."""

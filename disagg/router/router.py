@@ -13,7 +13,7 @@ import logging
 import math
 import time
 from collections import Counter
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -40,7 +40,7 @@ from disagg.router.charges import MAX_CHARGES
 from disagg.router.choose import Placement
 from disagg.router.cluster import Cluster
 from disagg.router.costs.decide import POLICIES
-from disagg.router.emptying import Emptying
+from disagg.router.emptying import Emptying, Orders
 from disagg.router.gate import AHEAD_PER_SERVER, Gate
 from disagg.router.generation import GenerationEnd, GenerationError, GenerationRequest, TokenChunk
 from disagg.router.going_on import MAX_CONTINUATIONS
@@ -142,7 +142,7 @@ class Router:
         self._by_request: dict[GenerationRequest, _Stream] = {}
         policy, bound = POLICIES[self.options.policy], self.options.max_local_prefill
         self._placing = Placing(self.cluster.registry, self.options.max_queued, policy, bound)
-        self._emptying = Emptying(self.cluster.registry, self._placing.work.answers)
+        self._emptying = Emptying(self.cluster.registry, self._placing.work.answers, draw_id)
         self._is_draining = False
         """A move ended since draining workers were looked at."""
         self._index: PrefixIndex | None = None
@@ -410,15 +410,12 @@ class Router:
     # --- draining -------------------------------------------------------------------------------------------
 
     def _empty_draining(self) -> None:
-        """Take from draining workers what another can have: answers are moved, what has no token is placed anew."""
         now, self._is_draining = self._clock(), False
-        for worker in self._emptying.draining(now):
-            here = [s for s in self._streams.values() if s.attempts.server == worker.incarnation]
-            for stream in here:
-                self._perform(stream, stream.attempts.leave(now), now)
-            for request, sink in self._emptying.moves(worker, [s.attempts for s in here], now):
-                stream = self._streams[request.transfer_id]
-                self._perform(stream, request.move(sink, draw_id(), now), now)
+        self._carry_out(self._emptying.empty(lambda: [s.attempts for s in self._streams.values()], now), now)
+
+    def _carry_out(self, orders: Orders, now: float) -> None:
+        for request, actions in orders:
+            self._perform(self._streams[request.transfer_id], actions, now)
 
     def _note_end(self, record: RequestRecord, now: float) -> None:
         self._metrics.e2e.observe(now - record.received_at)
@@ -479,6 +476,11 @@ class Router:
     def told_blocks(self, events: BlockEvents) -> None:
         if self._index is not None:
             self._index.take(events)
+
+    def pressed(self, incarnation: str, transfers: Sequence[tuple[str, int]]) -> None:
+        now, streams = self._clock(), [self._streams.get(transfer_id) for transfer_id, _ in transfers]
+        requests = [stream.attempts for stream in streams if stream is not None]
+        self._carry_out(self._emptying.relieve(incarnation, requests, now), now)
 
     def faulted(self) -> None:
         self._metrics.peer_faults.inc()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from support.cluster.router_harness import ListPlacer, make_lease, make_register, make_request, target
 
@@ -274,8 +276,7 @@ def worker(registry: Registry, name: str) -> Worker:
 def test_the_least_loaded_worker_that_serves_moves_takes_an_answer_over() -> None:
     registry = fleet("a", "b", "c", "old", old={"sends": None, "receives": None})
     registry.drain("a")
-    emptying = Emptying(registry, {"b": 3, "c": 2})
-    assert [found.worker_id for found in emptying.draining(0.0)] == ["a"]
+    emptying = Emptying(registry, {"b": 3, "c": 2}, lambda: LEG)
     sink = emptying.sink_for(worker(registry, "a"), "", 0.0)
     assert sink is worker(registry, "c")
     assert emptying.sink_for(worker(registry, "a"), "c", 0.0) is worker(registry, "b"), "where it failed last, last"
@@ -285,17 +286,17 @@ def test_few_answers_of_one_worker_move_at_once() -> None:
     registry = fleet("a", "b")
     registry.drain("a")
     requests = [answering() for _ in range(MOVES_AT_ONCE + 3)]
-    emptying = Emptying(registry, {})
-    begun = [request for request, sink in emptying.moves(worker(registry, "a"), requests, 1.0)]
-    assert begun == requests[:MOVES_AT_ONCE]
+    emptying = Emptying(registry, {}, lambda: LEG)
+    assert [r for r, actions in emptying.empty(lambda: requests, 1.0) if actions] == requests[:MOVES_AT_ONCE]
+    assert not any(actions for _, actions in emptying.empty(lambda: requests, 1.1)), "until one of them has ended"
 
 
 def test_without_a_worker_to_go_to_answers_stay_and_that_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
     registry = fleet("a")
     registry.drain("a")
-    emptying = Emptying(registry, {})
+    emptying = Emptying(registry, {}, lambda: LEG)
     for _ in range(3):
-        assert not list(emptying.moves(worker(registry, "a"), [answering()], 1.0))
+        assert not any(actions for _, actions in emptying.empty(lambda: [answering()], 1.0))
     assert caplog.text.count("finish where they are") == 1
 
 
@@ -303,4 +304,46 @@ def test_workers_that_drain_take_nothing_over() -> None:
     registry = fleet("a", "b")
     registry.drain("a")
     registry.drain("b")
-    assert Emptying(registry, {}).sink_for(worker(registry, "a"), "", 0.0) is None
+    assert Emptying(registry, {}, lambda: LEG).sink_for(worker(registry, "a"), "", 0.0) is None
+
+
+# --- a worker that is short of blocks -----------------------------------------------------------------------
+
+
+def with_room(*names: str, **free: int) -> Registry:
+    registry = fleet(*names)
+    for name, count in free.items():
+        registry.renew(replace(make_lease(name, links=names), blocks_free=(count, count)), 0.0)
+    return registry
+
+
+def relieved(registry: Registry, *requests: MovableRequest, now: float = 20.0) -> list[tuple[object, ...]]:
+    emptying = Emptying(registry, {}, lambda: LEG)
+    for found in registry:
+        found.heard_at = now
+    return [line for _, actions in emptying.relieve("a", requests, now) for line in told(actions)]
+
+
+def test_an_answer_that_would_be_preempted_goes_to_a_worker_with_room() -> None:
+    assert relieved(with_room("a", "b", "c", b=5, c=40), answering()) == [("a", Grant, 2), ("c", Dispatch, 2)]
+
+
+def test_without_room_elsewhere_it_is_preempted_as_ever() -> None:
+    assert relieved(with_room("a", "b", b=5), answering()) == []
+
+
+def test_it_moves_no_more_often_than_any_answer_that_need_not() -> None:
+    registry, request = with_room("a", "b", b=40), answering()
+    request.move(target("b"), LEG, 1.0)
+    say(request, "b", Tokens(ID, 2, 3, (7,)), 2.0)
+    request.move(target("a"), LEG, 12.5)
+    say(request, "a", Tokens(ID, 3, 4, (8,)), 13.0)
+    assert relieved(registry, request, now=14.0) == []
+    assert relieved(registry, request, now=13.0 + MOVE_EVERY_S) != []
+
+
+def test_an_answer_that_is_elsewhere_by_now_is_left_alone() -> None:
+    request = answering()
+    request.move(target("b"), LEG, 1.0)
+    say(request, "b", Tokens(ID, 2, 3, (7,)), 2.0)
+    assert relieved(with_room("a", "b", "c", b=40, c=40), request) == []

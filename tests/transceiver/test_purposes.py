@@ -42,7 +42,7 @@ NEW_FIELDS = {
     r.Register: {"sends": None, "receives": None},
     r.Dispatch: {"mode": "decode", "priority": 0, "prefix": None, "output": (), "leg": "", "age_s": 0.0},
     r.TransferReport: {"purpose": HANDOFF},
-    r.Lease: {"links": (r.LinkStatus(ID, "prefill-0", "shm", "ready", 9.5, "fine"),), "rates": None},
+    r.Lease: {"links": (r.LinkStatus(ID, "prefill-0", "shm", "ready", 9.5, "fine"),), "rates": None, "pressed": ()},
 }
 """What a message of 2.0 does not say, and what its silence means."""
 

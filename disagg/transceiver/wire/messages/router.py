@@ -199,6 +199,7 @@ class Lease:
     """Both ways, every 0.5 s. A worker's carries its figures and live requests, the router's only its incarnation.
 
     `metrics`, `links` and `rates` None: as in the last lease that had them. They are most of it, and seldom change.
+    `pressed`: answers that this worker will preempt next for want of blocks, each told once.
     """
 
     incarnation: str
@@ -212,8 +213,10 @@ class Lease:
     blocks_free: Annotated[tuple[int, ...], MAX_GROUPS] = ()
     links: Annotated[tuple[LinkStatus, ...], MAX_LINKS] | None = None
     rates: MeasuredRates | None = None
+    pressed: Annotated[tuple[tuple[str, int], ...], MAX_LEASED] = ()
 
     def __post_init__(self) -> None:
+        check_transfers("pressed", self.pressed, MAX_LEASED)
         check_id("incarnation", self.incarnation)
         check_size("router_incarnation", self.router_incarnation, MAX_NAME_CHARS)
         check_size("state", self.state, MAX_NAME_CHARS)
