@@ -256,7 +256,7 @@ class MoveRefusedEvent:
 
 @dataclass(frozen=True, slots=True)
 class PressedEvent:
-    """Blocks are short: this answer gives way first, unless another worker takes it over. Told once of an answer."""
+    """Blocks are short: this answer gives way first, unless another worker takes it over. Told once in a block."""
 
     key: AttemptKey
 

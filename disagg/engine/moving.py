@@ -56,11 +56,14 @@ class Moves:
         return []
 
     def pressed(self) -> list[EngineEvent]:
-        """The answer that is preempted next, where that is near; in time to move it, and once."""
+        """The answer that is preempted next, where that is near: in time to move it, and at most once in a block."""
         answer = self._scheduler.pressed_answer()
-        if answer is None or answer.is_named or answer.request.sampling.num_choices > 1 or answer.key.choice:
+        if answer is None or answer.request.sampling.num_choices > 1 or answer.key.choice:
             return []
-        answer.is_named = True
+        count, since = len(answer.output), answer.named_at
+        if since is not None and count < since + self._cache.layout.block_size:
+            return []
+        answer.named_at = count
         return [PressedEvent(answer.key)]
 
     def extend(self, command: Extend) -> list[EngineEvent]:

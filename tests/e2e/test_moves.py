@@ -17,6 +17,9 @@ from support.cluster.three_processes import Part, Trio, running_trio
 from support.faults.wrong import same
 from support.model.families import Reference, build_family, safe_prompts, save_family
 
+from disagg.cache.admission import peak_slots
+from disagg.cache.layout import LayerSpec, derive_layout
+
 pytestmark = [pytest.mark.processes, pytest.mark.timeout(280)]
 
 LENGTHS = (9, 40, 73, 130)
@@ -96,11 +99,13 @@ class Fleet:
 
 
 @contextlib.contextmanager
-def running_fleet(folder: Any, dtype: str) -> Iterator[Fleet]:
+def running_fleet(folder: Any, dtype: str, flags: tuple[str, ...] = ()) -> Iterator[Fleet]:
     model = save_family("gemma3", folder)
     with running_trio(model) as trio:
         fleet = Fleet(trio, [])
-        fleet.parts = {name: trio.start(role, name, "--dtype", dtype, *FLAGS) for name, role in WORKERS.items()}
+        told = ("--dtype", dtype, *FLAGS)
+        for name, role in WORKERS.items():
+            fleet.parts[name] = trio.start(role, name, *told, *(flags if role == "decode" else ()))
         fleet.references = safe_prompts(build_family("gemma3"), LENGTHS, NUM_TOKENS)
         asyncio.run(until(fleet.is_linked, "the fleet is linked", 120))
         yield fleet
@@ -155,6 +160,42 @@ async def stopped_under_load(fleet: Fleet) -> float:
     fleet.is_over = True
     await load
     return took_s
+
+
+@pytest.mark.slow
+def test_answers_move_before_they_would_be_preempted_where_there_is_room(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
+    """All answers begin at one worker, whose pools seat three of them, and the other comes back when they grow."""
+    flags = ("--kv-cache-memory", str(pools_nbytes(3)))
+    with running_fleet(tmp_path_factory.mktemp("gemma3"), "float32", flags) as fleet:
+        asyncio.run(grown_out_of_one_worker(fleet))
+        fleet.assert_whole()
+        num_moves, _ = fleet.moves()
+        preempted = fleet.trio.api.total("disagg_preemptions_total")
+        assert num_moves > 0
+        print(f"{len(fleet.calls)} answers over the pools of three: {num_moves} moves, {preempted:.0f} preemptions")
+
+
+async def grown_out_of_one_worker(fleet: Fleet) -> None:
+    await asyncio.to_thread(fleet.trio.api.drain, "decode-1")
+    load = asyncio.create_task(fleet.run())
+    await fleet.answers_at("decode-0", least=4)
+    fleet.is_over = True
+    await asyncio.to_thread(fleet.trio.api.drain, "decode-1", undo=True)
+    await load
+
+
+def pools_nbytes(num_seqs: int) -> int:
+    """Bytes of pools that hold so many sequences of the longest, and no more."""
+    config = build_family("gemma3").config
+    layers = [
+        LayerSpec(i, config.sliding_window if kind == "sliding_attention" else None, 0, 2, 16, "float32", i)
+        for i, kind in enumerate(config.layer_types)
+    ]
+    layout = derive_layout(layers, block_size=8, max_model_len=256)
+    peaks = peak_slots(layout, total_tokens=256, history=0, step_tokens=64)
+    return sum((num_seqs * peak + 2) * size for peak, size in zip(peaks, layout.slot_nbytes, strict=True))
 
 
 @pytest.mark.slow

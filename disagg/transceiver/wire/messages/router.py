@@ -199,7 +199,7 @@ class Lease:
     """Both ways, every 0.5 s. A worker's carries its figures and live requests, the router's only its incarnation.
 
     `metrics`, `links` and `rates` None: as in the last lease that had them. They are most of it, and seldom change.
-    `pressed`: answers that this worker will preempt next for want of blocks, each told once.
+    `pressed`: answers that this worker will preempt next for want of blocks, each told once in a block of it.
     """
 
     incarnation: str
