@@ -83,7 +83,11 @@ app.command("demo", help="Serve the bundled model for one request and show what 
 app.command("plan", help="Show what a prompt holds and moves, from config.json alone.")(
     command(PlanSettings, _plan, switches={"json": "Print JSON"})
 )
-app.command("simulate", help="Play a trace of requests to fleets that do not exist, at measured rates.")(
+app.command(
+    "simulate",
+    short_help="Play a trace to fleets that do not exist.",
+    help="Play a trace of requests to fleets that do not exist, at measured rates.",
+)(
     command(
         SimulateSettings,
         _simulate,

@@ -111,10 +111,10 @@ class SimulateSettings(ModelSettings):
     """`disagg simulate`: what workers are made of, how many there are, and what they are judged by."""
 
     rates: Path | None = Field(None, description="JSON file that `disagg bench rates` wrote, or one like it; needed")
-    fleet: Names = Field(
+    fleets: Names = Field(
         ("1p1d",), description="Fleets to compare: prefill, decode and `both` workers, such as 1p1d,2p2d,4b"
     )
-    policy: Names = Field(("round-robin", "least-loaded", "prefix-aware"), description="Policies to compare")
+    policies: Names = Field(("round-robin", "least-loaded", "prefix-aware"), description="Policies to compare")
     cores: Count | None = Field(
         None, description="Cores that all workers and the front end share [default: a device for each worker]"
     )

@@ -40,11 +40,12 @@ from disagg.router.charges import MAX_CHARGES
 from disagg.router.choose import RETRY_BUSY_S, Placement
 from disagg.router.cluster import Cluster
 from disagg.router.costs.decide import POLICIES
-from disagg.router.emptying import Emptying
+from disagg.router.emptying import Emptying, Orders
 from disagg.router.gate import Gate
 from disagg.router.generation import GenerationEnd, GenerationError, GenerationRequest, TokenChunk
 from disagg.router.index.remote import PrefixIndex
 from disagg.router.metrics import RouterMetrics
+from disagg.router.minting import Minting
 from disagg.router.moving import MovableRequest
 from disagg.router.options import RouterOptions as RouterOptions
 from disagg.router.placing import Placing
@@ -60,8 +61,6 @@ from disagg.transceiver.wire.messages.blocks import AskBlocks, BlockEvents
 from disagg.transceiver.wire.messages.router import TransferReport
 from disagg.transceiver.wire.messages.tokens import Tokens
 from disagg.transceiver.wire.node import draw_id
-from disagg.transceiver.wire.ticket import mint, move_claims
-from disagg.transceiver.wire.ticket import mint_leg as mint_ticket_of_leg
 
 log = logging.getLogger(__name__)
 
@@ -108,10 +107,10 @@ class Router:
         self._by_request: dict[GenerationRequest, _Stream] = {}
         policy, bound = POLICIES[self.options.policy], self.options.max_local_prefill
         self._placing = Placing(self.cluster.registry, self.options.max_queued, policy, bound)
-        self._index: PrefixIndex | None = None
-        self._emptying = Emptying(self.cluster.registry, self._placing.work.answers)
+        self._emptying = Emptying(self.cluster.registry, self._placing.work.answers, draw_id)
         self._is_draining = False
         """A move ended since draining workers were looked at."""
+        self._index: PrefixIndex | None = None
         self._charged: dict[str, _Stream] = {}
         """Requests that a worker may have died of. One leaves when it has shown that another was the cause."""
 
@@ -277,29 +276,13 @@ class Router:
 
     def _routed(self, request: GenerationRequest, held: Mapping[str, int]) -> MovableRequest:
         transfer_id, now = draw_id(), self._clock()
-
-        def mint_ticket(epoch: int, prefill: str, decode: str, ttl_s: float, output: Sequence[int]) -> bytes:
-            return mint(
-                self._keys.ticket,
-                transfer_id=transfer_id,
-                epoch=epoch,
-                prefill=prefill,
-                decode=decode,
-                prompt=request.prompt,
-                ttl_s=ttl_s,
-                output=output,
-            )
-
-        def mint_leg(leg: str, epoch: int, source: str, sink: str, num_tokens: int, ttl_s: float) -> bytes:
-            claims = move_claims(leg, epoch, transfer_id, source, sink, request.prompt, num_tokens)
-            return mint_ticket_of_leg(self._keys.ticket, claims, ttl_s)
-
+        minting = Minting(self._keys.ticket, transfer_id, request)
         return MovableRequest(
             request,
             transfer_id,
             lambda: self._placing.at(self._clock(), request, held),
-            mint_ticket,
-            mint_leg=mint_leg,
+            minting.handoff,
+            mint_leg=minting.move,
             max_attempts=self.options.max_attempts,
             max_continuations=self.options.max_continuations,
             timeout_s=min(request.timeout_s or math.inf, self.options.request_timeout_s),
@@ -399,15 +382,12 @@ class Router:
     # --- draining -------------------------------------------------------------------------------------------
 
     def _empty_draining(self) -> None:
-        """Take from draining workers what another can have: answers are moved, what has no token is placed anew."""
         now, self._is_draining = self._clock(), False
-        for worker in self._emptying.draining(now):
-            here = [s for s in self._streams.values() if s.attempts.server == worker.incarnation]
-            for stream in here:
-                self._perform(stream, stream.attempts.leave(now), now)
-            for request, sink in self._emptying.moves(worker, [s.attempts for s in here], now):
-                stream = self._streams[request.transfer_id]
-                self._perform(stream, request.move(sink, draw_id(), now), now)
+        self._carry_out(self._emptying.empty(lambda: [s.attempts for s in self._streams.values()], now), now)
+
+    def _carry_out(self, orders: Orders, now: float) -> None:
+        for request, actions in orders:
+            self._perform(self._streams[request.transfer_id], actions, now)
 
     def _note_end(self, record: RequestRecord, now: float) -> None:
         self._metrics.e2e.observe(now - record.received_at)
@@ -468,6 +448,11 @@ class Router:
     def told_blocks(self, events: BlockEvents) -> None:
         if self._index is not None:
             self._index.take(events)
+
+    def pressed(self, incarnation: str, transfers: Sequence[tuple[str, int]]) -> None:
+        now, streams = self._clock(), [self._streams.get(transfer_id) for transfer_id, _ in transfers]
+        requests = [stream.attempts for stream in streams if stream is not None]
+        self._carry_out(self._emptying.relieve(incarnation, requests, now), now)
 
     def faulted(self) -> None:
         self._metrics.peer_faults.inc()

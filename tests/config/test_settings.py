@@ -87,6 +87,22 @@ SAMPLES: dict[str, tuple[str, object, str]] = {
     "cached": ("full=3,window-8=2", ("full=3", "window-8=2"), "full=4"),
     "swa_scratch": ("reuse", "reuse", "on"),
     "budget": ("1KiB,2048", (1024, 2048), "3"),
+    "rates": ("/run/rates.json", Path("/run/rates.json"), "/run/other.json"),
+    "fleets": ("1p2d,4b", ("1p2d", "4b"), "2p2d"),
+    "policies": ("round-robin", ("round-robin",), "least-loaded,prefix-aware"),
+    "cores": ("2", 2, "3"),
+    "speed": ("2.5", 2.5, "3"),
+    "ttft": ("0.5", 0.5, "1"),
+    "itl": ("0.05", 0.05, "0.2"),
+    "plots": ("/run/plots", Path("/run/plots"), "/run/others"),
+    "requests": ("10", 10, "11"),
+    "rate": ("0.5", 0.5, "4"),
+    "prompt": ("100", 100, "101"),
+    "answer": ("20", 20, "21"),
+    "seed": ("7", 7, "8"),
+    "write_trace": ("/run/trace.jsonl", Path("/run/trace.jsonl"), "/run/other.jsonl"),
+    "rounds": ("3", 3, "4"),
+    "serving": ("false", False, "true"),
 }
 FIELDS = [(cls, field) for cls in COMMANDS for field in cls.model_fields]
 EVERY_FIELD = pytest.mark.parametrize(("cls", "field"), FIELDS, ids=[f"{c.__name__}-{f}" for c, f in FIELDS])

@@ -3,18 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Annotated, Final
 
 from disagg.transceiver.wire.messages.blocks import AskBlocks, BlockEvents
-from disagg.transceiver.wire.messages.leases import BROKEN as BROKEN
-from disagg.transceiver.wire.messages.leases import DRAINING as DRAINING
-from disagg.transceiver.wire.messages.leases import LEAVING as LEAVING
-from disagg.transceiver.wire.messages.leases import READY as READY
-from disagg.transceiver.wire.messages.leases import YOUNG_TOKENS as YOUNG_TOKENS
-from disagg.transceiver.wire.messages.leases import Lease as Lease
-from disagg.transceiver.wire.messages.leases import LinkStatus as LinkStatus
-from disagg.transceiver.wire.messages.leases import Pulse as Pulse
+from disagg.transceiver.wire.messages.legs import Grant as Grant
+from disagg.transceiver.wire.messages.legs import PrefixLeg as PrefixLeg
+from disagg.transceiver.wire.messages.legs import Resume as Resume
 from disagg.transceiver.wire.messages.peer import check_purposes
 from disagg.transceiver.wire.messages.prompt_logprobs import PromptLogprobs
 from disagg.transceiver.wire.messages.ranges import (
@@ -23,12 +17,15 @@ from disagg.transceiver.wire.messages.ranges import (
     MAX_INT32,
     MAX_INT64,
     MAX_ITEMS,
+    MAX_LEASED,
+    MAX_LINKS,
     MAX_NAME_CHARS,
     MAX_NAMED_UNITS,
     MAX_PEERS,
     MAX_PLANES,
     MAX_PORT,
     MAX_PURPOSES,
+    MAX_SAMPLES,
     MAX_SECRET_NBYTES,
     MAX_TEXT_CHARS,
     check_attempt,
@@ -40,19 +37,23 @@ from disagg.transceiver.wire.messages.ranges import (
     check_names,
     check_one_of,
     check_size,
+    check_transfers,
     fail,
 )
+from disagg.transceiver.wire.messages.rates import MeasuredRates
 from disagg.transceiver.wire.messages.sampling_limits import MAX_CHOICES
-from disagg.transceiver.wire.messages.tokens import TOKENS_WINDOW, ChoiceOutput, StepTokens, TokenCredit
+from disagg.transceiver.wire.messages.targets import PeerTarget as PeerTarget
+from disagg.transceiver.wire.messages.tokens import TOKENS_WINDOW, ChoiceOutput, StepTokens, TokenCredit, check_output
 from disagg.transceiver.wire.messages.values import (
     Geometry,
     GroupBytes,
     Identity,
+    MetricSample,
     Sampling,
     StageTimes,
     UnitName,
 )
-from disagg.transceiver.wire.purposes import HANDOFF, MOVE, PREFIX, PURPOSES
+from disagg.transceiver.wire.purposes import HANDOFF, PURPOSES
 from disagg.transceiver.wire.schema import PackedInts
 
 MODES: Final = ("serve", "prefill", "decode", "move")
@@ -64,7 +65,6 @@ class Register:
 
     `sends`, `receives`: the purposes of which it is a source and a sink; None = as protocol 2.0, which has handoffs
     alone (see `disagg.transceiver.wire.purposes`). `tells_blocks`: whether ASK_BLOCKS may be said to it.
-    `takes_output`: whether it goes on with answers that were begun elsewhere (`Dispatch.output`).
     """
 
     incarnation: str
@@ -82,7 +82,6 @@ class Register:
     sends: Annotated[tuple[str, ...], MAX_PURPOSES] | None = None
     receives: Annotated[tuple[str, ...], MAX_PURPOSES] | None = None
     tells_blocks: bool = False
-    takes_output: bool = False
 
     def __post_init__(self) -> None:
         check_purposes(self.sends or ())
@@ -125,29 +124,8 @@ class Registered:
 
 
 @dataclass(frozen=True, slots=True)
-class PeerTarget:
-    """The other end of a transfer, or a source that a sink should connect to ahead of any request.
-
-    `geometry`: the peer's; None = as the reader's. Both ends plan in the units that it makes.
-    """
-
-    incarnation: str
-    worker_id: str
-    endpoint: str
-    geometry: Geometry | None = None
-
-    def __post_init__(self) -> None:
-        check_id("incarnation", self.incarnation)
-        check_id("worker_id", self.worker_id)
-        check_size("endpoint", self.endpoint, MAX_ADDRESS_CHARS)
-
-
-@dataclass(frozen=True, slots=True)
 class Peers:
-    """Router -> sink: connect to these sources too, now (first contact happens before the first request).
-
-    `gone`: incarnations that are no peers any more. Where no PEERS names a peer, a dispatch does, and makes the link.
-    """
+    """Router -> sink: connect to these sources now, before a request names them; `gone` are no peers any more."""
 
     peers: Annotated[tuple[PeerTarget, ...], MAX_PEERS]
     gone: Annotated[tuple[str, ...], MAX_PEERS] = ()
@@ -158,48 +136,92 @@ class Peers:
 
 
 @dataclass(frozen=True, slots=True)
-class PrefixLeg:
-    """A transfer that brings cached blocks of a prompt's first `boundary` tokens to the worker that computes it.
-
-    It has an id of its own and the epoch of its request. `source` was sent a GRANT for it.
+class LinkStatus:
+    """What a worker says of one peer. `state`: `ready`, `suspect`, `lost`, `connecting` or `refused`; `detail` names
+    the field that differs. Of the last transfers: `gb_per_s`, before the first that of a probe; `latency_s`, from their
+    last byte to their end.
     """
 
-    transfer_id: str
-    source: PeerTarget
-    boundary: int
-    ticket: bytes
+    incarnation: str
+    worker_id: str
+    plane: str
+    state: str
+    gb_per_s: float
+    detail: str = ""
+    latency_s: float = 0.0
 
     def __post_init__(self) -> None:
-        check_id("transfer_id", self.transfer_id)
-        check_int("boundary", self.boundary, 1, MAX_INT32)
-        check_size("ticket", self.ticket, MAX_SECRET_NBYTES)
+        check_id("incarnation", self.incarnation)
+        check_id("worker_id", self.worker_id)
+        check_size("plane", self.plane, MAX_ADDRESS_CHARS)
+        check_size("state", self.state, MAX_NAME_CHARS)
+        check_finite("gb_per_s", self.gb_per_s)
+        check_finite("latency_s", self.latency_s)
+        check_size("detail", self.detail, MAX_TEXT_CHARS)
+
+
+READY = "ready"
+DRAINING = "draining"
+"""`state` of the leases of a worker that finishes what it has and wants nothing new."""
+LEAVING = "leaving"
+"""`state` of a worker's last lease: it ends its registration itself, so no timeout has to find out."""
+YOUNG_TOKENS: Final = 8
+"""A request that emitted so many was in as many steps of this worker and ended none: what ends one now is another."""
+BROKEN = "broken"
+"""As LEAVING, of a worker whose model thread died: `requests` are the new ones of the step that it died in."""
 
 
 @dataclass(frozen=True, slots=True)
-class Grant:
-    """Router -> source: `sink` may fetch this once. `transfer_id`: of this transfer; `request`: of the request.
+class Pulse:
+    """Both ways, every 0.5 s, from a thread of its own: this process lives, however busy its event loop is.
 
-    For `prefix`: cached blocks of `tokens`, which end at the boundary of the ticket, among requests of `salt`. The
-    source names the blocks itself, so nothing else is ever served. `ttl_s`: as in the ticket, counted from receipt.
-    For `move`: the answer of `request` that the source is decoding, of which the router has the first `num_tokens`.
+    With `in_step` from the model thread, before each step whose new requests differ from the last one's: attempts in
+    the step that have emitted fewer than 8 tokens here. Should the process die now, it was in that step.
     """
 
-    transfer_id: str
-    epoch: int
-    request: str
-    purpose: str
-    sink: PeerTarget
-    ttl_s: float
-    tokens: PackedInts = ()
-    salt: str = ""
-    num_tokens: int = 0
+    incarnation: str
+    in_step: Annotated[tuple[tuple[str, int], ...], MAX_LEASED] | None = None
 
     def __post_init__(self) -> None:
-        check_attempt(self.transfer_id, self.epoch)
-        check_id("request", self.request)
-        check_int("num_tokens", self.num_tokens, 1 if self.purpose == MOVE else 0, MAX_INT32)
-        check_one_of("purpose", self.purpose, (PREFIX, MOVE))
-        check_duration("ttl_s", self.ttl_s)
+        check_id("incarnation", self.incarnation)
+        if self.in_step is not None:
+            check_transfers("in_step", self.in_step, MAX_LEASED)
+
+
+@dataclass(frozen=True, slots=True)
+class Lease:
+    """Both ways, every 0.5 s. A worker's carries its figures and live requests, the router's only its incarnation.
+
+    `metrics`, `links` and `rates` None: as in the last lease that had them. They are most of it, and seldom change.
+    `pressed`: answers that this worker will preempt next for want of blocks, each told once in a block of it.
+    """
+
+    incarnation: str
+    router_incarnation: str
+    state: str = READY
+    metrics: Annotated[tuple[MetricSample, ...], MAX_SAMPLES] | None = None
+    requests: Annotated[tuple[tuple[str, int], ...], MAX_LEASED] = ()
+    num_running: int = 0
+    num_queued: int = 0
+    blocks_used: Annotated[tuple[int, ...], MAX_GROUPS] = ()
+    blocks_free: Annotated[tuple[int, ...], MAX_GROUPS] = ()
+    links: Annotated[tuple[LinkStatus, ...], MAX_LINKS] | None = None
+    rates: MeasuredRates | None = None
+    pressed: Annotated[tuple[tuple[str, int], ...], MAX_LEASED] = ()
+
+    def __post_init__(self) -> None:
+        check_transfers("pressed", self.pressed, MAX_LEASED)
+        check_id("incarnation", self.incarnation)
+        check_size("router_incarnation", self.router_incarnation, MAX_NAME_CHARS)
+        check_size("state", self.state, MAX_NAME_CHARS)
+        check_size("metrics", self.metrics or (), MAX_SAMPLES)
+        check_transfers("requests", self.requests, MAX_LEASED)
+        check_int("num_running", self.num_running, 0, MAX_INT32)
+        check_int("num_queued", self.num_queued, 0, MAX_INT32)
+        for name in ("blocks_used", "blocks_free"):
+            check_size(name, getattr(self, name), MAX_GROUPS)
+            check_ints(name, getattr(self, name), 0, MAX_INT32)
+        check_size("links", self.links or (), MAX_LINKS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -245,7 +267,11 @@ class Dispatch:
         check_one_of("mode", self.mode, MODES)
         check_size("ticket", self.ticket, MAX_SECRET_NBYTES)
         check_duration("deadline_s", self.deadline_s)
-        self._check_output()
+        check_output(self.output, self.sampling, is_moved=self.mode != "serve")
+        if self.mode == "move":
+            check_id("leg", self.leg)
+            if not self.first_output:
+                fail("output", "nothing", "what there is of the answer to be moved")
 
     @property
     def first_output(self) -> tuple[int, ...]:
@@ -256,19 +282,6 @@ class Dispatch:
     def num_known(self) -> int:
         """Tokens before the next one of that answer, the P of its transfer."""
         return len(self.prompt) + len(self.first_output)
-
-    def _check_output(self) -> None:
-        choices, sampling = [answer.choice for answer in self.output], self.sampling
-        if any(a >= b for a, b in pairwise(choices)) or (choices and choices[-1] >= sampling.num_choices):
-            fail("output", choices, f"ascending numbers of {sampling.num_choices} choices")
-        if any(len(answer.token_ids) >= sampling.max_tokens for answer in self.output):
-            fail("output", "an answer without an end", f"fewer than max_tokens = {sampling.max_tokens} tokens of each")
-        if self.output and self.mode != "serve" and sampling.num_choices > 1:
-            fail("output", f"{sampling.num_choices} choices in mode {self.mode}", "a transfer of one")
-        if self.mode == "move":
-            check_id("leg", self.leg)
-            if not self.first_output:
-                fail("output", "nothing", "what there is of the answer to be moved")
 
 
 @dataclass(frozen=True, slots=True)
@@ -355,20 +368,6 @@ class Retarget:
 @dataclass(frozen=True, slots=True)
 class PrefillLocally:
     """Router -> decode: give the transfer up and compute the prompt here under a new epoch."""
-
-    transfer_id: str
-    epoch: int
-
-    def __post_init__(self) -> None:
-        check_attempt(self.transfer_id, self.epoch)
-
-
-@dataclass(frozen=True, slots=True)
-class Resume:
-    """Router -> source of a move: go on with the answer, whose tokens are of `epoch` from here on.
-
-    The router hears nothing more of the epochs before it but this source's own, so no second worker can speak.
-    """
 
     transfer_id: str
     epoch: int
