@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Annotated, Final
 
 from disagg.transceiver.wire.messages.blocks import AskBlocks, BlockEvents
@@ -44,7 +43,7 @@ from disagg.transceiver.wire.messages.ranges import (
 from disagg.transceiver.wire.messages.rates import MeasuredRates
 from disagg.transceiver.wire.messages.sampling_limits import MAX_CHOICES
 from disagg.transceiver.wire.messages.targets import PeerTarget as PeerTarget
-from disagg.transceiver.wire.messages.tokens import TOKENS_WINDOW, ChoiceOutput, StepTokens, TokenCredit
+from disagg.transceiver.wire.messages.tokens import TOKENS_WINDOW, ChoiceOutput, StepTokens, TokenCredit, check_output
 from disagg.transceiver.wire.messages.values import (
     Geometry,
     GroupBytes,
@@ -126,10 +125,7 @@ class Registered:
 
 @dataclass(frozen=True, slots=True)
 class Peers:
-    """Router -> sink: connect to these sources too, now (first contact happens before the first request).
-
-    `gone`: incarnations that are no peers any more. Where no PEERS names a peer, a dispatch does, and makes the link.
-    """
+    """Router -> sink: connect to these sources now, before a request names them; `gone` are no peers any more."""
 
     peers: Annotated[tuple[PeerTarget, ...], MAX_PEERS]
     gone: Annotated[tuple[str, ...], MAX_PEERS] = ()
@@ -273,7 +269,11 @@ class Dispatch:
         check_one_of("mode", self.mode, MODES)
         check_size("ticket", self.ticket, MAX_SECRET_NBYTES)
         check_duration("deadline_s", self.deadline_s)
-        self._check_output()
+        check_output(self.output, self.sampling, is_moved=self.mode != "serve")
+        if self.mode == "move":
+            check_id("leg", self.leg)
+            if not self.first_output:
+                fail("output", "nothing", "what there is of the answer to be moved")
 
     @property
     def first_output(self) -> tuple[int, ...]:
@@ -284,19 +284,6 @@ class Dispatch:
     def num_known(self) -> int:
         """Tokens before the next one of that answer, the P of its transfer."""
         return len(self.prompt) + len(self.first_output)
-
-    def _check_output(self) -> None:
-        choices, sampling = [answer.choice for answer in self.output], self.sampling
-        if any(a >= b for a, b in pairwise(choices)) or (choices and choices[-1] >= sampling.num_choices):
-            fail("output", choices, f"ascending numbers of {sampling.num_choices} choices")
-        if any(len(answer.token_ids) >= sampling.max_tokens for answer in self.output):
-            fail("output", "an answer without an end", f"fewer than max_tokens = {sampling.max_tokens} tokens of each")
-        if self.output and self.mode != "serve" and sampling.num_choices > 1:
-            fail("output", f"{sampling.num_choices} choices in mode {self.mode}", "a transfer of one")
-        if self.mode == "move":
-            check_id("leg", self.leg)
-            if not self.first_output:
-                fail("output", "nothing", "what there is of the answer to be moved")
 
 
 @dataclass(frozen=True, slots=True)
