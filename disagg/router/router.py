@@ -68,13 +68,11 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class RouterOptions:
-    """`expected_fingerprint`: the model every worker must have; None lets the first worker decide.
-
-    `max_continuations`: losses that one answer may survive in its middle; 0: a loss ends it with an error. `tenants`:
-    limits by the names of API keys; others have none. `ahead_per_server`: see `gate`. `connect`: see `introductions`.
-    `policy`: how a way to serve is chosen, by the names of `costs.decide.POLICIES`; `max_local_prefill`: tokens of a
-    prompt that may be computed where others' answers are decoded.
-    """
+    """`expected_fingerprint`: the model every worker must have; None lets the first worker decide. `max_continuations`:
+    losses that one answer may survive in its middle; 0: a loss ends it with an error. `tenants`: limits by the names of
+    API keys; others have none. `ahead_per_server`: see `gate`. `connect`: see `introductions`. `policy`: how a way to
+    serve is chosen, by the names of `costs.decide.POLICIES`; `max_local_prefill`: tokens of a prompt that may be
+    computed where others' answers are decoded."""
 
     expected_fingerprint: str | None = None
     max_attempts: int = 3
