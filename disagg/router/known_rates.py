@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Final
 
 from disagg.router.costs.kv_shape import GroupShape, KvShape
 from disagg.router.costs.rates import LinkRate, Rates
 from disagg.router.costs.ways import Candidate
-from disagg.router.pairing import kv_format, traits_difference
+from disagg.router.pairing import stores_alike, traits_difference
 from disagg.router.registry import Registry, Worker
 from disagg.router.workload import Workload
 from disagg.transceiver.layout.strides import ELEMENT_NBYTES
@@ -24,6 +25,9 @@ LINK_GUESS_GB_PER_S: Final = 1.0
 
 CONNECT_S: Final = 0.05
 """Of a link that the first request makes: some round trips, and a measurement."""
+
+MAX_KINDS_SHARED: Final = 64
+"""Pairs of lists of purposes that are remembered: a fleet has one for each two roles, and those of an older release."""
 
 MIN_RATE: Final = 1e-3
 MAX_RATE: Final = 1e12
@@ -106,10 +110,14 @@ class KnownLinks:
         state, traits = ends[1].link_state(source), (ends[0].traits, ends[1].traits)
         if state not in ("ready", "idle") or traits_difference(*traits) is not None:
             return None
-        purposes = shared(ends[0].sends, ends[1].receives)
-        is_exact = kv_format(traits[0].geometry) == kv_format(traits[1].geometry)
+        purposes, is_exact = _shared(ends[0].sends, ends[1].receives), stores_alike(*traits)
         speed = _speed_of(ends[1].link_reports[source]) if state == "ready" else (LINK_GUESS_GB_PER_S, CONNECT_S)
         return LinkRate(*speed, hands_over=HANDOFF in purposes, fetches=PREFIX in purposes and is_exact)
+
+
+@lru_cache(maxsize=MAX_KINDS_SHARED)
+def _shared(sends: tuple[str, ...], receives: tuple[str, ...]) -> tuple[str, ...]:
+    return shared(sends, receives)
 
 
 def _speed_of(report: LinkStatus) -> tuple[float, float]:
