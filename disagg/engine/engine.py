@@ -21,8 +21,10 @@ from disagg.engine.commands import (
     DropChoice,
     DropSoft,
     EngineEvent,
+    Extend,
     FailedEvent,
     FinishedEvent,
+    Freeze,
     Pin,
     PinnedEvent,
     Prefill,
@@ -34,14 +36,17 @@ from disagg.engine.commands import (
     ReservedEvent,
     Serve,
     SuspectEvent,
+    Thaw,
     TokensEvent,
     UnitsFinalEvent,
     Unregister,
 )
 from disagg.engine.flight import Flight, chunk_of, sample_input
+from disagg.engine.moving import Moves
 from disagg.engine.other_choices import draw_others
 from disagg.engine.promised import Promised
 from disagg.engine.recheck import PrefixRecheck
+from disagg.engine.refusals import request_refusal, role_refusal
 from disagg.engine.run.graphs.use import GraphUse
 from disagg.engine.run.runner import StepRunner
 from disagg.engine.sampler import Drawn, Sampled, SampleInput, draw
@@ -122,6 +127,7 @@ class Engine:
             swa_scratch=config.swa_scratch,
             recheck=self._recheck,
         )
+        self._moves = Moves(cache, self._scheduler)
         self._counters = EngineCounters(scratch=cache.num_scratch)
         self._graphs = graphs or GraphUse()
         self._draw = draw
@@ -150,13 +156,13 @@ class Engine:
             self._flight = self._sample(work, logits)
         if not self._config.steps_ahead:
             events += self._finish()
-        events += self._admit()
+        events += self._told_in_time(self._scheduler.admit())
         self._check()
         return events
 
     def handle(self, command: Command) -> list[EngineEvent]:
         """Apply one command and start what may start now. Commands for unknown or repeated keys change nothing."""
-        events = self._apply(command) + self._admit()
+        events = self._told_in_time(self._apply(command) + self._scheduler.admit())
         self._check()
         return events
 
@@ -188,6 +194,7 @@ class Engine:
 
     def _schedule(self, events: list[EngineEvent]) -> list[Work]:
         work = self._scheduler.schedule(events)
+        events += self._moves.pressed()
         self._counters.scratch = tuple(map(max, self._counters.scratch, self._cache.num_scratch))
         if self._config.check_invariants:
             self._scheduler.check_invariants()  # now every sequence holds most: new blocks, old ones, and scratch
@@ -223,8 +230,7 @@ class Engine:
         events: list[EngineEvent] = [event for event in untold if self._scheduler.is_awaited(event)]
         return events + self._commit(flight, sampled)
 
-    def _admit(self) -> list[EngineEvent]:
-        events = self._scheduler.admit()
+    def _told_in_time(self, events: list[EngineEvent]) -> list[EngineEvent]:
         if self._flight is None:
             return events
         self._untold += [event for event in events if isinstance(event, ReservedEvent)]
@@ -242,8 +248,14 @@ class Engine:
                 return self._add(Reservation(_request(command), command.precision), urgent=_is_urgent(command))
             case Pin():
                 return self._pin(command)
+            case Extend():
+                return self._moves.extend(command)
             case Decode():
                 return self._decode(command)
+            case Freeze():
+                return self._moves.freeze(command)
+            case Thaw():
+                return self._moves.thaw(command)
             case DropSoft():
                 return self._drop_soft(command)
             case DropChoice():
@@ -363,7 +375,7 @@ class Engine:
         self._counters.answer_tokens += 1
         self._scheduler.advance(piece)
         sequence.output.append(result.token_id)
-        return self._emit(sequence, result.logprobs)
+        return self._emit(sequence, result.logprobs) + self._moves.settled(sequence)
 
     def _not_finite(self, piece: Work) -> list[EngineEvent]:
         key = piece.sequence.key
@@ -425,6 +437,7 @@ class Engine:
     def _told(self, answer: DecodingSequence, logprobs: TokenLogprobs | None) -> list[EngineEvent]:
         """The newest token, and that it ends the answer."""
         count = len(answer.output)
+        answer.logprobs += [logprobs] if logprobs else ()
         num_cached_tokens = answer.licence.first_token.num_cached_tokens if count == 1 else 0
         token = TokensEvent(
             answer.key, count - 1, (answer.output[-1],), (logprobs,) if logprobs else (), num_cached_tokens
@@ -440,37 +453,14 @@ class Engine:
             self._scheduler.check_invariants()
 
 
-def role_refusal(sequence: Promised, role: str) -> str | None:
-    """A prefill worker receives no KV; a decode worker computes prompts for no other worker. Both serve."""
-    if role == "prefill" and isinstance(sequence, Reservation):
-        return "this worker's role is `prefill`: it reserves no room for KV from elsewhere"
-    if role == "decode" and isinstance(sequence, PromptSequence) and not sequence.serves:
-        return "this worker's role is `decode`: it computes no prompt for another worker"
-    return None
-
-
-def request_refusal(request: Request, max_model_len: int, vocab_size: int | None) -> str | None:
-    """What is wrong with the request itself, whatever the pools; None when nothing is."""
-    if not request.prompt:
-        return "the prompt is empty; give at least one token"
-    if request.total_tokens > max_model_len:
-        return (
-            f"{request.prompt_len} prompt tokens and max_tokens {request.sampling.max_tokens} make "
-            f"{request.total_tokens}, `--max-model-len` is {max_model_len}; shorten the prompt or lower max_tokens"
-        )
-    known = request.known
-    if vocab_size is not None and not 0 <= min(known) <= max(known) < vocab_size:
-        wrong = next(token for token in known if not 0 <= token < vocab_size)
-        return f"prompt token id {wrong} is not in the vocabulary of {vocab_size}"
-    return None
-
-
 def _request(command: Serve | Prefill | Reserve) -> Request:
-    return Request(command.key, command.prompt, command.sampling, command.priority, command.output)
+    named = command.key, command.prompt, command.sampling, command.priority
+    return Request(*named, command.output, command.arrived_at)
 
 
 def _is_urgent(command: Serve | Reserve) -> bool:
-    return bool(command.output) or (isinstance(command, Serve) and command.urgent)
+    is_behind = isinstance(command, Reserve) and command.is_moved  # its worker goes on with the answer meanwhile
+    return (bool(command.output) and not is_behind) or (isinstance(command, Serve) and command.urgent)
 
 
 def _prompt_computed(prompt: PromptSequence, computed: Computed) -> PromptComputedEvent:

@@ -27,13 +27,10 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import replace
 
-import numpy as np
-
 from disagg.cache.admission import Promises
 from disagg.cache.budget import MAX_PREFILLS_PER_STEP
 from disagg.cache.cache import KVCache
 from disagg.cache.scratch import scratch_until
-from disagg.cache.window import needed_ordinals
 from disagg.engine.announce import publish_final_units
 from disagg.engine.batch import Work, scoring_of, share_tokens
 from disagg.engine.beside import LOOK_BEHIND, RoomBeside
@@ -48,6 +45,7 @@ from disagg.engine.commands import (
 )
 from disagg.engine.promised import PeakSlots, Promised
 from disagg.engine.recheck import PrefixRecheck
+from disagg.engine.reserving import reserve
 from disagg.engine.sequence import Claim, DecodingSequence, LiveSequence, PromptSequence, Reservation, Stage
 from disagg.waiting_line import WaitingLine
 
@@ -80,6 +78,9 @@ class Scheduler:
         self._line: WaitingLine[Promised] = WaitingLine()
         self._soft_line: WaitingLine[PromptSequence] = WaitingLine()
         self._beside = RoomBeside(self._promises)
+        pools = zip(self._layout.groups, self._layout.pool_of_group, strict=True)
+        self._growing = frozenset(pool for group, pool in pools if group.window is None)
+        """Pools of which an answer takes ever more: a window lets go of as much as it begins."""
         self.num_preemptions = 0
 
     # --- live sequences -------------------------------------------------------------------------------------
@@ -120,7 +121,8 @@ class Scheduler:
     @property
     def has_work(self) -> bool:
         """Whether a step would compute something. Waiting sequences start only when blocks are given back."""
-        return bool(self.answers) or any(isinstance(s, PromptSequence) and s.is_computing for s in self.promised)
+        decodes = any(not answer.is_frozen for answer in self.answers)
+        return decodes or any(isinstance(s, PromptSequence) and s.is_computing for s in self.promised)
 
     def _kinds(self) -> tuple[list[DecodingSequence], list[Promised]]:
         if self._by_kind is None:
@@ -180,6 +182,11 @@ class Scheduler:
         if sequence.cached is not None:
             self._cache.close_sequence(sequence.cached, wipe=wipe)
         self._give_back(sequence.key)
+
+    def try_extend(self, reservation: Reservation, count: int) -> bool:
+        """Promise it room for `count` tokens that are received, and for the next one."""
+        peaks = self._peaks.of(reservation.request, total_tokens=count + 1, history=count)
+        return self._promises.try_grow(reservation.key, peaks)
 
     def replace(self, sequence: DecodingSequence) -> None:
         """The prompt or reservation of this key became an answer; its blocks and promise go on."""
@@ -276,7 +283,7 @@ class Scheduler:
         precision = sequence.precision if isinstance(sequence, Reservation) else ""
         sequence.cached = self._cache.open(sequence.key, sequence.request.sampling.cache_salt, precision)
         if isinstance(sequence, Reservation):
-            return [self._reserve(sequence)]
+            return [reserve(self._cache, sequence)]
         events: list[EngineEvent] = []
         if sequence.claim is Claim.PINNED:
             events.append(PinnedEvent(sequence.key, sequence.compute_id))
@@ -311,21 +318,6 @@ class Scheduler:
         if not prompt.serves and (units := publish_final_units(self._cache, prompt)):
             return [UnitsFinalEvent(prompt.key, prompt.compute_id, units)]  # reused blocks are final
         return []
-
-    def _reserve(self, reservation: Reservation) -> ReservedEvent:
-        """History first: blocks that no query will read are never allocated."""
-        assert reservation.cached is not None
-        prompt_len = reservation.request.num_known
-        held = self._cache.reserve(reservation.cached, reservation.request.known, capacity=prompt_len + 1)
-        assert held is not None, f"{reservation.key}: a promised slot was not there"
-        slots = []
-        for group, table, have in zip(self._layout.groups, reservation.cached.tables, held, strict=True):
-            size = self._layout.block_size
-            needed = needed_ordinals(prompt_len, group.window, group.num_sink_tokens, size)
-            missing = np.setdiff1d(needed, have)
-            slots.append(tuple(zip(missing.tolist(), table[missing].tolist(), strict=True)))
-        reservation.awaited = tuple(slots)
-        return ReservedEvent(reservation.key, reservation.awaited)
 
     def _leave_lines(self, sequence: Promised) -> None:
         if sequence in self._urgent:
@@ -405,16 +397,31 @@ class Scheduler:
             if soft:
                 events.append(self._drop(soft.pop()))
                 continue
-            able = (s for s in reversed(self._live.values()) if self._is_preemptible(s))
-            victim = max(able, key=lambda sequence: sequence.request.priority)  # of equals the first: the newest
+            victim = self._next_victim()
             self._preempt(victim)
             if victim is answer:
                 return False
         return True
 
+    def _next_victim(self) -> LiveSequence:
+        """The least important that may be preempted, of equals the newest. There is one while an answer goes on."""
+        able = (s for s in reversed(self._live.values()) if self._is_preemptible(s))
+        return max(able, key=lambda s: (s.request.priority, s.request.arrived_at))  # of equals the first
+
+    def pressed_answer(self) -> DecodingSequence | None:
+        """The answer that gives way first, where the others soon find no room for their next blocks."""
+        free = self._promises.free
+        if len(self.answers) < 2 or all(free[pool] >= len(self.answers) for pool in self._growing) or self.soft:
+            return None
+        if not any(self._is_preemptible(answer) for answer in self.answers):
+            return None
+        victim = self._next_victim()
+        return victim if isinstance(victim, DecodingSequence) else None
+
     def _is_preemptible(self, sequence: LiveSequence) -> bool:
-        """Running here for this worker's own answer, and possible to compute anew."""
-        is_own = isinstance(sequence, DecodingSequence) or (isinstance(sequence, PromptSequence) and sequence.serves)
+        """Running here for this worker's own answer, not about to leave, and possible to compute anew."""
+        is_own = isinstance(sequence, PromptSequence) and sequence.serves
+        is_own = is_own or (isinstance(sequence, DecodingSequence) and not sequence.is_frozen)
         return is_own and sequence.cached is not None and self._peaks.fit_anew(sequence.request)
 
     def _preempt(self, sequence: LiveSequence) -> None:

@@ -96,7 +96,7 @@ class RoutedRequest:
         self.sides: dict[str, int] = {}
         self._charges = Charges(transfer_id, news or NothingKnown())
         self._waiting: Callable[[float], None] | None = None
-        self._orders = Orders(request, transfer_id, mint, self.deadline)
+        self._orders = Orders(request, transfer_id, mint, now, self.deadline)
         self._max_attempts = max_attempts
         self._going_on = GoingOn(max_continuations)
         self._num_before = 0

@@ -8,9 +8,10 @@ from typing import cast
 
 from disagg.router.choose import Placement
 from disagg.router.generation import GenerationRequest
-from disagg.router.placer import Mint
-from disagg.transceiver.wire.messages.router import Dispatch, PeerTarget
+from disagg.router.placer import Mint, MintLeg
+from disagg.transceiver.wire.messages.router import Dispatch, Grant, PeerTarget
 from disagg.transceiver.wire.messages.tokens import ChoiceOutput
+from disagg.transceiver.wire.purposes import MOVE
 from disagg.transceiver.wire.schema import PackedInts
 
 Output = tuple[ChoiceOutput, ...]
@@ -19,12 +20,15 @@ Output = tuple[ChoiceOutput, ...]
 class Orders:
     """Of one request. `output`: what the client has of its answers, where an attempt goes on with them."""
 
-    def __init__(self, request: GenerationRequest, transfer_id: str, mint: Mint, deadline: float) -> None:
-        self._request, self._transfer_id, self._mint, self._deadline = request, transfer_id, mint, deadline
+    def __init__(
+        self, request: GenerationRequest, transfer_id: str, mint: Mint, received_at: float, deadline: float
+    ) -> None:
+        self._request, self._transfer_id, self._mint = request, transfer_id, mint
+        self._received_at, self._deadline = received_at, deadline
 
     def alone(self, epoch: int, output: Output, now: float) -> Dispatch:
         """For one worker that computes and answers."""
-        return self._dispatch("serve", epoch, output, self._remaining_s(now))
+        return self._dispatch("serve", epoch, output, now)
 
     def pair(self, epoch: int, placement: Placement, output: Output, now: float) -> tuple[Dispatch, Dispatch]:
         """For the prefill worker and for the decode worker, with one ticket."""
@@ -34,18 +38,29 @@ class Orders:
         sent: Sequence[int] = output[0].token_ids if output else ()
         ticket = self._mint(epoch, prefill.incarnation, server.incarnation, ttl_s, sent)
         return (
-            self._dispatch("prefill", epoch, output, ttl_s, server, ticket),
-            self._dispatch("decode", epoch, output, ttl_s, prefill, ticket),
+            self._dispatch("prefill", epoch, output, now, server, ticket),
+            self._dispatch("decode", epoch, output, now, prefill, ticket),
         )
+
+    def move(
+        self, epoch: int, leg: str, ends: tuple[PeerTarget, PeerTarget], output: Output, mint: MintLeg, now: float
+    ) -> tuple[Grant, Dispatch]:
+        """For the source and for the sink, in this order also in `ends`. `output`: of the one answer there is."""
+        source, sink = ends
+        ttl_s, count = self._remaining_s(now), len(output[0].token_ids)
+        ticket = mint(leg, epoch, source.incarnation, sink.incarnation, count, ttl_s)
+        grant = Grant(leg, epoch, self._transfer_id, MOVE, sink, ttl_s, num_tokens=count)
+        return grant, self._dispatch("move", epoch, output, now, source, ticket, leg)
 
     def _dispatch(
         self,
         mode: str,
         epoch: int,
         output: Output,
-        deadline_s: float,
+        now: float,
         peer: PeerTarget | None = None,
         ticket: bytes = b"",
+        leg: str = "",
     ) -> Dispatch:
         request = self._request
         return Dispatch(
@@ -56,11 +71,13 @@ class Orders:
             prompt=cast(PackedInts, request.prompt),  # an array is packed as it is
             # The client has the prompt's own log-probabilities when an answer goes on.
             sampling=replace(request.sampling, num_prompt_logprobs=None) if output else request.sampling,
-            deadline_s=deadline_s,
+            deadline_s=self._remaining_s(now),
             peer=peer,
             ticket=ticket,
             priority=request.priority,
             output=output,
+            leg=leg,
+            age_s=now - self._received_at,
         )
 
     def _remaining_s(self, now: float) -> float:

@@ -65,12 +65,6 @@ def pair_difference(prefill: Register, decode: Register) -> Difference | None:
 
 
 @lru_cache(maxsize=MAX_KINDS_COMPARED)
-def stores_alike(source: PairTraits, sink: PairTraits) -> bool:
-    """Whether blocks of one are blocks of the other, to the last bit; once per pair of kinds."""
-    return kv_format(source.geometry) == kv_format(sink.geometry)
-
-
-@lru_cache(maxsize=MAX_KINDS_COMPARED)
 def traits_difference(prefill: PairTraits, decode: PairTraits) -> Difference | None:
     """As `pair_difference`, once per pair of kinds and not per pair of workers."""
     if found := geometry_difference(prefill.geometry, decode.geometry):

@@ -28,6 +28,7 @@ from disagg.router.attempt_events import (
     Emit,
     Event,
     Fail,
+    MoveEnded,
     RouterClosing,
     SendOrder,
     TimePassed,
@@ -39,17 +40,19 @@ from disagg.router.charges import MAX_CHARGES
 from disagg.router.choose import RETRY_BUSY_S, Placement
 from disagg.router.cluster import Cluster
 from disagg.router.costs.decide import POLICIES
-from disagg.router.gate import AHEAD_PER_SERVER, Gate
+from disagg.router.emptying import Emptying, Orders
+from disagg.router.gate import Gate
 from disagg.router.generation import GenerationEnd, GenerationError, GenerationRequest, TokenChunk
-from disagg.router.going_on import MAX_CONTINUATIONS
 from disagg.router.index.remote import PrefixIndex
-from disagg.router.introductions import Connect
 from disagg.router.metrics import RouterMetrics
+from disagg.router.minting import Minting
+from disagg.router.moving import MovableRequest
+from disagg.router.options import RouterOptions as RouterOptions
 from disagg.router.placing import Placing
 from disagg.router.record import RecordStore, RequestRecord
 from disagg.router.registry import Worker
 from disagg.router.status import describe_workers
-from disagg.router.tenants import QueuedRequest, TenantLimits
+from disagg.router.tenants import QueuedRequest
 from disagg.router.unread import Unread
 from disagg.router.workload import Share
 from disagg.transceiver.wire.keys import ClusterKeys
@@ -58,56 +61,23 @@ from disagg.transceiver.wire.messages.blocks import AskBlocks, BlockEvents
 from disagg.transceiver.wire.messages.router import TransferReport
 from disagg.transceiver.wire.messages.tokens import Tokens
 from disagg.transceiver.wire.node import draw_id
-from disagg.transceiver.wire.ticket import mint
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class RouterOptions:
-    """`expected_fingerprint`: the model every worker must have; None lets the first worker decide.
-
-    `max_continuations`: losses that one answer may survive in its middle; 0: a loss ends it with an error. `tenants`:
-    limits by the names of API keys; others have none. `ahead_per_server`: see `gate`. `connect`: see `introductions`.
-    `policy`: how a way to serve is chosen, by the names of `costs.decide.POLICIES`; `max_local_prefill`: tokens of a
-    prompt that may be computed where others' answers are decoded.
-    """
-
-    expected_fingerprint: str | None = None
-    max_attempts: int = 3
-    max_continuations: int = MAX_CONTINUATIONS
-    max_queued: int = 1024
-    request_timeout_s: float = 600.0
-    tenants: Mapping[str, TenantLimits] = field(default_factory=dict)
-    ahead_per_server: int = AHEAD_PER_SERVER
-    connect: Connect = "auto"
-    policy: str = "prefix-aware"
-    max_local_prefill: int = 0
-
-    def __post_init__(self) -> None:
-        if self.policy not in POLICIES:
-            raise ValueError(f"policy: `{self.policy}`, expected one of {', '.join(POLICIES)}")
-        if self.max_attempts < 1:
-            raise ValueError(f"max_attempts: {self.max_attempts}, expected at least 1")
-        if self.max_continuations < 0:
-            raise ValueError(f"max_continuations: {self.max_continuations}, expected at least 0")
-        if self.max_queued < 1:
-            raise ValueError(f"max_queued: {self.max_queued}, expected at least 1")
-        if not self.request_timeout_s > 0:
-            raise ValueError(f"request_timeout_s: {self.request_timeout_s}, expected more than 0")
 
 
 @dataclass(slots=True, eq=False)
 class _Stream:
     """One request in progress and what its client has not read yet."""
 
-    attempts: RoutedRequest
+    attempts: MovableRequest
     turn: QueuedRequest
     load: tuple[Share, ...] = ()
     """What of it is counted in the router's load."""
     last_token_at: dict[int, float] = field(default_factory=dict)
     """By choice."""
     unread: Unread = field(default_factory=Unread)
+    has_moved: bool = False
+    """Another worker has taken the answer over, and its first token is to come."""
 
 
 class Router:
@@ -137,6 +107,9 @@ class Router:
         self._by_request: dict[GenerationRequest, _Stream] = {}
         policy, bound = POLICIES[self.options.policy], self.options.max_local_prefill
         self._placing = Placing(self.cluster.registry, self.options.max_queued, policy, bound)
+        self._emptying = Emptying(self.cluster.registry, self._placing.work.answers, draw_id)
+        self._is_draining = False
+        """A move ended since draining workers were looked at."""
         self._index: PrefixIndex | None = None
         self._charged: dict[str, _Stream] = {}
         """Requests that a worker may have died of. One leaves when it has shown that another was the cause."""
@@ -184,7 +157,7 @@ class Router:
         self.cluster.order(incarnation, message)
 
     def use(self, index: PrefixIndex) -> None:
-        """From here on ask who holds what of a prompt."""
+        """From here on ask which workers hold what of a prompt."""
         self._index = index
         self._metrics.add(index)
         for worker in self.cluster.registry:
@@ -244,7 +217,9 @@ class Router:
 
     def drain(self, worker_id: str, draining: bool = True) -> bool:
         """Give a worker no new requests, or some again. False when it is not registered."""
-        return self.cluster.registry.drain(worker_id, draining)
+        is_known = self.cluster.registry.drain(worker_id, draining)
+        self._empty_draining()
+        return is_known
 
     def record(self, request_id: str) -> Mapping[str, Any] | None:
         record = self._records.get(request_id)
@@ -277,7 +252,7 @@ class Router:
             raise
 
     async def _look_up(self, attempts: RoutedRequest, held: dict[str, int]) -> None:
-        """Who holds something of the prompt. Raises GenerationError when the router closes meanwhile."""
+        """The workers that hold something of the prompt. Raises GenerationError when the router closes meanwhile."""
         try:
             held |= await self._who_holds(attempts.request)
         except BaseException:
@@ -299,26 +274,15 @@ class Router:
             return {}
         return await self._index.who_holds(request.prompt, request.sampling.cache_salt)
 
-    def _routed(self, request: GenerationRequest, held: Mapping[str, int]) -> RoutedRequest:
+    def _routed(self, request: GenerationRequest, held: Mapping[str, int]) -> MovableRequest:
         transfer_id, now = draw_id(), self._clock()
-
-        def mint_ticket(epoch: int, prefill: str, decode: str, ttl_s: float, output: Sequence[int]) -> bytes:
-            return mint(
-                self._keys.ticket,
-                transfer_id=transfer_id,
-                epoch=epoch,
-                prefill=prefill,
-                decode=decode,
-                prompt=request.prompt,
-                ttl_s=ttl_s,
-                output=output,
-            )
-
-        return RoutedRequest(
+        minting = Minting(self._keys.ticket, transfer_id, request)
+        return MovableRequest(
             request,
             transfer_id,
             lambda: self._placing.at(self._clock(), request, held),
-            mint_ticket,
+            minting.handoff,
+            mint_leg=minting.move,
             max_attempts=self.options.max_attempts,
             max_continuations=self.options.max_continuations,
             timeout_s=min(request.timeout_s or math.inf, self.options.request_timeout_s),
@@ -326,7 +290,7 @@ class Router:
             news=self,
         )
 
-    def _start(self, attempts: RoutedRequest, turn: QueuedRequest) -> _Stream:
+    def _start(self, attempts: MovableRequest, turn: QueuedRequest) -> _Stream:
         stream, now = _Stream(attempts, turn), self._clock()
         actions = attempts.start(now)
         self._streams[attempts.transfer_id] = stream
@@ -366,6 +330,10 @@ class Router:
             match action:
                 case SendOrder(to, message):
                     self.cluster.order(to, message)
+                case MoveEnded(outcome):
+                    self._metrics.moves.labels(outcome=outcome).inc()
+                    stream.has_moved = outcome == "moved"
+                    self._is_draining = True  # another may go in its place
                 case WentOn(choice, is_exact):
                     self._metrics.went_on(now - stream.last_token_at.get(choice, now), is_exact=is_exact)
                 case Emit(item):
@@ -400,9 +368,26 @@ class Router:
             if (error := stream.attempts.record.current.estimate_ratio(now)) is not None:
                 self._metrics.estimate_ratio.observe(error)
         elif last_token_at is not None:
+            self._note_pause(stream, now - last_token_at)
             count = len(item.token_ids)
             self._metrics.itl.note((now - last_token_at) / count, count)
         stream.last_token_at[item.choice] = now
+
+    def _note_pause(self, stream: _Stream, pause_s: float) -> None:
+        if stream.has_moved:
+            stream.has_moved = False
+            stream.attempts.record.current.pause_s = pause_s
+            self._metrics.move_pause.observe(pause_s)
+
+    # --- draining -------------------------------------------------------------------------------------------
+
+    def _empty_draining(self) -> None:
+        now, self._is_draining = self._clock(), False
+        self._carry_out(self._emptying.empty(lambda: [s.attempts for s in self._streams.values()], now), now)
+
+    def _carry_out(self, orders: Orders, now: float) -> None:
+        for request, actions in orders:
+            self._perform(self._streams[request.transfer_id], actions, now)
 
     def _note_end(self, record: RequestRecord, now: float) -> None:
         self._metrics.e2e.observe(now - record.received_at)
@@ -444,6 +429,8 @@ class Router:
         if stream := self._streams.get(message.transfer_id):
             if not (isinstance(message, Tokens) and self._go_on(stream, source, message)):
                 self._apply(stream, Answered(source, message))
+                if self._is_draining:
+                    self._empty_draining()
         elif isinstance(message, TransferReport) and (record := self._records.get(message.transfer_id)):
             record.note(source, message)
 
@@ -462,6 +449,11 @@ class Router:
         if self._index is not None:
             self._index.take(events)
 
+    def pressed(self, incarnation: str, transfers: Sequence[tuple[str, int]]) -> None:
+        now, streams = self._clock(), [self._streams.get(transfer_id) for transfer_id, _ in transfers]
+        requests = [stream.attempts for stream in streams if stream is not None]
+        self._carry_out(self._emptying.relieve(incarnation, requests, now), now)
+
     def faulted(self) -> None:
         self._metrics.peer_faults.inc()
 
@@ -472,3 +464,4 @@ class Router:
     def time_passed(self) -> None:
         self._gate.look()
         self._apply_to_all(TimePassed())
+        self._empty_draining()

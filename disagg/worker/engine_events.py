@@ -12,10 +12,20 @@ import contextlib
 import functools
 import logging
 from collections import deque
+from collections.abc import Sequence
 
-from disagg.engine.commands import AttemptKey, EngineEvent, PrefixHitEvent, SuspectEvent, UnitsFinalEvent
+from disagg.engine.commands import (
+    AttemptKey,
+    EngineEvent,
+    FrozenEvent,
+    PrefixHitEvent,
+    SuspectEvent,
+    UnitsFinalEvent,
+)
 from disagg.transceiver.layout.slice_size import units_per_slice
+from disagg.transceiver.layout.units import SourceUnit
 from disagg.transceiver.protocol.events import UnitsFinal
+from disagg.transceiver.protocol.move_source import FROZEN_ID
 from disagg.transceiver.wire.errors import SourceChanged, clipped
 from disagg.worker.attempts import Attempts
 from disagg.worker.parts import WorkerParts
@@ -40,7 +50,7 @@ class EngineEvents:
                 event = await self._parts.events.get()
                 if (lane := self._lanes.get(event.key)) is not None:
                     lane.append(event)
-                elif isinstance(event, UnitsFinalEvent | PrefixHitEvent | SuspectEvent):
+                elif isinstance(event, UnitsFinalEvent | FrozenEvent | PrefixHitEvent | SuspectEvent):
                     self._lanes[event.key] = deque([event])
                     tasks.create_task(self._run_lane(event.key))
                 else:
@@ -70,8 +80,13 @@ class EngineEvents:
 
     async def _take(self, event: EngineEvent) -> None:
         match event:
+            case UnitsFinalEvent() if event.key in self._attempts:
+                await self._hash_units(event.key, event.compute_id, event.units)
             case UnitsFinalEvent():
-                await self._hash_units(event)
+                pass
+            case FrozenEvent():
+                if (leg := self._attempts.froze(event)) is not None:  # the sink hears of it before anything is hashed
+                    await self._hash_units(leg, FROZEN_ID, event.units)
             case PrefixHitEvent():
                 await self._rechecks.check_hit(event)
             case SuspectEvent():
@@ -80,13 +95,14 @@ class EngineEvents:
             case _:
                 self._hand_on(event)
 
-    async def _hash_units(self, event: UnitsFinalEvent) -> None:
-        if self._attempts.sending is None or event.key not in self._attempts:
+    async def _hash_units(self, key: AttemptKey, compute_id: int, final: Sequence[SourceUnit]) -> None:
+        """Those of an attempt's own transfer, or of a leg."""
+        if self._attempts.sending is None:
             return
         with contextlib.suppress(SourceChanged):  # dropped meanwhile: the engine says so next, and computes them anew
-            cut, kept = self._parts.cuts.of_peer(self._attempts.peer_geometry(event.key))
+            cut, kept = self._parts.cuts.of_peer(self._attempts.peer_geometry(key))
             hash_units = functools.partial(self._parts.landing.digest_units, cut=cut)
             count = units_per_slice(self._parts.layout.slot_nbytes)
-            for few in (event.units[first : first + count] for first in range(0, len(event.units), count)):
+            for few in (final[first : first + count] for first in range(0, len(final), count)):
                 units = await kept.digest_units(few, hash_units)
-                self._attempts.sending.feed(event.key, UnitsFinal(event.compute_id, units))
+                self._attempts.sending.feed(key, UnitsFinal(compute_id, units))

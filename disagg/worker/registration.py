@@ -169,6 +169,7 @@ class Registration:
                 parts.sockets,
                 self._attempts,
                 faults=parts.faults,
+                on_room=self._attempts.make_room,
             )
             parts.metrics.watch_links(self._attempts.receiving.speeds)
 
@@ -183,6 +184,7 @@ class Registration:
             parts.metrics,
             fetch_wait_s=parts.settings.fetch_wait_s,
             decode=parts.taking_in.decode,
+            on_pressed=link.renew,
         )
 
     def _make_block_news(self, link: RouterLink) -> BlockNews | None:
@@ -227,12 +229,15 @@ class Registration:
             blocks_free=tuple(pool.num_free for pool in stats.pools),
             links=self._attempts.receiving.reports() if self._attempts.receiving is not None else (),
             rates=self._parts.model.speeds.rates,
+            pressed=self._attempts.take_pressed()[:MAX_LEASED],
         )
 
     async def _release_all(self) -> None:
         """The registration is over, and so are its requests. Landing jobs end before their slots are freed."""
         receiving = self._attempts.receiving
         # A cancelled attempt is forgotten at once, while its landing jobs may still be joined.
-        for key in {*self._attempts.held, *(receiving.held if receiving is not None else ())}:
+        held = {*self._attempts.held, *(receiving.held if receiving is not None else ())}
+        for key in held:  # all before any slot is freed: a move lands under another name than that of its attempt
             await self._parts.landing.stop(key.transfer_id, key.epoch)
+        for key in held:
             self._parts.taking_in.submit(Release(key))

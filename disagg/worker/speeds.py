@@ -20,7 +20,7 @@ MIN_SPREAD: Final = 0.2
 """Of the prompt tokens per step, standard deviation over mean, from which a step's own part can be told from theirs."""
 
 MOST_OF_A_STEP: Final = 0.75
-"""A quarter of what was measured at least is left to its tokens: a few noisy steps would else say that they are free."""
+"""A quarter of what was measured is left to its tokens at least: a few noisy steps would say that they are free."""
 
 
 @dataclass(slots=True)

@@ -1,8 +1,9 @@
 """Which worker holds which blocks, per layer group. Pure: events of workers in, holders of a chain out.
 
-One integer for each known block says who holds it: worker number x groups + group is the bit. So a block that a
-hundred workers hold costs one entry, and a chain is looked up once, whatever the number of workers. What a worker told
-goes with it: its bits count no more at once, and are cleared a few blocks at a time before its number is used again.
+One integer for each known block says which workers hold it: worker number x groups + group is the bit. So a block that
+a hundred workers hold costs one entry, and a chain is looked up once, whatever the number of workers. What a worker
+told goes with it: its bits count no more at once, and are cleared a few blocks at a time before its number is used
+again.
 """
 
 from __future__ import annotations

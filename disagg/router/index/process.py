@@ -1,4 +1,4 @@
-"""The index process: takes workers' events and answers who holds a prompt, until its parent closes the pipe.
+"""The index process: takes workers' events and says which of them hold a prompt, until its parent closes the pipe.
 
 Hashing a long prompt and noting tens of thousands of blocks a second take whole cores at times; the router's event loop
 has tokens to forward. `python -m disagg.router.index.process` speaks frames over stdin and stdout.

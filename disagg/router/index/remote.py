@@ -1,4 +1,4 @@
-"""The router's end of the index process: passes events on, asks who holds a prompt, starts it again if it dies.
+"""The router's end of the index process: passes events on, asks which workers hold a prompt, starts it anew.
 
 Nothing here waits for the process but a question, and that for a bounded time: without an answer a request is placed as
 if no worker held anything of it.

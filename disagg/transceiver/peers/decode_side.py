@@ -22,6 +22,7 @@ from disagg.transceiver.peers.peer_links import PeerLinks
 from disagg.transceiver.planes.base import LandingPlane
 from disagg.transceiver.protocol.actions import (
     Action,
+    AskExtension,
     FreeReservation,
     Land,
     PartVerified,
@@ -107,8 +108,14 @@ class ReceivingSide:
         host: LandingHost,
         on_part: Callable[[AttemptKey, PartVerified, TransferRecord], None] | None = None,
         faults: PeerFaults | None = None,
+        on_room: Callable[[AttemptKey, AskExtension], None] | None = None,
     ) -> None:
-        """`on_part` hears, where ranks are joined, of a pair of ranks that is done; its leader decides."""
+        """`on_part` hears, where ranks are joined, of a pair of ranks that is done; its leader decides.
+
+        `on_room`: an answer that comes here has become so long. The worker makes room for it, sets the destinations and
+        feeds `Extended`, or `RoomRefused`.
+        """
+        self._on_room = on_room
         self._faults = faults or PeerFaults()
         self._on_part = on_part
         self._node, self._planes, self._pools, self._pool_of_group = node, planes, pools, pool_of_group
@@ -150,14 +157,18 @@ class ReceivingSide:
         self, key: AttemptKey, transfer: Transfer, peer: str, slots: Sequence[Sequence[tuple[int, int]]], event: Event
     ) -> None:
         """Destinations are reserved: `slots[g]` = (ordinal, slot) pairs. `event` (Reserved) begins the transfer."""
-        destinations = {(group, ordinal): slot for group, pairs in enumerate(slots) for ordinal, slot in pairs}
         record = TransferRecord(self.plane_of(peer), transfer.purpose)
-        self._incoming[key] = _Incoming(peer, destinations, record)
+        self._incoming[key] = _Incoming(peer, _by_unit(slots), record)
         self._transfers.add(key, transfer)
         if self.is_ready(peer, transfer.purpose):
             self.feed(key, event)
         else:
             self.feed(key, PeerGone("this worker has no link to it"))
+
+    def set_destinations(self, key: AttemptKey, slots: Sequence[Sequence[tuple[int, int]]]) -> None:
+        """Of a transfer that says only in its course what it brings: before the event that says so to its core."""
+        if (incoming := self._incoming.get(key)) is not None:
+            incoming.destinations = _by_unit(slots)
 
     def feed(self, key: AttemptKey, event: Event) -> None:
         self._transfers.feed(key, event)
@@ -244,6 +255,9 @@ class ReceivingSide:
                 self._send(self._transfers.peer_of(key), message)
             case Land(message):
                 self._land(key, message)
+            case AskExtension():
+                assert self._on_room is not None, "a move to a worker that takes none"
+                self._on_room(key, action)
             case StopLanding():
                 self._to_stop.put_nowait(key)
             case Verified():
@@ -411,3 +425,8 @@ class ReceivingSide:
             job.cancel()
         await asyncio.gather(*jobs, return_exceptions=True)
         await self._landing.stop(key.transfer_id, key.epoch)
+
+
+def _by_unit(slots: Sequence[Sequence[tuple[int, int]]]) -> dict[tuple[int, int], int]:
+    """By (group, ordinal)."""
+    return {(group, ordinal): slot for group, pairs in enumerate(slots) for ordinal, slot in pairs}

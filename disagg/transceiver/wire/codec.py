@@ -60,6 +60,7 @@ TAGS: Final[dict[int, type]] = {
     47: router.PromptScores,
     48: router.CancelChoice,
     49: router.Grant,
+    50: router.Resume,
     56: blocks.BlockEvents,
     57: blocks.AskBlocks,
 }
