@@ -67,6 +67,11 @@ class Promises:
         """Sum of all promises."""
         self._peaks: dict[Hashable, Peaks] = {}
 
+    @property
+    def free(self) -> Peaks:
+        """Slots that are promised to no sequence."""
+        return tuple(map(sub, self.usable, self.promised))
+
     def fits_empty(self, peaks: Peaks) -> bool:
         """Whether the peaks fit in empty pools: if not, waiting is pointless."""
         return all(peak <= usable for peak, usable in zip(peaks, self.usable, strict=True))

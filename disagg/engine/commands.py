@@ -255,6 +255,13 @@ class MoveRefusedEvent:
 
 
 @dataclass(frozen=True, slots=True)
+class PressedEvent:
+    """Blocks are short: this answer gives way first, unless another worker takes it over. Told once in a block."""
+
+    key: AttemptKey
+
+
+@dataclass(frozen=True, slots=True)
 class PromptScoredEvent:
     """Log-probabilities of prompt tokens, in order from position 1; anew from there if the prompt is computed anew."""
 
@@ -306,6 +313,7 @@ EngineEvent = (
     | ReservedEvent
     | FrozenEvent
     | MoveRefusedEvent
+    | PressedEvent
     | PromptScoredEvent
     | TokensEvent
     | FinishedEvent

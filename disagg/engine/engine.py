@@ -194,6 +194,7 @@ class Engine:
 
     def _schedule(self, events: list[EngineEvent]) -> list[Work]:
         work = self._scheduler.schedule(events)
+        events += self._moves.pressed()
         self._counters.scratch = tuple(map(max, self._counters.scratch, self._cache.num_scratch))
         if self._config.check_invariants:
             self._scheduler.check_invariants()  # now every sequence holds most: new blocks, old ones, and scratch

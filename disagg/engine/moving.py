@@ -14,6 +14,7 @@ from disagg.engine.commands import (
     Freeze,
     FrozenEvent,
     MoveRefusedEvent,
+    PressedEvent,
     Thaw,
 )
 from disagg.engine.reserving import extend
@@ -53,6 +54,17 @@ class Moves:
             self._rename_last(answer)
             answer.frozen_for = None
         return []
+
+    def pressed(self) -> list[EngineEvent]:
+        """The answer that is preempted next, where that is near: in time to move it, and at most once in a block."""
+        answer = self._scheduler.pressed_answer()
+        if answer is None or answer.request.sampling.num_choices > 1 or answer.key.choice:
+            return []
+        count, since = len(answer.output), answer.named_at
+        if since is not None and count < since + self._cache.layout.block_size:
+            return []
+        answer.named_at = count
+        return [PressedEvent(answer.key)]
 
     def extend(self, command: Extend) -> list[EngineEvent]:
         """Room for all that is to come, or the news that there is none."""

@@ -78,6 +78,9 @@ class Scheduler:
         self._line: WaitingLine[Promised] = WaitingLine()
         self._soft_line: WaitingLine[PromptSequence] = WaitingLine()
         self._beside = RoomBeside(self._promises)
+        pools = zip(self._layout.groups, self._layout.pool_of_group, strict=True)
+        self._growing = frozenset(pool for group, pool in pools if group.window is None)
+        """Pools of which an answer takes ever more: a window lets go of as much as it begins."""
         self.num_preemptions = 0
 
     # --- live sequences -------------------------------------------------------------------------------------
@@ -394,12 +397,26 @@ class Scheduler:
             if soft:
                 events.append(self._drop(soft.pop()))
                 continue
-            able = (s for s in reversed(self._live.values()) if self._is_preemptible(s))
-            victim = max(able, key=lambda s: (s.request.priority, s.request.arrived_at))  # of equals the first: newest
+            victim = self._next_victim()
             self._preempt(victim)
             if victim is answer:
                 return False
         return True
+
+    def _next_victim(self) -> LiveSequence:
+        """The least important that may be preempted, of equals the newest. There is one while an answer goes on."""
+        able = (s for s in reversed(self._live.values()) if self._is_preemptible(s))
+        return max(able, key=lambda s: (s.request.priority, s.request.arrived_at))  # of equals the first
+
+    def pressed_answer(self) -> DecodingSequence | None:
+        """The answer that gives way first, where the others soon find no room for their next blocks."""
+        free = self._promises.free
+        if len(self.answers) < 2 or all(free[pool] >= len(self.answers) for pool in self._growing) or self.soft:
+            return None
+        if not any(self._is_preemptible(answer) for answer in self.answers):
+            return None
+        victim = self._next_victim()
+        return victim if isinstance(victim, DecodingSequence) else None
 
     def _is_preemptible(self, sequence: LiveSequence) -> bool:
         """Running here for this worker's own answer, not about to leave, and possible to compute anew."""

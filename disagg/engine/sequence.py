@@ -229,6 +229,8 @@ class DecodingSequence:
     """Launched steps whose tokens are not known yet."""
     frozen_for: str | None = None
     """The transfer for which it takes no part in steps and keeps what it holds: another worker may go on with it."""
+    named_at: int | None = None
+    """Its tokens when the worker last heard that it gives way first."""
     logprobs: deque[TokenLogprobs] = field(init=False, repr=False)
     """Of its newest tokens, where they are asked for."""
 

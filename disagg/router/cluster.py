@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Final, Protocol
 
 from disagg.router.attempt_events import AnswerMessage, OrderMessage
@@ -60,6 +60,9 @@ class ClusterListener(Protocol):
 
     def told_blocks(self, events: BlockEvents) -> None:
         """A registered worker told what its prefix cache registered and dropped."""
+
+    def pressed(self, incarnation: str, transfers: Sequence[tuple[str, int]]) -> None:
+        """A worker is short of blocks: it preempts these answers next."""
 
     def faulted(self) -> None:
         """A message could not be taken; its peer is dropped."""
@@ -240,6 +243,8 @@ class Cluster:
             return self._say_farewell(worker, lease)
         if (peers := self._introductions.of_links(lease)) is not None:
             self._post(route, peers)
+        if lease.pressed:
+            self._listener.pressed(lease.incarnation, lease.pressed)
         return self._cancel_unknown(lease)
 
     def _turn_away(self, route: bytes, incarnation: str) -> None:

@@ -22,7 +22,8 @@ MAX_REPORTS: Final = 4
 
 @dataclass(slots=True)
 class AttemptRecord:
-    """One attempt: `mode` is `transfer`, `serve`, `retarget` or `local`; `outcome` is `running` until it is known.
+    """One attempt: `mode` is `transfer`, `serve`, `retarget`, `local`, `move` or `resume`; `outcome` is `running` until
+    it is known.
 
     `num_before`: tokens that the client had of all answers; with any the attempt goes on with them, and `is_exact` says
     whether its own are what would have followed.

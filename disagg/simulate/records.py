@@ -12,6 +12,7 @@ from disagg.simulate.worker import SimulatedWorker
 from disagg.transceiver.wire.messages.rates import MeasuredRates
 from disagg.transceiver.wire.messages.router import Lease, LinkStatus, Register
 from disagg.transceiver.wire.messages.values import Geometry, GroupSemantics, Identity
+from disagg.transceiver.wire.purposes import RECEIVES, SENDS
 
 
 def incarnation_of(number: int) -> str:
@@ -41,6 +42,9 @@ def records_of(workers: Sequence[SimulatedWorker], ground: Ground) -> Registry:
                 host="simulated",
                 device="none",
                 num_slots=(),
+                sends=SENDS[worker.role],
+                receives=RECEIVES[worker.role],
+                tells_blocks=True,
             ),
             0.0,
         )

@@ -39,13 +39,8 @@ class Arrivals:
         """As far as the router has the answer; its newest token has no KV."""
         return self._pair(_of_leg(dispatch, dispatch.first_output[:-1]))
 
-    def attempt(self, leg: AttemptKey) -> AttemptKey:
-        """The attempt that a transfer is for: of any other transfer than a move its own key."""
-        state = self._by_leg.get(leg)
-        return leg if state is None else state.key
-
     def release(self, leg: AttemptKey) -> AttemptKey:
-        """As `attempt`, of a transfer that ended without an answer."""
+        """A transfer has ended; the attempt that it was for, which for any other than a move has the same key."""
         state = self._by_leg.pop(leg, None)
         return leg if state is None else state.key
 
@@ -123,7 +118,6 @@ class Arrivals:
         """Stop the transfer of a move, which then gives the room back. False when there is none to stop."""
         leg, side = _leg_of(state), self._side()
         if side is None or leg not in side:
-            self.forget(state)
             return False
         side.feed(leg, CancelAsked(reason))
         return True
@@ -134,8 +128,10 @@ class Arrivals:
         return waits and now - state.arrived_at > ROOM_WAIT_S
 
     def forget(self, state: RequestState) -> None:
-        """Its transfer, if there was one, has ended."""
-        self._by_leg.pop(_leg_of(state), None)
+        """The attempt is over. A transfer of it that is still stopping gives the room back by `release`."""
+        leg, side = _leg_of(state), self._side()
+        if side is None or leg not in side:
+            self._by_leg.pop(leg, None)
 
     def _feed(self, leg: AttemptKey, event: Event) -> None:
         if (side := self._side()) is not None:

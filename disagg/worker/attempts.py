@@ -29,6 +29,7 @@ from disagg.engine.commands import (
     Pin,
     PinnedEvent,
     Prefill,
+    PressedEvent,
     PromptComputedEvent,
     PromptScoredEvent,
     Release,
@@ -68,7 +69,7 @@ from disagg.transceiver.wire.messages.router import (
     TransferFailure,
 )
 from disagg.transceiver.wire.messages.tokens import Tokens
-from disagg.transceiver.wire.messages.values import FirstToken, Geometry, StageTimes, UnitName, nameable
+from disagg.transceiver.wire.messages.values import Geometry, StageTimes, UnitName, nameable
 from disagg.worker.arrivals import Arrivals
 from disagg.worker.departures import Departures
 from disagg.worker.metrics import WorkerMetrics
@@ -93,11 +94,14 @@ class Attempts:
         *,
         fetch_wait_s: float,
         decode: Callable[[Decode, Slots, OnFault], None] | None = None,
+        on_pressed: Callable[[], None] = lambda: None,
     ) -> None:
-        """`decode`: takes a `Decode` with the slots whose KV landed; without it they are there already."""
+        """`decode`: takes a `Decode` with the slots whose KV landed; without it they are there already. `on_pressed`:
+        there is something for `take_pressed`.
+        """
         self._decode = decode or (lambda command, slots, on_fault: submit(command))
         self._submit, self._pair, self._metrics = submit, pair, metrics
-        self._tell = send
+        self._tell, self._on_pressed = send, on_pressed
         self._departures = Departures(submit, self._send, pair, lambda: self.sending)
         self._arrivals = Arrivals(submit, pair, lambda: self.receiving)
         self._fetch_wait_s = fetch_wait_s
@@ -121,6 +125,10 @@ class Attempts:
     def froze(self, event: FrozenEvent) -> AttemptKey | None:
         """An answer stands still. The leg for which its units are to be hashed now, if it is wanted still."""
         return self._departures.froze(event) if event.key in self._live else None
+
+    def take_pressed(self) -> tuple[tuple[str, int], ...]:
+        """Answers that are preempted next unless another worker takes them over, each told once."""
+        return tuple(state.told_pressed() for state in self._live.values() if state.is_pressed)
 
     @property
     def keys(self) -> tuple[AttemptKey, ...]:
@@ -230,18 +238,21 @@ class Attempts:
 
     def _let_go(self, grant: Grant) -> None:
         """Another worker may have an answer of this one, if it is answered here still."""
-        keys = [key for key in self._live if key.transfer_id == grant.request]
-        if keys:
-            self._departures.grant(grant, max(keys), self._live[max(keys)].dispatch)
+        if (state := self._newest(grant.request)) is not None:
+            self._departures.grant(grant, state.key, state.dispatch)
 
     def _resume(self, resume: Resume) -> None:
         """The answer goes on here under another epoch, which only names it: what the engine holds it holds."""
-        keys = [key for key in self._live if key.transfer_id == resume.transfer_id]
-        if not keys:
+        if (state := self._newest(resume.transfer_id)) is None:
             self._send(RequestFailed(resume.transfer_id, resume.epoch, 503, "this worker no longer has the request"))
             return
-        self._live[max(keys)].epoch = resume.epoch
-        self._departures.resume(max(keys))
+        state.epoch = resume.epoch
+        self._departures.resume(state.key)
+
+    def _newest(self, transfer_id: str) -> RequestState | None:
+        """The last attempt of a request that is live here."""
+        keys = [key for key in self._live if key.transfer_id == transfer_id]
+        return self._live[max(keys)] if keys else None
 
     def cancel(self, key: AttemptKey, reason: str) -> None:
         """End an attempt wherever it stands; what a transfer still holds goes when its core says so."""
@@ -307,6 +318,9 @@ class Attempts:
                 if state.dispatch.sampling.num_choices > 1:
                     self._submit(Release(key.attempt))  # the others of its answers end with it
                 self._fail(key.attempt, status, message)
+            case PressedEvent(key):
+                state.is_pressed = True
+                self._on_pressed()
             case ReservedEvent(key, slots) if state.dispatch.mode == "move":
                 self._arrivals.reserved(state, slots)
             case MoveRefusedEvent() if state.dispatch.mode == "move" and not state.first_token_sent:
@@ -357,21 +371,12 @@ class Attempts:
         if not event.finished:
             self._feed_sender(key, PromptComputed(event.compute_id, first))
             return
-        self._send_first_token(state, first)
+        for tokens in state.first_tokens(first):
+            self._send(tokens)
         for choice in range(1 + len(first.others)):
             index = state.begins_at(choice) + 1
             self._send(Finished(key.transfer_id, key.epoch, index, "stop", first.of(choice).token_id, choice))
         self._feed_sender(key, FinishedEarly(event.compute_id))
-
-    def _send_first_token(self, state: RequestState, first: FirstToken) -> None:
-        """Of every answer to the prompt."""
-        key = state.key
-        for choice in range(1 + len(first.others)):
-            token, index = first.of(choice), state.begins_at(choice)
-            logprobs = () if token.logprobs is None else (token.logprobs,)
-            num_cached_tokens = 0 if index else first.num_cached_tokens
-            ids = (token.token_id,)
-            self._send(Tokens(key.transfer_id, key.epoch, index, ids, logprobs, num_cached_tokens, choice))
 
     def _fail(self, key: AttemptKey, status: int, message: str) -> None:
         self._departures.forget(key, ComputeFailed(message))
@@ -431,16 +436,14 @@ class Attempts:
         self._arrivals.make_room(key, asked)
 
     def decode(self, key: AttemptKey, verified: Verified, record: TransferRecord) -> None:
-        key = self._arrivals.attempt(key)
+        key = self._arrivals.release(key)
         self._metrics.count_transfer(record, "verified")
         if (state := self._live.get(key)) is not None:
             self._report(state, stage_times(state, record), record)
             self._decode(Decode(key, verified, state.partial_blocks), state.reserved, self._cannot_copy)
-            if state.came is not None:
-                self._send(self._arrivals.tokens(state, verified.first_token))
-                self._arrivals.forget(state)
-            else:
-                self._send_first_token(state, verified.first_token)  # the engine's next turn is a step away
+            first, has_come = verified.first_token, state.came is not None
+            for tokens in [self._arrivals.tokens(state, first)] if has_come else state.first_tokens(first):
+                self._send(tokens)  # the engine's next turn is a step away
             state.first_token_sent = True
             log.info("received %d bytes over %s", sum(record.nbytes.values()), record.plane, extra=_of(state))
 
@@ -448,13 +451,12 @@ class Attempts:
         self.fail(key, f"what was received cannot be copied to the device: {clipped(repr(fault))}")
 
     def transfer_failed(self, key: AttemptKey, failure: ReportFailed, record: TransferRecord) -> None:
-        key = self._arrivals.attempt(key)
+        key = self._arrivals.release(key)
         self._metrics.count_transfer(record, "failed")
         if failure.reason in reasons.WRONG:
             self._metrics.count_refused(record.purpose, failure.reason)
         self._submit(Release(key))
         if (state := self._live.pop(key, None)) is not None:  # the request stays: the router says what comes next
-            self._arrivals.forget(state)
             log.warning("transfer failed: %s", failure.reason, extra=_of(state))
             self._send(TransferFailure(key.transfer_id, key.epoch, failure.reason, nameable(failure.units)))
 
@@ -484,7 +486,8 @@ class Attempts:
         self._send(report_of(state, times, record))
 
     def _forget(self, key: AttemptKey) -> None:
-        if self._live.pop(key, None) is not None:
+        if (state := self._live.pop(key, None)) is not None:
+            self._arrivals.forget(state)
             self._drop_request(key.transfer_id)
 
     def _drop_request(self, transfer_id: str) -> None:

@@ -184,6 +184,7 @@ class Registration:
             parts.metrics,
             fetch_wait_s=parts.settings.fetch_wait_s,
             decode=parts.taking_in.decode,
+            on_pressed=link.renew,
         )
 
     def _make_block_news(self, link: RouterLink) -> BlockNews | None:
@@ -228,6 +229,7 @@ class Registration:
             blocks_free=tuple(pool.num_free for pool in stats.pools),
             links=self._attempts.receiving.reports() if self._attempts.receiving is not None else (),
             rates=self._parts.model.speeds.rates,
+            pressed=self._attempts.take_pressed()[:MAX_LEASED],
         )
 
     async def _release_all(self) -> None:

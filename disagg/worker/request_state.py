@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import time
 from collections import deque
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from disagg.engine.commands import Serve
 from disagg.transceiver.protocol.actions import AskExtension
 from disagg.transceiver.wire.messages.router import Dispatch
-from disagg.transceiver.wire.messages.values import AttemptKey, StageTimes, UnitName
+from disagg.transceiver.wire.messages.tokens import Tokens
+from disagg.transceiver.wire.messages.values import AttemptKey, FirstToken, StageTimes, UnitName
 from disagg.worker.pairing import Pairing
 
 
@@ -23,6 +25,8 @@ class RequestState:
     reserved_at: float | None = None
     came: AskExtension | None = None
     """Of an answer that comes from another worker: what it has become there."""
+    is_pressed: bool = False
+    """It is preempted next, and the router has not heard of that."""
     is_pinned: bool = False
     soft_dropped: bool = False
     is_reported: bool = False
@@ -58,6 +62,20 @@ class RequestState:
         if self.came is not None:
             return len(self.came.output) - 1
         return next((len(answer.token_ids) for answer in self.dispatch.output if answer.choice == choice), 0)
+
+    def first_tokens(self, first: FirstToken) -> Iterator[Tokens]:
+        """The first token of every answer to the prompt, as the router is told."""
+        transfer_id, epoch = self.dispatch.transfer_id, self.dispatch.epoch
+        for choice in range(1 + len(first.others)):
+            token, index = first.of(choice), self.begins_at(choice)
+            logprobs = () if token.logprobs is None else (token.logprobs,)
+            num_cached_tokens = 0 if index else first.num_cached_tokens
+            yield Tokens(transfer_id, epoch, index, (token.token_id,), logprobs, num_cached_tokens, choice)
+
+    def told_pressed(self) -> tuple[str, int]:
+        """Its name for the lease that tells the router, which is not to be told again."""
+        self.is_pressed = False
+        return self.dispatch.transfer_id, self.epoch
 
     @property
     def is_unfetched(self) -> bool:

@@ -18,7 +18,7 @@ from support.cluster.hand_started import FAULTY
 from support.cluster.streams import Stream
 from support.cluster.system import System, running
 from support.faults.switches import Faults
-from support.faults.wrong import same
+from support.faults.wrong import never_late, same
 from support.model.families import Reference, build_family, safe_prompts, save_family
 from support.oracles.sampling_reference import check_answer, to_sampling
 
@@ -44,7 +44,7 @@ SAMPLED: tuple[dict[str, Any], ...] = (
     {"temperature": 1.0},
     {"temperature": 1.2, "repetition_penalty": 1.4, "presence_penalty": 0.8, "frequency_penalty": 1.1},
     {"temperature": 1.1, "frequency_penalty": 0.6, "min_tokens": 20, "stop_token_ids": list(range(4, 211, 9))},
-    {"temperature": 0.9, "presence_penalty": 0.5, "logit_bias": {"50": 4, "51": 3}},
+    {"temperature": 0.9, "presence_penalty": 0.5, "logit_bias": {"50": 4, "51": 3}, "logprobs": 2},
 )
 
 
@@ -55,6 +55,7 @@ class Wanted:
     prompt: tuple[int, ...]
     options: dict[str, Any]
     told: dict[int, Any]
+    logprobs: list[float]
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,7 @@ def asked(system: System, prompt: tuple[int, ...], options: dict[str, Any]) -> W
     stream = Stream(f"wanted-{time.monotonic()}", prompt, options)
     asyncio.run(play(system, [stream]))
     assert stream.is_whole, stream.errors
-    return Wanted(prompt, options, stream.told())
+    return Wanted(prompt, options, stream.told(), stream.choices[0].logprobs)
 
 
 def sure(system: System, model: Any, prompt: tuple[int, ...], options: dict[str, Any]) -> Wanted:
@@ -143,11 +144,14 @@ def is_linked(worker: dict[str, Any]) -> bool:
     return any((link["worker"], link["state"]) == ("prefill-0", "ready") for link in worker["links"])
 
 
-def kill_under_streams(case: Case, name: str, victim: str, *, at: int = EARLIEST_KILL) -> None:
-    """All streams, a kill when each has `at` tokens, and what must hold of every one of them."""
+def kill_under_streams(case: Case, name: str, victim: str, *, at: int = EARLIEST_KILL, pause_s: float = 0.06) -> None:
+    """All streams, a kill when each has `at` tokens, and what must hold of every one of them.
+
+    Steps take `pause_s` longer. A death is charged to streams that have fewer than 8 tokens, and to no other.
+    """
     ready(case.system)
     before = case.system.total("disagg_continuations_total")
-    case.faults.set(pause_decode={"seconds": 0.06})
+    case.faults.set(pause_decode={"seconds": pause_s})
     streams, killed_at = streams_of(case, name), 0.0
     whole = Call(f"{name}-whole", False, case.wanted[3].prompt, NUM_TOKENS)
 
@@ -164,11 +168,15 @@ def kill_under_streams(case: Case, name: str, victim: str, *, at: int = EARLIEST
     num_lost = 0
     for stream, wanted in zip(streams, case.wanted, strict=True):
         same((stream.errors, stream.is_whole, stream.told()), ([], True, wanted.told), stream.request_id)
+        with never_late():
+            assert stream.choices[0].logprobs == pytest.approx(wanted.logprobs, abs=2e-3), stream.request_id
         counts = sum(len(ids) for ids, _, _ in wanted.told.values())
         same(stream.usage["completion_tokens"], counts, stream.request_id)
         record = case.system.record(stream.request_id)
         was_there = record["attempts"][0]["decode"] == victim and stream.ended_at > killed_at
-        same((record["continuations"], record["charged_deaths"]), (int(was_there), []), stream.request_id)
+        same(record["continuations"], int(was_there), stream.request_id)
+        may_be_charged = was_there and at < YOUNG_TOKENS
+        same(record["charged_deaths"] in ([], [victim] if may_be_charged else []), True, stream.request_id)
         same([attempt["exact"] for attempt in record["attempts"]], [True] * len(record["attempts"]), stream.request_id)
         num_lost += was_there
         if was_there:
@@ -185,6 +193,15 @@ def test_streams_of_a_killed_decode_worker_go_on_at_the_other_and_end_whole(case
     for number, victim in enumerate(DECODES):
         kill_under_streams(case, f"kill-{number}", victim)
     assert max(case.gaps) < MAX_GAP_S, sorted(case.gaps)
+
+
+@pytest.mark.slow
+def test_streams_that_had_just_begun_go_on_one_after_the_other(case: Case) -> None:
+    """Each of them may be what ended the worker, so none shares the other worker with another of them."""
+    case.gaps.clear()
+    for number, victim in enumerate(DECODES):
+        kill_under_streams(case, f"young-{number}", victim, at=2, pause_s=0.02)
+    print(f"gaps of streams in their first tokens: {[round(gap, 2) for gap in sorted(case.gaps)]}")
 
 
 @pytest.mark.slow

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -16,6 +18,7 @@ from disagg.engine.commands import (
     Freeze,
     FrozenEvent,
     MoveRefusedEvent,
+    PressedEvent,
     Release,
     Reserve,
     Serve,
@@ -237,6 +240,28 @@ def test_the_order_of_arrival_goes_along(age: float, victim: int) -> None:
     target.run()
     whole = reference_tokens(LAYOUT, prompt_of(8), greedy(40))
     assert [*event.output[:-1], *told_by(target)] == whole
+
+
+def test_the_answer_that_gives_way_first_is_named_before_it_does_and_not_in_every_step() -> None:
+    engine = TestedEngine(num_slots=(2 + 60, 2 + 44), max_num_batched_tokens=16)
+    for number in range(1, 7):
+        engine.handle(Serve(key(number), prompt_of(8, number), greedy(40)))
+    while not any(isinstance(event, PressedEvent) for event in engine.events):
+        engine.step()
+    assert engine.stats().num_preemptions == 0
+    (named,) = {event.key for event in engine.events if isinstance(event, PressedEvent)}
+    while not engine.stats().num_preemptions:
+        engine.step()
+    assert engine._scheduler._urgent[0].key == named
+    engine.run()
+    names = Counter(event.key for event in engine.events if isinstance(event, PressedEvent))
+    assert max(names.values()) <= 40 // LAYOUT.block_size
+
+
+def test_in_ample_pools_no_answer_is_named() -> None:
+    engine = TestedEngine(num_slots=(200, 400))
+    engine.serve_all([Serve(key(number), prompt_of(8, number), greedy(40)) for number in range(1, 7)])
+    assert not any(isinstance(event, PressedEvent) for event in engine.events)
 
 
 def test_log_probabilities_of_the_newest_tokens_go_along_where_they_are_asked_for() -> None:

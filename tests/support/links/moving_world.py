@@ -7,15 +7,17 @@ chose it: a token that follows another text than the client has is a second text
 
 from __future__ import annotations
 
-from collections import deque
+import time
+from collections import defaultdict, deque
 from dataclasses import dataclass, field, replace
 from hashlib import blake2b
 from typing import Any
 
 from support.cluster.router_harness import ListPlacer, make_request, target
 from support.links.lossy_link import LossyLink
-from support.model.engine_pair import LAYOUT, TestedEngine
+from support.model.engine_pair import HASHER, LAYOUT, TestedEngine
 from support.model.fake_runner import reference_logits
+from support.oracles.cache_oracle import needed_blocks
 
 from disagg.engine.commands import AttemptKey, Command, FrozenEvent
 from disagg.engine.sampler import SampleInput, draw, sample
@@ -70,6 +72,7 @@ class Side:
         self.destinations: dict[AttemptKey, dict[tuple[int, int], int]] = {}
         self.jobs: dict[tuple[AttemptKey, int], Slice] = {}
         self.early: dict[AttemptKey, Fetch] = {}
+        self.landed: defaultdict[AttemptKey, list[tuple[int, int]]] = defaultdict(list)
         self.graves = Tombstones()
 
     # what the worker asks of it
@@ -137,6 +140,7 @@ class Side:
                     del self.jobs[job]
                 self.feed(key, e.LandingStopped())
             case a.Verified():
+                self._assert_minimal(key, core)
                 attempts.decode(key, action, self._ended(key))
             case a.ReportFailed():
                 attempts.transfer_failed(key, action, self._ended(key))
@@ -147,6 +151,17 @@ class Side:
                 self.graves.add((key.transfer_id, key.epoch), core.peer, core.last_word, until)
             case _:
                 raise AssertionError(action)
+
+    def _assert_minimal(self, key: AttemptKey, core: Any) -> None:
+        """What landed is what is read next and was not held, block by block."""
+        world = self.worker.world
+        boundary = world.prompt_len + len(core._output) - 1
+        for number, group in enumerate(LAYOUT.groups):
+            needed = needed_blocks(boundary, group.window, group.num_sink_tokens, LAYOUT.block_size)
+            wanted = {(number, ordinal) for ordinal in needed if ordinal not in core._held[number]}
+            landed = [unit for unit in self.landed[key] if unit[0] == number]
+            assert sorted(landed) == sorted(wanted), f"group {number} at {boundary}: {landed}"
+        world.num_held += sum(map(len, core._held))
 
     def _ended(self, key: AttemptKey) -> TransferRecord:
         del self.destinations[key]
@@ -188,6 +203,7 @@ class Side:
                 here = self.destinations[key][unit]
                 self.worker.engine.cache.group_view(run.group)[here] = peer.engine.cache.group_view(run.group)[slot]
                 units.append(e.LandedUnit(*unit, self.worker.digest(run.group, here)))
+                self.landed[key].append(unit)
         self.feed(key, e.SliceLanded(number, tuple(units)))
         return True
 
@@ -203,7 +219,8 @@ class SimWorker:
 
     def __init__(self, world: MovingWorld, incarnation: str, num_slots: tuple[int, int]) -> None:
         self.world, self.incarnation, self.is_alive = world, incarnation, True
-        self.engine = TestedEngine(role="both", num_slots=num_slots, max_num_seqs=4)
+        hasher = HASHER if world.reuses else None
+        self.engine = TestedEngine(role="both", num_slots=num_slots, max_num_seqs=4, hasher=hasher)
         self.engine._draw = self._draw
         self.events: deque[Any] = deque()
         self.orders: deque[Any] = deque()
@@ -281,15 +298,14 @@ class MovingWorld:
     link: LossyLink = field(default_factory=LossyLink)
     sink_slots: tuple[int, int] = (60, 120)
     max_continuations: int = 8
+    reuses: bool = False
 
     def __post_init__(self) -> None:
-        import time
-
         self.now = time.monotonic()
         self.began_at = self.now
         self.faults: list[str] = []
         self.flying: list[tuple[float, int, str, bool, bytes]] = []
-        self.count = self.num_legs = 0
+        self.count = self.num_legs = self.num_held = 0
         self.token_ids: list[int] = []
         self.ends: list[Any] = []
         self.gone: dict[str, float] = {}
@@ -325,7 +341,7 @@ class MovingWorld:
             match action:
                 case SendOrder(to, message):
                     if self.workers[to].is_alive:
-                        self.workers[to].orders.append(message)
+                        self.workers[to].orders.append(decode(encode(message)))
                 case Emit(GenerationEnd() as end):
                     self.ends.append(end)
                 case Emit(chunk):

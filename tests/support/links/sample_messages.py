@@ -97,6 +97,7 @@ SAMPLES = (
         (4,),
         (r.LinkStatus(ID, "prefill-0", "shm", "ready", 9.5, "fine", 0.25),),
         MeasuredRates(1500.5, 0.5, ((1, 0.25), (7, 0.75))),
+        ((ID, 3),),
     ),
     r.Dispatch(
         ID,

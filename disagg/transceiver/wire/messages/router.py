@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Annotated, Final
 
 from disagg.transceiver.wire.messages.blocks import AskBlocks, BlockEvents
+from disagg.transceiver.wire.messages.legs import Grant as Grant
+from disagg.transceiver.wire.messages.legs import PrefixLeg as PrefixLeg
+from disagg.transceiver.wire.messages.legs import Resume as Resume
 from disagg.transceiver.wire.messages.peer import check_purposes
 from disagg.transceiver.wire.messages.prompt_logprobs import PromptLogprobs
 from disagg.transceiver.wire.messages.ranges import (
@@ -40,7 +42,8 @@ from disagg.transceiver.wire.messages.ranges import (
 )
 from disagg.transceiver.wire.messages.rates import MeasuredRates
 from disagg.transceiver.wire.messages.sampling_limits import MAX_CHOICES
-from disagg.transceiver.wire.messages.tokens import TOKENS_WINDOW, ChoiceOutput, StepTokens, TokenCredit
+from disagg.transceiver.wire.messages.targets import PeerTarget as PeerTarget
+from disagg.transceiver.wire.messages.tokens import TOKENS_WINDOW, ChoiceOutput, StepTokens, TokenCredit, check_output
 from disagg.transceiver.wire.messages.values import (
     Geometry,
     GroupBytes,
@@ -50,7 +53,7 @@ from disagg.transceiver.wire.messages.values import (
     StageTimes,
     UnitName,
 )
-from disagg.transceiver.wire.purposes import HANDOFF, MOVE, PREFIX, PURPOSES
+from disagg.transceiver.wire.purposes import HANDOFF, PURPOSES
 from disagg.transceiver.wire.schema import PackedInts
 
 MODES: Final = ("serve", "prefill", "decode", "move")
@@ -62,7 +65,6 @@ class Register:
 
     `sends`, `receives`: the purposes of which it is a source and a sink; None = as protocol 2.0, which has handoffs
     alone (see `disagg.transceiver.wire.purposes`). `tells_blocks`: whether ASK_BLOCKS may be said to it.
-    `takes_output`: whether it goes on with answers that were begun elsewhere (`Dispatch.output`).
     """
 
     incarnation: str
@@ -80,7 +82,6 @@ class Register:
     sends: Annotated[tuple[str, ...], MAX_PURPOSES] | None = None
     receives: Annotated[tuple[str, ...], MAX_PURPOSES] | None = None
     tells_blocks: bool = False
-    takes_output: bool = False
 
     def __post_init__(self) -> None:
         check_purposes(self.sends or ())
@@ -123,24 +124,6 @@ class Registered:
 
 
 @dataclass(frozen=True, slots=True)
-class PeerTarget:
-    """The other end of a transfer, or a source that a sink should connect to ahead of any request.
-
-    `geometry`: the peer's; None = as the reader's. Both ends plan in the units that it makes.
-    """
-
-    incarnation: str
-    worker_id: str
-    endpoint: str
-    geometry: Geometry | None = None
-
-    def __post_init__(self) -> None:
-        check_id("incarnation", self.incarnation)
-        check_id("worker_id", self.worker_id)
-        check_size("endpoint", self.endpoint, MAX_ADDRESS_CHARS)
-
-
-@dataclass(frozen=True, slots=True)
 class Peers:
     """Router -> sink: connect to these sources now, before a request names them; `gone` are no peers any more."""
 
@@ -154,11 +137,9 @@ class Peers:
 
 @dataclass(frozen=True, slots=True)
 class LinkStatus:
-    """What a worker says of one peer.
-
-    `state` is `ready`, `suspect`, `lost`, `connecting` or `refused`; `detail` names the field that differs. `gb_per_s`:
-    of the last transfers, or of the probe at first contact before there were any; `latency_s`: of the last transfers,
-    between their last byte and their end.
+    """What a worker says of one peer. `state`: `ready`, `suspect`, `lost`, `connecting` or `refused`; `detail` names
+    the field that differs. Of the last transfers: `gb_per_s`, before the first that of a probe; `latency_s`, from their
+    last byte to their end.
     """
 
     incarnation: str
@@ -212,6 +193,7 @@ class Lease:
     """Both ways, every 0.5 s. A worker's carries its figures and live requests, the router's only its incarnation.
 
     `metrics`, `links` and `rates` None: as in the last lease that had them. They are most of it, and seldom change.
+    `pressed`: answers that this worker will preempt next for want of blocks, each told once in a block of it.
     """
 
     incarnation: str
@@ -225,8 +207,10 @@ class Lease:
     blocks_free: Annotated[tuple[int, ...], MAX_GROUPS] = ()
     links: Annotated[tuple[LinkStatus, ...], MAX_LINKS] | None = None
     rates: MeasuredRates | None = None
+    pressed: Annotated[tuple[tuple[str, int], ...], MAX_LEASED] = ()
 
     def __post_init__(self) -> None:
+        check_transfers("pressed", self.pressed, MAX_LEASED)
         check_id("incarnation", self.incarnation)
         check_size("router_incarnation", self.router_incarnation, MAX_NAME_CHARS)
         check_size("state", self.state, MAX_NAME_CHARS)
@@ -238,51 +222,6 @@ class Lease:
             check_size(name, getattr(self, name), MAX_GROUPS)
             check_ints(name, getattr(self, name), 0, MAX_INT32)
         check_size("links", self.links or (), MAX_LINKS)
-
-
-@dataclass(frozen=True, slots=True)
-class PrefixLeg:
-    """A transfer that brings cached blocks of a prompt's first `boundary` tokens to the worker that computes it.
-
-    It has an id of its own and the epoch of its request. `source` was sent a GRANT for it.
-    """
-
-    transfer_id: str
-    source: PeerTarget
-    boundary: int
-    ticket: bytes
-
-    def __post_init__(self) -> None:
-        check_id("transfer_id", self.transfer_id)
-        check_int("boundary", self.boundary, 1, MAX_INT32)
-        check_size("ticket", self.ticket, MAX_SECRET_NBYTES)
-
-
-@dataclass(frozen=True, slots=True)
-class Grant:
-    """Router -> source: `sink` may fetch this once. `transfer_id`: of this transfer; `request`: of the request.
-
-    For `prefix`: cached blocks of `tokens`, which end at the boundary of the ticket, among requests of `salt`. The
-    source names the blocks itself, so nothing else is ever served. `ttl_s`: as in the ticket, counted from receipt.
-    For `move`: the answer of `request` that the source is decoding, of which the router has the first `num_tokens`.
-    """
-
-    transfer_id: str
-    epoch: int
-    request: str
-    purpose: str
-    sink: PeerTarget
-    ttl_s: float
-    tokens: PackedInts = ()
-    salt: str = ""
-    num_tokens: int = 0
-
-    def __post_init__(self) -> None:
-        check_attempt(self.transfer_id, self.epoch)
-        check_id("request", self.request)
-        check_int("num_tokens", self.num_tokens, 1 if self.purpose == MOVE else 0, MAX_INT32)
-        check_one_of("purpose", self.purpose, (PREFIX, MOVE))
-        check_duration("ttl_s", self.ttl_s)
 
 
 @dataclass(frozen=True, slots=True)
@@ -328,7 +267,11 @@ class Dispatch:
         check_one_of("mode", self.mode, MODES)
         check_size("ticket", self.ticket, MAX_SECRET_NBYTES)
         check_duration("deadline_s", self.deadline_s)
-        self._check_output()
+        check_output(self.output, self.sampling, is_moved=self.mode != "serve")
+        if self.mode == "move":
+            check_id("leg", self.leg)
+            if not self.first_output:
+                fail("output", "nothing", "what there is of the answer to be moved")
 
     @property
     def first_output(self) -> tuple[int, ...]:
@@ -339,19 +282,6 @@ class Dispatch:
     def num_known(self) -> int:
         """Tokens before the next one of that answer, the P of its transfer."""
         return len(self.prompt) + len(self.first_output)
-
-    def _check_output(self) -> None:
-        choices, sampling = [answer.choice for answer in self.output], self.sampling
-        if any(a >= b for a, b in pairwise(choices)) or (choices and choices[-1] >= sampling.num_choices):
-            fail("output", choices, f"ascending numbers of {sampling.num_choices} choices")
-        if any(len(answer.token_ids) >= sampling.max_tokens for answer in self.output):
-            fail("output", "an answer without an end", f"fewer than max_tokens = {sampling.max_tokens} tokens of each")
-        if self.output and self.mode != "serve" and sampling.num_choices > 1:
-            fail("output", f"{sampling.num_choices} choices in mode {self.mode}", "a transfer of one")
-        if self.mode == "move":
-            check_id("leg", self.leg)
-            if not self.first_output:
-                fail("output", "nothing", "what there is of the answer to be moved")
 
 
 @dataclass(frozen=True, slots=True)
@@ -438,20 +368,6 @@ class Retarget:
 @dataclass(frozen=True, slots=True)
 class PrefillLocally:
     """Router -> decode: give the transfer up and compute the prompt here under a new epoch."""
-
-    transfer_id: str
-    epoch: int
-
-    def __post_init__(self) -> None:
-        check_attempt(self.transfer_id, self.epoch)
-
-
-@dataclass(frozen=True, slots=True)
-class Resume:
-    """Router -> source of a move: go on with the answer, whose tokens are of `epoch` from here on.
-
-    The router hears nothing more of the epochs before it but this source's own, so no second worker can speak.
-    """
 
     transfer_id: str
     epoch: int
