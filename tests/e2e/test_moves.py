@@ -177,15 +177,15 @@ async def stopped_under_load(fleet: Fleet) -> float:
 def test_answers_move_before_they_would_be_preempted_where_there_is_room(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> None:
-    """All answers begin at one worker, whose pools seat three of them, and the other comes back when they grow."""
-    own = dict.fromkeys(("decode-0", "decode-1"), ("--kv-cache-memory", str(pools_nbytes(3))))
+    """All answers begin at one worker, whose pools seat two of the longest, and the other comes back when they grow."""
+    own = dict.fromkeys(("decode-0", "decode-1"), ("--kv-cache-memory", str(pools_nbytes(2))))
     with running_fleet(tmp_path_factory.mktemp("gemma3"), "float32", own) as fleet:
         asyncio.run(grown_out_of_one_worker(fleet))
         fleet.assert_whole()
         num_moves, _ = fleet.moves()
         preempted = fleet.trio.api.total("disagg_preemptions_total")
         assert num_moves > 0
-        print(f"{len(fleet.calls)} answers over the pools of three: {num_moves} moves, {preempted:.0f} preemptions")
+        print(f"{len(fleet.calls)} answers over the pools of two: {num_moves} moves, {preempted:.0f} preemptions")
 
 
 async def grown_out_of_one_worker(fleet: Fleet) -> None:
