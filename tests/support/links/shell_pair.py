@@ -117,17 +117,20 @@ class ShellRegistration(Registration):
 
     async def _listen(self, stack: contextlib.AsyncExitStack) -> tuple[ControlServer | None, dict[str, SourcePlane]]:
         server, planes = await super()._listen(stack)
+        self.source_planes = planes
+        if self.shell.role != "prefill":
+            return server, planes  # nothing of a story is fetched from it: the proxies are the prefill worker's
         if server is not None:
             self.shell.control.target = server.endpoint
         for name in {"zmq", "tcp", "ucx"} & planes.keys():
             plane: Any = planes[name]
             self.shell.data.target, plane._address = plane._address, self.shell.data.endpoint
-        self.source_planes = planes
         return server, planes
 
     def _make_register(self, server: ControlServer | None) -> Register:
         register = super()._make_register(server)
-        return replace(register, peer_endpoint=self.shell.control.endpoint) if server is not None else register
+        is_proxied = server is not None and self.shell.role == "prefill"
+        return replace(register, peer_endpoint=self.shell.control.endpoint) if is_proxied else register
 
     def _attach_sides(self, server: ControlServer | None, planes: dict[str, SourcePlane]) -> None:
         self._attempts.shell = self.shell
