@@ -6,8 +6,9 @@ import asyncio
 import contextlib
 import itertools
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 from typing import Any
 
 import aiohttp
@@ -77,6 +78,13 @@ class Fleet:
     async def answers_at(self, name: str, least: int = 2) -> None:
         await until(lambda: self.trio.api.worker(name)["running"] >= least, f"{name} answers", 60)
 
+    def unmoved(self, reference: Reference) -> Reference:
+        """As the fleet answers when it has nothing else to do."""
+        options = {"max_tokens": NUM_TOKENS, "temperature": 0, "ignore_eos": True}
+        status, body = self.trio.api.complete(list(reference.prompt), **options)
+        assert status == 200, body
+        return replace(reference, token_ids=tuple(body["choices"][0]["token_ids"]))
+
     def moves(self) -> tuple[int, list[float]]:
         """How many moves the calls' records tell of, and their pauses in seconds, ascending."""
         records = [self.trio.api.record(call.request_id) for call in self.calls]
@@ -99,13 +107,16 @@ class Fleet:
 
 
 @contextlib.contextmanager
-def running_fleet(folder: Any, dtype: str, flags: tuple[str, ...] = ()) -> Iterator[Fleet]:
+def running_fleet(
+    folder: Any, dtype: str, own: Mapping[str, tuple[str, ...]] = MappingProxyType({})
+) -> Iterator[Fleet]:
+    """`own`: flags of single workers."""
     model = save_family("gemma3", folder)
     with running_trio(model) as trio:
         fleet = Fleet(trio, [])
         told = ("--dtype", dtype, *FLAGS)
         for name, role in WORKERS.items():
-            fleet.parts[name] = trio.start(role, name, *told, *(flags if role == "decode" else ()))
+            fleet.parts[name] = trio.start(role, name, *told, *own.get(name, ()))
         fleet.references = safe_prompts(build_family("gemma3"), LENGTHS, NUM_TOKENS)
         asyncio.run(until(fleet.is_linked, "the fleet is linked", 120))
         yield fleet
@@ -167,8 +178,8 @@ def test_answers_move_before_they_would_be_preempted_where_there_is_room(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> None:
     """All answers begin at one worker, whose pools seat three of them, and the other comes back when they grow."""
-    flags = ("--kv-cache-memory", str(pools_nbytes(3)))
-    with running_fleet(tmp_path_factory.mktemp("gemma3"), "float32", flags) as fleet:
+    own = dict.fromkeys(("decode-0", "decode-1"), ("--kv-cache-memory", str(pools_nbytes(3))))
+    with running_fleet(tmp_path_factory.mktemp("gemma3"), "float32", own) as fleet:
         asyncio.run(grown_out_of_one_worker(fleet))
         fleet.assert_whole()
         num_moves, _ = fleet.moves()
@@ -198,13 +209,36 @@ def pools_nbytes(num_seqs: int) -> int:
     return sum((num_seqs * peak + 2) * size for peak, size in zip(peaks, layout.slot_nbytes, strict=True))
 
 
+HOW = {
+    "tcp": ("--planes", "tcp"),
+    "zmq": ("--planes", "zmq"),
+    "unequal blocks": ("--block-size", "16"),
+    "no reuse": ("--no-enable-prefix-caching",),
+}
+"""Flags of the second decode worker, and of all where they must be the same."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", HOW)
+def test_answers_move_over_every_plane_and_between_block_sizes(
+    tmp_path_factory: pytest.TempPathFactory, how: str
+) -> None:
+    own = {"decode-1": HOW[how]} if how == "unequal blocks" else dict.fromkeys(WORKERS, HOW[how])
+    with running_fleet(tmp_path_factory.mktemp("gemma3"), "float32", own) as fleet:
+        took = asyncio.run(emptied_in_turn(fleet, 6))
+        fleet.assert_whole()
+        assert fleet.moves()[0] >= 6
+        print(f"{how}: {told(fleet, took)}")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_hundred_times_every_answer_of_a_worker_moves(tmp_path_factory: pytest.TempPathFactory, dtype: str) -> None:
     with running_fleet(tmp_path_factory.mktemp("gemma3"), dtype) as fleet:
+        fleet.references = [fleet.unmoved(reference) for reference in fleet.references]
         took = asyncio.run(emptied_in_turn(fleet, 100))
         num_equal = fleet.assert_whole(exactly=dtype == "float32")
-        print(f"{dtype}: {told(fleet, took)}; {num_equal} of {len(fleet.calls)} as an unmoved float32 run")
+        print(f"{dtype}: {told(fleet, took)}; {num_equal} of {len(fleet.calls)} as alone and unmoved")
 
 
 @pytest.mark.slow

@@ -331,8 +331,9 @@ class Replay:
 
 
 def test_figures_of_a_small_trace_are_those_that_were_kept() -> None:
-    """In `golden_chat.json`: a change of the router's choices, or of how workers work, changes it on purpose."""
-    found = [figures(run(chats(), fleet, policy), Objectives()) for fleet in ("1p1d", "2b") for policy in NAMES]
+    """In `golden_chat.json`, of the policies that estimate nothing: another model of workers changes it on purpose."""
+    plain = [name for name in NAMES if not POLICIES[name].weighs_all]
+    found = [figures(run(chats(), fleet, policy), Objectives()) for fleet in ("1p1d", "2b") for policy in plain]
     told = [_rounded(one.as_json()) for one in found]
     assert told == json.loads(GOLDEN.read_text())
 
