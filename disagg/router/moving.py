@@ -90,11 +90,6 @@ class MovableRequest(RoutedRequest):
         """The incarnation that gives the answer, or is to give it; "" before the first placement."""
         return self.placement.server.incarnation if self.placement is not None else ""
 
-    @property
-    def num_stored(self) -> int:
-        """Tokens whose KV the server holds, as far as the router knows."""
-        return len(self.request.prompt) + self.num_tokens
-
     def may_move(self, now: float, *, is_pressing: bool) -> bool:
         """Whether there is one answer, begun and not about to end, that may be moved now.
 

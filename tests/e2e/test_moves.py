@@ -18,9 +18,6 @@ from support.cluster.three_processes import Part, Trio, running_trio
 from support.faults.wrong import same
 from support.model.families import Reference, build_family, safe_prompts, save_family
 
-from disagg.cache.admission import peak_slots
-from disagg.cache.layout import LayerSpec, derive_layout
-
 pytestmark = [pytest.mark.processes, pytest.mark.timeout(280)]
 
 LENGTHS = (9, 40, 73, 130)
@@ -85,9 +82,12 @@ class Fleet:
         assert status == 200, body
         return replace(reference, token_ids=tuple(body["choices"][0]["token_ids"]))
 
+    def records(self) -> list[dict[str, Any]]:
+        return [self.trio.api.record(call.request_id) for call in self.calls]
+
     def moves(self) -> tuple[int, list[float]]:
         """How many moves the calls' records tell of, and their pauses in seconds, ascending."""
-        records = [self.trio.api.record(call.request_id) for call in self.calls]
+        records = self.records()
         attempts = [attempt for record in records for attempt in record["attempts"]]
         pauses = sorted(attempt["pause_s"] for attempt in attempts if attempt["pause_s"] is not None)
         return sum(record["moves"] for record in records), pauses
@@ -173,42 +173,6 @@ async def stopped_under_load(fleet: Fleet) -> float:
     return took_s
 
 
-@pytest.mark.slow
-def test_answers_move_before_they_would_be_preempted_where_there_is_room(
-    tmp_path_factory: pytest.TempPathFactory,
-) -> None:
-    """All answers begin at one worker, whose pools seat three of them, and the other comes back when they grow."""
-    own = dict.fromkeys(("decode-0", "decode-1"), ("--kv-cache-memory", str(pools_nbytes(3))))
-    with running_fleet(tmp_path_factory.mktemp("gemma3"), "float32", own) as fleet:
-        asyncio.run(grown_out_of_one_worker(fleet))
-        fleet.assert_whole()
-        num_moves, _ = fleet.moves()
-        preempted = fleet.trio.api.total("disagg_preemptions_total")
-        assert num_moves > 0
-        print(f"{len(fleet.calls)} answers over the pools of three: {num_moves} moves, {preempted:.0f} preemptions")
-
-
-async def grown_out_of_one_worker(fleet: Fleet) -> None:
-    await asyncio.to_thread(fleet.trio.api.drain, "decode-1")
-    load = asyncio.create_task(fleet.run())
-    await fleet.answers_at("decode-0", least=4)
-    fleet.is_over = True
-    await asyncio.to_thread(fleet.trio.api.drain, "decode-1", undo=True)
-    await load
-
-
-def pools_nbytes(num_seqs: int) -> int:
-    """Bytes of pools that hold so many sequences of the longest, and no more."""
-    config = build_family("gemma3").config
-    layers = [
-        LayerSpec(i, config.sliding_window if kind == "sliding_attention" else None, 0, 2, 16, "float32", i)
-        for i, kind in enumerate(config.layer_types)
-    ]
-    layout = derive_layout(layers, block_size=8, max_model_len=256)
-    peaks = peak_slots(layout, total_tokens=256, history=0, step_tokens=64)
-    return sum((num_seqs * peak + 2) * size for peak, size in zip(peaks, layout.slot_nbytes, strict=True))
-
-
 HOW = {
     "tcp": ("--planes", "tcp"),
     "zmq": ("--planes", "zmq"),
@@ -243,23 +207,25 @@ def test_a_hundred_times_every_answer_of_a_worker_moves(tmp_path_factory: pytest
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dies", ["source", "sink"])
-@pytest.mark.parametrize("after_s", [0.0, 0.05, 0.1])
+@pytest.mark.parametrize("after_s", [0.0, 0.03, 0.1])
 def test_a_worker_killed_while_answers_move_costs_no_token(
     tmp_path_factory: pytest.TempPathFactory, dies: str, after_s: float
 ) -> None:
     with running_fleet(tmp_path_factory.mktemp("gemma3"), "float32") as fleet:
         asyncio.run(killed_while_moving(fleet, "decode-0" if dies == "source" else "decode-1", after_s))
         fleet.assert_whole()
-        print(f"{dies} killed: {told(fleet, [0.0])}")
+        print(f"{dies} killed after {after_s:g} s: {[record['moves'] for record in fleet.records()]} moves")
 
 
 async def killed_while_moving(fleet: Fleet, name: str, after_s: float) -> None:
+    """Answers that have begun: of others the status may be 503, since the last worker that decodes may drain."""
     load = asyncio.create_task(fleet.run())
-    await fleet.answers_at("decode-0")
+    await asyncio.sleep(0)
+    fleet.is_over = True
+    began = lambda: len(fleet.calls) == NUM_CLIENTS and all(len(call.token_ids) > 1 for call in fleet.calls)  # noqa: E731
+    await until(began, "every answer has begun", 60)
     await asyncio.to_thread(fleet.trio.api.drain, "decode-0")
     await asyncio.sleep(after_s)
     await asyncio.to_thread(fleet.parts[name].kill)
     await asyncio.to_thread(fleet.trio.api.drain, "decode-0", undo=True)
-    await asyncio.sleep(1.0)
-    fleet.is_over = True
     await load

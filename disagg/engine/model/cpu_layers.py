@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 
 
 def suit_cpu(model: nn.Module) -> None:
-    """Replace what can be replaced, for inference in eager steps; the log says what. Layers' weights are held once."""
+    """Replace what can be replaced, for inference in eager steps. Each layer keeps one copy of its weights."""
     is_served = native_layers.is_loaded() and backend(torch.device("cpu")).NAME == "torch"
     if is_served and model_dtype(model) == torch.float32:
         if may_fuse_qkv() and not _fused(model):
