@@ -23,6 +23,7 @@ from support.faults.wrong import never_late, same
 from support.model.families import Reference, build_family, safe_prompts, save_family
 from support.oracles.sampling_reference import check_answer, to_sampling
 
+from disagg.cli.restarts import MAX_RESTARTS, WINDOW_S
 from disagg.transceiver.wire.messages.router import YOUNG_TOKENS
 
 pytestmark = [pytest.mark.processes, pytest.mark.timeout(240)]
@@ -65,6 +66,8 @@ class Case:
     faults: Faults
     wanted: list[Wanted]
     gaps: list[float] = field(default_factory=list)
+    deaths: list[tuple[str, float]] = field(default_factory=list)
+    """Who was killed, and when."""
 
 
 @pytest.fixture(
@@ -141,6 +144,13 @@ def ready(system: System) -> None:
         time.sleep(0.05)
 
 
+def wait_for_patience(case: Case) -> None:
+    """`up` ends when one worker dies more often than it restarts it: wait until none is near that."""
+    for name in DECODES:
+        while sum(at > time.monotonic() - WINDOW_S - 5 for who, at in case.deaths if who == name) >= MAX_RESTARTS - 1:
+            time.sleep(0.5)
+
+
 def is_linked(worker: dict[str, Any]) -> bool:
     return any((link["worker"], link["state"]) == ("prefill-0", "ready") for link in worker["links"])
 
@@ -156,6 +166,7 @@ def kill_under_streams(case: Case, name: str, *, at: int = EARLIEST_KILL, pause_
 
     Steps take `pause_s` longer. A death is charged to streams that have fewer than 8 tokens, and to no other.
     """
+    wait_for_patience(case)
     ready(case.system)
     before = case.system.total("disagg_continuations_total")
     case.faults.set(pause_decode={"seconds": pause_s})
@@ -168,6 +179,7 @@ def kill_under_streams(case: Case, name: str, *, at: int = EARLIEST_KILL, pause_
         await until(lambda: all(stream.fewest >= at for stream in streams), f"{at} tokens of each stream")
         victim = await asyncio.to_thread(busiest, case.system, streams)
         killed_at = time.monotonic()
+        case.deaths.append((victim, killed_at))
         os.kill(case.system.pid_of(victim), signal.SIGKILL)
         await answer
 
