@@ -5,8 +5,9 @@
 
 Rates come first, measured with one request at a time and with four (`disagg bench rates --threads 1`), or from a file.
 Then each fleet of the bundled model's workers, one CPU thread each, gets one trace of chats at its times from a client
-in this process, in turns; the simulator gets the same trace, rates, policy and cores. A row holds what was measured in
-the median of the rounds, what was predicted, and the difference. Wall times say something on an idle machine alone.
+in this process, in turns; the simulator gets the same trace, rates, policy and cores, and the mean number of threads of
+other processes that wanted a core during the run, its neighbours. A row holds what was measured and predicted, each in
+the median of the rounds, and the difference. Neighbours are modelled roughly: an idle machine has none.
 
 `--speed` simulates 100,000 requests on 1,000 workers under each policy and prints the CPU time that takes.
 """
@@ -27,7 +28,7 @@ from pathlib import Path
 from disagg.bench.circumstances import circumstances
 from disagg.bench.play import PlannedRequest, PlayedRequest, play
 from disagg.bench.rates import measure_rates
-from disagg.bench.running import running_system
+from disagg.bench.running import RunningSystem, running_system
 from disagg.cli.simulate import kind_of
 from disagg.config.load import load
 from disagg.config.resources import num_cores
@@ -103,48 +104,86 @@ def _part(values: Sequence[float], part: float) -> float:
     return sorted(values)[min(len(values) - 1, int(part * len(values)))]
 
 
-async def run_real(fleet: FleetShape, trace: Trace, settings: RatesSettings, seed: int) -> dict[str, float]:
+class Neighbours:
+    """How many threads of other processes want a core, in the mean, while a system runs."""
+
+    def __init__(self, system: RunningSystem) -> None:
+        self._pids = [*system.processes.values(), os.getpid()]
+        self._seen: list[int] = []
+
+    async def watch(self) -> None:
+        """Look now and then, until cancelled."""
+        while True:
+            self._seen.append(max(0, _all_running() - sum(map(_num_running, self._pids))))
+            await asyncio.sleep(0.25)
+
+    @property
+    def mean(self) -> float:
+        return statistics.mean(self._seen)
+
+
+def _all_running() -> int:
+    return int(Path("/proc/stat").read_text().partition("procs_running ")[2].split()[0])
+
+
+def _num_running(pid: int) -> int:
+    """Threads of a process that want a core now."""
+    states = [stat.read_text().rpartition(")")[2].split()[0] for stat in Path(f"/proc/{pid}/task").glob("*/stat")]
+    return states.count("R")
+
+
+async def run_real(
+    fleet: FleetShape, trace: Trace, settings: RatesSettings, seed: int
+) -> tuple[dict[str, float], float]:
+    """What was measured, and its neighbours on the cores."""
     counts = {"prefill": fleet.prefill, "decode": fleet.decode, "both": fleet.both}
     flags = ("--policy", POLICY, "--kv-cache-memory", KV_MEMORY, "--threads", "1")
     async with running_system(settings, *flags, **counts) as system:
         warm = [PlannedRequest(0.0, _words(f"warm {seed} {number}", 64), 4) for number in range(8)]
         await play(system.url, warm, at_once=4)
-        return measured(await play(system.url, planned(trace, seed)), trace)
+        neighbours = Neighbours(system)
+        watching = asyncio.create_task(neighbours.watch())
+        played = await play(system.url, planned(trace, seed))
+        watching.cancel()
+        return measured(played, trace), neighbours.mean
 
 
-def setting_of(fleet: FleetShape, rates: ClusterRates, cores: int) -> Setting:
+def setting_of(fleet: FleetShape, rates: ClusterRates, cores: int, neighbours: float) -> Setting:
     workers = len(fleet.roles)
     kind = kind_of(load(SimulateSettings, {"kv_cache_memory": f"{256 // workers}MiB", "max_num_seqs": 16}, {}))
-    return Setting(fleet, kind, rates, POLICY, cores)
+    return Setting(fleet, kind, rates, POLICY, cores, neighbours)
 
 
 def compare(options: argparse.Namespace) -> None:
     settings = load(RatesSettings, {"threads": 1, "max_num_seqs": 16}, {})
     rates = read_rates(options.rates) if options.rates else measure_rates(settings)
     trace, fleets = trace_of(options), [parse_fleet(text) for text in options.fleets]
-    rounds: dict[str, list[dict[str, float]]] = {str(fleet): [] for fleet in fleets}
+    rounds: dict[FleetShape, list[tuple[dict[str, float], float]]] = {fleet: [] for fleet in fleets}
     for number in range(options.rounds):
         for fleet in fleets:
             print(f"round {number + 1} of {options.rounds}: {fleet}", file=sys.stderr, flush=True)
-            rounds[str(fleet)].append(asyncio.run(run_real(fleet, trace, settings, number)))
+            rounds[fleet].append(asyncio.run(run_real(fleet, trace, settings, number)))
     print(circumstances(f"{options.requests} requests at {options.rate:g} per second, {POLICY}"))
     print(f"\nrates: {rates.as_json()}\n")
     print("| fleet | figure | measured | rounds | predicted | off by | |\n|---|---|---|---|---|---|---|")
     for fleet in fleets:
-        outcome = Simulation(trace, setting_of(fleet, rates, options.cores)).run()
-        _print_rows(str(fleet), rounds[str(fleet)], predicted(outcome))
+        told, neighbours = zip(*rounds[fleet], strict=True)
+        settings_of = [setting_of(fleet, rates, options.cores, others) for others in neighbours]
+        guesses = [predicted(Simulation(trace, setting).run()) for setting in settings_of]
+        _print_rows(f"{fleet}, {statistics.median(neighbours):.1f} neighbours", told, guesses)
 
 
-def _print_rows(fleet: str, rounds: Sequence[dict[str, float]], guess: dict[str, float]) -> None:
+def _print_rows(fleet: str, rounds: Sequence[dict[str, float]], guesses: Sequence[dict[str, float]]) -> None:
     for name in ROWS:
+        guess = statistics.median(one[name] for one in guesses)
         all_rounds = [one[name] for one in rounds]
         true = statistics.median(all_rounds)
         scale, unit = (100.0, "%") if name == "hits" else (1e3, "ms")
-        off = guess[name] / true - 1 if true else 0.0
+        off = guess / true - 1 if true else 0.0
         spread = f"{min(all_rounds) * scale:.1f} to {max(all_rounds) * scale:.1f}"
         verdict = "" if abs(off) <= WITHIN else "miss"
         print(
-            f"| {fleet} | {name} | {true * scale:.1f} {unit} | {spread} | {guess[name] * scale:.1f} {unit} | "
+            f"| {fleet} | {name} | {true * scale:.1f} {unit} | {spread} | {guess * scale:.1f} {unit} | "
             f"{off:+.0%} | {verdict} |"
         )
 

@@ -83,7 +83,11 @@ app.command("demo", help="Serve the bundled model for one request and show what 
 app.command("plan", help="Show what a prompt holds and moves, from config.json alone.")(
     command(PlanSettings, _plan, switches={"json": "Print JSON"})
 )
-app.command("simulate", help="Play a trace of requests to fleets that do not exist, at measured rates.")(
+app.command(
+    "simulate",
+    short_help="Play a trace to fleets that do not exist.",
+    help="Play a trace of requests to fleets that do not exist, at measured rates.",
+)(
     command(
         SimulateSettings,
         _simulate,
@@ -103,7 +107,7 @@ for _role in get_args(Role):
 app.add_typer(bench_app, name="bench")
 
 
-@app.command("drain", help="Empty a worker: its answers go on elsewhere, and it gets no new ones.")
+@app.command("drain", help="Empty a worker: its answers go on elsewhere, and none begins.")
 def drain(
     worker: Annotated[str, typer.Argument(help="Its `--worker-id`, as `GET /workers` names it", metavar="WORKER")],
     admin: Annotated[

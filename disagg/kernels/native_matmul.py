@@ -42,14 +42,14 @@ def _typed(library: ctypes.CDLL | None) -> ctypes.CDLL | None:
 _free, _quick = _typed(native.library()), _typed(native.quick_library())
 
 
+def is_fast() -> bool:
+    """Whether this processor has vectors for which the helper's products are fast."""
+    return _free is not None and bool(_free.disagg_multiplies_fast())
+
+
 def serves(dtype: torch.dtype) -> bool:
     """Whether weights of `dtype` should be multiplied here, by the thread that asks alone."""
-    return (
-        _free is not None
-        and dtype == torch.float32
-        and torch.get_num_threads() == 1
-        and bool(_free.disagg_multiplies_fast())
-    )
+    return dtype == torch.float32 and torch.get_num_threads() == 1 and is_fast()
 
 
 @dataclass(frozen=True, slots=True, eq=False)

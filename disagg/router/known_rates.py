@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Final
 
 from disagg.router.costs.kv_shape import GroupShape, KvShape
 from disagg.router.costs.rates import LinkRate, Rates
 from disagg.router.costs.ways import Candidate
-from disagg.router.pairing import kv_format, traits_difference
+from disagg.router.pairing import MAX_KINDS_COMPARED, kv_format, traits_difference
 from disagg.router.registry import Registry, Worker
 from disagg.router.workload import Workload
 from disagg.transceiver.layout.strides import ELEMENT_NBYTES
@@ -24,6 +25,9 @@ LINK_GUESS_GB_PER_S: Final = 1.0
 
 CONNECT_S: Final = 0.05
 """Of a link that the first request makes: some round trips, and a measurement."""
+
+MAX_LINKS_KEPT: Final = 1 << 14
+"""Of 128 by 128 workers, 3 MB; of a larger fleet those that are asked of."""
 
 MIN_RATE: Final = 1e-3
 MAX_RATE: Final = 1e12
@@ -97,19 +101,34 @@ class KnownLinks:
 
     def __init__(self, registry: Registry) -> None:
         self._registry = registry
+        self._made: dict[tuple[str, str], tuple[LinkStatus, LinkRate]] = {}
+        """What was made of the last reports: a choice asks of a dozen links, a report comes every few seconds."""
 
     def __call__(self, source: str, sink: str) -> LinkRate | None:
         """None where KV cannot go from one to the other now, or only over a link that may be lost."""
         ends = self._registry.get(source), self._registry.get(sink)
         if ends[0] is None or ends[1] is None:
             return None
-        state, traits = ends[1].link_state(source), (ends[0].traits, ends[1].traits)
+        report = ends[1].link_reports.get(source)
+        made = self._made.get((source, sink)) if report is not None else None
+        if made is not None and made[0] is report:
+            return made[1]
+        return self._make(ends[0], ends[1], report)
+
+    def _make(self, source: Worker, sink: Worker, report: LinkStatus | None) -> LinkRate | None:
+        state, traits = sink.link_state(source.incarnation), (source.traits, sink.traits)
         if state not in ("ready", "idle") or traits_difference(*traits) is not None:
             return None
-        purposes = shared(ends[0].sends, ends[1].receives)
+        purposes = shared(source.sends, sink.receives)
         is_exact = kv_format(traits[0].geometry) == kv_format(traits[1].geometry)
-        speed = _speed_of(ends[1].link_reports[source]) if state == "ready" else (LINK_GUESS_GB_PER_S, CONNECT_S)
-        return LinkRate(*speed, hands_over=HANDOFF in purposes, fetches=PREFIX in purposes and is_exact)
+        fetches = PREFIX in purposes and is_exact
+        if report is None or state != "ready":
+            return LinkRate(LINK_GUESS_GB_PER_S, CONNECT_S, hands_over=HANDOFF in purposes, fetches=fetches)
+        rate = LinkRate(*_speed_of(report), hands_over=HANDOFF in purposes, fetches=fetches)
+        if len(self._made) >= MAX_LINKS_KEPT:
+            self._made.clear()
+        self._made[source.incarnation, sink.incarnation] = report, rate
+        return rate
 
 
 def _speed_of(report: LinkStatus) -> tuple[float, float]:
@@ -118,6 +137,7 @@ def _speed_of(report: LinkStatus) -> tuple[float, float]:
     return gb_per_s, min(max(report.latency_s, 0.0), MAX_SECONDS)
 
 
+@lru_cache(maxsize=MAX_KINDS_COMPARED)
 def kv_shape_of(geometry: Geometry) -> KvShape:
     """Bytes of whole blocks, over all ranks of the worker."""
     element = ELEMENT_NBYTES.get(geometry.kv_dtype, 2)

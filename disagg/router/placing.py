@@ -104,10 +104,6 @@ class Placing:
         assert worker is not None
         return worker.target
 
-    def least_loaded(self, most: int) -> Iterator[Worker]:
-        """Up to so many of each role, in the order of their load."""
-        return (worker for order in self._orders.values() for worker in islice(order, most))
-
     def _fleet(self, now: float) -> Fleet:
         load = {} if self.policy.name == "round-robin" else self.load
         return Fleet(self._registry, now, load, self._turn, self._max_queued)

@@ -37,23 +37,22 @@ from disagg.router.attempt_events import (
     WorkerLost,
 )
 from disagg.router.charges import MAX_CHARGES
-from disagg.router.choose import Placement
+from disagg.router.choose import RETRY_BUSY_S, Placement
 from disagg.router.cluster import Cluster
 from disagg.router.costs.decide import POLICIES
 from disagg.router.emptying import Emptying, Orders
-from disagg.router.gate import AHEAD_PER_SERVER, Gate
+from disagg.router.gate import Gate
 from disagg.router.generation import GenerationEnd, GenerationError, GenerationRequest, TokenChunk
-from disagg.router.going_on import MAX_CONTINUATIONS
 from disagg.router.index.remote import PrefixIndex
-from disagg.router.introductions import Connect
 from disagg.router.metrics import RouterMetrics
 from disagg.router.minting import Minting
 from disagg.router.moving import MovableRequest
+from disagg.router.options import RouterOptions as RouterOptions
 from disagg.router.placing import Placing
 from disagg.router.record import RecordStore, RequestRecord
 from disagg.router.registry import Worker
 from disagg.router.status import describe_workers
-from disagg.router.tenants import QueuedRequest, TenantLimits
+from disagg.router.tenants import QueuedRequest
 from disagg.router.unread import Unread
 from disagg.router.workload import Share
 from disagg.transceiver.wire.keys import ClusterKeys
@@ -64,40 +63,6 @@ from disagg.transceiver.wire.messages.tokens import Tokens
 from disagg.transceiver.wire.node import draw_id
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class RouterOptions:
-    """`expected_fingerprint`: the model every worker must have; None lets the first worker decide.
-
-    `max_continuations`: losses that one answer may survive in its middle; 0: a loss ends it with an error. `tenants`:
-    limits by the names of API keys; others have none. `ahead_per_server`: see `gate`. `connect`: see `introductions`.
-    `policy`: how a way to serve is chosen, by the names of `costs.decide.POLICIES`; `max_local_prefill`: tokens of a
-    prompt that may be computed where others' answers are decoded.
-    """
-
-    expected_fingerprint: str | None = None
-    max_attempts: int = 3
-    max_continuations: int = MAX_CONTINUATIONS
-    max_queued: int = 1024
-    request_timeout_s: float = 600.0
-    tenants: Mapping[str, TenantLimits] = field(default_factory=dict)
-    ahead_per_server: int = AHEAD_PER_SERVER
-    connect: Connect = "auto"
-    policy: str = "prefix-aware"
-    max_local_prefill: int = 0
-
-    def __post_init__(self) -> None:
-        if self.policy not in POLICIES:
-            raise ValueError(f"policy: `{self.policy}`, expected one of {', '.join(POLICIES)}")
-        if self.max_attempts < 1:
-            raise ValueError(f"max_attempts: {self.max_attempts}, expected at least 1")
-        if self.max_continuations < 0:
-            raise ValueError(f"max_continuations: {self.max_continuations}, expected at least 0")
-        if self.max_queued < 1:
-            raise ValueError(f"max_queued: {self.max_queued}, expected at least 1")
-        if not self.request_timeout_s > 0:
-            raise ValueError(f"request_timeout_s: {self.request_timeout_s}, expected more than 0")
 
 
 @dataclass(slots=True, eq=False)
@@ -192,7 +157,7 @@ class Router:
         self.cluster.order(incarnation, message)
 
     def use(self, index: PrefixIndex) -> None:
-        """From here on ask who holds what of a prompt."""
+        """From here on ask which workers hold what of a prompt."""
         self._index = index
         self._metrics.add(index)
         for worker in self.cluster.registry:
@@ -280,16 +245,22 @@ class Router:
             self._end_unstarted(attempts, ClientGone())
             raise
         try:
-            held |= await self._who_holds(request)
-        except BaseException:
-            self._gate.leave(turn, 0)
-            self._end_unstarted(attempts, ClientGone())
-            raise
-        try:
+            await self._look_up(attempts, held)
             return self._start(attempts, turn)
         except BaseException:
             self._gate.leave(turn, 0)
             raise
+
+    async def _look_up(self, attempts: RoutedRequest, held: dict[str, int]) -> None:
+        """The workers that hold something of the prompt. Raises GenerationError when the router closes meanwhile."""
+        try:
+            held |= await self._who_holds(attempts.request)
+        except BaseException:
+            self._end_unstarted(attempts, ClientGone())
+            raise
+        if self._gate.is_closing:
+            self._end_unstarted(attempts, RouterClosing())
+            raise GenerationError(503, "the router is shutting down", retry_after_s=RETRY_BUSY_S)
 
     def _end_unstarted(self, attempts: RoutedRequest, event: Event) -> None:
         now = self._clock()
@@ -297,8 +268,9 @@ class Router:
         self._note_end(attempts.record, now)
 
     async def _who_holds(self, request: GenerationRequest) -> dict[str, int]:
-        """As `PrefixIndex.who_holds`; nobody, for a request that uses no prefix."""
-        if self._index is None or request.sampling.num_prompt_logprobs is not None:
+        """As `PrefixIndex.who_holds`; empty for a request that uses no prefix."""
+        uses_prefixes = self._placing.policy.weighs_all and request.sampling.num_prompt_logprobs is None
+        if self._index is None or not uses_prefixes:
             return {}
         return await self._index.who_holds(request.prompt, request.sampling.cache_salt)
 

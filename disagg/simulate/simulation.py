@@ -10,7 +10,7 @@ from disagg.router.gate import AHEAD_PER_SERVER
 from disagg.router.tenants import QueuedRequest
 from disagg.simulate.agenda import Agenda
 from disagg.simulate.blocks import BlockStore
-from disagg.simulate.cores import OwnCores, SharedCores
+from disagg.simulate.cores import Cores, OwnCores, SharedCores
 from disagg.simulate.fleet import FleetShape, WorkerKind
 from disagg.simulate.front import FrontEnd
 from disagg.simulate.geometry import KvGeometry
@@ -18,15 +18,18 @@ from disagg.simulate.handoff import Ground, Handoff, fetch_prefix
 from disagg.simulate.network import Network
 from disagg.simulate.rates import ClusterRates
 from disagg.simulate.requests import AnswerWork, PromptWork, SimulatedRequest, StepsDone
-from disagg.simulate.routing import Route, routing_of
+from disagg.simulate.routing import Route, Routing
 from disagg.simulate.trace import Trace
 from disagg.simulate.worker import MOST_STEPS, SimulatedWorker
 
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """What is simulated. `num_cores`: shared by workers and front end; None = each worker has a device of its own, and
-    the front end costs a request its time and no other's. `policy`, `max_queued`, `max_local_prefill` as of the router.
+    """What is simulated.
+
+    `num_cores`: shared by workers and front end; None = each worker has a device of its own, and the front end costs a
+    request its time and no other's. `num_neighbours`: see `SharedCores`. `policy`, `max_queued`, `max_local_prefill` as
+    of the router.
     """
 
     fleet: FleetShape
@@ -34,6 +37,7 @@ class Setting:
     rates: ClusterRates
     policy: str
     num_cores: int | None = None
+    num_neighbours: float = 0.0
     max_queued: int = 1024
     max_local_prefill: int = 0
 
@@ -58,7 +62,7 @@ class Simulation:
     def __init__(self, trace: Trace, setting: Setting) -> None:
         self._setting, self._rates, kind = setting, setting.rates, setting.kind
         self._agenda, roles = Agenda(), setting.fleet.roles
-        cores = SharedCores(self._agenda, setting.num_cores) if setting.num_cores else OwnCores(self._agenda)
+        cores = _cores_of(setting, self._agenda)
         network = Network(len(roles), self._rates.link_bytes_per_s, self._rates.link_latency_s)
         self.ground = Ground(self._agenda, cores, network, self._rates, KvGeometry(kind.layout, trace.block_size))
         self._front = FrontEnd(cores)
@@ -71,7 +75,7 @@ class Simulation:
         self._turns: dict[QueuedRequest, SimulatedRequest] = {}
         self._turn_of: dict[SimulatedRequest, QueuedRequest] = {}
         self._delivered_at = [0.0] * len(roles)
-        self._routing = routing_of(
+        self._routing = Routing(
             self.ground,
             self.workers,
             setting.policy,
@@ -230,3 +234,9 @@ class Simulation:
         request.ended_at = self._agenda.now
         self._routing.note_end(request)
         self._leave(request, request.traced.answer_len)
+
+
+def _cores_of(setting: Setting, agenda: Agenda) -> Cores:
+    if setting.num_cores is None:
+        return OwnCores(agenda)
+    return SharedCores(agenda, setting.num_cores, setting.num_neighbours)

@@ -20,7 +20,7 @@ MIN_SPREAD: Final = 0.2
 """Of the prompt tokens per step, standard deviation over mean, from which a step's own part can be told from theirs."""
 
 MOST_OF_A_STEP: Final = 0.75
-"""A guess of the step's own time leaves a quarter of what was measured to its tokens."""
+"""A quarter of what was measured is left to its tokens at least: a few noisy steps would say that they are free."""
 
 
 @dataclass(slots=True)
@@ -40,13 +40,10 @@ class _Line:
     def fit(self, guess: float) -> tuple[float, float]:
         """(y at x = 0, y per x), neither below 0; the first is near `guess` where the points say nothing of it."""
         mean_x, mean_y = self.x / self.n, self.y / self.n
-        variance = self.xx / self.n - mean_x**2
+        variance, start = self.xx / self.n - mean_x**2, guess
         if variance >= (MIN_SPREAD * mean_x) ** 2:
-            slope = (self.xy / self.n - mean_x * mean_y) / variance
-            start = mean_y - slope * mean_x
-            if slope > 0:
-                return (start, slope) if start >= 0 else (0.0, mean_y / mean_x)
-        start = min(guess, MOST_OF_A_STEP * mean_y)
+            start = mean_y - (self.xy / self.n - mean_x * mean_y) / variance * mean_x
+        start = min(max(start, 0.0), MOST_OF_A_STEP * mean_y)
         return start, (mean_y - start) / mean_x
 
 

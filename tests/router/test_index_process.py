@@ -61,7 +61,7 @@ def server_of(*workers: str) -> IndexServer:
     server = IndexServer()
     asked(server, SETTINGS, KEY, MODEL, [(None, 0), (64, 0)])
     for worker in workers:
-        asked(server, ADDED, worker, T)
+        asked(server, ADDED, worker, T, worker, "CPU")
     return server
 
 

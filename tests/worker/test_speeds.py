@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from disagg.transceiver.peers.link_meter import BusyTime, LinkMeter
@@ -31,11 +31,20 @@ def test_nothing_is_told_before_anything_was_measured() -> None:
     token_s=st.floats(1e-5, 1e-2),
 )
 def test_a_steps_own_time_is_told_from_that_of_its_tokens(sizes: list[int], step_s: float, token_s: float) -> None:
+    assume(step_s <= 2 * token_s * sum(sizes) / len(sizes))
     speeds = warm_speeds()
     for size in sizes:
         speeds.note(step_s + size * token_s, size, 0)
     assert speeds.rates.prefill_tokens_per_s == pytest.approx(1 / token_s, rel=0.01)
     assert speeds.rates.prompt_step_s == pytest.approx(step_s, rel=0.05, abs=1e-4)
+
+
+def test_prompt_tokens_are_never_free_however_alike_the_steps_were() -> None:
+    speeds = warm_speeds()
+    for size, seconds in ((300, 0.1), (100, 0.1), (200, 0.1)):
+        speeds.note(seconds, size, 0)
+    assert speeds.rates.prompt_step_s == pytest.approx(0.075)
+    assert speeds.rates.prefill_tokens_per_s == pytest.approx(200 / 0.025, rel=0.02)
 
 
 def test_steps_of_one_size_tell_their_tokens_per_second_alone() -> None:

@@ -1,8 +1,9 @@
 """Which worker holds which blocks, per layer group. Pure: events of workers in, holders of a chain out.
 
-One integer for each known block says who holds it: worker number x groups + group is the bit. So a block that a
-hundred workers hold costs one entry, and a chain is looked up once, whatever the number of workers. What a worker told
-goes with it: its bits count no more at once, and are cleared a few blocks at a time before its number is used again.
+One integer for each known block says which workers hold it: worker number x groups + group is the bit. So a block that
+a hundred workers hold costs one entry, and a chain is looked up once, whatever the number of workers. What a worker
+told goes with it: its bits count no more at once, and are cleared a few blocks at a time before its number is used
+again.
 """
 
 from __future__ import annotations
@@ -58,6 +59,8 @@ class BlockIndex:
         self.groups = tuple(groups)
         self._bits: dict[bytes, int] = {}
         self._tellers: dict[str, _Teller] = {}
+        self._numbered: dict[int, tuple[dict[int, str], int]] = {}
+        """By block size, until a worker comes or goes: incarnations by their bit, and all bits together."""
         self._free: list[int] = []
         self._num_numbers = 0
         self._dead = 0
@@ -79,6 +82,11 @@ class BlockIndex:
         """A worker registered. It holds nothing before its first reset."""
         self.remove(incarnation)
         self._tellers[incarnation] = _Teller(block_size, self._take_number())
+
+    def follows(self, incarnation: str) -> bool:
+        """Whether all that this worker told is known here: it began, and nothing was missed since."""
+        teller = self._tellers.get(incarnation)
+        return teller is not None and teller.expected is not None
 
     def remove(self, incarnation: str) -> None:
         """A worker is gone, with all that it told. One that is not known is no error."""
@@ -116,9 +124,8 @@ class BlockIndex:
         `chain`: the identities of a prompt's blocks. It is read as far as any worker holds it. A worker could go on
         from a boundary where every group holds each block that a later query attends to.
         """
-        here = {1 << t.number * len(self.groups): i for i, t in self._tellers.items() if t.block_size == block_size}
+        here, unseen = self._workers_of(block_size)
         found: list[Holder] = []
-        unseen = sum(here)
         for count, able in reversed(list(enumerate(self._able(chain, block_size, unseen), 1))):
             new = able & unseen
             while new and len(found) < most:
@@ -152,6 +159,9 @@ class BlockIndex:
         living = sum(map(self._mask, numbers))
         assert not living & self._dead
         assert all(self._bits.values())
+        kept = dict(self._numbered)
+        self._numbered.clear()
+        assert all(self._workers_of(size) == known for size, known in kept.items()), "a worker came or went unseen"
         assert not any(bits & ~(living | self._dead) for bits in self._bits.values())
 
     def _fits(self, events: BlockEvents, teller: _Teller) -> bool:
@@ -183,6 +193,13 @@ class BlockIndex:
                 return
             yield able
 
+    def _workers_of(self, block_size: int) -> tuple[dict[int, str], int]:
+        if (known := self._numbered.get(block_size)) is None:
+            some = ((name, teller) for name, teller in self._tellers.items() if teller.block_size == block_size)
+            here = {1 << teller.number * len(self.groups): name for name, teller in some}
+            known = self._numbered[block_size] = here, sum(here)
+        return known
+
     def _clear(self, names: Iterable[bytes], mask: int) -> None:
         for name in names:
             if (bits := self._bits.get(name)) is not None and (left := bits & mask) != bits:
@@ -195,12 +212,14 @@ class BlockIndex:
         return ((1 << len(self.groups)) - 1) << number * len(self.groups)
 
     def _take_number(self) -> int:
+        self._numbered.clear()
         if self._free:
             return self._free.pop()
         self._num_numbers += 1
         return self._num_numbers - 1
 
     def _retire(self, number: int) -> None:
+        self._numbered.clear()
         self._dead |= self._mask(number)
         self._dying.append(number)
 

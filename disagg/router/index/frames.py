@@ -13,8 +13,10 @@ from disagg.transceiver.wire.messages.blocks import BlockEvents
 
 HEAD: Final = struct.Struct("=cI")
 
+PUBLISH: Final = b"P"  # the fields of PublishOptions; answered with both endpoints, or with REFUSED
+REFUSED: Final = b"R"  # why
 SETTINGS: Final = b"S"  # hash key, model fingerprint, (window, sinks) of each group
-ADDED: Final = b"A"  # incarnation, block size
+ADDED: Final = b"A"  # incarnation, block size, worker id, medium
 GONE: Final = b"G"  # incarnation
 EVENTS: Final = b"E"  # the fields of BLOCK_EVENTS, in order
 QUESTION: Final = b"Q"  # number, salt, most holders, prompt as int32

@@ -1,4 +1,4 @@
-"""The router's end of the index process: passes events on, asks who holds a prompt, starts it again if it dies.
+"""The router's end of the index process: passes events on, asks which workers hold a prompt, starts it anew.
 
 Nothing here waits for the process but a question, and that for a bounded time: without an answer a request is placed as
 if no worker held anything of it.
@@ -12,7 +12,7 @@ import logging
 import sys
 from array import array
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass, replace
 from typing import Any, Final
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
@@ -27,12 +27,16 @@ from disagg.router.index.frames import (
     HEAD,
     HOLDERS,
     MISSED,
+    PUBLISH,
     QUESTION,
+    REFUSED,
     SETTINGS,
     events_frame,
     frame,
     values_of,
 )
+from disagg.router.index.publisher import PublishOptions
+from disagg.transceiver.wire.errors import EndpointRefused
 from disagg.transceiver.wire.messages.blocks import AskBlocks, BlockEvents
 from disagg.transceiver.wire.messages.router import Register
 
@@ -67,9 +71,18 @@ class IndexFigures:
 class PrefixIndex(Collector):
     """Use `async with PrefixIndex.open(...)`. All methods belong to the event loop."""
 
-    def __init__(self, hash_key: bytes, ask: Callable[[str, AskBlocks], None]) -> None:
-        """`ask(incarnation, message)`: send it to that worker."""
-        self._hash_key, self._ask = hash_key, ask
+    def __init__(
+        self,
+        hash_key: bytes,
+        ask: Callable[[str, AskBlocks], None],
+        publish: PublishOptions | None = None,
+        *,
+        tokens: bool = False,
+    ) -> None:
+        """`ask(incarnation, message)`: send it to that worker. `publish`: to subscribers, with the `tokens`' ids or
+        without."""
+        self._hash_key, self._ask, self._publish, self._tokens = hash_key, ask, publish, tokens
+        self._published: asyncio.Future[None] | None = None
         self._workers: dict[str, Register] = {}
         """Those that may be asked for their blocks."""
         self._process: asyncio.subprocess.Process | None = None
@@ -80,11 +93,21 @@ class PrefixIndex(Collector):
 
     @classmethod
     @contextlib.asynccontextmanager
-    async def open(cls, hash_key: bytes, ask: Callable[[str, AskBlocks], None]) -> AsyncIterator[PrefixIndex]:
-        """The process runs while the block does."""
-        index = cls(hash_key, ask)
+    async def open(
+        cls,
+        hash_key: bytes,
+        ask: Callable[[str, AskBlocks], None],
+        publish: PublishOptions | None = None,
+        *,
+        tokens: bool = False,
+    ) -> AsyncIterator[PrefixIndex]:
+        """The process runs while the block does. Raises `EndpointRefused` when it cannot publish where it should."""
+        index = cls(hash_key, ask, publish, tokens=tokens)
         running = asyncio.create_task(index._run(), name="prefix index")
         try:
+            if publish is not None:
+                index._published = asyncio.get_running_loop().create_future()
+                await index._published
             yield index
         finally:
             running.cancel()
@@ -115,8 +138,9 @@ class PrefixIndex(Collector):
 
         Empty when no answer comes in time.
         """
-        if self._process is None or not self._workers:
-            return {}
+        sizes = [register.geometry.block_size for register in self._workers.values()]
+        if self._process is None or len(prompt) <= min(sizes, default=len(prompt)):
+            return {}  # no block of it could be cached, or no worker tells any
         tokens = prompt if isinstance(prompt, array) and prompt.typecode == "i" else array("i", prompt)
         self._num_questions += 1
         number = self._num_questions
@@ -161,6 +185,8 @@ class PrefixIndex(Collector):
         )
         self._process, looking = process, None
         try:
+            if self._publish is not None:
+                self._say(frame(PUBLISH, *astuple(self._publish)))
             if self._workers:
                 self._say(self._settings())
             for register in self._workers.values():
@@ -196,9 +222,30 @@ class PrefixIndex(Collector):
         elif kind == MISSED:
             log.warning("blocks of %s were missed; it is asked for all of them", values[0])
             if values[0] in self._workers:
-                self._ask(values[0], AskBlocks(values[0]))
+                self._ask(values[0], AskBlocks(values[0], self._tokens))
         elif kind == FIGURES:
             self.figures = IndexFigures(*values)
+        elif kind in (PUBLISH, REFUSED):
+            self._hear_published(kind, values)
+
+    def _hear_published(self, kind: bytes, values: tuple[Any, ...]) -> None:
+        assert self._publish is not None
+        is_first = self._published is not None and not self._published.done()
+        if kind == REFUSED:
+            refusal = f"cannot publish at {self._publish.endpoint}: {values[0]}; choose another port or host"
+            log.error("cached blocks are not published: %s", refusal)
+            if is_first and self._published is not None:
+                self._published.set_exception(EndpointRefused(refusal))
+            return
+        self._publish = replace(self._publish, endpoint=values[0], replay_endpoint=values[1])
+        log.info("cached blocks are published at %s, and again on request at %s", *values)
+        if is_first and self._published is not None:
+            self._published.set_result(None)
+
+    @property
+    def endpoints(self) -> tuple[str, str] | None:
+        """Where blocks are published, and where they are asked for again."""
+        return None if self._publish is None else (self._publish.endpoint, self._publish.replay_endpoint)
 
     def _give_up_questions(self) -> None:
         for answer in self._questions.values():
@@ -213,8 +260,10 @@ class PrefixIndex(Collector):
 
     def _say_added(self, register: Register) -> None:
         if self._process is not None:
-            self._say(frame(ADDED, register.incarnation, register.geometry.block_size))
-            self._ask(register.incarnation, AskBlocks(register.incarnation))
+            medium = "CPU" if register.device == "cpu" else "GPU"
+            told = (register.incarnation, register.geometry.block_size, register.worker_id, medium)
+            self._say(frame(ADDED, *told))
+            self._ask(register.incarnation, AskBlocks(register.incarnation, self._tokens))
 
     def _say(self, data: bytes) -> None:
         process = self._process

@@ -137,11 +137,9 @@ class Peers:
 
 @dataclass(frozen=True, slots=True)
 class LinkStatus:
-    """What a worker says of one peer.
-
-    `state` is `ready`, `suspect`, `lost`, `connecting` or `refused`; `detail` names the field that differs. `gb_per_s`:
-    of the last transfers, or of the probe at first contact before there were any; `latency_s`: of the last transfers,
-    between their last byte and their end.
+    """What a worker says of one peer. `state`: `ready`, `suspect`, `lost`, `connecting` or `refused`; `detail` names
+    the field that differs. Of the last transfers: `gb_per_s`, before the first that of a probe; `latency_s`, from their
+    last byte to their end.
     """
 
     incarnation: str
