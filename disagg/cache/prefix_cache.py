@@ -6,7 +6,7 @@ registered block is never written again. A block that is withdrawn takes everyth
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain as chained
 
@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from disagg.cache.identity import BlockHasher, token_bytes
 from disagg.cache.layout import CacheLayout
+from disagg.cache.loans import Loans
 from disagg.cache.pool import SlotPool
 from disagg.cache.prefix import NO_SLOT, PrefixNode, PrefixTree
 from disagg.cache.reuse import Resident
@@ -63,6 +64,11 @@ class PrefixCache:
         for number, pool in enumerate(pools):
             pool.on_evict = lambda slots, number=number: self._forget(number, slots)  # type: ignore[misc]
         self.counts = tuple(ReuseCount() for _ in layout.groups)
+        self.loans = Loans()
+
+    def look_up(self, tokens: Sequence[int], salt: str) -> Match:
+        """`match` for no sequence: exact blocks of these tokens."""
+        return self.match(Chain(salt), tokens)
 
     def match(self, chain: Chain, tokens: Sequence[int]) -> Match:
         """What a sequence may use of the whole blocks of `tokens`. Changes nothing, references nothing."""
@@ -70,6 +76,17 @@ class PrefixCache:
         flat = np.fromiter(chained.from_iterable(node.slots for node in path), dtype=np.int32)
         slots = flat.reshape(len(path), self._layout.num_groups)
         return Match(path, tuple(np.ascontiguousarray(column) for column in slots.T))
+
+    def lend(self, key: Hashable, slots: Sequence[Sequence[int]]) -> None:
+        """Another worker reads these registered slots, by group: of what is cached they are evicted last.
+
+        Nothing holds them. When one is given away all the same, `loans.take_broken` names the key.
+        """
+        places = []
+        for number, some in zip(self._layout.pool_of_group, slots, strict=True):
+            self._pools[number].touch(some)
+            places += [(number, slot) for slot in some]
+        self.loans.begin(key, places)
 
     def follow(self, chain: Chain, path: list[PrefixNode]) -> None:
         """A sequence that stands nowhere yet takes this path."""
@@ -115,8 +132,9 @@ class PrefixCache:
                     number = self._layout.pool_of_group[group]
                     del self._owner[number][slot]
                     slots[number].append(slot)
-        for pool, taken in zip(self._pools, slots, strict=True):
+        for number, (pool, taken) in enumerate(zip(self._pools, slots, strict=True)):
             pool.unregister(taken)
+            self.loans.note_gone(number, taken)
         return sum(map(len, slots))
 
     def count(self, group: int, num_queried: int, num_hit: int) -> None:
@@ -126,6 +144,7 @@ class PrefixCache:
     def check_invariants(self) -> None:
         """Nodes and pools agree on every registered slot."""
         self.tree.check_invariants()
+        self.loans.check_invariants()
         owned = 0
         for node in self.tree:
             for group, slot in enumerate(node.slots):
@@ -165,6 +184,7 @@ class PrefixCache:
 
     def _forget(self, number: int, slots: Sequence[int]) -> None:
         """A pool evicts these slots."""
+        self.loans.note_gone(number, slots)
         owner = self._owner[number]
         for slot in slots:
             node, group = owner.pop(slot)

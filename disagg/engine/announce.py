@@ -46,6 +46,12 @@ def units_at(cache: KVCache, cached: CachedSequence, names: Sequence[UnitName]) 
     return tuple(units)
 
 
+def whole_blocks(cache: KVCache, cached: CachedSequence, ordinals: range) -> list[SourceUnit]:
+    """Where these blocks of a sequence lie, in every group that holds them."""
+    names = [UnitName(group, ordinal) for group in range(len(cached.tables)) for ordinal in ordinals]
+    return list(units_at(cache, cached, names))
+
+
 def _newly_final(cache: KVCache, prompt: PromptSequence, group: int) -> list[int]:
     layout, semantics = cache.layout, cache.layout.groups[group]
     size, prompt_len = layout.block_size, prompt.request.prompt_len

@@ -34,21 +34,22 @@ from disagg.cache.budget import MAX_PREFILLS_PER_STEP
 from disagg.cache.cache import KVCache
 from disagg.cache.scratch import scratch_until
 from disagg.cache.window import needed_ordinals
-from disagg.engine.announce import publish_final_units
+from disagg.engine.announce import whole_blocks
 from disagg.engine.batch import Work, scoring_of, share_tokens
+from disagg.engine.beginning import Beginnings
 from disagg.engine.beside import LOOK_BEHIND, RoomBeside
 from disagg.engine.commands import (
     AttemptKey,
     EngineEvent,
     PinnedEvent,
-    PrefixHitEvent,
+    PrefixRoomEvent,
     ReservedEvent,
     SoftDroppedEvent,
-    UnitsFinalEvent,
 )
 from disagg.engine.promised import PeakSlots, Promised
 from disagg.engine.recheck import PrefixRecheck
 from disagg.engine.sequence import Claim, DecodingSequence, LiveSequence, PromptSequence, Reservation, Stage
+from disagg.transceiver.layout.units import SourceUnit
 from disagg.waiting_line import WaitingLine
 
 REGISTERED_AT_ONCE = 2048
@@ -70,7 +71,7 @@ class Scheduler:
     ) -> None:
         self._cache, self._swa_scratch = cache, swa_scratch
         self._layout = replace(cache.layout, uses_scratch=cache.layout.uses_scratch and swa_scratch != "off")
-        self._recheck = recheck or PrefixRecheck(cache, None)
+        self.beginnings = Beginnings(cache, recheck or PrefixRecheck(cache, None))
         self._max_num_seqs, self._max_num_batched_tokens = max_num_seqs, max_num_batched_tokens
         self._promises = Promises([pool.num_slots for pool in cache.pools])
         self._peaks = PeakSlots(self._layout, self._promises, max_num_batched_tokens)
@@ -80,6 +81,8 @@ class Scheduler:
         self._line: WaitingLine[Promised] = WaitingLine()
         self._soft_line: WaitingLine[PromptSequence] = WaitingLine()
         self._beside = RoomBeside(self._promises)
+        self.registered: list[SourceUnit] = []
+        """Blocks that answers filled and that were registered; the engine takes them."""
         self.num_preemptions = 0
 
     # --- live sequences -------------------------------------------------------------------------------------
@@ -110,8 +113,9 @@ class Scheduler:
 
     @property
     def soft(self) -> list[PromptSequence]:
-        """Soft prompts that hold blocks, in order of arrival."""
-        return [s for s in self.promised if isinstance(s, PromptSequence) and s.is_soft and s.cached]
+        """Soft prompts whose blocks may be taken, in order of arrival."""
+        prompts = (s for s in self.promised if isinstance(s, PromptSequence) and s.is_soft and s.cached)
+        return [prompt for prompt in prompts if prompt.stage is not Stage.LANDING]
 
     @property
     def num_waiting(self) -> int:
@@ -163,6 +167,8 @@ class Scheduler:
     def park(self, prompt: PromptSequence) -> list[EngineEvent]:
         """Take a soft prompt's blocks away and compute it only once it is pinned."""
         assert prompt.is_soft
+        if prompt.stage is Stage.LANDING:
+            return []
         if prompt.cached is not None:
             return [self._drop(prompt)]
         self._leave_lines(prompt)
@@ -204,7 +210,8 @@ class Scheduler:
         """The prompt is computed: promise from now on what it will hold as an answer, or until its transfer ends."""
         request, count = prompt.request, len(prompt.token_ids)
         total = self._peaks.room_for(request, count) if prompt.serves else count
-        self._promises.shrink(prompt.key, self._peaks.of(request, total_tokens=total, history=count))
+        history = self._kept_from(prompt, count)
+        self._promises.shrink(prompt.key, self._peaks.of(request, total_tokens=total, history=history))
 
     # --- admission ------------------------------------------------------------------------------------------
 
@@ -273,44 +280,14 @@ class Scheduler:
         return dropped
 
     def _start(self, sequence: Promised) -> list[EngineEvent]:
-        precision = sequence.precision if isinstance(sequence, Reservation) else ""
-        sequence.cached = self._cache.open(sequence.key, sequence.request.sampling.cache_salt, precision)
         if isinstance(sequence, Reservation):
+            salt = sequence.request.sampling.cache_salt
+            sequence.cached = self._cache.open(sequence.key, salt, sequence.precision)
             return [self._reserve(sequence)]
         events: list[EngineEvent] = []
         if sequence.claim is Claim.PINNED:
             events.append(PinnedEvent(sequence.key, sequence.compute_id))
-        return events + self._reuse(sequence)
-
-    def _reuse(self, prompt: PromptSequence) -> list[EngineEvent]:
-        """Begin with what is cached of the prompt, or wait until those of its blocks that are due were checked."""
-        assert prompt.cached is not None
-        if not prompt.is_scored:  # what is reused has no logits
-            self._cache.reuse_prefix(prompt.cached, prompt.token_ids, counts=not prompt.has_looked)
-        if due := self._recheck.due(prompt.cached):
-            prompt.enter(Stage.CHECKING)
-            prompt.check_id += 1
-            return [PrefixHitEvent(prompt.key, prompt.check_id, due)]
-        return self._go_on(prompt)
-
-    def end_check(self, prompt: PromptSequence, *, is_right: bool) -> list[EngineEvent]:
-        """Go on from the reused blocks, or begin anew: the wrong ones are registered no more."""
-        assert prompt.stage is Stage.CHECKING
-        if is_right:
-            return self._go_on(prompt)
-        assert prompt.cached is not None
-        self._cache.close_sequence(prompt.cached)
-        prompt.cached = self._cache.open(prompt.key, prompt.request.sampling.cache_salt)
-        return self._reuse(prompt)
-
-    def _go_on(self, prompt: PromptSequence) -> list[EngineEvent]:
-        prompt.enter(Stage.COMPUTING)
-        if prompt.num_cached_tokens is None:
-            prompt.num_cached_tokens = prompt.num_computed
-        prompt.num_announced = [0] * self._layout.num_groups
-        if not prompt.serves and (units := publish_final_units(self._cache, prompt)):
-            return [UnitsFinalEvent(prompt.key, prompt.compute_id, units)]  # reused blocks are final
-        return []
+        return events + self.beginnings.begin(sequence)
 
     def _reserve(self, reservation: Reservation) -> ReservedEvent:
         """History first: blocks that no query will read are never allocated."""
@@ -355,10 +332,10 @@ class Scheduler:
             piece.sequence.num_ahead += len(piece.token_ids)
         return work
 
-    def is_awaited(self, event: ReservedEvent) -> bool:
-        """Whether the reservation still waits for the KV of these slots."""
-        reservation = self._live.get(event.key)
-        return isinstance(reservation, Reservation) and reservation.awaited is event.slots
+    def is_awaited(self, event: ReservedEvent | PrefixRoomEvent) -> bool:
+        """Whether the sequence still waits for the KV of these slots."""
+        sequence = self._live.get(event.key)
+        return isinstance(sequence, Reservation | PromptSequence) and sequence.awaited is event.slots
 
     def advance(self, work: Work) -> None:
         """The piece is computed: register the blocks it filled, and let go of what no later query reads.
@@ -369,7 +346,7 @@ class Scheduler:
         sequence.num_ahead -= len(work.token_ids)
         if isinstance(sequence, PromptSequence):
             self._register(sequence, end)
-            self._size(sequence, capacity=end, history=end)
+            self._size(sequence, capacity=end, history=end, kept_from=self._kept_from(sequence, end))
         elif end - sequence.cached.committed >= self._layout.block_size:
             self.register_some(sequence, end)
 
@@ -386,7 +363,11 @@ class Scheduler:
         cached = sequence.cached
         assert cached is not None
         if end - cached.committed >= self._layout.block_size and cached.is_committing:
+            first = cached.committed // self._layout.block_size
             self._cache.commit(cached, sequence.tokens(cached.committed, end))
+            if isinstance(sequence, DecodingSequence) and end > sequence.request.prompt_len:
+                last = cached.committed // self._layout.block_size
+                self.registered += whole_blocks(self._cache, cached, range(first, last))
 
     def _begin_block(self, answer: DecodingSequence, events: list[EngineEvent]) -> None:
         """Give the answer its next block. Those that went stale since its last go first, so it never holds more.
@@ -415,6 +396,7 @@ class Scheduler:
     def _is_preemptible(self, sequence: LiveSequence) -> bool:
         """Running here for this worker's own answer, and possible to compute anew."""
         is_own = isinstance(sequence, DecodingSequence) or (isinstance(sequence, PromptSequence) and sequence.serves)
+        is_own = is_own and not (isinstance(sequence, PromptSequence) and sequence.stage is Stage.LANDING)
         return is_own and sequence.cached is not None and self._peaks.fit_anew(sequence.request)
 
     def _preempt(self, sequence: LiveSequence) -> None:
@@ -439,12 +421,33 @@ class Scheduler:
         start = prompt.num_computed
         end = start + count
         until = scratch_until(self._swa_scratch, len(prompt.token_ids), end, self._cache.layout.block_size)
-        self._size(prompt, capacity=end, history=start, scratch_until=until)
+        kept_from = self._kept_from(prompt, start)
+        self._size(prompt, capacity=end, history=start, scratch_until=until, kept_from=kept_from)
         return Work(prompt, prompt.token_ids[start:end], start, scoring_of(prompt, start, end))
 
-    def _size(self, sequence: LiveSequence, *, capacity: int, history: int, scratch_until: int = 0) -> None:
+    def _kept_from(self, prompt: PromptSequence, history: int) -> int:
+        """A prompt keeps what a longer one goes on from: its last whole block, and all that is read from there on.
+
+        Not where a step's outdated blocks are in scratch slots, nor where other answers will share its blocks.
+        """
+        if self._swa_scratch == "on" or prompt.request.sampling.num_choices > 1:
+            return history
+        size = self._layout.block_size
+        return min(history, len(prompt.token_ids) // size * size)
+
+    def _size(
+        self,
+        sequence: LiveSequence,
+        *,
+        capacity: int,
+        history: int,
+        scratch_until: int = 0,
+        kept_from: int | None = None,
+    ) -> None:
         assert sequence.cached is not None
-        done = self._cache.resize(sequence.cached, capacity=capacity, history=history, scratch_until=scratch_until)
+        done = self._cache.resize(
+            sequence.cached, capacity=capacity, history=history, scratch_until=scratch_until, kept_from=kept_from
+        )
         assert done, f"{sequence.key}: a promised slot was not there"
 
     # --- invariants -----------------------------------------------------------------------------------------
@@ -488,4 +491,4 @@ def _takes_seat(sequence: Promised) -> bool:
     """Prompts being computed, and reservations, which will be answers. Every answer has a seat."""
     if isinstance(sequence, Reservation):
         return sequence.cached is not None
-    return sequence.stage in (Stage.CHECKING, Stage.COMPUTING)
+    return sequence.stage in (Stage.FETCHING, Stage.LANDING, Stage.CHECKING, Stage.COMPUTING)

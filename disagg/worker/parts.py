@@ -52,12 +52,17 @@ class EngineParts:
     @property
     def sends(self) -> tuple[str, ...]:
         """The purposes of which this worker is a source."""
-        return served_by(self.role, reuses_prefixes=self.cache.reuses_prefixes)[0]
+        return self._served[0]
 
     @property
     def receives(self) -> tuple[str, ...]:
         """Those of which it is a sink."""
-        return served_by(self.role, reuses_prefixes=self.cache.reuses_prefixes)[1]
+        return self._served[1]
+
+    @property
+    def _served(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        reuses_prefixes = self.cache.prefixes is not None and bool(self.layout.groups)
+        return served_by(self.role, reuses_prefixes=reuses_prefixes)
 
     @property
     def geometry(self) -> Geometry:

@@ -128,7 +128,7 @@ def test_a_block_reused_under_a_wrong_name_shows_in_the_tokens():
     """Negative control: the tree says that another prompt's blocks are this one's."""
     tested = engine()
     tested.serve_all([Serve(key(1), prompt_of(24, 1), greedy(5))])
-    tree = tested.cache._prefixes.tree
+    tree = tested.cache.prefixes.tree
     wrong = tree.match("", blocks_of(prompt_of(24, 1), T))
     tree.match = lambda salt, blocks, precision: wrong[: len(list(blocks))]
     tested.serve_all([Serve(key(2), prompt_of(24, 2), greedy(5))])
