@@ -1,6 +1,6 @@
 """What a router costs: CPU per request, per token and of an idle fleet, beside direct streaming and a plain proxy.
 
-    .venv/bin/python benchmarks/router.py [--case core|tokens|prompts|fleet|overhead ...] [--pairs 1] [--streams 64] ...
+    .venv/bin/python benchmarks/router.py [--case core|tokens|api|prompts|fleet|overhead ...] [--streams 64] ...
 
 A real router, workers without a model over real sockets (`disagg.bench.fleet`) and clients (`disagg.bench.streams`),
 each a process. CPU seconds are those of the router's process with its helpers, from /proc, so that neighbours on the
@@ -28,8 +28,13 @@ from pathlib import Path
 from typing import Any
 
 from disagg.bench.circumstances import circumstances
+from disagg.bench.fleet import registration
+from disagg.router.choose import Placement
 from disagg.router.generation import GenerationRequest, TokenChunk
+from disagg.router.placing import Placing
+from disagg.router.registry import Registry
 from disagg.router.router import Router
+from disagg.router.workload import Share
 from disagg.transceiver.wire.keys import ClusterKeys
 from disagg.transceiver.wire.messages.values import Sampling
 from disagg.transceiver.wire.node import draw_id
@@ -60,8 +65,19 @@ class Child:
     said: dict[str, Any]
 
     def cpu_s(self) -> float:
-        """Of the process and its children: user and system, in ticks of 10 ms."""
+        """Of the process and its children, at any depth: user and system, in ticks of 10 ms."""
         return sum(_cpu_ticks(pid) for pid in family(self.process.pid)) * TICK_S
+
+    def cpu_s_by_process(self) -> dict[str, float]:
+        """The same for each: `core`, the API processes in the order of their start, and what their helpers took."""
+        found, count = {"core": _cpu_ticks(self.process.pid) * TICK_S}, 0
+        for pid in family(self.process.pid)[1:]:
+            if b"disagg.cli.api_process" in Path(f"/proc/{pid}/cmdline").read_bytes():
+                count, name = count + 1, f"api {count + 1}"
+            else:
+                name = "helpers"
+            found[name] = found.get(name, 0.0) + _cpu_ticks(pid) * TICK_S
+        return found
 
     def memory_mib(self) -> float:
         """Resident, of the process alone."""
@@ -73,9 +89,9 @@ class Child:
 
 
 def family(pid: int) -> list[int]:
-    """A process and its children."""
-    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    return [pid, *map(int, children)]
+    """A process and its children, with theirs, whichever thread started them."""
+    children = [path.read_text().split() for path in Path(f"/proc/{pid}/task").glob("*/children")]
+    return [pid, *(each for some in children for child in some for each in family(int(child)))]
 
 
 def _cpu_ticks(pid: int) -> int:
@@ -106,9 +122,9 @@ async def started(*command: str) -> AsyncIterator[Child]:
 
 
 @asynccontextmanager
-async def router() -> AsyncIterator[Child]:
+async def router(*more: str) -> AsyncIterator[Child]:
     ports = ["--port", "0", "--admin-port", "0", "--control-port", "0", "--announce-fd", "1"]
-    async with started("disagg", "router", "--insecure", "--log-level", "error", *ports) as child:
+    async with started("disagg", "router", "--insecure", "--log-level", "error", *ports, *more) as child:
         yield child
 
 
@@ -214,23 +230,43 @@ async def prompts(options: argparse.Namespace) -> None:
             )
 
 
+async def api_processes(options: argparse.Namespace) -> None:
+    """The same load with HTTP in the router's process and in processes of its own: long answers, then short ones."""
+    for count in options.api_processes:
+        async with (
+            router("--api-processes", str(count)) as hub,
+            fleet(hub.said["control"], options.pairs, options.step_s),
+        ):
+            await clients(hub.said["url"], options.streams, options.streams, 2, 16)  # connections, code, helpers: warm
+            for what, max_tokens in (("tokens", options.max_tokens), ("requests", 2)):
+                before = hub.cpu_s_by_process()
+                found = await clients(hub.said["url"], options.streams, options.requests, max_tokens, 16)
+                spent = {name: cpu_s - before.get(name, 0.0) for name, cpu_s in hub.cpu_s_by_process().items()}
+                number, unit = (found["num_tokens"], "us") if what == "tokens" else (found["num_answers"], "ms")
+                scale = {"us": 1e6, "ms": 1e3}[unit]
+                each = ", ".join(f"{name} {scale * cpu_s / number:.1f}" for name, cpu_s in spent.items())
+                print(
+                    f"api: {count} processes, {options.streams} streams: {number / found['wall_s']:.0f} {what}/s, "
+                    f"TTFT {found['ttft_ms_median']:.1f} ms; {unit} of CPU per {what[:-1]}: {each}; "
+                    f"together {scale * sum(spent.values()) / number:.1f}"
+                )
+
+
 async def idle_fleet(options: argparse.Namespace) -> None:
     """Registered and idle: CPU, registration, memory and descriptors; then requests placed one after another."""
+    pairs = options.fleet_pairs
     async with router() as hub:
         before_mib = hub.memory_mib()
-        pulses = [] if options.fleet_pairs > 128 else ["--pulses"]
-        more = pulses or ["--no-pulses"]
-        async with fleet(hub.said["control"], options.fleet_pairs, 0.05, *more) as workers:
-            registered_s = workers.said["seconds"]
+        async with fleet(hub.said["control"], pairs - 1, 0.05, "--late") as workers:
             await asyncio.sleep(1)
             before, began_at = hub.cpu_s(), time.perf_counter()
-            await asyncio.sleep(5)
+            await asyncio.sleep(options.idle_s)
             share = (hub.cpu_s() - before) / (time.perf_counter() - began_at)
-            count = 2 * options.fleet_pairs
             print(
-                f"fleet: {options.fleet_pairs}+{options.fleet_pairs} workers registered in {registered_s:.2f} s, "
-                f"idle {share:.0%} of a core, {(hub.memory_mib() - before_mib) * 1024 / count:.0f} KiB and "
-                f"{hub.num_descriptors() / count:.1f} descriptors per worker"
+                f"fleet: {pairs}+{pairs} workers registered in {workers.said['seconds']:.2f} s, the last pair in "
+                f"{1e3 * workers.said['last_seconds']:.0f} ms, idle {share:.0%} of a core, "
+                f"{(hub.memory_mib() - before_mib) * 1024 / (2 * pairs):.0f} KiB and "
+                f"{hub.num_descriptors() / (2 * pairs):.1f} descriptors per worker"
             )
             before, began_at = hub.cpu_s(), time.perf_counter()
             found = await clients(hub.said["url"], 16, options.fleet_requests, 2, 16)
@@ -238,8 +274,26 @@ async def idle_fleet(options: argparse.Namespace) -> None:
             print(
                 f"fleet: {found['num_answers'] / found['wall_s']:.0f} requests/s, "
                 f"{1e3 * cpu_s / found['num_answers']:.2f} ms of CPU per request, "
-                f"TTFT {found['ttft_ms_median']:.1f} ms"
+                f"TTFT {found['ttft_ms_median']:.1f} ms; a placement takes {placing_us(pairs):.0f} us"
             )
+
+
+def placing_us(pairs: int) -> float:
+    """CPU of one choice with its count in a fleet of this size whose links are made on use, in this process."""
+    registry = Registry()
+    registry.link_on_use()
+    placing = Placing(registry, 1024)
+    for number in range(2 * pairs):
+        register = registration(draw_id(), f"w{number}", ("prefill", "decode")[number % 2])
+        registry.register(register, 0.0)
+    for worker in registry:
+        placing.add(worker)
+    before = time.process_time()
+    for _ in range(1000):
+        placed = placing.at(0.0).place(16)
+        assert isinstance(placed, Placement)
+        placing.count((), (Share(placed.server.incarnation),))
+    return 1e3 * (time.process_time() - before)
 
 
 @asynccontextmanager
@@ -285,7 +339,14 @@ async def overhead(options: argparse.Namespace) -> None:
                     )
 
 
-CASES = {"core": core, "tokens": tokens, "prompts": prompts, "fleet": idle_fleet, "overhead": overhead}
+CASES = {
+    "core": core,
+    "tokens": tokens,
+    "api": api_processes,
+    "prompts": prompts,
+    "fleet": idle_fleet,
+    "overhead": overhead,
+}
 
 
 async def main(options: argparse.Namespace) -> None:
@@ -308,6 +369,8 @@ if __name__ == "__main__":
     parser.add_argument("--prompt-lengths", type=int, nargs="*", default=[8192, 131072])
     parser.add_argument("--prompt-requests", type=int, default=20)
     parser.add_argument("--fleet-pairs", type=int, default=64)
+    parser.add_argument("--idle-s", type=float, default=5)
     parser.add_argument("--fleet-requests", type=int, default=1600)
     parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--api-processes", type=int, nargs="*", default=[0, 1, 2])
     asyncio.run(main(parser.parse_args()))

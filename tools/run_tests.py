@@ -23,7 +23,7 @@ PYTEST: Final = str(Path(sys.executable).with_name("pytest"))
 SELECTED: Final = "not slow and not gpu"
 OPTIONS: Final = ("--hypothesis-profile=ci", "--durations=15")
 WORKERS: Final = ("-n", "auto", "--maxprocesses", "4", "--dist", "loadfile")  # a file's models are built in one worker
-NICE: Final = 5  # a third of the share of what runs in true time: enough for it not to be late, and for these to go on
+NICE: Final = 10  # a tenth of the share of what runs in true time, and all that it leaves: it is what takes longest
 SHOWN_EVERY_S: Final = 0.2
 MAX_TRIED_ALONE: Final = 12  # more than load has ever failed, few enough for a broken change to be told at once
 PASSED, FAILED, NOTHING_TO_RUN = 0, 1, 5  # of pytest's exit codes

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import AsyncIterator, Mapping
+from types import MappingProxyType
+from typing import Final
 
-from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
-from starlette.middleware import Middleware
-from starlette.routing import BaseRoute, Route
+from starlette.middleware.exceptions import ExceptionMiddleware
+from starlette.routing import BaseRoute, Route, Router
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from disagg.api.generate import GenerateEndpoint
 from disagg.api.helpers.pool import Helpers
@@ -22,6 +24,8 @@ from disagg.api.text.tokenizer import ModelTokenizer
 from disagg.api.tokenize import TokenizeRoutes
 from disagg.router.generation import AdminBackend, Backend
 
+NOTHING_POSTED: Final[Mapping[str, ASGIApp]] = MappingProxyType({})
+
 
 def check_text(settings: ApiSettings) -> None:
     """Read what the API will read. Raises ModelRefused for an unusable tokenizer or defaults."""
@@ -30,7 +34,7 @@ def check_text(settings: ApiSettings) -> None:
 
 
 @contextlib.asynccontextmanager
-async def open_app(backend: Backend, settings: ApiSettings, *, is_warm: bool = False) -> AsyncIterator[Starlette]:
+async def open_app(backend: Backend, settings: ApiSettings, *, is_warm: bool = False) -> AsyncIterator[ASGIApp]:
     """The public API over `backend`, with its helper processes: one from the start if `is_warm`.
 
     Reads the tokenizer. Raises ModelRefused for an unusable tokenizer or defaults.
@@ -46,15 +50,15 @@ async def open_app(backend: Backend, settings: ApiSettings, *, is_warm: bool = F
         await helpers.close()
 
 
-def _create_app(backend: Backend, settings: ApiSettings, tokenizer: ModelTokenizer, helpers: Helpers) -> Starlette:
+def _create_app(backend: Backend, settings: ApiSettings, tokenizer: ModelTokenizer, helpers: Helpers) -> ASGIApp:
     bodies = Bodies(settings.max_body_nbytes)
     text = TokenizeRoutes(backend, bodies, helpers)
     status = StatusRoutes(backend, settings)
+    endpoints: dict[str, ASGIApp] = {
+        path: GenerateEndpoint(path, backend, settings, tokenizer, bodies, helpers) for path in (COMPLETIONS, CHAT)
+    }
     routes: list[BaseRoute] = [
-        Route(path, GenerateEndpoint(path, backend, settings, tokenizer, bodies, helpers), methods=["POST"])
-        for path in (COMPLETIONS, CHAT)
-    ]
-    routes += [
+        *(Route(path, endpoint, methods=["POST"]) for path, endpoint in endpoints.items()),
         Route(TOKENIZE, text.tokenize, methods=["POST"]),
         Route(DETOKENIZE, text.detokenize, methods=["POST"]),
         Route("/v1/models", status.models),
@@ -66,10 +70,10 @@ def _create_app(backend: Backend, settings: ApiSettings, tokenizer: ModelTokeniz
         Route("/metrics", status.metrics),
         Route("/workers", status.workers),
     ]
-    return _application(routes, settings.api_keys)
+    return _application(routes, settings.api_keys, endpoints)
 
 
-def create_admin_app(backend: AdminBackend) -> Starlette:
+def create_admin_app(backend: AdminBackend) -> ASGIApp:
     """Administration. It has no key of its own: bind it to loopback."""
     admin = AdminRoutes(backend)
     return _application(
@@ -77,11 +81,15 @@ def create_admin_app(backend: AdminBackend) -> Starlette:
     )
 
 
-def _application(routes: list[BaseRoute], api_keys: Mapping[str, str]) -> Starlette:
-    app = Starlette(
-        routes=routes,
-        middleware=[Middleware(Edge, api_keys=api_keys)],
-        exception_handlers={HTTPException: http_exception},
-    )
-    app.middleware_stack = app.build_middleware_stack()  # else the first request would do it, for 10 ms
-    return app
+def _application(
+    routes: list[BaseRoute], api_keys: Mapping[str, str], posted: Mapping[str, ASGIApp] = NOTHING_POSTED
+) -> ASGIApp:
+    """`posted`: by path, what answers POST there without Starlette's layers, through which each event would go."""
+    router = ExceptionMiddleware(Router(routes), handlers={HTTPException: http_exception})
+
+    async def choose(scope: Scope, receive: Receive, send: Send) -> None:
+        scope["app"] = router  # so that what is not there is an exception, and not Starlette's own answer
+        chosen = posted.get(scope["path"]) if scope["method"] == "POST" else None
+        await (router if chosen is None else chosen)(scope, receive, send)
+
+    return Edge(choose, api_keys)

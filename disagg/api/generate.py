@@ -7,7 +7,7 @@ import logging
 from array import array
 from collections.abc import Coroutine, Sequence
 from contextlib import AsyncExitStack
-from typing import Any, Final
+from typing import Any, Final, cast
 
 from starlette.requests import Request
 from starlette.types import Receive, Scope, Send
@@ -15,7 +15,7 @@ from starlette.types import Receive, Scope, Send
 from disagg.api.answers.answer import Answer
 from disagg.api.answers.choices import Choice, generate_all
 from disagg.api.answers.shapes import shape_for
-from disagg.api.answers.sinks import ClientStalledError, EventSink, Head, Sink, WholeSink
+from disagg.api.answers.sinks import ClientStalledError, CoroutineSend, EventSink, Head, Sink, WholeSink
 from disagg.api.helpers.pool import Helpers
 from disagg.api.http.bodies import Bodies
 from disagg.api.http.edge import request_id_of, tenant_of
@@ -117,7 +117,9 @@ class GenerateEndpoint:
         if not params.stream:
             return WholeSink(send, head, shape)
         timeout_s = self._settings.send_timeout_s
-        return EventSink(send, head, shape, includes_usage=params.includes_usage, timeout_s=timeout_s)
+        return EventSink(
+            cast("CoroutineSend", send), head, shape, includes_usage=params.includes_usage, timeout_s=timeout_s
+        )
 
     async def _answer(self, choices: Sequence[Choice], sink: Sink) -> None:
         try:

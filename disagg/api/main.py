@@ -119,7 +119,10 @@ def _router_options(settings: RouterSettings, folder: Path, clients: Sequence[Ap
     return RouterOptions(
         expected_fingerprint=fingerprint(folder, verify_weights=settings.verify_weights),
         max_attempts=settings.max_attempts,
+        max_continuations=0 if settings.no_continue else settings.max_continuations,
         max_queued=settings.max_queued,
+        policy=settings.policy,
+        max_local_prefill=settings.max_local_prefill,
         request_timeout_s=settings.request_timeout_s,
         tenants={key.tenant: TenantLimits(key.weight, key.max_requests, key.max_tokens) for key in clients},
         connect=settings.connect,

@@ -10,19 +10,19 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import contextlib
 import json
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any, Final
 
 from disagg.bench.direct import serve_directly
 from disagg.config.demo import demo_model_folder
 from disagg.config.descriptors import raise_descriptor_limit
 from disagg.engine.model.checkpoint import fingerprint
-from disagg.transceiver.wire.keys import INSECURE_SECRET, ClusterKeys
+from disagg.transceiver.wire.keys import ClusterKeys
 from disagg.transceiver.wire.messages.ranges import MAX_LEASED
 from disagg.transceiver.wire.messages.router import (
     CancelRequest,
@@ -42,8 +42,34 @@ from disagg.worker.vitals import Vitals
 
 MAX_MODEL_LEN: Final = 1 << 18
 GEOMETRY: Final = Geometry(16, "float32", (GroupSemantics(None, 0, 2, 16, (0,)),), (4096,))
+KEYS: Final = ClusterKeys.published()
+SETTLE_S: Final = 2.0
+"""Until a fleet that has registered at once does nothing but lease."""
 TOKEN_IDS: Final = range(300, 1324)
 """Ordinary words of the bundled vocabulary, one after another."""
+
+
+@cache
+def identity() -> Identity:
+    """Of a worker that serves the bundled model."""
+    return Identity(1, fingerprint(demo_model_folder()), "full", "float32", MAX_MODEL_LEN, KEYS.hash_key_id)
+
+
+def registration(incarnation: str, worker_id: str, role: str) -> Register:
+    """What a worker of this fleet registers with."""
+    return Register(
+        incarnation=incarnation,
+        worker_id=worker_id,
+        role=role,
+        identity=identity(),
+        geometry=GEOMETRY,
+        planes=("shm",),
+        peer_endpoint="tcp://127.0.0.1:1",
+        pid=1,
+        host="bench",
+        device="none",
+        num_slots=(1024,),
+    )
 
 
 @dataclass(slots=True)
@@ -56,30 +82,20 @@ class FakeAnswer:
 
 @dataclass(slots=True)
 class FakeWorker:
-    """One registration. `running` is what its steps emit for."""
+    """One registration. `running` is what its steps emit for, `waiting` what has no seat yet."""
 
     node: Node
     role: str
     step_s: float
+    num_seats: int = MAX_LEASED
+    waiting: dict[str, FakeAnswer] = field(default_factory=dict)
     running: dict[str, FakeAnswer] = field(default_factory=dict)
     links: dict[str, LinkStatus] = field(default_factory=dict)
     num_emitted: int = 0
     link: RouterLink | None = None
 
     async def run(self, router: str, sockets: Sockets, vitals: Vitals | None, on_ready: Callable[[], None]) -> None:
-        register = Register(
-            incarnation=self.node.incarnation,
-            worker_id=self.node.worker_id,
-            role=self.role,
-            identity=self.node.identity,
-            geometry=GEOMETRY,
-            planes=("shm",),
-            peer_endpoint="tcp://127.0.0.1:1",
-            pid=1,
-            host="bench",
-            device="none",
-            num_slots=(1024,),
-        )
+        register = registration(self.node.incarnation, self.node.worker_id, self.role)
         async with RouterLink.open(router, self.node, sockets, register, self._lease, vitals) as self.link:
             on_ready()
             async with asyncio.TaskGroup() as tasks:
@@ -88,12 +104,14 @@ class FakeWorker:
                 tasks.create_task(self._step_on(self.link))
 
     def _lease(self, router_incarnation: str) -> Lease:
-        requests = tuple((key, answer.dispatch.epoch) for key, answer in self.running.items())
+        answers = {**self.running, **self.waiting}
+        requests = tuple((key, answer.dispatch.epoch) for key, answer in answers.items())
         return Lease(
             self.node.incarnation,
             router_incarnation,
             requests=requests[:MAX_LEASED],
-            num_running=len(requests),
+            num_running=len(self.running),
+            num_queued=len(self.waiting),
             blocks_used=(0,),
             blocks_free=(1024,),
             links=tuple(self.links.values()),
@@ -105,9 +123,10 @@ class FakeWorker:
                 case Dispatch(mode="prefill"):
                     pass
                 case Dispatch() as dispatch:
-                    self.running[dispatch.transfer_id] = FakeAnswer(dispatch)
+                    self.waiting[dispatch.transfer_id] = FakeAnswer(dispatch)
                 case CancelRequest(transfer_id=transfer_id):
                     self.running.pop(transfer_id, None)
+                    self.waiting.pop(transfer_id, None)
                 case Peers(peers=peers, gone=gone):
                     for incarnation in gone:
                         self.links.pop(incarnation, None)
@@ -123,6 +142,9 @@ class FakeWorker:
             self._step(link)
 
     def _step(self, link: RouterLink) -> None:
+        while self.waiting and len(self.running) < self.num_seats:
+            transfer_id = next(iter(self.waiting))
+            self.running[transfer_id] = self.waiting.pop(transfer_id)
         for transfer_id, answer in list(self.running.items()):
             dispatch, index = answer.dispatch, answer.num_tokens
             link.send(Tokens(transfer_id, dispatch.epoch, index, (TOKEN_IDS[index % len(TOKEN_IDS)],)))
@@ -133,46 +155,48 @@ class FakeWorker:
                 del self.running[transfer_id]
 
 
-def make_workers(pairs: int, keys: ClusterKeys, step_s: float) -> list[FakeWorker]:
-    identity = Identity(1, fingerprint(demo_model_folder()), "full", "float32", MAX_MODEL_LEN, keys.hash_key_id)
+class Fleet:
+    """Registers workers at one router, each in a task of its own, and says how long that took."""
 
-    def make(name: str, role: str) -> FakeWorker:
-        return FakeWorker(Node(draw_id(), name, identity, GEOMETRY, keys), role, step_s)
+    def __init__(self, router: str, step_s: float, *, with_pulses: bool, num_seats: int = MAX_LEASED) -> None:
+        self._router, self._step_s, self._with_pulses = router, step_s, with_pulses
+        self._num_seats = num_seats
+        self._sockets = Sockets(KEYS)
+        self._running: list[asyncio.Task[None]] = []
+        self.workers: list[FakeWorker] = []
 
-    prefills = [make(f"p{i}", "prefill") for i in range(pairs)]
-    return prefills + [make(f"d{i}", "decode") for i in range(pairs)]
+    async def register(self, *roles: str) -> float:
+        """One worker of each role: seconds until all of them are registered."""
+        began_at, ready = time.monotonic(), [asyncio.Event() for _ in roles]
+        for role, event in zip(roles, ready, strict=True):
+            name = f"{role}-{len(self.workers)}"
+            worker = FakeWorker(Node(draw_id(), name, identity(), GEOMETRY, KEYS), role, self._step_s, self._num_seats)
+            vitals = Vitals(self._sockets, lambda: True) if self._with_pulses else None
+            self.workers.append(worker)
+            run = worker.run(self._router, self._sockets, vitals, event.set)
+            self._running.append(asyncio.create_task(run))
+        await asyncio.gather(*(event.wait() for event in ready))
+        return time.monotonic() - began_at
+
+    async def close(self) -> None:
+        for task in self._running:
+            task.cancel()
+        await asyncio.gather(*self._running, return_exceptions=True)
+        self._sockets.close()
 
 
 async def run(options: argparse.Namespace) -> None:
     """Register everything, say so on stdout, and emit tokens until stdin ends."""
     raise_descriptor_limit()
-    keys = ClusterKeys.from_secret(INSECURE_SECRET, insecure=True)
-    sockets = Sockets(keys)
-    workers = make_workers(options.pairs, keys, options.step_s)
-    num_ready, all_ready, began_at = 0, asyncio.Event(), time.monotonic()
-    took: list[float] = []
-
-    def note_ready() -> None:
-        nonlocal num_ready
-        num_ready += 1
-        took.append(time.monotonic() - began_at)
-        if num_ready == len(workers):
-            all_ready.set()
-
-    async with contextlib.AsyncExitStack() as stack:
-        port = await stack.enter_async_context(serve_directly(options.step_s))
-        running = []
-        for worker in workers:
-            vitals = Vitals(sockets, lambda: True) if options.pulses else None
-            running.append(asyncio.create_task(worker.run(options.router, sockets, vitals, note_ready)))
-        await all_ready.wait()
-        say({"event": "ready", "seconds": took[-1], "direct_port": port})
+    fleet = Fleet(options.router, options.step_s, with_pulses=options.pulses)
+    async with serve_directly(options.step_s) as port:
+        seconds = await fleet.register(*["prefill"] * options.pairs, *["decode"] * options.pairs)
+        await asyncio.sleep(SETTLE_S if options.late else 0)
+        last = await fleet.register("prefill", "decode") if options.late else seconds
+        say({"event": "ready", "seconds": seconds, "last_seconds": last, "direct_port": port})
         await asyncio.to_thread(sys.stdin.read)
-        say({"event": "end", "num_emitted": sum(worker.num_emitted for worker in workers)})
-        for task in running:
-            task.cancel()
-        await asyncio.gather(*running, return_exceptions=True)
-    sockets.close()
+        say({"event": "end", "num_emitted": sum(worker.num_emitted for worker in fleet.workers)})
+        await fleet.close()
 
 
 def say(value: dict[str, Any]) -> None:
@@ -184,5 +208,6 @@ if __name__ == "__main__":
     parser.add_argument("--router", required=True)
     parser.add_argument("--pairs", type=int, default=1)
     parser.add_argument("--step-s", type=float, default=0.02)
+    parser.add_argument("--late", action="store_true", help="one more pair once all others are registered")
     parser.add_argument("--pulses", action=argparse.BooleanOptionalAction, default=True)
     asyncio.run(run(parser.parse_args()))

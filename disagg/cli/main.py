@@ -16,7 +16,15 @@ from disagg.cli.output import forgive_output, lost_result, open_closed_descripto
 from disagg.cli.process import INTERRUPTED, USER_ERROR, run_router, run_worker
 from disagg.cli.surroundings import leave_deleted_folder, name_temporary_folder
 from disagg.config.errors import ConfigError
-from disagg.config.settings import DemoSettings, PlanSettings, Role, RouterSettings, UpSettings, WorkerSettings
+from disagg.config.settings import (
+    DemoSettings,
+    PlanSettings,
+    Role,
+    RouterSettings,
+    SimulateSettings,
+    UpSettings,
+    WorkerSettings,
+)
 from disagg.config.signals import raise_on_interrupt
 
 app = typer.Typer(
@@ -60,12 +68,26 @@ def _plan(settings: PlanSettings, *, json: bool | None) -> int:
     return plan(settings, json=json)
 
 
+def _simulate(settings: SimulateSettings, *, trace: str, json: bool | None) -> int:
+    from disagg.cli.simulate import simulate
+
+    return simulate(settings, trace, json=json)
+
+
 app.command("up", help="Start router and workers on this machine.")(command(UpSettings, _up))
 app.command("demo", help="Serve the bundled model for one request and show what it moved.")(
     command(DemoSettings, _demo)
 )
 app.command("plan", help="Show what a prompt holds and moves, from config.json alone.")(
     command(PlanSettings, _plan, switches={"json": "Print JSON"})
+)
+app.command("simulate", help="Play a trace of requests to fleets that do not exist, at measured rates.")(
+    command(
+        SimulateSettings,
+        _simulate,
+        switches={"json": "Print JSON"},
+        arguments={"trace": "Trace file (JSON lines, ours or Mooncake's), or one to make up: chat, bursty or long"},
+    )
 )
 app.command("router", help="Start the router: HTTP API, registration, dispatch.")(
     command(RouterSettings, run_router, hidden=INHERITED)

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Final, Literal, TypeVar, Union, get_args, get
 import typer
 from pydantic.fields import FieldInfo
 
-from disagg.config.load import check_switches, flag_of, load, unknown_variables
+from disagg.config.load import check_switches, flag_of, load, off_flag_of, unknown_variables
 from disagg.config.settings import ModelSettings, Nbytes, Sizes
 
 NO_SWITCHES: Final[Mapping[str, str]] = MappingProxyType({})
@@ -22,15 +22,21 @@ S = TypeVar("S", bound=ModelSettings)
 
 
 def command(
-    cls: type[S], action: Callable[..., int], *, hidden: tuple[str, ...] = (), switches: Mapping[str, str] = NO_SWITCHES
+    cls: type[S],
+    action: Callable[..., int],
+    *,
+    hidden: tuple[str, ...] = (),
+    switches: Mapping[str, str] = NO_SWITCHES,
+    arguments: Mapping[str, str] = NO_SWITCHES,
 ) -> Callable[..., None]:
-    """A typer command that loads `cls` and exits with `action(settings, **hidden, **switches)`.
+    """A typer command that loads `cls` and exits with `action(settings, **hidden, **switches, **arguments)`.
 
-    `hidden` names integer flags; `switches` (name -> help) ones that say how to show a result, so no settings.
+    `hidden` names integer flags; `switches` (name -> help) ones that say how to show a result, so no settings;
+    `arguments` (name -> help) words without a flag that must be given.
     """
 
     def run(**given: Any) -> None:
-        extra = {name: given.pop(name) for name in (*hidden, *switches)}
+        extra = {name: given.pop(name) for name in (*hidden, *switches, *arguments)}
         config = given.pop("config") or os.environ.get("DISAGG_CONFIG")
         flags = {field: _joined(value) for field, value in given.items() if value not in (None, [])}
         check_switches(os.environ)
@@ -45,10 +51,11 @@ def command(
     ]
     annotations |= {name: Annotated[int | None, typer.Option(flag_of(name), hidden=True)] for name in hidden}
     annotations |= {n: Annotated[bool | None, typer.Option(flag_of(n), help=text)] for n, text in switches.items()}
+    annotations |= {name: Annotated[str, typer.Argument(help=text)] for name, text in arguments.items()}
     run.__annotations__ = annotations
     run.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
         [
-            inspect.Parameter(n, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=a)
+            inspect.Parameter(n, inspect.Parameter.KEYWORD_ONLY, default=... if n in arguments else None, annotation=a)
             for n, a in annotations.items()
         ]
     )
@@ -60,7 +67,7 @@ def _option(field: str, info: FieldInfo) -> Any:
     flag, text = flag_of(field), info.description or ""
     if info.annotation is bool:
         help_text = _help(text, "on" if info.default else "off")
-        return Annotated[bool | None, typer.Option(f"{flag}/--no-{flag[2:]}", help=help_text, show_default=False)]
+        return Annotated[bool | None, typer.Option(f"{flag}/{off_flag_of(field)}", help=help_text, show_default=False)]
     hidden = info.json_schema_extra == {"hidden": True}
     help_text, metavar = _help(text, info.default), _metavar(info.annotation)
     option = typer.Option(flag, help=help_text, metavar=metavar, hidden=hidden)

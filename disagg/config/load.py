@@ -64,6 +64,12 @@ def flag_of(field: str) -> str:
     return "--" + field.replace("_", "-")
 
 
+def off_flag_of(field: str) -> str:
+    """What a true-or-false setting is switched off with: `--no-x` for `--x`, and `--x` for `--no-x`."""
+    name = flag_of(field)[2:]
+    return f"--{name[3:]}" if name.startswith("no-") else f"--no-{name}"
+
+
 def variable_of(field: str) -> str:
     return PREFIX + field.upper()
 
@@ -97,7 +103,7 @@ def to_flags(settings: ModelSettings, *, hide: Iterable[str] = ()) -> list[str]:
         if field in hide or value is None or (value == info.default and field != "model"):
             continue
         if isinstance(value, bool):
-            flags.append(flag_of(field) if value else "--no-" + flag_of(field)[2:])
+            flags.append(flag_of(field) if value else off_flag_of(field))
         else:
             flags += [flag_of(field), _shown(value)]
     return flags

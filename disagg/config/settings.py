@@ -103,6 +103,43 @@ class PlanSettings(ModelSettings):
         return {name: int(count) for name, _, count in (entry.partition("=") for entry in self.cached)}
 
 
+class SimulateSettings(ModelSettings):
+    """`disagg simulate`: what workers are made of, how many there are, and what they are judged by."""
+
+    rates: Path | None = Field(None, description="JSON file that `disagg bench rates` wrote, or one like it; needed")
+    fleet: Names = Field(
+        ("1p1d",), description="Fleets to compare: prefill, decode and `both` workers, such as 1p1d,2p2d,4b"
+    )
+    policy: Names = Field(("round-robin", "least-loaded", "prefix-aware"), description="Policies to compare")
+    cores: Count | None = Field(
+        None, description="Cores that all workers and the front end share [default: a device for each worker]"
+    )
+    speed: float = Field(1.0, gt=0, description="Requests arrive so many times as fast as the trace says")
+    ttft: Seconds = Field(2.0, description="Objective: seconds to the first token")
+    itl: Seconds = Field(0.1, description="Objective: seconds from token to token, in the mean of an answer")
+    max_local_prefill: int = Field(
+        0, ge=0, description="Policy prefix-aware: most prompt tokens computed where other answers are decoded"
+    )
+    plots: Path | None = Field(None, description="Folder for SVG plots")
+    dtype: Dtype = Field("auto", description="Type that the model computes in; auto as its config.json says")
+    kv_cache_dtype: KvDtype = Field("auto", description=KV_DTYPE_HELP)
+    block_size: BlockSize = Field(16, description="Tokens per KV block; a power of two")
+    max_model_len: Count | None = Field(None, description="Prompt plus answer limit [default: what the model allows]")
+    max_num_seqs: Count = Field(64, description="As of a worker: sequences computed in one step")
+    max_num_batched_tokens: Count = Field(512, description="As of a worker: tokens computed in one step")
+    kv_cache_memory: Nbytes = Field(1 << 30, description="KV cache bytes of one worker, such as 40GiB [default: 1GiB]")
+    enable_prefix_caching: bool = Field(True, description="Keep blocks of finished requests and reuse equal prefixes")
+    max_queued: Count = Field(1024, description="Requests that may wait at the router; more are refused")
+    requests: Count | None = Field(
+        None, description="Requests to simulate [default: all of a file, 1000 of a made-up trace]"
+    )
+    rate: float = Field(1.0, gt=0, description="Of a made-up trace: requests per second")
+    prompt: Count = Field(512, description="Of a made-up trace: tokens of a typical prompt")
+    answer: Count = Field(128, description="Of a made-up trace: tokens of a typical answer")
+    seed: int = Field(0, description="Of a made-up trace: the same seed makes the same trace")
+    write_trace: Path | None = Field(None, description="File that the trace is written to, in the form that is read")
+
+
 class Settings(ModelSettings):
     """What every process is told."""
 
@@ -139,7 +176,22 @@ class HttpSettings(Settings):
         "else a quarter of the cores, 8 at most]",
     )
     max_attempts: Count = Field(3, description="Attempts per request in all; 1 means no retry")
+    max_continuations: Count = Field(
+        8, description="Times that one answer goes on elsewhere when its worker is lost in the middle of it"
+    )
+    no_continue: bool = Field(False, description="End an answer with an error when its worker is lost in the middle")
     request_timeout_s: Seconds = Field(600.0, description="Seconds after which a request is given up")
+    policy: Literal["prefix-aware", "least-loaded", "round-robin"] = Field(
+        "prefix-aware",
+        description="How a worker is chosen: `prefix-aware` takes the cheapest way by estimated seconds, which counts "
+        "queues, cached prefixes, links and what answers wait; the others always take a prefill and a decode worker",
+    )
+    max_local_prefill: int = Field(
+        0,
+        ge=0,
+        description="Prompt tokens that a worker may compute where answers are decoded, when `prefix-aware` finds that "
+        "cheaper than a transfer; 0: none",
+    )
     max_queued: Count = Field(1024, description="Requests that may wait; more get 503 with Retry-After")
     connect: Literal["auto", "eager", "lazy"] = Field(
         "auto",

@@ -54,7 +54,7 @@ def whole_blocks(cache: KVCache, cached: CachedSequence, ordinals: range) -> lis
 
 def _newly_final(cache: KVCache, prompt: PromptSequence, group: int) -> list[int]:
     layout, semantics = cache.layout, cache.layout.groups[group]
-    size, prompt_len = layout.block_size, prompt.request.prompt_len
+    size, prompt_len = layout.block_size, prompt.request.num_known
     needed = needed_ordinals(prompt_len, semantics.window, semantics.num_sink_tokens, size)
     end = layout.num_blocks(prompt_len) if prompt.num_remaining == 0 else prompt.num_computed // size
     first, last = prompt.num_announced[group], int(needed.searchsorted(end))

@@ -23,7 +23,8 @@ BlockSlots = tuple[tuple[tuple[int, int], ...], ...]
 class Serve:
     """Compute the prompt and emit every token here (colocated, fallback, max_tokens 1). `urgent`: head of admission.
 
-    `prefix_boundary`: see `Prefill`.
+    `output`, here and below: tokens of the answer that were emitted elsewhere. It goes on behind them, at the head of
+    admission, since a client waits in the middle of it. `prefix_boundary`: see `Prefill`.
     """
 
     key: AttemptKey
@@ -31,6 +32,7 @@ class Serve:
     sampling: Sampling
     urgent: bool = False
     priority: int = 0
+    output: tuple[int, ...] = ()
     prefix_boundary: int = 0
 
 
@@ -46,6 +48,7 @@ class Prefill:
     prompt: tuple[int, ...]
     sampling: Sampling
     priority: int = 0
+    output: tuple[int, ...] = ()
     prefix_boundary: int = 0
 
 
@@ -68,6 +71,7 @@ class Reserve:
     sampling: Sampling
     precision: str = ""
     priority: int = 0
+    output: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

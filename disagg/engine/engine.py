@@ -153,6 +153,7 @@ class Engine:
             num_outdated=self._cache.num_outdated,
             graphs=replace(self._graphs),
             num_dropped=self._counters.dropped,
+            answer_tokens=self._counters.answer_tokens,
         )
 
     def _news(self) -> list[EngineEvent]:
@@ -216,12 +217,12 @@ class Engine:
         match command:
             case Serve():
                 prompt = PromptSequence(_request(command), Claim.OWN, prefix_boundary=command.prefix_boundary)
-                return self._add(prompt, urgent=command.urgent)
+                return self._add(prompt, urgent=_is_urgent(command))
             case Prefill():
                 boundary = command.prefix_boundary
                 return self._add(PromptSequence(_request(command), Claim.SOFT, prefix_boundary=boundary))
             case Reserve():
-                return self._add(Reservation(_request(command), command.precision))
+                return self._add(Reservation(_request(command), command.precision), urgent=_is_urgent(command))
             case Pin():
                 return self._pin(command)
             case Decode():
@@ -362,6 +363,7 @@ class Engine:
         if isinstance(sequence, PromptSequence):
             return self._commit_chunk(sequence, piece, result, others)
         assert result is not None
+        self._counters.answer_tokens += 1
         self._scheduler.advance(piece)
         sequence.output.append(result.token_id)
         return self._emit(sequence, result.logprobs)
@@ -442,13 +444,17 @@ class Engine:
 
 
 def _request(command: Serve | Prefill | Reserve) -> Request:
-    return Request(command.key, command.prompt, command.sampling, command.priority)
+    return Request(command.key, command.prompt, command.sampling, command.priority, command.output)
+
+
+def _is_urgent(command: Serve | Reserve) -> bool:
+    return bool(command.output) or (isinstance(command, Serve) and command.urgent)
 
 
 def _prompt_computed(prompt: PromptSequence, computed: Computed) -> PromptComputedEvent:
     """A first token that stops the answer leaves nothing to decode; one that only uses up max_tokens is still sent."""
     token_id = computed.first_token.token_id
-    ending = prompt.request.ending_after(token_id, 1)
+    ending = prompt.request.ending_after(token_id, len(prompt.request.emitted) + 1)
     stop_token_id = ending.stop_token_id if ending else None
     others = computed.first_token.others
     is_finished = stop_token_id is not None and all(_stops(prompt.request, other.token_id) for other in others)
@@ -463,4 +469,4 @@ def _stops(request: Request, token_id: int) -> bool:
 def _is_young(piece: Work) -> bool:
     sequence = piece.sequence
     answer = sequence.answer if isinstance(sequence, PromptSequence) else sequence
-    return answer is None or len(answer.output) < YOUNG_TOKENS
+    return answer is None or answer.num_sampled < YOUNG_TOKENS

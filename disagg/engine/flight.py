@@ -43,5 +43,5 @@ def sample_input(piece: Work) -> SampleInput:
     """The token to choose stands right after the piece. All before it are known."""
     request, sequence = piece.sequence.request, piece.sequence
     answer = sequence.answer if isinstance(sequence, PromptSequence) else sequence
-    output = answer.output if answer is not None else ()
+    output = answer.output if answer is not None else request.emitted
     return SampleInput(request.sampling, piece.end, request.prompt, output, request.seen)

@@ -31,8 +31,8 @@ class PeakSlots:
         """What must be promised before the sequence starts."""
         request = sequence.request
         if isinstance(sequence, Reservation):
-            total = self.room_for(request, request.prompt_len)
-            return self.of(request, total_tokens=total, history=request.prompt_len)
+            total = self.room_for(request, request.num_known)
+            return self.of(request, total_tokens=total, history=request.num_known)
         count = len(sequence.token_ids)
         return self.of(request, total_tokens=self.room_for(request, count) if sequence.serves else count)
 
@@ -55,6 +55,6 @@ class PeakSlots:
         """The most the sequence can come to hold if it is never preempted."""
         request = sequence.request
         if isinstance(sequence, Reservation):
-            history = 0 if request.sampling.num_choices > 1 else request.prompt_len  # others may be computed anew
+            history = 0 if request.sampling.num_choices > 1 else request.num_known  # others may be computed anew
             return self.of(request, total_tokens=request.total_tokens, history=history)
-        return self.of(request, total_tokens=request.total_tokens if sequence.serves else request.prompt_len)
+        return self.of(request, total_tokens=request.total_tokens if sequence.serves else request.num_known)

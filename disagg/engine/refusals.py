@@ -24,7 +24,8 @@ def request_refusal(request: Request, max_model_len: int, vocab_size: int | None
             f"{request.prompt_len} prompt tokens and max_tokens {request.sampling.max_tokens} make "
             f"{request.total_tokens}, `--max-model-len` is {max_model_len}; shorten the prompt or lower max_tokens"
         )
-    if vocab_size is not None and not 0 <= min(request.prompt) <= max(request.prompt) < vocab_size:
-        wrong = next(token for token in request.prompt if not 0 <= token < vocab_size)
+    known = request.known
+    if vocab_size is not None and not 0 <= min(known) <= max(known) < vocab_size:
+        wrong = next(token for token in known if not 0 <= token < vocab_size)
         return f"prompt token id {wrong} is not in the vocabulary of {vocab_size}"
     return None

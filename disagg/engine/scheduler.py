@@ -196,7 +196,7 @@ class Scheduler:
 
         Without room or a seat it waits, at the head of the line, and is computed anew as after a preemption.
         """
-        request, count = answer.request, answer.request.prompt_len
+        request, count = answer.request, answer.request.num_known
         peaks = self._peaks.of(request, total_tokens=self._peaks.room_for(request, count), history=count)
         if self._has_seat() and self._promises.try_promise(answer.key, peaks):
             answer.cached = self._cache.fork(answer.cached, answer.key)
@@ -292,8 +292,8 @@ class Scheduler:
     def _reserve(self, reservation: Reservation) -> ReservedEvent:
         """History first: blocks that no query will read are never allocated."""
         assert reservation.cached is not None
-        prompt_len = reservation.request.prompt_len
-        held = self._cache.reserve(reservation.cached, reservation.request.prompt, capacity=prompt_len + 1)
+        prompt_len = reservation.request.num_known
+        held = self._cache.reserve(reservation.cached, reservation.request.known, capacity=prompt_len + 1)
         assert held is not None, f"{reservation.key}: a promised slot was not there"
         slots = []
         for group, table, have in zip(self._layout.groups, reservation.cached.tables, held, strict=True):

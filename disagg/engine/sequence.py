@@ -17,36 +17,46 @@ from disagg.cache.cache import CachedSequence
 from disagg.engine.commands import AttemptKey, BlockSlots
 from disagg.engine.sampling.seen import SeenTokens
 from disagg.transceiver.protocol.actions import Verified
-from disagg.transceiver.wire.messages.values import FirstToken, OtherFirst, Sampling, SamplingState, TokenLogprobs
+from disagg.transceiver.wire.messages.values import (
+    Ending,
+    FirstToken,
+    OtherFirst,
+    Sampling,
+    SamplingState,
+    TokenLogprobs,
+)
 
 UNKNOWN: Final = -1
 """Stands for a token that a launched step draws: no id is negative."""
 
 
 @dataclass(frozen=True, slots=True)
-class Ending:
-    """Why an answer ended: `stop` with the token that stopped it, or `length`."""
-
-    reason: str
-    stop_token_id: int | None = None
-
-
-@dataclass(frozen=True, slots=True)
 class Request:
     """One attempt's prompt and how to sample from it. `seen`: what penalties count, kept from token to token.
 
-    `priority`: lower ones are admitted first and preempted last.
+    `priority`: lower ones are admitted first and preempted last. `emitted`: the answer's tokens that an earlier attempt
+    gave. They are computed with the prompt, and count as the answer.
     """
 
     key: AttemptKey
     prompt: tuple[int, ...]
     sampling: Sampling
     priority: int = 0
+    emitted: tuple[int, ...] = ()
     seen: SeenTokens = field(default_factory=SeenTokens, compare=False, repr=False)
 
     @property
     def prompt_len(self) -> int:
         return len(self.prompt)
+
+    @property
+    def known(self) -> tuple[int, ...]:
+        """Tokens before the first that this attempt samples."""
+        return self.prompt + self.emitted
+
+    @property
+    def num_known(self) -> int:
+        return len(self.prompt) + len(self.emitted)
 
     def of_choice(self, choice: int) -> Request:
         """The request for one of the answers alone."""
@@ -60,13 +70,8 @@ class Request:
         return len(self.prompt) + self.sampling.max_tokens
 
     def ending_after(self, token_id: int, num_output_tokens: int) -> Ending | None:
-        """Whether `token_id`, as the last of so many output tokens, ends the answer. No stop before `min_tokens`."""
-        stops = self.sampling.stop_token_ids
-        if not self.sampling.ignore_eos:
-            stops += self.sampling.eos_token_ids
-        if token_id in stops and num_output_tokens >= self.sampling.min_tokens:
-            return Ending("stop", token_id)
-        return Ending("length") if num_output_tokens >= self.sampling.max_tokens else None
+        """Whether `token_id`, as the last of so many output tokens, ends the answer."""
+        return self.sampling.ending_after(token_id, num_output_tokens)
 
 
 class Claim(Enum):
@@ -133,7 +138,7 @@ class PromptSequence:
     """The blocks that its transfer fills."""
 
     def __post_init__(self) -> None:
-        self.token_ids = self.request.prompt + tuple(self.answer.output if self.answer else ())
+        self.token_ids = self.request.prompt + tuple(self.answer.output) if self.answer else self.request.known
 
     @property
     def key(self) -> AttemptKey:
@@ -160,7 +165,8 @@ class PromptSequence:
     @property
     def has_looked(self) -> bool:
         """Its request has looked for a cached prefix: hit rates count the first look only."""
-        return self.answer is not None or self.check_id > 0 or self.num_cached_tokens is not None
+        is_first = self.answer is None and not self.request.emitted
+        return not is_first or self.check_id > 0 or self.num_cached_tokens is not None
 
     @property
     def num_computed(self) -> int:
@@ -214,7 +220,10 @@ class Computed:
 
 @dataclass(slots=True, eq=False)
 class DecodingSequence:
-    """An answer being decoded. `output` starts as the licence's first token; its last token has no KV yet."""
+    """An answer being decoded. `output` starts as what was emitted before and the licence's token, which has no KV yet.
+
+    That of each of several answers that go on is licensed by a prompt of its own.
+    """
 
     request: Request
     cached: CachedSequence
@@ -224,9 +233,9 @@ class DecodingSequence:
     """Launched steps whose tokens are not known yet."""
 
     def __post_init__(self) -> None:
-        assert _licensed_key(self.licence) == self.key.attempt, f"{self.key}: licensed for {self.licence}"
-        assert self.cached.history == self.request.prompt_len, f"{self.key}: the prompt's KV is not whole"
-        self.output = [self.first.token_id]
+        assert _licensed_key(self.licence) in (self.key, self.key.attempt), f"{self.key}: licensed for {self.licence}"
+        assert self.cached.history == self.request.num_known, f"{self.key}: the prompt's KV is not whole"
+        self.output = [*self.request.emitted, self.first.token_id]
 
     @property
     def key(self) -> AttemptKey:
@@ -235,7 +244,12 @@ class DecodingSequence:
     @property
     def first(self) -> OtherFirst:
         """The first token, as the prompt's worker sampled it for this answer."""
-        return self.licence.first_token.of(self.key.choice)
+        return self.licence.first_token.of(self.key.choice - _licensed_key(self.licence).choice)
+
+    @property
+    def num_sampled(self) -> int:
+        """Tokens of this attempt."""
+        return len(self.output) - len(self.request.emitted)
 
     @property
     def num_stored(self) -> int:

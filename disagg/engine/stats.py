@@ -19,6 +19,7 @@ class EngineCounters:
     steps: int = 0
     prompt_tokens_computed: int = 0
     tokens_generated: int = 0
+    answer_tokens: int = 0
     dropped: int = 0
     released: Counter[str] = field(default_factory=Counter)
 
@@ -31,7 +32,8 @@ class EngineStats:
     `num_running`: sequences that the next step may compute (prompts and answers); `num_waiting`: requests that hold
     nothing yet; `num_soft`: prompts computed ahead of their FETCH that hold blocks; `num_held`: computed prompts whose
     blocks wait for the decode worker; `num_reserved`: reservations whose KV has not arrived.
-    `prompt_tokens_computed`, `tokens_generated` (sampled here), `steps`: counters. `live_keys`: not yet released.
+    `prompt_tokens_computed`, `tokens_generated` (sampled here), `answer_tokens` (of these, the ones after an answer's
+    first), `steps`: counters. `live_keys`: not yet released.
     `released`: attempts that a command ended, by the state it found them in (see `state_of`); for a `held` prompt that
     is the usual end, for all others a cancel or a failure.
     `num_preemptions`: sequences whose blocks were taken for older ones, since start.
@@ -60,6 +62,7 @@ class EngineStats:
     scratch: tuple[int, ...] = ()
     graphs: GraphUse = field(default_factory=GraphUse)
     num_dropped: int = 0
+    answer_tokens: int = 0
 
     @property
     def num_used_slots(self) -> int:

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from array import array
+from collections.abc import Callable, Sequence
+from typing import cast
 
 from disagg.router.generation import GenerationEnd, GenerationRequest, TokenChunk
 from disagg.transceiver.wire.messages.prompt_logprobs import PromptLogprobs
 from disagg.transceiver.wire.messages.router import Finished
-from disagg.transceiver.wire.messages.tokens import Tokens
+from disagg.transceiver.wire.messages.tokens import ChoiceOutput, Tokens
+from disagg.transceiver.wire.schema import PackedInts
 
 
 class AnswersSent:
     """Methods return what goes to the client next, or None. Ask `fault_in` and `fault_in_end` first."""
 
     def __init__(self, request: GenerationRequest) -> None:
-        self._max_tokens, self._prompt_len = request.sampling.max_tokens, len(request.prompt)
-        self._counts = [0] * request.sampling.num_choices
+        self._sampling, self._prompt_len = request.sampling, len(request.prompt)
+        self._max_tokens = request.sampling.max_tokens
+        self._ids = [array("i") for _ in range(request.sampling.num_choices)]
+        """What went out of each, in 4 bytes a token: with it an answer goes on elsewhere when its worker dies."""
         self._ended: set[int] = set()
         self._num_cached_tokens = 0
         self.num_tokens = 0
@@ -24,21 +29,49 @@ class AnswersSent:
     @property
     def count(self) -> int:
         """Answers that there will be."""
-        return len(self._counts)
+        return len(self._ids)
+
+    @property
+    def num_open(self) -> int:
+        """Answers that are not over."""
+        return len(self._ids) - len(self._ended)
 
     @property
     def is_over(self) -> bool:
-        return len(self._ended) == len(self._counts)
+        return not self.num_open
+
+    @property
+    def most_left(self) -> int:
+        """The most tokens that any open answer can still have."""
+        return self._max_tokens - min(len(self._ids[choice]) for choice in self._open)
+
+    @property
+    def _open(self) -> Sequence[int]:
+        return [choice for choice in range(len(self._ids)) if choice not in self._ended]
 
     def check_invariants(self) -> None:
-        assert max(self._counts) <= self._max_tokens
-        assert self.num_tokens == sum(self._counts)
+        assert max(map(len, self._ids)) <= self._max_tokens
+        assert self.num_tokens == sum(map(len, self._ids))
+
+    def output(self) -> tuple[ChoiceOutput, ...]:
+        """What the client has of each open answer, for a worker that is to go on with them; nothing before a token."""
+        if not self.num_tokens:
+            return ()
+        return tuple(ChoiceOutput(choice, cast(PackedInts, self._ids[choice][:])) for choice in self._open)
+
+    def end_unheard(self) -> list[GenerationEnd]:
+        """Ends of answers that are whole, though their worker was lost before it could say so."""
+        last = [(choice, self._ids[choice]) for choice in self._open if self._ids[choice]]
+        endings = [(choice, self._sampling.ending_after(ids[-1], len(ids))) for choice, ids in last]
+        ends = [self._end_of(choice, found.reason, found.stop_token_id) for choice, found in endings if found]
+        self._ended |= {end.choice for end in ends}
+        return ends
 
     def fault_in(self, message: Tokens) -> str | None:
         """Why no honest worker says this now; an answer that the client ended may go on for a while."""
-        if not 0 <= message.choice < len(self._counts):
-            return f"tokens of choice {message.choice} came, {len(self._counts)} were asked for"
-        next_index = self._counts[message.choice]
+        if not 0 <= message.choice < len(self._ids):
+            return f"tokens of choice {message.choice} came, {len(self._ids)} were asked for"
+        next_index = len(self._ids[message.choice])
         if not 0 <= message.index <= next_index and message.choice not in self._ended:
             return f"token {message.index} came where {next_index} was next"
         if message.index + len(message.token_ids) > self._max_tokens:
@@ -51,7 +84,7 @@ class AnswersSent:
 
     def add(self, message: Tokens, scores: Callable[[], tuple[PromptLogprobs, ...]]) -> TokenChunk | None:
         """The tokens of the message that were not sent before. `scores`: what goes out with the first token of all."""
-        choice, index = message.choice, self._counts[message.choice]
+        choice, index = message.choice, len(self._ids[message.choice])
         token_ids, logprobs = message.token_ids[index - message.index :], message.logprobs[index - message.index :]
         if not token_ids or choice in self._ended:
             return None
@@ -59,27 +92,27 @@ class AnswersSent:
             self._num_cached_tokens = message.num_cached_tokens
         num_cached = 0 if index else self._num_cached_tokens
         chunk = TokenChunk(index, token_ids, logprobs, num_cached, () if self.num_tokens else scores(), choice)
-        self._counts[choice] += len(token_ids)
+        self._ids[choice].extend(token_ids)
         self.num_tokens += len(token_ids)
         return chunk
 
     def next_chunk(self, message: Tokens) -> TokenChunk | None:
         """As `add`, for the plain case that almost all tokens are; None, with nothing done, where it is not that."""
         choice, token_ids = message.choice, message.token_ids
-        if not 0 <= choice < len(self._counts) or choice in self._ended:
+        if not 0 <= choice < len(self._ids) or choice in self._ended:
             return None
-        index = self._counts[choice]
+        index = len(self._ids[choice])
         end = index + len(token_ids)
         if not index or not token_ids or message.index != index or message.num_cached_tokens or end > self._max_tokens:
             return None
         if message.logprobs and len(message.logprobs) != len(token_ids):
             return None
-        self._counts[choice] = end
+        self._ids[choice].extend(token_ids)
         self.num_tokens += len(token_ids)
         return TokenChunk(index, token_ids, message.logprobs, choice=choice)
 
     def fault_in_end(self, message: Finished) -> str | None:
-        count = self._counts[message.choice] if 0 <= message.choice < len(self._counts) else -1
+        count = len(self._ids[message.choice]) if 0 <= message.choice < len(self._ids) else -1
         is_right = message.index == count and message.reason in ("stop", "length")
         if is_right or message.choice in self._ended:
             return None
@@ -88,7 +121,10 @@ class AnswersSent:
     def finish(self, message: Finished) -> GenerationEnd | None:
         if not self.end(message.choice):
             return None
-        return GenerationEnd(message.reason, message.stop_token_id, self._num_cached_tokens, message.choice)
+        return self._end_of(message.choice, message.reason, message.stop_token_id)
+
+    def _end_of(self, choice: int, reason: str, stop_token_id: int | None) -> GenerationEnd:
+        return GenerationEnd(reason, stop_token_id, self._num_cached_tokens, choice)
 
     def end(self, choice: int) -> bool:
         """Nothing more of this answer goes out. Returns whether it was not over before."""

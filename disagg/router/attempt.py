@@ -6,12 +6,12 @@ worker, one worker alone, or the decode worker computing the prompt itself after
     transfer failed, or prefill failed (503)   another prefill worker, once per decode worker; then the prompt at decode
     server lost, or server failed (503)        both sides anew, elsewhere
     400, 500                                   the client's answer at once: no other worker would do better
-    anything after the first token             an error: a retry could contradict tokens already sent
     a second death in its own new step         500, for good: see `charges`
 
-When `max_attempts` are used the request ends with 503. A retry waits while a worker that was computing the request may
-have died of it, and while the only worker for a charged request serves another charged one. Every side that was sent
-work ends on its own or is sent CANCEL_REQUEST: the `sides` still open are exactly those.
+Before the first token `max_attempts` end in 503. After it an attempt goes on with what the client has (`going_on`), and
+`max_continuations` placings anew, or no place, end in an error. A retry waits while a worker that was computing the
+request may have died of it, and while the only worker for a charged request serves another charged one. Every side that
+was sent work ends on its own or is sent CANCEL_REQUEST: the `sides` still open are exactly those.
 
 Tokens are taken of the current epoch only, from the worker that emits them, at the next index of their answer. Smaller
 indices are repeats and dropped; a gap is a fault. First tokens that end every answer come from the *prefill* worker.
@@ -36,15 +36,19 @@ from disagg.router.attempt_events import (
     SendOrder,
     TimePassed,
     TurnedAway,
+    WentOn,
     WorkerLost,
 )
 from disagg.router.charges import Charges, NothingKnown, WorkerNews, incarnations
 from disagg.router.choose import RETRY_BUSY_S, Placement, Unplaceable
 from disagg.router.generation import GenerationRequest, TokenChunk
-from disagg.router.orders import dispatch_of
+from disagg.router.going_on import MAX_CONTINUATIONS, GoingOn
+from disagg.router.next_place import NextPlace
+from disagg.router.orders import Orders
 from disagg.router.placer import Mint, Placer
 from disagg.router.prompt_scores import ReportedScores
 from disagg.router.record import AttemptRecord, RequestRecord
+from disagg.router.workload import Share, shares_of
 from disagg.transceiver.wire.messages.router import (
     YOUNG_TOKENS,
     CancelChoice,
@@ -80,6 +84,7 @@ class RoutedRequest:
         timeout_s: float,
         now: float,
         news: WorkerNews | None = None,
+        max_continuations: int = MAX_CONTINUATIONS,
     ) -> None:
         self.request = request
         self.transfer_id = transfer_id
@@ -91,29 +96,27 @@ class RoutedRequest:
         self.sides: dict[str, int] = {}
         self._charges = Charges(transfer_id, news or NothingKnown())
         self._waiting: Callable[[float], None] | None = None
-        self._placer = placer
-        self._mint = mint
+        self._orders = Orders(request, transfer_id, mint, self.deadline)
         self._max_attempts = max_attempts
+        self._going_on = GoingOn(max_continuations)
+        self._num_before = 0
         self._held: list[Tokens | Finished] = []
         self._scores = ReportedScores(len(request.prompt), request.sampling.num_prompt_logprobs)
         self._early: list[Tokens | Finished] = []
         self._answers = AnswersSent(request)
+        self._places = NextPlace(placer, request.sampling.max_tokens, self._answers, self._going_on)
         self._retargeted = False
         self._prefill_lost_at: float | None = None
-        self._failed_prefills: set[str] = set()
-        self._failed_servers: set[str] = set()
         self._actions: list[Action] = []
 
     # --- what others may ask --------------------------------------------------------------------------------
 
     @property
-    def load(self) -> tuple[str, ...]:
-        """Incarnations that still work on this request: the server, and the prefill worker until the first token."""
+    def load(self) -> tuple[Share, ...]:
+        """What workers still have to do for it: the server, and the prefill worker until it emits a token."""
         if self.is_over or self.placement is None:
             return ()
-        prefill = self.placement.prefill
-        waits = prefill is not None and not self.num_tokens
-        return (self.placement.server.incarnation, *([prefill.incarnation] if prefill and waits else []))
+        return shares_of(self.placement, len(self.request.prompt), self._answers.count, has_begun=self._has_spoken)
 
     @property
     def num_tokens(self) -> int:
@@ -121,13 +124,24 @@ class RoutedRequest:
         return self._answers.num_tokens
 
     @property
+    def _has_spoken(self) -> bool:
+        """Whether the current attempt gave the client a token."""
+        return self.num_tokens > self._num_before
+
+    @property
+    def _here(self) -> Placement:
+        """Where the current attempt is; there is one once the request has started."""
+        assert self.placement is not None
+        return self.placement
+
+    @property
     def _is_served_alone(self) -> bool:
-        return self.placement is not None and self.placement.prefill is None
+        return self._here.prefill is None
 
     @property
     def is_charged(self) -> bool:
         """Whether a worker may have died of this request. False once the request has shown that it was another."""
-        return bool(self._charges.workers) and not self.is_over and self.num_tokens < YOUNG_TOKENS
+        return bool(self._charges.workers) and not self.is_over and self.num_tokens - self._num_before < YOUNG_TOKENS
 
     @property
     def is_waiting(self) -> bool:
@@ -136,7 +150,9 @@ class RoutedRequest:
 
     def check_invariants(self) -> None:
         """Nothing is open after the end; before it the current server is; epochs are the attempts counted."""
-        assert self.epoch == len(self.record.attempts) <= self._max_attempts
+        assert self.epoch == len(self.record.attempts)
+        assert sum(not attempt.num_before for attempt in self.record.attempts) <= self._max_attempts
+        assert self.record.num_continuations == self._going_on.count <= self._going_on.most
         assert not (self.is_over and self.sides)
         server = self.placement and self.placement.server.incarnation
         assert self.is_over or self._waiting or server in self.sides
@@ -147,7 +163,7 @@ class RoutedRequest:
 
     def start(self, now: float) -> list[Action]:
         """Dispatch the first attempt, or fail where no worker can take it."""
-        placed = self._placer().place(self.request.sampling.max_tokens)
+        placed = self._places.first()
         if isinstance(placed, Unplaceable):
             self._fail(503, placed.reason, now, placed.retry_after_s)
         else:
@@ -163,13 +179,13 @@ class RoutedRequest:
         return self._take_actions()
 
     def next_chunk(self, source: str, tokens: Tokens, now: float) -> TokenChunk | None:
-        """What `handle` would emit for the next tokens of an answer that has begun, for a fifth of its cost.
+        """What `handle` would emit for the next tokens of an attempt that has begun, for a fifth of its cost.
 
         None, with nothing done, where anything else follows or is wrong: then `handle` decides.
         """
         if self.is_over or self._waiting is not None or self.placement is None or now >= self.deadline:
             return None
-        if tokens.epoch != self.epoch or source != self.placement.server.incarnation:
+        if tokens.epoch != self.epoch or source != self.placement.server.incarnation or not self._has_spoken:
             return None
         chunk = self._answers.next_chunk(tokens)
         self.record.num_tokens = self.num_tokens
@@ -206,12 +222,11 @@ class RoutedRequest:
                 self._check_prefill(now)
 
     def _hear(self, source: str, message: object, now: float) -> None:
-        assert self.placement is not None
         if isinstance(message, PromptScores):
             self._hear_scores(source, message, now)
-        elif source == self.placement.server.incarnation:
+        elif source == self._here.server.incarnation:
             self._hear_server(message, now)
-        elif self.placement.prefill is not None and source == self.placement.prefill.incarnation:
+        elif self._here.prefill is not None and source == self._here.prefill.incarnation:
             self._hear_prefill(message, now)
 
     def _hear_server(self, message: object, now: float) -> None:
@@ -233,7 +248,7 @@ class RoutedRequest:
 
     def _hear_prefill(self, message: object, now: float) -> None:
         """Before the server's first token only: with that token the server has all it needs from this worker."""
-        if self.num_tokens:
+        if self._has_spoken:
             return
         match message:
             case Tokens() | Finished():
@@ -248,8 +263,7 @@ class RoutedRequest:
 
     def _hear_scores(self, source: str, message: PromptScores, now: float) -> None:
         """From the worker that computes the prompt. The first token waits for all of them."""
-        assert self.placement is not None
-        if source != (self.placement.prefill or self.placement.server).incarnation or self.num_tokens:
+        if source != (self._here.prefill or self._here.server).incarnation or self.num_tokens:
             return None
         if fault := self._scores.add(message.scores):
             return self._fail(502, f"fault of the worker: {fault}", now)
@@ -262,13 +276,12 @@ class RoutedRequest:
 
     def _scores_lost(self, reason: str, now: float) -> None:
         """The KV arrived, but the prompt's log-probabilities did not: nothing was sent yet, so all begins anew."""
-        assert self.placement is not None
-        assert self.placement.prefill is not None
-        prefill = self.placement.prefill.incarnation
+        assert self._here.prefill is not None
+        prefill = self._here.prefill.incarnation
         if self._waits_for((prefill,), lambda later: self._scores_lost(reason, later), now):
             return None
-        self._failed_prefills.add(prefill)
-        return self._give_up(reason, now) if self.epoch >= self._max_attempts else self._begin_anew(reason, now)
+        self._places.failed_prefills.add(prefill)
+        return self._give_up(reason, now) if self._is_spent else self._begin_anew(reason, now)
 
     # --- tokens ---------------------------------------------------------------------------------------------
 
@@ -276,10 +289,13 @@ class RoutedRequest:
         if fault := self._answers.fault_in(message):
             return self._fail(502, f"fault of the worker: {fault}", now)
         chunk = self._answers.add(message, lambda: self._scores.parts)
-        if chunk is not None:
-            self._actions.append(Emit(chunk))
-            self.record.emitted(self.num_tokens, now)
-        return None
+        if chunk is None:
+            return None
+        if self.num_tokens - len(chunk.token_ids) == self._num_before:  # the first of this attempt
+            self._going_on.note(self._here)
+            self._actions += [WentOn(chunk.choice, self.record.current.is_exact)] if self._num_before else []
+        self._actions.append(Emit(chunk))
+        return self.record.emitted(self.num_tokens, now)
 
     def _finish(self, message: Finished, now: float) -> None:
         if fault := self._answers.fault_in_end(message):
@@ -293,17 +309,15 @@ class RoutedRequest:
 
     def _end_choice(self, choice: int, now: float) -> None:
         """The client has enough of one answer: its worker need not go on with it."""
-        assert self.placement is not None
         is_new = self._answers.end(choice)
         if self._answers.is_over:
             self._close("cancelled", now, "the client went away")
-        elif is_new:
+        elif is_new and self._here.server.incarnation in self.sides:
             cancel = CancelChoice(self.transfer_id, self.epoch, choice)
-            self._actions.append(SendOrder(self.placement.server.incarnation, cancel))
+            self._actions.append(SendOrder(self._here.server.incarnation, cancel))
 
     def _finish_at_prefill(self, now: float) -> None:
         """First tokens ended every answer. The prefill side is done; the server waits for KV that will not come."""
-        assert self.placement is not None
         if sum(isinstance(word, Finished) for word in self._held) < self._answers.count:
             return None
         if not self._scores.is_complete:
@@ -312,7 +326,7 @@ class RoutedRequest:
             if isinstance(word, Tokens) and not self.is_over:
                 self._forward(word, now)
             elif isinstance(word, Finished) and not self.is_over:
-                self._cancel(self.placement.server.incarnation, "finished")
+                self._cancel(self._here.server.incarnation, "finished")
                 self._finish(word, now)
         return None
 
@@ -320,7 +334,8 @@ class RoutedRequest:
 
     def _is_spent_by(self, event: WorkerLost) -> bool:
         """Charge the request with this death if it was new in that step, also under an earlier epoch."""
-        if event.in_step.get(self.transfer_id, 0) < 1 or self.num_tokens >= YOUNG_TOKENS:
+        epoch, attempts = event.in_step.get(self.transfer_id, 0), self.record.attempts
+        if not 1 <= epoch <= len(attempts) or self.num_tokens - attempts[epoch - 1].num_before >= YOUNG_TOKENS:
             return False
         self._charges.workers.append(self.record.name_of(event.incarnation))
         self.record.charged_deaths = tuple(self._charges.workers)
@@ -339,16 +354,15 @@ class RoutedRequest:
     # --- failures -------------------------------------------------------------------------------------------
 
     def _lose(self, incarnation: str, reason: str, now: float) -> None:
-        assert self.placement is not None
-        if incarnation == self.placement.server.incarnation:
-            self._server_failed(f"worker `{self.placement.server.worker_id}` was lost: {reason}", now)
-        elif self.placement.prefill is not None and incarnation == self.placement.prefill.incarnation:
+        if incarnation == self._here.server.incarnation:
+            self._server_failed(f"worker `{self._here.server.worker_id}` was lost: {reason}", now)
+        elif self._here.prefill is not None and incarnation == self._here.prefill.incarnation:
             self._prefill_lost_at = now
 
     def _check_prefill(self, now: float) -> None:
         """A lost prefill worker is the decode worker's to report; act for it when it does not."""
         lost_at = self._prefill_lost_at
-        if lost_at is None or self.num_tokens or now - lost_at < PREFILL_LOST_GRACE_S:
+        if lost_at is None or self._has_spoken or now - lost_at < PREFILL_LOST_GRACE_S:
             return
         if not self.record.current.has_report_of_server:
             self._transfer_failed("the prefill worker was lost", now)
@@ -356,26 +370,29 @@ class RoutedRequest:
             self._scores_lost("the prefill worker was lost before all log-probabilities of the prompt came", now)
 
     def _server_failed(self, reason: str, now: float) -> None:
-        assert self.placement is not None
         if self.num_tokens:
-            return self._fail(502, reason, now)
-        parties = incarnations(self.placement)[1:]
+            self._actions += map(Emit, self._answers.end_unheard())
+            if self._answers.is_over:
+                return self._close("finished", now)
+        parties = () if self._has_spoken else incarnations(self._here)[1:]
         if self._waits_for(parties, lambda later: self._server_failed(reason, later), now):
             return None
         return self._leave_server(reason, now)
 
     def _leave_server(self, reason: str, now: float) -> None:
-        assert self.placement is not None
-        self._failed_servers.add(self.placement.server.incarnation)
-        if self.epoch >= self._max_attempts:
-            return self._give_up(reason, now)
-        return self._begin_anew(reason, now)
+        self._places.failed_servers.add(self._here.server.incarnation)
+        return self._give_up(reason, now) if self._is_spent else self._begin_anew(reason, now)
+
+    @property
+    def _is_spent(self) -> bool:
+        """Whether the request may not be placed anew."""
+        return self._going_on.is_spent if self.num_tokens else self.epoch >= self._max_attempts
 
     def _begin_anew(self, reason: str, now: float) -> None:
         """Both sides, elsewhere; later, when only a worker that another charged request has could take it."""
         taken = self._charges.taken
-        placed = self._place_anew(taken)
-        if taken and isinstance(placed, Unplaceable) and isinstance(self._place_anew(frozenset()), Placement):
+        placed = self._places.anew(taken)
+        if taken and isinstance(placed, Unplaceable) and isinstance(self._places.anew(frozenset()), Placement):
             self._waiting = lambda later: self._begin_anew(reason, later)
             return None
         if isinstance(placed, Unplaceable):
@@ -383,26 +400,17 @@ class RoutedRequest:
         self.record.current.end(reason, now)
         self._cancel_all("retry")
         self._retargeted = False
+        self._going_on.count += bool(self.num_tokens)
         return self._dispatch(placed, now)
 
-    def _place_anew(self, taken: frozenset[str]) -> Placement | Unplaceable:
-        """Where nothing failed yet; else also where a transfer failed, which may have been the server's fault."""
-        placer, max_tokens = self._placer(), self.request.sampling.max_tokens
-        placed = placer.place(max_tokens, frozenset(self._failed_servers | self._failed_prefills | taken))
-        if isinstance(placed, Unplaceable):
-            placed = placer.place(max_tokens, frozenset(self._failed_servers | taken))
-        return placed
-
     def _transfer_failed(self, reason: str, now: float) -> None:
-        assert self.placement is not None
-        server, prefill = self.placement.server, self.placement.prefill
-        if self.num_tokens or prefill is None:
+        server, prefill = self._here.server, self._here.prefill
+        if self._has_spoken or prefill is None:
             return self._fail(502, f"fault of the worker: {reason}", now)
-        parties = (prefill.incarnation,)
-        if self._waits_for(parties, lambda later: self._transfer_failed(reason, later), now):
+        if self._waits_for((prefill.incarnation,), lambda later: self._transfer_failed(reason, later), now):
             return None
-        self._failed_prefills.add(prefill.incarnation)
-        if self.epoch >= self._max_attempts:
+        self._places.failed_prefills.add(prefill.incarnation)
+        if self._is_spent and not self.num_tokens:  # what one continuation tries is bounded by itself
             return self._give_up(reason, now)
         return self._compute_elsewhere(server, prefill, reason, now)
 
@@ -411,7 +419,7 @@ class RoutedRequest:
         taken = self._charges.taken
         if server.incarnation not in self.sides:  # lost while this waited
             return self._leave_server(f"worker `{server.worker_id}` was lost; {reason}", now)
-        other = None if self._retargeted else self._other_prefill(server, taken)
+        other = None if self._retargeted else self._places.other_prefill(server, taken)
         if server.incarnation in taken and other is None:
             self._waiting = lambda later: self._compute_elsewhere(server, prefill, reason, later)
             return None
@@ -420,31 +428,32 @@ class RoutedRequest:
         self._retargeted = True
         return self._retarget(server, other, now) if other else self._prefill_locally(server, now)
 
-    def _other_prefill(self, server: PeerTarget, taken: frozenset[str]) -> PeerTarget | None:
-        return self._placer().prefill_for(server.incarnation, frozenset(self._failed_prefills | taken))
-
     def _give_up(self, reason: str, now: float, retry_after_s: float = RETRY_BUSY_S) -> None:
+        if self.num_tokens:
+            return self._fail(502, f"{reason}{self._going_on.told}", now)
         attempts = f"{self.epoch} of {self._max_attempts} attempts used"
-        self._fail(503, f"{reason} ({attempts})", now, retry_after_s)
+        return self._fail(503, f"{reason} ({attempts})", now, retry_after_s)
 
     # --- placing --------------------------------------------------------------------------------------------
 
     def _dispatch(self, placement: Placement, now: float) -> None:
-        server, prefill = placement.server, placement.prefill
-        if prefill is None:
-            self._begin(placement, "serve", now)
-            return self._order(server, self._dispatch_to("serve", now))
-        self._begin(placement, "transfer", now)
-        ticket = self._ticket(placement, now)
-        self._order(prefill, self._dispatch_to("prefill", now, server, ticket))
-        return self._order(server, self._dispatch_to("decode", now, prefill, ticket))
+        if placement.prefill is not None:
+            to_server = self._begin_transfer("transfer", placement, now)
+            return self._order(placement.server, to_server)
+        self._begin(placement, "serve", now)
+        return self._order(placement.server, self._orders.alone(self.epoch, self._answers.output(), now))
 
     def _retarget(self, server: PeerTarget, prefill: PeerTarget, now: float) -> None:
-        placement = Placement(server, prefill)
-        self._begin(placement, "retarget", now)
-        ticket = self._ticket(placement, now)
-        self._order(prefill, self._dispatch_to("prefill", now, server, ticket))
-        self._order(server, Retarget(self.transfer_id, self.epoch, prefill, ticket))
+        to_server = self._begin_transfer("retarget", Placement(server, prefill), now)
+        self._order(server, Retarget(self.transfer_id, self.epoch, prefill, to_server.ticket))
+
+    def _begin_transfer(self, mode: str, placement: Placement, now: float) -> Dispatch:
+        """Dispatch the prefill side. Returns what the server is to be told."""
+        assert placement.prefill is not None
+        self._begin(placement, mode, now)
+        to_prefill, to_server = self._orders.pair(self.epoch, placement, self._answers.output(), now)
+        self._order(placement.prefill, to_prefill)
+        return to_server
 
     def _prefill_locally(self, server: PeerTarget, now: float) -> None:
         self._begin(Placement(server), "local", now)
@@ -455,20 +464,11 @@ class RoutedRequest:
         self.placement = placement
         self._prefill_lost_at = None
         self._held, self._early = [], []
-        self._scores.restart()
-        self.record.attempts.append(AttemptRecord(self.epoch, mode, placement, now))
-
-    def _ticket(self, placement: Placement, now: float) -> bytes:
-        assert placement.prefill is not None
-        ttl_s = self._remaining_s(now)
-        return self._mint(self.epoch, placement.prefill.incarnation, placement.server.incarnation, ttl_s)
-
-    def _dispatch_to(self, mode: str, now: float, peer: PeerTarget | None = None, ticket: bytes = b"") -> Dispatch:
-        remaining_s = self._remaining_s(now)  # the ticket's ttl_s too: the prefill worker checks it with this value
-        return dispatch_of(self.request, self.transfer_id, self.epoch, mode, remaining_s, peer, ticket)
-
-    def _remaining_s(self, now: float) -> float:
-        return max(self.deadline - now, 0.0)
+        self._num_before = self.num_tokens
+        if not self.num_tokens:
+            self._scores.restart()
+        is_exact = self._going_on.is_exact(placement)
+        self.record.attempts.append(AttemptRecord(self.epoch, mode, placement, now, self._num_before, is_exact))
 
     # --- sides and the end ----------------------------------------------------------------------------------
 

@@ -110,4 +110,12 @@ class Fail:
     retry_after_s: float | None = None
 
 
-Action = SendOrder | Emit | Fail
+@dataclass(frozen=True, slots=True)
+class WentOn:
+    """An answer that lost its worker has its next token, emitted right after this; `is_exact` as `GoingOn` says."""
+
+    choice: int
+    is_exact: bool
+
+
+Action = SendOrder | Emit | Fail | WentOn

@@ -7,11 +7,12 @@ never old, so a burst spreads at once.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice, product
 from typing import Final
 
-from disagg.router.pairing import traits_difference
+from disagg.router.costs.ways import Way
+from disagg.router.pairing import KvFormat, kv_format, traits_difference
 from disagg.router.registry import Worker, WorkerState
 from disagg.transceiver.wire.messages.router import PeerTarget
 
@@ -31,10 +32,14 @@ _WORST: Final = 4
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """`server` emits the tokens. With `prefill` its KV comes from there; without, it computes the prompt itself."""
+    """`server` emits the tokens. With `prefill` its KV comes from there; without, it computes the prompt itself.
+
+    `way`: how it was estimated, where it was.
+    """
 
     server: PeerTarget
     prefill: PeerTarget | None = None
+    way: Way | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +70,18 @@ class Fleet:
         if max_tokens == 1:
             return self._alone(("prefill", "both"), exclude) or self._unplaceable(exclude)
         return self._pair(exclude) or self._alone(("both",), exclude) or self._unplaceable(exclude)
+
+    def alone(self, exclude: frozenset[str]) -> Placement | Unplaceable:
+        """A worker that computes a prompt and its answer itself, though it may be there to decode what others send."""
+        return self._alone(("decode", "both"), exclude) or self._unplaceable(exclude)
+
+    def unfit(self, kv: KvFormat | None) -> frozenset[str]:
+        """Workers that cannot go on with an answer begun elsewhere; given `kv`, also those that store KV otherwise."""
+        return frozenset(
+            w.incarnation
+            for w in self.workers
+            if not w.goes_on or (kv is not None and kv_format(w.register.geometry) != kv)
+        )
 
     def prefill_for(self, decode: str, exclude: frozenset[str]) -> PeerTarget | None:
         """Another prefill worker for a request whose destinations already lie at incarnation `decode`."""
@@ -140,9 +157,9 @@ def _best_pair(prefills: Sequence[_Option], decodes: Sequence[_Option]) -> tuple
 
 def _within_reach(prefills: Sequence[_Option], places: Mapping[str, int], decode: Worker) -> Sequence[_Option]:
     """In order; where a decode worker has few links and makes no others, only what they lead to, not all pairs."""
-    if decode.is_linked_on_use or len(decode.link_states) >= len(prefills):
+    if decode.is_linked_on_use or len(decode.link_reports) >= len(prefills):
         return prefills
-    return [prefills[place] for place in sorted(places[peer] for peer in decode.link_states if peer in places)]
+    return [prefills[place] for place in sorted(places[peer] for peer in decode.link_reports if peer in places)]
 
 
 def link_rank(prefill: Worker, decode: Worker) -> int | None:

@@ -39,9 +39,6 @@ TICK_S: Final = 0.25
 """How often deadlines and leases are looked at: half a heartbeat, so a loss is seen within 3.25 s of the last sign."""
 
 
-MAX_CANCELS: Final = 1024
-"""Requests that one lease may have cancelled as unknown: as many as wait at most. The next lease names what is left."""
-
 WORKERS_HEARD_A_SECOND: Final = 200
 """Leases with metrics, of some 60 samples: a tenth of a core. A thousand workers tell theirs every 5 s, a third of the
 15 s at which Prometheus asks by default; a few workers with every lease."""
@@ -250,7 +247,7 @@ class Cluster:
 
     def _cancel_unknown(self, lease: Lease) -> None:
         """A worker may still hold what the router ended: a cancel is lost with the connection it was queued on."""
-        for transfer_id, epoch in lease.requests[:MAX_CANCELS]:
+        for transfer_id, epoch in lease.requests:
             if not self._listener.is_serving(transfer_id, lease.incarnation):
                 self.order(lease.incarnation, CancelRequest(transfer_id, epoch, "unknown"))
 

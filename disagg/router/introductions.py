@@ -59,7 +59,7 @@ class Introductions:
         """To those that have a link to it, or may be making one."""
         for other in self._registry:
             is_told = not self._registry.is_linked_on_use and self._meet(source, other)
-            if is_told or source.incarnation in other.link_states:
+            if is_told or source.incarnation in other.link_reports:
                 yield other, Peers((), (source.incarnation,))
 
     def _meet(self, source: Worker, sink: Worker) -> bool:

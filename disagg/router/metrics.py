@@ -16,12 +16,15 @@ from prometheus_client.registry import Collector
 from disagg.loop_lag import LoopLag
 from disagg.router.registry import Worker
 from disagg.router.token_gaps import TokenGaps
+from disagg.transceiver.wire.messages.rates import MeasuredRates
 from disagg.transceiver.wire.messages.values import MetricSample
 
 _TTFT_BUCKETS: Final = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
 """From one hop on a fast machine to the default request timeout, two to three per decade."""
 _ITL_BUCKETS: Final = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5)
 """From a kernel-bound step on a GPU to the time after which a worker is lost anyway."""
+_RATIO_BUCKETS: Final = (0.1, 0.25, 0.5, 0.67, 0.8, 0.9, 1, 1.11, 1.25, 1.5, 2, 4, 10)
+"""Symmetric around 1, where the estimate was exact."""
 _FAMILIES: Final = {"gauge": GaugeMetricFamily, "counter": CounterMetricFamily}
 _NAME: Final = re.compile(r"[a-zA-Z_][a-zA-Z0-9_]*")
 
@@ -33,6 +36,11 @@ class RouterMetrics:
         """`more`: what other parts of the router count."""
         self.ttft = _histogram(
             "time_to_first_token_seconds", "From receipt of a request to its first token", _TTFT_BUCKETS
+        )
+        self.estimate_ratio = _histogram(
+            "ttft_estimate_ratio",
+            "From placing a request to its first token, over the time estimated when it was placed",
+            _RATIO_BUCKETS,
         )
         self.itl = TokenGaps("disagg_inter_token_latency_seconds", "Between tokens of one answer", _ITL_BUCKETS)
         self.e2e = _histogram("e2e_request_latency_seconds", "From receipt of a request to its end", _TTFT_BUCKETS)
@@ -46,14 +54,24 @@ class RouterMetrics:
         self.refused_after_deaths = Counter(
             "disagg_requests_refused_after_deaths", "Requests not tried again after two such deaths", registry=None
         )
+        self.continuations = Counter(
+            "disagg_continuations", "Answers that went on elsewhere after their worker was lost", registry=None
+        )
+        self.inexact = Counter(
+            "disagg_continuations_inexact", "Those of them whose KV is stored in another format there", registry=None
+        )
+        self.continuation_gap = _histogram(
+            "continuation_gap_seconds", "From the last token before such a loss to the next one", _TTFT_BUCKETS
+        )
         self.peer_faults = Counter(
             "disagg_peer_faults",
             "Messages of workers that could not be taken, at the cost of their connection",
             registry=None,
         )
         own = (
-            *(self.ttft, self.itl, self.e2e, self.requests, self.attempts, self.running, self.loop_lag),
-            *(self.charged_deaths, self.refused_after_deaths, self.peer_faults, *more),
+            *(self.ttft, self.estimate_ratio, self.itl, self.e2e, self.requests, self.attempts, self.running),
+            *(self.loop_lag, self.charged_deaths, self.refused_after_deaths, self.peer_faults),
+            *(self.continuations, self.inexact, self.continuation_gap, *more),
         )
         self._own: list[Collector] = [*own]
         self._registry = CollectorRegistry(auto_describe=False)
@@ -62,6 +80,12 @@ class RouterMetrics:
     def add(self, collector: Collector) -> None:
         """Tell what another part of this process counts too."""
         self._own.append(collector)
+
+    def went_on(self, gap_s: float, *, is_exact: bool) -> None:
+        """An answer has its next token after a loss, `gap_s` seconds after the one before it."""
+        self.continuations.inc()
+        self.inexact.inc(not is_exact)
+        self.continuation_gap.observe(gap_s)
 
     def text(self) -> bytes:
         return generate_latest(self._registry)
@@ -108,8 +132,16 @@ def lease_samples(worker: Worker) -> Iterator[MetricSample]:
         *(("kv_blocks_free", (("pool", str(i)),), n) for i, n in enumerate(lease.blocks_free)),
         ("worker_requests_running", (), lease.num_running),
         ("worker_requests_queued", (), lease.num_queued),
+        *_rate_figures(lease.rates or MeasuredRates()),
     ]
     return (MetricSample(name, "gauge", labels, float(value)) for name, labels, value in figures if name not in own)
+
+
+def _rate_figures(rates: MeasuredRates) -> Iterator[tuple[str, tuple[tuple[str, str], ...], float]]:
+    if rates.prefill_tokens_per_s:
+        yield "prefill_tokens_per_second", (), rates.prefill_tokens_per_s
+    for count, seconds in rates.step_s:
+        yield "decode_step_seconds", (("answers", str(count)),), seconds
 
 
 def _series_name(sample: MetricSample, reserved: set[str]) -> str:

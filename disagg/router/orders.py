@@ -1,33 +1,67 @@
-"""What a worker is told of a request."""
+"""What the workers of a request are told of it."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import cast
 
+from disagg.router.choose import Placement
 from disagg.router.generation import GenerationRequest
+from disagg.router.placer import Mint
 from disagg.transceiver.wire.messages.router import Dispatch, PeerTarget
+from disagg.transceiver.wire.messages.tokens import ChoiceOutput
 from disagg.transceiver.wire.schema import PackedInts
 
+Output = tuple[ChoiceOutput, ...]
 
-def dispatch_of(
-    request: GenerationRequest,
-    transfer_id: str,
-    epoch: int,
-    mode: str,
-    deadline_s: float,
-    peer: PeerTarget | None,
-    ticket: bytes,
-) -> Dispatch:
-    """One attempt of a request, for one of its workers."""
-    return Dispatch(
-        transfer_id=transfer_id,
-        epoch=epoch,
-        request_id=request.request_id,
-        mode=mode,
-        prompt=cast(PackedInts, request.prompt),  # an array is packed as it is
-        sampling=request.sampling,
-        deadline_s=deadline_s,
-        peer=peer,
-        ticket=ticket,
-        priority=request.priority,
-    )
+
+class Orders:
+    """Of one request. `output`: what the client has of its answers, where an attempt goes on with them."""
+
+    def __init__(self, request: GenerationRequest, transfer_id: str, mint: Mint, deadline: float) -> None:
+        self._request, self._transfer_id, self._mint, self._deadline = request, transfer_id, mint, deadline
+
+    def alone(self, epoch: int, output: Output, now: float) -> Dispatch:
+        """For one worker that computes and answers."""
+        return self._dispatch("serve", epoch, output, self._remaining_s(now))
+
+    def pair(self, epoch: int, placement: Placement, output: Output, now: float) -> tuple[Dispatch, Dispatch]:
+        """For the prefill worker and for the decode worker, with one ticket."""
+        server, prefill = placement.server, placement.prefill
+        assert prefill is not None
+        ttl_s = self._remaining_s(now)  # the dispatches' deadline too: the prefill worker checks the ticket with that
+        sent: Sequence[int] = output[0].token_ids if output else ()
+        ticket = self._mint(epoch, prefill.incarnation, server.incarnation, ttl_s, sent)
+        return (
+            self._dispatch("prefill", epoch, output, ttl_s, server, ticket),
+            self._dispatch("decode", epoch, output, ttl_s, prefill, ticket),
+        )
+
+    def _dispatch(
+        self,
+        mode: str,
+        epoch: int,
+        output: Output,
+        deadline_s: float,
+        peer: PeerTarget | None = None,
+        ticket: bytes = b"",
+    ) -> Dispatch:
+        request = self._request
+        return Dispatch(
+            transfer_id=self._transfer_id,
+            epoch=epoch,
+            request_id=request.request_id,
+            mode=mode,
+            prompt=cast(PackedInts, request.prompt),  # an array is packed as it is
+            # The client has the prompt's own log-probabilities when an answer goes on.
+            sampling=replace(request.sampling, num_prompt_logprobs=None) if output else request.sampling,
+            deadline_s=deadline_s,
+            peer=peer,
+            ticket=ticket,
+            priority=request.priority,
+            output=output,
+        )
+
+    def _remaining_s(self, now: float) -> float:
+        return max(self._deadline - now, 0.0)

@@ -32,6 +32,14 @@ def record_difference(ours: Identity, theirs: Identity) -> Difference | None:
     return None if found is None else Difference(*found)
 
 
+KvFormat = tuple[str, object]
+"""What decides how a stored number is rounded: KV dtype and scales."""
+
+
+def kv_format(geometry: Geometry) -> KvFormat:
+    return geometry.kv_dtype, geometry.kv_scales
+
+
 class PairTraits:
     """What decides which peers a worker may have. Its hash is computed once: a geometry has thousands of numbers."""
 

@@ -9,6 +9,7 @@ from dataclasses import InitVar, dataclass, field
 from typing import Any, Final
 
 from disagg.router.choose import Placement
+from disagg.router.costs.ways import Way
 from disagg.router.generation import GenerationRequest
 from disagg.transceiver.wire.messages.router import TransferReport
 
@@ -21,12 +22,18 @@ MAX_REPORTS: Final = 4
 
 @dataclass(slots=True)
 class AttemptRecord:
-    """One attempt: `mode` is `transfer`, `serve`, `retarget` or `local`; `outcome` is `running` until it is known."""
+    """One attempt: `mode` is `transfer`, `serve`, `retarget` or `local`; `outcome` is `running` until it is known.
+
+    `num_before`: tokens that the client had of all answers; with any the attempt goes on with them, and `is_exact` says
+    whether its own are what would have followed.
+    """
 
     epoch: int
     mode: str
     placement: Placement
     started_at: float
+    num_before: int = 0
+    is_exact: bool = True
     ended_at: float | None = None
     outcome: str = "running"
     reports: list[tuple[str, TransferReport]] = field(default_factory=list)
@@ -34,6 +41,11 @@ class AttemptRecord:
     def end(self, outcome: str, now: float) -> None:
         if self.ended_at is None:
             self.outcome, self.ended_at = outcome, now
+
+    def estimate_ratio(self, now: float) -> float | None:
+        """The time to a first token that comes now over what it was estimated at; None where it was not estimated."""
+        way = self.placement.way
+        return None if way is None or way.ttft_s <= 0 else (now - self.started_at) / way.ttft_s
 
     @property
     def has_report_of_server(self) -> bool:
@@ -74,10 +86,26 @@ class AttemptRecord:
             "prefill": prefill.worker_id if prefill else None,
             "decode": self.placement.server.worker_id,
             "outcome": self.outcome,
+            "tokens_before": self.num_before,
+            "exact": self.is_exact,
             "started_s": self.started_at - received_at,
             "ended_s": None if self.ended_at is None else self.ended_at - received_at,
             "stages": {report.worker_id: finite_stages(report) for _, report in self.reports},
+            "estimate": None if self.placement.way is None else _describe_way(self.placement.way),
         }
+
+
+def _describe_way(way: Way) -> dict[str, Any]:
+    """What placing expected, in seconds; `cost_s` also counts what this request costs others."""
+    return {
+        "ttft_s": way.ttft_s,
+        "cost_s": way.cost_s,
+        "queue_s": way.start.worker.queue_s,
+        "compute_s": way.start.compute_s,
+        "handoff_s": way.landing.handoff_s,
+        "computed_tokens": way.start.num_computed,
+        "moved_bytes": way.landing.nbytes,
+    }
 
 
 def finite_stages(report: TransferReport) -> dict[str, float]:
@@ -97,6 +125,8 @@ class RequestRecord:
     received_at: float
     request_id: str = field(init=False)
     num_prompt_tokens: int = field(init=False)
+    seeds: tuple[int, ...] = field(init=False)
+    """Of each answer: with it the answer can be had again."""
     state: str = "running"
     status: int | None = None
     error: str | None = None
@@ -109,10 +139,16 @@ class RequestRecord:
 
     def __post_init__(self, request: GenerationRequest) -> None:
         self.request_id, self.num_prompt_tokens = request.request_id, len(request.prompt)
+        self.seeds = tuple(request.sampling.of_choice(i).seed for i in range(request.sampling.num_choices))
 
     @property
     def current(self) -> AttemptRecord:
         return self.attempts[-1]
+
+    @property
+    def num_continuations(self) -> int:
+        """Times that it was placed anew after its first token."""
+        return sum(attempt.num_before > 0 and attempt.mode in ("transfer", "serve") for attempt in self.attempts)
 
     @property
     def ttft_s(self) -> float | None:
@@ -139,6 +175,15 @@ class RequestRecord:
             if attempt.epoch == report.epoch and is_party and len(attempt.reports) < MAX_REPORTS:
                 attempt.reports.append((source, report))
 
+    def decision_in_words(self) -> str:
+        """For the log: where the last attempt went, and its time to the first token beside the estimate."""
+        if not self.attempts or (way := self.current.placement.way) is None:
+            return ""
+        placement = self.current.placement
+        where = f"computed by `{placement.prefill.worker_id}`" if placement.prefill else "computed there"
+        took = "no token" if self.first_token_at is None else f"{self.first_token_at - self.current.started_at:.3f} s"
+        return f", `{placement.server.worker_id}`, {where}: {took} to the first token, {way.ttft_s:.3f} s estimated"
+
     def end(self, state: str, now: float, error: str | None) -> None:
         self.state, self.ended_at, self.error = state, now, error
         if self.attempts:
@@ -147,14 +192,15 @@ class RequestRecord:
     def timeline(self) -> dict[str, float] | None:
         """Seconds to the first token, cut into stages that sum to it; None before it.
 
-        `waiting` is the time to its turn at the router, `failed_attempts` what attempts before the last one took, and
-        `first_token` what no report explains: sampling, messages, the router itself.
+        `waiting` is the time to its turn at the router, `failed_attempts` what attempts before the one that gave the
+        token took, and `first_token` what no report explains: sampling, messages, the router itself.
         """
         if self.ttft_s is None:
             return None
-        dispatched = self.current.started_at - self.received_at
+        first = next(attempt for attempt in reversed(self.attempts) if not attempt.num_before)
+        dispatched = first.started_at - self.received_at
         ends = [("waiting", self.attempts[0].started_at - self.received_at), ("failed_attempts", dispatched)]
-        ends += [(stage, dispatched + seconds) for stage, seconds in self.current.stage_ends()]
+        ends += [(stage, dispatched + seconds) for stage, seconds in first.stage_ends()]
         timeline, at = {}, 0.0
         for stage, end in ends:
             reached = min(max(end, at), self.ttft_s)
@@ -170,6 +216,8 @@ class RequestRecord:
             "error": self.error,
             "prompt_tokens": self.num_prompt_tokens,
             "output_tokens": self.num_tokens,
+            "seeds": list(self.seeds),
+            "continuations": self.num_continuations,
             "ttft_s": self.ttft_s,
             "e2e_s": None if self.ended_at is None else self.ended_at - self.received_at,
             "timeline": self.timeline(),

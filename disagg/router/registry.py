@@ -16,7 +16,7 @@ from typing import Final
 
 from disagg.router.pairing import Difference, PairTraits, record_difference
 from disagg.transceiver.wire.messages.peer import Refused
-from disagg.transceiver.wire.messages.router import DRAINING, Lease, PeerTarget, Register
+from disagg.transceiver.wire.messages.router import DRAINING, Lease, LinkStatus, PeerTarget, Register
 from disagg.transceiver.wire.purposes import told_or_first
 from disagg.transceiver.wire.timing import HEARTBEAT_S, LOST_S, SUSPECT_S
 
@@ -52,7 +52,7 @@ class Worker:
     traits: PairTraits = field(init=False)
     claimed_at: dict[str, float] = field(default_factory=dict)
     """Other incarnations that ask for this one's name, and since when."""
-    link_states: dict[str, str] = field(init=False)
+    link_reports: dict[str, LinkStatus] = field(init=False)
     """By peer incarnation, as the last lease told them."""
     sends: tuple[str, ...] = field(init=False)
     receives: tuple[str, ...] = field(init=False)
@@ -71,11 +71,12 @@ class Worker:
         last = getattr(self, "lease", lease)
         links = last.links if lease.links is None else lease.links
         metrics = last.metrics if lease.metrics is None else lease.metrics
-        if lease.links is None or lease.metrics is None:
-            lease = replace(lease, links=links, metrics=metrics)
+        rates = last.rates if lease.rates is None else lease.rates
+        if lease.links is None or lease.metrics is None or lease.rates is None:
+            lease = replace(lease, links=links, metrics=metrics, rates=rates)
         self.lease = lease
-        if links is not last.links or not hasattr(self, "link_states"):
-            self.link_states = {link.incarnation: link.state for link in links or ()}
+        if links is not last.links or not hasattr(self, "link_reports"):
+            self.link_reports = {link.incarnation: link for link in links or ()}
 
     @property
     def incarnation(self) -> str:
@@ -94,6 +95,11 @@ class Worker:
         register = self.register
         return PeerTarget(self.incarnation, self.worker_id, register.peer_endpoint, register.geometry)
 
+    @property
+    def goes_on(self) -> bool:
+        """Whether it can go on with an answer begun elsewhere: protocol 2.1 has both that and names of purposes."""
+        return self.register.sends is not None
+
     def state(self, now: float) -> WorkerState:
         if self.draining or self.lease.state == DRAINING:
             return WorkerState.DRAINING
@@ -104,8 +110,9 @@ class Worker:
 
         `idle`: none yet, which the first request makes.
         """
-        state = self.link_states.get(peer, "connecting")
-        return "idle" if state == "connecting" and self.is_linked_on_use else state
+        if (report := self.link_reports.get(peer)) is not None and report.state != "connecting":
+            return report.state
+        return "idle" if self.is_linked_on_use else "connecting"
 
 
 @dataclass(frozen=True, slots=True)

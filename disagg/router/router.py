@@ -13,7 +13,7 @@ import logging
 import math
 import time
 from collections import Counter
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -32,13 +32,16 @@ from disagg.router.attempt_events import (
     SendOrder,
     TimePassed,
     TurnedAway,
+    WentOn,
     WorkerLost,
 )
 from disagg.router.charges import MAX_CHARGES
 from disagg.router.choose import Placement
 from disagg.router.cluster import Cluster
+from disagg.router.costs.decide import POLICIES
 from disagg.router.gate import AHEAD_PER_SERVER, Gate
 from disagg.router.generation import GenerationEnd, GenerationError, GenerationRequest, TokenChunk
+from disagg.router.going_on import MAX_CONTINUATIONS
 from disagg.router.introductions import Connect
 from disagg.router.metrics import RouterMetrics
 from disagg.router.placing import Placing
@@ -47,6 +50,7 @@ from disagg.router.registry import Worker
 from disagg.router.status import describe_workers
 from disagg.router.tenants import QueuedRequest, TenantLimits
 from disagg.router.unread import Unread
+from disagg.router.workload import Share
 from disagg.transceiver.wire.keys import ClusterKeys
 from disagg.transceiver.wire.links import ControlServer
 from disagg.transceiver.wire.messages.router import (
@@ -63,21 +67,30 @@ log = logging.getLogger(__name__)
 class RouterOptions:
     """`expected_fingerprint`: the model every worker must have; None lets the first worker decide.
 
-    `tenants`: limits by the names of API keys; others have none. `ahead_per_server`: see `gate`. `connect`: see
-    `introductions`.
+    `max_continuations`: losses that one answer may survive in its middle; 0: a loss ends it with an error. `tenants`:
+    limits by the names of API keys; others have none. `ahead_per_server`: see `gate`. `connect`: see `introductions`.
+    `policy`: how a way to serve is chosen, by the names of `costs.decide.POLICIES`; `max_local_prefill`: tokens of a
+    prompt that may be computed where others' answers are decoded.
     """
 
     expected_fingerprint: str | None = None
     max_attempts: int = 3
+    max_continuations: int = MAX_CONTINUATIONS
     max_queued: int = 1024
     request_timeout_s: float = 600.0
     tenants: Mapping[str, TenantLimits] = field(default_factory=dict)
     ahead_per_server: int = AHEAD_PER_SERVER
     connect: Connect = "auto"
+    policy: str = "prefix-aware"
+    max_local_prefill: int = 0
 
     def __post_init__(self) -> None:
+        if self.policy not in POLICIES:
+            raise ValueError(f"policy: `{self.policy}`, expected one of {', '.join(POLICIES)}")
         if self.max_attempts < 1:
             raise ValueError(f"max_attempts: {self.max_attempts}, expected at least 1")
+        if self.max_continuations < 0:
+            raise ValueError(f"max_continuations: {self.max_continuations}, expected at least 0")
         if self.max_queued < 1:
             raise ValueError(f"max_queued: {self.max_queued}, expected at least 1")
         if not self.request_timeout_s > 0:
@@ -90,7 +103,7 @@ class _Stream:
 
     attempts: RoutedRequest
     turn: QueuedRequest
-    load: tuple[str, ...] = ()
+    load: tuple[Share, ...] = ()
     """What of it is counted in the router's load."""
     last_token_at: dict[int, float] = field(default_factory=dict)
     """By choice."""
@@ -122,7 +135,8 @@ class Router:
         self._records = RecordStore()
         self._streams: dict[str, _Stream] = {}
         self._by_request: dict[GenerationRequest, _Stream] = {}
-        self._placing = Placing(self.cluster.registry, self.options.max_queued)
+        policy, bound = POLICIES[self.options.policy], self.options.max_local_prefill
+        self._placing = Placing(self.cluster.registry, self.options.max_queued, policy, bound)
         self._charged: dict[str, _Stream] = {}
         """Requests that a worker may have died of. One leaves when it has shown that another was the cause."""
 
@@ -175,9 +189,9 @@ class Router:
         self._records.check_invariants()
         self._gate.check_invariants()
         self._placing.check_invariants()
-        assert +self._placing.load == Counter(
-            side for stream in self._streams.values() for side in stream.attempts.load
-        )
+        shares = [share for stream in self._streams.values() for share in stream.attempts.load]
+        assert +self._placing.load == Counter(share.incarnation for share in shares)
+        self._placing.work.check_invariants(shares)
         assert self._charged.keys() <= self._streams.keys()
         for transfer_id, stream in self._streams.items():
             assert stream.attempts.transfer_id == transfer_id
@@ -256,18 +270,25 @@ class Router:
     def _routed(self, request: GenerationRequest) -> RoutedRequest:
         transfer_id, now = draw_id(), self._clock()
 
-        def mint_ticket(epoch: int, prefill: str, decode: str, ttl_s: float) -> bytes:
-            key, prompt = self._keys.ticket, request.prompt
+        def mint_ticket(epoch: int, prefill: str, decode: str, ttl_s: float, output: Sequence[int]) -> bytes:
             return mint(
-                key, transfer_id=transfer_id, epoch=epoch, prefill=prefill, decode=decode, prompt=prompt, ttl_s=ttl_s
+                self._keys.ticket,
+                transfer_id=transfer_id,
+                epoch=epoch,
+                prefill=prefill,
+                decode=decode,
+                prompt=request.prompt,
+                ttl_s=ttl_s,
+                output=output,
             )
 
         return RoutedRequest(
             request,
             transfer_id,
-            lambda: self._placing.at(self._clock()),
+            lambda: self._placing.at(self._clock(), request),
             mint_ticket,
             max_attempts=self.options.max_attempts,
+            max_continuations=self.options.max_continuations,
             timeout_s=min(request.timeout_s or math.inf, self.options.request_timeout_s),
             now=now,
             news=self,
@@ -313,6 +334,8 @@ class Router:
             match action:
                 case SendOrder(to, message):
                     self.cluster.order(to, message)
+                case WentOn(choice, is_exact):
+                    self._metrics.went_on(now - stream.last_token_at.get(choice, now), is_exact=is_exact)
                 case Emit(item):
                     self._measure(stream, item, now)
                     stream.unread.put(item)
@@ -342,6 +365,8 @@ class Router:
         if not stream.last_token_at:
             self._gate.began(stream.turn)
             self._metrics.ttft.observe(now - stream.attempts.record.received_at)
+            if (error := stream.attempts.record.current.estimate_ratio(now)) is not None:
+                self._metrics.estimate_ratio.observe(error)
         elif last_token_at is not None:
             count = len(item.token_ids)
             self._metrics.itl.note((now - last_token_at) / count, count)
@@ -353,16 +378,19 @@ class Router:
         self._metrics.charged_deaths.inc(len(record.charged_deaths))
         if len(record.charged_deaths) >= MAX_CHARGES:
             self._metrics.refused_after_deaths.inc()
+        if record.state == "finished":
+            self._placing.work.note_answer(record.num_tokens)
         for attempt in record.attempts:
             self._metrics.attempts.labels(mode=attempt.mode).inc()
         level = logging.WARNING if record.state == "failed" else logging.INFO
         log.log(
             level,
-            "request %s %s: %d tokens, %d attempts%s",
+            "request %s %s: %d tokens, %d attempts%s%s",
             record.request_id,
             record.state,
             record.num_tokens,
             len(record.attempts),
+            record.decision_in_words(),
             f", {record.error}" if record.error else "",
         )
 

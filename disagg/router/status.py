@@ -10,6 +10,7 @@ from typing import Any
 
 from disagg.router.pairing import PairTraits, traits_difference
 from disagg.router.registry import Worker
+from disagg.transceiver.wire.messages.rates import MeasuredRates
 from disagg.transceiver.wire.messages.router import LinkStatus
 
 
@@ -46,6 +47,7 @@ def _describe_worker(worker: Worker, kinds: Kinds, load: Mapping[str, int], now:
         "running": lease.num_running,
         "queued": lease.num_queued,
         "requests": load.get(worker.incarnation, 0),
+        "rates": _describe_rates(worker),
         "links": [_describe_link(link) for link in lease.links or ()],
         "incompatible": _describe_incompatible(worker, kinds),
     }
@@ -60,6 +62,16 @@ def _describe_blocks(worker: Worker) -> list[dict[str, int]]:
     ]
 
 
+def _describe_rates(worker: Worker) -> dict[str, Any]:
+    """What it measured of its own steps; null where it has computed nothing yet."""
+    rates = worker.lease.rates or MeasuredRates()
+    return {
+        "prefill_tokens_per_s": rates.prefill_tokens_per_s or None,
+        "prompt_step_s": rates.prompt_step_s if rates.prefill_tokens_per_s else None,
+        "step_s": [{"answers": count, "seconds": seconds} for count, seconds in rates.step_s],
+    }
+
+
 def _describe_link(link: LinkStatus) -> dict[str, Any]:
     return {
         "worker": link.worker_id,
@@ -67,6 +79,7 @@ def _describe_link(link: LinkStatus) -> dict[str, Any]:
         "plane": link.plane,
         "state": link.state,
         "gb_per_s": link.gb_per_s if math.isfinite(link.gb_per_s) else None,  # JSON has no NaN
+        "latency_s": link.latency_s,
         "detail": link.detail,
     }
 

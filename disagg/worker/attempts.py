@@ -162,15 +162,16 @@ class Attempts:
         log.info(
             "%s: %d prompt tokens, attempt %d", dispatch.mode, len(dispatch.prompt), dispatch.epoch, extra=_of(state)
         )
+        output = dispatch.first_output
         if dispatch.mode == "serve":
-            self._submit(Serve(key, dispatch.prompt, sampling, urgent, priority))
+            state.to_follow.extend(serves_of(dispatch, urgent=urgent))
+            self._submit(state.to_follow.popleft())
         elif dispatch.mode == "decode":
-            self._submit(Reserve(key, dispatch.prompt, sampling, state.pairing.precision, priority))
+            self._submit(Reserve(key, dispatch.prompt, sampling, state.pairing.precision, priority, output))
             self._reach(dispatch.peer)
         elif self.sending is not None and dispatch.peer is not None:
-            self._submit(
-                Prefill(key, dispatch.prompt, sampling, priority)
-            )  # first: a FETCH that came early pins it at once
+            # First: a FETCH that came early pins it at once.
+            self._submit(Prefill(key, dispatch.prompt, sampling, priority, output))
             self.sending.start(key, state.pairing.sender())
 
     def _reach(self, peer: PeerTarget | None) -> None:
@@ -209,13 +210,25 @@ class Attempts:
     def _cancel_choice(self, key: AttemptKey) -> None:
         """Of an attempt that answers here: nothing is left of a transfer by then."""
         if (state := self._live.get(key.attempt)) is not None and key.choice < state.dispatch.sampling.num_choices:
-            self._submit(DropChoice(key))
+            waiting = [serve for serve in state.to_follow if serve.key == key]
+            if waiting:
+                state.to_follow.remove(*waiting)
+            else:
+                self._submit(DropChoice(key))
             self._end_choice(state, key)
 
     def _end_choice(self, state: RequestState, key: AttemptKey) -> None:
         state.ended.add(key.choice)
+        self._follow(state, key.choice)
         if state.is_over:
             self._forget(key.attempt)
+
+    def _follow(self, state: RequestState, choice: int) -> None:
+        """The known tokens of `choice` are computed, or it is over: the next one that goes on reuses what it can."""
+        if state.to_follow and choice == state.in_turn:
+            serve = state.to_follow.popleft()
+            state.in_turn = serve.key.choice
+            self._submit(serve)
 
     # --- from the engine --------------------------------------------------------------------------------------
 
@@ -228,10 +241,10 @@ class Attempts:
             case TokensEvent(
                 key=key, index=index, token_ids=token_ids, logprobs=logprobs, num_cached_tokens=num_cached_tokens
             ):
-                if index == 0 and state.first_token_sent:
-                    return
-                if index == 0 and not key.choice and state.dispatch.mode == "serve":
-                    self._report(state, state.since_arrival("prefill"))
+                if index == state.begins_at(key.choice):
+                    if state.first_token_sent:
+                        return
+                    self._answer_begins(state, key.choice)
                 tokens = Tokens(key.transfer_id, key.epoch, index, token_ids, logprobs, num_cached_tokens, key.choice)
                 self._send(tokens)
             case PromptScoredEvent(key, scores):
@@ -251,6 +264,13 @@ class Attempts:
                 self._feed_sender(key, SoftDropped(compute_id))
             case PromptComputedEvent():
                 self._prompt_computed(state, event)
+
+    def _answer_begins(self, state: RequestState, choice: int) -> None:
+        """Its first token of this attempt was computed here."""
+        if state.dispatch.mode == "serve" and not state.is_reported:
+            state.is_reported = True
+            self._report(state, state.since_arrival("prefill"))
+        self._follow(state, choice)
 
     def _start_receiving(self, state: RequestState, slots: Sequence[Sequence[tuple[int, int]]]) -> None:
         peer = state.dispatch.peer
@@ -280,18 +300,21 @@ class Attempts:
         if not event.finished:
             self._feed_sender(key, PromptComputed(event.compute_id, first))
             return
-        self._send_first_token(key, first)
+        self._send_first_token(state, first)
         for choice in range(1 + len(first.others)):
-            self._send(Finished(key.transfer_id, key.epoch, 1, "stop", first.of(choice).token_id, choice))
+            index = state.begins_at(choice) + 1
+            self._send(Finished(key.transfer_id, key.epoch, index, "stop", first.of(choice).token_id, choice))
         self._feed_sender(key, FinishedEarly(event.compute_id))
 
-    def _send_first_token(self, key: AttemptKey, first: FirstToken) -> None:
+    def _send_first_token(self, state: RequestState, first: FirstToken) -> None:
         """Of every answer to the prompt."""
+        key = state.key
         for choice in range(1 + len(first.others)):
-            token = first.of(choice)
+            token, index = first.of(choice), state.begins_at(choice)
             logprobs = () if token.logprobs is None else (token.logprobs,)
+            num_cached_tokens = 0 if index else first.num_cached_tokens
             ids = (token.token_id,)
-            self._send(Tokens(key.transfer_id, key.epoch, 0, ids, logprobs, first.num_cached_tokens, choice))
+            self._send(Tokens(key.transfer_id, key.epoch, index, ids, logprobs, num_cached_tokens, choice))
 
     def _fail(self, key: AttemptKey, status: int, message: str) -> None:
         self._send(RequestFailed(key.transfer_id, key.epoch, status, message))
@@ -342,7 +365,7 @@ class Attempts:
         if (state := self._live.get(key)) is not None:
             self._report(state, _times(state, record), record)
             self._decode(Decode(key, verified, state.partial_blocks), state.reserved, self._cannot_copy)
-            self._send_first_token(key, verified.first_token)  # the engine's next turn is a step away
+            self._send_first_token(state, verified.first_token)  # the engine's next turn is a step away
             state.first_token_sent = True
             log.info("received %d bytes over %s", sum(record.nbytes.values()), record.plane, extra=_of(state))
 
@@ -399,6 +422,17 @@ class Attempts:
     def _drop_request(self, transfer_id: str) -> None:
         if not any(key.transfer_id == transfer_id for key in self._live):
             self._requests.pop(transfer_id, None)
+
+
+def serves_of(dispatch: Dispatch, *, urgent: bool) -> Iterator[Serve]:
+    """The attempt as one command, or where several answers go on, one for each."""
+    key, sampling = AttemptKey(dispatch.transfer_id, dispatch.epoch), dispatch.sampling
+    if not dispatch.output:
+        yield Serve(key, dispatch.prompt, sampling, urgent, dispatch.priority)
+    for answer in dispatch.output:
+        alone = replace(sampling.of_choice(answer.choice), num_choices=1)
+        own = replace(key, choice=answer.choice)
+        yield Serve(own, dispatch.prompt, alone, True, dispatch.priority, answer.token_ids)
 
 
 def _of(state: RequestState) -> dict[str, str]:

@@ -6,11 +6,13 @@ import asyncio
 import logging
 import queue
 import threading
+import time
 from collections.abc import Callable, Sequence
 from typing import Final, Protocol
 
 from disagg.engine.commands import Command, EngineEvent
 from disagg.engine.stats import EngineStats
+from disagg.worker.speeds import StepSpeeds
 
 log = logging.getLogger(__name__)
 
@@ -64,6 +66,7 @@ class ModelThread:
         self._is_held = False
         self._inbox: queue.SimpleQueue[Command | Wake | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="model", daemon=True)
+        self.speeds = StepSpeeds()
         self.stats = engine.stats()
         """The figures after the last step; replaced whole, so any thread may read it."""
 
@@ -99,14 +102,27 @@ class ModelThread:
         for command in commands:
             if command is not CLOSE and not isinstance(command, Wake):
                 self._reply(self._engine.handle(command))
-        events = self._engine.step() if self._may_step else []
-        self.stats = self._engine.stats()
+        events = self._compute() if self._may_step else self._rest()
         self._reply(events)
         return CLOSE not in commands
 
     @property
     def _may_step(self) -> bool:
         return self._engine.has_work and not self._is_held
+
+    def _compute(self) -> list[EngineEvent]:
+        """A step, measured. Where one is launched ahead, its time is that of the step whose tokens were read."""
+        before, began_at = self.stats, time.perf_counter()
+        events = self._engine.step()
+        seconds, after = time.perf_counter() - began_at, self._engine.stats()
+        self.stats = after
+        num_prompt_tokens = after.prompt_tokens_computed - before.prompt_tokens_computed
+        self.speeds.note(seconds, num_prompt_tokens, after.answer_tokens - before.answer_tokens)
+        return events
+
+    def _rest(self) -> list[EngineEvent]:
+        self.stats = self._engine.stats()
+        return []
 
     def _run(self) -> None:
         try:

@@ -81,6 +81,7 @@ class Pairing:
             planes=self._planes,
             keys=self._node.keys,
             ttl_s=self._dispatch.deadline_s,
+            output=self._dispatch.first_output,
             part=Part.whole(self._geometry.groups),
         )
         return Sender(self._ends, offer, time.monotonic())
@@ -112,7 +113,7 @@ class Pairing:
 
         The prompt's last block counts as whole when all of the prompt's units in it come: the rest is filled here.
         """
-        per_slot, num_units = self._units_per_slot, -(-len(self._dispatch.prompt) // self.unit)
+        per_slot, num_units = self._units_per_slot, -(-self._dispatch.num_known // self.unit)
         counts = [Counter(n // per_slot for n, _ in pairs) for pairs in destinations]
         return tuple(
             UnitName(group, block)
@@ -127,11 +128,11 @@ class Pairing:
             GroupRuns(group, runs_of(np.array([ordinal for ordinal, _ in pairs], dtype=np.int64)))
             for group, pairs in enumerate(destinations)
         )
-        return Reserved(required, len(self._dispatch.prompt))
+        return Reserved(required, self._dispatch.num_known)
 
     def group_bytes(self, record: TransferRecord) -> tuple[GroupBytes, ...]:
         """What landed per group, beside what a copy of every block of the prompt would have been."""
-        blocks = full_copy_blocks(len(self._dispatch.prompt), self.unit)
+        blocks = full_copy_blocks(self._dispatch.num_known, self.unit)
         return tuple(
             GroupBytes(
                 number,
@@ -163,7 +164,7 @@ class Pairing:
     @cached_property
     def _needed(self) -> tuple[list[int], ...]:
         """Per group, the ordinals of units that decoding will read."""
-        length, unit = len(self._dispatch.prompt), self.unit
+        length, unit = self._dispatch.num_known, self.unit
         return tuple(
             needed_ordinals(length, group.window, group.num_sink_tokens, unit).tolist() for group in self._layout.groups
         )

@@ -203,6 +203,7 @@ class Registration:
             blocks_used=tuple(pool.num_used for pool in stats.pools),
             blocks_free=tuple(pool.num_free for pool in stats.pools),
             links=self._attempts.receiving.reports() if self._attempts.receiving is not None else (),
+            rates=self._parts.model.speeds.rates,
         )
 
     async def _release_all(self) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from dataclasses import dataclass, field
 
+from disagg.engine.commands import Serve
 from disagg.transceiver.wire.messages.router import Dispatch
 from disagg.transceiver.wire.messages.values import AttemptKey, StageTimes, UnitName
 from disagg.worker.pairing import Pairing
@@ -20,17 +22,33 @@ class RequestState:
     reserved_at: float | None = None
     is_pinned: bool = False
     soft_dropped: bool = False
+    is_reported: bool = False
+    """Where the prompt is computed for this worker's own answer: the router was told how long that took."""
     first_token_sent: bool = False
     """The first token came with the transfer, and left when that was verified."""
     partial_blocks: tuple[UnitName, ...] = ()
     reserved: tuple[tuple[int, ...], ...] = ()
     """Per layer group, the slots that its transfer fills."""
-    ended: set[int] = field(default_factory=set)
-    """Choices that are over here."""
+    in_turn: int = field(init=False)
+    """The choice that is being computed, or was last."""
+    ended: set[int] = field(init=False)
+    """Choices that are over here, or were before the attempt began."""
+    to_follow: deque[Serve] = field(default_factory=deque)
+    """Choices that go on: each is computed when the one before it has been, of whose blocks it reuses the prompt's."""
+
+    def __post_init__(self) -> None:
+        sampling, output = self.dispatch.sampling, self.dispatch.output
+        going_on = [answer.choice for answer in output]
+        self.ended = {choice for choice in range(sampling.num_choices) if output and choice not in going_on}
+        self.in_turn = going_on[0] if going_on else 0
 
     @property
     def key(self) -> AttemptKey:
         return AttemptKey(self.dispatch.transfer_id, self.dispatch.epoch)
+
+    def begins_at(self, choice: int) -> int:
+        """The index of the first token that this attempt gives to an answer."""
+        return next((len(answer.token_ids) for answer in self.dispatch.output if answer.choice == choice), 0)
 
     @property
     def is_over(self) -> bool:

@@ -50,7 +50,7 @@ NUM_SILENT = 150  # per door: more than any door keeps waiting
 PLANES = ("tcp", "shm", "zmq", "ucx")
 MAX_GHOSTS = 24  # registrations at once whose lease nothing renews; they are gone after 3 s
 GHOSTS_GONE_S = 4.0
-SETTLE_S = 1.0
+SETTLE_S = 0.5  # a lease, in which the router would act on what was said
 ASK_AGAIN_MS, MAX_ASKS = 500, 10
 SHORT, LONG = MAX_GHOSTS, 100_000
 SCALES = [
@@ -217,5 +217,5 @@ def test_registrations_said_again_by_another_process(pair: Pair, asks: list[Ask]
                 assert refused.field == "worker_id", refused
                 for _ in range(3):
                     insider.send(encode(replayed))
-                time.sleep(1)
+                time.sleep(SETTLE_S)
         time.sleep(GHOSTS_GONE_S)

@@ -124,6 +124,8 @@ def test_every_worker_is_told_what_up_was_told(setting: str, value: object, flag
     ("setting", "value", "flags"),
     [
         ("max_attempts", 1, ["--max-attempts", "1"]),
+        ("max_continuations", 2, ["--max-continuations", "2"]),
+        ("no_continue", True, ["--no-continue"]),
         ("served_model_name", "tiny", ["--served-model-name", "tiny"]),
         ("host", "127.0.0.9", ["--host", "127.0.0.9"]),
         ("insecure", True, ["--insecure"]),

@@ -17,6 +17,7 @@ from disagg.config.load import (
     check_switches,
     flag_of,
     load,
+    off_flag_of,
     to_flags,
     unknown_variables,
     variable_of,
@@ -36,6 +37,8 @@ SAMPLES: dict[str, tuple[str, object, str]] = {
     "api_key_file": ("/run/keys", Path("/run/keys"), "/run/others"),
     "api_processes": ("2", 2, "0"),
     "max_attempts": ("1", 1, "2"),
+    "max_continuations": ("2", 2, "3"),
+    "no_continue": ("true", True, "false"),
     "request_timeout_s": ("2.5", 2.5, "3"),
     "max_queued": ("7", 7, "8"),
     "connect": ("lazy", "lazy", "eager"),
@@ -95,7 +98,7 @@ def parse(cls: type[Settings], argv: list[str]) -> Settings:
 
 def as_flag(field: str, text: str) -> list[str]:
     if isinstance(SAMPLES[field][1], bool):
-        return [flag_of(field) if text == "true" else "--no-" + flag_of(field)[2:]]
+        return [flag_of(field) if text == "true" else off_flag_of(field)]
     return [flag_of(field), text]
 
 

@@ -122,7 +122,7 @@ def test_a_short_request_starts_beside_a_long_reservation_that_waits_for_room():
     assert len(engine.tokens(key(1))) < 40
 
 
-def serve_flood_beside(engine, big, most_steps=400):
+def serve_flood_beside(engine, big, most_steps=120):
     """Short requests without end beside a long one, from its arrival to its start; how many of them ended by then."""
     number = 10
     for _ in range(most_steps):

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from support.links.shell_pair import ShellTrio, until
+from support.event_loop import until
+from support.links.shell_pair import ShellTrio
 
 from disagg.router.router import RouterOptions
 

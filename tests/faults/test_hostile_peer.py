@@ -18,10 +18,11 @@ import zmq
 import zmq.asyncio
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from support.event_loop import until
 from support.faults.cells import Cell, outcome_of
 from support.faults.wrong import never_late
 from support.links.impostor import Impostor
-from support.links.shell_pair import IDENTITY, ShellTrio, until
+from support.links.shell_pair import IDENTITY, ShellTrio
 from support.links.unchecked import changed, raw
 
 from disagg.engine.commands import ReservedEvent

@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from support.event_loop import until
 from support.faults.cells import outcome_of
-from support.links.shell_pair import ShellTrio, until
+from support.links.shell_pair import ShellTrio
 
 
 @pytest.mark.parametrize("plane", ["shm", "zmq"])  # begun without a task, and fetched by one

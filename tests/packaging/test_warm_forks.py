@@ -68,6 +68,7 @@ def test_a_fork_can_be_killed_and_waited_for() -> None:
     [
         (["-m", "disagg", "up"], {}, True),
         (["faulty_worker.py", "up"], {}, True),
+        (["-m", "disagg.cli.api_process", "7", "8", "info"], {}, True),
         (["-m", "disagg.bench"], {}, False),
         (["-c", "pass"], {}, False),
         (["-m", "disagg", "up"], {"DISAGG_NATIVE": "off"}, False),

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 from support.cluster.fake_worker import FakeWorker
-from support.cluster.router_stage import Stage, run, stage, until
+from support.cluster.router_stage import Stage, run, stage
+from support.event_loop import until
 
 from disagg.router import introductions
 from disagg.transceiver.wire.purposes import RECEIVES, SENDS

@@ -19,6 +19,7 @@ from disagg.router.attempt_events import (
     WorkerLost,
 )
 from disagg.router.generation import GenerationEnd, TokenChunk
+from disagg.router.workload import Share
 from disagg.transceiver.wire.messages.router import (
     CancelRequest,
     Dispatch,
@@ -278,8 +279,8 @@ def test_the_only_decode_worker_lost_is_503_and_names_it() -> None:
     ],
     ids=["lost", "failed", "transfer failed"],
 )
-def test_nothing_is_retried_after_the_first_token(event: WorkerLost | Answered) -> None:
-    attempts = started()
+def test_nothing_is_retried_after_the_first_token_where_answers_do_not_go_on(event: WorkerLost | Answered) -> None:
+    attempts = started(max_continuations=0)
     say(attempts, "d0", tokens(0, 5))
     lines = summary(attempts.handle(event, 2.0))
     assert lines[0] == (Fail, 502)
@@ -350,9 +351,9 @@ def test_a_closing_router_ends_the_request_with_503() -> None:
 
 def test_load_counts_prefill_until_the_first_token_and_the_server_until_the_end() -> None:
     attempts = started()
-    assert attempts.load == ("d0", "p0")
+    assert attempts.load == (Share("d0", num_answers=1), Share("p0", num_prompt_tokens=5))
     say(attempts, "d0", tokens(0, 5))
-    assert attempts.load == ("d0",)
+    assert attempts.load == (Share("d0", num_answers=1),)
     say(attempts, "d0", Finished(ID, 1, 1, "length"))
     assert attempts.load == ()
 

@@ -132,6 +132,7 @@ class Model:
         self.prefill: tuple[str, int] | None = None
         self.received: list[int] = []
         self.num_ends = 0
+        self.num_placed = 0
         self.lost: set[str] = set()
 
     def see(self, actions: list[Action]) -> None:
@@ -153,7 +154,10 @@ class Model:
                 assert self.open_epochs.pop(to) == epoch
             case Dispatch(epoch=epoch) | Retarget(epoch=epoch) | PrefillLocally(epoch=epoch):
                 assert self.num_ends == 0
-                assert not self.received, "a retry after the first token"
+                if isinstance(message, Dispatch):
+                    given = [list(answer.token_ids) for answer in message.output]
+                    assert given == ([self.received] if self.received else []), "it goes on with other tokens"
+                    self.num_placed += message.mode != "prefill"
                 assert epoch > self.open_epochs.get(to, 0), "an epoch was used twice at one worker"
                 self.open_epochs[to] = epoch
                 if isinstance(message, Dispatch) and message.mode == "prefill":
@@ -188,14 +192,21 @@ def expect_closed(model: Model, event: Event, was_over: bool) -> None:
     steps=steps,
     shape=st.sampled_from([(2, 2, 0), (1, 1, 0), (2, 1, 1), (0, 0, 1), (1, 2, 1)]),
     max_attempts=st.integers(1, MAX_EPOCH),
+    max_continuations=st.integers(0, 2),
     max_tokens=st.sampled_from([1, MAX_TOKENS]),
     told=st.builds(Told, computing=some, silent=some, others=some, lost=st.builds(set)),
 )
 def test_every_schedule_has_one_end_and_leaves_nothing_dispatched(
-    steps: list[tuple[Said | Event, float]], shape: tuple[int, int, int], max_attempts: int, max_tokens: int, told: Told
+    steps: list[tuple[Said | Event, float]],
+    shape: tuple[int, int, int],
+    max_attempts: int,
+    max_continuations: int,
+    max_tokens: int,
+    told: Told,
 ) -> None:
     placer = ListPlacer(WORKERS[0 : shape[0]], WORKERS[2 : 2 + shape[1]], WORKERS[4 : 4 + shape[2]])
-    attempts = make_attempts(placer, max_attempts=max_attempts, max_tokens=max_tokens, timeout_s=30.0, news=told)
+    limits = {"max_attempts": max_attempts, "max_continuations": max_continuations, "max_tokens": max_tokens}
+    attempts = make_attempts(placer, timeout_s=30.0, news=told, **limits)
     model, now = Model(), 0.0
     model.see(attempts.start(now))
     for step, pause in [*steps, (TimePassed(), 60.0)]:
@@ -219,6 +230,7 @@ def test_every_schedule_has_one_end_and_leaves_nothing_dispatched(
     client_left = attempts.record.state == "cancelled"
     assert model.num_ends == (0 if client_left else 1)
     assert attempts.record.num_tokens == len(model.received)
+    assert model.num_placed <= max_attempts + max_continuations
 
 
 @settings(max_examples=200, deadline=None)

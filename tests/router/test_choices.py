@@ -79,12 +79,15 @@ def test_the_last_choice_called_off_cancels_the_request() -> None:
     assert attempts.is_over
 
 
-def test_before_any_choices_first_token_all_are_tried_again_and_after_one_none() -> None:
+def test_before_any_choices_first_token_all_are_tried_again_and_after_one_they_go_on() -> None:
     attempts = started()
     retry = say(attempts, "d0", TransferFailure(ID, 1, "digest"))
     assert not any(isinstance(action, Fail) for action in retry)
     assert say(attempts, "d0", tokens(1, 0, 5, epoch=2)) == [Emit(TokenChunk(0, (5,), choice=1))]
-    assert Fail in map(type, attempts.handle(WorkerLost("d0", "killed"), 1.0))
+    retry = attempts.handle(WorkerLost("d0", "killed"), 1.0)
+    (order,) = [one for one in retry if isinstance(one, SendOrder) and isinstance(one.message, Dispatch)]
+    assert isinstance(order.message, Dispatch)
+    assert [(answer.choice, *answer.token_ids) for answer in order.message.output] == [(0,), (1, 5)]
 
 
 def test_first_tokens_that_end_every_choice_come_from_the_prefill_worker() -> None:

@@ -154,6 +154,14 @@ def test_a_link_that_fetches_no_prefixes_only_hands_over() -> None:
     assert told(decide(ask, pair, plain, AWARE)) == ("p", "d", None, 2000)
 
 
+def test_a_link_that_hands_nothing_over_makes_no_pair() -> None:
+    ask, pair = Ask(2000, 8, held={"p": 1600}), [worker("p", "prefill"), worker("d", "decode")]
+    only_fetches = linked(("p", "d"), rate=LinkRate(1.0, hands_over=False))
+    assert decide(ask, pair, only_fetches, AWARE) is None
+    lifted = replace(ask, max_local_prefill=400)
+    assert told(decide(lifted, pair, only_fetches, AWARE)) == ("d", "d", "p", 400)
+
+
 def test_a_fetch_that_would_be_given_up_is_no_way() -> None:
     pair = [worker("p", "prefill"), worker("d", "decode")]
     ask = Ask(1000, 8, held={"d": 960})
@@ -237,7 +245,11 @@ def test_the_choice_costs_no_more_than_any_way_that_a_plain_search_finds(
     data: st.DataObject, fleet: list[Candidate], num_tokens: int, max_tokens: int
 ) -> None:
     speeds = {
-        (a, b): data.draw(st.sampled_from([None, LinkRate(0.0005, 0.02), LinkRate(1.0, fetches=False)]))
+        (a, b): data.draw(
+            st.sampled_from(
+                [None, LinkRate(0.0005, 0.02), LinkRate(1.0, fetches=False), LinkRate(1.0, hands_over=False)]
+            )
+        )
         for a in ("x", *(c.name for c in fleet))
         for b in (c.name for c in fleet)
         if a != b
@@ -303,7 +315,14 @@ def plain_cost(
             return None
     else:
         link = speeds[a.name, b.name]
-        if ask.max_tokens == 1 or link is None or a.role == "decode" or b.role == "prefill" or is_lifted:
+        if (
+            ask.max_tokens == 1
+            or link is None
+            or not link.hands_over
+            or a.role == "decode"
+            or b.role == "prefill"
+            or is_lifted
+        ):
             return None
         nbytes = KV.moved_nbytes(ask.num_tokens, min(ask.held[b.name], last))
         handoff_s = link.latency_s + nbytes / link.gb_per_s / 1e9

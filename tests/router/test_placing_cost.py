@@ -17,6 +17,7 @@ from disagg.router.load_order import LoadOrder
 from disagg.router.placing import Placing
 from disagg.router.record import RecordStore, RequestRecord
 from disagg.router.registry import Registry, Worker
+from disagg.router.workload import shares_of
 from disagg.transceiver.wire.messages.ranges import MAX_LINKS
 from disagg.transceiver.wire.messages.router import Lease
 from disagg.transceiver.wire.messages.values import Sampling
@@ -78,7 +79,7 @@ def test_a_choice_in_a_healthy_fleet_looks_at_few_workers_whatever_its_size() ->
         placed = placing.at(0.0).place(16)
         assert isinstance(placed, Placement)
         assert placed.prefill is not None
-        placing.count((), (placed.server.incarnation, placed.prefill.incarnation))
+        placing.count((), shares_of(placed, 100, 1, has_begun=False))
     assert time.thread_time() - began_at < 1.0, "a thousand choices and counts, each under a millisecond"
     placing.check_invariants()
     assert max(placing.load.values()) - min(placing.load.values()) <= 1, "spread evenly"

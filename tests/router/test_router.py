@@ -9,12 +9,14 @@ from dataclasses import replace
 import pytest
 from support.cluster.fake_worker import FakeWorker, Rejected
 from support.cluster.router_harness import GEOMETRY, IDENTITY, make_request
-from support.cluster.router_stage import KEYS, collect, run, stage, until
+from support.cluster.router_stage import KEYS, collect, run, stage
+from support.event_loop import until
 
 from disagg.router.generation import GenerationEnd, GenerationError, TokenChunk
 from disagg.transceiver.wire.messages.router import (
     CancelRequest,
     Dispatch,
+    Finished,
     PrefillLocally,
     RequestFailed,
     Retarget,
@@ -387,5 +389,33 @@ def test_metrics_carry_the_router_s_figures_and_every_worker_s() -> None:
                 assert line in lines
             assert "_created" not in text
             assert text == s.router.metrics().decode()
+
+    run(scenario)
+
+
+def test_an_answer_goes_on_at_another_worker_under_a_ticket_for_all_its_tokens_and_is_counted() -> None:
+    async def scenario() -> None:
+        async with stage() as s:
+            await s.add("p0", "prefill", sends=("handoff",))
+            async with FakeWorker.open(s.router.endpoint, KEYS, "d0", "decode", sends=()) as first:
+                await until(s.router.is_ready)
+                answer = asyncio.create_task(collect(s.router, make_request(max_tokens=9)))
+                dispatch = await first.expect(Dispatch)
+                await first.say(Tokens(dispatch.transfer_id, dispatch.epoch, 0, (5, 6)))
+                await until(lambda: s.router.record("req-1")["output_tokens"])  # type: ignore[index]
+                second = await s.add("d1", "decode", sends=())
+                await until(lambda: any(w["id"] == "d1" and w["links"] for w in s.router.workers()))
+            again = await second.expect(Dispatch)
+            assert (again.prompt, again.first_output, again.mode) == (dispatch.prompt, (5, 6), "decode")
+            claims = {"prefill": "p0", "decode": "d1", "prompt": again.prompt, "ttl_s": again.deadline_s}
+            names = {"transfer_id": again.transfer_id, "epoch": 2}
+            check(KEYS.ticket, again.ticket, **names, **claims, output=(5, 6))  # type: ignore[arg-type]
+            await second.say(Tokens(again.transfer_id, 2, 2, (7,)))
+            await second.say(Finished(again.transfer_id, 2, 3, "stop", 7))
+            assert await answer == ([5, 6, 7], GenerationEnd("stop", 7))
+            text = s.router.metrics().decode()
+            assert "disagg_continuations_total 1.0" in text
+            assert "disagg_continuations_inexact_total 0.0" in text
+            assert "disagg_continuation_gap_seconds_count 1.0" in text
 
     run(scenario)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import struct
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -40,7 +41,10 @@ from disagg.transceiver.wire.sizes import MAX_MESSAGE_NBYTES, SizeLimit, limit_o
 
 MAX_CPU_S = 1.0  # some of the router's take a tenth of it on a busy machine; without limits it is many times that
 PEER_CPU_S = 0.05  # what a peer says takes 5 ms at most, ten times as much on a busy machine
+NUM_TRIES = 3
 ROOM_NBYTES = 8192
+PLACE = "where the long value will be"
+ARRAY_32 = struct.Struct(">BI")  # msgpack's head of a list
 KINDS = {type(sample): packed_form(sample) for sample in SAMPLES}
 
 
@@ -48,7 +52,8 @@ def long_ones(kind: type, nbytes: int) -> Iterator[tuple[str, bytes]]:
     """The message with each of its lists, texts and bytes, and a field that no version knows, filled to `nbytes`."""
     form = KINDS[kind]
     for path, value in (*_within(form), (("unknown",), [[]]), (("unknown",), [0])):
-        yield ".".join(map(str, path)), pack(kind, Change(path, _filled(value, nbytes - ROOM_NBYTES)).applied_to(form))
+        packed = pack(kind, Change(path, PLACE).applied_to(form))
+        yield ".".join(map(str, path)), packed.replace(msgpack.packb(PLACE), _filled(value, nbytes - ROOM_NBYTES))
 
 
 def _within(value: Any, here: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], Any]]:
@@ -59,8 +64,18 @@ def _within(value: Any, here: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any,
         yield from _within(item, (*here, name))
 
 
-def _filled(value: Any, nbytes: int) -> Any:
-    return value[:1] * (nbytes // (len(msgpack.packb(value[0])) if isinstance(value, list) else 1))
+def _filled(value: Any, nbytes: int) -> bytes:
+    """So much of it, packed. A list's items are packed once."""
+    if not isinstance(value, list):
+        return bytes(msgpack.packb(value[:1] * nbytes))
+    item = msgpack.packb(value[0])
+    count = nbytes // len(item)
+    return bytes(ARRAY_32.pack(0xDD, count) + item * count)
+
+
+def is_read_within(seconds: float, data: bytes) -> bool:
+    """At one of a few tries: what other processes took from the caches adds to some."""
+    return any(cpu_seconds(data) < seconds for _ in range(NUM_TRIES))
 
 
 def cpu_seconds(data: bytes) -> float:
@@ -75,12 +90,12 @@ def cpu_seconds(data: bytes) -> float:
 def test_no_field_filled_to_the_largest_size_holds_the_reader(kind: type) -> None:
     for field, data in long_ones(kind, limit_of(kind).nbytes):
         assert len(data) <= limit_of(kind).nbytes
-        assert cpu_seconds(data) < (PEER_CPU_S if issubclass(kind, PeerMessage) else MAX_CPU_S), field
+        assert is_read_within(PEER_CPU_S if issubclass(kind, PeerMessage) else MAX_CPU_S, data), field
 
 
 def test_without_limits_a_field_that_no_version_knows_holds_the_reader(monkeypatch: pytest.MonkeyPatch) -> None:
     data = pack(Lease, KINDS[Lease] | {"unknown": [[]] * (MAX_UNITS * 40)})
-    limited = cpu_seconds(data)
+    limited = min(cpu_seconds(data) for _ in range(NUM_TRIES))
     unlimited = SizeLimit(MAX_MESSAGE_NBYTES, MAX_MESSAGE_NBYTES)
     monkeypatch.setattr(codec, "limit_of", lambda _kind: unlimited)
     monkeypatch.setattr(codec, "MAX_UNITS", MAX_MESSAGE_NBYTES)
@@ -168,4 +183,4 @@ def legal_ones_of_the_router() -> Iterator[router.RouterMessage]:
 def test_what_is_legal_fits_its_kind_and_is_read_at_once(message: peer.PeerMessage | router.RouterMessage) -> None:
     data = encode(message)
     assert decode(data) == message
-    assert cpu_seconds(data) < PEER_CPU_S
+    assert is_read_within(PEER_CPU_S, data)

@@ -11,11 +11,11 @@ from typing import Any
 
 import msgpack
 import pytest
-from support.event_loop import in_event_loop
+from support.event_loop import in_event_loop, until
 from support.links.extremes import messages
 from support.links.sample_messages import PEER_SAMPLES
 from support.links.sending_side import IDENTITY, Prefill, pools
-from support.links.shell_pair import patched_timing, until
+from support.links.shell_pair import patched_timing
 from support.links.transfer_pair import GEOMETRY, KEYS, TRANSFER_ID
 from support.links.unchecked import raw
 
@@ -33,7 +33,7 @@ from disagg.transceiver.wire.messages.values import PlaneOffer
 from disagg.transceiver.wire.node import Node, draw_id
 from disagg.transceiver.wire.sockets import Sockets
 
-SCALE = 0.2
+SCALE = 0.5
 ME = "d" * 32
 
 

@@ -37,8 +37,9 @@ NEW_FIELDS = {
     p.Accepted: {"boundary": 0, "precision": ""},
     p.Done: {"purpose": HANDOFF, "boundary": 0, "precision": ""},
     r.Register: {"sends": None, "receives": None},
-    r.Dispatch: {"priority": 0, "prefix": None},
+    r.Dispatch: {"priority": 0, "prefix": None, "output": (), "mode": "decode"},  # of two answers one alone is moved
     r.TransferReport: {"purpose": HANDOFF},
+    r.Lease: {"links": (r.LinkStatus(ID, "prefill-0", "shm", "ready", 9.5, "fine"),), "rates": None},
 }
 """What a message of 2.0 does not say, and what its silence means."""
 

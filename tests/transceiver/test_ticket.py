@@ -32,11 +32,21 @@ def test_a_ticket_admits_exactly_what_it_was_minted_for() -> None:
         ("prompt", (1, 2, 4)),
         ("prompt", (1, 2)),
         ("ttl_s", 600.5),
+        ("output", (1,)),
     ],
 )
 def test_a_ticket_for_anything_else_is_refused(field: str, value: object) -> None:
     with pytest.raises(TicketRefused):
         check(KEY, mint(KEY, **CLAIMS), **(CLAIMS | {field: value}))
+
+
+def test_a_ticket_of_an_answer_that_goes_on_binds_where_the_prompt_ends() -> None:
+    claims = CLAIMS | {"output": (3, 4)}
+    check(KEY, mint(KEY, **claims), **claims)
+    for prompt, output in (((1, 2), (3, 3, 4)), ((1, 2, 3, 3, 4), ()), ((1, 2, 3), (3,))):
+        with pytest.raises(TicketRefused):
+            check(KEY, mint(KEY, **claims), **(claims | {"prompt": prompt, "output": output}))
+    assert mint(KEY, **(CLAIMS | {"output": ()})) == mint(KEY, **CLAIMS), "as of the release before"
 
 
 def test_fields_cannot_run_into_each_other() -> None:

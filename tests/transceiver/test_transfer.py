@@ -9,6 +9,7 @@ from support.links.transfer_pair import (
     DECODE,
     FIRST,
     PREFILL,
+    PROMPT,
     TRANSFER_ID,
     TransferPair,
     digest_of,
@@ -159,6 +160,20 @@ def test_a_wrong_fetch_is_refused_by_field_and_changes_nothing(changes: dict[str
     ask, accepted = sender.handle(arrived(fetch()), 0.0)
     assert isinstance(accepted.message, p.Accepted)
     assert ask == AskPin()
+
+
+def test_an_answer_that_goes_on_is_fetched_with_its_prompt_under_a_ticket_for_both() -> None:
+    prompt, output = PROMPT[:23], PROMPT[23:]
+    sender = make_sender(prompt=prompt, output=output)
+    for ticket, prompt_len in (
+        (make_ticket(), 26),
+        (make_ticket(prompt=prompt), 23),
+        (make_ticket(prompt=prompt, output=output), 23),
+    ):
+        (action,) = sender.handle(arrived(fetch(ticket=ticket, prompt_len=prompt_len)), 0.0)
+        assert isinstance(action.message, p.Refused)
+    right = fetch(ticket=make_ticket(prompt=prompt, output=output), prompt_len=26)
+    assert sender.handle(arrived(right), 0.0)[0] == AskPin()
 
 
 def test_a_fetch_of_more_units_than_a_manifest_holds_is_refused_before_any_is_moved(

@@ -9,9 +9,8 @@ from collections.abc import AsyncIterator, Sequence
 from types import SimpleNamespace
 from typing import Any
 
-from support.event_loop import in_event_loop
+from support.event_loop import in_event_loop, until
 from support.links.pools import close_pools, make_pools
-from support.links.shell_pair import until
 from support.model.engine_pair import LAYOUT, key
 
 from disagg.engine.commands import (

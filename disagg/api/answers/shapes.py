@@ -21,6 +21,8 @@ class AnswerShape(Protocol):
     prefix: str
     kind: str
     event_kind: str
+    says_text_alone: bool
+    """Whether a step that neither begins nor ends a choice says nothing but its text."""
 
     async def take_prompt(self, choice: Choice, delta: Delta) -> None:
         """Encode the prompt's log-probabilities where a step brings them. To be called before `add` or `event`."""
@@ -50,6 +52,7 @@ class Scored:
         self._prompts: dict[int, ScoredPrompt] = {}
         self._logprobs = LogprobFormat(tokenizer, as_token_ids=params.return_tokens_as_token_ids)
         self._return_token_ids = params.return_token_ids
+        self.says_text_alone = params.num_logprobs is None and not params.return_token_ids
 
     async def take_prompt(self, choice: Choice, delta: Delta) -> None:
         if choice.scored_prompt is not None or choice.has_begun or self._params.num_prompt_logprobs is None:

@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Sequence
 from itertools import chain
-from typing import Any
+from typing import Any, Final
 
 from starlette.types import Message, Send
 
 from disagg.api.answers.answer import Delta
+from disagg.api.answers.at_once import within
 from disagg.api.answers.choices import Choice
 from disagg.api.answers.shapes import AnswerShape, usage
 from disagg.api.http.errors import ApiError
-from disagg.api.http.json_pieces import blocks, encode_json, json_pieces, paced
+from disagg.api.http.json_pieces import blocks, encode_json, encode_text, json_pieces, paced
+
+CoroutineSend = Callable[[Message], Coroutine[Any, Any, None]]
+
+MARK: Final = "\0"
+"""Stands for the text of an event while what is around it is encoded; no other part of an event has this character."""
 
 
 class ClientStalledError(Exception):
@@ -74,26 +80,46 @@ class WholeSink:
 class EventSink:
     """Sends each step as an event. Status and headers go with the first, so that failures before it have a status."""
 
-    def __init__(self, send: Send, head: Head, shape: AnswerShape, *, includes_usage: bool, timeout_s: float) -> None:
+    def __init__(
+        self, send: CoroutineSend, head: Head, shape: AnswerShape, *, includes_usage: bool, timeout_s: float
+    ) -> None:
         self._raw_send = send
         self._head = head
         self._shape = shape
         self._usage = {"usage": None} if includes_usage else {}
         self._before, self._after = head.event_ends(shape.event_kind, **self._usage)
         self._timeout_s = timeout_s
+        self._frames: dict[int, tuple[bytes, bytes]] = {}
+        """By choice: what stands around the text of an event."""
         self._lock = asyncio.Lock()  # choices emit concurrently; headers must come first and events whole
         self._has_started = False
 
     async def emit(self, choice: Choice, delta: Delta) -> None:
+        if choice.has_begun:  # so its headers are out
+            part = (
+                self._text_event(choice, delta)
+                or self._before + encode_json(self._shape.event(choice, delta)) + self._after
+            )
+            async with self._lock:
+                await self._send_part(part)
+            return
         await self._shape.take_prompt(choice, delta)
-        event = self._shape.event(choice, delta)
-        if choice.has_begun:
-            async with self._lock:  # its headers are out: the choice has begun
-                await self._send_part(self._before + encode_json(event) + self._after)
-        else:  # the first of a choice may hold its whole prompt
-            choice.has_begun = True
-            value = self._head.around(self._shape.event_kind, [event], **self._shape.extras(choice), **self._usage)
-            await self._send_body(blocks(chain([b"data: "], json_pieces(value), [b"\n\n"])))
+        event = self._shape.event(choice, delta)  # the first of a choice may hold its whole prompt
+        choice.has_begun = True
+        value = self._head.around(self._shape.event_kind, [event], **self._shape.extras(choice), **self._usage)
+        await self._send_body(blocks(chain([b"data: "], json_pieces(value), [b"\n\n"])))
+
+    def _text_event(self, choice: Choice, delta: Delta) -> bytes:
+        """The event of a step that adds text and nothing else, as almost all do; empty for another.
+
+        All but the text is the same in each of them: it is encoded once.
+        """
+        if not delta.text or delta.finish is not None or not self._shape.says_text_alone:
+            return b""
+        if (frame := self._frames.get(choice.index)) is None:
+            before, after = encode_json(self._shape.event(choice, Delta(MARK))).split(encode_json(MARK))
+            frame = self._frames[choice.index] = self._before + before, after + self._after
+        return frame[0] + encode_text(delta.text) + frame[1]
 
     async def close(self, choices: Sequence[Choice]) -> None:
         if self._usage:
@@ -124,8 +150,7 @@ class EventSink:
 
     async def _send(self, message: Message) -> None:
         try:
-            async with asyncio.timeout(self._timeout_s):
-                await self._raw_send(message)
+            await within(self._timeout_s, self._raw_send(message))
         except TimeoutError:
             raise ClientStalledError(f"the client read nothing for {self._timeout_s:g} s") from None
 

@@ -6,6 +6,7 @@ import asyncio
 import json
 from array import array
 from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
+from json.encoder import encode_basestring
 from typing import Any, Final
 
 ITEMS: Final = 1024  # numbers or short texts encoded at once: about 0.1 ms
@@ -22,6 +23,11 @@ class Encoded(list[bytes]):
 def encode_json(value: Any) -> bytes:
     """UTF-8 JSON. A lone surrogate, which UTF-8 cannot hold, leaves as its `\\udXXX` escape, which is JSON."""
     return _ENCODER.encode(value).encode("utf-8", "backslashreplace")
+
+
+def encode_text(text: str) -> bytes:
+    """As `encode_json`, of a text alone: an eighth of its time, as there is one for each token of a stream."""
+    return encode_basestring(text).encode("utf-8", "backslashreplace")
 
 
 def json_pieces(value: Any) -> Iterator[bytes]:

@@ -15,12 +15,14 @@ StepSeconds = tuple[tuple[int, float], ...]
 @dataclass(frozen=True, slots=True)
 class Rates:
     """`prefill_tokens_per_s`: of prompts computed there. `step_s`: what a step of answers alone takes, by their number.
+    `prompt_step_s`: what a step with prompt tokens takes beside them.
 
     Raises ValueError for a rate or a time that is not above 0, and for numbers of answers that do not ascend from 1 on.
     """
 
     prefill_tokens_per_s: float
     step_s: StepSeconds
+    prompt_step_s: float = 0.0
 
     def __post_init__(self) -> None:
         if not 0 < self.prefill_tokens_per_s < math.inf:
@@ -29,6 +31,8 @@ class Rates:
             raise ValueError(f"step_s: {self.step_s}, expected ascending numbers of answers from 1 on")
         if not all(0 < seconds < math.inf for _, seconds in self.step_s):
             raise ValueError(f"step_s: {self.step_s}, expected seconds above 0")
+        if not 0 <= self.prompt_step_s < math.inf:
+            raise ValueError(f"prompt_step_s: {self.prompt_step_s}, expected a duration")
 
     def step_seconds(self, num_answers: int) -> float:
         """Of one step with so many answers: on a line between two that were measured, in proportion beyond the last."""
@@ -53,11 +57,12 @@ class Rates:
 class LinkRate:
     """What moves KV from one worker to another. `latency_s`: of a transfer, whatever its size.
 
-    `fetches`: both ends serve transfers of the purpose `prefix` to each other.
+    `hands_over`, `fetches`: whether both ends serve transfers of the purposes `handoff` and `prefix`.
     """
 
     gb_per_s: float
     latency_s: float = 0.0
+    hands_over: bool = True
     fetches: bool = True
 
     def __post_init__(self) -> None:

@@ -3,7 +3,7 @@
 prefill pair      a worker computes the prompt, from its own prefix or one fetched from X; another one decodes
 computed there    the worker that will decode computes the prompt itself, again from either prefix
 
-time to first token = queue + prefix bytes / GB/s + tokens to compute / rate + KV bytes / GB/s + links' latencies
+time to first token = queue + prefix bytes / GB/s + a step + tokens to compute / rate + KV bytes / GB/s + latencies
 cost                = that, + what answers wait longer where the prompt is computed, + what its answer costs there
 """
 
@@ -84,7 +84,7 @@ class Start:
     @property
     def delay_s(self) -> float:
         """What the answers that this worker decodes wait longer, all together."""
-        return self.worker.num_answers * self.compute_s
+        return self.worker.num_answers * self.num_computed / self.worker.rates.prefill_tokens_per_s
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,14 +170,14 @@ def _start(
     ask: Ask, worker: Candidate, boundary: int, source: str | None = None, fetch_s: float = 0.0, nbytes: int = 0
 ) -> Start:
     num_computed = ask.num_tokens - boundary
-    compute_s = num_computed / worker.rates.prefill_tokens_per_s
+    compute_s = worker.rates.prompt_step_s + num_computed / worker.rates.prefill_tokens_per_s
     return Start(worker, boundary, num_computed, compute_s, source, fetch_s, nbytes)
 
 
 def _handoff(ask: Ask, source: Candidate, sink: Candidate, links: Links) -> Landing | None:
     """Where `sink` decodes what `source` computed; None without a link."""
     link = links(source.name, sink.name) if source is not sink else None
-    if link is None:
+    if link is None or not link.hands_over:
         return None
     nbytes = source.kv.moved_nbytes(ask.num_tokens, source.kv.usable(ask.num_tokens, ask.held.get(sink.name, 0)))
     return Landing(sink, _decode_s(ask, sink), nbytes, link.seconds(nbytes))

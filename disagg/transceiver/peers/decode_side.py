@@ -16,6 +16,7 @@ from typing import Any, Final, Protocol
 from disagg.transceiver.memory.regions import Destination, LandingJob, PoolRegion
 from disagg.transceiver.peers.landing_threads import Landed, LandingThreads
 from disagg.transceiver.peers.link import LinkSpeed, PeerLink
+from disagg.transceiver.peers.link_meter import BusyTime
 from disagg.transceiver.peers.live import Transfers
 from disagg.transceiver.peers.peer_links import PeerLinks
 from disagg.transceiver.planes.base import LandingPlane
@@ -73,6 +74,8 @@ class TransferRecord:
     first_slice_at: float = 0.0
     landed_at: float = 0.0
     done_at: float = 0.0
+    busy: BusyTime = field(default_factory=BusyTime)
+    """While bytes were on their way."""
     num_operations: int = 0
     num_saturated: int = 0
     """Numbers that landed as the largest of our format."""
@@ -244,7 +247,7 @@ class ReceivingSide:
             case StopLanding():
                 self._to_stop.put_nowait(key)
             case Verified():
-                self._host.decode(key, action, self._end(key))
+                self._host.decode(key, action, self._end_well(key))
             case PartVerified():
                 assert self._on_part is not None, "a part that no leader joins"
                 self._on_part(key, action, self._end(key))
@@ -293,6 +296,14 @@ class ReceivingSide:
         incoming.record.done_at = time.monotonic()
         return incoming.record
 
+    def _end_well(self, key: AttemptKey) -> TransferRecord:
+        """Its time says how fast the link is."""
+        link = self.links.get(self._incoming[key].peer)
+        record = self._end(key)
+        if link is not None:
+            link.meter.note(sum(record.nbytes.values()), record.busy.seconds, record.done_at - record.landed_at)
+        return record
+
     # --- landing ----------------------------------------------------------------------------------------------
 
     def _land(self, key: AttemptKey, message: Slice) -> None:
@@ -306,6 +317,7 @@ class ReceivingSide:
             self.feed(key, LandingFailed(message.number, "this worker's registration ends"))
             return
         job = self._make_job(key, incoming, message)
+        incoming.record.busy.begin(time.monotonic())
         try:
             if plane.is_here(job):
                 self._landing.begin(job, plane, self._end_job)
@@ -349,6 +361,8 @@ class ReceivingSide:
     def _fail_job(self, key: AttemptKey, job: LandingJob, exc: Exception) -> None:
         """The peer is gone, or the source changed, or sent what does not fit the slots; anything else is a bug of ours,
         which costs this attempt and no other."""
+        if (incoming := self._incoming.get(key)) is not None:
+            incoming.record.busy.end(time.monotonic())
         if not isinstance(exc, TransceiverError):
             log.error("slice %d of %s was not landed", job.number, job.transfer_id, exc_info=exc)
         reason = f"{reasons.LOST}: {exc}" if isinstance(exc, PeerLost) else str(exc)
@@ -356,6 +370,7 @@ class ReceivingSide:
 
     def _take_landed(self, key: AttemptKey, job: LandingJob, landed: Landed) -> None:
         if (incoming := self._incoming.get(key)) is not None:
+            incoming.record.busy.end(time.monotonic())
             self._count(incoming.record, job, landed)
         self.feed(key, SliceLanded(job.number, landed.units))
 

@@ -13,6 +13,7 @@ from typing import Any, Final, cast
 from disagg.transceiver.layout.compatibility import differing_field, geometry_difference
 from disagg.transceiver.memory.foreign_pools import moves_slots
 from disagg.transceiver.memory.regions import PoolRegion
+from disagg.transceiver.peers.link_meter import LinkMeter
 from disagg.transceiver.planes.base import LandingPlane
 from disagg.transceiver.planes.probe import measure
 from disagg.transceiver.planes.reshaping import ReshapingPlane
@@ -117,6 +118,7 @@ class PeerLink:
         self.unit_nbytes: tuple[int, ...] = ()
         """Bytes of a unit per group where the peer's geometry differs; empty where a unit is a slot."""
         self.gb_per_s = 0.0
+        self.meter = LinkMeter()
         self.purposes: tuple[str, ...] = ()
         """What may be fetched over it."""
 
@@ -135,7 +137,8 @@ class PeerLink:
         if state == "ready" and time.monotonic() - self._heard_at > SUSPECT_S:
             state = "suspect"
         plane = _named(self.plane) if self.plane else ""
-        return LinkReport(self.target.incarnation, self.target.worker_id, plane, state, self.gb_per_s, self._detail)
+        peer, meter = (self.target.incarnation, self.target.worker_id), self.meter
+        return LinkReport(*peer, plane, state, meter.gb_per_s, self._detail, meter.latency_s)
 
     @property
     def speed(self) -> LinkSpeed | None:
@@ -268,6 +271,7 @@ class PeerLink:
         try:
             await plane.connect(self._node.incarnation, offer, pools)
             self.gb_per_s = await measure(plane, pools)
+            self.meter = LinkMeter(self.gb_per_s)
         except BaseException:
             await plane.close()
             raise

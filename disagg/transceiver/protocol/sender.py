@@ -74,7 +74,8 @@ class Offer:
 
     `prompt`: for `prefix` the tokens up to the boundary. `planes`: those offered to this peer, each with whether the
     sender pushes its bytes. `unit_nbytes`: slot bytes per group. `ttl_s` is DISPATCH's, exactly: it is bound by the
-    ticket. `part`: what this pair of ranks moves.
+    ticket. `part`: what this pair of ranks moves. `output`: of an answer that goes on, its tokens so far, whose KV
+    moves with the prompt's.
     """
 
     prompt: tuple[int, ...]
@@ -84,6 +85,12 @@ class Offer:
     keys: ClusterKeys
     ttl_s: float
     part: Part
+    output: tuple[int, ...] = ()
+
+    @property
+    def num_known(self) -> int:
+        """Tokens before the one that the receiver emits first: P."""
+        return len(self.prompt) + len(self.output)
 
 
 _Cause = CancelAsked | FinishedEarly | ComputeFailed | Decision
@@ -127,8 +134,8 @@ class Sender(Transfer):
             return "purpose", self.purpose, fetch.purpose
         if not self._is_ticket_right(fetch):
             return "ticket", "the router's, of this transfer and epoch", "another"
-        if fetch.prompt_len != len(offer.prompt):
-            return "prompt_len", str(len(offer.prompt)), str(fetch.prompt_len)
+        if fetch.prompt_len != offer.num_known:
+            return "prompt_len", str(offer.num_known), str(fetch.prompt_len)
         if fetch.plane not in offer.planes:
             return "plane", ", ".join(offer.planes), fetch.plane
         return self._wrong_units(fetch)
@@ -145,6 +152,7 @@ class Sender(Transfer):
                 decode=ends.peer,
                 prompt=offer.prompt,
                 ttl_s=offer.ttl_s,
+                output=offer.output,
             )
         except TicketRefused:
             return False

@@ -1,8 +1,9 @@
 """Tickets: the router's permission for exactly one transfer (protocol.md section 8).
 
-ticket = HMAC-SHA256(key, transfer, epoch, prefill and decode incarnation, prompt hash, ttl_s). The router mints it,
-the decode worker carries it in FETCH, the prefill worker recomputes it from what the router itself delivered. It names
-no time: each worker counts `ttl_s` from its own receipt of DISPATCH, so no two clocks are compared.
+ticket = HMAC-SHA256(key, transfer, epoch, prefill and decode incarnation, prompt hash, ttl_s), and where an answer goes
+on, the hash of its tokens so far. The router mints it, the decode worker carries it in FETCH, the prefill worker
+recomputes it from what the router itself delivered. It names no time: each worker counts `ttl_s` from its own receipt
+of DISPATCH, so no two clocks are compared.
 
 A leg (a transfer of another purpose than a handoff) has claims of its own, under a label of its purpose: no ticket of
 one purpose is ever one of another.
@@ -22,12 +23,22 @@ from disagg.transceiver.wire.errors import TicketRefused
 
 
 def mint(
-    key: bytes, *, transfer_id: str, epoch: int, prefill: str, decode: str, prompt: Sequence[int], ttl_s: float
+    key: bytes,
+    *,
+    transfer_id: str,
+    epoch: int,
+    prefill: str,
+    decode: str,
+    prompt: Sequence[int],
+    ttl_s: float,
+    output: Sequence[int] = (),
 ) -> bytes:
-    """The 32-byte ticket. `prefill` and `decode` are incarnations, `prompt` token ids, `ttl_s` its lifetime."""
+    """The 32-byte ticket. `prefill` and `decode` are incarnations, `prompt` and `output` ids, `ttl_s` its lifetime."""
     # A msgpack array of scalars is its own canonical form: fields carry their length, so none can run into the next.
-    claims = msgpack.packb(["ticket", transfer_id, epoch, prefill, decode, prompt_hash(prompt), float(ttl_s)])
-    return hmac.digest(key, claims, sha256)
+    claims = ["ticket", transfer_id, epoch, prefill, decode, prompt_hash(prompt), float(ttl_s)]
+    if len(output):
+        claims.append(prompt_hash(output))
+    return hmac.digest(key, msgpack.packb(claims), sha256)
 
 
 def check(
@@ -40,10 +51,18 @@ def check(
     decode: str,
     prompt: Sequence[int],
     ttl_s: float,
+    output: Sequence[int] = (),
 ) -> None:
     """Raises `TicketRefused` unless the router minted `ticket` for exactly this. Takes the same time either way."""
     expected = mint(
-        key, transfer_id=transfer_id, epoch=epoch, prefill=prefill, decode=decode, prompt=prompt, ttl_s=ttl_s
+        key,
+        transfer_id=transfer_id,
+        epoch=epoch,
+        prefill=prefill,
+        decode=decode,
+        prompt=prompt,
+        ttl_s=ttl_s,
+        output=output,
     )
     if not hmac.compare_digest(expected, ticket):
         raise TicketRefused(f"ticket of transfer {transfer_id} epoch {epoch} was not minted for it")

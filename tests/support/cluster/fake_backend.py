@@ -8,6 +8,8 @@ from contextlib import aclosing
 from dataclasses import replace
 from typing import Any
 
+from support.event_loop import PATIENCE_S
+
 from disagg.router.generation import GenerationEnd, GenerationRequest, TokenChunk
 from disagg.transceiver.wire.messages.values import TokenLogprobs
 
@@ -106,7 +108,7 @@ class FakeBackend:
     def end_choice(self, request: GenerationRequest, choice: int) -> None:
         self.ended_choices.append((request.request_id, choice))
 
-    async def until(self, condition: Callable[[], bool], timeout_s: float = 10) -> None:
+    async def until(self, condition: Callable[[], bool], timeout_s: float = PATIENCE_S) -> None:
         """Wait for a condition on what is counted here."""
         async with asyncio.timeout(timeout_s):
             while not condition():

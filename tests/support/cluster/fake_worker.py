@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator
 from typing import Any, TypeVar
 
 from support.cluster.router_harness import make_link, make_register
+from support.event_loop import PATIENCE_S
 
 from disagg.transceiver.wire.keys import ClusterKeys
 from disagg.transceiver.wire.links import ControlClient
@@ -26,7 +27,6 @@ from disagg.transceiver.wire.messages.values import MetricSample
 from disagg.transceiver.wire.timing import HEARTBEAT_S
 
 M = TypeVar("M")
-WAIT_S = 10.0  # far above any exchange on loopback, also on a machine whose cores are busy
 
 
 class FakeWorker:
@@ -51,7 +51,7 @@ class FakeWorker:
         """A registered worker; leaving the block closes its socket, which is what kill -9 looks like from outside."""
         client = await ControlClient.connect(endpoint, keys)
         try:
-            async with asyncio.timeout(WAIT_S):
+            async with asyncio.timeout(PATIENCE_S):
                 await client.ready()
             worker = cls(client, make_register(worker_id, role, **fields))
             await worker._register()
@@ -67,14 +67,14 @@ class FakeWorker:
 
     async def expect(self, kind: type[M]) -> M:
         """The next order, which must be a `kind`."""
-        async with asyncio.timeout(WAIT_S):
+        async with asyncio.timeout(PATIENCE_S):
             message = await self._orders.get()
         assert isinstance(message, kind), message
         return message
 
     async def expect_after_others(self, kind: type[M]) -> M:
         """The next order of this kind, whatever comes before it."""
-        async with asyncio.timeout(WAIT_S):
+        async with asyncio.timeout(PATIENCE_S):
             while not isinstance(message := await self._orders.get(), kind):
                 pass
         return message
@@ -111,7 +111,7 @@ class FakeWorker:
         await self.say(lease)
 
     async def _register(self) -> None:
-        async with asyncio.timeout(WAIT_S):
+        async with asyncio.timeout(PATIENCE_S):
             answer = await self._ask()
         if isinstance(answer, Refused):
             raise Rejected(answer)

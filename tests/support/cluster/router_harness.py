@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from disagg.router.attempt import RoutedRequest
@@ -94,6 +94,8 @@ class ListPlacer:
         self, prefills: Collection[str] = (), decodes: Collection[str] = (), boths: Collection[str] = ()
     ) -> None:
         self.prefills, self.decodes, self.boths = list(prefills), list(decodes), list(boths)
+        self.old: set[str] = set()
+        """Those that cannot go on with what was begun elsewhere."""
 
     def lose(self, name: str) -> None:
         for names in (self.prefills, self.decodes, self.boths):
@@ -110,9 +112,20 @@ class ListPlacer:
             return Placement(target(decodes[0]), target(prefills[0]))
         return Placement(target(boths[0])) if boths else Unplaceable("nobody is up", 2.0)
 
+    def alone(self, exclude: frozenset[str]) -> Placement | Unplaceable:
+        names = [name for name in (*self.decodes, *self.boths) if name not in exclude]
+        return Placement(target(names[0])) if names else Unplaceable("nobody is up", 2.0)
+
+    def unfit(self, kv: object) -> frozenset[str]:
+        return frozenset(self.old)
+
     def prefill_for(self, decode: str, exclude: frozenset[str]) -> PeerTarget | None:
         names = [name for name in self.prefills if name not in exclude]
         return target(names[0]) if decode in self.decodes and names else None
+
+
+def spelt(output: Sequence[int]) -> str:
+    return "".join(f",{token_id}" for token_id in output)
 
 
 def make_attempts(
@@ -122,6 +135,7 @@ def make_attempts(
     max_attempts: int = 3,
     timeout_s: float = 60.0,
     news: WorkerNews | None = None,
+    max_continuations: int = 8,
     **sampling: Any,
 ) -> RoutedRequest:
     """A request received at time 0 whose tickets spell what they admit."""
@@ -129,8 +143,9 @@ def make_attempts(
         make_request(max_tokens, **sampling),
         "t" * 32,
         lambda: placer,
-        lambda epoch, prefill, decode, ttl_s: f"{epoch}:{prefill}>{decode}:{ttl_s:g}".encode(),
+        lambda epoch, prefill, decode, ttl_s, output: f"{epoch}:{prefill}>{decode}:{ttl_s:g}{spelt(output)}".encode(),
         max_attempts=max_attempts,
+        max_continuations=max_continuations,
         timeout_s=timeout_s,
         now=0.0,
         news=news,

@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from support.cluster.fake_worker import FakeWorker
+from support.event_loop import DEADLINE_S, until
 
 from disagg.router.generation import GenerationEnd, GenerationRequest
 from disagg.router.router import Router, RouterOptions
 from disagg.transceiver.wire.keys import ClusterKeys
 
 KEYS = ClusterKeys.from_secret(b"a secret of the tests, long enough")
-LIMIT_S = 10.0
 
 
 @dataclass
@@ -38,18 +38,12 @@ class Stage:
 @contextlib.asynccontextmanager
 async def stage(**options: Any) -> AsyncIterator[Stage]:
     async with (
-        asyncio.timeout(30.0),
+        asyncio.timeout(DEADLINE_S),
         Router.open("tcp://127.0.0.1:0", KEYS, RouterOptions(**options)) as router,
         contextlib.AsyncExitStack() as workers,
     ):
         yield Stage(router, workers)
         router.check_invariants()
-
-
-async def until(is_true: Callable[[], object]) -> None:
-    async with asyncio.timeout(LIMIT_S):
-        while not is_true():  # noqa: ASYNC110 (a poll: the router raises no event for what tests look at)
-            await asyncio.sleep(0.01)
 
 
 async def collect(router: Router, request: GenerationRequest) -> tuple[list[int], GenerationEnd]:

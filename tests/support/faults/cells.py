@@ -10,9 +10,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import support.faults.table as table
+from support.event_loop import until
 from support.faults.table import Fault, Row
 from support.faults.wrong import Wrong
-from support.links.shell_pair import REPLY_S, Reply, ShellTrio, let_go, until
+from support.links.shell_pair import REPLY_S, Reply, ShellTrio, let_go
 
 from disagg.engine.commands import (
     AttemptKey,

@@ -18,8 +18,9 @@ these faults happen in each state of a transfer and fails on a cell that is empt
   worker hashed, under one seal with the request, the attempt, both processes and the first token.
 - **An answer or an error within 5 s of the fault.** Before the first token the router tries again, `--max-attempts`
   times in all: another prefill worker if one is linked, else the decode worker computes the prompt itself. After the
-  first token nothing is tried again, since a second answer could contradict the first: a stream ends with an error
-  event and without `[DONE]`, any other request gets 502.
+  first token the answer goes on at another decode worker with the tokens that its client has, `--max-continuations`
+  times in all. Where there is none, or with `--no-continue`, a stream ends with an error event and without `[DONE]`,
+  and any other request gets 502.
 - **Nothing is left behind.** Blocks of both sides are free again, and each survivor serves the next request as it
   is. A worker or router that is started again at the same address is found by itself.
 
@@ -55,7 +56,7 @@ ENDINGS = (
     (
         "decode worker dies",
         "router and prefill worker, at most one heartbeat (0.5 s) later, else after 3 s of silence",
-        "next attempt on another decode worker; 503 without one",
+        "next attempt on another decode worker, with what the client has; 503 without one, 502 after a token",
     ),
     (
         "router dies",

@@ -6,10 +6,9 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from disagg.transceiver.memory.regions import LandingJob, PoolRegion
+from support.event_loop import PATIENCE_S
 
-PATIENCE_S = 10.0
-"""Far above anything that should happen here, also on a machine whose cores are busy."""
+from disagg.transceiver.memory.regions import LandingJob, PoolRegion
 
 
 class EventGate:

@@ -9,7 +9,8 @@ from disagg.transceiver.wire.messages import router as r
 from disagg.transceiver.wire.messages import values as v
 from disagg.transceiver.wire.messages.digests import GroupDigests
 from disagg.transceiver.wire.messages.prompt_logprobs import PromptLogprobs
-from disagg.transceiver.wire.messages.tokens import StepTokens, TokenCredit, Tokens
+from disagg.transceiver.wire.messages.rates import MeasuredRates
+from disagg.transceiver.wire.messages.tokens import ChoiceOutput, StepTokens, TokenCredit, Tokens
 
 ID = "00112233445566778899aabbccddeeff"
 HEADER = p.Header("prefill", "decode", ID, 2, 41)
@@ -93,13 +94,14 @@ SAMPLES = (
         2,
         (3,),
         (4,),
-        (r.LinkStatus(ID, "prefill-0", "shm", "ready", 9.5, "fine"),),
+        (r.LinkStatus(ID, "prefill-0", "shm", "ready", 9.5, "fine", 0.25),),
+        MeasuredRates(1500.5, 0.5, ((1, 0.25), (7, 0.75))),
     ),
     r.Dispatch(
         ID,
         2,
         "request",
-        "decode",
+        "serve",
         (1, 2, 300),
         SAMPLING,
         600.0,
@@ -107,6 +109,7 @@ SAMPLES = (
         b"ticket",
         5,
         r.PrefixLeg(ID[::-1], TARGET, 96, b"ticket"),
+        (ChoiceOutput(0, (7, 8)), ChoiceOutput(1, ())),
     ),
     r.Grant(ID[::-1], 2, ID, "prefix", TARGET, 600.0, (1, 2, 300), "salt"),
     StepTokens.of((Tokens(ID, 2, 0, (5, 6), (LOGPROBS, LOGPROBS), 32, 1), Tokens(ID[::-1], 1, 7, (8,)))),

@@ -18,7 +18,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from support.faults.gates import PATIENCE_S, EventGate, LandingGate
+from support.event_loop import PATIENCE_S, until
+from support.faults.gates import EventGate, LandingGate
 from support.faults.wrong import Wrong, never_late
 from support.links.message_proxy import MessageProxy
 from support.model.engine_pair import LAYOUT, TestedEngine, greedy, prompt_of
@@ -76,14 +77,6 @@ def patched_shells(patch: pytest.MonkeyPatch, plane: str) -> None:
         hub = InprocHub()
         patch.setattr(registration, "source_planes", lambda *a, **k: {"inproc": InprocSourcePlane(hub)})
         patch.setattr(registration, "landing_planes", lambda *a, **k: {"inproc": lambda: InprocLandingPlane(hub)})
-
-
-async def until(is_true: Callable[[], object], what: str = "", patience_s: float = PATIENCE_S) -> None:
-    """Poll: nothing here raises an event for what tests look at."""
-    deadline = time.monotonic() + patience_s
-    while not is_true():
-        assert time.monotonic() < deadline, f"waited in vain: {what}"
-        await asyncio.sleep(0.001)
 
 
 class JournalledAttempts(Attempts):

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from support.event_loop import until
 from support.faults.cells import Cell
 from support.links.message_proxy import MessageProxy
-from support.links.shell_pair import Links, ShellTrio, ShellWorker, until
+from support.links.shell_pair import Links, ShellTrio, ShellWorker
 
 SPARE = "spare"
 

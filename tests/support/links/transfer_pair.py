@@ -90,7 +90,9 @@ def needed_of(geometry: Geometry = GEOMETRY, prompt: tuple[int, ...] = PROMPT) -
     return tuple(final_unit(entry.group, ordinal) for entry in need for ordinal in entry.ordinals)
 
 
-def make_ticket(epoch: int = 0, *, prompt: tuple[int, ...] = PROMPT, ttl_s: float = DEADLINE_S) -> bytes:
+def make_ticket(
+    epoch: int = 0, *, prompt: tuple[int, ...] = PROMPT, ttl_s: float = DEADLINE_S, output: tuple[int, ...] = ()
+) -> bytes:
     return ticket.mint(
         KEYS.ticket,
         transfer_id=TRANSFER_ID,
@@ -99,14 +101,23 @@ def make_ticket(epoch: int = 0, *, prompt: tuple[int, ...] = PROMPT, ttl_s: floa
         decode=DECODE,
         prompt=prompt,
         ttl_s=ttl_s,
+        output=output,
     )
 
 
-def make_sender(now: float = 0.0, *, epoch: int = 0, unit_nbytes: tuple[int, ...] = UNIT_NBYTES) -> Transfer:
+def make_sender(
+    now: float = 0.0,
+    *,
+    epoch: int = 0,
+    unit_nbytes: tuple[int, ...] = UNIT_NBYTES,
+    prompt: tuple[int, ...] = PROMPT,
+    output: tuple[int, ...] = (),
+) -> Transfer:
     return Sender(
         Ends(TRANSFER_ID, epoch, PREFILL, DECODE),
         Offer(
-            prompt=PROMPT,
+            prompt=prompt,
+            output=output,
             geometry=GEOMETRY,
             unit_nbytes=unit_nbytes,
             planes=PLANES,

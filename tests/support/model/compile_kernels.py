@@ -75,8 +75,8 @@ def report(kernel: Any, constants: dict[str, object], tensors: dict[str, str], a
 def assemble(ptx: str) -> str:
     """What ptxas reports; Triton brings its own."""
     target = re.findall(r"^\.target (\w+)", ptx, re.MULTILINE)[0]
-    newest = int(re.sub(r"\D", "", target)) >= 100
-    ptxas = Path(triton.__file__).parent / "backends/nvidia/bin" / ("ptxas-blackwell" if newest else "ptxas")
+    # Of Triton's two this is the newer: it reads every version of PTX that Triton may write.
+    ptxas = Path(triton.__file__).parent / "backends/nvidia/bin/ptxas-blackwell"
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "kernel.ptx").write_text(ptx)
         command = [ptxas, "-v", f"--gpu-name={target}", "kernel.ptx", "-o", "kernel.cubin"]

@@ -14,6 +14,8 @@ from disagg.engine.philox import as_int64, gumbel
 from disagg.engine.sampler import SampleInput
 
 LARGEST = float(np.finfo(np.float64).max)
+TINY = 2.0**-126
+"""A distance that comes out smaller has lost digits on the way, or all of them."""
 MARGIN = 1e-5
 """Decisions closer than this may fall either way: implementations round scores to float32."""
 
@@ -35,7 +37,8 @@ def choose(logits: np.ndarray, given: SampleInput) -> Choice:
     scaled = np.array([_scaled(x, largest, given.sampling.temperature) for x in adjusted])
     rounded = scaled.astype(np.float32).astype(np.float64)  # a decision between equals that were not
     chosen = [_drawn(scaled, given, shift * MARGIN) for shift in (0, -1, 1)] + [_drawn(rounded, given, 0)]
-    return Choice(chosen[0][0], chosen[0][1] > MARGIN and len({token_id for token_id, _ in chosen}) == 1)
+    is_kept = all(x == largest or value < -TINY for x, value in zip(adjusted, scaled, strict=True))
+    return Choice(chosen[0][0], is_kept and chosen[0][1] > MARGIN and len({token_id for token_id, _ in chosen}) == 1)
 
 
 def _drawn(scaled: np.ndarray, given: SampleInput, shift: float) -> tuple[int, float]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Annotated, Final
 
 from disagg.transceiver.wire.messages.peer import check_purposes
@@ -34,9 +35,11 @@ from disagg.transceiver.wire.messages.ranges import (
     check_one_of,
     check_size,
     check_transfers,
+    fail,
 )
+from disagg.transceiver.wire.messages.rates import MeasuredRates
 from disagg.transceiver.wire.messages.sampling_limits import MAX_CHOICES
-from disagg.transceiver.wire.messages.tokens import TOKENS_WINDOW, StepTokens, TokenCredit
+from disagg.transceiver.wire.messages.tokens import TOKENS_WINDOW, ChoiceOutput, StepTokens, TokenCredit
 from disagg.transceiver.wire.messages.values import (
     Geometry,
     GroupBytes,
@@ -152,7 +155,9 @@ class Peers:
 class LinkStatus:
     """What a worker says of one peer.
 
-    `state` is `ready`, `suspect`, `lost`, `connecting` or `refused`; `detail` names the field that differs.
+    `state` is `ready`, `suspect`, `lost`, `connecting` or `refused`; `detail` names the field that differs. `gb_per_s`:
+    of the last transfers, or of the probe at first contact before there were any; `latency_s`: of the last transfers,
+    between their last byte and their end.
     """
 
     incarnation: str
@@ -161,6 +166,7 @@ class LinkStatus:
     state: str
     gb_per_s: float
     detail: str = ""
+    latency_s: float = 0.0
 
     def __post_init__(self) -> None:
         check_id("incarnation", self.incarnation)
@@ -168,6 +174,7 @@ class LinkStatus:
         check_size("plane", self.plane, MAX_ADDRESS_CHARS)
         check_size("state", self.state, MAX_NAME_CHARS)
         check_finite("gb_per_s", self.gb_per_s)
+        check_finite("latency_s", self.latency_s)
         check_size("detail", self.detail, MAX_TEXT_CHARS)
 
 
@@ -203,7 +210,7 @@ class Pulse:
 class Lease:
     """Both ways, every 0.5 s. A worker's carries its figures and live requests, the router's only its incarnation.
 
-    `metrics` and `links` None: as in the last lease that had them. They are most of it, and seldom change.
+    `metrics`, `links` and `rates` None: as in the last lease that had them. They are most of it, and seldom change.
     """
 
     incarnation: str
@@ -216,6 +223,7 @@ class Lease:
     blocks_used: Annotated[tuple[int, ...], MAX_GROUPS] = ()
     blocks_free: Annotated[tuple[int, ...], MAX_GROUPS] = ()
     links: Annotated[tuple[LinkStatus, ...], MAX_LINKS] | None = None
+    rates: MeasuredRates | None = None
 
     def __post_init__(self) -> None:
         check_id("incarnation", self.incarnation)
@@ -283,6 +291,10 @@ class Dispatch:
 
     `deadline_s` is a duration counted from receipt, so that no two clocks are compared. Requests of lower `priority`
     are admitted first. `prefix`: where the first of the prompt's blocks may be had, for one that computes it.
+
+    `output`: of an attempt that goes on after a loss, what the client has of each answer that is not over, in order of
+    their numbers; answers that it does not name are. They are computed as the prompt is, and count as the answer. The
+    KV of one answer is transferred with them; several go on in mode `serve`.
     """
 
     transfer_id: str
@@ -296,6 +308,7 @@ class Dispatch:
     ticket: bytes = b""
     priority: int = 0
     prefix: PrefixLeg | None = None
+    output: Annotated[tuple[ChoiceOutput, ...], MAX_CHOICES] = ()
 
     def __post_init__(self) -> None:
         check_attempt(self.transfer_id, self.epoch)
@@ -304,6 +317,26 @@ class Dispatch:
         check_one_of("mode", self.mode, MODES)
         check_size("ticket", self.ticket, MAX_SECRET_NBYTES)
         check_duration("deadline_s", self.deadline_s)
+        self._check_output()
+
+    @property
+    def first_output(self) -> tuple[int, ...]:
+        """Of the answer that a transfer is for."""
+        return self.output[0].token_ids if self.output else ()
+
+    @property
+    def num_known(self) -> int:
+        """Tokens before the next one of that answer, the P of its transfer."""
+        return len(self.prompt) + len(self.first_output)
+
+    def _check_output(self) -> None:
+        choices, sampling = [answer.choice for answer in self.output], self.sampling
+        if any(a >= b for a, b in pairwise(choices)) or (choices and choices[-1] >= sampling.num_choices):
+            fail("output", choices, f"ascending numbers of {sampling.num_choices} choices")
+        if any(len(answer.token_ids) >= sampling.max_tokens for answer in self.output):
+            fail("output", "an answer without an end", f"fewer than max_tokens = {sampling.max_tokens} tokens of each")
+        if self.output and self.mode != "serve" and sampling.num_choices > 1:
+            fail("output", f"{sampling.num_choices} choices in mode {self.mode}", "a transfer of one")
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,6 +18,7 @@ from disagg.transceiver.wire.messages.ranges import (
     check_size,
     fail,
 )
+from disagg.transceiver.wire.messages.sampling_limits import MAX_CHOICES
 from disagg.transceiver.wire.messages.values import TokenLogprobs
 from disagg.transceiver.wire.schema import PackedFloats, PackedInts
 
@@ -161,6 +162,18 @@ class _Columns:
             tuple(value for found in known for value in (found.logprob, *(value for _, value in found.top))),
             choices if any(choices) else (),
         )
+
+
+@dataclass(frozen=True, slots=True)
+class ChoiceOutput:
+    """What the client has of one of a request's answers: the ids of its tokens from the first on, none or more."""
+
+    choice: int
+    token_ids: PackedInts
+
+    def __post_init__(self) -> None:
+        check_int("choice", self.choice, 0, MAX_CHOICES - 1)
+        check_ints("token_ids", self.token_ids, 0, MAX_INT32)
 
 
 @dataclass(frozen=True, slots=True)

@@ -324,6 +324,14 @@ class FirstToken:
 
 
 @dataclass(frozen=True, slots=True)
+class Ending:
+    """Why an answer ended: `stop` with the token that stopped it, or `length`."""
+
+    reason: str
+    stop_token_id: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Sampling:
     """How to choose tokens. Pure in (seed, position, logits): see `disagg.engine.sampler`.
 
@@ -374,6 +382,15 @@ class Sampling:
     def of_choice(self, choice: int) -> Sampling:
         """What a request for this answer alone would ask for."""
         return replace(self, num_choices=1, seed=(self.seed + choice) & CHOICE_SEEDS) if choice else self
+
+    def ending_after(self, token_id: int, num_output_tokens: int) -> Ending | None:
+        """Whether `token_id`, as the last of so many output tokens, ends the answer. No stop before `min_tokens`."""
+        stops = self.stop_token_ids
+        if not self.ignore_eos:
+            stops += self.eos_token_ids
+        if token_id in stops and num_output_tokens >= self.min_tokens:
+            return Ending("stop", token_id)
+        return Ending("length") if num_output_tokens >= self.max_tokens else None
 
     def _check_ids(self) -> None:
         check_ids("logit_bias", [entry[0] for entry in self.logit_bias], MAX_BIASES)
