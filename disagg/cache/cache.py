@@ -19,10 +19,10 @@ from disagg.cache.cached_sequence import CachedSequence as CachedSequence
 from disagg.cache.cached_sequence import PoolUsage as PoolUsage
 from disagg.cache.checks import check_references, leave_out
 from disagg.cache.errors import PoolExhausted
-from disagg.cache.identity import BlockHasher
+from disagg.cache.identity import BlockHasher, blocks_of
 from disagg.cache.layout import CacheLayout, LayerGroup
 from disagg.cache.pool import SlotPool
-from disagg.cache.prefix_cache import Chain, Match, PrefixCache, ReuseCount, blocks_of
+from disagg.cache.prefix_cache import Chain, Match, PrefixCache, ReuseCount
 from disagg.cache.reuse import held_ordinals, longest_common
 from disagg.cache.scratch import Scratch, num_scratch_slots, scratch_range
 from disagg.cache.slot_memory import OnFilled, ignore

@@ -6,14 +6,14 @@ registered block is never written again. A block that is withdrawn takes everyth
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from itertools import chain as chained
 
 import numpy as np
 from numpy.typing import NDArray
 
-from disagg.cache.identity import BlockHasher, token_bytes
+from disagg.cache.identity import BlockHasher, blocks_of
 from disagg.cache.layout import CacheLayout
 from disagg.cache.loans import Loans
 from disagg.cache.pool import SlotPool
@@ -59,6 +59,7 @@ class PrefixCache:
 
     def __init__(self, layout: CacheLayout, pools: Sequence[SlotPool], hasher: BlockHasher) -> None:
         self._layout, self._pools = layout, pools
+        self.hasher = hasher
         self.tree = PrefixTree(hasher, layout.num_groups)
         self._owner: list[dict[int, tuple[PrefixNode, int]]] = [{} for _ in pools]
         for number, pool in enumerate(pools):
@@ -190,15 +191,3 @@ class PrefixCache:
             node, group = owner.pop(slot)
             node.slots[group] = NO_SLOT
             self.tree.prune(node)
-
-
-PIECE = 1024
-"""Tokens whose bytes are made at once: a search for a prefix stops at the first block that is not known."""
-
-
-def blocks_of(tokens: Sequence[int], block_size: int) -> Iterator[bytes]:
-    """`token_bytes` of each whole block."""
-    step, piece = 8 * block_size, max(1, PIECE // block_size) * block_size
-    for first in range(0, len(tokens), piece):
-        data = token_bytes(tokens[first : first + piece])
-        yield from (data[start : start + step] for start in range(0, len(data) - step + 1, step))

@@ -11,6 +11,7 @@ from disagg.transceiver.wire.messages.router import (
     CancelRequest,
     Dispatch,
     Finished,
+    Grant,
     PrefillLocally,
     PromptScores,
     RequestFailed,
@@ -23,7 +24,7 @@ from disagg.transceiver.wire.messages.tokens import Tokens
 AnswerMessage = Tokens | PromptScores | Finished | RequestFailed | TransferFailure | TransferReport
 """What a worker may say of one attempt."""
 
-OrderMessage = Dispatch | Retarget | PrefillLocally | CancelRequest | CancelChoice
+OrderMessage = Dispatch | Retarget | PrefillLocally | CancelRequest | CancelChoice | Grant
 """What the router may say to it."""
 
 

@@ -12,6 +12,7 @@ from disagg.router.choose import Placement
 from disagg.router.costs.ways import Way
 from disagg.router.generation import GenerationRequest
 from disagg.transceiver.wire.messages.router import TransferReport
+from disagg.transceiver.wire.purposes import HANDOFF
 
 MAX_RECORDS: Final = 1024
 """Requests remembered: as many as may wait, so that a full queue's records outlive it. About 2 KB each."""
@@ -55,7 +56,8 @@ class AttemptRecord:
     def server_report(self) -> TransferReport | None:
         """What landed, as the receiving side counted it."""
         server = self.placement.server.incarnation
-        return next((report for source, report in self.reports if source == server), None)
+        told = (report for source, report in self.reports if source == server and report.purpose == HANDOFF)
+        return next(told, None)
 
     def stage_ends(self) -> Iterator[tuple[str, float]]:
         """(stage, seconds from dispatch to its end), in the order of what had to happen before the first token.

@@ -45,6 +45,8 @@ from disagg.router.going_on import MAX_CONTINUATIONS
 from disagg.router.introductions import Connect
 from disagg.router.metrics import RouterMetrics
 from disagg.router.placing import Placing
+from disagg.router.prefix_legs import PrefixLegs, PrefixSource
+from disagg.router.prefix_lenders import PrefixLenders
 from disagg.router.record import RecordStore, RequestRecord
 from disagg.router.registry import Worker
 from disagg.router.status import describe_workers
@@ -53,12 +55,11 @@ from disagg.router.unread import Unread
 from disagg.router.workload import Share
 from disagg.transceiver.wire.keys import ClusterKeys
 from disagg.transceiver.wire.links import ControlServer
-from disagg.transceiver.wire.messages.router import (
-    TransferReport,
-)
+from disagg.transceiver.wire.messages.router import PeerTarget, TransferFailure, TransferReport
 from disagg.transceiver.wire.messages.tokens import Tokens
 from disagg.transceiver.wire.node import draw_id
-from disagg.transceiver.wire.ticket import mint
+from disagg.transceiver.wire.purposes import PREFIX
+from disagg.transceiver.wire.ticket import LegClaims, mint, mint_leg
 
 log = logging.getLogger(__name__)
 
@@ -137,6 +138,7 @@ class Router:
         self._by_request: dict[GenerationRequest, _Stream] = {}
         policy, bound = POLICIES[self.options.policy], self.options.max_local_prefill
         self._placing = Placing(self.cluster.registry, self.options.max_queued, policy, bound)
+        self._lenders = PrefixLenders(self.cluster.registry, keys.prefix_hash, clock)
         self._charged: dict[str, _Stream] = {}
         """Requests that a worker may have died of. One leaves when it has shown that another was the cause."""
 
@@ -292,7 +294,18 @@ class Router:
             timeout_s=min(request.timeout_s or math.inf, self.options.request_timeout_s),
             now=now,
             news=self,
+            legs=self._legs_of(request, transfer_id),
         )
+
+    def _legs_of(self, request: GenerationRequest, transfer_id: str) -> PrefixLegs:
+        def choose(sink: PeerTarget, placement: Placement) -> PrefixSource | None:
+            return self._lenders.choose(request, sink, placement)
+
+        def mint_one(claims: LegClaims, ttl_s: float) -> bytes:
+            self._lenders.note_leg(claims.transfer_id, claims.source, request, transfer_id)
+            return mint_leg(self._keys.ticket, claims, ttl_s)
+
+        return PrefixLegs(request, transfer_id, choose, mint_one)
 
     def _start(self, attempts: RoutedRequest, turn: QueuedRequest) -> _Stream:
         stream, now = _Stream(attempts, turn), self._clock()
@@ -345,6 +358,8 @@ class Router:
         self._note_charges(stream)
         if stream.attempts.is_over and self._streams.pop(stream.attempts.transfer_id, None) is not None:
             self._note_end(stream.attempts.record, now)
+            if stream.attempts.record.state == "finished":
+                self._lenders.note_served(stream.attempts.request, stream.attempts.record)
 
     def _count_load(self, stream: _Stream) -> None:
         """Bring the count up to date with this one stream: no choice looks at all of them."""
@@ -409,17 +424,22 @@ class Router:
     # --- ClusterListener: what happens below ------------------------------------------------------------------
 
     def answered(self, source: str, message: AnswerMessage) -> None:
+        if isinstance(message, TransferReport) and message.purpose == PREFIX:
+            self._lenders.note_fetched(message.transfer_id)
         if stream := self._streams.get(message.transfer_id):
             if not (isinstance(message, Tokens) and self._go_on(stream, source, message)):
                 self._apply(stream, Answered(source, message))
         elif isinstance(message, TransferReport) and (record := self._records.get(message.transfer_id)):
             record.note(source, message)
+        elif isinstance(message, TransferFailure):
+            self._lenders.note_failed(message.transfer_id)
 
     def registered(self, worker: Worker) -> None:
         self._placing.add(worker)
 
     def lost(self, incarnation: str, reason: str, in_step: Mapping[str, int]) -> None:
         self._placing.remove(incarnation)
+        self._lenders.forget(incarnation)
         self._apply_to_all(WorkerLost(incarnation, reason, in_step))
 
     def faulted(self) -> None:

@@ -27,6 +27,9 @@ from disagg.engine.commands import (
     Pin,
     PinnedEvent,
     Prefill,
+    PrefixEvictedEvent,
+    PrefixRoomEvent,
+    PrefixWantedEvent,
     PromptComputedEvent,
     PromptScoredEvent,
     Release,
@@ -55,6 +58,7 @@ from disagg.transceiver.wire.messages.router import (
     CancelRequest,
     Dispatch,
     Finished,
+    Grant,
     Peers,
     PeerTarget,
     PrefillLocally,
@@ -69,6 +73,8 @@ from disagg.transceiver.wire.messages.tokens import Tokens
 from disagg.transceiver.wire.messages.values import FirstToken, Geometry, StageTimes, UnitName, nameable
 from disagg.worker.metrics import WorkerMetrics
 from disagg.worker.pairing import Pairing
+from disagg.worker.prefix_sinks import PrefixSinks
+from disagg.worker.prefix_sources import PrefixSources
 from disagg.worker.request_state import RequestState
 from disagg.worker.taking_in import OnFault, Slots
 
@@ -99,6 +105,8 @@ class Attempts:
         """Attempts whose sources are hashed again first: True once the transfer needs them no more."""
         self.sending: SendingSide | None = None
         self.receiving: ReceivingSide | None = None
+        self.sources: PrefixSources | None = None
+        self.sinks: PrefixSinks | None = None
 
     def __contains__(self, key: AttemptKey) -> bool:
         return key in self._live
@@ -136,6 +144,11 @@ class Attempts:
                 for key in [key for key in self._live if key.transfer_id == transfer_id and key.epoch <= epoch]:
                     self.cancel(key, reason)
                 self._drop_request(transfer_id)
+                if self.sources is not None:
+                    self.sources.withdraw(transfer_id, reason)
+            case Grant():
+                if self.sources is not None:
+                    self.sources.grant(message)
             case CancelChoice():
                 self._cancel_choice(AttemptKey(message.transfer_id, message.epoch, message.choice))
             case Peers():
@@ -163,15 +176,16 @@ class Attempts:
             "%s: %d prompt tokens, attempt %d", dispatch.mode, len(dispatch.prompt), dispatch.epoch, extra=_of(state)
         )
         output = dispatch.first_output
+        boundary = self.sinks.expect(state) if self.sinks is not None and dispatch.mode != "decode" else 0
         if dispatch.mode == "serve":
             state.to_follow.extend(serves_of(dispatch, urgent=urgent))
-            self._submit(state.to_follow.popleft())
+            self._submit(replace(state.to_follow.popleft(), prefix_boundary=boundary))
         elif dispatch.mode == "decode":
             self._submit(Reserve(key, dispatch.prompt, sampling, state.pairing.precision, priority, output))
             self._reach(dispatch.peer)
         elif self.sending is not None and dispatch.peer is not None:
             # First: a FETCH that came early pins it at once.
-            self._submit(Prefill(key, dispatch.prompt, sampling, priority, output))
+            self._submit(Prefill(key, dispatch.prompt, sampling, priority, output, boundary))
             self.sending.start(key, state.pairing.sender())
 
     def _reach(self, peer: PeerTarget | None) -> None:
@@ -234,6 +248,17 @@ class Attempts:
 
     def take_event(self, event: EngineEvent) -> None:
         """What needs no hash, or has had it (see `EngineEvents`)."""
+        match event:
+            case PrefixEvictedEvent(key) if self.sources is not None:
+                return self.sources.evicted(key)
+            case PrefixWantedEvent() if self.sinks is not None:
+                return self.sinks.wanted(event)
+            case PrefixRoomEvent() if self.sinks is not None:
+                return self.sinks.room(event)
+        return self._take_own(event)
+
+    def _take_own(self, event: EngineEvent) -> None:
+        """Of an attempt that is live here."""
         state = self._live.get(event.key.attempt)
         if state is None or event.key.choice in state.ended:  # cancelled meanwhile
             return
@@ -416,6 +441,8 @@ class Attempts:
         self._send(report)
 
     def _forget(self, key: AttemptKey) -> None:
+        if self.sinks is not None:
+            self.sinks.begun_without(key)
         if self._live.pop(key, None) is not None:
             self._drop_request(key.transfer_id)
 

@@ -12,16 +12,32 @@ import contextlib
 import functools
 import logging
 from collections import deque
+from collections.abc import Sequence
+from typing import Final
 
-from disagg.engine.commands import AttemptKey, EngineEvent, PrefixHitEvent, SuspectEvent, UnitsFinalEvent
+from disagg.engine.commands import (
+    AttemptKey,
+    EngineEvent,
+    PrefixHitEvent,
+    PrefixLentEvent,
+    RegisteredEvent,
+    SuspectEvent,
+    UnitsFinalEvent,
+)
 from disagg.transceiver.layout.slice_size import units_per_slice
-from disagg.transceiver.protocol.events import UnitsFinal
+from disagg.transceiver.layout.units import SourceUnit
+from disagg.transceiver.protocol.events import Pinned, UnitsFinal
 from disagg.transceiver.wire.errors import SourceChanged, clipped
+from disagg.transceiver.wire.messages.values import Geometry
+from disagg.transceiver.wire.purposes import PREFIX
 from disagg.worker.attempts import Attempts
 from disagg.worker.parts import WorkerParts
 from disagg.worker.rechecks import Rechecks
 
 log = logging.getLogger(__name__)
+
+LENT: Final = 0
+"""Stands for the computation that cached blocks came of: whichever it was, they are final."""
 
 
 class EngineEvents:
@@ -40,7 +56,9 @@ class EngineEvents:
                 event = await self._parts.events.get()
                 if (lane := self._lanes.get(event.key)) is not None:
                     lane.append(event)
-                elif isinstance(event, UnitsFinalEvent | PrefixHitEvent | SuspectEvent):
+                elif isinstance(event, RegisteredEvent):
+                    tasks.create_task(self._hash_registered(event))
+                elif isinstance(event, UnitsFinalEvent | PrefixHitEvent | SuspectEvent | PrefixLentEvent):
                     self._lanes[event.key] = deque([event])
                     tasks.create_task(self._run_lane(event.key))
                 else:
@@ -72,6 +90,8 @@ class EngineEvents:
         match event:
             case UnitsFinalEvent():
                 await self._hash_units(event)
+            case PrefixLentEvent():
+                await self._hash_lent(event)
             case PrefixHitEvent():
                 await self._rechecks.check_hit(event)
             case SuspectEvent():
@@ -83,10 +103,29 @@ class EngineEvents:
     async def _hash_units(self, event: UnitsFinalEvent) -> None:
         if self._attempts.sending is None or event.key not in self._attempts:
             return
-        with contextlib.suppress(SourceChanged):  # dropped meanwhile: the engine says so next, and computes them anew
-            cut, kept = self._parts.cuts.of_peer(self._attempts.peer_geometry(event.key))
+        await self._hash_for(event.key, event.compute_id, event.units, self._attempts.peer_geometry(event.key))
+
+    async def _hash_lent(self, event: PrefixLentEvent) -> None:
+        sources = self._attempts.sources
+        if self._attempts.sending is None or sources is None or event.key not in sources:
+            return
+        self._attempts.sending.feed(event.key, Pinned(LENT, event.boundary))
+        await self._hash_for(event.key, LENT, event.units, sources.peer_geometry(event.key))
+
+    async def _hash_for(self, key: AttemptKey, compute_id: int, units: Sequence[SourceUnit], peer: Geometry) -> None:
+        """A slice's worth at a time, each of which is told once it is hashed."""
+        sending = self._attempts.sending
+        assert sending is not None
+        with contextlib.suppress(SourceChanged):  # dropped meanwhile: the engine says so next
+            cut, kept = self._parts.cuts.of_peer(peer)
             hash_units = functools.partial(self._parts.landing.digest_units, cut=cut)
             count = units_per_slice(self._parts.layout.slot_nbytes)
-            for few in (event.units[first : first + count] for first in range(0, len(event.units), count)):
-                units = await kept.digest_units(few, hash_units)
-                self._attempts.sending.feed(event.key, UnitsFinal(event.compute_id, units))
+            for few in (units[first : first + count] for first in range(0, len(units), count)):
+                sending.feed(key, UnitsFinal(compute_id, await kept.digest_units(few, hash_units)))
+
+    async def _hash_registered(self, event: RegisteredEvent) -> None:
+        """What answers have filled, so that it can be lent at once and a later change of its memory is seen."""
+        if PREFIX not in self._parts.made.sends or self._parts.made.cache.is_staged:  # there it is hashed when lent
+            return
+        with contextlib.suppress(SourceChanged):
+            await self._parts.cuts.kept.digest_units(event.units, self._parts.landing.digest_units)

@@ -12,12 +12,15 @@ import numpy as np
 
 from disagg.cache.layout import CacheLayout
 from disagg.cache.window import needed_ordinals
+from disagg.transceiver.layout.boundary import missing_at, ordinals_of
 from disagg.transceiver.layout.ranks import Part
-from disagg.transceiver.layout.required import full_copy_blocks, runs_of
+from disagg.transceiver.layout.required import full_copy_blocks, moved_nbytes, runs_of
 from disagg.transceiver.layout.strides import ELEMENT_NBYTES
 from disagg.transceiver.layout.units import geometry_by_units, peer_unit
 from disagg.transceiver.peers.decode_side import TransferRecord
 from disagg.transceiver.protocol.events import Reserved
+from disagg.transceiver.protocol.prefix_sink import PrefixReceiver, Wanted
+from disagg.transceiver.protocol.prefix_source import Lendable, PrefixSender
 from disagg.transceiver.protocol.receiver import Order, Receiver
 from disagg.transceiver.protocol.sender import Offer, Sender
 from disagg.transceiver.protocol.transfer import Ends
@@ -74,7 +77,11 @@ class Pairing:
 
     def sender(self) -> Sender:
         """The prefill end of a `prefill` dispatch."""
-        offer = Offer(
+        return Sender(self._ends, self._offer, time.monotonic())
+
+    @property
+    def _offer(self) -> Offer:
+        return Offer(
             prompt=self._dispatch.prompt,
             geometry=self._geometry,
             unit_nbytes=self._unit_nbytes,
@@ -84,11 +91,13 @@ class Pairing:
             output=self._dispatch.first_output,
             part=Part.whole(self._geometry.groups),
         )
-        return Sender(self._ends, offer, time.monotonic())
 
     def receiver(self, plane: str) -> Receiver:
         """The decode end of a `decode` dispatch, over the plane agreed with the peer."""
-        order = Order(
+        return Receiver(self._ends, self._order(plane), time.monotonic())
+
+    def _order(self, plane: str) -> Order:
+        return Order(
             ticket=self._dispatch.ticket,
             plane=plane,
             geometry=self._geometry,
@@ -96,7 +105,37 @@ class Pairing:
             deadline_s=self._dispatch.deadline_s,
             part=Part.whole(self._geometry.groups),
         )
-        return Receiver(self._ends, order, time.monotonic())
+
+    @property
+    def coarser_block_size(self) -> int:
+        """Of both ends'."""
+        return max(self._node.geometry.block_size, self.peer_geometry.block_size)
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether blocks of the peer are what this worker would have computed: stored in the same numbers."""
+        return self.fits and not self.precision
+
+    def prefix_sender(self, tips: tuple[bytes, ...]) -> PrefixSender:
+        """The source's end of a prefix, whose dispatch holds the granted tokens. `tips`: our blocks' names."""
+        lendable = Lendable(
+            self._dispatch.request_id, tips, self._node.geometry.block_size, self.peer_geometry.block_size
+        )
+        return PrefixSender(self._ends, self._offer, lendable, time.monotonic())
+
+    def prefix_receiver(self, plane: str, own: int, held: tuple[GroupRuns, ...], tips: tuple[bytes, ...]) -> Receiver:
+        """The sink's end of a prefix, whose dispatch holds the tokens to ask for. `tips`: the names of the
+        peer's blocks.
+        """
+        ours, theirs = self._node.geometry.block_size, self.peer_geometry.block_size
+        wanted = Wanted(len(self._dispatch.prompt), own, tips, held, ours, theirs)
+        return PrefixReceiver(self._ends, self._order(plane), wanted, time.monotonic())
+
+    def missing_nbytes(self, held: tuple[GroupRuns, ...]) -> int:
+        """Of what a prefix would move at most, if all of its dispatch's tokens were to be had."""
+        groups, ours = self._layout.groups, self._node.geometry.block_size
+        missing = missing_at(groups, len(self._dispatch.prompt), self.unit, ordinals_of(held, len(groups)), ours)
+        return moved_nbytes(missing, self._unit_nbytes)
 
     # --- what is reserved for it ----------------------------------------------------------------------------
 
@@ -121,6 +160,11 @@ class Pairing:
             for block, num_coming in count.items()
             if num_coming < min(per_slot, num_units - block * per_slot)
         )
+
+    def reserved_of(self, destinations: Slots) -> Reserved:
+        """Of a prefix: the units that have a destination, of the groups that have any."""
+        every = self.reserved(destinations)
+        return Reserved(tuple(entry for entry in every.required if entry.runs), every.prompt_len)
 
     def reserved(self, destinations: Slots) -> Reserved:
         """The FETCH to make: exactly the ordinals of units that have a destination."""

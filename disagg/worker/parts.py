@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from disagg.cache.cache import KVCache
+from disagg.cache.identity import BlockHasher
 from disagg.cache.layout import CacheLayout
 from disagg.config.settings import Role, WorkerSettings
 from disagg.engine.commands import EngineEvent
@@ -48,6 +49,11 @@ class EngineParts:
     @property
     def worker_id(self) -> str:
         return self.settings.name(self.role)
+
+    @property
+    def hasher(self) -> BlockHasher | None:
+        """What names this worker's blocks, where it reuses prefixes."""
+        return self.cache.prefixes.hasher if self.cache.prefixes is not None else None
 
     @property
     def sends(self) -> tuple[str, ...]:

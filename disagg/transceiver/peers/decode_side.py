@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Any, Final, Protocol
+from typing import Any, Final, Protocol, cast
 
 from disagg.transceiver.memory.regions import Destination, LandingJob, PoolRegion
 from disagg.transceiver.peers.landing_threads import Landed, LandingThreads
@@ -22,15 +22,24 @@ from disagg.transceiver.peers.peer_links import PeerLinks
 from disagg.transceiver.planes.base import LandingPlane
 from disagg.transceiver.protocol.actions import (
     Action,
+    AskRoom,
     FreeReservation,
     Land,
     PartVerified,
+    PrefixVerified,
     ReportFailed,
     Send,
     StopLanding,
     Verified,
 )
-from disagg.transceiver.protocol.events import Event, LandingFailed, LandingStopped, PeerGone, SliceLanded
+from disagg.transceiver.protocol.events import (
+    Event,
+    LandingFailed,
+    LandingStopped,
+    PeerGone,
+    Reserved,
+    SliceLanded,
+)
 from disagg.transceiver.protocol.outbox import BYTE_WINDOW
 from disagg.transceiver.protocol.transfer import Transfer
 from disagg.transceiver.wire import reasons
@@ -53,16 +62,30 @@ RECEIVED_DELAY_S: Final = REPEAT_FIRST_S / 4
 
 
 class LandingHost(Protocol):
-    """What the receiving side needs of its worker."""
-
-    def decode(self, key: AttemptKey, verified: Verified, record: TransferRecord) -> None:
-        """The KV is complete and bound to this request: it may decode."""
+    """What the receiving side needs of its worker, whatever a transfer is for."""
 
     def transfer_failed(self, key: AttemptKey, failure: ReportFailed, record: TransferRecord) -> None:
         """This epoch failed and no job holds its slots: free the reservation and tell the router."""
 
     def free_reservation(self, key: AttemptKey, reason: str, record: TransferRecord) -> None:
         """The request ended without decoding here."""
+
+
+class HandoffHost(LandingHost, Protocol):
+    """And for handoffs."""
+
+    def decode(self, key: AttemptKey, verified: Verified, record: TransferRecord) -> None:
+        """The KV is complete and bound to this request: it may decode."""
+
+
+class PrefixHost(LandingHost, Protocol):
+    """And for prefixes."""
+
+    def make_room(self, key: AttemptKey, asked: AskRoom) -> None:
+        """The source has said what moves: have room made, and answer by `give_room`."""
+
+    def prefix_verified(self, key: AttemptKey, verified: PrefixVerified, record: TransferRecord) -> None:
+        """The blocks up to its boundary may be registered."""
 
 
 @dataclass(slots=True)
@@ -88,6 +111,7 @@ class _Incoming:
     peer: str
     destinations: dict[tuple[int, int], int]
     record: TransferRecord
+    host: LandingHost
     received: int = -1
     """What the last RECEIVED said."""
     jobs: set[asyncio.Task[None]] = field(default_factory=set)
@@ -104,7 +128,7 @@ class ReceivingSide:
         pool_of_group: Sequence[int],
         landing: LandingThreads,
         sockets: Sockets,
-        host: LandingHost,
+        host: HandoffHost,
         on_part: Callable[[AttemptKey, PartVerified, TransferRecord], None] | None = None,
         faults: PeerFaults | None = None,
     ) -> None:
@@ -147,17 +171,33 @@ class ReceivingSide:
         self.links.reach(target, then)
 
     def start(
-        self, key: AttemptKey, transfer: Transfer, peer: str, slots: Sequence[Sequence[tuple[int, int]]], event: Event
+        self,
+        key: AttemptKey,
+        transfer: Transfer,
+        peer: str,
+        slots: Sequence[Sequence[tuple[int, int]]],
+        event: Event,
+        host: PrefixHost | None = None,
     ) -> None:
-        """Destinations are reserved: `slots[g]` = (ordinal, slot) pairs. `event` (Reserved) begins the transfer."""
+        """Destinations are reserved: `slots[g]` = (ordinal, slot) pairs. `event` (Reserved) begins the transfer.
+
+        With a `host` it is a prefix: FetchWanted begins it, and its destinations come by `give_room`.
+        """
         destinations = {(group, ordinal): slot for group, pairs in enumerate(slots) for ordinal, slot in pairs}
         record = TransferRecord(self.plane_of(peer), transfer.purpose)
-        self._incoming[key] = _Incoming(peer, destinations, record)
+        self._incoming[key] = _Incoming(peer, destinations, record, host or self._host)
         self._transfers.add(key, transfer)
         if self.is_ready(peer, transfer.purpose):
             self.feed(key, event)
         else:
             self.feed(key, PeerGone("this worker has no link to it"))
+
+    def give_room(self, key: AttemptKey, slots: Sequence[Sequence[tuple[int, int]]], event: Reserved) -> None:
+        """There is room for what a prefix moves; unless the transfer is over, it lands there."""
+        if (incoming := self._incoming.get(key)) is not None:
+            pairs = {(group, ordinal): slot for group, some in enumerate(slots) for ordinal, slot in some}
+            incoming.destinations.update(pairs)
+            self.feed(key, event)
 
     def feed(self, key: AttemptKey, event: Event) -> None:
         self._transfers.feed(key, event)
@@ -184,6 +224,11 @@ class ReceivingSide:
         """Name of the plane to `peer`, or "" while there is none."""
         plane = self._plane(peer)
         return plane.name if plane is not None else ""
+
+    def gb_per_s(self, peer: str) -> float:
+        """What the link to `peer` moves; 0 while there is none."""
+        link = self.links.get(peer)
+        return link.meter.gb_per_s if link is not None else 0.0
 
     def reports(self) -> tuple[LinkReport, ...]:
         return tuple(link.report() for link in self.links)
@@ -251,10 +296,15 @@ class ReceivingSide:
             case PartVerified():
                 assert self._on_part is not None, "a part that no leader joins"
                 self._on_part(key, action, self._end(key))
+            case AskRoom():
+                cast(PrefixHost, self._incoming[key].host).make_room(key, action)
+            case PrefixVerified():
+                host = cast(PrefixHost, self._incoming[key].host)
+                host.prefix_verified(key, action, self._end_well(key))
             case ReportFailed():
-                self._host.transfer_failed(key, action, self._end(key))
+                self._incoming[key].host.transfer_failed(key, action, self._end(key))
             case FreeReservation(reason):
-                self._host.free_reservation(key, reason, self._end(key))
+                self._incoming[key].host.free_reservation(key, reason, self._end(key))
             case _:
                 raise AssertionError(f"a receiver asked for {action}")
 
