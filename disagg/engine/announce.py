@@ -8,7 +8,7 @@ from itertools import repeat
 from disagg.cache.cache import CachedSequence, KVCache
 from disagg.cache.table import HOLE
 from disagg.cache.window import needed_ordinals
-from disagg.engine.sequence import PromptSequence
+from disagg.engine.sequence import DecodingSequence, PromptSequence
 from disagg.transceiver.layout.units import SourceUnit
 from disagg.transceiver.wire.messages.values import UnitName
 
@@ -46,10 +46,18 @@ def units_at(cache: KVCache, cached: CachedSequence, names: Sequence[UnitName]) 
     return tuple(units)
 
 
-def whole_blocks(cache: KVCache, cached: CachedSequence, ordinals: range) -> list[SourceUnit]:
-    """Where these blocks of a sequence lie, in every group that holds them."""
-    names = [UnitName(group, ordinal) for group in range(len(cached.tables)) for ordinal in ordinals]
-    return list(units_at(cache, cached, names))
+def unannounced(cache: KVCache, sequence: PromptSequence | DecodingSequence, ordinals: range) -> tuple[SourceUnit, ...]:
+    """Where these blocks lie in the groups that hold them, without those that a decode worker will be told of."""
+    cached, layout = sequence.cached, cache.layout
+    assert cached is not None
+    names: list[UnitName] = []
+    for number, group in enumerate(layout.groups):
+        told: set[int] = set()
+        if isinstance(sequence, PromptSequence) and not sequence.serves:
+            length = len(sequence.token_ids)
+            told.update(needed_ordinals(length, group.window, group.num_sink_tokens, layout.block_size).tolist())
+        names += [UnitName(number, ordinal) for ordinal in ordinals if ordinal not in told]
+    return units_at(cache, cached, names)
 
 
 def _newly_final(cache: KVCache, prompt: PromptSequence, group: int) -> list[int]:

@@ -260,7 +260,9 @@ class PrefixEvictedEvent:
 
 @dataclass(frozen=True, slots=True)
 class RegisteredEvent:
-    """Blocks that answers have filled, and that may be lent: to be hashed before their memory can change."""
+    """Blocks that are full and may be lent: to be hashed before their memory can change. Final ones that
+    `UnitsFinalEvent` tells of are left out.
+    """
 
     units: tuple[SourceUnit, ...]
 

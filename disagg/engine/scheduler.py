@@ -34,7 +34,7 @@ from disagg.cache.budget import MAX_PREFILLS_PER_STEP
 from disagg.cache.cache import KVCache
 from disagg.cache.scratch import scratch_until
 from disagg.cache.window import needed_ordinals
-from disagg.engine.announce import whole_blocks
+from disagg.engine.announce import unannounced
 from disagg.engine.batch import Work, scoring_of, share_tokens
 from disagg.engine.beginning import Beginnings
 from disagg.engine.beside import LOOK_BEHIND, RoomBeside
@@ -82,7 +82,7 @@ class Scheduler:
         self._soft_line: WaitingLine[PromptSequence] = WaitingLine()
         self._beside = RoomBeside(self._promises)
         self.registered: list[SourceUnit] = []
-        """Blocks that answers filled and that were registered; the engine takes them."""
+        """Blocks that were registered, those that peers are told of by themselves left out; the engine takes them."""
         self.num_preemptions = 0
 
     # --- live sequences -------------------------------------------------------------------------------------
@@ -365,9 +365,9 @@ class Scheduler:
         if end - cached.committed >= self._layout.block_size and cached.is_committing:
             first = cached.committed // self._layout.block_size
             self._cache.commit(cached, sequence.tokens(cached.committed, end))
-            if isinstance(sequence, DecodingSequence) and end > sequence.request.prompt_len:
-                last = cached.committed // self._layout.block_size
-                self.registered += whole_blocks(self._cache, cached, range(first, last))
+            self.registered += unannounced(
+                self._cache, sequence, range(first, cached.committed // self._layout.block_size)
+            )
 
     def _begin_block(self, answer: DecodingSequence, events: list[EngineEvent]) -> None:
         """Give the answer its next block. Those that went stale since its last go first, so it never holds more.

@@ -80,6 +80,13 @@ class AttemptRecord:
         reports = [report for source, report in self.reports if (source == server) is is_server]
         return {name: seconds for report in reports for name, seconds in finite_stages(report).items()}
 
+    def _stages_by_worker(self) -> dict[str, dict[str, float]]:
+        """A worker has a report for each transfer that it received, and one for the prompt."""
+        stages: dict[str, dict[str, float]] = {}
+        for _, report in self.reports:
+            stages.setdefault(report.worker_id, {}).update(finite_stages(report))
+        return stages
+
     def describe(self, received_at: float) -> dict[str, Any]:
         prefill = self.placement.prefill
         return {
@@ -92,7 +99,7 @@ class AttemptRecord:
             "exact": self.is_exact,
             "started_s": self.started_at - received_at,
             "ended_s": None if self.ended_at is None else self.ended_at - received_at,
-            "stages": {report.worker_id: finite_stages(report) for _, report in self.reports},
+            "stages": self._stages_by_worker(),
             "estimate": None if self.placement.way is None else _describe_way(self.placement.way),
         }
 

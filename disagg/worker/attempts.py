@@ -115,6 +115,11 @@ class Attempts:
         """How the peer of a live attempt's transfer lays out its cache."""
         return self._live[key].pairing.peer_geometry
 
+    def num_known(self, key: AttemptKey) -> int | None:
+        """Tokens that a live attempt's transfer covers; None for another transfer."""
+        state = self._live.get(key)
+        return state.dispatch.num_known if state is not None else None
+
     @property
     def keys(self) -> tuple[AttemptKey, ...]:
         return tuple(self._live)

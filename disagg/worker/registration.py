@@ -11,9 +11,11 @@ import contextlib
 import logging
 import os
 import socket
+from collections.abc import Sequence
 from functools import partial
 
 from disagg.engine.commands import AttemptKey, Release
+from disagg.transceiver.layout.units import HashedUnit
 from disagg.transceiver.peers.decode_side import ReceivingSide
 from disagg.transceiver.peers.prefill_side import SendingSide
 from disagg.transceiver.planes.base import SourcePlane
@@ -158,12 +160,20 @@ class Registration:
                 parts.sockets,
                 self._attempts,
                 faults=parts.faults,
+                on_landed=self._keep_landed,
             )
             parts.metrics.watch_links(self._attempts.receiving.speeds)
         if self._attempts.sources is not None and self._attempts.sending is not None:
             self._attempts.sources.sending = self._attempts.sending
         if self._attempts.sinks is not None:
             self._attempts.sinks.receiving = self._attempts.receiving
+
+    def _keep_landed(self, key: AttemptKey, units: Sequence[HashedUnit]) -> None:
+        """What was verified needs no second hash to be lent. A last block in part is filled here, and hashed then."""
+        num_tokens = self._attempts.num_known(key)
+        if num_tokens is not None:
+            units = [unit for unit in units if unit.ordinal < num_tokens // self._parts.layout.block_size]
+        self._parts.cuts.kept.keep_landed(units)
 
     def _make_attempts(self, link: RouterLink, planes: dict[str, SourcePlane]) -> Attempts:
         parts, taking_in = self._parts, self._parts.taking_in

@@ -28,6 +28,7 @@ from disagg.engine.commands import (
     Release,
     Serve,
     SuspectEvent,
+    UnitsFinalEvent,
     Unregister,
 )
 from disagg.transceiver.wire.messages.values import GroupRuns, UnitName
@@ -379,18 +380,26 @@ def test_a_computed_prompt_holds_what_a_longer_one_goes_on_from(prompt_len: int)
         assert all(table[ordinal] >= 0 for ordinal in needed)
 
 
-def test_blocks_that_answers_fill_are_named_to_be_hashed() -> None:
+def named_in(tested: TestedEngine, kind: type) -> set[tuple[int, int]]:
+    events = [event for event in tested.events if isinstance(event, kind)]
+    return {(unit.group, unit.ordinal) for event in events for unit in event.units}  # type: ignore[attr-defined]
+
+
+def test_blocks_that_are_full_are_named_to_be_hashed() -> None:
     tested = engine()
     history = after_a_turn(tested)
-    named = {
-        (unit.group, unit.ordinal)
-        for event in tested.events
-        if isinstance(event, RegisteredEvent)
-        for unit in event.units
-    }
-    filled = range(len(FIRST_PROMPT) // SIZE, (len(history) - 1) // SIZE)
-    assert {ordinal for _, ordinal in named} == set(filled)
-    assert len(named) == len(filled) * LAYOUT.num_groups
+    every = {(group, ordinal) for group in range(LAYOUT.num_groups) for ordinal in range((len(history) - 1) // SIZE)}
+    assert named_in(tested, RegisteredEvent) == every
+
+
+def test_blocks_that_a_decode_worker_is_told_of_are_not_named_twice() -> None:
+    tested = engine()
+    tested.handle(Prefill(key(1), FIRST_PROMPT, greedy(3)))
+    tested.run()
+    registered, final = named_in(tested, RegisteredEvent), named_in(tested, UnitsFinalEvent)
+    assert not registered & final
+    full = {(group, ordinal) for group in range(LAYOUT.num_groups) for ordinal in range(len(FIRST_PROMPT) // SIZE)}
+    assert full <= registered | final
 
 
 # --- any schedule -------------------------------------------------------------------------------------------

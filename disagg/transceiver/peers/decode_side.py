@@ -13,6 +13,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, Final, Protocol, cast
 
+from disagg.transceiver.layout.units import HashedUnit
 from disagg.transceiver.memory.regions import Destination, LandingJob, PoolRegion
 from disagg.transceiver.peers.landing_threads import Landed, LandingThreads
 from disagg.transceiver.peers.link import LinkSpeed, PeerLink
@@ -112,6 +113,8 @@ class _Incoming:
     destinations: dict[tuple[int, int], int]
     record: TransferRecord
     host: LandingHost
+    landed: list[HashedUnit] = field(default_factory=list)
+    """Slots with the digests of what landed in them, where units are slots."""
     received: int = -1
     """What the last RECEIVED said."""
     jobs: set[asyncio.Task[None]] = field(default_factory=set)
@@ -131,8 +134,12 @@ class ReceivingSide:
         host: HandoffHost,
         on_part: Callable[[AttemptKey, PartVerified, TransferRecord], None] | None = None,
         faults: PeerFaults | None = None,
+        on_landed: Callable[[AttemptKey, Sequence[HashedUnit]], None] = lambda key, units: None,
     ) -> None:
-        """`on_part` hears, where ranks are joined, of a pair of ranks that is done; its leader decides."""
+        """`on_part` hears, where ranks are joined, of a pair of ranks that is done; its leader decides. `on_landed`
+        hears of slots whose transfer was verified, with their digests; where units are no slots it hears of none.
+        """
+        self._on_landed = on_landed
         self._faults = faults or PeerFaults()
         self._on_part = on_part
         self._node, self._planes, self._pools, self._pool_of_group = node, planes, pools, pool_of_group
@@ -349,6 +356,7 @@ class ReceivingSide:
     def _end_well(self, key: AttemptKey) -> TransferRecord:
         """Its time says how fast the link is."""
         link = self.links.get(self._incoming[key].peer)
+        self._on_landed(key, self._incoming[key].landed)
         record = self._end(key)
         if link is not None:
             link.meter.note(sum(record.nbytes.values()), record.busy.seconds, record.done_at - record.landed_at)
@@ -422,7 +430,18 @@ class ReceivingSide:
         if (incoming := self._incoming.get(key)) is not None:
             incoming.record.busy.end(time.monotonic())
             self._count(incoming.record, job, landed)
+            self._note_slots(incoming, job, landed)
         self.feed(key, SliceLanded(job.number, landed.units))
+
+    def _note_slots(self, incoming: _Incoming, job: LandingJob, landed: Landed) -> None:
+        link = self.links.get(job.source)
+        if link is None or link.unit_nbytes:
+            return
+        digests = {(unit.group, unit.ordinal): unit.digest for unit in landed.units}
+        for to in job.destinations:
+            generation = int(self._pools[to.pool].generations[to.slot])
+            digest = digests[to.group, to.ordinal]
+            incoming.landed.append(HashedUnit(to.group, to.ordinal, to.pool, to.slot, generation, digest))
 
     def _count(self, record: TransferRecord, job: LandingJob, landed: Landed) -> None:
         """Bytes are counted here and nowhere else: where they land."""

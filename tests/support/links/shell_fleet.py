@@ -205,7 +205,7 @@ class ShellFleet:
 
 
 @contextlib.contextmanager
-def fleet_context(plane: str, scale: float = 0.2) -> Iterator[None]:
+def fleet_context(plane: str, scale: float = 1.0) -> Iterator[None]:
     """What a fleet needs while it lives. Prompts wait for prefixes however long: tiny ones are computed in no time."""
     with trio_context(plane, scale), pytest.MonkeyPatch.context() as patch:
         patch.setattr(put_off, "SHARE_OF_COMPUTING", 1e6)
