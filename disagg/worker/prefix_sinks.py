@@ -49,6 +49,7 @@ NO_LINK: Final = "no link"
 NO_ROOM: Final = "no room"
 LATE: Final = "late"
 NOTHING: Final = "nothing there"
+NOT_WORTH_IT: Final = "computing is as fast"
 NOT_COPIED: Final = "cannot be copied to the device"
 """Why a prefix was given up, beside the reasons of transfers."""
 
@@ -130,6 +131,9 @@ class PrefixSinks:
         nbytes = leg.pairing.missing_nbytes(event.held)
         speed = self.receiving.gb_per_s(peer.incarnation)
         limit_s = self._put_off.limit_s(nbytes, speed, event.boundary - event.own, self._rates())
+        if not limit_s:
+            self._end(leg, NOT_WORTH_IT)
+            return
         leg.timer = asyncio.get_running_loop().call_later(limit_s, self._give_up, leg, LATE)
         leg.names.add_done_callback(lambda names: self._reach(leg, event))
 
@@ -229,7 +233,7 @@ class PrefixSinks:
     def _end(self, leg: _Leg, reason: str) -> None:
         """Nothing lands any more: compute."""
         log.info("a prefix of %d tokens was given up: %s", len(leg.dispatch.prompt), reason)
-        if reason not in (reasons.CANCELLED, NO_ROOM):
+        if reason not in (reasons.CANCELLED, NO_ROOM, NOT_WORTH_IT):
             self._send(TransferFailure(leg.key.transfer_id, leg.key.epoch, reason))
         self._submit(PrefixGivenUp(leg.attempt))
         self._forget(leg)

@@ -13,9 +13,9 @@ from disagg.transceiver.wire.messages.rates import MeasuredRates
 TIMES_ESTIMATE: Final = 2.0
 SHARE_OF_COMPUTING: Final = 0.25
 
-FIRST_LATENCY_S: Final = 0.05
-"""Of a transfer beside its bytes, before one was measured: six messages, and three turns of model threads that may be
-in a step of some 10 ms each."""
+FIRST_LATENCY_S: Final = 0.02
+"""Of a transfer beside its bytes, before one was measured: six messages, and three turns of model threads that are idle
+or in a step of a few ms."""
 
 KEPT: Final = 0.8
 """What is left of the mean when another transfer ended: the last five count."""
@@ -31,13 +31,15 @@ class PutOff:
         self._latency_s = FIRST_LATENCY_S
 
     def limit_s(self, nbytes: int, gb_per_s: float, num_tokens: int, rates: MeasuredRates) -> float:
-        """For a transfer of `nbytes` that saves the computing of `num_tokens`. Of unknown rates the transfer alone
-        decides.
+        """For a transfer of `nbytes` that saves the computing of `num_tokens`; 0 where it would be late anyway.
+
+        Of unknown rates the transfer alone decides.
         """
-        limit_s = TIMES_ESTIMATE * (self._latency_s + _wire_s(nbytes, gb_per_s))
+        estimate_s = self._latency_s + _wire_s(nbytes, gb_per_s)
         if rates.prefill_tokens_per_s <= 0:
-            return limit_s
-        return min(limit_s, SHARE_OF_COMPUTING * (rates.prompt_step_s + num_tokens / rates.prefill_tokens_per_s))
+            return TIMES_ESTIMATE * estimate_s
+        share_s = SHARE_OF_COMPUTING * (rates.prompt_step_s + num_tokens / rates.prefill_tokens_per_s)
+        return min(TIMES_ESTIMATE * estimate_s, share_s) if share_s >= estimate_s else 0.0
 
     def note(self, seconds: float, nbytes: int, gb_per_s: float) -> None:
         """A transfer came in time."""
