@@ -23,10 +23,11 @@ from disagg.engine.commands import (
     PrefixHitEvent,
     PrefixRoomEvent,
     PrefixWantedEvent,
+    ReservedEvent,
     UnitsFinalEvent,
 )
 from disagg.engine.recheck import PrefixRecheck
-from disagg.engine.sequence import PromptSequence, Stage
+from disagg.engine.sequence import PromptSequence, Reservation, Stage
 from disagg.transceiver.layout.required import runs_of
 from disagg.transceiver.wire.messages.values import GroupRuns, UnitName
 
@@ -46,6 +47,16 @@ class Beginnings:
             return [wanted]
         return self._check(prompt)
 
+    def reserve(self, reservation: Reservation) -> ReservedEvent:
+        """History first: blocks that no query will read are never allocated."""
+        request = reservation.request
+        cached = self._cache.open(reservation.key, request.sampling.cache_salt, reservation.precision)
+        reservation.cached, length = cached, request.num_known
+        held = self._cache.reserve(cached, request.known, capacity=length + 1)
+        assert held is not None, f"{reservation.key}: a promised slot was not there"
+        reservation.awaited = self._missing(cached, length, held)
+        return ReservedEvent(reservation.key, reservation.awaited)
+
     # --- another worker's blocks ----------------------------------------------------------------------------
 
     def make_room(self, prompt: PromptSequence, boundary: int) -> PrefixRoomEvent:
@@ -58,7 +69,8 @@ class Beginnings:
         tokens = prompt.token_ids[:boundary]
         held = self._cache.reserve(cached, tokens, capacity=boundary, among=prompt.known_here)
         prompt.enter(Stage.LANDING)
-        prompt.awaited = None if held is None else self._missing(prompt, boundary, held)
+        is_whole = held is not None and self._holds_what_it_said(prompt, boundary, held)
+        prompt.awaited = self._missing(cached, boundary, held) if held is not None and is_whole else None
         return PrefixRoomEvent(prompt.key, boundary, prompt.awaited)
 
     def take_landed(self, prompt: PromptSequence, partial: Sequence[UnitName]) -> list[EngineEvent]:
@@ -102,18 +114,24 @@ class Beginnings:
         prompt.cached = self._cache.open(prompt.key, prompt.request.sampling.cache_salt)
         return prompt.cached
 
-    def _missing(self, prompt: PromptSequence, boundary: int, held: Held) -> BlockSlots | None:
-        """(ordinal, slot) of what must come, per group; None where a block that the source was told of is gone."""
-        assert prompt.cached is not None
+    def _missing(self, cached: CachedSequence, length: int, held: Held) -> BlockSlots:
+        """(ordinal, slot) of what must come of the first `length` tokens, per group."""
         slots = []
-        for number, (group, table) in enumerate(zip(self._cache.layout.groups, prompt.cached.tables, strict=True)):
-            size = self._cache.layout.block_size
-            need = needed_ordinals(boundary, group.window, group.num_sink_tokens, size)
-            if len(np.intersect1d(need, prompt.known_here[number])) > len(held[number]):
-                return None
-            missing = np.setdiff1d(need, held[number])
+        for table, need, have in zip(cached.tables, self._needed(length), held, strict=True):
+            missing = np.setdiff1d(need, have)
             slots.append(tuple(zip(missing.tolist(), table[missing].tolist(), strict=True)))
         return tuple(slots)
+
+    def _holds_what_it_said(self, prompt: PromptSequence, boundary: int, held: Held) -> bool:
+        """Of the needed blocks that the source was told to be here, none is gone."""
+        said = map(np.intersect1d, self._needed(boundary), prompt.known_here)
+        return all(len(some) == len(have) for some, have in zip(said, held, strict=True))
+
+    def _needed(self, length: int) -> Held:
+        layout = self._cache.layout
+        return tuple(
+            needed_ordinals(length, group.window, group.num_sink_tokens, layout.block_size) for group in layout.groups
+        )
 
     def _reuse(self, prompt: PromptSequence, *, counts: bool) -> None:
         assert prompt.cached is not None

@@ -91,6 +91,7 @@ class Engine:
             max_num_batched_tokens=config.max_num_batched_tokens,
             swa_scratch=config.swa_scratch,
             recheck=self._recheck,
+            longest_fetched=config.max_model_len if config.role == "both" else 0,
         )
         self._lending = Lending(cache)
         self._counters = EngineCounters(scratch=cache.num_scratch)
@@ -154,6 +155,7 @@ class Engine:
             graphs=replace(self._graphs),
             num_dropped=self._counters.dropped,
             answer_tokens=self._counters.answer_tokens,
+            has_floor=scheduler.has_floor,
         )
 
     def _news(self) -> list[EngineEvent]:

@@ -46,6 +46,11 @@ class PeakSlots:
         """Whether an empty cache holds all of the request in prompt chunks."""
         return self._promises.fits_empty(self.of(request, total_tokens=request.total_tokens))
 
+    def of_longest(self, max_model_len: int) -> Peaks:
+        """Of a prompt as long as any."""
+        step = min(self._max_num_batched_tokens, max_model_len)
+        return peak_slots(self._layout, total_tokens=max_model_len, history=0, step_tokens=step)
+
     def beyond(self, sequence: Promised) -> tuple[int, int] | None:
         """(slots needed, slots there are) of the pool that could not hold the sequence even if it were empty."""
         pairs = zip(self._worst(sequence), self._promises.usable, strict=True)

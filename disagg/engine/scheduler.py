@@ -27,13 +27,10 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import replace
 
-import numpy as np
-
 from disagg.cache.admission import Promises
 from disagg.cache.budget import MAX_PREFILLS_PER_STEP
 from disagg.cache.cache import KVCache
 from disagg.cache.scratch import scratch_until
-from disagg.cache.window import needed_ordinals
 from disagg.engine.announce import unannounced
 from disagg.engine.batch import Work, scoring_of, share_tokens
 from disagg.engine.beginning import Beginnings
@@ -46,6 +43,7 @@ from disagg.engine.commands import (
     ReservedEvent,
     SoftDroppedEvent,
 )
+from disagg.engine.invariants import check_sequences
 from disagg.engine.promised import PeakSlots, Promised
 from disagg.engine.recheck import PrefixRecheck
 from disagg.engine.sequence import Claim, DecodingSequence, LiveSequence, PromptSequence, Reservation, Stage
@@ -68,7 +66,12 @@ class Scheduler:
         max_num_batched_tokens: int,
         swa_scratch: str = "off",
         recheck: PrefixRecheck | None = None,
+        longest_fetched: int = 0,
     ) -> None:
+        """`longest_fetched`: tokens of the longest prompt that is computed for others while room is reserved for what
+        others compute; 0 where a worker does one of both only. See `_set_floor`.
+        """
+        self._longest_fetched = longest_fetched
         self._cache, self._swa_scratch = cache, swa_scratch
         self._layout = replace(cache.layout, uses_scratch=cache.layout.uses_scratch and swa_scratch != "off")
         self.beginnings = Beginnings(cache, recheck or PrefixRecheck(cache, None))
@@ -147,6 +150,7 @@ class Scheduler:
     def add(self, sequence: Promised, *, urgent: bool = False) -> None:
         """Queue a new sequence; `admit` starts it."""
         assert sequence.key not in self._live
+        self._set_floor(sequence)
         self._put(sequence)
         if isinstance(sequence, PromptSequence) and sequence.is_soft:
             self._soft_line.add(sequence, sequence.request.priority)
@@ -154,6 +158,23 @@ class Scheduler:
             self._urgent.append(sequence)
         else:
             self._line.add(sequence, sequence.request.priority)
+
+    def _set_floor(self, sequence: Promised) -> None:
+        """From the first handoff on, keep room for one longest prompt that another worker fetches, in every pool.
+
+        Two workers that both compute for each other would else wait for each other, each with its pools full of
+        reservations. So the oldest fetched prompt waits for this worker's own sequences alone. Pools that could not
+        hold a longest request beside it have no floor.
+        """
+        if not self._longest_fetched or (isinstance(sequence, PromptSequence) and sequence.serves):
+            return
+        peaks, self._longest_fetched = self._peaks.of_longest(self._longest_fetched), 0
+        if all(2 * peak <= usable for peak, usable in zip(peaks, self._promises.usable, strict=True)):
+            self._promises.floor = peaks
+
+    @property
+    def has_floor(self) -> bool:
+        return self._promises.has_floor
 
     def pin(self, prompt: PromptSequence) -> None:
         """From here the prompt is not soft. One without blocks takes its place in the line, as the newest."""
@@ -218,6 +239,7 @@ class Scheduler:
     def admit(self) -> list[EngineEvent]:
         """Start all that may start, in order; to be called after whatever frees blocks or adds a sequence."""
         events: list[EngineEvent] = []
+        self._start_in_floor(events)
         while self._urgent:
             if not self._has_seat() or not self._make_room(self._urgent[0], events):
                 return events
@@ -231,6 +253,19 @@ class Scheduler:
             events += self._start(self._line.take())
         self._start_soft(events)
         return events
+
+    def _start_in_floor(self, events: list[EngineEvent]) -> None:
+        """Start fetched prompts, the oldest first, before all else: what is kept for them is no other's to wait for."""
+        if not self._promises.has_floor:
+            return
+        for prompt in [s for s in self._line if isinstance(s, PromptSequence) and s.claim is Claim.PINNED]:
+            peaks = self._peaks.at_start(prompt)
+            if not self._has_seat(is_fetched=True) or not self._promises.fits_floor(peaks):
+                return
+            if not self._make_room(prompt, events):
+                return
+            self._line.remove(prompt)
+            events += self._start(prompt)
 
     def _start_beside(self, head: Promised, events: list[EngineEvent]) -> None:
         """Start what the head of the line does not have to wait for longer."""
@@ -247,7 +282,7 @@ class Scheduler:
         for prompt in self._soft_line.first(LOOK_BEHIND):
             if not self._has_seat(with_soft=True):
                 return
-            if self._promises.try_promise(prompt.key, self._peaks.at_start(prompt)):
+            if self._promises.try_promise(prompt.key, self._peaks.at_start(prompt), is_exempt=True):
                 self._soft_line.remove(prompt)
                 events += self._start(prompt)
 
@@ -255,17 +290,22 @@ class Scheduler:
         self._promises.release(key)
         self._beside.forget(key)
 
-    def _has_seat(self, *, with_soft: bool = False) -> bool:
-        """Whether one more may be computed at once. Held prompts take no seat; soft ones none from the promised."""
+    def _has_seat(self, *, with_soft: bool = False, is_fetched: bool = False) -> bool:
+        """Whether one more may be computed at once. Held prompts take no seat; soft ones none from the promised.
+
+        Where there is a floor, one seat is kept for what is fetched.
+        """
         others = sum(_takes_seat(s) and (with_soft or not _is_soft(s)) for s in self.promised)
-        return len(self.answers) + others < self._max_num_seqs
+        kept = self._promises.has_floor and not is_fetched and self._max_num_seqs > 1
+        return len(self.answers) + others < self._max_num_seqs - kept
 
     def _make_room(self, sequence: Promised, events: list[EngineEvent]) -> bool:
         """Promise the sequence its peak; drop soft prompts for it, newest first, but only if that suffices."""
         peaks, soft = self._peaks.at_start(sequence), self.soft
-        if not self._promises.fits(peaks, without={prompt.key for prompt in soft}):
+        is_exempt = isinstance(sequence, PromptSequence) and not sequence.serves
+        if not self._promises.fits(peaks, without={prompt.key for prompt in soft}, is_exempt=is_exempt):
             return False
-        while not self._promises.try_promise(sequence.key, peaks):
+        while not self._promises.try_promise(sequence.key, peaks, is_exempt=is_exempt):
             events.append(self._drop(soft.pop()))
         return True
 
@@ -281,28 +321,11 @@ class Scheduler:
 
     def _start(self, sequence: Promised) -> list[EngineEvent]:
         if isinstance(sequence, Reservation):
-            salt = sequence.request.sampling.cache_salt
-            sequence.cached = self._cache.open(sequence.key, salt, sequence.precision)
-            return [self._reserve(sequence)]
+            return [self.beginnings.reserve(sequence)]
         events: list[EngineEvent] = []
         if sequence.claim is Claim.PINNED:
             events.append(PinnedEvent(sequence.key, sequence.compute_id))
         return events + self.beginnings.begin(sequence)
-
-    def _reserve(self, reservation: Reservation) -> ReservedEvent:
-        """History first: blocks that no query will read are never allocated."""
-        assert reservation.cached is not None
-        prompt_len = reservation.request.num_known
-        held = self._cache.reserve(reservation.cached, reservation.request.known, capacity=prompt_len + 1)
-        assert held is not None, f"{reservation.key}: a promised slot was not there"
-        slots = []
-        for group, table, have in zip(self._layout.groups, reservation.cached.tables, held, strict=True):
-            size = self._layout.block_size
-            needed = needed_ordinals(prompt_len, group.window, group.num_sink_tokens, size)
-            missing = np.setdiff1d(needed, have)
-            slots.append(tuple(zip(missing.tolist(), table[missing].tolist(), strict=True)))
-        reservation.awaited = tuple(slots)
-        return ReservedEvent(reservation.key, reservation.awaited)
 
     def _leave_lines(self, sequence: Promised) -> None:
         if sequence in self._urgent:
@@ -462,25 +485,7 @@ class Scheduler:
             assert self._kinds() == kept, "a sequence came or went unseen"
             self._by_kind = kept
         waiting = {sequence.key for line in (self._urgent, self._line, self._soft_line) for sequence in line}
-        for key, sequence in self._live.items():
-            assert sequence.key == key
-            if isinstance(sequence, PromptSequence):
-                waits = sequence.stage in (Stage.WAITING, Stage.PARKED)
-                assert waits == (sequence.cached is None), f"{key}: {sequence.stage.name}"
-            if sequence.cached is None:
-                assert self._promises.of(key) is None, f"{key} waits with a promise"
-                parked = isinstance(sequence, PromptSequence) and sequence.stage is Stage.PARKED
-                assert (key in waiting) != parked, f"{key} holds nothing and waits for nothing"
-            else:
-                assert key not in waiting, f"{key} waits with blocks"
-                self._check_promise(sequence)
-
-    def _check_promise(self, sequence: LiveSequence) -> None:
-        promised = self._promises.of(sequence.key)
-        assert promised is not None, f"{sequence.key} holds blocks without a promise"
-        assert sequence.cached is not None
-        held = self._cache.num_held(sequence.cached)
-        assert all(h <= p for h, p in zip(held, promised, strict=True)), f"{sequence.key}: {held} > {promised}"
+        check_sequences(self._live, waiting, self._promises, self._cache)
 
 
 def _is_soft(sequence: LiveSequence) -> bool:

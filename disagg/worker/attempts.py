@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
+from typing import Final
 
 from disagg.engine.commands import (
     AttemptKey,
@@ -75,10 +76,13 @@ from disagg.worker.metrics import WorkerMetrics
 from disagg.worker.pairing import Pairing
 from disagg.worker.prefix_sinks import PrefixSinks
 from disagg.worker.prefix_sources import PrefixSources
-from disagg.worker.request_state import RequestState
+from disagg.worker.request_state import RequestState, transfer_times
 from disagg.worker.taking_in import OnFault, Slots
 
 log = logging.getLogger(__name__)
+
+NO_ROOM_S: Final = 1.0
+"""Long against a step and a transfer, which may give room at any moment, short against a client's patience."""
 
 
 class Attempts:
@@ -93,8 +97,12 @@ class Attempts:
         *,
         fetch_wait_s: float,
         decode: Callable[[Decode, Slots, OnFault], None] | None = None,
+        lacks_floor: Callable[[], bool] = lambda: False,
     ) -> None:
-        """`decode`: takes a `Decode` with the slots whose KV landed; without it they are there already."""
+        """`decode`: takes a `Decode` with the slots whose KV landed; without it they are there already. `lacks_floor`:
+        whether reservations are held here in pools that keep no room for what others fetch.
+        """
+        self._lacks_floor = lacks_floor
         self._decode = decode or (lambda command, slots, on_fault: submit(command))
         self._submit, self._send, self._pair, self._metrics = submit, send, pair, metrics
         self._fetch_wait_s = fetch_wait_s
@@ -289,6 +297,7 @@ class Attempts:
             case ReservedEvent(key, slots):
                 self._start_receiving(state, slots)
             case PinnedEvent(key, compute_id):
+                state.has_room = True
                 self._feed_sender(key, Pinned(compute_id))
             case SoftDroppedEvent(key, compute_id):
                 self._feed_sender(key, SoftDropped(compute_id))
@@ -365,7 +374,7 @@ class Attempts:
 
     def pin(self, key: AttemptKey) -> None:
         if (state := self._live.get(key)) is not None:
-            state.is_pinned = True
+            state.is_pinned, state.pinned_at = True, time.monotonic()
             self._submit(Pin(key))
 
     def release_source(self, key: AttemptKey, reason: str) -> None:
@@ -393,7 +402,7 @@ class Attempts:
     def decode(self, key: AttemptKey, verified: Verified, record: TransferRecord) -> None:
         self._count(record, "verified")
         if (state := self._live.get(key)) is not None:
-            self._report(state, _times(state, record), record)
+            self._report(state, transfer_times(state, record), record)
             self._decode(Decode(key, verified, state.partial_blocks), state.reserved, self._cannot_copy)
             self._send_first_token(state, verified.first_token)  # the engine's next turn is a step away
             state.first_token_sent = True
@@ -425,9 +434,18 @@ class Attempts:
             if now >= state.deadline:
                 self._send(RequestFailed(key.transfer_id, key.epoch, 504, "the request's deadline passed"))
                 self.cancel(key, "deadline")
+            elif self._may_wait_in_a_circle(state, now):
+                self._feed_sender(key, ComputeFailed(reasons.NO_ROOM))
             elif self._waits_too_long(state, now):
                 state.soft_dropped = True
                 self._submit(DropSoft(key))
+
+    def _may_wait_in_a_circle(self, state: RequestState, now: float) -> bool:
+        """A fetched prompt without room, where room is kept for what others compute and there is no floor: its sink may
+        be waited for here, so one of both must let go.
+        """
+        waits_since = state.pinned_at if state.dispatch.mode == "prefill" and not state.has_room else None
+        return waits_since is not None and now - waits_since > NO_ROOM_S and self._lacks_floor()
 
     def _waits_too_long(self, state: RequestState, now: float) -> bool:
         unfetched = state.dispatch.mode == "prefill" and not state.is_pinned and not state.soft_dropped
@@ -470,18 +488,3 @@ def serves_of(dispatch: Dispatch, *, urgent: bool) -> Iterator[Serve]:
 def _of(state: RequestState) -> dict[str, str]:
     """Names a log line's request as the client and the other processes do."""
     return {"request_id": state.dispatch.request_id}
-
-
-def _times(state: RequestState, record: TransferRecord) -> StageTimes:
-    return StageTimes(tuple(_stages(state, record)))
-
-
-def _stages(state: RequestState, record: TransferRecord) -> Iterator[tuple[str, float]]:
-    """queue | transfer_wait | wire | verify: what passed between DISPATCH and the licence to decode, without a gap."""
-    reserved_at = state.reserved_at or state.arrived_at
-    first = record.first_slice_at or record.done_at
-    landed = max(first, record.landed_at)
-    yield "queue", reserved_at - state.arrived_at
-    yield "transfer_wait", first - reserved_at
-    yield "wire", landed - first
-    yield "verify", record.done_at - landed

@@ -191,6 +191,7 @@ class Registration:
             parts.metrics,
             fetch_wait_s=parts.settings.fetch_wait_s,
             decode=taking_in.decode,
+            lacks_floor=lambda: parts.model.stats.num_reserved > 0 and not parts.model.stats.has_floor,
         )
         attempts.sinks = sinks
         if hasher is not None and PREFIX in self._node.sends:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import time
 from collections import deque
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from disagg.engine.commands import Serve
+from disagg.transceiver.peers.decode_side import TransferRecord
 from disagg.transceiver.wire.messages.router import Dispatch
 from disagg.transceiver.wire.messages.values import AttemptKey, StageTimes, UnitName
 from disagg.worker.pairing import Pairing
@@ -21,6 +23,9 @@ class RequestState:
     arrived_at: float = field(default_factory=time.monotonic)
     reserved_at: float | None = None
     is_pinned: bool = False
+    pinned_at: float | None = None
+    has_room: bool = False
+    """The engine holds its blocks for a peer that fetches them."""
     soft_dropped: bool = False
     is_reported: bool = False
     """Where the prompt is computed for this worker's own answer: the router was told how long that took."""
@@ -62,3 +67,19 @@ class RequestState:
 
     def since_arrival(self, stage: str) -> StageTimes:
         return StageTimes(((stage, time.monotonic() - self.arrived_at),))
+
+
+def transfer_times(state: RequestState, record: TransferRecord) -> StageTimes:
+    """Of a handoff that landed here."""
+    return StageTimes(tuple(_stages(state, record)))
+
+
+def _stages(state: RequestState, record: TransferRecord) -> Iterator[tuple[str, float]]:
+    """queue | transfer_wait | wire | verify: what passed between DISPATCH and the licence to decode, without a gap."""
+    reserved_at = state.reserved_at or state.arrived_at
+    first = record.first_slice_at or record.done_at
+    landed = max(first, record.landed_at)
+    yield "queue", reserved_at - state.arrived_at
+    yield "transfer_wait", first - reserved_at
+    yield "wire", landed - first
+    yield "verify", record.done_at - landed

@@ -16,6 +16,7 @@ from support.model.engine_pair import LAYOUT, prompt_of
 from support.oracles.cache_oracle import needed_blocks, tiny_layout
 
 from disagg.cache.layout import CacheLayout
+from disagg.transceiver.wire import reasons
 from disagg.transceiver.wire.messages import peer as p
 from disagg.worker import put_off
 
@@ -328,3 +329,20 @@ def test_what_a_prefix_took_is_told_of_its_request() -> None:
         assert attempt["stages"]["p1"].keys() >= {"prefill", "prefix"}
 
     run(story)
+
+
+def test_workers_that_do_both_answer_crossing_prompts_in_pools_without_a_floor() -> None:
+    """Each is full of room for what the other computes: one lets go after a second, and the router decides anew."""
+
+    async def story(f: ShellFleet) -> None:
+        asking = []
+        for number in range(8):
+            f.forced = ("b0", "b1") if number % 2 else ("b1", "b0")
+            asking.append(asyncio.create_task(f.ask(prompt_of(34, 40 + number))))
+            await until(lambda count=number + 1: len(f.router._records) == count, "it was placed")
+        f.forced = None
+        await asyncio.gather(*asking)
+        outcomes = [f.router.record(f"request-{n + 1}")["attempts"][0]["outcome"] for n in range(8)]
+        assert any(reasons.NO_ROOM in outcome for outcome in outcomes), outcomes
+
+    run(story, roles={"b0": "both", "b1": "both"}, num_slots={"b0": (14, 40), "b1": (14, 40)})
