@@ -6,7 +6,8 @@
 torchaudio of PyPI have to go). Where it cannot be imported this says so and ends with 0. vLLM serves a copy of the
 model's folder in float32 and bfloat16 and enters with whichever is faster at a short trial; ours runs `--dtype auto`.
 Requests are streamed greedy completions of token ids of equal lengths, no two prompts alike. Figures are medians of the
-rounds: generated tokens a second over the whole load, time to the first token, and between tokens.
+rounds: generated tokens a second over the whole load, time to the first token and between tokens, and milliseconds of
+CPU that the server's processes took for a token, prompts included: what neighbours on a busy machine change least.
 """
 
 from __future__ import annotations
@@ -22,10 +23,11 @@ import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from importlib.resources import files
+from pathlib import Path
 
 import aiohttp
 from serve import NUM_PLAIN_IDS, SYSTEMS, free_port, quantile  # the neighbour file
@@ -78,12 +80,13 @@ class Figures:
     ttft_ms: float
     ttft_p90_ms: float
     itl_ms: float
+    cpu_ms: float
 
 
 NAMES = [name for name in LOADS if name != TRIAL]
 HEADER = (
-    "\n| load | system | tokens/s | TTFT median ms | TTFT p90 ms | per token ms "
-    "| tokens/s, of vLLM's | TTFT, of vLLM's |\n" + "|---" * 8 + "|"
+    "\n| load | system | tokens/s | TTFT median ms | TTFT p90 ms | per token ms | CPU ms a token "
+    "| tokens/s, of vLLM's | TTFT, of vLLM's | CPU, of vLLM's |\n" + "|---" * 10 + "|"
 )
 Make = Callable[[], tuple[list[str], int, dict[str, str]]]  # a command, its port, its environment
 
@@ -91,8 +94,29 @@ Make = Callable[[], tuple[list[str], int, dict[str, str]]]  # a command, its por
 # --- servers ------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True, slots=True)
+class Server:
+    """Where it answers, and its first process."""
+
+    url: str
+    pid: int
+
+    def cpu_s(self) -> float:
+        """CPU seconds so far of this process and of all that it and its children started."""
+        stats = {}
+        for folder in Path("/proc").glob("[0-9]*"):
+            with suppress(OSError):  # ended meanwhile
+                fields = (folder / "stat").read_text().rpartition(") ")[2].split()
+                stats[int(folder.name)] = int(fields[1]), int(fields[11]) + int(fields[12])
+        family = {self.pid}
+        while more := {pid for pid, (parent, _) in stats.items() if parent in family} - family:
+            family |= more
+        ticks = sum(stats[pid][1] for pid in family if pid in stats)
+        return ticks / os.sysconf("SC_CLK_TCK")
+
+
 @asynccontextmanager
-async def server(command: Sequence[str], port: int, environment: dict[str, str]) -> AsyncIterator[str]:
+async def server(command: Sequence[str], port: int, environment: dict[str, str]) -> AsyncIterator[Server]:
     """A running server in its own process group; what it says goes to a file named by `AGAINST_VLLM_LOG`, if any."""
     log = open(os.environ.get("AGAINST_VLLM_LOG", os.devnull), "a")  # noqa: SIM115, ASYNC230 (kept by the child)
     process = await asyncio.create_subprocess_exec(
@@ -105,7 +129,7 @@ async def server(command: Sequence[str], port: int, environment: dict[str, str])
                 if process.returncode is not None:
                     raise SystemExit(f"error: `{' '.join(command[:6])} ...` ended with code {process.returncode}")
                 await asyncio.sleep(0.2)
-        yield url
+        yield Server(url, process.pid)
     finally:
         if process.returncode is None:
             process.send_signal(signal.SIGTERM)
@@ -160,7 +184,7 @@ async def request(session: aiohttp.ClientSession, url: str, prompt: list[int], n
     return Sample(first - sent, last - first, num_tokens)
 
 
-async def measure(url: str, load: Load, seed: int) -> Figures:
+async def measure(server: Server, load: Load, seed: int) -> Figures:
     draw, gate = random.Random(seed), asyncio.Semaphore(load.in_flight)  # noqa: S311 (repeatable, not secret)
     lengths = [load.prompt_lengths[i % len(load.prompt_lengths)] for i in range(load.num_requests)]
     prompts = [[2, *(draw.randrange(*NUM_PLAIN_IDS) for _ in range(length - 1))] for length in lengths]
@@ -169,15 +193,16 @@ async def measure(url: str, load: Load, seed: int) -> Figures:
 
         async def one(prompt: list[int]) -> Sample:
             async with gate:
-                return await request(session, url, prompt, load.num_new)
+                return await request(session, server.url, prompt, load.num_new)
 
-        began = time.perf_counter()
+        began, cpu_s = time.perf_counter(), server.cpu_s()
         samples = await asyncio.gather(*map(one, prompts))
-        wall_s = time.perf_counter() - began
+        wall_s, cpu_s = time.perf_counter() - began, server.cpu_s() - cpu_s
     ttft = [sample.ttft_s * 1e3 for sample in samples]
     itl = [sample.rest_s * 1e3 / (sample.num_tokens - 1) for sample in samples]
-    speed = sum(sample.num_tokens for sample in samples) / wall_s
-    return Figures(speed, statistics.median(ttft), quantile(ttft, 0.9), statistics.median(itl))
+    num_tokens = sum(sample.num_tokens for sample in samples)
+    times = statistics.median(ttft), quantile(ttft, 0.9), statistics.median(itl)
+    return Figures(num_tokens / wall_s, *times, cpu_s * 1e3 / num_tokens)
 
 
 # --- the run ------------------------------------------------------------------------------------------------
@@ -188,9 +213,9 @@ async def faster_dtype(python: str) -> str:
     speeds = {}
     for dtype in ("float32", "bfloat16"):
         command, port, environment = vllm(python, dtype)
-        async with server(command, port, environment) as url:
-            await measure(url, LOADS[TRIAL], seed=1)
-            speeds[dtype] = (await measure(url, LOADS[TRIAL], seed=2)).tokens_per_s
+        async with server(command, port, environment) as running:
+            await measure(running, LOADS[TRIAL], seed=1)
+            speeds[dtype] = (await measure(running, LOADS[TRIAL], seed=2)).tokens_per_s
         print(f"vLLM in {dtype}: {speeds[dtype]:.0f} tokens/s at the trial", file=sys.stderr, flush=True)
     return max(speeds, key=speeds.__getitem__)
 
@@ -204,10 +229,10 @@ async def run(options: argparse.Namespace) -> None:
         for name, make in systems.items():
             print(f"round {number + 1} of {options.rounds}: {name}", file=sys.stderr, flush=True)
             command, port, environment = make()
-            async with server(command, port, environment) as url:
-                await measure(url, LOADS[TRIAL], seed=0)  # links, allocators, kernels chosen at the first shapes
+            async with server(command, port, environment) as running:
+                await measure(running, LOADS[TRIAL], seed=0)  # links, allocators, kernels chosen at the first shapes
                 for load in options.loads:
-                    found.setdefault((load, name), []).append(await measure(url, LOADS[load], seed=1000 + number))
+                    found.setdefault((load, name), []).append(await measure(running, LOADS[load], seed=1000 + number))
     print(circumstances(f"vLLM {version_of(options.vllm)}", f"{options.rounds} rounds"))
     print(HEADER)
     for (load, name), rounds in sorted(found.items(), key=lambda item: options.loads.index(item[0][0])):
@@ -228,8 +253,10 @@ def _median(rounds: Sequence[Figures]) -> Figures:
 
 
 def _row(load: str, name: str, mine: Figures, theirs: Figures) -> None:
-    ratios = f"{mine.tokens_per_s / theirs.tokens_per_s:.2f} x | {mine.ttft_ms / theirs.ttft_ms:.2f} x"
-    numbers = f"{mine.tokens_per_s:.0f} | {mine.ttft_ms:.0f} | {mine.ttft_p90_ms:.0f} | {mine.itl_ms:.1f}"
+    names = ("tokens_per_s", "ttft_ms", "cpu_ms")
+    ratios = " | ".join(f"{getattr(mine, name) / getattr(theirs, name):.2f} x" for name in names)
+    times = f"{mine.ttft_ms:.0f} | {mine.ttft_p90_ms:.0f} | {mine.itl_ms:.1f}"
+    numbers = f"{mine.tokens_per_s:.0f} | {times} | {mine.cpu_ms:.2f}"
     print(f"| {load} | {name} | {numbers} | {ratios} |")
 
 

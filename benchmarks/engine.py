@@ -15,8 +15,8 @@ in and computes its prompts: no time here depends on values.
 `bare` is what overhead is measured against: the forward of the same modules for the same tokens, with attention over K
 and V that lie ready, contiguous and without padding, in one call per layer (`scaled_dot_product_attention`, queries
 packed by kv head, no mask). Nothing is stored, gathered, scheduled or sampled. Overhead is step / bare - 1, once
-against the modules as transformers has them, once against those the engine runs, whose linear layers are packed. Only
-equal lengths have it: without a gather no one call attends over ragged lengths.
+against the modules as transformers has them, once against those with the engine's packed linear layers. Only equal
+lengths have it: without a gather no one call attends over ragged lengths.
 
 `--cpu-time` counts CPU time of the process, which with one thread says on a busy machine what wall time would on a
 quiet one, save what neighbours do to caches; with more it counts threads that wait for each other.
@@ -51,23 +51,23 @@ from disagg.cache.layout import LayerSpec, derive_layout
 from disagg.engine.commands import AttemptKey, Release, Serve
 from disagg.engine.engine import Engine, EngineConfig
 from disagg.engine.model import hf
+from disagg.engine.model.cpu_layers import suit_cpu
 from disagg.engine.model.load import LoadedModel, load_model
 from disagg.engine.model.packed_linear import pack_linears
 from disagg.engine.model.probe import probe
 from disagg.engine.run.runner import Chunk, Runner
-from disagg.kernels import native_attention
+from disagg.kernels import native_attention, native_layers, native_matmul
 from disagg.kernels.dispatch import CALLS
+from disagg.kernels.native_decoder import DECODER
 from disagg.transceiver.wire.messages.values import Sampling
 
 BLOCK_SIZE = 16
 LONGEST = 512
 HEAD_START = 40  # more steps than the engine needs to take up all prompts: it begins 8 at once
 # What a worker here decodes with: its name, and what the dispatcher counts.
-OUR_PATH = (
-    ("compiled", (native_attention.ATTENTION, native_attention.WRITE, "packed_linear"))
-    if native_attention.is_loaded()
-    else ("torch", ("torch:paged_attention", "packed_linear"))
-)
+IN_PARTS = ("compiled", (native_attention.ATTENTION, native_layers.QKV, native_layers.NORM, "packed_linear"))
+WHOLE = ("whole compiled layers", (DECODER, "packed_linear"))
+IN_TORCH = ("torch", ("torch:paged_attention", "packed_linear"))
 MIXED_KINDS = ["full_attention" if i % 4 == 3 else "sliding_attention" for i in range(12)]
 Seconds = list[float]
 _hf: Any = hf.transformers  # type: ignore[attr-defined]  # through the one module that imports it
@@ -148,8 +148,22 @@ MODELS: dict[str, Callable[[], LoadedModel]] = {"demo": demo_model, "100m": rand
 # --- contenders ---------------------------------------------------------------------------------------------
 
 
+def our_path() -> tuple[str, tuple[str, ...]]:
+    """What decodes here with as many threads as there are now."""
+    if not native_layers.is_loaded():
+        return IN_TORCH
+    return WHOLE if native_matmul.serves(torch.float32) else IN_PARTS
+
+
+def suited(model: LoadedModel) -> LoadedModel:
+    """`model` as a worker on a CPU runs it, beside the original, for as many threads as there are now."""
+    module = copy.deepcopy(model.module)
+    suit_cpu(module)
+    return replace(model, module=module)
+
+
 def packed(model: LoadedModel) -> LoadedModel:
-    """`model` as a worker on a CPU runs it, beside the original."""
+    """`model` with the linear layers that workers have, and nothing else of theirs."""
     module = copy.deepcopy(model.module)
     pack_linears(module)
     return replace(model, module=module)
@@ -174,6 +188,7 @@ class Ours:
 
     def __init__(self, model: LoadedModel, max_batch: int, longest: int) -> None:
         self._model, self._number = model, 0
+        self.path = our_path()
         layout = derive_layout(model.layers, block_size=BLOCK_SIZE, max_model_len=longest)
         per_sequence = layout.num_blocks(longest) + 2
         num_slots = [2 + max_batch * per_sequence * len(layout.groups)] * layout.num_pools
@@ -189,7 +204,7 @@ class Ours:
         """Seconds of each step. SystemExit where they did not take the path that the table claims."""
         CALLS.clear()
         times = self._run(load)
-        if missing := [name for name in OUR_PATH[1] if not CALLS[name]]:
+        if missing := [name for name in self.path[1] if not CALLS[name]]:
             raise SystemExit(f"error: {self.name}: `{missing[0]}` was not counted, but {dict(CALLS)}")
         return times
 
@@ -355,10 +370,9 @@ class Contest:
 
     def __init__(self, name: str, model: LoadedModel, batches: Sequence[int], num_steps: int, *, cb: bool) -> None:
         self.name, self._batches, self._num_steps = name, batches, num_steps
-        fast = packed(model)
-        self.ours = Ours(fast, max(batches), LONGEST + num_steps + HEAD_START)
+        self.ours = Ours(suited(model), max(batches), LONGEST + num_steps + HEAD_START)
         self.generates = [Generate(model, cache) for cache in ("DynamicCache", "StaticCache")]
-        self.bares = [Bare(model), Bare(fast, "bare, packed")]
+        self.bares = [Bare(model), Bare(packed(model), "bare, packed")]
         self.batching = ContinuousBatching(model) if cb else None
 
     def rows(self, turns: int) -> Iterator[str]:
@@ -417,13 +431,13 @@ def main() -> None:
     cores = os.cpu_count() or 1
     threads = options.threads or sorted({1, cores} if options.full else {cores})
     steps = {"demo": 32 if options.full else 16, "100m": 16 if options.full else 4}
-    print(circumstances(f"transformers {_hf.__version__}", f"{OUR_PATH[0]} decode attention"))
+    print(circumstances(f"transformers {_hf.__version__}"))
     print("\n" + HEADER)
     for name in options.models:
         batching = (options.full or name == "demo") and not options.cpu_time
-        contest = Contest(name, MODELS[name](), options.batches, steps[name], cb=batching)
         for number in threads:
-            torch.set_num_threads(number)
+            torch.set_num_threads(number)  # before the model is made ready: what multiplies depends on it
+            contest = Contest(name, MODELS[name](), options.batches, steps[name], cb=batching)
             for row in contest.rows(options.turns):
                 print(row, flush=True)
     print("\nload at the end: " + ", ".join(f"{value:.1f}" for value in os.getloadavg()))

@@ -92,7 +92,7 @@ class Forward:
 def rows(name: str, options: argparse.Namespace) -> None:
     model = MODELS[name]()
     lengths = [length for length in options.lengths if length <= MAX_POSITIONS.get(name, length)]
-    ours = Ours(replace(contest.packed(model), max_position_embeddings=max(lengths) + 16), max(lengths), options.step)
+    ours = Ours(replace(contest.suited(model), max_position_embeddings=max(lengths) + 16), max(lengths), options.step)
     contenders: dict[str, Ours | Forward] = {"ours": ours, "forward": Forward(model)}
     for length in lengths:
         times: dict[str, list[float]] = {name_of: [] for name_of in contenders}

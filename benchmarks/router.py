@@ -163,6 +163,11 @@ def loop_lag_ms(url: str) -> tuple[float, int]:
     return next(1e3 * float(edge) for edge, count in pairs if float(count) >= 0.99 * total), int(total)
 
 
+def workers_of(url: str) -> list[Any]:
+    found: list[Any] = json.loads(urllib.request.urlopen(f"{url}/workers").read())["workers"]  # noqa: S310  # as above
+    return found
+
+
 async def tokens(options: argparse.Namespace) -> None:
     """Streams at full speed: CPU per token, and what a worker that can do more is slowed to."""
     async with router() as hub, fleet(hub.said["control"], options.pairs, options.step_s) as workers:
@@ -262,8 +267,10 @@ async def idle_fleet(options: argparse.Namespace) -> None:
             before, began_at = hub.cpu_s(), time.perf_counter()
             await asyncio.sleep(options.idle_s)
             share = (hub.cpu_s() - before) / (time.perf_counter() - began_at)
+            there = len(workers_of(hub.said["url"]))
             print(
-                f"fleet: {pairs}+{pairs} workers registered in {workers.said['seconds']:.2f} s, the last pair in "
+                f"fleet: {there} of {pairs}+{pairs} workers are registered, all within "
+                f"{workers.said['seconds']:.2f} s, the last pair in "
                 f"{1e3 * workers.said['last_seconds']:.0f} ms, idle {share:.0%} of a core, "
                 f"{(hub.memory_mib() - before_mib) * 1024 / (2 * pairs):.0f} KiB and "
                 f"{hub.num_descriptors() / (2 * pairs):.1f} descriptors per worker"

@@ -1,12 +1,14 @@
 """Time to first token and throughput of the bundled model: prefill and decode apart, against workers that do both.
 
-    .venv/bin/python benchmarks/serve.py [--requests 32] [--in-flight 8] [--rounds 2] [--overlap | --against TREE]
+    .venv/bin/python benchmarks/serve.py [--requests 32] [--in-flight 8] [--rounds 2]
+        [--overlap | --mix | --against TREE]
 
 The two systems have the same number of processes, cores and bytes, get the same prompts, and take turns, so that a
 neighbour on the machine disturbs both. Prints a Markdown table and what it takes to repeat it. *Exposed* is what a
 request waits for its transfer after its prompt is computed, by the timeline of `/requests/{id}`. With `--overlap` the
 systems are prefill and decode apart both times: prompts in many steps, so that blocks leave while later ones are
 computed, and in one step, after which everything moves at once: the same transfer with nothing to hide behind.
+With `--mix` short and long prompts are computed always apart, apart when that is estimated to pay, and never.
 With `--against TREE`, another checkout with its compiled helper built, it is prefill and decode apart of that tree and
 of this one, with short prompts alone.
 """
@@ -44,6 +46,11 @@ OVERLAP = {
 }
 APART = SYSTEMS["1 prefill + 1 decode"]
 AGAINST = ("TREE", "this tree")
+MIX = {
+    "always apart": [*APART, "--max-local-prefill", "0"],
+    "apart when it pays": [*APART, "--max-local-prefill", "256"],
+    "never apart": ["--prefill", "0", "--decode", "0", "--both", "2", "--policy", "least-loaded"],
+}
 EXPOSED_STAGES = ("transfer_wait", "wire", "verify")
 PROMPT_LENGTHS = (48, 400)  # tokens: below the window of 64, and several windows
 NUM_NEW_TOKENS = 48
@@ -61,6 +68,9 @@ class Sample:
     exposed_s: float = 0.0
     second_s: float = 0.0
     """From the first token to the second."""
+    prompt_len: int = 0
+    is_local: bool = False
+    """Whether one worker alone served it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,7 +183,9 @@ async def request(session: aiohttp.ClientSession, urls: Urls, prompt: list[int])
     total_s = time.perf_counter() - sent
     async with session.get(f"{urls.admin}/requests/{request_id}") as answer:
         record = await answer.json()
-    return Sample(at[0] - sent, total_s, len(at), exposed_s(record["timeline"]), at[1] - at[0])
+    is_local = record["attempts"][-1]["prefill"] is None
+    exposed = exposed_s(record["timeline"])
+    return Sample(at[0] - sent, total_s, len(at), exposed, at[1] - at[0], len(prompt), is_local)
 
 
 async def measure(urls: Urls, work: Sequence[list[int]], in_flight: int) -> Round:
@@ -192,7 +204,7 @@ async def measure(urls: Urls, work: Sequence[list[int]], in_flight: int) -> Roun
 
 
 async def run(options: argparse.Namespace) -> None:
-    systems = OVERLAP if options.overlap else dict.fromkeys(AGAINST, APART) if options.against else SYSTEMS
+    systems = systems_of(options)
     lengths = PROMPT_LENGTHS[:1] if options.against else PROMPT_LENGTHS
     found: dict[str, list[Round]] = {name: [] for name in systems}
     for number in range(options.rounds):
@@ -208,6 +220,16 @@ async def run(options: argparse.Namespace) -> None:
     print("|---|---|---|---|---|---|---|")
     for name, rounds in found.items():
         print(row(name, rounds))
+        for length in lengths if options.mix else ():
+            some = [Round([s for s in one.samples if s.prompt_len == length], one.wall_s) for one in rounds]
+            share = statistics.mean(sample.is_local for one in some for sample in one.samples)
+            print(row(f"{name}, {length} tokens, {share:.0%} by one worker", some))
+
+
+def systems_of(options: argparse.Namespace) -> Mapping[str, Sequence[str]]:
+    if options.against:
+        return dict.fromkeys(AGAINST, APART)
+    return OVERLAP if options.overlap else MIX if options.mix else SYSTEMS
 
 
 def main() -> None:
@@ -217,6 +239,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=2)
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--overlap", action="store_true")
+    what.add_argument("--mix", action="store_true")
     what.add_argument("--against", type=lambda tree: Path(tree).resolve(), metavar="TREE")
     asyncio.run(run(parser.parse_args()))
 

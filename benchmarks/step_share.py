@@ -27,6 +27,7 @@ from disagg.cache.layout import derive_layout
 from disagg.engine import engine as engine_module
 from disagg.engine.commands import AttemptKey, Serve
 from disagg.engine.engine import Engine, EngineConfig
+from disagg.engine.model.cpu_layers import suit_cpu
 from disagg.engine.model.load import load_model
 from disagg.engine.run.runner import Runner
 from disagg.transceiver.wire.messages.values import Sampling
@@ -59,6 +60,7 @@ class Stopwatch:
 
 def make_engine(forward: Stopwatch) -> Engine:
     model = load_model(Path(str(files("disagg") / "demo_model")), dtype="float32")
+    suit_cpu(model.module)  # as a worker does
     layout = derive_layout(model.layers, block_size=16, max_model_len=MAX_MODEL_LEN)
     config = EngineConfig(role="both", max_num_seqs=64, max_num_batched_tokens=512, max_model_len=MAX_MODEL_LEN)
     num_slots = split_budget(

@@ -77,7 +77,12 @@ def create_admin_app(backend: AdminBackend) -> ASGIApp:
     """Administration. It has no key of its own: bind it to loopback."""
     admin = AdminRoutes(backend)
     return _application(
-        [Route("/requests/{request_id:path}", admin.request), Route("/workers", admin.workers)], NO_KEYS
+        [
+            Route("/requests/{request_id:path}", admin.request),
+            Route("/workers", admin.workers),
+            Route("/workers/{worker_id:path}/drain", admin.drain, methods=["POST", "DELETE"]),
+        ],
+        NO_KEYS,
     )
 
 

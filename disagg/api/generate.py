@@ -100,7 +100,8 @@ class GenerateEndpoint:
             name = request_id if is_only else f"{request_id}-{len(choices) // params.n}"
             request = GenerationRequest(name, prompt, sampling, params.priority, tenant, timeout_s)
             for _ in range(params.n):
-                await asyncio.sleep(0)  # a choice takes up to a millisecond to make: a turn for others between them
+                if choices:
+                    await asyncio.sleep(0)  # a choice takes up to a millisecond to make: a turn for others between them
                 choices.append(self._choice(params, len(choices), request, echo))
         return choices
 
@@ -134,12 +135,25 @@ class GenerateEndpoint:
 
 
 async def while_connected(receive: Receive, work: Coroutine[Any, Any, None]) -> None:
-    """Run `work` to its end, or cancel it when the client leaves. The request's body must have been read."""
-    async with asyncio.TaskGroup() as group:
-        worker = group.create_task(work)
-        watcher = group.create_task(_disconnected(receive))
-        worker.add_done_callback(lambda _: watcher.cancel())
-        watcher.add_done_callback(lambda _: worker.cancel())
+    """Await `work`, or cancel it when the client leaves. The request's body must have been read."""
+    connected = asyncio.timeout(None)  # ends the work where it stands, and tells that from the server's cancellation
+
+    def leave(watcher: asyncio.Task[None]) -> None:
+        if not watcher.cancelled():
+            connected.reschedule(0)
+
+    try:
+        async with connected:
+            watcher = asyncio.create_task(_disconnected(receive))
+            watcher.add_done_callback(leave)
+            try:
+                await work
+            finally:
+                watcher.remove_done_callback(leave)
+                watcher.cancel()
+    except TimeoutError:
+        if not connected.expired():
+            raise
 
 
 async def _disconnected(receive: Receive) -> None:

@@ -5,11 +5,15 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gc
+import logging
 import os
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
+
+import zmq
 
 from disagg.api.app import check_text, create_admin_app, open_app
 from disagg.api.http.acceptor import BACKLOG
@@ -20,15 +24,21 @@ from disagg.api.settings import ApiSettings
 from disagg.config.api_keys import ApiKey, api_keys
 from disagg.config.descriptors import raise_descriptor_limit
 from disagg.config.errors import ConfigError, found_in
+from disagg.config.event_keys import read_event_keys
+from disagg.config.quantities import endpoint_host
 from disagg.config.resources import num_api_processes, num_cores
 from disagg.config.settings import RouterSettings
 from disagg.config.signals import heeded_signals
 from disagg.engine.model.checkpoint import ModelRefused, fingerprint, generation_defaults, resolve_model
+from disagg.router.index.publisher import PublishOptions
+from disagg.router.index.remote import PrefixIndex
 from disagg.router.router import Router, RouterOptions
 from disagg.router.tenants import TenantLimits
 from disagg.transceiver.wire.errors import EndpointRefused
 from disagg.transceiver.wire.keys import ClusterKeys
 from disagg.transceiver.wire.sockets import bracketed
+
+log = logging.getLogger(__name__)
 
 Announce = Callable[[dict[str, Any]], None]
 
@@ -61,6 +71,10 @@ async def _serve(
         with _reading(folder):
             options = _router_options(settings, folder, clients)
         router = await stack.enter_async_context(Router.open(control, keys, options))
+        if settings.policy == "prefix-aware" or settings.kv_events is not None:
+            publish, tokens = _publish_options(settings, keys), settings.kv_events_tokens
+            index = PrefixIndex.open(keys.prefix_hash, router.ask_blocks, publish, tokens=tokens)
+            router.use(await stack.enter_async_context(index))
         with _reading(folder):
             api_settings = _api_settings(settings, folder, clients)
             check_text(api_settings)
@@ -127,6 +141,21 @@ def _router_options(settings: RouterSettings, folder: Path, clients: Sequence[Ap
         tenants={key.tenant: TenantLimits(key.weight, key.max_requests, key.max_tokens) for key in clients},
         connect=settings.connect,
     )
+
+
+def _publish_options(settings: RouterSettings, keys: ClusterKeys) -> PublishOptions | None:
+    """Where cached blocks are published. Raises ConfigError for a file of keys that cannot be used."""
+    if settings.kv_events is None:
+        if settings.kv_events_tokens or settings.kv_events_keys is not None:
+            raise ConfigError("`--kv-events-tokens` and `--kv-events-keys` say how: say where too, with `--kv-events`")
+        return None
+    host, port = endpoint_host(settings.kv_events), urlsplit(settings.kv_events).port or 0
+    replay = f"tcp://{bracketed(host)}:{port + 1 if port else 0}"
+    allowed = read_event_keys(settings.kv_events_keys) if settings.kv_events_keys is not None else ()
+    if allowed:
+        log.info("subscribers to cached blocks need this public key: %s", zmq.curve_public(keys.event_curve).decode())
+    secret = keys.event_curve if allowed else b""
+    return PublishOptions(settings.kv_events, replay, keys.event_hash, settings.served_name, secret, allowed)
 
 
 def _api_settings(settings: RouterSettings, folder: Path, clients: Sequence[ApiKey]) -> ApiSettings:

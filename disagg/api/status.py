@@ -82,6 +82,13 @@ class AdminRoutes:
     async def workers(self, request: Request) -> Response:
         return await _workers(self._backend)
 
+    async def drain(self, request: Request) -> Response:
+        """POST: empty the worker, whose answers go on elsewhere. DELETE: give it requests again."""
+        worker_id, draining = request.path_params["worker_id"], request.method == "POST"
+        if not self._backend.drain(worker_id, draining):
+            raise ApiError(404, f"no worker `{worker_id}` is registered", code="worker_not_found")
+        return json_response({"worker": worker_id, "draining": draining})
+
 
 async def _workers(backend: Backend) -> Response:
     return json_response({"workers": await settled(backend.workers)})

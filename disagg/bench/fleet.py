@@ -14,7 +14,7 @@ import json
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any, Final
 
@@ -22,6 +22,7 @@ from disagg.bench.direct import serve_directly
 from disagg.config.demo import demo_model_folder
 from disagg.config.descriptors import raise_descriptor_limit
 from disagg.engine.model.checkpoint import fingerprint
+from disagg.transceiver.wire.errors import first_cause
 from disagg.transceiver.wire.keys import ClusterKeys
 from disagg.transceiver.wire.messages.ranges import MAX_LEASED
 from disagg.transceiver.wire.messages.router import (
@@ -37,12 +38,16 @@ from disagg.transceiver.wire.messages.tokens import Tokens
 from disagg.transceiver.wire.messages.values import Geometry, GroupSemantics, Identity
 from disagg.transceiver.wire.node import Node, draw_id
 from disagg.transceiver.wire.sockets import Sockets
-from disagg.worker.router_link import RouterLink
+from disagg.worker.router_link import RouterLink, RouterLost
 from disagg.worker.vitals import Vitals
 
 MAX_MODEL_LEN: Final = 1 << 18
 GEOMETRY: Final = Geometry(16, "float32", (GroupSemantics(None, 0, 2, 16, (0,)),), (4096,))
 KEYS: Final = ClusterKeys.published()
+MAX_PULSES: Final = 128
+"""Workers with pulses, each of which takes a thread here; the others live by their leases."""
+AT_ONCE: Final = 64
+"""Workers that register at the same time, which this one process can answer for."""
 SETTLE_S: Final = 2.0
 """Until a fleet that has registered at once does nothing but lease."""
 TOKEN_IDS: Final = range(300, 1324)
@@ -82,7 +87,7 @@ class FakeAnswer:
 
 @dataclass(slots=True)
 class FakeWorker:
-    """One registration. `running` is what its steps emit for, `waiting` what has no seat yet."""
+    """One worker. `running` is what its steps emit for, `waiting` what has no seat yet."""
 
     node: Node
     role: str
@@ -91,6 +96,7 @@ class FakeWorker:
     waiting: dict[str, FakeAnswer] = field(default_factory=dict)
     running: dict[str, FakeAnswer] = field(default_factory=dict)
     links: dict[str, LinkStatus] = field(default_factory=dict)
+    has_work: asyncio.Event = field(default_factory=asyncio.Event)
     num_emitted: int = 0
     link: RouterLink | None = None
 
@@ -124,6 +130,7 @@ class FakeWorker:
                     pass
                 case Dispatch() as dispatch:
                     self.waiting[dispatch.transfer_id] = FakeAnswer(dispatch)
+                    self.has_work.set()
                 case CancelRequest(transfer_id=transfer_id):
                     self.running.pop(transfer_id, None)
                     self.waiting.pop(transfer_id, None)
@@ -137,6 +144,9 @@ class FakeWorker:
     async def _step_on(self, link: RouterLink) -> None:
         due = time.monotonic()
         while True:
+            if not self.waiting and not self.running:
+                self.has_work.clear()
+                await self.has_work.wait()
             due = max(due + self.step_s, time.monotonic())
             await asyncio.sleep(due - time.monotonic())
             self._step(link)
@@ -155,15 +165,15 @@ class FakeWorker:
                 del self.running[transfer_id]
 
 
-class Fleet:
+class FakeFleet:
     """Registers workers at one router, each in a task of its own, and says how long that took."""
 
-    def __init__(self, router: str, step_s: float, *, with_pulses: bool, num_seats: int = MAX_LEASED) -> None:
-        self._router, self._step_s, self._with_pulses = router, step_s, with_pulses
-        self._num_seats = num_seats
+    def __init__(self, router: str, step_s: float, *, num_seats: int = MAX_LEASED) -> None:
+        self._router, self._step_s, self._num_seats = router, step_s, num_seats
         self._sockets = Sockets(KEYS)
         self._running: list[asyncio.Task[None]] = []
         self.workers: list[FakeWorker] = []
+        self.num_losses = 0
 
     async def register(self, *roles: str) -> float:
         """One worker of each role: seconds until all of them are registered."""
@@ -171,12 +181,22 @@ class Fleet:
         for role, event in zip(roles, ready, strict=True):
             name = f"{role}-{len(self.workers)}"
             worker = FakeWorker(Node(draw_id(), name, identity(), GEOMETRY, KEYS), role, self._step_s, self._num_seats)
-            vitals = Vitals(self._sockets, lambda: True) if self._with_pulses else None
+            vitals = Vitals(self._sockets, lambda: True) if len(self.workers) < MAX_PULSES else None
             self.workers.append(worker)
-            run = worker.run(self._router, self._sockets, vitals, event.set)
-            self._running.append(asyncio.create_task(run))
+            self._running.append(asyncio.create_task(self._keep(worker, vitals, event.set)))
         await asyncio.gather(*(event.wait() for event in ready))
         return time.monotonic() - began_at
+
+    async def _keep(self, worker: FakeWorker, vitals: Vitals | None, on_ready: Callable[[], None]) -> None:
+        """Registered anew, under another incarnation, whenever the router has lost it, as a worker is."""
+        while True:
+            try:
+                await worker.run(self._router, self._sockets, vitals, on_ready)
+            except (ExceptionGroup, RouterLost) as end:
+                if not isinstance(first_cause(end), RouterLost):
+                    raise
+            self.num_losses += 1
+            worker.node = replace(worker.node, incarnation=draw_id())
 
     async def close(self) -> None:
         for task in self._running:
@@ -188,9 +208,12 @@ class Fleet:
 async def run(options: argparse.Namespace) -> None:
     """Register everything, say so on stdout, and emit tokens until stdin ends."""
     raise_descriptor_limit()
-    fleet = Fleet(options.router, options.step_s, with_pulses=options.pulses)
+    fleet = FakeFleet(options.router, options.step_s)
+    roles = ["prefill", "decode"] * options.pairs
     async with serve_directly(options.step_s) as port:
-        seconds = await fleet.register(*["prefill"] * options.pairs, *["decode"] * options.pairs)
+        seconds = 0.0
+        for first in range(0, len(roles), AT_ONCE):
+            seconds += await fleet.register(*roles[first : first + AT_ONCE])
         await asyncio.sleep(SETTLE_S if options.late else 0)
         last = await fleet.register("prefill", "decode") if options.late else seconds
         say({"event": "ready", "seconds": seconds, "last_seconds": last, "direct_port": port})
@@ -209,5 +232,4 @@ if __name__ == "__main__":
     parser.add_argument("--pairs", type=int, default=1)
     parser.add_argument("--step-s", type=float, default=0.02)
     parser.add_argument("--late", action="store_true", help="one more pair once all others are registered")
-    parser.add_argument("--pulses", action=argparse.BooleanOptionalAction, default=True)
     asyncio.run(run(parser.parse_args()))

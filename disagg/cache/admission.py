@@ -76,6 +76,17 @@ class Promises:
     def has_floor(self) -> bool:
         return any(self.floor)
 
+    @property
+    def free(self) -> Peaks:
+        """Slots that may be promised to one that is not exempt."""
+        free, above = map(sub, self.usable, self.promised), map(sub, map(sub, self.usable, self.floor), self._bounded)
+        return tuple(map(min, free, above))
+
+    def keep_floor(self, peaks: Peaks) -> None:
+        """Keep so many for what is exempt, unless as many again could not be promised beside them."""
+        if all(2 * peak <= usable for peak, usable in zip(peaks, self.usable, strict=True)):
+            self.floor = peaks
+
     def fits_empty(self, peaks: Peaks) -> bool:
         """Whether the peaks fit in empty pools above the floor: if not, waiting is pointless."""
         return _fit(peaks, self.floor, self.usable)

@@ -64,6 +64,7 @@ class KVCache:
         self.is_staged = any(pool.sides.is_staged for pool in self.pools)
         """Kernels read other memory than peers."""
         self.prefixes = PrefixCache(layout, self.pools, hasher) if hasher is not None else None
+        self.journal = self.prefixes.journal if self.prefixes is not None else None
         self._sequences: dict[Hashable, CachedSequence] = {}
         self._num_outdated = [0] * layout.num_groups
         self._scratch_pages = tuple(layout.scratch_pages(group) for group in range(layout.num_groups))

@@ -33,6 +33,7 @@ TRASH_SLOT = 1
 NUM_RESERVED_SLOTS = 2
 
 _ONE = np.uint64(1)
+_TWO = np.uint64(2)
 
 
 class SlotPool:
@@ -128,6 +129,13 @@ class SlotPool:
         """One more reference to each of these used slots, whose blocks are whole and are not written any more."""
         assert (self._num_refs[slots] > 0).all(), "a slot is shared that no sequence holds"
         self._num_refs[slots] += 1
+
+    def rename(self, slots: Sequence[int]) -> None:
+        """These used slots were shown to peers and will be written again: their generations are raised before that."""
+        index = np.asarray(slots, dtype=np.int64)
+        assert (self._num_refs[index] == 1).all(), "a slot is written that is shared"
+        assert not self._is_registered[index].any(), "a slot is written that is registered"
+        self.generations[index] += _TWO  # a used slot's stays odd
 
     def copy(self, source: int) -> int:
         """A new slot with the bytes of another. Raises PoolExhausted."""

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from disagg.cache.identity import BlockHasher, blocks_of
+from disagg.cache.journal import BlockJournal
 from disagg.cache.layout import CacheLayout
 from disagg.cache.loans import Loans
 from disagg.cache.pool import SlotPool
@@ -65,6 +66,7 @@ class PrefixCache:
         for number, pool in enumerate(pools):
             pool.on_evict = lambda slots, number=number: self._forget(number, slots)  # type: ignore[misc]
         self.counts = tuple(ReuseCount() for _ in layout.groups)
+        self.journal = BlockJournal(self.tree)
         self.loans = Loans()
 
     def look_up(self, tokens: Sequence[int], salt: str) -> Match:
@@ -109,6 +111,7 @@ class PrefixCache:
         """
         nodes = self._walk(chain, ordinal, blocks[: self._num_trusted(slots, len(blocks))])
         chain.is_stopped = len(nodes) < len(blocks)
+        stored: dict[PrefixNode, list[int]] = {}
         for group, (column, number) in enumerate(zip(slots, self._layout.pool_of_group, strict=True)):
             pairs = zip(column[: len(nodes)].tolist(), nodes, strict=True)
             offered = [(slot, node) for slot, node in pairs if slot != NO_SLOT and node.slots[group] == NO_SLOT]
@@ -117,6 +120,8 @@ class PrefixCache:
             for slot, node in offered:
                 node.slots[group] = slot
                 owner[slot] = (node, group)
+                stored.setdefault(node, []).append(group)
+        self.journal.store(stored)
         return len(nodes)
 
     def node_at(self, pool: int, slot: int) -> PrefixNode | None:
@@ -128,6 +133,8 @@ class PrefixCache:
         """Take a block and all that extends it out of reach, in every group. Returns how many slots that were."""
         slots: list[list[int]] = [[] for _ in self._pools]
         for node in self.tree.cut(top):
+            if held := [group for group, slot in enumerate(node.slots) if slot != NO_SLOT]:
+                self.journal.drop(node.identity, held)
             for group, slot in enumerate(node.slots):
                 if slot != NO_SLOT:
                     number = self._layout.pool_of_group[group]
@@ -190,4 +197,5 @@ class PrefixCache:
         for slot in slots:
             node, group = owner.pop(slot)
             node.slots[group] = NO_SLOT
+            self.journal.drop(node.identity, (group,))
             self.tree.prune(node)

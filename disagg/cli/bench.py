@@ -6,7 +6,9 @@ from typing import Annotated
 
 import typer
 
+from disagg.cli.options import command
 from disagg.config.errors import ConfigError
+from disagg.config.settings import RatesSettings
 
 app = typer.Typer(help="Measure this machine.", rich_markup_mode=None)
 
@@ -60,6 +62,19 @@ def transfer(
     chosen_cases = _names("cases", cases, tuple(CASES))
     (chosen_digests,) = _names("digests", digests, DIGESTS)
     raise typer.Exit(bench_transfer(chosen_planes, chosen_cases, rounds, chosen_digests, as_json))
+
+
+def _rates(settings: RatesSettings) -> int:
+    from disagg.bench.rates import bench_rates
+
+    return bench_rates(settings)
+
+
+app.command(
+    "rates",
+    short_help="Time steps, links and the front end, for `simulate`.",
+    help="Measure what `disagg simulate --rates` reads: steps with prompts and answers, links, the front end. JSON.",
+)(command(RatesSettings, _rates))
 
 
 def _names(option: str, text: str, known: tuple[str, ...]) -> list[str]:

@@ -11,6 +11,8 @@ import typer
 
 from disagg import __version__
 from disagg.cli.bench import app as bench_app
+from disagg.cli.drain import ADMIN
+from disagg.cli.drain import drain as drain_worker
 from disagg.cli.options import command
 from disagg.cli.output import forgive_output, lost_result, open_closed_descriptors
 from disagg.cli.process import INTERRUPTED, USER_ERROR, run_router, run_worker
@@ -81,7 +83,11 @@ app.command("demo", help="Serve the bundled model for one request and show what 
 app.command("plan", help="Show what a prompt holds and moves, from config.json alone.")(
     command(PlanSettings, _plan, switches={"json": "Print JSON"})
 )
-app.command("simulate", help="Play a trace of requests to fleets that do not exist, at measured rates.")(
+app.command(
+    "simulate",
+    short_help="Play a trace to fleets that do not exist.",
+    help="Play a trace of requests to fleets that do not exist, at measured rates.",
+)(
     command(
         SimulateSettings,
         _simulate,
@@ -99,6 +105,18 @@ for _role in get_args(Role):
 
 
 app.add_typer(bench_app, name="bench")
+
+
+@app.command("drain", help="Empty a worker: its answers go on elsewhere, and it gets no new ones.")
+def drain(
+    worker: Annotated[str, typer.Argument(help="Its `--worker-id`, as `GET /workers` names it", metavar="WORKER")],
+    admin: Annotated[
+        str, typer.Option(help="Admin listener of the router, as it says when it starts", metavar="URL")
+    ] = ADMIN,
+    wait: Annotated[bool, typer.Option(help="Return when the worker has no request any more")] = True,
+    undo: Annotated[bool, typer.Option("--undo", help="Give the worker requests again")] = False,
+) -> None:
+    raise typer.Exit(drain_worker(worker, admin, wait=wait, undo=undo))
 
 
 @app.command("version", help="Print the version.")

@@ -39,7 +39,7 @@ def simulate(settings: SimulateSettings, trace: str, *, json: bool | None) -> in
     try:
         given = settings_of(settings)
         played = trace_of(settings, trace)
-        fleets = [parse_fleet(text) for text in settings.fleet]
+        fleets = [parse_fleet(text) for text in settings.fleets]
         if settings.write_trace is not None:
             write_trace(played, settings.write_trace)
         found = run_all(settings, played.faster(settings.speed), fleets, *given)
@@ -65,8 +65,8 @@ def simulate(settings: SimulateSettings, trace: str, *, json: bool | None) -> in
 
 def settings_of(settings: SimulateSettings) -> tuple[WorkerKind, ClusterRates, Objectives]:
     """What the workers are, how fast they are, and what is good. Raises ConfigError, RatesRefused, ModelRefused."""
-    if unknown := [name for name in settings.policy if name not in NAMES]:
-        raise ConfigError(f"`--policy` is `{unknown[0]}`: expected some of {', '.join(NAMES)}")
+    if unknown := [name for name in settings.policies if name not in NAMES]:
+        raise ConfigError(f"`--policies` is `{unknown[0]}`: expected some of {', '.join(NAMES)}")
     if settings.rates is None:
         raise ConfigError("`--rates` is missing: measure with `disagg bench rates > rates.json` and give that file")
     rates = read_rates(settings.rates)
@@ -126,10 +126,17 @@ def run_all(
     """One run for each fleet and policy; progress goes to stderr."""
     found = []
     for fleet in fleets:
-        for policy in settings.policy:
+        for policy in settings.policies:
             begun = time.process_time()
-            bounds = {"max_queued": settings.max_queued, "max_local_prefill": settings.max_local_prefill}
-            setting = Setting(fleet, kind, rates, policy, settings.cores, **bounds)
+            setting = Setting(
+                fleet,
+                kind,
+                rates,
+                policy,
+                num_cores=settings.cores,
+                max_queued=settings.max_queued,
+                max_local_prefill=settings.max_local_prefill,
+            )
             found.append(figures(Simulation(trace, setting).run(), objectives))
             spent = time.process_time() - begun
             print(f"{fleet} {policy}: {len(trace.requests)} requests in {spent:.1f} s of CPU", file=sys.stderr)  # noqa: T201

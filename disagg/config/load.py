@@ -17,7 +17,9 @@ from disagg.config.settings import (
     DemoSettings,
     ModelSettings,
     PlanSettings,
+    RatesSettings,
     RouterSettings,
+    SimulateSettings,
     UpSettings,
     WorkerSettings,
 )
@@ -36,7 +38,10 @@ SERVICE_LINK: Final = re.compile(
 )
 """What Kubernetes tells every container about a service called `disagg` or `disagg-...`, as `NAME` or `NAME=value`."""
 
-COMMANDS: Final = (UpSettings, DemoSettings, RouterSettings, WorkerSettings, PlanSettings)
+COMMANDS: Final = (
+    *(UpSettings, DemoSettings, RouterSettings, WorkerSettings, PlanSettings),
+    *(SimulateSettings, RatesSettings),
+)
 _KINDS: Final = {"int": "a whole number", "float": "a number", "bool": "true or false"}
 
 S = TypeVar("S", bound=ModelSettings)

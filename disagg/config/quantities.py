@@ -74,6 +74,16 @@ def tcp_endpoint(value: object) -> object:
     return f"tcp://{match[1]}:{match[2]}"
 
 
+def event_endpoint(value: object) -> object:
+    """As `tcp_endpoint`, to listen at: port 0 takes a free one."""
+    if not isinstance(value, str):
+        return value
+    match = re.fullmatch(r"(?:tcp://)?(\[[0-9a-fA-F:]+\]|[^\s:/*]+):(\d{1,5})", value.strip())
+    if match is None or int(match[2]) >= 1 << 16:
+        raise ValueError("expected where to publish as `tcp://HOST:PORT`")
+    return f"tcp://{match[1]}:{match[2]}"
+
+
 def device(value: str) -> str:
     """`cpu`, `cuda` or `cuda:N`. Raises ValueError."""
     if re.fullmatch(r"cpu|cuda(:(0|[1-9][0-9]{0,3}))?", value) is None:

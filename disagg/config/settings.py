@@ -6,6 +6,7 @@ import os
 import socket
 from pathlib import Path
 from typing import Annotated, Final, Literal, Self
+from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
@@ -13,6 +14,7 @@ from disagg.config.demo import DEMO_MODEL, demo_model_folder, is_demo_model
 from disagg.config.quantities import (
     device,
     endpoint_host,
+    event_endpoint,
     group_tokens,
     header_key,
     is_loopback,
@@ -27,6 +29,7 @@ from disagg.config.quantities import (
 
 PLANES: Final = ("shm", "tcp", "ucx", "zmq")
 DEFAULT_PLANES: Final = ("shm", "tcp", "zmq")  # what needs no further package
+LAST_PORT: Final = 65535
 CONTROL_PORT: Final = 8998  # next to 8000, free of registered services, the same on every machine of a deployment
 
 Role = Literal["prefill", "decode", "both"]
@@ -36,6 +39,7 @@ Seconds = Annotated[float, Field(gt=0)]
 Nbytes = Annotated[int, Field(ge=1), BeforeValidator(parse_nbytes)]
 Names = Annotated[tuple[str, ...], BeforeValidator(split_list)]
 Endpoint = Annotated[str, BeforeValidator(tcp_endpoint)]
+EventEndpoint = Annotated[str, BeforeValidator(event_endpoint)]
 Device = Annotated[str, AfterValidator(device)]
 Devices = Annotated[tuple[Device, ...], Field(min_length=1), BeforeValidator(split_list)]
 Key = Annotated[str, AfterValidator(header_key)]
@@ -107,10 +111,10 @@ class SimulateSettings(ModelSettings):
     """`disagg simulate`: what workers are made of, how many there are, and what they are judged by."""
 
     rates: Path | None = Field(None, description="JSON file that `disagg bench rates` wrote, or one like it; needed")
-    fleet: Names = Field(
+    fleets: Names = Field(
         ("1p1d",), description="Fleets to compare: prefill, decode and `both` workers, such as 1p1d,2p2d,4b"
     )
-    policy: Names = Field(("round-robin", "least-loaded", "prefix-aware"), description="Policies to compare")
+    policies: Names = Field(("round-robin", "least-loaded", "prefix-aware"), description="Policies to compare")
     cores: Count | None = Field(
         None, description="Cores that all workers and the front end share [default: a device for each worker]"
     )
@@ -192,12 +196,36 @@ class HttpSettings(Settings):
         description="Prompt tokens that a worker may compute where answers are decoded, when `prefix-aware` finds that "
         "cheaper than a transfer; 0: none",
     )
+    kv_events: EventEndpoint | None = Field(
+        None,
+        description="tcp://HOST:PORT at which cached blocks are published as vLLM does; the next port replays. On "
+        "loopback, unless with --kv-events-keys or --insecure",
+    )
+    kv_events_tokens: bool = Field(
+        False, description="Publish the token ids of blocks too: without them the stream shows load, not prefixes"
+    )
+    kv_events_keys: Path | None = Field(
+        None, description="File with the CURVE public keys (Z85) of those that may subscribe, one a line; encrypts"
+    )
     max_queued: Count = Field(1024, description="Requests that may wait; more get 503 with Retry-After")
     connect: Literal["auto", "eager", "lazy"] = Field(
         "auto",
         description="When decode workers connect to prefill workers: eager, to all of them before a request comes; "
         "lazy, to those that a request needs; auto: eager in a fleet of up to 64 workers",
     )
+
+    @model_validator(mode="after")
+    def _publishes_where_it_may(self) -> Self:
+        if self.kv_events is None:
+            return self
+        host, port = endpoint_host(self.kv_events), urlsplit(self.kv_events).port or 0
+        if not is_loopback(host) and self.kv_events_keys is None and not self.insecure:
+            raise ValueError(
+                f"kv_events: `{host}` is not loopback: give subscribers' keys with `--kv-events-keys FILE`"
+            )
+        if port == LAST_PORT:
+            raise ValueError(f"kv_events: port {port}, expected at most {LAST_PORT - 1}: the next one replays")
+        return self
 
     @property
     def served_name(self) -> str:
@@ -382,6 +410,17 @@ class DemoSettings(UpSettings):
     )
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         "warning", description="Least severe log line to write"
+    )
+
+
+class RatesSettings(EngineSettings):
+    """`disagg bench rates`: a worker's settings, and what is measured beside its steps."""
+
+    device: Device = Field("cpu", description="cpu, cuda or cuda:N")
+    threads: Count | None = Field(None, description="CPU threads of the model, as its workers will have [default: all]")
+    rounds: Count = Field(5, description="Times that each is measured; the median counts")
+    serving: bool = Field(
+        True, description="Start a prefill and a decode worker, and count what router, API and client take of the CPU"
     )
 
 

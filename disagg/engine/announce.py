@@ -46,9 +46,14 @@ def units_at(cache: KVCache, cached: CachedSequence, names: Sequence[UnitName]) 
     return tuple(units)
 
 
-def unannounced(cache: KVCache, sequence: PromptSequence | DecodingSequence, ordinals: range) -> tuple[SourceUnit, ...]:
-    """Where these blocks lie in the groups that hold them, without those that a decode worker will be told of."""
+def unannounced(
+    cache: KVCache, sequence: PromptSequence | DecodingSequence, first: int, end: int
+) -> tuple[SourceUnit, ...]:
+    """Where the blocks of these tokens lie in the groups that hold them, without those that a decode worker will be
+    told of.
+    """
     cached, layout = sequence.cached, cache.layout
+    ordinals = range(first // layout.block_size, end // layout.block_size)
     assert cached is not None
     names: list[UnitName] = []
     for number, group in enumerate(layout.groups):

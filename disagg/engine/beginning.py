@@ -23,11 +23,10 @@ from disagg.engine.commands import (
     PrefixHitEvent,
     PrefixRoomEvent,
     PrefixWantedEvent,
-    ReservedEvent,
     UnitsFinalEvent,
 )
 from disagg.engine.recheck import PrefixRecheck
-from disagg.engine.sequence import PromptSequence, Reservation, Stage
+from disagg.engine.sequence import PromptSequence, Stage
 from disagg.transceiver.layout.required import runs_of
 from disagg.transceiver.wire.messages.values import GroupRuns, UnitName
 
@@ -46,16 +45,6 @@ class Beginnings:
             prompt.enter(Stage.FETCHING)
             return [wanted]
         return self._check(prompt)
-
-    def reserve(self, reservation: Reservation) -> ReservedEvent:
-        """History first: blocks that no query will read are never allocated."""
-        request = reservation.request
-        cached = self._cache.open(reservation.key, request.sampling.cache_salt, reservation.precision)
-        reservation.cached, length = cached, request.num_known
-        held = self._cache.reserve(cached, request.known, capacity=length + 1)
-        assert held is not None, f"{reservation.key}: a promised slot was not there"
-        reservation.awaited = self._missing(cached, length, held)
-        return ReservedEvent(reservation.key, reservation.awaited)
 
     # --- another worker's blocks ----------------------------------------------------------------------------
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final
 
 from disagg.transceiver.layout.units import SourceUnit
@@ -23,6 +23,7 @@ BlockSlots = tuple[tuple[tuple[int, int], ...], ...]
 class Serve:
     """Compute the prompt and emit every token here (colocated, fallback, max_tokens 1). `urgent`: head of admission.
 
+    `arrived_at`: seconds on this worker's clock; the last to arrive is preempted first.
     `output`, here and below: tokens of the answer that were emitted elsewhere. It goes on behind them, at the head of
     admission, since a client waits in the middle of it. `prefix_boundary`: see `Prefill`.
     """
@@ -34,6 +35,7 @@ class Serve:
     priority: int = 0
     output: tuple[int, ...] = ()
     prefix_boundary: int = 0
+    arrived_at: float = field(default=0.0, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +52,7 @@ class Prefill:
     priority: int = 0
     output: tuple[int, ...] = ()
     prefix_boundary: int = 0
+    arrived_at: float = field(default=0.0, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +67,8 @@ class Reserve:
     """Make room for KV to be received: history = prompt length, decode peak promised. Answered by `ReservedEvent`.
 
     `precision` names the formats the KV has been through; "" = this cache's own. KV is reused within one of them only.
+    `output`: what is received, too, of an answer that another worker generated. One that `is_moved` is being generated
+    there still, so that `Extend` adds to it.
     """
 
     key: AttemptKey
@@ -72,6 +77,37 @@ class Reserve:
     precision: str = ""
     priority: int = 0
     output: tuple[int, ...] = ()
+    arrived_at: float = field(default=0.0, compare=False)
+    is_moved: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Extend:
+    """The answer that a reservation waits for was frozen: the KV of `output` is what comes behind that of the prompt.
+
+    Answered by another `ReservedEvent`, or by `MoveRefusedEvent` when there is no room for what it has become.
+    """
+
+    key: AttemptKey
+    output: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Freeze:
+    """Leave an answer out of the next steps and keep its blocks. Answered by `FrozenEvent` or `MoveRefusedEvent`.
+
+    From then on it ends by `Release` alone, or goes on by `Thaw`. `leg`: of the transfer that it is for.
+    """
+
+    key: AttemptKey
+    leg: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Thaw:
+    """Go on with a frozen answer. Nothing for one that is not frozen."""
+
+    key: AttemptKey
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,7 +214,10 @@ Command = (
     | Prefill
     | Pin
     | Reserve
+    | Extend
     | Decode
+    | Freeze
+    | Thaw
     | Release
     | DropChoice
     | DropSoft
@@ -309,6 +348,35 @@ class ReservedEvent:
 
 
 @dataclass(frozen=True, slots=True)
+class FrozenEvent:
+    """An answer stands still: `output` is all of it, the last token without KV, and `units` hold all that is read next.
+
+    `logprobs`: of the newest tokens, where they are asked for; of all if those are few.
+    """
+
+    key: AttemptKey
+    output: tuple[int, ...]
+    logprobs: tuple[TokenLogprobs, ...]
+    units: tuple[SourceUnit, ...]
+    leg: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class MoveRefusedEvent:
+    """Answers `Freeze` or `Extend`: this answer cannot be moved now. Nothing has changed."""
+
+    key: AttemptKey
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class PressedEvent:
+    """Blocks are short: this answer gives way first, unless another worker takes it over. Told once in a block."""
+
+    key: AttemptKey
+
+
+@dataclass(frozen=True, slots=True)
 class PromptScoredEvent:
     """Log-probabilities of prompt tokens, in order from position 1; anew from there if the prompt is computed anew."""
 
@@ -363,6 +431,9 @@ EngineEvent = (
     | SoftDroppedEvent
     | PromptComputedEvent
     | ReservedEvent
+    | FrozenEvent
+    | MoveRefusedEvent
+    | PressedEvent
     | PromptScoredEvent
     | TokensEvent
     | FinishedEvent

@@ -21,8 +21,10 @@ from disagg.engine.commands import (
     DropChoice,
     DropSoft,
     EngineEvent,
+    Extend,
     FailedEvent,
     FinishedEvent,
+    Freeze,
     LendPrefix,
     MakePrefixRoom,
     Pin,
@@ -40,6 +42,7 @@ from disagg.engine.commands import (
     ReservedEvent,
     Serve,
     SuspectEvent,
+    Thaw,
     TokensEvent,
     UnitsFinalEvent,
     Unregister,
@@ -47,6 +50,7 @@ from disagg.engine.commands import (
 from disagg.engine.config import EngineConfig as EngineConfig
 from disagg.engine.flight import Flight, chunk_of, sample_input
 from disagg.engine.lending import Lending
+from disagg.engine.moving import Moves
 from disagg.engine.other_choices import draw_others
 from disagg.engine.promised import Promised
 from disagg.engine.recheck import PrefixRecheck
@@ -94,6 +98,7 @@ class Engine:
             longest_fetched=config.max_model_len if config.role == "both" else 0,
         )
         self._lending = Lending(cache)
+        self._moves = Moves(cache, self._scheduler)
         self._counters = EngineCounters(scratch=cache.num_scratch)
         self._graphs = graphs or GraphUse()
         self._draw = draw
@@ -122,14 +127,13 @@ class Engine:
             self._flight = self._sample(work, logits)
         if not self._config.steps_ahead:
             events += self._finish()
-        events += self._admit() + self._news()
+        events += self._told_in_time(self._scheduler.admit()) + self._news()
         self._check()
         return events
 
     def handle(self, command: Command) -> list[EngineEvent]:
         """Apply one command and start what may start now. Commands for unknown or repeated keys change nothing."""
-        events = self._apply(command) + self._admit()
-        events += self._news()
+        events = self._told_in_time(self._apply(command) + self._scheduler.admit()) + self._news()
         self._check()
         return events
 
@@ -168,6 +172,7 @@ class Engine:
 
     def _schedule(self, events: list[EngineEvent]) -> list[Work]:
         work = self._scheduler.schedule(events)
+        events += self._moves.pressed()
         self._counters.scratch = tuple(map(max, self._counters.scratch, self._cache.num_scratch))
         if self._config.check_invariants:
             self._scheduler.check_invariants()  # now every sequence holds most: new blocks, old ones, and scratch
@@ -203,11 +208,7 @@ class Engine:
         events: list[EngineEvent] = [event for event in untold if self._scheduler.is_awaited(event)]
         return events + self._commit(flight, sampled)
 
-    def _admit(self) -> list[EngineEvent]:
-        return self._told_when_read(self._scheduler.admit())
-
-    def _told_when_read(self, events: list[EngineEvent]) -> list[EngineEvent]:
-        """Without the slots that were given while a step is under way."""
+    def _told_in_time(self, events: list[EngineEvent]) -> list[EngineEvent]:
         if self._flight is None:
             return events
         self._untold += [event for event in events if isinstance(event, ReservedEvent | PrefixRoomEvent)]
@@ -227,8 +228,14 @@ class Engine:
                 return self._add(Reservation(_request(command), command.precision), urgent=_is_urgent(command))
             case Pin():
                 return self._pin(command)
+            case Extend():
+                return self._moves.extend(command)
             case Decode():
                 return self._decode(command)
+            case Freeze():
+                return self._moves.freeze(command)
+            case Thaw():
+                return self._moves.thaw(command)
             case DropSoft():
                 return self._drop_soft(command)
             case DropChoice():
@@ -332,7 +339,7 @@ class Engine:
             return [PrefixRoomEvent(command.key, 0, None)] if isinstance(command, MakePrefixRoom) else []
         match command:
             case MakePrefixRoom():
-                return self._told_when_read([beginnings.make_room(prompt, command.boundary)])
+                return [beginnings.make_room(prompt, command.boundary)]
             case PrefixLanded():
                 return beginnings.take_landed(prompt, command.partial_blocks)
             case PrefixGivenUp():
@@ -368,7 +375,7 @@ class Engine:
         self._counters.answer_tokens += 1
         self._scheduler.advance(piece)
         sequence.output.append(result.token_id)
-        return self._emit(sequence, result.logprobs)
+        return self._emit(sequence, result.logprobs) + self._moves.settled(sequence)
 
     def _not_finite(self, piece: Work) -> list[EngineEvent]:
         key = piece.sequence.key
@@ -430,6 +437,7 @@ class Engine:
     def _told(self, answer: DecodingSequence, logprobs: TokenLogprobs | None) -> list[EngineEvent]:
         """The newest token, and that it ends the answer."""
         count = len(answer.output)
+        answer.logprobs += [logprobs] if logprobs else ()
         num_cached_tokens = answer.licence.first_token.num_cached_tokens if count == 1 else 0
         token = TokensEvent(
             answer.key, count - 1, (answer.output[-1],), (logprobs,) if logprobs else (), num_cached_tokens
@@ -446,11 +454,13 @@ class Engine:
 
 
 def _request(command: Serve | Prefill | Reserve) -> Request:
-    return Request(command.key, command.prompt, command.sampling, command.priority, command.output)
+    named = command.key, command.prompt, command.sampling, command.priority
+    return Request(*named, command.output, command.arrived_at)
 
 
 def _is_urgent(command: Serve | Reserve) -> bool:
-    return bool(command.output) or (isinstance(command, Serve) and command.urgent)
+    is_behind = isinstance(command, Reserve) and command.is_moved  # its worker goes on with the answer meanwhile
+    return (bool(command.output) and not is_behind) or (isinstance(command, Serve) and command.urgent)
 
 
 def _prompt_computed(prompt: PromptSequence, computed: Computed) -> PromptComputedEvent:

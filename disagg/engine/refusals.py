@@ -1,4 +1,4 @@
-"""Why a request can never be served here, whatever the pools: one sentence, or None."""
+"""What no engine of this role, of these limits, will ever serve: said at once, whatever its pools hold."""
 
 from __future__ import annotations
 

@@ -44,8 +44,9 @@ from disagg.engine.commands import (
     SoftDroppedEvent,
 )
 from disagg.engine.invariants import check_sequences
-from disagg.engine.promised import PeakSlots, Promised
+from disagg.engine.promised import PeakSlots, Promised, is_soft, takes_seat
 from disagg.engine.recheck import PrefixRecheck
+from disagg.engine.reserving import reserve
 from disagg.engine.sequence import Claim, DecodingSequence, LiveSequence, PromptSequence, Reservation, Stage
 from disagg.transceiver.layout.units import SourceUnit
 from disagg.waiting_line import WaitingLine
@@ -71,8 +72,7 @@ class Scheduler:
         """`longest_fetched`: tokens of the longest prompt that is computed for others while room is reserved for what
         others compute; 0 where a worker does one of both only. See `_set_floor`.
         """
-        self._longest_fetched = longest_fetched
-        self._cache, self._swa_scratch = cache, swa_scratch
+        self._cache, self._swa_scratch, self._longest_fetched = cache, swa_scratch, longest_fetched
         self._layout = replace(cache.layout, uses_scratch=cache.layout.uses_scratch and swa_scratch != "off")
         self.beginnings = Beginnings(cache, recheck or PrefixRecheck(cache, None))
         self._max_num_seqs, self._max_num_batched_tokens = max_num_seqs, max_num_batched_tokens
@@ -86,6 +86,9 @@ class Scheduler:
         self._beside = RoomBeside(self._promises)
         self.registered: list[SourceUnit] = []
         """Blocks that were registered, those that peers are told of by themselves left out; the engine takes them."""
+        pools = zip(self._layout.groups, self._layout.pool_of_group, strict=True)
+        self._growing = frozenset(pool for group, pool in pools if group.window is None)
+        """Pools of which an answer takes ever more: a window lets go of as much as it begins."""
         self.num_preemptions = 0
 
     # --- live sequences -------------------------------------------------------------------------------------
@@ -127,7 +130,8 @@ class Scheduler:
     @property
     def has_work(self) -> bool:
         """Whether a step would compute something. Waiting sequences start only when blocks are given back."""
-        return bool(self.answers) or any(isinstance(s, PromptSequence) and s.is_computing for s in self.promised)
+        decodes = any(not answer.is_frozen for answer in self.answers)
+        return decodes or any(isinstance(s, PromptSequence) and s.is_computing for s in self.promised)
 
     def _kinds(self) -> tuple[list[DecodingSequence], list[Promised]]:
         if self._by_kind is None:
@@ -160,17 +164,15 @@ class Scheduler:
             self._line.add(sequence, sequence.request.priority)
 
     def _set_floor(self, sequence: Promised) -> None:
-        """From the first handoff on, keep room for one longest prompt that another worker fetches, in every pool.
+        """From the first handoff on, keep room for one longest prompt that another worker fetches, if pools hold two.
 
         Two workers that both compute for each other would else wait for each other, each with its pools full of
-        reservations. So the oldest fetched prompt waits for this worker's own sequences alone. Pools that could not
-        hold a longest request beside it have no floor.
+        reservations. So the oldest fetched prompt waits for this worker's own sequences alone.
         """
         if not self._longest_fetched or (isinstance(sequence, PromptSequence) and sequence.serves):
             return
-        peaks, self._longest_fetched = self._peaks.of_longest(self._longest_fetched), 0
-        if all(2 * peak <= usable for peak, usable in zip(peaks, self._promises.usable, strict=True)):
-            self._promises.floor = peaks
+        self._promises.keep_floor(self._peaks.of_longest(self._longest_fetched))
+        self._longest_fetched = 0
 
     @property
     def has_floor(self) -> bool:
@@ -207,6 +209,11 @@ class Scheduler:
         if sequence.cached is not None:
             self._cache.close_sequence(sequence.cached, wipe=wipe)
         self._give_back(sequence.key)
+
+    def try_extend(self, reservation: Reservation, count: int) -> bool:
+        """Promise it room for `count` tokens that are received, and for the next one."""
+        peaks = self._peaks.of(reservation.request, total_tokens=count + 1, history=count)
+        return self._promises.try_grow(reservation.key, peaks)
 
     def replace(self, sequence: DecodingSequence) -> None:
         """The prompt or reservation of this key became an answer; its blocks and promise go on."""
@@ -295,7 +302,7 @@ class Scheduler:
 
         Where there is a floor, one seat is kept for what is fetched.
         """
-        others = sum(_takes_seat(s) and (with_soft or not _is_soft(s)) for s in self.promised)
+        others = sum(takes_seat(s) and (with_soft or not is_soft(s)) for s in self.promised)
         kept = self._promises.has_floor and not is_fetched and self._max_num_seqs > 1
         return len(self.answers) + others < self._max_num_seqs - kept
 
@@ -321,7 +328,8 @@ class Scheduler:
 
     def _start(self, sequence: Promised) -> list[EngineEvent]:
         if isinstance(sequence, Reservation):
-            return [self.beginnings.reserve(sequence)]
+            sequence.cached = self._cache.open(sequence.key, sequence.request.sampling.cache_salt, sequence.precision)
+            return [reserve(self._cache, sequence)]
         events: list[EngineEvent] = []
         if sequence.claim is Claim.PINNED:
             events.append(PinnedEvent(sequence.key, sequence.compute_id))
@@ -369,7 +377,7 @@ class Scheduler:
         sequence.num_ahead -= len(work.token_ids)
         if isinstance(sequence, PromptSequence):
             self._register(sequence, end)
-            self._size(sequence, capacity=end, history=end, kept_from=self._kept_from(sequence, end))
+            self._size(sequence, capacity=end, history=end)
         elif end - sequence.cached.committed >= self._layout.block_size:
             self.register_some(sequence, end)
 
@@ -386,11 +394,9 @@ class Scheduler:
         cached = sequence.cached
         assert cached is not None
         if end - cached.committed >= self._layout.block_size and cached.is_committing:
-            first = cached.committed // self._layout.block_size
-            self._cache.commit(cached, sequence.tokens(cached.committed, end))
-            self.registered += unannounced(
-                self._cache, sequence, range(first, cached.committed // self._layout.block_size)
-            )
+            first = cached.committed
+            self._cache.commit(cached, sequence.tokens(first, end))
+            self.registered += unannounced(self._cache, sequence, first, cached.committed)
 
     def _begin_block(self, answer: DecodingSequence, events: list[EngineEvent]) -> None:
         """Give the answer its next block. Those that went stale since its last go first, so it never holds more.
@@ -409,17 +415,31 @@ class Scheduler:
             if soft:
                 events.append(self._drop(soft.pop()))
                 continue
-            able = (s for s in reversed(self._live.values()) if self._is_preemptible(s))
-            victim = max(able, key=lambda sequence: sequence.request.priority)  # of equals the first: the newest
+            victim = self._next_victim()
             self._preempt(victim)
             if victim is answer:
                 return False
         return True
 
+    def _next_victim(self) -> LiveSequence:
+        """The least important that may be preempted, of equals the newest. There is one while an answer goes on."""
+        able = (s for s in reversed(self._live.values()) if self._is_preemptible(s))
+        return max(able, key=lambda s: (s.request.priority, s.request.arrived_at))  # of equals the first
+
+    def pressed_answer(self) -> DecodingSequence | None:
+        """The answer that gives way first, where the others soon find no room for their next blocks."""
+        free = self._promises.free
+        if len(self.answers) < 2 or all(free[pool] >= len(self.answers) for pool in self._growing) or self.soft:
+            return None
+        if not any(self._is_preemptible(answer) for answer in self.answers):
+            return None
+        victim = self._next_victim()
+        return victim if isinstance(victim, DecodingSequence) else None
+
     def _is_preemptible(self, sequence: LiveSequence) -> bool:
-        """Running here for this worker's own answer, and possible to compute anew."""
-        is_own = isinstance(sequence, DecodingSequence) or (isinstance(sequence, PromptSequence) and sequence.serves)
-        is_own = is_own and not (isinstance(sequence, PromptSequence) and sequence.stage is Stage.LANDING)
+        """Running here for this worker's own answer, not about to leave nor landed in, and possible to compute anew."""
+        is_own = isinstance(sequence, PromptSequence) and sequence.serves and sequence.stage is not Stage.LANDING
+        is_own = is_own or (isinstance(sequence, DecodingSequence) and not sequence.is_frozen)
         return is_own and sequence.cached is not None and self._peaks.fit_anew(sequence.request)
 
     def _preempt(self, sequence: LiveSequence) -> None:
@@ -444,8 +464,7 @@ class Scheduler:
         start = prompt.num_computed
         end = start + count
         until = scratch_until(self._swa_scratch, len(prompt.token_ids), end, self._cache.layout.block_size)
-        kept_from = self._kept_from(prompt, start)
-        self._size(prompt, capacity=end, history=start, scratch_until=until, kept_from=kept_from)
+        self._size(prompt, capacity=end, history=start, scratch_until=until)
         return Work(prompt, prompt.token_ids[start:end], start, scoring_of(prompt, start, end))
 
     def _kept_from(self, prompt: PromptSequence, history: int) -> int:
@@ -458,16 +477,9 @@ class Scheduler:
         size = self._layout.block_size
         return min(history, len(prompt.token_ids) // size * size)
 
-    def _size(
-        self,
-        sequence: LiveSequence,
-        *,
-        capacity: int,
-        history: int,
-        scratch_until: int = 0,
-        kept_from: int | None = None,
-    ) -> None:
+    def _size(self, sequence: LiveSequence, *, capacity: int, history: int, scratch_until: int = 0) -> None:
         assert sequence.cached is not None
+        kept_from = self._kept_from(sequence, history) if isinstance(sequence, PromptSequence) else None
         done = self._cache.resize(
             sequence.cached, capacity=capacity, history=history, scratch_until=scratch_until, kept_from=kept_from
         )
@@ -486,14 +498,3 @@ class Scheduler:
             self._by_kind = kept
         waiting = {sequence.key for line in (self._urgent, self._line, self._soft_line) for sequence in line}
         check_sequences(self._live, waiting, self._promises, self._cache)
-
-
-def _is_soft(sequence: LiveSequence) -> bool:
-    return isinstance(sequence, PromptSequence) and sequence.is_soft
-
-
-def _takes_seat(sequence: Promised) -> bool:
-    """Prompts being computed, and reservations, which will be answers. Every answer has a seat."""
-    if isinstance(sequence, Reservation):
-        return sequence.cached is not None
-    return sequence.stage in (Stage.FETCHING, Stage.LANDING, Stage.CHECKING, Stage.COMPUTING)

@@ -6,6 +6,7 @@ A `DecodingSequence` is built from exactly one licence: `Verified`, the transfer
 
 from __future__ import annotations
 
+from collections import deque
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import Final
@@ -13,7 +14,7 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from disagg.cache.cache import CachedSequence
+from disagg.cache.cache import CachedSequence, Held
 from disagg.engine.commands import AttemptKey, BlockSlots
 from disagg.engine.sampling.seen import SeenTokens
 from disagg.transceiver.protocol.actions import Verified
@@ -26,6 +27,10 @@ from disagg.transceiver.wire.messages.values import (
     TokenLogprobs,
 )
 
+KEPT_LOGPROBS: Final = 256
+"""Newest tokens of an answer whose log-probabilities are kept for a worker that takes it over: a router is seconds
+behind at most, and a token that it lacks is among these."""
+
 UNKNOWN: Final = -1
 """Stands for a token that a launched step draws: no id is negative."""
 
@@ -34,8 +39,9 @@ UNKNOWN: Final = -1
 class Request:
     """One attempt's prompt and how to sample from it. `seen`: what penalties count, kept from token to token.
 
-    `priority`: lower ones are admitted first and preempted last. `emitted`: the answer's tokens that an earlier attempt
-    gave. They are computed with the prompt, and count as the answer.
+    `priority`: lower ones are admitted first and preempted last, of equals those that came first: `arrived_at` is on
+    this worker's clock, also of a request that another worker had first. `emitted`: the answer's tokens that an earlier
+    attempt gave. They are computed with the prompt, or come with its KV, and count as the answer.
     """
 
     key: AttemptKey
@@ -43,6 +49,7 @@ class Request:
     sampling: Sampling
     priority: int = 0
     emitted: tuple[int, ...] = ()
+    arrived_at: float = 0.0
     seen: SeenTokens = field(default_factory=SeenTokens, compare=False, repr=False)
 
     @property
@@ -62,7 +69,8 @@ class Request:
         """The request for one of the answers alone."""
         if not choice:
             return self
-        return Request(replace(self.key, choice=choice), self.prompt, self.sampling.of_choice(choice))
+        key, sampling = replace(self.key, choice=choice), self.sampling.of_choice(choice)
+        return Request(key, self.prompt, sampling, arrived_at=self.arrived_at)
 
     @property
     def total_tokens(self) -> int:
@@ -187,15 +195,16 @@ class PromptSequence:
 
 @dataclass(slots=True, eq=False)
 class Reservation:
-    """Room for a prompt's KV that will be received; `cached` once it is granted.
+    """Room for a prompt's KV that will be received, with that of `request.emitted`; `cached` once it is granted.
 
-    `awaited`: per group, the (ordinal, slot) pairs that the transfer fills.
+    `awaited`: per group, the (ordinal, slot) pairs that the transfer fills. `held`: ordinals that it need not fill.
     """
 
     request: Request
     precision: str = ""
     cached: CachedSequence | None = None
     awaited: BlockSlots = ()
+    held: Held = ()
 
     @property
     def key(self) -> AttemptKey:
@@ -231,11 +240,18 @@ class DecodingSequence:
     output: list[int] = field(init=False)
     num_ahead: int = 0
     """Launched steps whose tokens are not known yet."""
+    frozen_for: str | None = None
+    """The transfer for which it takes no part in steps and keeps what it holds: another worker may go on with it."""
+    named_at: int | None = None
+    """Its tokens when the worker last heard that it gives way first."""
+    logprobs: deque[TokenLogprobs] = field(init=False, repr=False)
+    """Of its newest tokens, where they are asked for."""
 
     def __post_init__(self) -> None:
         assert _licensed_key(self.licence) in (self.key, self.key.attempt), f"{self.key}: licensed for {self.licence}"
         assert self.cached.history == self.request.num_known, f"{self.key}: the prompt's KV is not whole"
         self.output = [*self.request.emitted, self.first.token_id]
+        self.logprobs = deque(maxlen=KEPT_LOGPROBS)
 
     @property
     def key(self) -> AttemptKey:
@@ -262,9 +278,13 @@ class DecodingSequence:
         return UNKNOWN if self.num_ahead else self.output[-1]
 
     @property
+    def is_frozen(self) -> bool:
+        return self.frozen_for is not None
+
+    @property
     def is_continued(self) -> bool:
         """Whether a token may follow those known and those under way."""
-        return len(self.output) + self.num_ahead < self.request.sampling.max_tokens
+        return not self.is_frozen and len(self.output) + self.num_ahead < self.request.sampling.max_tokens
 
     def tokens(self, start: int, stop: int) -> tuple[int, ...]:
         """Those at positions [start, stop), prompt and answer alike."""

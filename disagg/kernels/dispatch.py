@@ -4,7 +4,8 @@ Triton serves CUDA where it can be imported, torch operations serve everything e
 the environment, or `forced` in a test, overrides that; Triton serves a CPU only in its interpreter
 (`TRITON_INTERPRET=1` before triton is imported), thousands of times slower: to test, never to serve.
 Where Triton serves, what lies between a layer's projections and its attention is one kernel (`preprocess_qkv`);
-`DISAGG_FUSED_QKV=on|off` overrides that. In torch operations it is as fast as transformers' own, so that stays.
+`DISAGG_FUSED_QKV=on|off` overrides that. In torch operations it is as fast as transformers' own, so that stays where
+the compiled helper does not have the step either (`native_layers`).
 """
 
 from __future__ import annotations
@@ -50,10 +51,20 @@ def backend(device: torch.device) -> ModuleType:
 
 def fuses_qkv(device: torch.device) -> bool:
     """Whether models on `device` are given the fused step between projections and attention."""
+    value = _fused_value()
+    return bool(backend(device).NAME == "triton") if value is None else value == "on"
+
+
+def may_fuse_qkv() -> bool:
+    """Whether the environment lets models be given the fused step where something else than Triton serves it."""
+    return _fused_value() != "off"
+
+
+def _fused_value() -> str | None:
     value = os.environ.get(FUSED_VARIABLE) or None
     if value not in (None, "on", "off"):
         raise ValueError(f"{FUSED_VARIABLE}={value!r}: expected on or off, or unset to choose by backend")
-    return bool(backend(device).NAME == "triton") if value is None else value == "on"
+    return value
 
 
 @functools.cache

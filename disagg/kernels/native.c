@@ -11,7 +11,7 @@
 #include <immintrin.h>
 #endif
 
-const int disagg_native_version = 4; /* VERSION of native.py */
+const int disagg_native_version = 5; /* VERSION of native.py */
 
 enum {
     PIECE = 1 << 10, /* copied, then hashed: so few instructions that the core fetches the next piece while it hashes

@@ -26,8 +26,8 @@ Addresses = npt.NDArray[np.uint64]
 
 VARIABLE: Final = "DISAGG_NATIVE"
 
-VERSION: Final = 4
-"""Of the functions here, in `native_attention` and in `disagg.engine.sampling.native`; a library built from other
+VERSION: Final = 5
+"""Of the functions here, in the modules `native_*` and in `disagg.engine.sampling.native`; a library built from other
 sources, in a tree that went on since, is not used."""
 
 MIN_NBYTES: Final = 241
@@ -69,6 +69,14 @@ _library = _find()
 
 def library() -> ctypes.CDLL | None:
     return _library
+
+
+def quick_library() -> ctypes.PyDLL | None:
+    """The same functions, called with Python's lock held: for calls of a few microseconds.
+
+    A thread that gives the lock up for less may wait for a turn of the event loop until it has it back.
+    """
+    return None if _library is None else ctypes.PyDLL(_library._name)
 
 
 def is_loaded() -> bool:

@@ -1,16 +1,16 @@
 /* Decode attention over a paged pool, K and V read where they lie: nothing is gathered and no row is padded.
 
-   Built with native.c into one library and called by native_attention.py; without it torch operations gather and pad.
-   What is wide is written in vectors of 16 floats, which a compiler cuts to what its target has. No such vector crosses
-   a call: the width of registers is not part of what functions of different targets agree on. */
+   Built with native.c into one library and called by native_attention.py; without it torch operations gather and pad. */
 
 #include <math.h>
 #include <stddef.h>
 #include <stdint.h>
 #include <string.h>
 
+#include "native_parts.h"
+#include "native_vectors.h"
+
 enum {
-    LANES = 16,
     QUERIES = 4,  /* query heads taken together: their sums and a row of K or V stay in registers */
     KEYS = 4,     /* rows of K taken together */
     COLUMNS = 64, /* of V, summed in registers over the keys of a block */
@@ -19,29 +19,9 @@ enum {
                      (512 KiB at a head of 256) while further query heads come to them */
 };
 
-typedef float vec __attribute__((vector_size(4 * LANES)));
-typedef float vec4 __attribute__((vector_size(16)));
 typedef uint32_t word __attribute__((may_alias));
-typedef int32_t ivec __attribute__((vector_size(4 * LANES)));
-typedef float loose __attribute__((vector_size(4 * LANES), aligned(4), may_alias)); /* at any float's address */
-
-#define INLINE static inline __attribute__((always_inline))
-
-/* Layout of one layer's call; strides in elements. native_attention.py has the same fields. */
-typedef struct {
-    int64_t num_kv_heads, queries_per_head, head_dim, block_size, num_slots;
-    int64_t slot_stride, kv_stride, head_stride;
-    int64_t query_stride, query_head_stride;
-    int64_t is_bfloat16; /* the pool; queries and outputs are float32 */
-    float scale, softcap; /* softcap 0: none */
-} Layout;
 
 const int64_t disagg_layout_nbytes = sizeof(Layout); /* for a test that compares it with native_attention.py's */
-
-/* One query, at `position`: it attends to positions [0, num_sinks) and [first, position]. */
-typedef struct {
-    int64_t flat, table_at, first, position, num_sinks;
-} Row;
 
 /* Consecutive positions within a block. */
 typedef struct {
@@ -66,20 +46,6 @@ INLINE const float *floats(const Layout *at, const char *from, int64_t count, fl
     for (int64_t i = 0; i < count; i++)
         ((word *)room)[i] = (uint32_t)halves[i] << 16; /* a bfloat16 is the upper half of a float */
     return room;
-}
-
-INLINE void fold(const vec *x, vec4 *quarter)
-{
-    vec4 part[LANES / 4];
-    memcpy(part, x, sizeof part);
-    *quarter = (part[0] + part[1]) + (part[2] + part[3]);
-}
-
-INLINE float total(const vec *x)
-{
-    vec4 sum;
-    fold(x, &sum);
-    return (sum[0] + sum[2]) + (sum[1] + sum[3]);
 }
 
 /* The sums of four vectors' lanes, by adding columns of the 4 x 4 matrix that their folds are. */
@@ -169,29 +135,15 @@ INLINE void raise_to_largest(float *max, float *x, int64_t count)
         *max = largest[i] > *max ? largest[i] : *max;
 }
 
-/* exp(x - subtract) of `count` floats, at most 0 (or NaN, which stays), up to a whole vector, and their sum.
-   e^x = 2^n e^r with |r| <= ln 2 / 2; e^r by its Taylor polynomial of degree 7, off by 6e-9. */
+/* exp(x - subtract) of `count` floats, at most 0 (or NaN, which stays), up to a whole vector, and their sum. */
 INLINE float exponentials(float *x, int64_t count, float subtract)
 {
-    const float round = 12582912.0f; /* 1.5 * 2^23: added and taken away, it leaves the nearest integer */
     vec sums = {0};
     for (int64_t i = 0; i < count; i += LANES) {
         vec value = *(const loose *)(x + i) - subtract;
-        ivec vanishes = value < -87.0f; /* below the least normal number */
-        value = (vec)((ivec)value & ~vanishes);
-        vec n = (value * 1.44269504f + round) - round;
-        vec r = value - n * 0.693359375f + n * 2.12194440e-4f; /* ln 2 in two parts: the first times n is exact */
-        vec e = r * 1.98412698e-4f + 1.38888889e-3f;
-        e = e * r + 8.33333333e-3f;
-        e = e * r + 4.16666667e-2f;
-        e = e * r + 1.66666667e-1f;
-        e = e * r + 0.5f;
-        e = e * r + 1.0f;
-        e = e * r + 1.0f;
-        ivec power = (((ivec)(n + round) - 0x4B400000) + 127) << 23; /* the bits of `round` hold n in their lowest */
-        e = (vec)((ivec)(e * (vec)power) & ~vanishes);
-        *(loose *)(x + i) = e;
-        sums += e;
+        exponential(&value);
+        *(loose *)(x + i) = value;
+        sums += value;
     }
     return total(&sums);
 }

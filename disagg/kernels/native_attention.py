@@ -8,7 +8,7 @@ in float32; the reference backend asks `serves` and has its own way otherwise.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -31,8 +31,8 @@ MIN_NBYTES_PER_THREAD: Final = 4 << 20
 """K and V that a thread must have to read before it is woken: at 16 GB/s 250 µs, several times what waking it takes."""
 
 
-class _Layout(ctypes.Structure):
-    """`Layout` of native_attention.c."""
+class AttentionLayout(ctypes.Structure):
+    """The struct Layout of native_parts.h."""
 
     _fields_ = (
         *((name, ctypes.c_int64) for name in ("num_kv_heads", "queries_per_head", "head_dim", "block_size")),
@@ -48,7 +48,7 @@ def _functions() -> ctypes.CDLL | None:
     if library is None:
         return None
     array, number = ctypes.c_void_p, ctypes.c_int64
-    library.disagg_decode_rows.argtypes = (ctypes.POINTER(_Layout), number, number, *(array,) * 6)
+    library.disagg_decode_rows.argtypes = (ctypes.POINTER(AttentionLayout), number, number, *(array,) * 6)
     library.disagg_decode_rows.restype = number
     library.disagg_write_rows.argtypes = (number, array, array, number, number, *(array,) * 3, number, number)
     library.disagg_write_rows.restype = None
@@ -143,26 +143,33 @@ def attend(
     CALLS[ATTENTION] += 1
     if query.stride(2) != 1:
         query = query.contiguous()
-    _, _, num_kv_heads, block_size, head_dim = pool.shape
-    assert query.shape[2] == head_dim
-    layout = _Layout(
-        *(num_kv_heads, query.shape[1] // num_kv_heads, head_dim, block_size, pool.shape[0]),
-        *pool.stride()[:3],
-        *query.stride()[:2],
-        pool.dtype == torch.bfloat16,
-        scale,
-        softcap or 0.0,
-    )
+    assert query.shape[2] == pool.shape[4]
+    layout = layout_of(pool, query.shape[1], query.stride()[:2], scale, softcap)
     sinks = None if sink_logits is None else sink_logits.float().contiguous()
     places = (query.data_ptr(), pool.data_ptr(), None if sinks is None else sinks.data_ptr(), out.data_ptr())
     lists = (decodes.rows.ctypes.data, decodes.tables.ctypes.data)
     _run(decodes, layout, (*lists, *places))
 
 
-def _run(decodes: DecodeRows, layout: _Layout, pointers: tuple[int | None, ...]) -> None:
+def layout_of(
+    pool: torch.Tensor, num_heads: int, query_strides: Sequence[int], scale: float, softcap: float | None
+) -> AttentionLayout:
+    """`query_strides`: numbers between queries, and between the heads of one."""
+    num_slots, _, num_kv_heads, block_size, head_dim = pool.shape
+    return AttentionLayout(
+        *(num_kv_heads, num_heads // num_kv_heads, head_dim, block_size, num_slots),
+        *pool.stride()[:3],
+        *query_strides,
+        pool.dtype == torch.bfloat16,
+        scale,
+        softcap or 0.0,
+    )
+
+
+def _run(decodes: DecodeRows, layout: AttentionLayout, pointers: tuple[int | None, ...]) -> None:
     assert _library is not None
     function, address = _library.disagg_decode_rows, ctypes.byref(layout)
-    others = [_executor().submit(function, address, *cut, *pointers) for cut in decodes.cuts[1:]]
+    others = [executor().submit(function, address, *cut, *pointers) for cut in decodes.cuts[1:]]
     results = [function(address, *decodes.cuts[0], *pointers), *(other.result() for other in others)]
     for failed in filter(None, results):
         raise AssertionError(f"a query at {decodes.rows[failed - 1, 3]} needs a block that has no slot")
@@ -171,7 +178,7 @@ def _run(decodes: DecodeRows, layout: _Layout, pointers: tuple[int | None, ...])
 _threads: ThreadPoolExecutor | None = None
 
 
-def _executor() -> ThreadPoolExecutor:
+def executor() -> ThreadPoolExecutor:
     """Threads beside the caller's, made when they are first needed and kept."""
     global _threads
     if _threads is None:

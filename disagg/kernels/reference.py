@@ -9,7 +9,7 @@ are batched with tables padded by the NULL slot, in buckets of similar length; l
 queries, so that a windowed layer touches only the keys near a tile and a mask stays small.
 
 Where the compiled helper is loaded and serves the types, decode queries and writes go there (`native_attention`),
-which needs neither row numbers nor buckets.
+which needs neither row numbers nor buckets, and so does the fused step before attention (`native_layers`).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import numpy.typing as npt
 import torch
 from torch.nn import functional
 
-from disagg.kernels import native_attention
+from disagg.kernels import native_attention, native_layers
 from disagg.kernels.batch import NULL_SLOT, PagedBatch, QueryRun
 from disagg.kernels.qkv import HeadNorms, Rotary
 from disagg.kernels.scales import KVScales, dequantise, quantise, raw
@@ -77,7 +77,13 @@ class Writes:
     rows: Int64
     num_kv_heads: int
     block_size: int
+    head_dim: int
     device: torch.device
+
+    @cached_property
+    def elements(self) -> Int64:
+        """Elements of a pool where K of kv head 0 goes, int64 `[N]`; the same for every layer of the group."""
+        return self.rows * self.head_dim
 
     @cached_property
     def index(self) -> torch.Tensor:
@@ -217,7 +223,7 @@ class _Planner:
             positions = np.arange(run.start, run.end)
             slots = self.batch.slots(run, positions // self.block_size)
             rows[at : at + run.num_queries] = slots * per_slot + positions % self.block_size
-        return Writes(rows, self.num_kv_heads, self.block_size, self.device)
+        return Writes(rows, self.num_kv_heads, self.block_size, self.pool.shape[4], self.device)
 
     def _rows(self, slots: Int64) -> torch.Tensor:
         """Rows of K, then of V, for `slots` `[..., num_blocks]`, each ordered `[..., num_kv_heads, num_blocks]`."""
@@ -292,6 +298,8 @@ def preprocess_qkv(
     scales: KVScales | None,
 ) -> torch.Tensor:
     num_kv_heads, head_dim = pool.shape[2], pool.shape[4]
+    if scales is None and isinstance(plan, Plan) and native_layers.serves_qkv(qkv, pool):
+        return native_layers.preprocess_qkv(qkv, pool, plan.writes.elements, num_heads, bias, norms, angles)
     x = (qkv.float() if bias is None else qkv.float() + bias.float()).view(len(qkv), -1, head_dim)
     parts = list(torch.split(x, [num_heads, num_kv_heads, num_kv_heads], dim=1))
     if norms is not None:
@@ -321,7 +329,7 @@ def _rows(pool: torch.Tensor, width: int) -> torch.Tensor:
 
 def write_kv(pool: torch.Tensor, plan: Plan, key: torch.Tensor, value: torch.Tensor, scales: KVScales | None) -> None:
     if scales is None and native_attention.can_write(pool, key, value):
-        native_attention.write(pool, plan.writes.rows * pool.shape[4], key, value)
+        native_attention.write(pool, plan.writes.elements, key, value)
         return
     both = torch.stack([key.transpose(0, 1), value.transpose(0, 1)])
     scale = None if scales is None else torch.stack([scales.key, scales.value])[:, :, None, None]

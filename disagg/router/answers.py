@@ -101,14 +101,17 @@ class AnswersSent:
         choice, token_ids = message.choice, message.token_ids
         if not 0 <= choice < len(self._ids) or choice in self._ended:
             return None
-        index = len(self._ids[choice])
-        end = index + len(token_ids)
-        if not index or not token_ids or message.index != index or message.num_cached_tokens or end > self._max_tokens:
+        ids, count = self._ids[choice], len(token_ids)
+        index = len(ids)
+        if not index or not count or message.index != index or message.num_cached_tokens:
             return None
-        if message.logprobs and len(message.logprobs) != len(token_ids):
+        if index + count > self._max_tokens or (message.logprobs and len(message.logprobs) != count):
             return None
-        self._ids[choice].extend(token_ids)
-        self.num_tokens += len(token_ids)
+        if count == 1:
+            ids.append(token_ids[0])
+        else:
+            ids.extend(token_ids)
+        self.num_tokens += count
         return TokenChunk(index, token_ids, message.logprobs, choice=choice)
 
     def fault_in_end(self, message: Finished) -> str | None:

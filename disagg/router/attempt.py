@@ -98,10 +98,12 @@ class RoutedRequest:
         self.sides: dict[str, int] = {}
         self._charges = Charges(transfer_id, news or NothingKnown())
         self._waiting: Callable[[float], None] | None = None
-        self._orders = Orders(request, transfer_id, mint, self.deadline, legs)
+        self._orders = Orders(request, transfer_id, mint, now, self.deadline, legs)
         self._max_attempts = max_attempts
         self._going_on = GoingOn(max_continuations)
         self._num_before = 0
+        self._has_spoken = False
+        """Whether the current attempt gave the client a token."""
         self._held: list[Tokens | Finished] = []
         self._scores = ReportedScores(len(request.prompt), request.sampling.num_prompt_logprobs)
         self._early: list[Tokens | Finished] = []
@@ -118,17 +120,13 @@ class RoutedRequest:
         """What workers still have to do for it: the server, and the prefill worker until it emits a token."""
         if self.is_over or self.placement is None:
             return ()
-        return shares_of(self.placement, len(self.request.prompt), self._answers.count, has_begun=self._has_spoken)
+        num_known = len(self.request.prompt) + self._num_before
+        return shares_of(self.placement, num_known, self._answers.count, has_begun=self._has_spoken)
 
     @property
     def num_tokens(self) -> int:
         """Sent to the client, of all answers."""
         return self._answers.num_tokens
-
-    @property
-    def _has_spoken(self) -> bool:
-        """Whether the current attempt gave the client a token."""
-        return self.num_tokens > self._num_before
 
     @property
     def _here(self) -> Placement:
@@ -158,6 +156,7 @@ class RoutedRequest:
         assert not (self.is_over and self.sides)
         server = self.placement and self.placement.server.incarnation
         assert self.is_over or self._waiting or server in self.sides
+        assert self._has_spoken == (self.num_tokens > self._num_before)
         self._answers.check_invariants()
         assert not self._actions
 
@@ -293,7 +292,8 @@ class RoutedRequest:
         chunk = self._answers.add(message, lambda: self._scores.parts)
         if chunk is None:
             return None
-        if self.num_tokens - len(chunk.token_ids) == self._num_before:  # the first of this attempt
+        if not self._has_spoken:
+            self._has_spoken = True
             self._going_on.note(self._here)
             self._actions += [WentOn(chunk.choice, self.record.current.is_exact)] if self._num_before else []
         self._actions.append(Emit(chunk))
@@ -466,7 +466,7 @@ class RoutedRequest:
         self.placement = placement
         self._prefill_lost_at = None
         self._held, self._early = [], []
-        self._num_before = self.num_tokens
+        self._num_before, self._has_spoken = self.num_tokens, False
         if not self.num_tokens:
             self._scores.restart()
         is_exact = self._going_on.is_exact(placement)

@@ -15,6 +15,7 @@ from disagg.transceiver.wire.messages.router import (
     PrefillLocally,
     PromptScores,
     RequestFailed,
+    Resume,
     Retarget,
     TransferFailure,
     TransferReport,
@@ -24,7 +25,7 @@ from disagg.transceiver.wire.messages.tokens import Tokens
 AnswerMessage = Tokens | PromptScores | Finished | RequestFailed | TransferFailure | TransferReport
 """What a worker may say of one attempt."""
 
-OrderMessage = Dispatch | Retarget | PrefillLocally | CancelRequest | CancelChoice | Grant
+OrderMessage = Dispatch | Retarget | PrefillLocally | CancelRequest | CancelChoice | Grant | Resume
 """What the router may say to it."""
 
 
@@ -119,4 +120,11 @@ class WentOn:
     is_exact: bool
 
 
-Action = SendOrder | Emit | Fail | WentOn
+@dataclass(frozen=True, slots=True)
+class MoveEnded:
+    """The answer is at its sink (`moved`, its next token follows), or stays or has ended where it was."""
+
+    outcome: str
+
+
+Action = SendOrder | Emit | Fail | WentOn | MoveEnded

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Final, Protocol
 
 from disagg.router.attempt_events import AnswerMessage, OrderMessage
 from disagg.router.introductions import Connect, Introductions
 from disagg.router.pulses import Pulses, Steps
 from disagg.router.registry import Claimed, Registry, Worker
-from disagg.transceiver.wire.codec import Message
+from disagg.transceiver.wire.codec import Message, encode
 from disagg.transceiver.wire.errors import LocalProtocolError, PeerLost, clipped
 from disagg.transceiver.wire.faults import PeerFaults
 from disagg.transceiver.wire.links import ControlServer
+from disagg.transceiver.wire.messages.blocks import AskBlocks, BlockEvents
 from disagg.transceiver.wire.messages.peer import Refused
 from disagg.transceiver.wire.messages.router import (
     BROKEN,
@@ -56,6 +58,12 @@ class ClusterListener(Protocol):
     def lost(self, incarnation: str, reason: str, in_step: Steps) -> None:
         """A worker is no longer registered; if it died, these were the new requests of its step."""
 
+    def told_blocks(self, events: BlockEvents) -> None:
+        """A registered worker told what its prefix cache registered and dropped."""
+
+    def pressed(self, incarnation: str, transfers: Sequence[tuple[str, int]]) -> None:
+        """A worker is short of blocks: it preempts these answers next."""
+
     def faulted(self) -> None:
         """A message could not be taken; its peer is dropped."""
 
@@ -91,9 +99,8 @@ class Cluster:
         self._incarnation_of: dict[bytes, str] = {}
         self._claims: dict[str, tuple[bytes, Register]] = {}
         """By the incarnation that has the name: the last REGISTER that asked for it, with its connection."""
-        # Unbounded, because what enters is bounded: a few messages per attempt of requests that are bounded
-        # themselves, answers to messages received, and leases. It drains at once: sending never waits.
-        self._outbox: TurnQueue[tuple[bytes, Message]] = TurnQueue()
+        # Of what could not be sent, and what came after it. It drains at once: sending never waits.
+        self._outbox: TurnQueue[tuple[bytes, Message | bytes]] = TurnQueue()
 
     @property
     def endpoint(self) -> str:
@@ -110,7 +117,7 @@ class Cluster:
         finally:
             self._pulses.close()
 
-    def order(self, incarnation: str, message: OrderMessage) -> None:
+    def order(self, incarnation: str, message: OrderMessage | AskBlocks) -> None:
         """To a worker; dropped when it is lost, because its loss is told to the listener on its own."""
         if route := self._route_of.get(incarnation):
             self._post(route, message)
@@ -153,6 +160,8 @@ class Cluster:
                 self._pulses.note(message)
             case StepTokens():
                 self._take_tokens(route, message)
+            case BlockEvents() if self._route_of.get(message.incarnation) == route:
+                self._listener.told_blocks(message)
             case _ if isinstance(message, AnswerMessage):
                 self._take_answer(route, message)
             case _:
@@ -234,6 +243,8 @@ class Cluster:
             return self._say_farewell(worker, lease)
         if (peers := self._introductions.of_links(lease)) is not None:
             self._post(route, peers)
+        if lease.pressed:
+            self._listener.pressed(lease.incarnation, lease.pressed)
         return self._cancel_unknown(lease)
 
     def _turn_away(self, route: bytes, incarnation: str) -> None:
@@ -269,7 +280,15 @@ class Cluster:
 
     # --- out ------------------------------------------------------------------------------------------------
 
-    def _post(self, route: bytes, message: Message) -> None:
+    def _post(self, route: bytes, message: Message | bytes) -> None:
+        """Send it now, so that a request is with its workers before the next one is looked at.
+
+        What cannot be sent waits for `_send`: a loss is told to the listener, which may be in the middle of something.
+        """
+        if self._outbox.empty():
+            with contextlib.suppress(PeerLost, LocalProtocolError):
+                self._server.send_now(route, message)
+                return
         self._outbox.put_nowait((route, message))
 
     async def _send(self) -> None:
@@ -282,16 +301,17 @@ class Cluster:
             except LocalProtocolError as exc:
                 self._fail_unsendable(route, message, str(exc))
 
-    def _fail_unsendable(self, route: bytes, message: Message, reason: str) -> None:
+    def _fail_unsendable(self, route: bytes, message: Message | bytes, reason: str) -> None:
         """A request that no message can carry (too large, a token id beyond 64 bits) ends alone; others go on."""
         log.error("cannot send a %s: %s", type(message).__name__, reason)
         transfer_id, epoch = getattr(message, "transfer_id", ""), getattr(message, "epoch", 0)
         self._take_answer(route, RequestFailed(transfer_id, epoch, 400, f"the request cannot be sent: {reason}"))
 
     async def _renew(self) -> None:
+        lease = encode(Lease(self.incarnation, self.incarnation))
         while True:
             for route in set(self._route_of.values()):
-                self._post(route, Lease(self.incarnation, self.incarnation))
+                self._post(route, lease)
             await asyncio.sleep(HEARTBEAT_S)
 
     def _tell(self, told: Iterable[tuple[Worker, Peers]]) -> None:

@@ -96,6 +96,10 @@ class Gate(Collector):
         for turn in list(self._waiting):
             self._refuse(turn, _CLOSING)
 
+    @property
+    def is_closing(self) -> bool:
+        return self._is_closing
+
     def check_invariants(self) -> None:
         self._policy.check_invariants()
         assert {turn for turn, future in self._waiting.items() if turn.is_waiting and not future.done()} == set(

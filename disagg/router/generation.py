@@ -96,3 +96,6 @@ class AdminBackend(Backend, Protocol):
 
     def record(self, request_id: str) -> Mapping[str, Any] | None:
         """The record of one request, live or recent, for `GET /requests/{id}`."""
+
+    def drain(self, worker_id: str, draining: bool = True) -> bool:
+        """Empty a worker, or give it requests again. False when it is not registered. On the router's own loop."""

@@ -7,6 +7,7 @@ stored in one format before and after. Placing prefers workers of that format; e
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Final
 
 from disagg.router.choose import Placement
@@ -22,7 +23,7 @@ class GoingOn:
 
     def __init__(self, most: int) -> None:
         self.most, self.count = most, 0
-        self._formats: set[KvFormat] = set()
+        self._spoken: list[Placement] = []
 
     @property
     def is_spent(self) -> bool:
@@ -35,18 +36,20 @@ class GoingOn:
 
     def note(self, placement: Placement) -> None:
         """Tokens of this attempt reached the client."""
-        self._formats |= _formats_of(placement)
+        self._spoken.append(placement)
 
     @property
     def only_format(self) -> KvFormat | None:
         """In which all KV behind the answer was stored; None where there were several."""
-        return next(iter(self._formats)) if len(self._formats) == 1 else None
+        formats = _formats_of(self._spoken)
+        return formats.pop() if len(formats) == 1 else None
 
     def is_exact(self, placement: Placement) -> bool:
         """Whether the KV behind the next tokens is what it would have been."""
-        return len(self._formats | _formats_of(placement)) <= 1
+        return not self._spoken or len(_formats_of([*self._spoken, placement])) <= 1
 
 
-def _formats_of(placement: Placement) -> set[KvFormat]:
-    targets = (placement.server, placement.prefill)
+def _formats_of(placements: Iterable[Placement]) -> set[KvFormat]:
+    """Made when an answer goes on, and not for each request: scales are thousands of numbers."""
+    targets = [target for placement in placements for target in (placement.server, placement.prefill)]
     return {kv_format(target.geometry) for target in targets if target is not None and target.geometry is not None}

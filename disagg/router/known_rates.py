@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Final
 
 from disagg.router.costs.kv_shape import GroupShape, KvShape
 from disagg.router.costs.rates import LinkRate, Rates
 from disagg.router.costs.ways import Candidate
-from disagg.router.pairing import traits_difference
+from disagg.router.pairing import MAX_KINDS_COMPARED, kv_format, traits_difference
 from disagg.router.registry import Registry, Worker
 from disagg.router.workload import Workload
 from disagg.transceiver.layout.strides import ELEMENT_NBYTES
 from disagg.transceiver.wire.messages.rates import MeasuredRates
+from disagg.transceiver.wire.messages.router import LinkStatus
 from disagg.transceiver.wire.messages.values import Geometry
 from disagg.transceiver.wire.purposes import HANDOFF, PREFIX, shared
 
@@ -20,6 +22,12 @@ FIRST_GUESS: Final = MeasuredRates(2000.0, 0.01, ((1, 0.02),))
 """Of a worker of which nothing is known, nor of another on such a device: as all are given it, it decides nothing."""
 LINK_GUESS_GB_PER_S: Final = 1.0
 """Of a link that was not measured, likewise."""
+
+CONNECT_S: Final = 0.05
+"""Of a link that the first request makes: some round trips, and a measurement."""
+
+MAX_LINKS_KEPT: Final = 1 << 14
+"""Of 128 by 128 workers, 3 MB; of a larger fleet those that are asked of."""
 
 MIN_RATE: Final = 1e-3
 MAX_RATE: Final = 1e12
@@ -93,6 +101,8 @@ class KnownLinks:
 
     def __init__(self, registry: Registry) -> None:
         self._registry = registry
+        self._made: dict[tuple[str, str], tuple[LinkStatus, LinkRate]] = {}
+        """What was made of the last reports: a choice asks of a dozen links, a report comes every few seconds."""
 
     def __call__(self, source: str, sink: str) -> LinkRate | None:
         """None where KV cannot go from one to the other now, or only over a link that may be lost."""
@@ -100,14 +110,34 @@ class KnownLinks:
         if ends[0] is None or ends[1] is None:
             return None
         report = ends[1].link_reports.get(source)
-        if report is None or report.state != "ready" or traits_difference(ends[0].traits, ends[1].traits) is not None:
+        made = self._made.get((source, sink)) if report is not None else None
+        if made is not None and made[0] is report:
+            return made[1]
+        return self._make(ends[0], ends[1], report)
+
+    def _make(self, source: Worker, sink: Worker, report: LinkStatus | None) -> LinkRate | None:
+        state, traits = sink.link_state(source.incarnation), (source.traits, sink.traits)
+        if state not in ("ready", "idle") or traits_difference(*traits) is not None:
             return None
-        gb_per_s = min(max(report.gb_per_s, MIN_RATE), MAX_RATE) if report.gb_per_s > 0 else LINK_GUESS_GB_PER_S
-        latency_s = min(max(report.latency_s, 0.0), MAX_SECONDS)
-        purposes = shared(ends[0].sends, ends[1].receives)
-        return LinkRate(gb_per_s, latency_s, hands_over=HANDOFF in purposes, fetches=PREFIX in purposes)
+        purposes = shared(source.sends, sink.receives)
+        is_exact = kv_format(traits[0].geometry) == kv_format(traits[1].geometry)
+        fetches = PREFIX in purposes and is_exact
+        if report is None or state != "ready":
+            return LinkRate(LINK_GUESS_GB_PER_S, CONNECT_S, hands_over=HANDOFF in purposes, fetches=fetches)
+        rate = LinkRate(*_speed_of(report), hands_over=HANDOFF in purposes, fetches=fetches)
+        if len(self._made) >= MAX_LINKS_KEPT:
+            self._made.clear()
+        self._made[source.incarnation, sink.incarnation] = report, rate
+        return rate
 
 
+def _speed_of(report: LinkStatus) -> tuple[float, float]:
+    """GB/s and latency, within bounds."""
+    gb_per_s = min(max(report.gb_per_s, MIN_RATE), MAX_RATE) if report.gb_per_s > 0 else LINK_GUESS_GB_PER_S
+    return gb_per_s, min(max(report.latency_s, 0.0), MAX_SECONDS)
+
+
+@lru_cache(maxsize=MAX_KINDS_COMPARED)
 def kv_shape_of(geometry: Geometry) -> KvShape:
     """Bytes of whole blocks, over all ranks of the worker."""
     element = ELEMENT_NBYTES.get(geometry.kv_dtype, 2)

@@ -63,6 +63,10 @@ class RouterMetrics:
         self.continuation_gap = _histogram(
             "continuation_gap_seconds", "From the last token before such a loss to the next one", _TTFT_BUCKETS
         )
+        self.moves = Counter("disagg_moves", "Moves of answers to other workers that ended", ["outcome"], registry=None)
+        self.move_pause = _histogram(
+            "move_pause_seconds", "From the last token before a move to the first after it", _ITL_BUCKETS
+        )
         self.peer_faults = Counter(
             "disagg_peer_faults",
             "Messages of workers that could not be taken, at the cost of their connection",
@@ -71,7 +75,7 @@ class RouterMetrics:
         own = (
             *(self.ttft, self.estimate_ratio, self.itl, self.e2e, self.requests, self.attempts, self.running),
             *(self.loop_lag, self.charged_deaths, self.refused_after_deaths, self.peer_faults),
-            *(self.continuations, self.inexact, self.continuation_gap, *more),
+            *(self.continuations, self.inexact, self.continuation_gap, self.moves, self.move_pause, *more),
         )
         self._own: list[Collector] = [*own]
         self._registry = CollectorRegistry(auto_describe=False)

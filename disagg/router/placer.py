@@ -12,6 +12,9 @@ from disagg.transceiver.wire.messages.router import PeerTarget
 Mint = Callable[[int, str, str, float, Sequence[int]], bytes]
 """(epoch, prefill incarnation, decode incarnation, ttl_s, tokens that the client has) -> ticket"""
 
+MintLeg = Callable[[str, int, str, str, int, float], bytes]
+"""(leg, epoch, source, sink, tokens of the answer that the router has, ttl_s) -> ticket of a move"""
+
 
 class Placer(Protocol):
     """Which workers could serve now; `disagg.router.choose.Fleet` answers."""

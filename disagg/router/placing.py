@@ -80,21 +80,29 @@ class Placing:
             if not self.load[incarnation]:
                 del self.load[incarnation]
 
-    def at(self, now: float, request: GenerationRequest | None = None) -> PlacingAt:
-        """Choices at this moment; estimated ones for `request`, if the policy estimates."""
+    def at(
+        self, now: float, request: GenerationRequest | None = None, held: Mapping[str, int] | None = None
+    ) -> PlacingAt:
+        """Choices at this moment; estimated ones for `request`, if the policy estimates.
+
+        `held`: by incarnation, from how many of its tokens a worker could go on; few workers.
+        """
         self._turn += 1
-        estimates = Estimates(self, request, self._turn) if request is not None and self.policy.weighs_all else None
+        weighs = request is not None and self.policy.weighs_all
+        estimates = Estimates(self, request, held or {}, self._turn) if request is not None and weighs else None
         fleet = self._fleet(now)
         return PlacingAt(self._orders, fleet, self.load, now, self._max_queued, self._unfit, estimates)
+
+    def knows(self, incarnation: str) -> bool:
+        return self._registry.get(incarnation) is not None
+
+    def holders(self, held: Iterable[str]) -> list[Worker]:
+        return [worker for incarnation in held if (worker := self._registry.get(incarnation)) is not None]
 
     def target(self, incarnation: str) -> PeerTarget:
         worker = self._registry.get(incarnation)
         assert worker is not None
         return worker.target
-
-    def least_loaded(self, most: int) -> Iterator[Worker]:
-        """Up to so many of each role, in the order of their load."""
-        return (worker for order in self._orders.values() for worker in islice(order, most))
 
     def _fleet(self, now: float) -> Fleet:
         load = {} if self.policy.name == "round-robin" else self.load
@@ -109,8 +117,9 @@ class Placing:
 class Estimates:
     """The cost function asked about one request."""
 
-    def __init__(self, placing: Placing, request: GenerationRequest, turn: int) -> None:
+    def __init__(self, placing: Placing, request: GenerationRequest, held: Mapping[str, int], turn: int) -> None:
         self._placing, self._request, self._turn = placing, request, turn
+        self.held = {incarnation: count for incarnation, count in held.items() if placing.knows(incarnation)}
 
     def place(self, workers: Iterable[Worker], max_tokens: int) -> Placement | None:
         placing = self._placing
@@ -122,10 +131,15 @@ class Estimates:
         server = placing.target(way.landing.worker.name)
         return Placement(server, None if way.is_local else placing.target(way.start.worker.name), way)
 
+    def holders(self) -> list[Worker]:
+        """The workers that hold something of the prompt."""
+        return self._placing.holders(self.held)
+
     def _ask(self, max_tokens: int) -> Ask:
         request, placing = self._request, self._placing
+        num_emitted = request.sampling.max_tokens - max_tokens  # an answer that goes on has fewer left
         expected = min(max_tokens, placing.work.mean_answer) * request.sampling.num_choices
-        return Ask(len(request.prompt), max_tokens, expected, {}, placing.max_local_prefill)
+        return Ask(len(request.prompt) + num_emitted, max_tokens, expected, self.held, placing.max_local_prefill)
 
 
 class PlacingAt:
@@ -148,6 +162,7 @@ class PlacingAt:
         if self._estimates is not None:
             orders = self._orders.values()
             few = [worker for order in orders for worker in islice(self._able(order, exclude), MAX_CANDIDATES)]
+            few += [w for w in self._estimates.holders() if w not in few and self._may_be_given_work(w, exclude)]
             if (placed := self._estimates.place(few, max_tokens)) is not None:
                 return placed
         if max_tokens > 1:
@@ -177,7 +192,10 @@ class PlacingAt:
 
     def _able(self, order: LoadOrder, exclude: frozenset[str], *, latest_first: bool = False) -> Iterator[Worker]:
         some = islice(order.in_order(latest_first=latest_first), MAX_PASSED)
-        return (w for w in some if self._may_have_work(w) and w.incarnation not in exclude)
+        return (w for w in some if self._may_be_given_work(w, exclude))
+
+    def _may_be_given_work(self, worker: Worker, exclude: frozenset[str]) -> bool:
+        return worker.incarnation not in exclude and self._may_have_work(worker)
 
     def _may_have_work(self, worker: Worker) -> bool:
         num_waiting = self._load.get(worker.incarnation, 0) - worker.lease.num_running

@@ -27,13 +27,13 @@ class PrefixSource:
 Choose = Callable[[PeerTarget, Placement], PrefixSource | None]
 """(worker that computes the prompt, placement) -> where blocks of it may be had."""
 
-MintLeg = Callable[[LegClaims, float], bytes]
+MintPrefix = Callable[[LegClaims, float], bytes]
 
 
 class PrefixLegs:
     """Of one request. `choose` and `mint` are the router's."""
 
-    def __init__(self, request: GenerationRequest, transfer_id: str, choose: Choose, mint: MintLeg) -> None:
+    def __init__(self, request: GenerationRequest, transfer_id: str, choose: Choose, mint: MintPrefix) -> None:
         self._request, self._transfer_id = request, transfer_id
         self._choose, self._mint = choose, mint
         self._grants: list[tuple[str, Grant]] = []

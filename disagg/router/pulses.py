@@ -9,6 +9,7 @@ from urllib.parse import urlsplit
 
 import zmq
 
+from disagg.transceiver.wire.codec import encode
 from disagg.transceiver.wire.messages.router import Pulse
 from disagg.transceiver.wire.pulse import LoopTurns, PulseThread, Route, open_pulse_socket, send_pulse
 from disagg.transceiver.wire.sockets import Sockets, bracketed
@@ -25,7 +26,7 @@ class Pulses:
     ) -> None:
         """Listens on the host of `endpoint`, at a port that is free. Raises `EndpointRefused`."""
         self._clock = clock
-        self._mine = Pulse(incarnation)
+        self._mine = encode(Pulse(incarnation))
         self._lock = threading.Lock()
         self._heard_at: dict[str, float] = {}
         self._in_step: dict[str, Steps] = {}

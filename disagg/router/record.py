@@ -23,7 +23,8 @@ MAX_REPORTS: Final = 4
 
 @dataclass(slots=True)
 class AttemptRecord:
-    """One attempt: `mode` is `transfer`, `serve`, `retarget` or `local`; `outcome` is `running` until it is known.
+    """One attempt: `mode` is `transfer`, `serve`, `retarget`, `local`, `move` or `resume`; `outcome` is `running` until
+    it is known.
 
     `num_before`: tokens that the client had of all answers; with any the attempt goes on with them, and `is_exact` says
     whether its own are what would have followed.
@@ -35,6 +36,10 @@ class AttemptRecord:
     started_at: float
     num_before: int = 0
     is_exact: bool = True
+    has_moved: bool = False
+    """Whether the answer was taken over here from `placement.prefill`, which decoded it."""
+    pause_s: float | None = None
+    """Between the last token of the worker before and the first of this one, where the answer was moved."""
     ended_at: float | None = None
     outcome: str = "running"
     reports: list[tuple[str, TransferReport]] = field(default_factory=list)
@@ -97,6 +102,7 @@ class AttemptRecord:
             "outcome": self.outcome,
             "tokens_before": self.num_before,
             "exact": self.is_exact,
+            "pause_s": self.pause_s,
             "started_s": self.started_at - received_at,
             "ended_s": None if self.ended_at is None else self.ended_at - received_at,
             "stages": self._stages_by_worker(),
@@ -158,6 +164,11 @@ class RequestRecord:
     def num_continuations(self) -> int:
         """Times that it was placed anew after its first token."""
         return sum(attempt.num_before > 0 and attempt.mode in ("transfer", "serve") for attempt in self.attempts)
+
+    @property
+    def num_moves(self) -> int:
+        """Times that its answer was taken over by another worker."""
+        return sum(attempt.has_moved for attempt in self.attempts)
 
     @property
     def ttft_s(self) -> float | None:
@@ -227,6 +238,7 @@ class RequestRecord:
             "output_tokens": self.num_tokens,
             "seeds": list(self.seeds),
             "continuations": self.num_continuations,
+            "moves": self.num_moves,
             "ttft_s": self.ttft_s,
             "e2e_s": None if self.ended_at is None else self.ended_at - self.received_at,
             "timeline": self.timeline(),
@@ -236,9 +248,10 @@ class RequestRecord:
         }
 
     def _describe_transfer(self) -> dict[str, Any] | None:
-        """What the last attempt moved; None when nothing was (one worker served it, or no report came)."""
-        report = self.current.server_report if self.attempts else None
-        if report is None or self.current.placement.prefill is None:
+        """What the last transfer moved; None when nothing was (one worker served it, or no report came)."""
+        told = (attempt for attempt in reversed(self.attempts) if attempt.server_report is not None)
+        report = next((attempt.server_report for attempt in told if attempt.placement.prefill is not None), None)
+        if report is None:
             return None
         return {
             "plane": report.plane,

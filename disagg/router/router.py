@@ -28,6 +28,7 @@ from disagg.router.attempt_events import (
     Emit,
     Event,
     Fail,
+    MoveEnded,
     RouterClosing,
     SendOrder,
     TimePassed,
@@ -36,79 +37,51 @@ from disagg.router.attempt_events import (
     WorkerLost,
 )
 from disagg.router.charges import MAX_CHARGES
-from disagg.router.choose import Placement
+from disagg.router.choose import RETRY_BUSY_S, Placement
 from disagg.router.cluster import Cluster
 from disagg.router.costs.decide import POLICIES
-from disagg.router.gate import AHEAD_PER_SERVER, Gate
+from disagg.router.emptying import Emptying, Orders
+from disagg.router.gate import Gate
 from disagg.router.generation import GenerationEnd, GenerationError, GenerationRequest, TokenChunk
-from disagg.router.going_on import MAX_CONTINUATIONS
-from disagg.router.introductions import Connect
+from disagg.router.index.remote import PrefixIndex
 from disagg.router.metrics import RouterMetrics
+from disagg.router.minting import Minting
+from disagg.router.moving import MovableRequest
+from disagg.router.options import RouterOptions as RouterOptions
 from disagg.router.placing import Placing
 from disagg.router.prefix_legs import PrefixLegs, PrefixSource
 from disagg.router.prefix_lenders import PrefixLenders
 from disagg.router.record import RecordStore, RequestRecord
 from disagg.router.registry import Worker
 from disagg.router.status import describe_workers
-from disagg.router.tenants import QueuedRequest, TenantLimits
+from disagg.router.tenants import QueuedRequest
 from disagg.router.unread import Unread
 from disagg.router.workload import Share
 from disagg.transceiver.wire.keys import ClusterKeys
 from disagg.transceiver.wire.links import ControlServer
+from disagg.transceiver.wire.messages.blocks import AskBlocks, BlockEvents
 from disagg.transceiver.wire.messages.router import PeerTarget, TransferFailure, TransferReport
 from disagg.transceiver.wire.messages.tokens import Tokens
 from disagg.transceiver.wire.node import draw_id
 from disagg.transceiver.wire.purposes import PREFIX
-from disagg.transceiver.wire.ticket import LegClaims, mint, mint_leg
+from disagg.transceiver.wire.ticket import LegClaims, mint_leg
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class RouterOptions:
-    """`expected_fingerprint`: the model every worker must have; None lets the first worker decide.
-
-    `max_continuations`: losses that one answer may survive in its middle; 0: a loss ends it with an error. `tenants`:
-    limits by the names of API keys; others have none. `ahead_per_server`: see `gate`. `connect`: see `introductions`.
-    `policy`: how a way to serve is chosen, by the names of `costs.decide.POLICIES`; `max_local_prefill`: tokens of a
-    prompt that may be computed where others' answers are decoded.
-    """
-
-    expected_fingerprint: str | None = None
-    max_attempts: int = 3
-    max_continuations: int = MAX_CONTINUATIONS
-    max_queued: int = 1024
-    request_timeout_s: float = 600.0
-    tenants: Mapping[str, TenantLimits] = field(default_factory=dict)
-    ahead_per_server: int = AHEAD_PER_SERVER
-    connect: Connect = "auto"
-    policy: str = "prefix-aware"
-    max_local_prefill: int = 0
-
-    def __post_init__(self) -> None:
-        if self.policy not in POLICIES:
-            raise ValueError(f"policy: `{self.policy}`, expected one of {', '.join(POLICIES)}")
-        if self.max_attempts < 1:
-            raise ValueError(f"max_attempts: {self.max_attempts}, expected at least 1")
-        if self.max_continuations < 0:
-            raise ValueError(f"max_continuations: {self.max_continuations}, expected at least 0")
-        if self.max_queued < 1:
-            raise ValueError(f"max_queued: {self.max_queued}, expected at least 1")
-        if not self.request_timeout_s > 0:
-            raise ValueError(f"request_timeout_s: {self.request_timeout_s}, expected more than 0")
 
 
 @dataclass(slots=True, eq=False)
 class _Stream:
     """One request in progress and what its client has not read yet."""
 
-    attempts: RoutedRequest
+    attempts: MovableRequest
     turn: QueuedRequest
     load: tuple[Share, ...] = ()
     """What of it is counted in the router's load."""
     last_token_at: dict[int, float] = field(default_factory=dict)
     """By choice."""
     unread: Unread = field(default_factory=Unread)
+    has_moved: bool = False
+    """Another worker has taken the answer over, and its first token is to come."""
 
 
 class Router:
@@ -139,6 +112,10 @@ class Router:
         policy, bound = POLICIES[self.options.policy], self.options.max_local_prefill
         self._placing = Placing(self.cluster.registry, self.options.max_queued, policy, bound)
         self._lenders = PrefixLenders(self.cluster.registry, keys.prefix_hash, clock)
+        self._emptying = Emptying(self.cluster.registry, self._placing.work.answers, draw_id)
+        self._is_draining = False
+        """A move ended since draining workers were looked at."""
+        self._index: PrefixIndex | None = None
         self._charged: dict[str, _Stream] = {}
         """Requests that a worker may have died of. One leaves when it has shown that another was the cause."""
 
@@ -179,6 +156,17 @@ class Router:
     async def run(self) -> None:
         """Serve until cancelled."""
         await self.cluster.run()
+
+    def ask_blocks(self, incarnation: str, message: AskBlocks) -> None:
+        """Have a worker tell all blocks of its prefix cache."""
+        self.cluster.order(incarnation, message)
+
+    def use(self, index: PrefixIndex) -> None:
+        """From here on ask which workers hold what of a prompt."""
+        self._index = index
+        self._metrics.add(index)
+        for worker in self.cluster.registry:
+            index.add(worker.register)
 
     def shut_down(self) -> None:
         """End every request with 503 and take no new one. Workers see the closed socket and drop what they hold."""
@@ -234,7 +222,9 @@ class Router:
 
     def drain(self, worker_id: str, draining: bool = True) -> bool:
         """Give a worker no new requests, or some again. False when it is not registered."""
-        return self.cluster.registry.drain(worker_id, draining)
+        is_known = self.cluster.registry.drain(worker_id, draining)
+        self._empty_draining()
+        return is_known
 
     def record(self, request_id: str) -> Mapping[str, Any] | None:
         record = self._records.get(request_id)
@@ -248,7 +238,8 @@ class Router:
 
     async def _enter(self, request: GenerationRequest) -> _Stream:
         """Wait for the request's turn and send it to its workers."""
-        attempts = self._routed(request)
+        held: dict[str, int] = {}
+        attempts = self._routed(request, held)
         self._records.add(attempts.record)
         try:
             turn = await self._gate.enter(request, attempts.record.received_at, attempts.deadline)
@@ -259,36 +250,44 @@ class Router:
             self._end_unstarted(attempts, ClientGone())
             raise
         try:
+            await self._look_up(attempts, held)
             return self._start(attempts, turn)
         except BaseException:
             self._gate.leave(turn, 0)
             raise
+
+    async def _look_up(self, attempts: RoutedRequest, held: dict[str, int]) -> None:
+        """The workers that hold something of the prompt. Raises GenerationError when the router closes meanwhile."""
+        try:
+            held |= await self._who_holds(attempts.request)
+        except BaseException:
+            self._end_unstarted(attempts, ClientGone())
+            raise
+        if self._gate.is_closing:
+            self._end_unstarted(attempts, RouterClosing())
+            raise GenerationError(503, "the router is shutting down", retry_after_s=RETRY_BUSY_S)
 
     def _end_unstarted(self, attempts: RoutedRequest, event: Event) -> None:
         now = self._clock()
         attempts.handle(event, now)
         self._note_end(attempts.record, now)
 
-    def _routed(self, request: GenerationRequest) -> RoutedRequest:
+    async def _who_holds(self, request: GenerationRequest) -> dict[str, int]:
+        """As `PrefixIndex.who_holds`; empty for a request that uses no prefix."""
+        uses_prefixes = self._placing.policy.weighs_all and request.sampling.num_prompt_logprobs is None
+        if self._index is None or not uses_prefixes:
+            return {}
+        return await self._index.who_holds(request.prompt, request.sampling.cache_salt)
+
+    def _routed(self, request: GenerationRequest, held: Mapping[str, int]) -> MovableRequest:
         transfer_id, now = draw_id(), self._clock()
-
-        def mint_ticket(epoch: int, prefill: str, decode: str, ttl_s: float, output: Sequence[int]) -> bytes:
-            return mint(
-                self._keys.ticket,
-                transfer_id=transfer_id,
-                epoch=epoch,
-                prefill=prefill,
-                decode=decode,
-                prompt=request.prompt,
-                ttl_s=ttl_s,
-                output=output,
-            )
-
-        return RoutedRequest(
+        minting = Minting(self._keys.ticket, transfer_id, request)
+        return MovableRequest(
             request,
             transfer_id,
-            lambda: self._placing.at(self._clock(), request),
-            mint_ticket,
+            lambda: self._placing.at(self._clock(), request, held),
+            minting.handoff,
+            mint_leg=minting.move,
             max_attempts=self.options.max_attempts,
             max_continuations=self.options.max_continuations,
             timeout_s=min(request.timeout_s or math.inf, self.options.request_timeout_s),
@@ -307,7 +306,7 @@ class Router:
 
         return PrefixLegs(request, transfer_id, choose, mint_one)
 
-    def _start(self, attempts: RoutedRequest, turn: QueuedRequest) -> _Stream:
+    def _start(self, attempts: MovableRequest, turn: QueuedRequest) -> _Stream:
         stream, now = _Stream(attempts, turn), self._clock()
         actions = attempts.start(now)
         self._streams[attempts.transfer_id] = stream
@@ -347,6 +346,10 @@ class Router:
             match action:
                 case SendOrder(to, message):
                     self.cluster.order(to, message)
+                case MoveEnded(outcome):
+                    self._metrics.moves.labels(outcome=outcome).inc()
+                    stream.has_moved = outcome == "moved"
+                    self._is_draining = True  # another may go in its place
                 case WentOn(choice, is_exact):
                     self._metrics.went_on(now - stream.last_token_at.get(choice, now), is_exact=is_exact)
                 case Emit(item):
@@ -383,9 +386,26 @@ class Router:
             if (error := stream.attempts.record.current.estimate_ratio(now)) is not None:
                 self._metrics.estimate_ratio.observe(error)
         elif last_token_at is not None:
+            self._note_pause(stream, now - last_token_at)
             count = len(item.token_ids)
             self._metrics.itl.note((now - last_token_at) / count, count)
         stream.last_token_at[item.choice] = now
+
+    def _note_pause(self, stream: _Stream, pause_s: float) -> None:
+        if stream.has_moved:
+            stream.has_moved = False
+            stream.attempts.record.current.pause_s = pause_s
+            self._metrics.move_pause.observe(pause_s)
+
+    # --- draining -------------------------------------------------------------------------------------------
+
+    def _empty_draining(self) -> None:
+        now, self._is_draining = self._clock(), False
+        self._carry_out(self._emptying.empty(lambda: [s.attempts for s in self._streams.values()], now), now)
+
+    def _carry_out(self, orders: Orders, now: float) -> None:
+        for request, actions in orders:
+            self._perform(self._streams[request.transfer_id], actions, now)
 
     def _note_end(self, record: RequestRecord, now: float) -> None:
         self._metrics.e2e.observe(now - record.received_at)
@@ -429,6 +449,8 @@ class Router:
         if stream := self._streams.get(message.transfer_id):
             if not (isinstance(message, Tokens) and self._go_on(stream, source, message)):
                 self._apply(stream, Answered(source, message))
+                if self._is_draining:
+                    self._empty_draining()
         elif isinstance(message, TransferReport) and (record := self._records.get(message.transfer_id)):
             record.note(source, message)
         elif isinstance(message, TransferFailure):
@@ -436,11 +458,24 @@ class Router:
 
     def registered(self, worker: Worker) -> None:
         self._placing.add(worker)
+        if self._index is not None:
+            self._index.add(worker.register)
 
     def lost(self, incarnation: str, reason: str, in_step: Mapping[str, int]) -> None:
         self._placing.remove(incarnation)
         self._lenders.forget(incarnation)
+        if self._index is not None:
+            self._index.remove(incarnation)
         self._apply_to_all(WorkerLost(incarnation, reason, in_step))
+
+    def told_blocks(self, events: BlockEvents) -> None:
+        if self._index is not None:
+            self._index.take(events)
+
+    def pressed(self, incarnation: str, transfers: Sequence[tuple[str, int]]) -> None:
+        now, streams = self._clock(), [self._streams.get(transfer_id) for transfer_id, _ in transfers]
+        requests = [stream.attempts for stream in streams if stream is not None]
+        self._carry_out(self._emptying.relieve(incarnation, requests, now), now)
 
     def faulted(self) -> None:
         self._metrics.peer_faults.inc()
@@ -452,3 +487,4 @@ class Router:
     def time_passed(self) -> None:
         self._gate.look()
         self._apply_to_all(TimePassed())
+        self._empty_draining()

@@ -12,15 +12,15 @@ class Agenda:
     def __init__(self) -> None:
         self.now = 0.0
         self.num_done = 0
-        self._due: list[tuple[float, int, Callable[[], None]]] = []
+        self._due: list[tuple[float, int, Callable[[], object]]] = []
         self._num_noted = 0
 
-    def at(self, moment: float, call: Callable[[], None]) -> None:
+    def at(self, moment: float, call: Callable[[], object]) -> None:
         """Make the call at this moment, at once where it is past."""
         self._num_noted += 1
         heapq.heappush(self._due, (max(moment, self.now), self._num_noted, call))
 
-    def after(self, seconds: float, call: Callable[[], None]) -> None:
+    def after(self, seconds: float, call: Callable[[], object]) -> None:
         self.at(self.now + seconds, call)
 
     def run(self) -> None:

@@ -63,10 +63,13 @@ class OwnCores:
 
 
 class SharedCores:
-    """`num_cores` for all jobs. `_pace` is the work done so far by a job that was there from the beginning."""
+    """`num_cores` for all jobs. `num_neighbours`: other processes' jobs that run on them all the time, in the mean.
 
-    def __init__(self, agenda: Agenda, num_cores: int) -> None:
-        self._agenda, self._num_cores = agenda, num_cores
+    `_pace` is the work done so far by a job that was there from the beginning.
+    """
+
+    def __init__(self, agenda: Agenda, num_cores: int, num_neighbours: float = 0.0) -> None:
+        self._agenda, self._num_cores, self._num_neighbours = agenda, num_cores, num_neighbours
         self._jobs: list[tuple[float, int, Job]] = []
         self._num_running = self._num_started = 0
         self._pace = self._seen_at = 0.0
@@ -97,12 +100,12 @@ class SharedCores:
 
     @property
     def _speed(self) -> float:
-        return min(1.0, self._num_cores / self._num_running) if self._num_running else 0.0
+        return min(1.0, self._num_cores / (self._num_running + self._num_neighbours)) if self._num_running else 0.0
 
     def _catch_up(self) -> None:
         passed = self._agenda.now - self._seen_at
         self._pace += passed * self._speed
-        self.busy_s += passed * min(self._num_cores, self._num_running)
+        self.busy_s += passed * self._speed * self._num_running
         self._seen_at = self._agenda.now
 
     def _look_later(self) -> None:

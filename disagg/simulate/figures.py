@@ -59,6 +59,7 @@ class Figures:
     batch: float
     num_evicted: int
     num_dropped: int
+    num_events: int
     estimate_error: float | None
 
     @property
@@ -100,6 +101,7 @@ def figures(outcome: Outcome, objectives: Objectives) -> Figures:
         batch=_batch(outcome),
         num_evicted=sum(worker.store.num_evicted for worker in outcome.workers),
         num_dropped=sum(request.num_drops for request in outcome.requests),
+        num_events=outcome.num_events,
         estimate_error=_estimate_error(answered),
     )
 

@@ -66,7 +66,8 @@ SYSTEM_PROMPTS: Final = 8
 
 def _chats(shape: TraceShape, draw: _Draw) -> list[TracedRequest]:
     """Each turn's prompt is the turn before, its answer and new words; chats begin with one of a few prompts."""
-    size, found, start = shape.block_size, [], 0.0
+    size, start = shape.block_size, 0.0
+    found: list[TracedRequest] = []
     systems = [draw.names(max(1, shape.prompt // 2 // size)) for _ in range(SYSTEM_PROMPTS)]
     while len(found) < 2 * shape.num_requests:  # those beyond are cut: the first ones lack the turns of chats before
         start += draw.pause(shape.rate / TURNS)

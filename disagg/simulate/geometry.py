@@ -19,7 +19,7 @@ Runs = tuple[tuple[int, int], ...]
 
 @dataclass(frozen=True)
 class KvGeometry:
-    """A layout, seen by a trace of blocks of `unit` tokens. Raises ValueError where these are no whole number of its."""
+    """A layout, seen by a trace of blocks of `unit` tokens. Raises ValueError where that is no multiple of its own."""
 
     layout: CacheLayout
     unit: int

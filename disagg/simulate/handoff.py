@@ -10,7 +10,7 @@ from disagg.simulate.cores import Cores
 from disagg.simulate.geometry import KvGeometry
 from disagg.simulate.network import Network
 from disagg.simulate.rates import ClusterRates
-from disagg.simulate.requests import AnswerWork, PromptWork, ReservationWork, SimulatedRequest
+from disagg.simulate.requests import AnswerWork, PromptStage, PromptWork, ReservationWork, SimulatedRequest
 from disagg.simulate.worker import SimulatedWorker
 
 
@@ -26,7 +26,7 @@ class Ground:
 
 
 class Handoff:
-    """Both ends are asked at once, and answer in any order. `on_landed` is told of the answer that goes on from here."""
+    """Both ends are asked at once, and answer in any order. `on_landed` is told of the answer that begins."""
 
     def __init__(
         self,
@@ -42,7 +42,6 @@ class Handoff:
         peaks = ground.geometry.peaks(traced.prompt_len + traced.answer_len, traced.prompt_len, 1)
         self._reservation = ReservationWork(prompt.request, peaks, self._note_reserved)
         self._reserved_at: float | None = None
-        self._is_computed = False
         prompt.on_computed = self._note_computed
 
     def begin(self) -> None:
@@ -52,14 +51,11 @@ class Handoff:
     def _note_reserved(self, _: ReservationWork) -> None:
         """The decode worker asks for the KV."""
         self._reserved_at = self._ground.agenda.now
-        if self._is_computed:
-            self._prefill.pin(self._prompt)
+        self._prefill.pin(self._prompt)
+        if self._prompt.stage is PromptStage.COMPUTED:  # one that gave way since is computed anew first
             self._send()
-        else:
-            self._prefill.pin(self._prompt)
 
     def _note_computed(self, _: PromptWork) -> None:
-        self._is_computed = True
         if self._reserved_at is not None:
             self._send()
 
@@ -92,10 +88,13 @@ def fetch_prefix(
     num_blocks: int,
     on_there: Callable[[], None],
 ) -> None:
-    """The first blocks of a prompt go from one worker to another, which keeps them as its own."""
+    """The first blocks of a prompt, as far as the source has them still, go to the sink, which keeps them."""
     traced, store, unit = request.traced, sink.store, ground.geometry.unit
-    hashes, now = traced.hashes[:num_blocks], ground.agenda.now
-    length = len(hashes) * unit
+    there = source.store.usable(traced.hashes[:num_blocks], num_blocks * unit + 1)
+    if there <= store.usable(traced.hashes, traced.prompt_len):
+        ground.agenda.after(2 * ground.rates.link_latency_s, on_there)  # a question and an answer
+        return
+    hashes, now, length = traced.hashes[:there], ground.agenda.now, there * unit
     request.prefix_nbytes = ground.geometry.moved(length, store.held(hashes, length))
     nbytes = sum(request.prefix_nbytes)
     arrives_at = ground.network.send(source.number, sink.number, nbytes, tail=nbytes, begun_at=now, ready_at=now)

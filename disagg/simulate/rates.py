@@ -1,7 +1,7 @@
 """How fast workers, links and the front end are: measured by `disagg bench rates`, or written by hand.
 
-Tables give seconds for some sizes; between two sizes a line is drawn, beyond the last the last line goes on. A step with
-both answers and prompt tokens takes the sum of both, less what a step costs without any token, which is paid once.
+Tables give seconds for some sizes; between two sizes a line is drawn, beyond the last the last line goes on. A step
+with both answers and prompt tokens takes the sum of both, less what a step costs without any token, which is paid once.
 """
 
 from __future__ import annotations
@@ -60,7 +60,8 @@ class ClusterRates:
 
     `decode_step_s`: one step by answers in it. `prefill_step_s`: one step by prompt tokens in it. `step_cpu_s`: what a
     worker does beside the model for each step, `handoff_cpu_s` for each transfer at each end. `request_cpu_s`,
-    `token_cpu_s`: what the front end (router, API, client) does for each request and each token; it is one process.
+    `message_cpu_s`, `token_cpu_s`: what the front end (router, API, client) does for each request, each step of a
+    worker and each token of it; it is one process.
     `link_bytes_per_s`, `link_latency_s`: of a worker's link in each direction, for one transfer.
     """
 
@@ -71,6 +72,7 @@ class ClusterRates:
     step_cpu_s: float = 0.0
     handoff_cpu_s: float = 0.0
     request_cpu_s: float = 0.0
+    message_cpu_s: float = 0.0
     token_cpu_s: float = 0.0
     about: Mapping[str, Any] = field(default_factory=dict, compare=False)
 

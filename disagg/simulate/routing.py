@@ -11,16 +11,14 @@ from dataclasses import dataclass, replace
 from typing import Final
 
 from disagg.router.choose import Placement, Unplaceable
-from disagg.router.costs.decide import POLICIES, decide
-from disagg.router.costs.rates import LinkRate
-from disagg.router.costs.ways import Ask
+from disagg.router.costs.decide import POLICIES
 from disagg.router.generation import GenerationRequest
-from disagg.router.placing import MAX_CANDIDATES, Placing
+from disagg.router.placing import Placing
 from disagg.router.registry import Worker
 from disagg.router.workload import Share, shares_of
 from disagg.simulate.handoff import Ground
-from disagg.simulate.holders import Holders
-from disagg.simulate.records import incarnation_of, number_of, records_of
+from disagg.simulate.index import IndexOfBlocks
+from disagg.simulate.records import number_of, records_of
 from disagg.simulate.requests import SimulatedRequest
 from disagg.simulate.worker import SimulatedWorker
 from disagg.transceiver.wire.messages.values import Sampling
@@ -66,6 +64,7 @@ class Routing:
             self._placing.add(worker)
         self._shares: dict[SimulatedRequest, tuple[Placement, tuple[Share, ...]]] = {}
         self._is_due = [False] * len(workers)
+        self._index = IndexOfBlocks(ground, workers) if POLICIES[policy].weighs_all else None
 
     def place(self, request: SimulatedRequest) -> Route | str:
         """Where it goes, which counts from here on; or why there is no place for it."""
@@ -88,8 +87,10 @@ class Routing:
         self._placing.work.note_answer(request.traced.answer_len)
 
     def _choose(self, request: SimulatedRequest) -> Placement | Unplaceable:
-        asked = GenerationRequest(str(request.number), range(request.traced.prompt_len), _SAMPLING)
-        return self._placing.at(self._ground.agenda.now, asked).place(request.traced.answer_len)
+        traced = request.traced
+        asked = GenerationRequest(str(request.number), range(traced.prompt_len), _SAMPLING)
+        held = self._index.who_holds(traced.hashes, traced.prompt_len) if self._index is not None else {}
+        return self._placing.at(self._ground.agenda.now, asked, held).place(traced.answer_len)
 
     def _route(self, placed: Placement) -> Route:
         way = placed.way
@@ -122,62 +123,3 @@ class Routing:
             record.lease = replace(record.lease, num_running=worker.num_running, num_queued=worker.num_waiting)
 
         self._ground.agenda.after(HEARTBEAT_S, renew)
-
-
-class PrefixRouting(Routing):
-    """Weighs own and fetched prefixes too: candidates are also the workers that hold most of a prompt."""
-
-    def __init__(
-        self,
-        ground: Ground,
-        workers: Sequence[SimulatedWorker],
-        policy: str,
-        *,
-        max_queued: int = 1024,
-        max_local_prefill: int = 0,
-    ) -> None:
-        super().__init__(ground, workers, policy, max_queued=max_queued, max_local_prefill=max_local_prefill)
-        self._holders = Holders(workers)
-        self._link = LinkRate(ground.rates.link_bytes_per_s / 1e9, ground.rates.link_latency_s)
-        self._turn = 0
-
-    def _choose(self, request: SimulatedRequest) -> Placement | Unplaceable:
-        placing, traced = self._placing, request.traced
-        numbers = self._candidates(request)
-        named = ((incarnation_of(n), self._tokens_held(n, request)) for n in numbers)
-        expected = min(traced.answer_len, placing.work.mean_answer)
-        held = {name: tokens for name, tokens in named if tokens}
-        ask = Ask(traced.prompt_len, traced.answer_len, expected, held, placing.max_local_prefill)
-        records = [self._records[number] for number in numbers]
-        candidates = [placing.rates.candidate(one, placing.work, placing.load[one.incarnation]) for one in records]
-        self._turn += 1
-        way = decide(ask, candidates, self._link_between, placing.policy, self._turn)
-        if way is None:
-            return super()._choose(request)
-        server = placing.target(way.landing.worker.name)
-        return Placement(server, None if way.is_local else placing.target(way.start.worker.name), way)
-
-    def _candidates(self, request: SimulatedRequest) -> list[int]:
-        least = self._placing.least_loaded(MAX_CANDIDATES)
-        holders = self._holders.of(request.traced.hashes, MAX_CANDIDATES)
-        return list(dict.fromkeys((*(number_of(worker.incarnation) for worker in least), *holders)))
-
-    def _tokens_held(self, number: int, request: SimulatedRequest) -> int:
-        store, traced = self._workers[number].store, request.traced
-        return store.usable(traced.hashes, traced.prompt_len) * store.unit
-
-    def _link_between(self, source: str, sink: str) -> LinkRate:
-        return self._link
-
-
-def routing_of(
-    ground: Ground,
-    workers: Sequence[SimulatedWorker],
-    policy: str,
-    *,
-    max_queued: int = 1024,
-    max_local_prefill: int = 0,
-) -> Routing:
-    """The routing of a policy by its name."""
-    kind = PrefixRouting if POLICIES[policy].weighs_all else Routing
-    return kind(ground, workers, policy, max_queued=max_queued, max_local_prefill=max_local_prefill)

@@ -10,7 +10,7 @@ from disagg.router.gate import AHEAD_PER_SERVER
 from disagg.router.tenants import QueuedRequest
 from disagg.simulate.agenda import Agenda
 from disagg.simulate.blocks import BlockStore
-from disagg.simulate.cores import OwnCores, SharedCores
+from disagg.simulate.cores import Cores, OwnCores, SharedCores
 from disagg.simulate.fleet import FleetShape, WorkerKind
 from disagg.simulate.front import FrontEnd
 from disagg.simulate.geometry import KvGeometry
@@ -18,15 +18,18 @@ from disagg.simulate.handoff import Ground, Handoff, fetch_prefix
 from disagg.simulate.network import Network
 from disagg.simulate.rates import ClusterRates
 from disagg.simulate.requests import AnswerWork, PromptWork, SimulatedRequest, StepsDone
-from disagg.simulate.routing import Route, routing_of
+from disagg.simulate.routing import Route, Routing
 from disagg.simulate.trace import Trace
 from disagg.simulate.worker import MOST_STEPS, SimulatedWorker
 
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """What is simulated. `num_cores`: shared by workers and front end; None = each worker has a device of its own, and
-    the front end costs a request its time and no other's. `policy`, `max_queued`, `max_local_prefill` as of the router.
+    """What is simulated.
+
+    `num_cores`: shared by workers and front end; None = each worker has a device of its own, and the front end costs a
+    request its time and no other's. `num_neighbours`: see `SharedCores`. `policy`, `max_queued`, `max_local_prefill` as
+    of the router.
     """
 
     fleet: FleetShape
@@ -34,6 +37,7 @@ class Setting:
     rates: ClusterRates
     policy: str
     num_cores: int | None = None
+    num_neighbours: float = 0.0
     max_queued: int = 1024
     max_local_prefill: int = 0
 
@@ -58,19 +62,21 @@ class Simulation:
     def __init__(self, trace: Trace, setting: Setting) -> None:
         self._setting, self._rates, kind = setting, setting.rates, setting.kind
         self._agenda, roles = Agenda(), setting.fleet.roles
-        cores = SharedCores(self._agenda, setting.num_cores) if setting.num_cores else OwnCores(self._agenda)
+        cores = _cores_of(setting, self._agenda)
         network = Network(len(roles), self._rates.link_bytes_per_s, self._rates.link_latency_s)
-        self._ground = Ground(self._agenda, cores, network, self._rates, KvGeometry(kind.layout, trace.block_size))
+        self.ground = Ground(self._agenda, cores, network, self._rates, KvGeometry(kind.layout, trace.block_size))
         self._front = FrontEnd(cores)
-        self._token_cpu_s = self._rates.token_cpu_s if setting.num_cores else 0.0
+        shares = setting.num_cores is not None
+        self._message_cpu_s = self._rates.message_cpu_s if shares else 0.0
+        self._token_cpu_s = self._rates.token_cpu_s if shares else 0.0
         self.workers = [self._worker(number, role) for number, role in enumerate(roles)]
         self._admission = Admission({}, max_queued=setting.max_queued)
         self._room = AHEAD_PER_SERVER * sum(role != "prefill" for role in roles)
         self._turns: dict[QueuedRequest, SimulatedRequest] = {}
         self._turn_of: dict[SimulatedRequest, QueuedRequest] = {}
         self._delivered_at = [0.0] * len(roles)
-        self._routing = routing_of(
-            self._ground,
+        self._routing = Routing(
+            self.ground,
             self.workers,
             setting.policy,
             max_queued=setting.max_queued,
@@ -90,9 +96,9 @@ class Simulation:
 
     def _worker(self, number: int, role: str) -> SimulatedWorker:
         kind = self._setting.kind
-        store = BlockStore(self._ground.geometry, kind.num_slots, reuses=kind.reuses_prefixes)
+        store = BlockStore(self.ground.geometry, kind.num_slots, reuses=kind.reuses_prefixes)
         most_steps = 1 if self._token_cpu_s else MOST_STEPS  # tokens take cores that the next step needs
-        cores, done = self._ground.cores, self._steps_done
+        cores, done = self.ground.cores, self._steps_done
         return SimulatedWorker(number, role, self._agenda, cores, self._rates, store, kind, done, most_steps=most_steps)
 
     # --- the router -----------------------------------------------------------------------------------------
@@ -147,7 +153,7 @@ class Simulation:
         total = traced.prompt_len + traced.answer_len
         if total > kind.max_model_len:
             return f"{total} tokens, more than the model's {kind.max_model_len}"
-        peaks = self._ground.geometry.peaks(total, 0, kind.max_num_batched_tokens)
+        peaks = self.ground.geometry.peaks(total, 0, kind.max_num_batched_tokens)
         if self.workers[0].store.promises.fits_empty(peaks):
             return ""
         return f"{total} tokens need more blocks than a worker has"
@@ -163,7 +169,7 @@ class Simulation:
         else:
             source = self.workers[route.source]
             fetch_prefix(
-                self._ground, request, source, computing, route.fetched,
+                self.ground, request, source, computing, route.fetched,
                 lambda: self._dispatch(request, server, computing),
             )  # fmt: skip
 
@@ -171,13 +177,13 @@ class Simulation:
         if computing is server:
             server.compute(self._prompt(request, serves=True))
         else:
-            Handoff(self._ground, self._prompt(request, serves=False), computing, server, self._landed).begin()
+            Handoff(self.ground, self._prompt(request, serves=False), computing, server, self._landed).begin()
 
     def _prompt(self, request: SimulatedRequest, *, serves: bool) -> PromptWork:
         traced, step = request.traced, self._setting.kind.max_num_batched_tokens
         total = traced.prompt_len + (traced.answer_len if serves else 0)
-        peaks = self._ground.geometry.peaks(total, 0, step)
-        kept = self._ground.geometry.peaks(total, traced.prompt_len, step)
+        peaks = self.ground.geometry.peaks(total, 0, step)
+        kept = self.ground.geometry.peaks(total, traced.prompt_len, step)
         return PromptWork(request, peaks, kept, serves, is_soft=not serves)
 
     def _landed(self, answer: AnswerWork) -> None:
@@ -188,12 +194,13 @@ class Simulation:
             self._note_first(answer.request)
             self._admit()
 
-        self._front.do(self._token_cpu_s, deliver)
+        self._front.do(self._message_cpu_s + self._token_cpu_s, deliver)
 
     # --- tokens ---------------------------------------------------------------------------------------------
 
     def _steps_done(self, steps: StepsDone) -> None:
-        work_s = steps.num_tokens * self._token_cpu_s
+        num_tokens = steps.num_tokens
+        work_s = num_tokens * self._token_cpu_s + (steps.count * self._message_cpu_s if num_tokens else 0.0)
         self._front.do(work_s, lambda: self._deliver(steps))
 
     def _deliver(self, steps: StepsDone) -> None:
@@ -227,3 +234,9 @@ class Simulation:
         request.ended_at = self._agenda.now
         self._routing.note_end(request)
         self._leave(request, request.traced.answer_len)
+
+
+def _cores_of(setting: Setting, agenda: Agenda) -> Cores:
+    if setting.num_cores is None:
+        return OwnCores(agenda)
+    return SharedCores(agenda, setting.num_cores, setting.num_neighbours)

@@ -102,7 +102,8 @@ def read_trace(path: Path, *, most: int | None = None) -> Trace:
 
 def parse_trace(lines: Iterable[str], *, most: int | None = None) -> Trace:
     """The trace of these lines. Raises TraceRefused."""
-    block_size, requests, names = MOONCAKE_BLOCK, [], _Names()
+    block_size, names = MOONCAKE_BLOCK, _Names()
+    requests: list[TracedRequest] = []
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue

@@ -2,8 +2,8 @@
 
 It follows `disagg.engine.scheduler`: what must be promised stands in one line and starts when seats and pools allow;
 soft prompts start while that line is empty and give way, newest first; every answer gets a token per step, and prompts
-share what is left of the budget by `disagg.engine.batch.share_tokens`. Steps that hold answers alone are all equal until
-one of them ends or something comes, and are counted together.
+share what is left of the budget by `disagg.engine.batch.share_tokens`. Steps that hold answers alone are all equal
+until one of them ends or something comes, and are counted together.
 
 Simpler than the scheduler: an answer is promised its whole length, so none is preempted; nothing starts beside the head
 of the line while that waits for room.

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Final
@@ -25,25 +25,26 @@ from disagg.engine.commands import (
     EngineEvent,
     FailedEvent,
     FinishedEvent,
+    FrozenEvent,
+    MoveRefusedEvent,
     Pin,
     PinnedEvent,
     Prefill,
     PrefixEvictedEvent,
     PrefixRoomEvent,
     PrefixWantedEvent,
+    PressedEvent,
     PromptComputedEvent,
     PromptScoredEvent,
     Release,
     Reserve,
     ReservedEvent,
-    Serve,
     SoftDroppedEvent,
     TokensEvent,
     Unregister,
 )
-from disagg.transceiver.peers.decode_side import ReceivingSide, TransferRecord
-from disagg.transceiver.peers.prefill_side import SendingSide
-from disagg.transceiver.protocol.actions import ReportFailed, Verified
+from disagg.transceiver.peers.decode_side import TransferRecord
+from disagg.transceiver.protocol.actions import AskExtension, ReportFailed, Verified
 from disagg.transceiver.protocol.events import (
     CancelAsked,
     ComputeFailed,
@@ -65,18 +66,23 @@ from disagg.transceiver.wire.messages.router import (
     PrefillLocally,
     PromptScores,
     RequestFailed,
+    Resume,
     Retarget,
     RouterMessage,
     TransferFailure,
-    TransferReport,
 )
 from disagg.transceiver.wire.messages.tokens import Tokens
-from disagg.transceiver.wire.messages.values import FirstToken, Geometry, StageTimes, UnitName, nameable
+from disagg.transceiver.wire.messages.values import Geometry, StageTimes, UnitName, nameable
+from disagg.worker.arrivals import Arrivals
+from disagg.worker.departures import Departures
+from disagg.worker.live_attempts import LiveAttempts
 from disagg.worker.metrics import WorkerMetrics
 from disagg.worker.pairing import Pairing
 from disagg.worker.prefix_sinks import PrefixSinks
 from disagg.worker.prefix_sources import PrefixSources
-from disagg.worker.request_state import RequestState, transfer_times
+from disagg.worker.request_state import RequestState
+from disagg.worker.serves import serves_of
+from disagg.worker.stages import report_of, stage_times
 from disagg.worker.taking_in import OnFault, Slots
 
 log = logging.getLogger(__name__)
@@ -85,7 +91,7 @@ NO_ROOM_S: Final = 1.0
 """Long against a step and a transfer, which may give room at any moment, short against a client's patience."""
 
 
-class Attempts:
+class Attempts(LiveAttempts):
     """All live attempts of one registration; host of its sending and receiving sides."""
 
     def __init__(
@@ -97,51 +103,41 @@ class Attempts:
         *,
         fetch_wait_s: float,
         decode: Callable[[Decode, Slots, OnFault], None] | None = None,
+        on_pressed: Callable[[], None] = lambda: None,
         lacks_floor: Callable[[], bool] = lambda: False,
     ) -> None:
-        """`decode`: takes a `Decode` with the slots whose KV landed; without it they are there already. `lacks_floor`:
-        whether reservations are held here in pools that keep no room for what others fetch.
+        """`decode`: takes a `Decode` with the slots whose KV landed; without it they are there already. `on_pressed`:
+        there is something for `take_pressed`. `lacks_floor`: whether reservations are held here in pools that keep no
+        room for what others fetch.
         """
+        super().__init__()
         self._lacks_floor = lacks_floor
         self._decode = decode or (lambda command, slots, on_fault: submit(command))
-        self._submit, self._send, self._pair, self._metrics = submit, send, pair, metrics
+        self._submit, self._pair, self._metrics = submit, pair, metrics
+        self._tell, self._on_pressed = send, on_pressed
+        self._departures = Departures(submit, self._send, pair, lambda: self.sending)
+        self._arrivals = Arrivals(submit, pair, lambda: self.receiving)
         self._fetch_wait_s = fetch_wait_s
-        self._live: dict[AttemptKey, RequestState] = {}
-        self._requests: dict[str, Dispatch] = {}
         self._peers: dict[str, PeerTarget] = {}
-        self._suspects: dict[AttemptKey, bool] = {}
-        """Attempts whose sources are hashed again first: True once the transfer needs them no more."""
-        self.sending: SendingSide | None = None
-        self.receiving: ReceivingSide | None = None
         self.sources: PrefixSources | None = None
         self.sinks: PrefixSinks | None = None
 
-    def __contains__(self, key: AttemptKey) -> bool:
-        return key in self._live
-
     def peer_geometry(self, key: AttemptKey) -> Geometry:
-        """How the peer of a live attempt's transfer lays out its cache."""
+        """How the peer of a live attempt's transfer, or of a leg, lays out its cache."""
+        if key in self._departures:
+            return self._departures.peer_geometry(key)
         return self._live[key].pairing.peer_geometry
 
-    def num_known(self, key: AttemptKey) -> int | None:
-        """Tokens that a live attempt's transfer covers; None for another transfer."""
-        state = self._live.get(key)
-        return state.dispatch.num_known if state is not None else None
+    def froze(self, event: FrozenEvent) -> AttemptKey | None:
+        """An answer stands still. The leg for which its units are to be hashed now, if it is wanted still."""
+        return self._departures.froze(event) if event.key in self._live else None
 
-    @property
-    def keys(self) -> tuple[AttemptKey, ...]:
-        return tuple(self._live)
-
-    @property
-    def held(self) -> tuple[AttemptKey, ...]:
-        """Attempts of which the engine may hold blocks, with those that are over but have blocks to be hashed again."""
-        return tuple({*self._live, *self._suspects})
-
-    @property
-    def num_open(self) -> int:
-        """Requests that this worker has a part in still, those included whose next attempt the router decides on."""
-        held = self.receiving.held if self.receiving is not None else ()
-        return len({*self._requests, *(key.transfer_id for key in held)})
+    def _send(self, message: RouterMessage | Tokens) -> None:
+        """To the router, under the epoch by which it knows the attempt now."""
+        state = self._live.get(AttemptKey(getattr(message, "transfer_id", ""), getattr(message, "epoch", 0)))
+        if state is not None and state.epoch != state.dispatch.epoch:
+            message = replace(message, epoch=state.epoch)  # type: ignore[arg-type]  # it has one: it was found by it
+        self._tell(message)
 
     # --- from the router --------------------------------------------------------------------------------------
 
@@ -159,11 +155,14 @@ class Attempts:
                 self._drop_request(transfer_id)
                 if self.sources is not None:
                     self.sources.withdraw(transfer_id, reason)
-            case Grant():
-                if self.sources is not None:
-                    self.sources.grant(message)
             case CancelChoice():
                 self._cancel_choice(AttemptKey(message.transfer_id, message.epoch, message.choice))
+            case Grant(purpose="move"):
+                self._let_go(message)
+            case Grant() if self.sources is not None:
+                self.sources.grant(message)
+            case Resume():
+                self._resume(message)
             case Peers():
                 self._introduce(message)
             case _:
@@ -178,7 +177,8 @@ class Attempts:
             self.receiving.forget_peers(change.gone)
 
     def _dispatch(self, dispatch: Dispatch, *, urgent: bool = False) -> None:
-        state = RequestState(dispatch, self._pair(dispatch))
+        pairing = self._arrivals.pairing_of(dispatch) if dispatch.mode == "move" else self._pair(dispatch)
+        state = RequestState(dispatch, pairing)
         key, sampling, priority = state.key, dispatch.sampling, dispatch.priority
         if key in self._live or self._was_here(key) or self._is_misplaced(state):
             log.warning("ignored a dispatch of mode %s", dispatch.mode, extra=_of(state))
@@ -189,16 +189,19 @@ class Attempts:
             "%s: %d prompt tokens, attempt %d", dispatch.mode, len(dispatch.prompt), dispatch.epoch, extra=_of(state)
         )
         output = dispatch.first_output
-        boundary = self.sinks.expect(state) if self.sinks is not None and dispatch.mode != "decode" else 0
+        boundary = self.sinks.expect(state) if self.sinks is not None and dispatch.mode in ("serve", "prefill") else 0
         if dispatch.mode == "serve":
-            state.to_follow.extend(serves_of(dispatch, urgent=urgent))
+            state.to_follow.extend(serves_of(dispatch, urgent=urgent, arrived_at=state.began_at))
             self._submit(replace(state.to_follow.popleft(), prefix_boundary=boundary))
+        elif dispatch.mode == "move":
+            self._arrivals.begin(state)
         elif dispatch.mode == "decode":
-            self._submit(Reserve(key, dispatch.prompt, sampling, state.pairing.precision, priority, output))
+            named = (key, dispatch.prompt, sampling, state.pairing.precision, priority, output)
+            self._submit(Reserve(*named, arrived_at=state.began_at))
             self._reach(dispatch.peer)
         elif self.sending is not None and dispatch.peer is not None:
             # First: a FETCH that came early pins it at once.
-            self._submit(Prefill(key, dispatch.prompt, sampling, priority, output, boundary))
+            self._submit(Prefill(key, dispatch.prompt, sampling, priority, output, boundary, state.began_at))
             self.sending.start(key, state.pairing.sender())
 
     def _reach(self, peer: PeerTarget | None) -> None:
@@ -206,14 +209,10 @@ class Attempts:
         if self.receiving is not None and peer is not None:
             self.receiving.reach(peer)
 
-    def _was_here(self, key: AttemptKey) -> bool:
-        """Its transfer may still be stopping, long after the attempt was cancelled."""
-        sides = (self.sending, self.receiving)
-        return any(side is not None and side.knows(key) for side in sides)
-
     def _is_misplaced(self, state: RequestState) -> bool:
         mode = state.dispatch.mode
-        side = {"serve": True, "prefill": self.sending, "decode": self.receiving}.get(mode)
+        sides = {"serve": True, "prefill": self.sending, "decode": self.receiving, "move": self.receiving}
+        side = sides.get(mode)
         return side is None or not (mode == "serve" or state.pairing.fits)
 
     def _again(self, transfer_id: str, epoch: int, **change: object) -> None:
@@ -224,9 +223,26 @@ class Attempts:
             return
         self._dispatch(replace(last, epoch=epoch, **change), urgent=True)  # type: ignore[arg-type]  # fields of Dispatch, by name
 
+    def _let_go(self, grant: Grant) -> None:
+        """Another worker may have an answer of this one, if it is answered here still."""
+        if (state := self._newest(grant.request)) is not None:
+            self._departures.grant(grant, state.key, state.dispatch)
+
+    def _resume(self, resume: Resume) -> None:
+        """The answer goes on here under another epoch, which only names it: what the engine holds it holds."""
+        if (state := self._newest(resume.transfer_id)) is None:
+            self._send(RequestFailed(resume.transfer_id, resume.epoch, 503, "this worker no longer has the request"))
+            return
+        state.epoch = resume.epoch
+        self._departures.resume(state.key)
+
     def cancel(self, key: AttemptKey, reason: str) -> None:
         """End an attempt wherever it stands; what a transfer still holds goes when its core says so."""
-        if self.sending is not None and key in self.sending:
+        self._departures.forget(key, CancelAsked(reason))
+        state = self._live.get(key)
+        if state is not None and self._arrivals.cancel(state, reason):
+            pass  # its room is given back when the transfer has stopped
+        elif self.sending is not None and key in self.sending:
             self.sending.feed(key, CancelAsked(reason))
         elif self.receiving is not None and key in self.receiving:
             self.receiving.feed(key, CancelAsked(reason))
@@ -288,12 +304,22 @@ class Attempts:
             case PromptScoredEvent(key, scores):
                 self._send(PromptScores(key.transfer_id, key.epoch, scores))
             case FinishedEvent(key=key, index=index, reason=reason, stop_token_id=stop_token_id):
+                self._departures.finish(key)
                 self._send(Finished(key.transfer_id, key.epoch, index, reason, stop_token_id, key.choice))
                 self._end_choice(state, key)
             case FailedEvent(key=key, status=status, message=message):
                 if state.dispatch.sampling.num_choices > 1:
                     self._submit(Release(key.attempt))  # the others of its answers end with it
                 self._fail(key.attempt, status, message)
+            case PressedEvent(key):
+                state.is_pressed = True
+                self._on_pressed()
+            case ReservedEvent(key, slots) if state.dispatch.mode == "move":
+                self._arrivals.reserved(state, slots)
+            case MoveRefusedEvent() if state.dispatch.mode == "move" and not state.first_token_sent:
+                self._arrivals.refuse(state, event)
+            case MoveRefusedEvent():
+                self._departures.refuse(event)
             case ReservedEvent(key, slots):
                 self._start_receiving(state, slots)
             case PinnedEvent(key, compute_id):
@@ -339,23 +365,15 @@ class Attempts:
         if not event.finished:
             self._feed_sender(key, PromptComputed(event.compute_id, first))
             return
-        self._send_first_token(state, first)
+        for tokens in state.first_tokens(first):
+            self._send(tokens)
         for choice in range(1 + len(first.others)):
             index = state.begins_at(choice) + 1
             self._send(Finished(key.transfer_id, key.epoch, index, "stop", first.of(choice).token_id, choice))
         self._feed_sender(key, FinishedEarly(event.compute_id))
 
-    def _send_first_token(self, state: RequestState, first: FirstToken) -> None:
-        """Of every answer to the prompt."""
-        key = state.key
-        for choice in range(1 + len(first.others)):
-            token, index = first.of(choice), state.begins_at(choice)
-            logprobs = () if token.logprobs is None else (token.logprobs,)
-            num_cached_tokens = 0 if index else first.num_cached_tokens
-            ids = (token.token_id,)
-            self._send(Tokens(key.transfer_id, key.epoch, index, ids, logprobs, num_cached_tokens, choice))
-
     def _fail(self, key: AttemptKey, status: int, message: str) -> None:
+        self._departures.forget(key, ComputeFailed(message))
         self._send(RequestFailed(key.transfer_id, key.epoch, status, message))
         self._feed_sender(key, ComputeFailed(message))
         self._forget(key)
@@ -373,12 +391,18 @@ class Attempts:
     # --- from the transfers -----------------------------------------------------------------------------------
 
     def pin(self, key: AttemptKey) -> None:
-        if (state := self._live.get(key)) is not None:
+        if key in self._departures:
+            self._departures.pin(key)
+        elif (state := self._live.get(key)) is not None:
             state.is_pinned, state.pinned_at = True, time.monotonic()
             self._submit(Pin(key))
 
     def release_source(self, key: AttemptKey, reason: str) -> None:
         log.debug("source released: %s", reason)
+        if key in self._departures:
+            if (gone := self._departures.release(key, reason)) is not None:
+                self._forget(gone)
+            return
         if key in self._suspects:
             self._suspects[key] = True
         else:
@@ -388,23 +412,32 @@ class Attempts:
     def unregister(self, key: AttemptKey, units: Sequence[UnitName]) -> None:
         log.error("the peer's digests disagree for %d blocks of %s: %s", len(units), key.transfer_id, list(units)[:8])
         self._metrics.count_digest_failure(len(units))
+        if (answering := self._departures.attempt(key)) is not None:  # it holds its blocks, whatever they are
+            self._submit(Unregister(answering, tuple(units)))
+            return
         self._suspects[key] = False
         self._submit(Unregister(key, tuple(units)))
 
     def suspects_seen(self, key: AttemptKey) -> None:
         """The blocks that `unregister` named were hashed again, so their slots may be given away.
 
-        Those of an attempt that is not of this registration always may.
+        Those of an attempt that is not of this registration always may; an answer that was to move is no source.
         """
-        if self._suspects.pop(key, True):
+        if self._suspects.pop(key, key not in self._live):
             self._submit(Release(key))
 
+    def make_room(self, key: AttemptKey, asked: AskExtension) -> None:
+        self._arrivals.make_room(key, asked)
+
     def decode(self, key: AttemptKey, verified: Verified, record: TransferRecord) -> None:
-        self._count(record, "verified")
+        key = self._arrivals.release(key)
+        self._metrics.count_transfer(record, "verified")
         if (state := self._live.get(key)) is not None:
-            self._report(state, transfer_times(state, record), record)
+            self._report(state, stage_times(state, record), record)
             self._decode(Decode(key, verified, state.partial_blocks), state.reserved, self._cannot_copy)
-            self._send_first_token(state, verified.first_token)  # the engine's next turn is a step away
+            first, has_come = verified.first_token, state.came is not None
+            for tokens in [self._arrivals.tokens(state, first)] if has_come else state.first_tokens(first):
+                self._send(tokens)  # the engine's next turn is a step away
             state.first_token_sent = True
             log.info("received %d bytes over %s", sum(record.nbytes.values()), record.plane, extra=_of(state))
 
@@ -412,7 +445,8 @@ class Attempts:
         self.fail(key, f"what was received cannot be copied to the device: {clipped(repr(fault))}")
 
     def transfer_failed(self, key: AttemptKey, failure: ReportFailed, record: TransferRecord) -> None:
-        self._count(record, "failed")
+        key = self._arrivals.release(key)
+        self._metrics.count_transfer(record, "failed")
         if failure.reason in reasons.WRONG:
             self._metrics.count_refused(record.purpose, failure.reason)
         self._submit(Release(key))
@@ -421,7 +455,8 @@ class Attempts:
             self._send(TransferFailure(key.transfer_id, key.epoch, failure.reason, nameable(failure.units)))
 
     def free_reservation(self, key: AttemptKey, reason: str, record: TransferRecord) -> None:
-        self._count(record, reason)
+        key = self._arrivals.release(key)
+        self._metrics.count_transfer(record, reason)
         self._submit(Release(key))
         self._forget(key)
 
@@ -434,55 +469,24 @@ class Attempts:
             if now >= state.deadline:
                 self._send(RequestFailed(key.transfer_id, key.epoch, 504, "the request's deadline passed"))
                 self.cancel(key, "deadline")
-            elif self._may_wait_in_a_circle(state, now):
+            elif state.lacks_room_for(NO_ROOM_S, now) and self._lacks_floor():
                 self._feed_sender(key, ComputeFailed(reasons.NO_ROOM))
-            elif self._waits_too_long(state, now):
+            elif self._arrivals.is_late(state, now):
+                self._send(TransferFailure(key.transfer_id, key.epoch, "no room for the answer"))
+                self.cancel(key, "no_room")
+            elif state.is_unfetched and now - state.arrived_at > self._fetch_wait_s:
                 state.soft_dropped = True
                 self._submit(DropSoft(key))
 
-    def _may_wait_in_a_circle(self, state: RequestState, now: float) -> bool:
-        """A fetched prompt without room, where room is kept for what others compute and there is no floor: its sink may
-        be waited for here, so one of both must let go.
-        """
-        waits_since = state.pinned_at if state.dispatch.mode == "prefill" and not state.has_room else None
-        return waits_since is not None and now - waits_since > NO_ROOM_S and self._lacks_floor()
-
-    def _waits_too_long(self, state: RequestState, now: float) -> bool:
-        unfetched = state.dispatch.mode == "prefill" and not state.is_pinned and not state.soft_dropped
-        return unfetched and now - state.arrived_at > self._fetch_wait_s
-
-    def _count(self, record: TransferRecord, outcome: str) -> None:
-        self._metrics.count_transfer(record, outcome)
-
     def _report(self, state: RequestState, times: StageTimes, record: TransferRecord | None = None) -> None:
-        """This worker's part of the attempt, for `/requests/{id}`; `record` where KV landed here."""
-        key = state.key
-        report = TransferReport(key.transfer_id, key.epoch, state.pairing.worker_id, "", (), times)
-        if record is not None:
-            groups = state.pairing.group_bytes(record)
-            report = replace(report, plane=record.plane, groups=groups, num_operations=record.num_operations)
-        self._send(report)
+        self._send(report_of(state, times, record))
 
     def _forget(self, key: AttemptKey) -> None:
         if self.sinks is not None:
             self.sinks.begun_without(key)
-        if self._live.pop(key, None) is not None:
+        if (state := self._live.pop(key, None)) is not None:
+            self._arrivals.forget(state)
             self._drop_request(key.transfer_id)
-
-    def _drop_request(self, transfer_id: str) -> None:
-        if not any(key.transfer_id == transfer_id for key in self._live):
-            self._requests.pop(transfer_id, None)
-
-
-def serves_of(dispatch: Dispatch, *, urgent: bool) -> Iterator[Serve]:
-    """The attempt as one command, or where several answers go on, one for each."""
-    key, sampling = AttemptKey(dispatch.transfer_id, dispatch.epoch), dispatch.sampling
-    if not dispatch.output:
-        yield Serve(key, dispatch.prompt, sampling, urgent, dispatch.priority)
-    for answer in dispatch.output:
-        alone = replace(sampling.of_choice(answer.choice), num_choices=1)
-        own = replace(key, choice=answer.choice)
-        yield Serve(own, dispatch.prompt, alone, True, dispatch.priority, answer.token_ids)
 
 
 def _of(state: RequestState) -> dict[str, str]:

@@ -20,8 +20,8 @@ from disagg.config.settings import Role, WorkerSettings
 from disagg.engine.engine import Engine, EngineConfig
 from disagg.engine.model import cpu_dtype
 from disagg.engine.model.checkpoint import fingerprint, resolve_model
+from disagg.engine.model.cpu_layers import suit_cpu
 from disagg.engine.model.load import LoadedModel, check_model_len, load_model
-from disagg.engine.model.packed_linear import pack_linears
 from disagg.engine.reuse_words import CacheSize, advice, room_in_words
 from disagg.engine.run.graphs.cuda import CudaGraphs
 from disagg.engine.run.graphs.decode import DecodeGraphs, GraphMaker, GraphRunner
@@ -157,7 +157,7 @@ def _load(settings: WorkerSettings, folder: Path) -> LoadedModel:
         prefer=_prefer(settings) if torch.device(settings.device).type == "cpu" else None,
     )
     if model.device.type == "cpu" and not settings.torch_compile:  # a compiler has its own order of weights
-        log.info("packed the weights of %d linear layers", pack_linears(model.module))
+        suit_cpu(model.module)
     return model
 
 

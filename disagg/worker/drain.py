@@ -1,4 +1,5 @@
-"""The end of a worker in good order: nothing new from the router, what is here finishes, then the process ends.
+"""The end of a worker in good order: nothing new from the router, what is here goes elsewhere or finishes, then the
+process ends.
 
     ask            the next lease says `draining`: the router places nothing more here
     nothing open   every answer and every transfer of this worker has ended, and the router was told

@@ -18,6 +18,7 @@ from typing import Final
 from disagg.engine.commands import (
     AttemptKey,
     EngineEvent,
+    FrozenEvent,
     PrefixHitEvent,
     PrefixLentEvent,
     RegisteredEvent,
@@ -27,6 +28,7 @@ from disagg.engine.commands import (
 from disagg.transceiver.layout.slice_size import units_per_slice
 from disagg.transceiver.layout.units import SourceUnit
 from disagg.transceiver.protocol.events import Pinned, UnitsFinal
+from disagg.transceiver.protocol.move_source import FROZEN_ID
 from disagg.transceiver.wire.errors import SourceChanged, clipped
 from disagg.transceiver.wire.messages.values import Geometry
 from disagg.transceiver.wire.purposes import PREFIX
@@ -38,6 +40,9 @@ log = logging.getLogger(__name__)
 
 LENT: Final = 0
 """Stands for the computation that cached blocks came of: whichever it was, they are final."""
+
+
+_HASHED: Final = UnitsFinalEvent | FrozenEvent | PrefixHitEvent | SuspectEvent | PrefixLentEvent
 
 
 class EngineEvents:
@@ -58,7 +63,7 @@ class EngineEvents:
                     lane.append(event)
                 elif isinstance(event, RegisteredEvent):
                     tasks.create_task(self._hash_registered(event))
-                elif isinstance(event, UnitsFinalEvent | PrefixHitEvent | SuspectEvent | PrefixLentEvent):
+                elif isinstance(event, _HASHED):
                     self._lanes[event.key] = deque([event])
                     tasks.create_task(self._run_lane(event.key))
                 else:
@@ -88,8 +93,13 @@ class EngineEvents:
 
     async def _take(self, event: EngineEvent) -> None:
         match event:
+            case UnitsFinalEvent() if event.key in self._attempts:
+                await self._hash_units(event.key, event.compute_id, event.units)
             case UnitsFinalEvent():
-                await self._hash_units(event)
+                pass
+            case FrozenEvent():
+                if (leg := self._attempts.froze(event)) is not None:  # the sink hears of it before anything is hashed
+                    await self._hash_units(leg, FROZEN_ID, event.units)
             case PrefixLentEvent():
                 await self._hash_lent(event)
             case PrefixHitEvent():
@@ -100,10 +110,11 @@ class EngineEvents:
             case _:
                 self._hand_on(event)
 
-    async def _hash_units(self, event: UnitsFinalEvent) -> None:
-        if self._attempts.sending is None or event.key not in self._attempts:
+    async def _hash_units(self, key: AttemptKey, compute_id: int, final: Sequence[SourceUnit]) -> None:
+        """Those of an attempt's own transfer, or of a leg."""
+        if self._attempts.sending is None:
             return
-        await self._hash_for(event.key, event.compute_id, event.units, self._attempts.peer_geometry(event.key))
+        await self._hash_for(key, compute_id, final, self._attempts.peer_geometry(key))
 
     async def _hash_lent(self, event: PrefixLentEvent) -> None:
         sources = self._attempts.sources

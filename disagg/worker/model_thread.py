@@ -8,6 +8,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Final, Protocol
 
 from disagg.engine.commands import Command, EngineEvent
@@ -24,6 +25,13 @@ class Wake:
 
 
 WAKE: Final = Wake()
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """No command either: something to be called on the thread that owns the cache, between two steps."""
+
+    function: Callable[[], None]
 
 
 class StepEngine(Protocol):
@@ -64,7 +72,7 @@ class ModelThread:
         self.is_dead = False
         """An exception ended the thread; any thread may read it."""
         self._is_held = False
-        self._inbox: queue.SimpleQueue[Command | Wake | None] = queue.SimpleQueue()
+        self._inbox: queue.SimpleQueue[Command | Call | Wake | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="model", daemon=True)
         self.speeds = StepSpeeds()
         self.stats = engine.stats()
@@ -73,7 +81,7 @@ class ModelThread:
     def start(self) -> None:
         self._thread.start()
 
-    def submit(self, command: Command) -> None:
+    def submit(self, command: Command | Call) -> None:
         """Post `command`; wakes an idle thread. Never blocks."""
         self._inbox.put(command)
 
@@ -100,7 +108,9 @@ class ModelThread:
             self._on_rest()
         commands = self._drain(wait=must_wait)
         for command in commands:
-            if command is not CLOSE and not isinstance(command, Wake):
+            if isinstance(command, Call):
+                command.function()
+            elif command is not CLOSE and not isinstance(command, Wake):
                 self._reply(self._engine.handle(command))
         events = self._compute() if self._may_step else self._rest()
         self._reply(events)
@@ -134,8 +144,8 @@ class ModelThread:
             log.exception("model thread died")
             self._post(self._on_death, death)
 
-    def _drain(self, *, wait: bool) -> list[Command | Wake | None]:
-        commands: list[Command | Wake | None] = [self._inbox.get()] if wait else []
+    def _drain(self, *, wait: bool) -> list[Command | Call | Wake | None]:
+        commands: list[Command | Call | Wake | None] = [self._inbox.get()] if wait else []
         while True:
             try:
                 commands.append(self._inbox.get_nowait())

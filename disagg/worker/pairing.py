@@ -19,6 +19,8 @@ from disagg.transceiver.layout.strides import ELEMENT_NBYTES
 from disagg.transceiver.layout.units import geometry_by_units, peer_unit
 from disagg.transceiver.peers.decode_side import TransferRecord
 from disagg.transceiver.protocol.events import Reserved
+from disagg.transceiver.protocol.move_sink import MoveOrder, MoveSink
+from disagg.transceiver.protocol.move_source import MoveOffer, MoveSource
 from disagg.transceiver.protocol.prefix_sink import PrefixReceiver, Wanted
 from disagg.transceiver.protocol.prefix_source import Lendable, PrefixSender
 from disagg.transceiver.protocol.receiver import Order, Receiver
@@ -79,32 +81,9 @@ class Pairing:
         """The prefill end of a `prefill` dispatch."""
         return Sender(self._ends, self._offer, time.monotonic())
 
-    @property
-    def _offer(self) -> Offer:
-        return Offer(
-            prompt=self._dispatch.prompt,
-            geometry=self._geometry,
-            unit_nbytes=self._unit_nbytes,
-            planes=self._planes,
-            keys=self._node.keys,
-            ttl_s=self._dispatch.deadline_s,
-            output=self._dispatch.first_output,
-            part=Part.whole(self._geometry.groups),
-        )
-
     def receiver(self, plane: str) -> Receiver:
         """The decode end of a `decode` dispatch, over the plane agreed with the peer."""
         return Receiver(self._ends, self._order(plane), time.monotonic())
-
-    def _order(self, plane: str) -> Order:
-        return Order(
-            ticket=self._dispatch.ticket,
-            plane=plane,
-            geometry=self._geometry,
-            keys=self._node.keys,
-            deadline_s=self._dispatch.deadline_s,
-            part=Part.whole(self._geometry.groups),
-        )
 
     @property
     def coarser_block_size(self) -> int:
@@ -136,6 +115,15 @@ class Pairing:
         groups, ours = self._layout.groups, self._node.geometry.block_size
         missing = missing_at(groups, len(self._dispatch.prompt), self.unit, ordinals_of(held, len(groups)), ours)
         return moved_nbytes(missing, self._unit_nbytes)
+
+    def move_source(self, request: str, num_tokens: int) -> MoveSource:
+        """The end that decodes an answer of which the router has `num_tokens`."""
+        return MoveSource(self._ends, MoveOffer(self._offer, request, num_tokens), time.monotonic())
+
+    def move_sink(self, plane: str, dispatch: Dispatch) -> MoveSink:
+        """The end that goes on with the answer, as the router's own `dispatch` says."""
+        order = MoveOrder(self._order(plane), dispatch.transfer_id, dispatch.prompt, dispatch.first_output)
+        return MoveSink(self._ends, order, time.monotonic())
 
     # --- what is reserved for it ----------------------------------------------------------------------------
 
@@ -189,7 +177,38 @@ class Pairing:
             for number, group in enumerate(self._layout.groups)
         )
 
+    def held(self, slots: Slots) -> tuple[GroupRuns, ...]:
+        """What is needed and has no slot among those reserved: it was found in the cache."""
+        per_slot, reserved = self._units_per_slot, [{ordinal for ordinal, _ in pairs} for pairs in slots]
+        return tuple(
+            GroupRuns(group, runs_of(np.array([n for n in need if n // per_slot not in here], dtype=np.int64)))
+            for group, (need, here) in enumerate(zip(self._needed, reserved, strict=True))
+        )
+
     # --- cached facts ---------------------------------------------------------------------------------------
+
+    @property
+    def _offer(self) -> Offer:
+        return Offer(
+            prompt=self._dispatch.prompt,
+            geometry=self._geometry,
+            unit_nbytes=self._unit_nbytes,
+            planes=self._planes,
+            keys=self._node.keys,
+            ttl_s=self._dispatch.deadline_s,
+            output=self._dispatch.first_output,
+            part=Part.whole(self._geometry.groups),
+        )
+
+    def _order(self, plane: str) -> Order:
+        return Order(
+            ticket=self._dispatch.ticket,
+            plane=plane,
+            geometry=self._geometry,
+            keys=self._node.keys,
+            deadline_s=self._dispatch.deadline_s,
+            part=Part.whole(self._geometry.groups),
+        )
 
     @property
     def _ends(self) -> Ends:

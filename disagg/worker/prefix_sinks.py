@@ -155,7 +155,8 @@ class PrefixSinks:
             return
         leg.slots = tuple(tuple(slot for _, slot in pairs) for pairs in event.slots)
         leg.partial_blocks = pairing.partial_blocks(destinations)
-        self.receiving.give_room(leg.key, destinations, reserved)
+        self.receiving.set_destinations(leg.key, destinations)
+        self.receiving.feed(leg.key, reserved)
 
     def submit(self, command: Command) -> None:
         """To the engine; the release of a prompt that bytes may land for waits until they cannot."""

@@ -21,6 +21,7 @@ from disagg.transceiver.peers.prefill_side import SendingSide
 from disagg.transceiver.planes.base import SourcePlane
 from disagg.transceiver.wire.errors import clipped
 from disagg.transceiver.wire.links import ControlServer
+from disagg.transceiver.wire.messages.blocks import AskBlocks
 from disagg.transceiver.wire.messages.ranges import MAX_LEASED, MAX_SAMPLES
 from disagg.transceiver.wire.messages.router import (
     DRAINING,
@@ -36,8 +37,10 @@ from disagg.transceiver.wire.node import Node
 from disagg.transceiver.wire.purposes import PREFIX
 from disagg.transceiver.wire.timing import HEARTBEAT_S
 from disagg.worker.attempts import Attempts
+from disagg.worker.block_news import BlockNews
 from disagg.worker.engine_events import EngineEvents
 from disagg.worker.in_turn import InTurn
+from disagg.worker.model_thread import Call
 from disagg.worker.pairing import Pairing
 from disagg.worker.parts import WorkerParts
 from disagg.worker.plane_classes import landing_planes, source_planes
@@ -55,6 +58,7 @@ class Registration:
         self._parts, self._node = parts, node
         self._attempts: Attempts
         self._events: EngineEvents
+        self._blocks: BlockNews | None = None
         self._in_turn = InTurn(MAX_LEASED)
 
     async def run(self) -> None:
@@ -76,6 +80,7 @@ class Registration:
             self._attempts = self._make_attempts(link, planes)
             self._events = EngineEvents(self._parts, self._attempts)
             self._attach_sides(server, planes)
+            self._blocks = self._make_block_news(link)
             self._parts.announce_ready()
             try:
                 with self._parts.drain.serving(lambda: self._attempts.num_open):
@@ -93,17 +98,26 @@ class Registration:
             tasks.create_task(self._take_messages(link))
             tasks.create_task(self._events.run())
             tasks.create_task(self._look_at_deadlines())
+            if self._blocks is not None:
+                tasks.create_task(self._blocks.run())
             tasks.create_task(self._parts.drain.run(link.renew, link.flushed))
 
     async def _take_messages(self, link: RouterLink) -> None:
         while True:
             message = await link.next_message()
             try:
-                self._attempts.take_message(message)
+                self._take(message)
             except (
                 Exception
             ) as fault:  # whatever the router's message brings about here costs the router, not the process
                 self._contain(link, message, fault)
+
+    def _take(self, message: RouterMessage) -> None:
+        if isinstance(message, AskBlocks):
+            if self._blocks is not None:
+                self._blocks.ask(message)
+        else:
+            self._attempts.take_message(message)
 
     def _contain(self, link: RouterLink, message: RouterMessage, fault: Exception) -> None:
         """End the attempt that the message is about; without one, this registration."""
@@ -161,6 +175,7 @@ class Registration:
                 self._attempts,
                 faults=parts.faults,
                 on_landed=self._keep_landed,
+                on_room=self._attempts.make_room,
             )
             parts.metrics.watch_links(self._attempts.receiving.speeds)
         if self._attempts.sources is not None and self._attempts.sending is not None:
@@ -191,6 +206,7 @@ class Registration:
             parts.metrics,
             fetch_wait_s=parts.settings.fetch_wait_s,
             decode=taking_in.decode,
+            on_pressed=link.renew,
             lacks_floor=lambda: parts.model.stats.num_reserved > 0 and not parts.model.stats.has_floor,
         )
         attempts.sinks = sinks
@@ -198,6 +214,14 @@ class Registration:
             size, count = parts.layout.block_size, parts.metrics.count_digest_failure
             attempts.sources = PrefixSources(pair, hasher, size, taking_in.submit, count)
         return attempts
+
+    def _make_block_news(self, link: RouterLink) -> BlockNews | None:
+        parts, journal = self._parts, self._parts.made.cache.journal
+        if journal is None:
+            return None
+        submit = parts.model.submit
+        block_size = parts.layout.block_size
+        return BlockNews(journal, self._node.incarnation, block_size, link.send, lambda call: submit(Call(call)))
 
     def _make_register(self, server: ControlServer | None) -> Register:
         node, parts = self._node, self._parts
@@ -216,6 +240,7 @@ class Registration:
             num_slots=parts.num_slots,
             sends=node.sends,
             receives=node.receives,
+            tells_blocks=parts.made.cache.journal is not None,
         )
 
     def _make_lease(self, router_incarnation: str) -> Lease:
@@ -232,6 +257,7 @@ class Registration:
             blocks_free=tuple(pool.num_free for pool in stats.pools),
             links=self._attempts.receiving.reports() if self._attempts.receiving is not None else (),
             rates=self._parts.model.speeds.rates,
+            pressed=self._attempts.take_pressed()[:MAX_LEASED],
         )
 
     async def _release_all(self) -> None:

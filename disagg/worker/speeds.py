@@ -19,6 +19,9 @@ KEPT: Final = 0.98
 MIN_SPREAD: Final = 0.2
 """Of the prompt tokens per step, standard deviation over mean, from which a step's own part can be told from theirs."""
 
+MOST_OF_A_STEP: Final = 0.75
+"""A quarter of what was measured is left to its tokens at least: a few noisy steps would say that they are free."""
+
 
 @dataclass(slots=True)
 class _Line:
@@ -34,15 +37,14 @@ class _Line:
         self.n, self.x, self.y = KEPT * self.n + 1, KEPT * self.x + x, KEPT * self.y + y
         self.xx, self.xy = KEPT * self.xx + x * x, KEPT * self.xy + x * y
 
-    def fit(self) -> tuple[float, float]:
-        """(y at x = 0, y per x), neither below 0; the first is 0 where the points say nothing of it."""
+    def fit(self, guess: float) -> tuple[float, float]:
+        """(y at x = 0, y per x), neither below 0; the first is near `guess` where the points say nothing of it."""
         mean_x, mean_y = self.x / self.n, self.y / self.n
-        variance = self.xx / self.n - mean_x**2
-        if variance < (MIN_SPREAD * mean_x) ** 2:
-            return 0.0, mean_y / mean_x
-        slope = (self.xy / self.n - mean_x * mean_y) / variance
-        start = mean_y - slope * mean_x
-        return (start, slope) if start >= 0 and slope > 0 else (0.0, mean_y / mean_x)
+        variance, start = self.xx / self.n - mean_x**2, guess
+        if variance >= (MIN_SPREAD * mean_x) ** 2:
+            start = mean_y - (self.xy / self.n - mean_x * mean_y) / variance * mean_x
+        start = min(max(start, 0.0), MOST_OF_A_STEP * mean_y)
+        return start, (mean_y - start) / mean_x
 
 
 class StepSpeeds:
@@ -53,10 +55,18 @@ class StepSpeeds:
         self._prompts = _Line()
         self._answers: dict[int, _Line] = {}
         """Steps of answers alone, by the binary digits of their number: up to 1, 3, 7, 15 and so on."""
+        self._is_warm: set[bool] = set()
 
     def note(self, seconds: float, num_prompt_tokens: int, num_answers: int) -> None:
-        """One step took `seconds` for so many tokens of prompts and for one token of each of so many answers."""
-        if seconds <= 0:
+        """One step took `seconds` for so many tokens of prompts and for one token of each of so many answers.
+
+        The first of either kind is left out: it touches memory and code for the first time, and takes several times
+        as long as any after it.
+        """
+        if seconds <= 0 or not num_prompt_tokens + num_answers:
+            return
+        if (kind := num_prompt_tokens > 0) not in self._is_warm:
+            self._is_warm.add(kind)
             return
         with self._lock:
             if num_prompt_tokens:
@@ -69,7 +79,8 @@ class StepSpeeds:
     def rates(self) -> MeasuredRates:
         """What the lease says; what was not measured yet is 0 or empty."""
         with self._lock:
-            start, per_token = self._prompts.fit() if self._prompts.n else (0.0, 0.0)
+            guess = self._seconds_of(1)
+            start, per_token = self._prompts.fit(guess) if self._prompts.n else (0.0, 0.0)
             steps = [(round(line.x / line.n), line.y / line.n) for _, line in sorted(self._answers.items())]
         return MeasuredRates(1 / per_token if per_token else 0.0, start, tuple(steps))
 

@@ -20,7 +20,6 @@ from disagg.transceiver.wire.messages.router import (
     TransferFailure,
 )
 from disagg.transceiver.wire.messages.tokens import StepTokens, Tokens
-from disagg.transceiver.wire.messages.values import AttemptKey
 
 MAX_WAITING: Final = 1 << 15
 """Tokens that wait before the engine is held: 0.6 s of the 50,000 tokens/s that the fastest devices make, 3 MB here."""
@@ -37,7 +36,8 @@ class TokenOutbox:
 
     def __init__(self, send: Callable[[RouterMessage], None], on_hold: Callable[[bool], None]) -> None:
         self._send, self._on_hold = send, on_hold
-        self._waiting: dict[AttemptKey, deque[Tokens | RouterMessage]] = {}
+        self._waiting: dict[str, deque[Tokens | RouterMessage]] = {}
+        """By transfer id: one attempt of a request speaks at a time, and may change its epoch meanwhile."""
         self._limit = self._num_sent = 0
         self._is_held = self._is_due = False
         self.num_waiting = 0
@@ -49,7 +49,7 @@ class TokenOutbox:
             if (word := shorter(tokens, fault)) is not None and not self.follow(word):
                 self._send(word)
             return False
-        self._waiting.setdefault(AttemptKey(tokens.transfer_id, tokens.epoch), deque()).append(tokens)
+        self._waiting.setdefault(tokens.transfer_id, deque()).append(tokens)
         self.num_waiting += len(tokens.token_ids)
         self._hold()
         is_first, self._is_due = not self._is_due, True
@@ -59,8 +59,7 @@ class TokenOutbox:
         """Let `message` wait behind the tokens of its attempt. False when there are none."""
         if not self._waiting:
             return False
-        key = AttemptKey(getattr(message, "transfer_id", ""), getattr(message, "epoch", 0))
-        if (said := self._waiting.get(key)) is None:
+        if (said := self._waiting.get(getattr(message, "transfer_id", ""))) is None:
             return False
         said.append(message)
         return True

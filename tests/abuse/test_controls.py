@@ -183,6 +183,11 @@ def test_a_loop_that_is_late_in_one_tick_of_fifty_is_found() -> None:
     assert (len(wrong), len(late)) == (0, 1)
 
 
+def test_of_a_few_ticks_one_may_be_late_and_two_are_found() -> None:
+    assert judge_lags(LoopLags.read(metrics(50, 1))) == ([], [])
+    assert judge_lags(LoopLags.read(metrics(50, 2)))[1]
+
+
 def test_lags_before_the_abuse_do_not_count_and_each_loop_does() -> None:
     before = LoopLags.read(metrics(1000, 1000) + metrics(1000, 0, 'worker="a",'))
     after = LoopLags.read(metrics(3000, 1001) + metrics(1010, 10, 'worker="a",'))

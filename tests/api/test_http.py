@@ -193,6 +193,21 @@ async def test_the_admin_application_shows_records() -> None:
         assert (await api.get("/workers")).status == 200
 
 
+async def test_the_admin_application_empties_workers_by_name() -> None:
+    backend = FakeBackend()
+    async with serve(create_admin_app(backend), "127.0.0.1", 0) as listener, aiohttp.ClientSession() as session:
+        api = Api(listener.url, backend, session)
+        assert (await api.request("POST", "/workers/p0/drain")).json == {"worker": "p0", "draining": True}
+        assert (await api.request("DELETE", "/workers/p0/drain")).json == {"worker": "p0", "draining": False}
+        assert backend.drained == {"p0": False}
+        assert_is_error(await api.request("POST", "/workers/d9/drain"), 404, code="worker_not_found")
+        assert_is_error(await api.get("/workers/p0/drain"), 405)
+
+
+async def test_the_public_application_empties_no_worker(api: Api) -> None:
+    assert_is_error(await api.request("POST", "/workers/p0/drain"), 404)
+
+
 @BOTH
 @pytest.mark.parametrize("long_by", ["prompt", "answer"])
 async def test_what_the_model_has_no_room_for_is_400_with_the_numbers(api: Api, path: str, long_by: str) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import socket
 from collections.abc import AsyncIterator
 
@@ -15,7 +14,7 @@ from disagg.api.app import open_app
 from disagg.api.http.server import bind, serve_on
 from disagg.api.settings import ApiSettings
 from disagg.bench import streams
-from disagg.bench.fleet import KEYS, Fleet
+from disagg.bench.fleet import KEYS, FakeFleet
 from disagg.config.demo import demo_model_folder
 from disagg.router.router import Router
 
@@ -23,7 +22,7 @@ pytestmark = pytest.mark.processes
 
 SMALL_NBYTES = 16 * 1024
 """Of a socket's buffers, so that a client which reads nothing stalls after some hundred tokens."""
-LONG, SHORT = 20_000, 32
+LONG, SHORT = 5_000, 32
 
 
 @contextlib.asynccontextmanager
@@ -31,7 +30,7 @@ async def served() -> AsyncIterator[tuple[int, Router]]:
     """The port of an API over a router with one worker, which makes a token of each answer every 0.5 ms."""
     settings = ApiSettings(model_folder=demo_model_folder(), served_model_name="demo")
     async with Router.open("tcp://127.0.0.1:0", KEYS) as router, open_app(router, settings) as app:
-        fleet = Fleet(router.endpoint, 0.0005, with_pulses=True)
+        fleet = FakeFleet(router.endpoint, 0.0005)
         await within(fleet.register("both"), 10)
         bound = await bind("127.0.0.1", 0)
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SMALL_NBYTES)
@@ -61,11 +60,6 @@ async def quick(port: int, count: int) -> float:
         assert not (await streams.stream(reader, writer, sent)).fault
     writer.close()
     return asyncio.get_running_loop().time() - began_at
-
-
-def text_events(data: bytes) -> int:
-    lines = [line for line in data.split(b"\n") if line.startswith(b"data: {")]
-    return sum(bool(json.loads(line[6:])["choices"][0]["text"]) for line in lines)
 
 
 @in_event_loop

@@ -18,7 +18,7 @@ from support.cluster.hand_started import FAULTY
 from support.cluster.streams import Stream
 from support.cluster.system import System, running
 from support.faults.switches import Faults
-from support.faults.wrong import same
+from support.faults.wrong import never_late, same
 from support.model.families import Reference, build_family, safe_prompts, save_family
 from support.oracles.sampling_reference import check_answer, to_sampling
 
@@ -44,7 +44,7 @@ SAMPLED: tuple[dict[str, Any], ...] = (
     {"temperature": 1.0},
     {"temperature": 1.2, "repetition_penalty": 1.4, "presence_penalty": 0.8, "frequency_penalty": 1.1},
     {"temperature": 1.1, "frequency_penalty": 0.6, "min_tokens": 20, "stop_token_ids": list(range(4, 211, 9))},
-    {"temperature": 0.9, "presence_penalty": 0.5, "logit_bias": {"50": 4, "51": 3}},
+    {"temperature": 0.9, "presence_penalty": 0.5, "logit_bias": {"50": 4, "51": 3}, "logprobs": 2},
 )
 
 
@@ -55,6 +55,7 @@ class Wanted:
     prompt: tuple[int, ...]
     options: dict[str, Any]
     told: dict[int, Any]
+    logprobs: list[float]
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,7 @@ def asked(system: System, prompt: tuple[int, ...], options: dict[str, Any]) -> W
     stream = Stream(f"wanted-{time.monotonic()}", prompt, options)
     asyncio.run(play(system, [stream]))
     assert stream.is_whole, stream.errors
-    return Wanted(prompt, options, stream.told())
+    return Wanted(prompt, options, stream.told(), stream.choices[0].logprobs)
 
 
 def sure(system: System, model: Any, prompt: tuple[int, ...], options: dict[str, Any]) -> Wanted:
@@ -164,6 +165,8 @@ def kill_under_streams(case: Case, name: str, victim: str, *, at: int = EARLIEST
     num_lost = 0
     for stream, wanted in zip(streams, case.wanted, strict=True):
         same((stream.errors, stream.is_whole, stream.told()), ([], True, wanted.told), stream.request_id)
+        with never_late():
+            assert stream.choices[0].logprobs == pytest.approx(wanted.logprobs, abs=2e-3), stream.request_id
         counts = sum(len(ids) for ids, _, _ in wanted.told.values())
         same(stream.usage["completion_tokens"], counts, stream.request_id)
         record = case.system.record(stream.request_id)

@@ -260,7 +260,7 @@ def test_stats_count_what_was_done_and_is_held():
     assert stats.num_used_slots == sum(pool.num_used for pool in engine.cache.pools) > 0
     engine.run()
     stats = engine.stats()
-    assert (stats.prompt_tokens_computed, stats.tokens_generated) == (17, 5)
+    assert (stats.prompt_tokens_computed, stats.tokens_generated, stats.answer_tokens) == (17, 5, 3)
     assert stats.num_used_slots == 0
     assert all(pool.peak_used > 0 for pool in stats.pools)
     assert stats.steps == len(engine.runner.batches)

@@ -10,7 +10,7 @@ from support.model.engine_pair import HASHER, LAYOUT, TestedEngine, greedy, key,
 from support.model.fake_runner import reference_tokens
 from support.oracles.cache_oracle import needed_blocks
 
-from disagg.cache.prefix_cache import blocks_of
+from disagg.cache.identity import blocks_of
 from disagg.engine import scheduler
 from disagg.engine.commands import (
     Decode,

@@ -202,7 +202,7 @@ def break_norm(patch: pytest.MonkeyPatch) -> None:
 
 
 def break_gain(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(fused_qkv, "_gain", lambda norm, *_: norm.weight.float())  # Gemma's lacks one
+    patch.setattr(fused_qkv, "gain_of", lambda norm, *_: norm.weight.float())  # Gemma's lacks one
 
 
 def break_value_norm(patch: pytest.MonkeyPatch) -> None:

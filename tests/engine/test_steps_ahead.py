@@ -155,7 +155,7 @@ def test_a_reservation_told_at_once_would_be_written_by_the_step_under_way(monke
     for _ in range(10):
         target.step()
     target.handle(Release(key(1)))
-    monkeypatch.setattr(target, "_admit", target._scheduler.admit)
+    monkeypatch.setattr(target, "_told_in_time", list)
     (reserved,) = target.handle(Reserve(key(2), prompt, greedy(6)))
     assert isinstance(reserved, ReservedEvent)
     target.handle(Decode(key(2), transfer(source, target, key(2), len(prompt))))

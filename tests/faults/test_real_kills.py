@@ -8,6 +8,7 @@ router, prefill and decode worker are processes of their own, a transfer of thei
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import signal
 import time
@@ -18,6 +19,7 @@ import aiohttp
 import pytest
 from support.cluster.calls import Call
 from support.cluster.hand_started import FAULTY
+from support.cluster.kept import Kept
 from support.cluster.system import System, running
 from support.faults import kill_cells as kills
 from support.faults.switches import Faults
@@ -48,16 +50,47 @@ class Case:
     reference: Reference
 
 
-@pytest.fixture(scope="module")
-def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Case]:
+class Cases:
     """A system for each row: `up` gives up a process that dies more than five times in a minute."""
-    model, folder = save_family("gemma3", tmp_path_factory.mktemp("gemma3")), tmp_path_factory.mktemp("faults")
-    (reference,) = safe_prompts(build_family("gemma3"), (PROMPT_LEN,), NUM_TOKENS)
-    with running("--model", str(model), *FLAGS, program=(str(FAULTY), str(folder))) as system:
-        yield Case(request.param, system, Faults(folder), reference)
+
+    def __init__(self, folders: pytest.TempPathFactory) -> None:
+        self._folders = folders
+        self._model = save_family("gemma3", folders.mktemp("gemma3"))
+        (self._reference,) = safe_prompts(build_family("gemma3"), (PROMPT_LEN,), NUM_TOKENS)
+        self._row: Row | None = None
+        self._kept: Kept[Case] | None = None
+
+    def of(self, row: Row) -> Kept[Case]:
+        if self._kept is None or self._row != row:
+            self.close()
+            self._row, self._kept = row, Kept(lambda: self._start(row))
+        return self._kept
+
+    @contextlib.contextmanager
+    def _start(self, row: Row) -> Iterator[Case]:
+        folder = self._folders.mktemp("faults")
+        with running("--model", str(self._model), *FLAGS, program=(str(FAULTY), str(folder))) as system:
+            yield Case(row, system, Faults(folder), self._reference)
+
+    def close(self) -> None:
+        if self._kept is not None:
+            self._kept.close()
 
 
-def cells() -> list[object]:
+@pytest.fixture(scope="module")
+def cases(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cases]:
+    made = Cases(tmp_path_factory)
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def case(cases: Cases, row: Row, request: pytest.FixtureRequest) -> Iterator[Case]:
+    with cases.of(row).lent_to(request.node) as case:
+        yield case
+
+
+def rows_and_names() -> list[object]:
     return [
         pytest.param(
             row,
@@ -131,7 +164,7 @@ def serve_next(case: Case, name: str, dead: str) -> None:
     assert [attempt["mode"] for attempt in system.record(name)["attempts"]] == ["transfer"]
 
 
-@pytest.mark.parametrize(("case", "name"), cells(), indirect=["case"])
+@pytest.mark.parametrize(("row", "name"), rows_and_names())
 def test_a_process_that_is_killed_in_a_state_costs_an_attempt_or_an_error(case: Case, name: str) -> None:
     wait_until_whole(case.system)
     before, label = pids(case.system), f"{name}-{time.monotonic()}"

@@ -254,13 +254,15 @@ def test_the_helper_is_left_out_where_the_environment_says_so(monkeypatch: pytes
 def test_the_layout_is_of_the_size_it_has_in_c() -> None:
     library = native.library()
     assert library is not None
-    assert ctypes.sizeof(native_attention._Layout) == ctypes.c_int64.in_dll(library, "disagg_layout_nbytes").value
+    assert (
+        ctypes.sizeof(native_attention.AttentionLayout) == ctypes.c_int64.in_dll(library, "disagg_layout_nbytes").value
+    )
 
 
 def test_the_layouts_fields_are_those_of_c() -> None:
-    source = (Path(native_attention.__file__).with_suffix(".c")).read_text()
+    source = Path(native_attention.__file__).with_name("native_parts.h").read_text()
     body = source[source.index("typedef struct {\n    int64_t num_kv_heads") : source.index("} Layout;")]
-    at = [body.index(name) for name, _ in native_attention._Layout._fields_]
+    at = [body.index(name) for name, _ in native_attention.AttentionLayout._fields_]
     assert at == sorted(at)
 
 

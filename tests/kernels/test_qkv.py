@@ -10,11 +10,13 @@ import numpy as np
 import pytest
 import torch
 from support.model.interpreter import missing_interpreter
+from support.oracles.sampling_rows import widest
 
 import disagg.engine.model.hf  # noqa: F401  transformers is imported behind its guard
-from disagg.kernels import ops
+from disagg.kernels import native_layers, ops
 from disagg.kernels.batch import PagedBatch, QueryRun
 from disagg.kernels.dispatch import CALLS, forced
+from disagg.kernels.native_attention import left_out
 from disagg.kernels.qkv import HeadNorms, Rotary, head_norms, rotary
 from disagg.kernels.scales import KVScales, quantise
 from disagg.kernels.workspace import Workspace
@@ -23,15 +25,21 @@ BLOCK_SIZE = 4
 RUNS = ((0, 5), (9, 1), (31, 3))  # (start, number) of queries: positions that are no neighbours
 
 
-@pytest.fixture(params=["torch", "triton"])
+@pytest.fixture(params=["torch", "torch, avx2", "torch, avx512", "triton"])
 def served(request: pytest.FixtureRequest) -> Iterator[str]:
-    if request.param == "triton" and (missing := missing_interpreter()):
+    """The backend; torch's once in torch operations and once in the compiled helper, where it serves the types."""
+    backend, _, width = request.param.partition(", ")
+    if backend == "triton" and (missing := missing_interpreter()):
         pytest.skip(missing)
+    if width and not native_layers.is_loaded():
+        pytest.skip("the compiled helper is not loaded")
     CALLS.clear()
-    with forced(request.param):
-        yield request.param
-    assert CALLS[f"{request.param}:preprocess_qkv"] > 0
-    assert (CALLS["kernel:preprocess_qkv"] > 0) == (request.param == "triton")
+    helper = widest({"avx2": 256, "avx512": 512}[width]) if width else left_out()
+    with forced(backend), helper:
+        yield backend
+    assert CALLS[f"{backend}:preprocess_qkv"] > 0
+    assert (CALLS["kernel:preprocess_qkv"] > 0) == (backend == "triton")
+    assert width or not CALLS[native_layers.QKV]
 
 
 class Paged:
@@ -309,3 +317,16 @@ def test_a_step_left_out_is_noticed(wrong: str, served: str) -> None:
     paged = Paged(1, 8)
     out = ops.preprocess_qkv(qkv, paged.pool, paged.plan, num_heads=2, **given)
     assert np.abs(out.numpy() - by_hand(shape, qkv, bias, norms, angles)[0]).max() > 1e-2
+
+
+@pytest.mark.skipif(not native_layers.is_loaded(), reason="the compiled helper is not loaded")
+def test_the_helper_takes_float32_and_stores_nothing_outside_the_pool() -> None:
+    qkv, bias, norms, angles = inputs(Shape())
+    paged = Paged(1, 8)
+    CALLS.clear()
+    ops.preprocess_qkv(qkv, paged.pool, paged.plan, num_heads=2, bias=bias, norms=norms, angles=angles)
+    assert CALLS[native_layers.QKV] == 1
+    assert not native_layers.serves_qkv(qkv.bfloat16(), paged.pool)
+    paged.plan.writes.elements[3] = 1 << 40  # type: ignore[union-attr]
+    with pytest.raises(IndexError, match="of a pool of 40"):
+        ops.preprocess_qkv(qkv, paged.pool, paged.plan, num_heads=2)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.cluster.router_harness import ListPlacer, make_attempts
 
+from disagg.router.answers import AnswersSent
 from disagg.router.attempt import RoutedRequest
 from disagg.router.attempt_events import (
     Action,
@@ -33,7 +36,7 @@ from disagg.transceiver.wire.messages.router import (
     Retarget,
     TransferFailure,
 )
-from disagg.transceiver.wire.messages.tokens import Tokens
+from disagg.transceiver.wire.messages.tokens import ChoiceOutput, Tokens
 
 ID = "t" * 32
 WORKERS = ("p0", "p1", "d0", "d1", "b0")
@@ -231,6 +234,24 @@ def test_every_schedule_has_one_end_and_leaves_nothing_dispatched(
     assert model.num_ends == (0 if client_left else 1)
     assert attempts.record.num_tokens == len(model.received)
     assert model.num_placed <= max_attempts + max_continuations
+
+
+@pytest.mark.parametrize("broken", [lambda ids: ids[:-1], lambda ids: [*ids, ids[-1]], lambda ids: ids[1:]])
+def test_a_router_that_drops_or_repeats_a_token_when_an_answer_goes_on_is_noticed(
+    broken: Callable[[Sequence[int]], Sequence[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Negative control of the oracle."""
+    honest = AnswersSent.output
+
+    def output(self: AnswersSent) -> tuple[ChoiceOutput, ...]:
+        return tuple(ChoiceOutput(one.choice, tuple(broken(list(one.token_ids)))) for one in honest(self))
+
+    monkeypatch.setattr(AnswersSent, "output", output)
+    attempts, model = make_attempts(ListPlacer(["p0"], ["d0", "d1"]), max_tokens=30), Model()
+    model.see(attempts.start(0.0))
+    model.see(attempts.handle(Answered("d0", spoken_tokens("d0", 1, 0, 2)), 1.0))
+    with pytest.raises(AssertionError, match="it goes on with other tokens"):
+        model.see(attempts.handle(WorkerLost("d0", "killed"), 2.0))
 
 
 @settings(max_examples=200, deadline=None)

@@ -79,6 +79,14 @@ def test_steps_between_two_that_were_measured_lie_on_a_line_and_beyond_the_last_
     assert rates.answer_seconds(3) == 4.0 + 3 * (4.0 - 2.0)
 
 
+def test_a_larger_step_that_was_measured_faster_makes_no_answer_a_gain() -> None:
+    rates = Rates(1000.0, ((1, 0.01), (4, 0.06), (8, 0.02)))
+    assert rates.answer_seconds(4) == rates.step_seconds(5) > 0
+    shape = KvShape(16, (GroupShape(None, 0, 64),))
+    busy = [Candidate(name, "both", shape, rates, num_answers=4) for name in "ab"]
+    assert decide(Ask(10, 50, 50.0), busy, lambda source, sink: None, POLICIES["prefix-aware"]) is not None
+
+
 @pytest.mark.parametrize("value", [0.0, -1.0, math.nan, math.inf])
 def test_a_rate_that_is_no_rate_cannot_be_built(value: float) -> None:
     with pytest.raises(ValueError, match="expected"):

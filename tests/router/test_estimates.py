@@ -197,3 +197,29 @@ def test_the_mean_answer_follows_the_answers() -> None:
     for _ in range(300):
         work.note_answer(50)
     assert work.mean_answer == pytest.approx(50, rel=0.01)
+
+
+def test_a_worker_that_holds_the_prompt_is_weighed_however_loaded_it_is() -> None:
+    fleet = [(f"p{n}", "prefill", FAST) for n in range(8)]
+    placing = placing_of(*fleet, ("d", "decode", FAST))
+    placing.count((), [Share("p7", num_prompt_tokens=100)])
+    request = make_request(8, num_prompt_tokens=400)
+
+    def chosen(held: dict[str, int]) -> tuple[str | None, str]:
+        placed = placing.at(0.0, request, held).place(8)
+        assert isinstance(placed, Placement)
+        return names(placed)
+
+    assert chosen({"p7": 384, "gone": 384}) == ("p7", "d"), "0.1 s of queue against 0.38 s of computing"
+    placing.count((), [Share("p7", num_prompt_tokens=900)])
+    assert chosen({"p7": 384})[0] != "p7"
+    assert chosen({"d": 384}) != (None, "d"), "within the bound of 0 tokens nothing is computed beside answers"
+
+
+def test_links_that_a_request_makes_cost_their_making_and_lossy_ones_fetch_nothing() -> None:
+    placing = placing_of(("p", "prefill", FAST), ("d", "decode", FAST))
+    met = placing.links("p", "d")
+    assert met is not None
+    assert (met.hands_over, met.fetches) == (True, False), "by its registration it speaks protocol 2.0"
+    assert placing.links("d", "p") is None
+    assert placing.links("p", "gone") is None

@@ -454,3 +454,8 @@ def test_a_worker_of_an_older_release_is_not_asked_to_go_on() -> None:
     say(attempts, "d0", tokens(0, 5))
     assert lose_live(attempts, live, "d0") == {}
     assert attempts.record.state == "failed"
+
+
+def test_a_first_attempt_is_exact_whatever_its_workers_store() -> None:
+    attempts, _ = routed(worker("p0", "prefill"), worker("d0", "decode", "float16"))
+    assert attempts.record.current.is_exact

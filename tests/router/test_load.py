@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator
 import pytest
 from support.event_loop import in_event_loop, within
 
-from disagg.bench.fleet import KEYS, Fleet
+from disagg.bench.fleet import KEYS, FakeFleet
 from disagg.router.generation import GenerationRequest, TokenChunk
 from disagg.router.router import Router, RouterOptions
 from disagg.transceiver.wire.messages.values import Sampling
@@ -26,9 +26,9 @@ SEATS = 4
 @contextlib.asynccontextmanager
 async def routed(
     *, step_s: float = STEP_S, num_seats: int = 512, roles: tuple[str, ...] = ("both",), options: RouterOptions
-) -> AsyncIterator[tuple[Router, Fleet]]:
+) -> AsyncIterator[tuple[Router, FakeFleet]]:
     async with Router.open("tcp://127.0.0.1:0", KEYS, options) as router:
-        fleet = Fleet(router.endpoint, step_s, with_pulses=True, num_seats=num_seats)
+        fleet = FakeFleet(router.endpoint, step_s, num_seats=num_seats)
         await within(fleet.register(*roles), 10)
         try:
             yield router, fleet
@@ -58,7 +58,8 @@ async def tokens_of_two_tenants(seconds: float, names: tuple[str, str]) -> tuple
 
     async def client(router: Router, place: str, name: str) -> None:
         while True:
-            served[place] += await answer(router, 8, name)
+            num_tokens = await answer(router, 8, name)
+            served[place] += num_tokens
 
     async with routed(num_seats=SEATS, options=RouterOptions(ahead_per_server=SEATS)) as (router, _):
         clients = [client(router, "many", names[0]) for _ in range(64)] + [

@@ -104,3 +104,20 @@ def test_reports_of_strangers_and_of_other_epochs_are_not_kept_and_repeats_are_b
     for _ in range(10):
         record.note("d0", report("d0"))
     assert len(record.attempts[0].reports) == MAX_REPORTS
+
+
+def test_attempts_that_go_on_after_the_first_token_are_no_part_of_the_time_to_it() -> None:
+    record = attempted(1.0, 3.0, 20.0)
+    record.attempts[2].num_before = 4
+    record.emitted(1, 5.0)
+    timeline = record.timeline()
+    assert timeline is not None
+    assert (timeline["waiting"], timeline["failed_attempts"], sum(timeline.values())) == (1.0, 2.0, 5.0)
+    assert record.num_continuations == 1
+    described = record.describe()
+    assert [attempt["tokens_before"] for attempt in described["attempts"]] == [0, 0, 4]
+
+
+def test_the_seed_of_each_answer_is_kept() -> None:
+    record = RequestRecord(make_request(num_choices=3), "t", 0.0)
+    assert record.describe()["seeds"] == [7, 8, 9]

@@ -8,6 +8,8 @@ from support.links.transfer_states import picture, reach, sample_event
 
 from disagg.transceiver.protocol import events
 from disagg.transceiver.protocol.diagram import render
+from disagg.transceiver.protocol.move_sink import MoveSink
+from disagg.transceiver.protocol.move_source import MoveSource
 from disagg.transceiver.protocol.prefix_sink import PrefixReceiver
 from disagg.transceiver.protocol.prefix_source import PrefixSender
 from disagg.transceiver.protocol.receiver import Receiver
@@ -26,6 +28,7 @@ from disagg.transceiver.protocol.transfer import Transfer
 from disagg.transceiver.wire.errors import LocalProtocolError, RemoteProtocolError
 from disagg.transceiver.wire.messages import peer
 
+ENDS = [Sender, Receiver, MoveSource, MoveSink]
 EXTERNAL = sorted(MESSAGES | EVENTS, key=lambda kind: kind.__name__)
 OF_PREFIXES = {
     (Role.RECEIVER, State.WAITING, events.FetchWanted),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any, cast
 
+import pytest
 from support.model.engine_pair import key
 
 from disagg.engine.commands import (
@@ -22,14 +23,16 @@ from disagg.engine.commands import (
     Unregister,
 )
 from disagg.transceiver.peers.decode_side import TransferRecord
-from disagg.transceiver.protocol.actions import Verified
+from disagg.transceiver.protocol.actions import ReportFailed, Verified
 from disagg.transceiver.wire.messages.router import (
     CancelChoice,
     CancelRequest,
     Dispatch,
     Finished,
     PeerTarget,
+    PrefillLocally,
     RequestFailed,
+    Retarget,
 )
 from disagg.transceiver.wire.messages.tokens import ChoiceOutput, Tokens
 from disagg.transceiver.wire.messages.values import FirstToken, Sampling, SamplingState, UnitName
@@ -162,6 +165,23 @@ def test_a_continuation_that_its_next_token_ends_is_told_by_the_prefill_worker_a
     first = FirstToken(7, None, SamplingState(0, ((7, 1),)))
     worker.attempts.take_event(PromptComputedEvent(AttemptKey(ID, 2), 0, first, finished=True, stop_token_id=7))
     assert worker.messages[-2:] == [Tokens(ID, 2, 2, (7,)), Finished(ID, 2, 3, "stop", 7)]
+
+
+@pytest.mark.parametrize(
+    ("order", "kind"),
+    [(Retarget(ID, 3, PEER, b""), Reserve), (PrefillLocally(ID, 3), Serve)],
+    ids=["retarget", "local"],
+)
+def test_a_continuation_whose_transfer_failed_is_tried_again_with_what_the_client_has(order: Any, kind: type) -> None:
+    worker = Worker()
+    worker.dispatch("decode", HAD)
+    failure = ReportFailed("lost")
+    worker.attempts.transfer_failed(AttemptKey(ID, 2), failure, TransferRecord(plane="tcp"))
+    worker.attempts.take_message(order)
+    released, again = worker.commands[1:]
+    assert released == Release(AttemptKey(ID, 2))
+    assert isinstance(again, kind)
+    assert (again.key, again.prompt, again.output) == (AttemptKey(ID, 3), (1, 2), (5, 6))
 
 
 def several() -> Worker:

@@ -227,3 +227,23 @@ def test_a_hold_that_comes_while_the_thread_sleeps_wakes_nothing() -> None:
         assert engine.calls == ["rest", "handle 1", "rest"]
 
     asyncio.run(scenario())
+
+
+def test_steps_are_timed_for_the_rates_that_leases_tell() -> None:
+    class CountingEngine(ScriptedEngine):
+        def stats(self) -> EngineStats:
+            steps = self.calls.count("step")
+            return EngineStats((), 0, 0, 0, 0, 0, 100 * steps, 0, steps, (), answer_tokens=0)
+
+    async def scenario() -> ModelThread:
+        engine = CountingEngine(num_steps=3)
+        thread = ModelThread(engine, asyncio.get_running_loop(), lambda events: None, lambda death: None)
+        thread.submit(release(1))
+        thread.start()
+        await asyncio.to_thread(engine.wait_for_calls, 4)
+        await thread.close()
+        return thread
+
+    rates = asyncio.run(scenario()).speeds.rates
+    assert rates.prefill_tokens_per_s > 0
+    assert rates.step_s == ()

@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from disagg.transceiver.peers.link_meter import BusyTime, LinkMeter
 from disagg.transceiver.wire.messages.rates import MeasuredRates
 from disagg.worker.speeds import StepSpeeds
+
+
+def warm_speeds() -> StepSpeeds:
+    """The first step of either kind is behind it."""
+    speeds = StepSpeeds()
+    speeds.note(99.0, 7, 0)
+    speeds.note(99.0, 0, 1)
+    assert speeds.rates == MeasuredRates()
+    return speeds
 
 
 def test_nothing_is_told_before_anything_was_measured() -> None:
@@ -22,23 +31,35 @@ def test_nothing_is_told_before_anything_was_measured() -> None:
     token_s=st.floats(1e-5, 1e-2),
 )
 def test_a_steps_own_time_is_told_from_that_of_its_tokens(sizes: list[int], step_s: float, token_s: float) -> None:
-    speeds = StepSpeeds()
+    assume(step_s <= 2 * token_s * sum(sizes) / len(sizes))
+    speeds = warm_speeds()
     for size in sizes:
         speeds.note(step_s + size * token_s, size, 0)
     assert speeds.rates.prefill_tokens_per_s == pytest.approx(1 / token_s, rel=0.01)
     assert speeds.rates.prompt_step_s == pytest.approx(step_s, rel=0.05, abs=1e-4)
 
 
+def test_prompt_tokens_are_never_free_however_alike_the_steps_were() -> None:
+    speeds = warm_speeds()
+    for size, seconds in ((300, 0.1), (100, 0.1), (200, 0.1)):
+        speeds.note(seconds, size, 0)
+    assert speeds.rates.prompt_step_s == pytest.approx(0.075)
+    assert speeds.rates.prefill_tokens_per_s == pytest.approx(200 / 0.025, rel=0.02)
+
+
 def test_steps_of_one_size_tell_their_tokens_per_second_alone() -> None:
-    speeds = StepSpeeds()
+    speeds = warm_speeds()
     for _ in range(5):
         speeds.note(0.5, 100, 0)
     assert speeds.rates.prefill_tokens_per_s == pytest.approx(200)
     assert speeds.rates.prompt_step_s == 0.0
+    speeds.note(0.1, 0, 1)
+    assert speeds.rates.prompt_step_s == pytest.approx(0.1), "a step of one answer is about as much"
+    assert speeds.rates.prefill_tokens_per_s == pytest.approx(100 / 0.4)
 
 
 def test_steps_of_answers_are_told_by_their_number_and_taken_off_steps_with_prompts_beside_them() -> None:
-    speeds = StepSpeeds()
+    speeds = warm_speeds()
     for num_answers, seconds in ((1, 0.01), (2, 0.02), (3, 0.03), (8, 0.08), (9, 0.1)):
         speeds.note(seconds, 0, num_answers)
     assert [count for count, _ in speeds.rates.step_s] == [1, 3, 9], "one for each binary digit of their number"
@@ -49,14 +70,14 @@ def test_steps_of_answers_are_told_by_their_number_and_taken_off_steps_with_prom
 
 
 def test_newer_steps_count_more() -> None:
-    speeds = StepSpeeds()
+    speeds = warm_speeds()
     for seconds in (1.0, *[0.1] * 300):
         speeds.note(seconds, 0, 1)
     assert speeds.rates.step_s[0][1] == pytest.approx(0.1, rel=0.05)
 
 
 def test_a_step_that_computed_nothing_or_took_no_time_is_no_measurement() -> None:
-    speeds = StepSpeeds()
+    speeds = warm_speeds()
     speeds.note(1.0, 0, 0)
     speeds.note(0.0, 10, 1)
     assert speeds.rates == MeasuredRates()

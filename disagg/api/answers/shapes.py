@@ -22,7 +22,7 @@ class AnswerShape(Protocol):
     kind: str
     event_kind: str
     says_text_alone: bool
-    """Whether a step that neither begins nor ends a choice says nothing but its text."""
+    """Whether a step that does not end a choice says nothing but its text, and the first the prompt's."""
 
     async def take_prompt(self, choice: Choice, delta: Delta) -> None:
         """Encode the prompt's log-probabilities where a step brings them. To be called before `add` or `event`."""
@@ -52,7 +52,8 @@ class Scored:
         self._prompts: dict[int, ScoredPrompt] = {}
         self._logprobs = LogprobFormat(tokenizer, as_token_ids=params.return_tokens_as_token_ids)
         self._return_token_ids = params.return_token_ids
-        self.says_text_alone = params.num_logprobs is None and not params.return_token_ids
+        asked = (params.num_logprobs, params.num_prompt_logprobs, params.return_token_ids or None)
+        self.says_text_alone = all(each is None for each in asked)
 
     async def take_prompt(self, choice: Choice, delta: Delta) -> None:
         if choice.scored_prompt is not None or choice.has_begun or self._params.num_prompt_logprobs is None:

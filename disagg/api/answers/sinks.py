@@ -104,10 +104,13 @@ class EventSink:
                 await self._send_part(part)
             return
         await self._shape.take_prompt(choice, delta)
-        event = self._shape.event(choice, delta)  # the first of a choice may hold its whole prompt
+        event = self._shape.event(choice, delta)
         choice.has_begun = True
         value = self._head.around(self._shape.event_kind, [event], **self._shape.extras(choice), **self._usage)
-        await self._send_body(blocks(chain([b"data: "], json_pieces(value), [b"\n\n"])))
+        if self._shape.says_text_alone and not choice.echo:
+            await self._event(value)
+        else:  # the prompt's ids, text or log-probabilities
+            await self._send_body(blocks(chain([b"data: "], json_pieces(value), [b"\n\n"])))
 
     def _text_event(self, choice: Choice, delta: Delta) -> bytes:
         """The event of a step that adds text and nothing else, as almost all do; empty for another.

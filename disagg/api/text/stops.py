@@ -23,6 +23,8 @@ class StopMatcher:
         `may_stop` false: a stop string that completes in this text is text (`min_tokens`).
         """
         assert self.matched is None
+        if not self._stops:
+            return text
         num_held = len(self._held)
         text = self._held + text
         if may_stop and (found := self._find(text, num_held)):

@@ -19,7 +19,7 @@ import torch
 
 from disagg.cache.host_memory import total_nbytes
 from disagg.config.quantities import format_nbytes
-from disagg.engine.model.packed_linear import PackedLinear, can_pack
+from disagg.engine.model.packed_linear import can_pack, packed
 
 log = logging.getLogger(__name__)
 
@@ -112,7 +112,7 @@ def _speed(chosen: str, other: str, measure: Callable[[torch.dtype], float]) -> 
 def linear_s(dtype: torch.dtype) -> float:
     """CPU seconds of this thread for one linear layer as the engine computes it."""
     linear = torch.nn.Linear(FEATURES, FEATURES, bias=False, dtype=dtype)
-    module = PackedLinear(linear) if can_pack(dtype) else linear
+    module = packed(linear) if can_pack(dtype) else linear
     rows = torch.ones(ROWS, FEATURES, dtype=dtype)
     module(rows)
     began = time.thread_time()

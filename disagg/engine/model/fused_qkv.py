@@ -19,6 +19,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from disagg.engine.model.attention import packed_attention
 from disagg.engine.model.opaque_attention import TRACED_ATTENTION_NAME, attend_packed
+from disagg.engine.model.packed_linear import NativeLinear, PackedLinear, can_pack, packed
 from disagg.engine.model.probe import CURRENT_PROBE, AttentionCall, Probe
 from disagg.kernels import ops
 from disagg.kernels.batch import PagedBatch, QueryRun
@@ -53,6 +54,20 @@ class Angles:
         return cast(Rotary, found)
 
 
+class ProjectionPart(nn.Module):
+    """One projection of a packed product, for a module's own forward: what learns how it attends asks for it."""
+
+    def __init__(self, whole: nn.Module, first: int, last: int, bias: torch.Tensor | None) -> None:
+        super().__init__()
+        self._whole, self._first, self._last = (whole,), first, last  # in a tuple: it is no part of this module
+        self.bias = bias
+        self.weight = cast(torch.Tensor, whole.weight)[first:last]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        made: torch.Tensor = self._whole[0](x)[..., self._first : self._last]
+        return made if self.bias is None else made + self.bias
+
+
 @dataclass(eq=False, slots=True)
 class FusedAttention:
     """The forward of one attention module. `half`: pairs of dimensions that RoPE turns."""
@@ -64,6 +79,24 @@ class FusedAttention:
     norms: HeadNorms | None
     angles: Angles
     half: int
+    packed: NativeLinear | PackedLinear | None = None
+    """On a CPU all there is of the weight, once `pack` was called."""
+
+    def pack(self) -> None:
+        """Pack the weight, where that can be done; the module's projections become parts of one product."""
+        if self.packed is not None or not can_pack(self.weight.dtype):
+            return
+        linear = nn.Linear(self.weight.shape[1], self.weight.shape[0], bias=False, device="meta")
+        linear.weight = nn.Parameter(self.weight, requires_grad=False)
+        self.packed, first = packed(linear), 0
+        self.weight = self.packed.weight
+        for name in PROJECTIONS:
+            own = cast(nn.Linear, getattr(self.module, name))
+            setattr(self.module, name, ProjectionPart(self.packed, first, first + own.out_features, own.bias))
+            first += own.out_features
+
+    def _project(self, hidden: torch.Tensor) -> torch.Tensor:
+        return functional.linear(hidden, self.weight) if self.packed is None else self.packed(hidden)
 
     def forward(
         self, hidden_states: torch.Tensor, position_embeddings: Any = None, *args: Any, **options: Any
@@ -79,15 +112,15 @@ class FusedAttention:
             return looked
         out = packed_attention(
             self.call.layer,
-            functional.linear(hidden_states[0], self.weight),
+            self._project(hidden_states[0]),
             num_heads=self.call.num_heads,
             bias=self.bias,
             norms=self.norms,
             angles=self.angles.of(position_embeddings, self.half),
-            scale=self._scale,
+            scale=self.scale,
             window=self.call.window,
             softcap=self.call.softcap,
-            sink_logits=self._sinks,
+            sink_logits=self.sinks,
         )
         projected: torch.Tensor = module.o_proj(out.flatten(1))
         return projected[None], None
@@ -102,17 +135,17 @@ class FusedAttention:
         if self.norms is not None:
             gains, epsilon = self.norms.gains, self.norms.epsilon
             normed = sum(1 << kind for kind in range(3) if self.norms.normed[kind])
-        shape = (self.call.layer, normed, epsilon, self._scale, self.call.window or 0, self.call.softcap or 0.0)
-        attend_packed(qkv, cos, sin, self.bias, gains, self._sinks, module.kv_pool, out, *shape)
+        shape = (self.call.layer, normed, epsilon, self.scale, self.call.window or 0, self.call.softcap or 0.0)
+        attend_packed(qkv, cos, sin, self.bias, gains, self.sinks, module.kv_pool, out, *shape)
         projected: torch.Tensor = module.o_proj(out.flatten(1))
         return projected[None]
 
     @property
-    def _scale(self) -> float:
+    def scale(self) -> float:
         return self.call.head_dim**-0.5 if self.call.scale is None else self.call.scale
 
     @property
-    def _sinks(self) -> torch.Tensor | None:
+    def sinks(self) -> torch.Tensor | None:
         return cast(torch.Tensor, self.module.sinks) if self.call.has_sink_logits else None
 
     def preprocess(
@@ -125,7 +158,7 @@ class FusedAttention:
     ) -> torch.Tensor:
         """Store K and V of `hidden` `[num_queries, hidden]`; Q `[num_queries, num_heads, head_dim]`."""
         return ops.preprocess_qkv(
-            functional.linear(hidden, self.weight),
+            self._project(hidden),
             pool,
             plan,
             num_heads=self.call.num_heads,
@@ -216,7 +249,7 @@ def _reason(module: nn.Module, call: AttentionCall, seen: _Seen) -> str:
     norms = [parts[name] for name in NORMS if name in parts]
     if any(weight.shape != (call.head_dim,) for norm in norms for weight in norm.parameters()):
         return "norms over other than a head"
-    if len({_epsilon(norm) for norm in norms}) > 1:
+    if len({epsilon_of(norm) for norm in norms}) > 1:
         return "norms by different epsilons"
     embeddings = seen.given[call.layer][1]
     if not isinstance(embeddings, tuple) or embeddings[0].shape[:2] != (1, len(CHECKED_POSITIONS)):
@@ -251,16 +284,16 @@ def _norms(module: nn.Module, call: AttentionCall) -> HeadNorms | None:
     given = [norm for norm in norms if norm is not None]
     if not given:
         return None
-    epsilon, ones = _epsilon(given[0]), torch.ones(call.head_dim, device=cast(nn.Linear, module.q_proj).weight.device)
-    query, key, value = (None if norm is None else _gain(norm, ones, epsilon) for norm in norms)
+    epsilon, ones = epsilon_of(given[0]), torch.ones(call.head_dim, device=cast(nn.Linear, module.q_proj).weight.device)
+    query, key, value = (None if norm is None else gain_of(norm, ones, epsilon) for norm in norms)
     return head_norms(query, key, value, epsilon=epsilon)
 
 
-def _epsilon(norm: nn.Module) -> float:
+def epsilon_of(norm: nn.Module) -> float:
     return float(cast(Any, getattr(norm, "variance_epsilon", getattr(norm, "eps", 0.0))))
 
 
-def _gain(norm: nn.Module, ones: torch.Tensor, epsilon: float) -> torch.Tensor:
+def gain_of(norm: nn.Module, ones: torch.Tensor, epsilon: float) -> torch.Tensor:
     """What the norm multiplies by, as it does it: some families store their gain minus one, some norms have none."""
     gain: torch.Tensor = norm(ones).float() * (1.0 + epsilon) ** 0.5
     return gain
@@ -275,9 +308,9 @@ def _error(fused: FusedAttention, seen: _Seen) -> float:
     plan = ops.plan(batch, pool, hidden.dtype, Workspace())
     query = fused.preprocess(hidden, embeddings, pool, plan)
     made = (query, *pool[2].transpose(1, 2))
-    return max(_share(mine, own) for mine, own in zip(made, seen.handed[call.layer], strict=True))
+    return max(share(mine, own) for mine, own in zip(made, seen.handed[call.layer], strict=True))
 
 
-def _share(mine: torch.Tensor, own: torch.Tensor) -> float:
+def share(mine: torch.Tensor, own: torch.Tensor) -> float:
     largest = own.float().abs().max().clamp_min(1e-12)
     return float((mine.float() - own.float()).abs().max() / largest)

@@ -20,6 +20,7 @@ def layers_kept(module: Any) -> Iterator[Head]:
     was kept.
     """
     layers, kept = module.base_model, list[Any]()
+    own = {name: value for name, value in vars(layers).items() if name == "forward"}
     hook = layers.register_forward_hook(lambda _module, _given, output: kept.append(output))
 
     def head(rows: torch.Tensor) -> torch.Tensor:
@@ -37,3 +38,4 @@ def layers_kept(module: Any) -> Iterator[Head]:
     finally:
         hook.remove()
         vars(layers).pop("forward", None)
+        vars(layers).update(own)

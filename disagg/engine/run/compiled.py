@@ -10,9 +10,9 @@ import numpy.typing as npt
 import torch
 
 from disagg.cache.cache import KVCache
+from disagg.engine.model.cpu_layers import suit_cpu
 from disagg.engine.model.load import LoadedModel
 from disagg.engine.model.opaque_attention import COMPILED_ATTENTION_NAME, calling, tokens
-from disagg.engine.model.packed_linear import pack_linears
 from disagg.engine.run.runner import Runner
 from disagg.kernels.dispatch import CALLS
 
@@ -46,7 +46,7 @@ class CompiledRunner(Runner):
             log.warning("`--torch-compile`: the model runs uncompiled: %s", told.splitlines()[0])
             self._compiled = None
             if self.model.device.type == "cpu":
-                pack_linears(self.model.module)
+                suit_cpu(self.model.module)
             return super()._forward(token_ids, positions, last)
         CALLS["compiled:forward"] += 1
         return logits[: len(last)]

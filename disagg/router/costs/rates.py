@@ -48,9 +48,13 @@ class Rates:
         return less + (seconds - less) * (num_answers - fewer) / (count - fewer)
 
     def answer_seconds(self, num_answers: int) -> float:
-        """What one token more of another answer costs: its own step, and what `num_answers` others wait longer."""
+        """What one token more of another answer costs: its own step, and what `num_answers` others wait longer.
+
+        Steps were measured at different moments: one with more answers may have been the faster. That is no gain.
+        """
         alone = self.step_seconds(num_answers + 1)
-        return alone + num_answers * (alone - self.step_seconds(num_answers)) if num_answers else alone
+        longer = max(0.0, alone - self.step_seconds(num_answers)) if num_answers else 0.0
+        return alone + num_answers * longer
 
 
 @dataclass(frozen=True, slots=True)

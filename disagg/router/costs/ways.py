@@ -140,11 +140,11 @@ def legal_ways(ask: Ask, candidates: Sequence[Candidate], links: Links) -> Itera
 
 
 def _pairs(ask: Ask, starts: Sequence[Start], candidates: Sequence[Candidate], links: Links) -> Iterator[Way]:
-    sinks = [worker for worker in candidates if worker.role != "prefill"]
+    sinks = [(worker, _decode_s(ask, worker)) for worker in candidates if worker.role != "prefill"]
+    nbytes_of: dict[tuple[int, int], int] = {}
     for worker, its_starts in groupby(starts, lambda start: start.worker):
         if worker.role != "decode":
-            handed_over = [_handoff(ask, worker, sink, links) for sink in sinks]
-            landings = [landing for landing in handed_over if landing is not None]
+            landings = list(_handoffs(ask, worker, sinks, links, nbytes_of))
             yield from (Way(start, landing) for start in its_starts for landing in landings)
 
 
@@ -174,13 +174,22 @@ def _start(
     return Start(worker, boundary, num_computed, compute_s, source, fetch_s, nbytes)
 
 
-def _handoff(ask: Ask, source: Candidate, sink: Candidate, links: Links) -> Landing | None:
-    """Where `sink` decodes what `source` computed; None without a link."""
-    link = links(source.name, sink.name) if source is not sink else None
-    if link is None or not link.hands_over:
-        return None
-    nbytes = source.kv.moved_nbytes(ask.num_tokens, source.kv.usable(ask.num_tokens, ask.held.get(sink.name, 0)))
-    return Landing(sink, _decode_s(ask, sink), nbytes, link.seconds(nbytes))
+def _handoffs(
+    ask: Ask,
+    source: Candidate,
+    sinks: Sequence[tuple[Candidate, float]],
+    links: Links,
+    nbytes_of: dict[tuple[int, int], int],
+) -> Iterator[Landing]:
+    """Each sink that is linked decodes what `source` computed. `nbytes_of`: by shape and by what a sink holds."""
+    for sink, decode_s in sinks:
+        link = links(source.name, sink.name) if source is not sink else None
+        if link is not None and link.hands_over:
+            held = ask.held.get(sink.name, 0)
+            if (nbytes := nbytes_of.get((id(source.kv), held))) is None:
+                nbytes = source.kv.moved_nbytes(ask.num_tokens, source.kv.usable(ask.num_tokens, held))
+                nbytes_of[id(source.kv), held] = nbytes
+            yield Landing(sink, decode_s, nbytes, link.seconds(nbytes))
 
 
 def _may_serve_alone(ask: Ask, start: Start) -> bool:

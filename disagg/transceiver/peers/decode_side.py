@@ -23,6 +23,7 @@ from disagg.transceiver.peers.peer_links import PeerLinks
 from disagg.transceiver.planes.base import LandingPlane
 from disagg.transceiver.protocol.actions import (
     Action,
+    AskExtension,
     AskRoom,
     FreeReservation,
     Land,
@@ -38,7 +39,6 @@ from disagg.transceiver.protocol.events import (
     LandingFailed,
     LandingStopped,
     PeerGone,
-    Reserved,
     SliceLanded,
 )
 from disagg.transceiver.protocol.outbox import BYTE_WINDOW
@@ -51,7 +51,7 @@ from disagg.transceiver.wire.messages.router import LinkStatus as LinkReport
 from disagg.transceiver.wire.messages.router import PeerTarget
 from disagg.transceiver.wire.messages.values import AttemptKey
 from disagg.transceiver.wire.node import Node
-from disagg.transceiver.wire.purposes import HANDOFF
+from disagg.transceiver.wire.purposes import HANDOFF, MOVE
 from disagg.transceiver.wire.sockets import Sockets
 from disagg.transceiver.wire.timing import REPEAT_FIRST_S
 
@@ -83,7 +83,7 @@ class PrefixHost(LandingHost, Protocol):
     """And for prefixes."""
 
     def make_room(self, key: AttemptKey, asked: AskRoom) -> None:
-        """The source has said what moves: have room made, and answer by `give_room`."""
+        """The source has said what moves: have room made, and answer by `set_destinations` and `Reserved`."""
 
     def prefix_verified(self, key: AttemptKey, verified: PrefixVerified, record: TransferRecord) -> None:
         """The blocks up to its boundary may be registered."""
@@ -134,11 +134,16 @@ class ReceivingSide:
         host: HandoffHost,
         on_part: Callable[[AttemptKey, PartVerified, TransferRecord], None] | None = None,
         faults: PeerFaults | None = None,
+        on_room: Callable[[AttemptKey, AskExtension], None] | None = None,
         on_landed: Callable[[AttemptKey, Sequence[HashedUnit]], None] = lambda key, units: None,
     ) -> None:
-        """`on_part` hears, where ranks are joined, of a pair of ranks that is done; its leader decides. `on_landed`
-        hears of slots whose transfer was verified, with their digests; where units are no slots it hears of none.
+        """`on_part` hears, where ranks are joined, of a pair of ranks that is done; its leader decides.
+
+        `on_room`: an answer that comes here has become so long. The worker makes room for it, sets the destinations and
+        feeds `Extended`, or `RoomRefused`. `on_landed` hears of slots whose transfer was verified, with their digests:
+        not where units are no slots, nor of moves.
         """
+        self._on_room = on_room
         self._on_landed = on_landed
         self._faults = faults or PeerFaults()
         self._on_part = on_part
@@ -188,23 +193,20 @@ class ReceivingSide:
     ) -> None:
         """Destinations are reserved: `slots[g]` = (ordinal, slot) pairs. `event` (Reserved) begins the transfer.
 
-        With a `host` it is a prefix: FetchWanted begins it, and its destinations come by `give_room`.
+        With a `host` it is a prefix: FetchWanted begins it, and its destinations come by `set_destinations`.
         """
-        destinations = {(group, ordinal): slot for group, pairs in enumerate(slots) for ordinal, slot in pairs}
         record = TransferRecord(self.plane_of(peer), transfer.purpose)
-        self._incoming[key] = _Incoming(peer, destinations, record, host or self._host)
+        self._incoming[key] = _Incoming(peer, _by_unit(slots), record, host or self._host)
         self._transfers.add(key, transfer)
         if self.is_ready(peer, transfer.purpose):
             self.feed(key, event)
         else:
             self.feed(key, PeerGone("this worker has no link to it"))
 
-    def give_room(self, key: AttemptKey, slots: Sequence[Sequence[tuple[int, int]]], event: Reserved) -> None:
-        """There is room for what a prefix moves; unless the transfer is over, it lands there."""
+    def set_destinations(self, key: AttemptKey, slots: Sequence[Sequence[tuple[int, int]]]) -> None:
+        """Of a transfer that says only in its course what it brings: before the event that says so to its core."""
         if (incoming := self._incoming.get(key)) is not None:
-            pairs = {(group, ordinal): slot for group, some in enumerate(slots) for ordinal, slot in some}
-            incoming.destinations.update(pairs)
-            self.feed(key, event)
+            incoming.destinations = _by_unit(slots)
 
     def feed(self, key: AttemptKey, event: Event) -> None:
         self._transfers.feed(key, event)
@@ -296,6 +298,9 @@ class ReceivingSide:
                 self._send(self._transfers.peer_of(key), message)
             case Land(message):
                 self._land(key, message)
+            case AskExtension():
+                assert self._on_room is not None, "a move to a worker that takes none"
+                self._on_room(key, action)
             case StopLanding():
                 self._to_stop.put_nowait(key)
             case Verified():
@@ -356,8 +361,10 @@ class ReceivingSide:
     def _end_well(self, key: AttemptKey) -> TransferRecord:
         """Its time says how fast the link is."""
         link = self.links.get(self._incoming[key].peer)
-        self._on_landed(key, self._incoming[key].landed)
+        landed = self._incoming[key].landed
         record = self._end(key)
+        if record.purpose != MOVE:  # an answer that came here writes its last block on
+            self._on_landed(key, landed)
         if link is not None:
             link.meter.note(sum(record.nbytes.values()), record.busy.seconds, record.done_at - record.landed_at)
         return record
@@ -480,3 +487,8 @@ class ReceivingSide:
             job.cancel()
         await asyncio.gather(*jobs, return_exceptions=True)
         await self._landing.stop(key.transfer_id, key.epoch)
+
+
+def _by_unit(slots: Sequence[Sequence[tuple[int, int]]]) -> dict[tuple[int, int], int]:
+    """By (group, ordinal)."""
+    return {(group, ordinal): slot for group, pairs in enumerate(slots) for ordinal, slot in pairs}

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from disagg.transceiver.layout.units import SourceUnit
 from disagg.transceiver.wire.messages.peer import Refused, Slice, TransferMessage
-from disagg.transceiver.wire.messages.values import FirstToken, GroupRuns, UnitName
+from disagg.transceiver.wire.messages.values import FirstToken, GroupRuns, TokenLogprobs, UnitName
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +26,10 @@ class SendPayload:
 
 @dataclass(frozen=True, slots=True)
 class AskPin:
-    """Sender: a FETCH was accepted; the engine must pin the request's blocks and answer with `Pinned`."""
+    """Sender: a FETCH was accepted; the engine must pin the request's blocks and answer with `Pinned`.
+
+    Source of a move: it must freeze the answer, and answer with `Frozen`.
+    """
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +44,8 @@ class AskPrefix:
 
 @dataclass(frozen=True, slots=True)
 class ReleaseSource:
-    """Sender, once per epoch: the peer needs nothing any more, the engine frees the request.
+    """Sender, once per epoch: the peer needs nothing any more, the engine frees the request. Of a move it does so only
+    when it was `acked`: else the answer is this worker's still, frozen or not, and the router says what becomes of it.
 
     `reason`: `acked`, `finished`, `cancelled`, `lost`, `deadline` or `failed`.
     """
@@ -67,6 +71,17 @@ class AskRoom:
 @dataclass(frozen=True, slots=True)
 class StopLanding:
     """Receiver: stop and join every landing job of this epoch; answer `LandingStopped`."""
+
+
+@dataclass(frozen=True, slots=True)
+class AskExtension:
+    """Sink of a move: the answer is this long; make room for all of it and answer `Extended` or `RoomRefused`.
+
+    `logprobs`: of the last of `output`, as many as the router has not, or none.
+    """
+
+    output: tuple[int, ...]
+    logprobs: tuple[TokenLogprobs, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,6 +150,7 @@ Action = (
     | AskPrefix
     | AskRoom
     | ReleaseSource
+    | AskExtension
     | Land
     | StopLanding
     | Verified

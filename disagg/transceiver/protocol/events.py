@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from disagg.transceiver.layout.units import HashedUnit
 from disagg.transceiver.wire.messages.peer import Refused, TransferMessage
-from disagg.transceiver.wire.messages.values import FirstToken, GroupRuns, UnitName
+from disagg.transceiver.wire.messages.values import FirstToken, GroupRuns, TokenLogprobs, UnitName
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,6 +150,40 @@ class LandingStopped:
     """No job of this epoch holds a destination slot any more (answers the action `StopLanding`)."""
 
 
+# --- moves --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Frozen:
+    """Source: the answer stands still, and `output` is all of it. `logprobs`: of what the router has not, or none."""
+
+    output: tuple[int, ...]
+    logprobs: tuple[TokenLogprobs, ...]
+    seed: int
+
+
+@dataclass(frozen=True, slots=True)
+class RoomMade:
+    """Sink: room is reserved for the answer as the router has it; these whole blocks of it are held already."""
+
+    held: tuple[GroupRuns, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Extended:
+    """Sink: destinations exist for exactly these ordinals of what the answer has become (answers `AskExtension`)."""
+
+    required: tuple[GroupRuns, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class RoomRefused:
+    """Sink: there is no room for what the answer has become (answers `AskExtension`)."""
+
+    reason: str
+
+
 SenderEvent = LeaseRenewed | Pinned | UnitsFinal | SoftDropped | PromptComputed | FinishedEarly | ComputeFailed
 ReceiverEvent = FetchWanted | Reserved | SliceLanded | LandingFailed | LandingStopped
-Event = MessageArrived | CancelAsked | PeerGone | Tick | SenderEvent | ReceiverEvent
+MoveEvent = Frozen | RoomMade | Extended | RoomRefused
+Event = MessageArrived | CancelAsked | PeerGone | Tick | SenderEvent | ReceiverEvent | MoveEvent

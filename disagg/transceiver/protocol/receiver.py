@@ -291,7 +291,7 @@ class Receiver(Transfer):
         match self.state:
             case State.JOINING | State.CLOSED:
                 return None
-            case State.WAITING | State.FETCHING | State.LANDING:
+            case State.WAITING | State.FETCHING | State.EXTENDING | State.LANDING:
                 return self.deadline
         return self._give_up_at
 

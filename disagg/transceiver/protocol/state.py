@@ -27,6 +27,10 @@ licence to decode was given; ACK repeats. A failure has two tails that end indep
 because only then may a slot be reused, and CANCEL must be answered, because it frees the peer's sources. STOPPING waits
 for both, JOINING for the jobs, CANCELLING for the answer. The failure is reported when the jobs are joined, not later.
 
+Moves. The source's states are a sender's, with other events: PINNING lasts until the answer stands still, and in
+SENDING nothing leaves before RECEIVED has said that the sink has room. The sink is a receiver that is EXTENDING between
+ACCEPTED, which says how long the answer has become, and the room for that.
+
 CLOSED: nothing is owed. Sources were released exactly once, and the receiver gave exactly one verdict.
 """
 
@@ -39,8 +43,10 @@ from disagg.transceiver.protocol.events import (
     CancelAsked,
     ComputeFailed,
     Event,
+    Extended,
     FetchWanted,
     FinishedEarly,
+    Frozen,
     LandingFailed,
     LandingStopped,
     LeaseRenewed,
@@ -49,6 +55,8 @@ from disagg.transceiver.protocol.events import (
     Pinned,
     PromptComputed,
     Reserved,
+    RoomMade,
+    RoomRefused,
     SliceLanded,
     SoftDropped,
     Tick,
@@ -74,6 +82,8 @@ from disagg.transceiver.wire.messages.peer import (
 class Role(Enum):
     SENDER = "sender"
     RECEIVER = "receiver"
+    MOVE_SOURCE = "source of a move"
+    MOVE_SINK = "sink of a move"
 
 
 class State(Enum):
@@ -83,6 +93,7 @@ class State(Enum):
     DECIDED = "decided"
     STOPPED = "stopped"
     FETCHING = "fetching"
+    EXTENDING = "extending"
     LANDING = "landing"
     VERIFIED = "verified"
     STOPPING = "stopping"
@@ -117,6 +128,8 @@ def _all_to(state: State, *kinds: Kind) -> dict[Kind, State]:
 
 # What the engine may still say of a request that was released: it has not read the release yet.
 _ENGINE = (Pinned, UnitsFinal, SoftDropped, PromptComputed, FinishedEarly, ComputeFailed)
+_MOVED = (Frozen, UnitsFinal, FinishedEarly, ComputeFailed)
+_ROOM = (Extended, RoomRefused)
 _ANSWERS = (Accepted, Slice, Done, Failed, Refused)
 
 TRANSITIONS: Final[dict[Role, dict[State, dict[Kind, State]]]] = {
@@ -193,6 +206,86 @@ TRANSITIONS: Final[dict[Role, dict[State, dict[Kind, State]]]] = {
         S.CLOSED: {
             # Reserved: the engine had made room before it read that the request was over.
             **_all_to(S.CLOSED, Tick, CancelAsked, Reserved, *_ANSWERS),
+            **_all_to(S.CLOSED, Closed, Cancelled, PeerGone),
+        },
+    },
+    Role.MOVE_SOURCE: {
+        S.WAITING: {
+            **_all_to(S.WAITING, Fetch, LeaseRenewed, Tick),
+            D.ADMIT: S.PINNING,
+            **_all_to(S.CLOSED, FinishedEarly, ComputeFailed, CancelAsked, D.OVERDUE, Cancel, PeerGone),
+        },
+        S.PINNING: {
+            **_all_to(S.PINNING, Fetch, LeaseRenewed, Tick),
+            Frozen: S.SENDING,
+            **_all_to(S.STOPPED, FinishedEarly, ComputeFailed, CancelAsked, D.OVERDUE),
+            **_all_to(S.CLOSED, Cancel, PeerGone),
+        },
+        S.SENDING: {
+            **_all_to(S.SENDING, Fetch, UnitsFinal, Received, LeaseRenewed, Tick),
+            D.ALL_ANNOUNCED: S.DECIDED,
+            **_all_to(S.STOPPED, ComputeFailed, CancelAsked, D.OVERDUE),
+            **_all_to(S.CLOSED, Cancel, PeerGone),
+        },
+        S.DECIDED: {
+            **_all_to(S.DECIDED, Fetch, Received, LeaseRenewed, Tick),
+            **_all_to(S.CLOSED, Ack, Cancel, CancelAsked, D.OVERDUE, PeerGone),
+        },
+        S.STOPPED: {
+            **_all_to(S.STOPPED, Fetch, Received, LeaseRenewed, Tick, CancelAsked, *_MOVED),
+            **_all_to(S.CLOSED, Ack, Cancel, D.OVERDUE, PeerGone),
+        },
+        S.CLOSED: {
+            **_all_to(S.CLOSED, Fetch, Received, Ack, Cancel, LeaseRenewed),
+            **_all_to(S.CLOSED, Tick, CancelAsked, PeerGone, *_MOVED),
+        },
+    },
+    Role.MOVE_SINK: {
+        S.WAITING: {
+            RoomMade: S.FETCHING,
+            Tick: S.WAITING,
+            **_all_to(S.CLOSED, CancelAsked, D.OVERDUE, PeerGone),
+        },
+        S.FETCHING: {
+            Tick: S.FETCHING,
+            Accepted: S.EXTENDING,
+            **_all_to(S.STOPPING, Failed, Cancelled, Refused, CancelAsked, D.OVERDUE),
+            **_all_to(S.JOINING, Closed, PeerGone),
+        },
+        S.EXTENDING: {
+            **_all_to(S.EXTENDING, Accepted, Tick),
+            Extended: S.LANDING,
+            **_all_to(S.STOPPING, D.FAULT, RoomRefused, CancelAsked, D.OVERDUE),
+            **_all_to(S.STOPPING, Failed, Cancelled, Refused),
+            **_all_to(S.JOINING, Closed, PeerGone),
+        },
+        S.LANDING: {
+            **_all_to(S.LANDING, Accepted, Slice, Done, SliceLanded, Tick),
+            D.COVERED: S.VERIFIED,
+            **_all_to(S.STOPPING, D.FAULT, LandingFailed, CancelAsked, D.OVERDUE),
+            **_all_to(S.STOPPING, Failed, Cancelled, Refused),
+            **_all_to(S.JOINING, Closed, PeerGone),
+        },
+        S.VERIFIED: {
+            **_all_to(S.VERIFIED, Tick, CancelAsked, *_ANSWERS),
+            **_all_to(S.CLOSED, Closed, Cancelled, D.OVERDUE, PeerGone),
+        },
+        S.STOPPING: {
+            **_all_to(S.STOPPING, Tick, CancelAsked, SliceLanded, LandingFailed, *_ANSWERS, *_ROOM),
+            LandingStopped: S.CANCELLING,
+            **_all_to(S.JOINING, Closed, Cancelled, D.OVERDUE, PeerGone),
+        },
+        S.JOINING: {
+            **_all_to(S.JOINING, Tick, CancelAsked, SliceLanded, LandingFailed, *_ANSWERS, *_ROOM),
+            **_all_to(S.JOINING, Closed, Cancelled, PeerGone),
+            LandingStopped: S.CLOSED,
+        },
+        S.CANCELLING: {
+            **_all_to(S.CANCELLING, Tick, CancelAsked, *_ANSWERS, *_ROOM),
+            **_all_to(S.CLOSED, Closed, Cancelled, D.OVERDUE, PeerGone),
+        },
+        S.CLOSED: {
+            **_all_to(S.CLOSED, Tick, CancelAsked, RoomMade, *_ANSWERS, *_ROOM),
             **_all_to(S.CLOSED, Closed, Cancelled, PeerGone),
         },
     },

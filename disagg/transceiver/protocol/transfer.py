@@ -92,7 +92,7 @@ class Transfer(ABC):
     @property
     def wants_lease(self) -> bool:
         """Should this end's heartbeats name the transfer? While it still reads the peer's sources."""
-        return self.state in (State.FETCHING, State.LANDING)
+        return self.state in (State.FETCHING, State.EXTENDING, State.LANDING)
 
     # --- for subclasses -------------------------------------------------------------------------------------
 

@@ -14,7 +14,7 @@ from typing import Any, Final
 import msgpack
 
 from disagg.transceiver.wire.errors import LocalProtocolError, ProtocolDiffers, RemoteProtocolError
-from disagg.transceiver.wire.messages import peer, router, tokens
+from disagg.transceiver.wire.messages import blocks, peer, router, tokens
 from disagg.transceiver.wire.messages.peer import PeerMessage
 from disagg.transceiver.wire.messages.ranges import MAX_UNITS
 from disagg.transceiver.wire.messages.router import RouterMessage
@@ -60,6 +60,9 @@ TAGS: Final[dict[int, type]] = {
     47: router.PromptScores,
     48: router.CancelChoice,
     49: router.Grant,
+    50: router.Resume,
+    56: blocks.BlockEvents,
+    57: blocks.AskBlocks,
 }
 
 HEAD_NBYTES: Final = 32

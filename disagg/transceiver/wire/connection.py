@@ -26,6 +26,8 @@ class FrameReader:
 
     async def receive(self) -> list[zmq.Frame]:
         """The next message's frames, in libzmq's own memory. One caller at a time. Raises what `fail` was given."""
+        if self._pending is None and not self._turn.is_over and (frames := self._take_what_is_there()) is not None:
+            return frames
         if self._pending is None:
             self._pending = asyncio.ensure_future(self._socket.recv_multipart(copy=False))
         if not self._pending.done() or self._turn.is_over:  # what has come already costs no turn, for a while
@@ -35,6 +37,16 @@ class FrameReader:
             self._turn.begin()
         pending, self._pending = self._pending, None
         return pending.result()
+
+    def _take_what_is_there(self) -> list[zmq.Frame] | None:
+        """Without asking for an event: a third of what it costs to wait for a message that has come already."""
+        taken = asyncio.ensure_future(self._socket.recv_multipart(copy=False, flags=zmq.DONTWAIT))
+        fault = taken.exception()  # DONTWAIT: the future is done when it is made
+        if fault is None:
+            return taken.result()
+        if not isinstance(fault, zmq.Again):
+            raise fault
+        return None
 
     def fail(self, error: Exception) -> None:
         """End a waiting `receive` with `error`; messages that already arrived are not touched."""

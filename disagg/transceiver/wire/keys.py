@@ -24,7 +24,10 @@ INSECURE_SECRET: Final = b"disagg --insecure: a published constant that protects
 
 @dataclass(frozen=True, slots=True, repr=False)
 class ClusterKeys:
-    """Raw 32-byte keys, the CURVE pair in Z85, and the public id of the prefix-hash key. `repr` shows no key."""
+    """Raw 32-byte keys, the CURVE pair in Z85, and the public id of the prefix-hash key. `repr` shows no key.
+
+    `event_hash`, `event_curve` (Z85): for the blocks that are published to subscribers outside of the cluster.
+    """
 
     ticket: bytes
     manifest_mac: bytes
@@ -32,6 +35,8 @@ class ClusterKeys:
     curve_public: bytes
     curve_secret: bytes
     hash_key_id: str
+    event_hash: bytes
+    event_curve: bytes
     insecure: bool = field(default=False)
 
     @classmethod
@@ -48,6 +53,8 @@ class ClusterKeys:
             curve_public=zmq.curve_public(curve_secret),
             curve_secret=curve_secret,
             hash_key_id=blake2b(key=prefix_hash, digest_size=8, person=b"hash-key-id").hexdigest(),
+            event_hash=_derive(secret, b"kv-events-hash"),
+            event_curve=z85.encode(_derive(secret, b"kv-events-curve")),
             insecure=insecure,
         )
 

@@ -8,6 +8,7 @@ heartbeat later.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import logging
 from typing import Any, Final
@@ -111,13 +112,22 @@ class ControlServer:
             if message is not None:
                 return peer.bytes, message
 
-    async def send(self, peer: bytes, message: Message) -> None:
-        """Queue `message` for `peer`. Raises `PeerLost` when it is not connected or reads nothing; never waits."""
-        data = encode(message)
-        try:
-            await self._socket.send_multipart([peer, data], flags=zmq.DONTWAIT)
-        except zmq.ZMQError as exc:
-            raise PeerLost(f"peer {peer.hex()} is gone: {reason(exc)}") from exc
+    async def send(self, peer: bytes, message: Message | bytes) -> None:
+        """Queue `message` for `peer`, or its bytes where the same goes to many.
+
+        Raises `PeerLost` when the peer is not connected or reads nothing; never waits.
+        """
+        self.send_now(peer, message)
+
+    def send_now(self, peer: bytes, message: Message | bytes) -> None:
+        """As `send`, which waits for nothing."""
+        data = message if isinstance(message, bytes) else encode(message)
+        sent = asyncio.ensure_future(self._socket.send_multipart([peer, data], flags=zmq.DONTWAIT))
+        fault = sent.exception()  # DONTWAIT: the future is done when it is made
+        if isinstance(fault, zmq.ZMQError):
+            raise PeerLost(f"peer {peer.hex()} is gone: {reason(fault)}") from fault
+        if fault is not None:
+            raise fault
 
     async def close(self) -> None:
         """Stop listening and drop every connection; a task waiting in `recv` is cancelled. Safe to repeat."""

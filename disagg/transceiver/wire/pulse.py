@@ -64,9 +64,10 @@ def open_pulse_socket(sockets: Sockets, kind: int) -> zmq.Socket[bytes]:
     return sockets.open_for_thread(kind, max_message_nbytes=MAX_PULSE_NBYTES, high_water_mark=HIGH_WATER_MARK)
 
 
-def send_pulse(socket: zmq.Socket[bytes], pulse: Pulse, route: Route | None = None) -> bool:
-    """Queue it without waiting. False when the other end is not connected or reads nothing."""
-    frames = [encode(pulse)] if route is None else [route, encode(pulse)]
+def send_pulse(socket: zmq.Socket[bytes], pulse: Pulse | bytes, route: Route | None = None) -> bool:
+    """Queue it, or its bytes, without waiting. False when the other end is not connected or reads nothing."""
+    data = pulse if isinstance(pulse, bytes) else encode(pulse)
+    frames = [data] if route is None else [route, data]
     try:
         socket.send_multipart(frames, flags=zmq.DONTWAIT)
     except zmq.ZMQError:

@@ -17,8 +17,10 @@ MOVE: Final = "move"
 
 PURPOSES: Final = (HANDOFF, PREFIX, MOVE)
 
-SENDS: Final = {"prefill": (HANDOFF, PREFIX), "decode": (PREFIX,), "both": (HANDOFF, PREFIX)}
-RECEIVES: Final = {"prefill": (PREFIX,), "decode": (HANDOFF, PREFIX), "both": (HANDOFF, PREFIX)}
+_ALL: Final = (HANDOFF, PREFIX, MOVE)
+
+SENDS: Final = {"prefill": (HANDOFF, PREFIX), "decode": (PREFIX, MOVE), "both": _ALL}
+RECEIVES: Final = {"prefill": (PREFIX,), "decode": _ALL, "both": _ALL}
 """By role, what a worker can be the source and the sink of."""
 
 _FIRST_SENDS: Final = {"prefill": (HANDOFF,)}

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from disagg.transceiver.wire.messages import peer, router
+from disagg.transceiver.wire.messages.peer import MAX_UNTOLD
 from disagg.transceiver.wire.messages.ranges import (
     MAX_GROUPS,
     MAX_LEASED,
@@ -90,6 +91,8 @@ _LARGE: Final = {
     router.TransferFailure: _UNIT_NAMES,
     # A prompt is one string of bytes: the longest has few containers beside it.
     router.Dispatch: SizeLimit(MAX_MESSAGE_NBYTES, 1 << 15),
+    # What a router may lack of an answer, each token with the most likely ones.
+    peer.Accepted: SizeLimit(1 << 20, MAX_UNTOLD * (MAX_TOP + 4)),
     router.Grant: SizeLimit(MAX_MESSAGE_NBYTES, 1 << 12),
     # Many peers by name and address, or one with its geometry and the scales of its layers.
     router.Peers: SizeLimit(448 << 10, 1 << 12),

@@ -14,7 +14,8 @@ import logging
 import os
 import secrets
 import threading
-from typing import Final
+from collections.abc import Iterable
+from typing import Any, Final
 from urllib.parse import urlsplit
 
 import zmq
@@ -67,6 +68,8 @@ ZAP_ENDPOINT: Final = "inproc://zeromq.zap.01"
 ZAP_NUM_FRAMES: Final = 7
 """version, request id, domain, address, routing id, mechanism, and for CURVE the client's public key."""
 
+
+STRANGER: Final = "the client does not own this cluster's key"
 
 AnySocket = zmq.asyncio.Socket | zmq.Socket[bytes]
 """Of an event loop, or of a thread."""
@@ -143,7 +146,7 @@ class Sockets:
         self.context = zmq.asyncio.Context(io_threads=1 + DATA_THREADS)
         self.context.set(zmq.MAX_SOCKETS, MAX_SOCKETS)
         try:
-            self._gate = None if keys.insecure else _Gate(self.context, keys.curve_public)
+            self._gate = None if keys.insecure else KeyGate(self.context, (keys.curve_public,))
         except zmq.ZMQError as exc:
             self.context.destroy(linger=0)
             raise shortage("a ZeroMQ context", exc) from exc
@@ -211,14 +214,15 @@ class Sockets:
             self._gate.join()
 
 
-class _Gate:
-    """ZAP handler: admits CURVE clients that own the cluster's key. A thread, so that no busy loop delays a handshake.
+class KeyGate:
+    """ZAP handler: admits CURVE clients that own an allowed key. A thread, so that no busy loop delays a handshake.
 
     It ends when its context does: the blocked `recv` then raises `ContextTerminated`.
     """
 
-    def __init__(self, context: zmq.asyncio.Context, public_key: bytes) -> None:
-        self._public_key = public_key
+    def __init__(self, context: zmq.Context[Any], allowed: Iterable[bytes], refusal: str = STRANGER) -> None:
+        """`allowed`: public keys in Z85. `refusal`: what the log says of a client that has none of them."""
+        self._allowed, self._refusal = tuple(allowed), refusal
         # A shadow context gives plain blocking sockets of the same libzmq context. Bound here, before any server is:
         # a handshake that finds no handler would be admitted unasked.
         self._socket: zmq.Socket[bytes] = zmq.Context.shadow(context.underlying).socket(zmq.REP)
@@ -241,10 +245,11 @@ class _Gate:
         request_id = request[1] if len(request) > 1 else b""
         if self._admits(request):
             return [b"1.0", request_id, b"200", b"OK", b"cluster", b""]
-        log.warning("refused a connection: the client does not own this cluster's key")
+        log.warning("refused a connection: %s", self._refusal)
         return [b"1.0", request_id, b"400", b"unknown key", b"", b""]
 
     def _admits(self, request: list[bytes]) -> bool:
         if len(request) != ZAP_NUM_FRAMES or request[5] != b"CURVE" or len(request[6]) != 32:
             return False
-        return hmac.compare_digest(z85.encode(request[6]), self._public_key)
+        key = z85.encode(request[6])
+        return any(hmac.compare_digest(key, allowed) for allowed in self._allowed)

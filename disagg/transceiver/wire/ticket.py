@@ -20,6 +20,7 @@ import msgpack
 import numpy as np
 
 from disagg.transceiver.wire.errors import TicketRefused
+from disagg.transceiver.wire.purposes import MOVE
 
 
 def mint(
@@ -72,8 +73,9 @@ def check(
 class LegClaims:
     """What the ticket of a leg permits: `transfer_id` is the leg's own, `request` that of the request it serves.
 
-    `source` and `sink` are incarnations. For `prefix`, `boundary` is the number of tokens whose blocks may be asked for
-    and `tip` the identity of the source's block that ends there, which stands for all tokens before it.
+    `source` and `sink` are incarnations. For `move` see `move_claims`. For `prefix`, `boundary` is the number of tokens
+    whose blocks may be asked for and `tip` the identity of the source's block that ends there, which stands for all
+    tokens before it.
     """
 
     purpose: str
@@ -84,6 +86,13 @@ class LegClaims:
     sink: str
     boundary: int
     tip: bytes
+
+
+def move_claims(
+    leg: str, epoch: int, request: str, source: str, sink: str, prompt: Sequence[int], num_tokens: int
+) -> LegClaims:
+    """Of the move of an answer to `prompt` of which the router has `num_tokens`."""
+    return LegClaims(MOVE, leg, epoch, request, source, sink, num_tokens, prompt_hash(prompt))
 
 
 def mint_leg(key: bytes, claims: LegClaims, ttl_s: float) -> bytes:

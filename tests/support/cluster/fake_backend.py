@@ -58,6 +58,7 @@ class FakeBackend:
         self.num_open = 0
         self._changed = asyncio.Event()
         self.records: dict[str, Mapping[str, Any]] = {}
+        self.drained: dict[str, bool] = {}
 
     async def generate(self, request: GenerationRequest) -> AsyncIterator[TokenChunk | GenerationEnd]:
         self.requests.append(request)
@@ -122,10 +123,14 @@ class FakeBackend:
         return self.limit
 
     def workers(self) -> list[dict[str, Any]]:
-        return [{"id": "p0", "role": "prefill"}]
+        return [{"id": "p0", "role": "prefill", "requests": 0}]
 
     def record(self, request_id: str) -> Mapping[str, Any] | None:
         return self.records.get(request_id)
+
+    def drain(self, worker_id: str, draining: bool = True) -> bool:
+        self.drained[worker_id] = draining
+        return worker_id == "p0"
 
     def metrics(self) -> bytes:
         return b"disagg_up 1\n"

@@ -79,6 +79,16 @@ class System:
     def workers(self, role: str = "") -> list[dict[str, Any]]:
         return [worker for worker in self.get("/workers")["workers"] if not role or worker["role"] == role]
 
+    def worker(self, name: str) -> dict[str, Any]:
+        (found,) = [worker for worker in self.workers() if worker["id"] == name]
+        return found
+
+    def drain(self, name: str, *, undo: bool = False) -> None:
+        """Empty a worker, or give it requests again."""
+        url, method = f"{self.admin}/workers/{name}/drain", "DELETE" if undo else "POST"
+        with urllib.request.urlopen(urllib.request.Request(url, method=method), timeout=10) as response:
+            assert json.load(response) == {"worker": name, "draining": not undo}
+
     def samples(self, name: str, **labels: str) -> dict[frozenset[tuple[str, str]], float]:
         """Samples of one metric whose labels include `labels`, by all of their labels."""
         found = {}

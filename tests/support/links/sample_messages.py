@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import struct
 
+from disagg.transceiver.wire.messages import blocks as b
 from disagg.transceiver.wire.messages import peer as p
 from disagg.transceiver.wire.messages import router as r
 from disagg.transceiver.wire.messages import values as v
@@ -53,7 +54,7 @@ SAMPLES = (
         bytes(range(16)),
         (v.GroupRuns(0, ((4, 2),)),),
     ),
-    p.Accepted(HEADER, 3, 96, "float16:ab"),
+    p.Accepted(HEADER, 3, 96, "float16:ab", (7, 8), (LOGPROBS, LOGPROBS)),
     p.Slice(HEADER, 1, (v.UnitRun(1, 2, 2, (10, 11), (2**40, 7)),)),
     p.Received(HEADER, -1),
     p.Done(
@@ -96,6 +97,7 @@ SAMPLES = (
         (4,),
         (r.LinkStatus(ID, "prefill-0", "shm", "ready", 9.5, "fine", 0.25),),
         MeasuredRates(1500.5, 0.5, ((1, 0.25), (7, 0.75))),
+        ((ID, 3),),
     ),
     r.Dispatch(
         ID,
@@ -110,10 +112,15 @@ SAMPLES = (
         5,
         r.PrefixLeg(ID[::-1], TARGET, 96, b"ticket"),
         (ChoiceOutput(0, (7, 8)), ChoiceOutput(1, ())),
+        ID[::-1],
+        12.5,
     ),
-    r.Grant(ID[::-1], 2, ID, "prefix", TARGET, 600.0, (1, 2, 300), "salt"),
+    r.Grant(ID[::-1], 2, ID, "prefix", TARGET, 600.0, (1, 2, 300), "salt", 17),
+    r.Resume(ID, 3),
     StepTokens.of((Tokens(ID, 2, 0, (5, 6), (LOGPROBS, LOGPROBS), 32, 1), Tokens(ID[::-1], 1, 7, (8,)))),
     TokenCredit(48),
+    b.BlockEvents(ID, 7, 2, ((0, 1), (1,)), bytes([3, 1, 6, 4]), bytes(range(64)), bytes(16), bytes(24), True),
+    b.AskBlocks(ID, True),
     r.PromptScores(ID, 2, SCORES),
     r.Finished(ID, 2, 17, "stop", 106, 1),
     r.RequestFailed(ID, 2, 503, "no room"),

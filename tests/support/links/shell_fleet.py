@@ -117,8 +117,8 @@ class ShellFleet:
         placing = self.router._placing
         make = placing.at
 
-        def at(now: float, request: Any = None) -> Any:
-            found = make(now, request)
+        def at(now: float, *rest: Any) -> Any:
+            found = make(now, *rest)
             place = found.place
 
             def forced(max_tokens: int, exclude: frozenset[str] = frozenset()) -> Placement | Unplaceable:

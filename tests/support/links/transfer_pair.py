@@ -151,12 +151,13 @@ def make_reserved(held: tuple[set[int], ...] = ()) -> Reserved:
 class TransferPair:
     """Both ends of one epoch over one link; `corrupt` names units whose landed bytes are wrong."""
 
+    newest = FIRST
+
     def __init__(self, *, plane: str = "shm", epoch: int = 0, link: LossyLink | None = None) -> None:
         self.now = 0.0
         self.next_heartbeat = 0.0
         self.link = link or LossyLink()
-        self.sender = make_sender(epoch=epoch)
-        self.receiver = make_receiver(epoch=epoch, plane=plane)
+        self.sender, self.receiver = self.make_ends(plane, epoch)
         self.flying: list[tuple[float, int, Transfer, bytes]] = []
         self.count = 0
         self.is_pin_wanted = False
@@ -168,11 +169,14 @@ class TransferPair:
         self.has_heartbeat = True
         self.required: tuple[GroupRuns, ...] = ()
 
+    def make_ends(self, plane: str, epoch: int) -> tuple[Transfer, Transfer]:
+        return make_sender(epoch=epoch), make_receiver(epoch=epoch, plane=plane)
+
     # --- driving --------------------------------------------------------------------------------------------
 
     def feed(self, end: Transfer, event: Event) -> list[Action]:
         actions = end.handle(event, self.now)
-        name = end.role.value
+        name = "sender" if end is self.sender else "receiver"
         self.actions[name] += actions
         for action in actions:
             self._perform(end, action)
@@ -323,7 +327,7 @@ class TransferPair:
             assert not end.is_over or end.next_wakeup() is None
         if self.verdicts and isinstance(self.verdicts[0], Verified):
             assert not self.corrupt & self.required_keys
-            assert self.verdicts[0].first_token == FIRST
+            assert self.verdicts[0].first_token == self.newest
 
     @property
     def required_keys(self) -> set[tuple[int, int]]:

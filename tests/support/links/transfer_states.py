@@ -6,6 +6,20 @@ from collections.abc import Callable
 from enum import Enum
 from typing import Any
 
+from support.links.move_pair import (
+    BOUNDARY,
+    FIRST_INDEX,
+    FROZEN,
+    KNOWN,
+    LOGPROBS,
+    OUTPUT,
+    MovePair,
+    frozen_units,
+    make_move_source,
+    move_ticket,
+    room_for_all,
+    room_made,
+)
 from support.links.transfer_pair import (
     COMPUTE_ID,
     DECODE,
@@ -22,12 +36,15 @@ from support.links.unchecked import raw
 
 from disagg.transceiver.protocol import events as e
 from disagg.transceiver.protocol.actions import Send, StopLanding
+from disagg.transceiver.protocol.move_source import FROZEN_ID
 from disagg.transceiver.protocol.state import Kind, Role, State
 from disagg.transceiver.protocol.transfer import Transfer
 from disagg.transceiver.wire.messages import peer as p
+from disagg.transceiver.wire.messages.values import GroupRuns
+from disagg.transceiver.wire.purposes import MOVE
 
 
-class StuckPair(TransferPair):
+class _Stuck:
     """Nothing arrives and no job is joined unless a test does it: each end stays where it is put."""
 
     def post(self, target: Transfer, data: bytes) -> None:
@@ -35,13 +52,25 @@ class StuckPair(TransferPair):
 
     def _perform(self, end: Transfer, action: Any) -> None:
         if isinstance(action, StopLanding):
-            self.jobs.clear()
+            self.jobs.clear()  # type: ignore[attr-defined]  # of the pair that this is mixed into
         else:
-            super()._perform(end, action)
+            super()._perform(end, action)  # type: ignore[misc]
+
+
+class StuckPair(_Stuck, TransferPair):
+    """Of a handoff."""
+
+
+class StuckMove(_Stuck, MovePair):
+    """Of a move."""
+
+
+SOURCES = (Role.SENDER, Role.MOVE_SOURCE)
+MOVES = (Role.MOVE_SOURCE, Role.MOVE_SINK)
 
 
 def header(to: Role, sequence: int = 1) -> p.Header:
-    source, destination = (DECODE, PREFILL) if to is Role.SENDER else (PREFILL, DECODE)
+    source, destination = (DECODE, PREFILL) if to in SOURCES else (PREFILL, DECODE)
     return p.Header(source, destination, TRANSFER_ID, 0, sequence)
 
 
@@ -50,13 +79,23 @@ def fetch(**changes: Any) -> p.Fetch:
     return raw(p.Fetch, header(Role.SENDER), **(fields | changes))
 
 
+def fetch_of_move() -> p.Fetch:
+    return p.Fetch(header(Role.MOVE_SOURCE), move_ticket(), KNOWN, (), "shm", MOVE)
+
+
+def accepted_of_move() -> p.Accepted:
+    answer = {"output": OUTPUT[FIRST_INDEX:], "logprobs": LOGPROBS}
+    return p.Accepted(header(Role.MOVE_SINK), 0, BOUNDARY, **answer)  # type: ignore[arg-type]
+
+
 def arrived(message: Any) -> e.MessageArrived:
     return e.MessageArrived(message)
 
 
-def slice_message(number: int = 0) -> p.Slice:
+def slice_message(number: int = 0, required: tuple[GroupRuns, ...] | None = None) -> p.Slice:
     """A slice of all that was reserved, as an honest sender might cut it."""
-    runs = [p.UnitRun(entry.group, first, count) for entry in make_reserved().required for first, count in entry.runs]
+    required = make_reserved().required if required is None else required
+    runs = [p.UnitRun(entry.group, first, count) for entry in required for first, count in entry.runs]
     return p.Slice(header(Role.RECEIVER), number, tuple(runs))
 
 
@@ -75,6 +114,16 @@ def honest_done() -> p.Done:
     assert isinstance(action, Send)
     assert isinstance(action.message, p.Done)
     return action.message
+
+
+def honest_done_of_move() -> p.Done:
+    """DONE of a source that sent all in one slice."""
+    source = make_move_source(unit_nbytes=(1, 1))
+    for event in (arrived(fetch_of_move()), FROZEN, e.UnitsFinal(FROZEN_ID, frozen_units())):
+        source.handle(event, 0.0)
+    actions = source.handle(arrived(p.Received(header(Role.MOVE_SOURCE), -1)), 0.0)
+    (done,) = (a.message for a in actions if isinstance(a, Send) and isinstance(a.message, p.Done))
+    return done
 
 
 def sample_event(kind: Kind, role: Role, pair: TransferPair) -> e.Event:
@@ -107,9 +156,25 @@ def sample_event(kind: Kind, role: Role, pair: TransferPair) -> e.Event:
         e.SliceLanded: lambda: landed(slice_message(), pair),
         e.LandingFailed: lambda: e.LandingFailed(0, "source changed"),
         e.LandingStopped: e.LandingStopped,
+        e.Frozen: lambda: FROZEN,
+        e.RoomMade: room_made,
+        e.Extended: room_for_all,
+        e.RoomRefused: lambda: e.RoomRefused("no_room"),
     }
+    if role in MOVES:
+        whole = slice_message(0, room_for_all().required)
+        samples |= {
+            p.Fetch: lambda: arrived(fetch_of_move()),
+            p.Accepted: lambda: arrived(accepted_of_move()),
+            p.Slice: lambda: arrived(whole),
+            p.Done: lambda: arrived(honest_done_of_move()),
+            e.UnitsFinal: lambda: e.UnitsFinal(FROZEN_ID, frozen_units()),
+            e.SliceLanded: lambda: landed(whole, pair),
+        }
     return samples[kind]()
 
+
+_LANDS = (e.RoomMade, p.Accepted, e.Extended)
 
 _PATHS: dict[tuple[Role, State], tuple[Kind, ...]] = {
     (Role.SENDER, State.WAITING): (),
@@ -126,13 +191,28 @@ _PATHS: dict[tuple[Role, State], tuple[Kind, ...]] = {
     (Role.RECEIVER, State.JOINING): (e.Reserved, p.Slice, e.PeerGone),
     (Role.RECEIVER, State.CANCELLING): (e.Reserved, e.CancelAsked, e.LandingStopped),
     (Role.RECEIVER, State.CLOSED): (e.CancelAsked,),
+    (Role.MOVE_SOURCE, State.WAITING): (),
+    (Role.MOVE_SOURCE, State.PINNING): (p.Fetch,),
+    (Role.MOVE_SOURCE, State.SENDING): (p.Fetch, e.Frozen),
+    (Role.MOVE_SOURCE, State.DECIDED): (p.Fetch, e.Frozen, e.UnitsFinal, p.Received),
+    (Role.MOVE_SOURCE, State.STOPPED): (p.Fetch, e.ComputeFailed),
+    (Role.MOVE_SOURCE, State.CLOSED): (p.Fetch, p.Cancel),
+    (Role.MOVE_SINK, State.WAITING): (),
+    (Role.MOVE_SINK, State.FETCHING): (e.RoomMade,),
+    (Role.MOVE_SINK, State.EXTENDING): (e.RoomMade, p.Accepted),
+    (Role.MOVE_SINK, State.LANDING): (*_LANDS, p.Slice),
+    (Role.MOVE_SINK, State.VERIFIED): (*_LANDS, p.Slice, e.SliceLanded, p.Done),
+    (Role.MOVE_SINK, State.STOPPING): (*_LANDS, p.Slice, e.CancelAsked),
+    (Role.MOVE_SINK, State.JOINING): (*_LANDS, p.Slice, e.PeerGone),
+    (Role.MOVE_SINK, State.CANCELLING): (e.RoomMade, e.CancelAsked, e.LandingStopped),
+    (Role.MOVE_SINK, State.CLOSED): (e.CancelAsked,),
 }
 
 
-def reach(role: Role, state: State) -> tuple[StuckPair, Transfer]:
+def reach(role: Role, state: State) -> tuple[TransferPair, Transfer]:
     """A fresh end of `role` in `state`, at time 0."""
-    pair = StuckPair()
-    end = pair.sender if role is Role.SENDER else pair.receiver
+    pair = StuckMove(freezes=False, extends=False) if role in MOVES else StuckPair()
+    end = pair.sender if role in SOURCES else pair.receiver
     for kind in _PATHS[role, state]:
         event = sample_event(kind, role, pair)
         if isinstance(event, e.PromptComputed):

@@ -17,6 +17,7 @@ from support.oracles.prefix_oracle import NaivePrefixes
 
 from disagg.cache.cache import KVCache
 from disagg.cache.identity import BlockHasher
+from disagg.cache.journal import BlockDropped, BlockStored, JournalRestart
 from disagg.cache.pool import NUM_RESERVED_SLOTS, TRASH_SLOT
 from disagg.cache.scratch import page_table
 from disagg.cache.table import HOLE
@@ -58,6 +59,8 @@ class PrefixMachine(RuleBasedStateMachine):
         num_slots = [NUM_RESERVED_SLOTS + count for count in NUM_SLOTS]
         self.cache = KVCache(self.layout, num_slots, hasher=self.hasher_class(b"key", "model"))
         self.naive = NaivePrefixes(self.layout, NUM_SLOTS)
+        self.told = set()
+        self.cache.journal.begin()
 
     @initialize(uses_scratch=st.booleans())
     def begin(self, uses_scratch):
@@ -286,6 +289,11 @@ class PrefixMachine(RuleBasedStateMachine):
             is_empty[:NUM_RESERVED_SLOTS] = False
             pool.memory.view(torch.float32)[[TRASH_SLOT, *np.flatnonzero(is_empty)]] = float("nan")
 
+    @rule()
+    def ask_anew(self):
+        """Whoever follows the journal missed something: the whole set is told."""
+        self.cache.journal.begin()
+
     # --- invariants -------------------------------------------------------------------------------------------
 
     @invariant()
@@ -304,6 +312,21 @@ class PrefixMachine(RuleBasedStateMachine):
         usage = self.cache.usage()
         assert [pool.num_cached for pool in usage] == [len(kept) for kept in self.naive.kept]
         assert [pool.num_free - pool.num_cached for pool in usage] == self.naive.num_empty
+
+    @invariant()
+    def the_journal_tells_what_is_registered(self):
+        for event in self.cache.journal.take(10**6):
+            match event:
+                case JournalRestart():
+                    self.told = set()
+                case BlockStored(identity, groups):
+                    assert not self.told & {(identity, group) for group in groups}, "told twice"
+                    self.told |= {(identity, group) for group in groups}
+                case BlockDropped(identity, groups):
+                    assert {(identity, group) for group in groups} <= self.told, "dropped before it was stored"
+                    self.told -= {(identity, group) for group in groups}
+        nodes = self.cache.prefixes.tree
+        assert self.told == {(n.identity, group) for n in nodes for group, slot in enumerate(n.slots) if slot >= 0}
 
     @invariant()
     def every_query_reads_its_own_tokens(self):

@@ -27,6 +27,7 @@ from disagg.transceiver.wire.messages.ranges import (
     MAX_UNITS,
     check_id,
     check_int,
+    check_ints,
     check_names,
     check_one_of,
     check_size,
@@ -40,13 +41,20 @@ from disagg.transceiver.wire.messages.values import (
     GroupRuns,
     Identity,
     PlaneOffer,
+    TokenLogprobs,
     UnitName,
     UnitRun,
 )
 from disagg.transceiver.wire.purposes import HANDOFF, PURPOSES
+from disagg.transceiver.wire.schema import PackedInts
 
 MAX_REQUIRED: Final = MAX_ORDINAL
 """More than one transfer may name (`sizes.MAX_MANIFEST_ENTRIES`) is refused by its field; this bounds the look."""
+
+
+MAX_UNTOLD: Final = 256
+"""Tokens of an answer that a router may not have yet when it is moved: more than its source makes in a second. An
+answer whose router is further behind stays where it is."""
 
 
 def check_purposes(purposes: tuple[str, ...]) -> None:
@@ -176,14 +184,22 @@ class Accepted:
     0: it is next, or pinned already (a repeated FETCH). `boundary`: of `prefix`, the tokens up to which source and sink
     together hold what is needed, 0 for none. `precision`: the formats that the KV has been through before it came to
     the source; "" = the source's own alone.
+
+    Of `move` it says how far the answer has come, which stands still from here on: `output` and `logprobs` are of the
+    tokens behind those that the router had, the newest of them without KV, so that `boundary` tokens have theirs.
     """
 
     header: Header
     queue_position: int
     boundary: int = 0
     precision: str = ""
+    output: PackedInts = ()
+    logprobs: Annotated[tuple[TokenLogprobs, ...], MAX_UNTOLD] = ()
 
     def __post_init__(self) -> None:
+        check_size("output", self.output, MAX_UNTOLD)
+        check_ints("output", self.output, 0, MAX_INT32)
+        check_size("logprobs", self.logprobs, MAX_UNTOLD)
         check_int("boundary", self.boundary, 0, MAX_INT32)
         check_size("precision", self.precision, MAX_NAME_CHARS)
         check_int("queue_position", self.queue_position, 0, MAX_INT32)

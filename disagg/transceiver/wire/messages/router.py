@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Annotated, Final
 
+from disagg.transceiver.wire.messages.blocks import AskBlocks, BlockEvents
+from disagg.transceiver.wire.messages.legs import Grant as Grant
+from disagg.transceiver.wire.messages.legs import PrefixLeg as PrefixLeg
+from disagg.transceiver.wire.messages.legs import Resume as Resume
 from disagg.transceiver.wire.messages.peer import check_purposes
 from disagg.transceiver.wire.messages.prompt_logprobs import PromptLogprobs
 from disagg.transceiver.wire.messages.ranges import (
@@ -39,7 +42,8 @@ from disagg.transceiver.wire.messages.ranges import (
 )
 from disagg.transceiver.wire.messages.rates import MeasuredRates
 from disagg.transceiver.wire.messages.sampling_limits import MAX_CHOICES
-from disagg.transceiver.wire.messages.tokens import TOKENS_WINDOW, ChoiceOutput, StepTokens, TokenCredit
+from disagg.transceiver.wire.messages.targets import PeerTarget as PeerTarget
+from disagg.transceiver.wire.messages.tokens import TOKENS_WINDOW, ChoiceOutput, StepTokens, TokenCredit, check_output
 from disagg.transceiver.wire.messages.values import (
     Geometry,
     GroupBytes,
@@ -49,10 +53,10 @@ from disagg.transceiver.wire.messages.values import (
     StageTimes,
     UnitName,
 )
-from disagg.transceiver.wire.purposes import HANDOFF, MOVE, PREFIX, PURPOSES
+from disagg.transceiver.wire.purposes import HANDOFF, PURPOSES
 from disagg.transceiver.wire.schema import PackedInts
 
-MODES: Final = ("serve", "prefill", "decode")
+MODES: Final = ("serve", "prefill", "decode", "move")
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +64,7 @@ class Register:
     """A worker offers itself. `role` is `prefill`, `decode` or `both`; `peer_endpoint` is where peers say HELLO.
 
     `sends`, `receives`: the purposes of which it is a source and a sink; None = as protocol 2.0, which has handoffs
-    alone (see `disagg.transceiver.wire.purposes`).
+    alone (see `disagg.transceiver.wire.purposes`). `tells_blocks`: whether ASK_BLOCKS may be said to it.
     """
 
     incarnation: str
@@ -77,6 +81,7 @@ class Register:
     eos_token_ids: Annotated[tuple[int, ...], MAX_ITEMS] = ()
     sends: Annotated[tuple[str, ...], MAX_PURPOSES] | None = None
     receives: Annotated[tuple[str, ...], MAX_PURPOSES] | None = None
+    tells_blocks: bool = False
 
     def __post_init__(self) -> None:
         check_purposes(self.sends or ())
@@ -119,29 +124,8 @@ class Registered:
 
 
 @dataclass(frozen=True, slots=True)
-class PeerTarget:
-    """The other end of a transfer, or a source that a sink should connect to ahead of any request.
-
-    `geometry`: the peer's; None = as the reader's. Both ends plan in the units that it makes.
-    """
-
-    incarnation: str
-    worker_id: str
-    endpoint: str
-    geometry: Geometry | None = None
-
-    def __post_init__(self) -> None:
-        check_id("incarnation", self.incarnation)
-        check_id("worker_id", self.worker_id)
-        check_size("endpoint", self.endpoint, MAX_ADDRESS_CHARS)
-
-
-@dataclass(frozen=True, slots=True)
 class Peers:
-    """Router -> sink: connect to these sources too, now (first contact happens before the first request).
-
-    `gone`: incarnations that are no peers any more. Where no PEERS names a peer, a dispatch does, and makes the link.
-    """
+    """Router -> sink: connect to these sources now, before a request names them; `gone` are no peers any more."""
 
     peers: Annotated[tuple[PeerTarget, ...], MAX_PEERS]
     gone: Annotated[tuple[str, ...], MAX_PEERS] = ()
@@ -153,11 +137,9 @@ class Peers:
 
 @dataclass(frozen=True, slots=True)
 class LinkStatus:
-    """What a worker says of one peer.
-
-    `state` is `ready`, `suspect`, `lost`, `connecting` or `refused`; `detail` names the field that differs. `gb_per_s`:
-    of the last transfers, or of the probe at first contact before there were any; `latency_s`: of the last transfers,
-    between their last byte and their end.
+    """What a worker says of one peer. `state`: `ready`, `suspect`, `lost`, `connecting` or `refused`; `detail` names
+    the field that differs. Of the last transfers: `gb_per_s`, before the first that of a probe; `latency_s`, from their
+    last byte to their end.
     """
 
     incarnation: str
@@ -211,6 +193,7 @@ class Lease:
     """Both ways, every 0.5 s. A worker's carries its figures and live requests, the router's only its incarnation.
 
     `metrics`, `links` and `rates` None: as in the last lease that had them. They are most of it, and seldom change.
+    `pressed`: answers that this worker will preempt next for want of blocks, each told once in a block of it.
     """
 
     incarnation: str
@@ -224,8 +207,10 @@ class Lease:
     blocks_free: Annotated[tuple[int, ...], MAX_GROUPS] = ()
     links: Annotated[tuple[LinkStatus, ...], MAX_LINKS] | None = None
     rates: MeasuredRates | None = None
+    pressed: Annotated[tuple[tuple[str, int], ...], MAX_LEASED] = ()
 
     def __post_init__(self) -> None:
+        check_transfers("pressed", self.pressed, MAX_LEASED)
         check_id("incarnation", self.incarnation)
         check_size("router_incarnation", self.router_incarnation, MAX_NAME_CHARS)
         check_size("state", self.state, MAX_NAME_CHARS)
@@ -240,57 +225,18 @@ class Lease:
 
 
 @dataclass(frozen=True, slots=True)
-class PrefixLeg:
-    """A transfer that brings cached blocks of a prompt's first `boundary` tokens to the worker that computes it.
-
-    It has an id of its own and the epoch of its request. `source` was sent a GRANT for it.
-    """
-
-    transfer_id: str
-    source: PeerTarget
-    boundary: int
-    ticket: bytes
-
-    def __post_init__(self) -> None:
-        check_id("transfer_id", self.transfer_id)
-        check_int("boundary", self.boundary, 1, MAX_INT32)
-        check_size("ticket", self.ticket, MAX_SECRET_NBYTES)
-
-
-@dataclass(frozen=True, slots=True)
-class Grant:
-    """Router -> source: `sink` may fetch this once. `transfer_id`: of this transfer; `request`: of the request.
-
-    For `prefix`: cached blocks of `tokens`, which end at the boundary of the ticket, among requests of `salt`. The
-    source names the blocks itself, so nothing else is ever served. `ttl_s`: as in the ticket, counted from receipt.
-    """
-
-    transfer_id: str
-    epoch: int
-    request: str
-    purpose: str
-    sink: PeerTarget
-    ttl_s: float
-    tokens: PackedInts = ()
-    salt: str = ""
-
-    def __post_init__(self) -> None:
-        check_attempt(self.transfer_id, self.epoch)
-        check_id("request", self.request)
-        check_one_of("purpose", self.purpose, (PREFIX, MOVE))
-        check_duration("ttl_s", self.ttl_s)
-
-
-@dataclass(frozen=True, slots=True)
 class Dispatch:
     """One attempt of one request. `mode`:
 
     - `serve`: compute the prompt and emit every token here (role both, max_tokens = 1, or no peer);
     - `prefill`: compute the prompt and hand its KV to `peer`;
-    - `decode`: receive the KV from `peer`, then emit tokens.
+    - `decode`: receive the KV from `peer`, then emit tokens;
+    - `move`: receive the answer that `peer` is decoding, by the transfer `leg`, then go on with it. `output` is what
+      the router had of it. Sent only to workers that receive moves.
 
     `deadline_s` is a duration counted from receipt, so that no two clocks are compared. Requests of lower `priority`
-    are admitted first. `prefix`: where the first of the prompt's blocks may be had, for one that computes it.
+    are admitted first and preempted last, of equals those that are older, by `age_s` since the router received them.
+    `prefix`: where the first of the prompt's blocks may be had, for one that computes it.
 
     `output`: of an attempt that goes on after a loss, what the client has of each answer that is not over, in order of
     their numbers; answers that it does not name are. They are computed as the prompt is, and count as the answer. The
@@ -309,15 +255,23 @@ class Dispatch:
     priority: int = 0
     prefix: PrefixLeg | None = None
     output: Annotated[tuple[ChoiceOutput, ...], MAX_CHOICES] = ()
+    leg: str = ""
+    age_s: float = 0.0
 
     def __post_init__(self) -> None:
         check_attempt(self.transfer_id, self.epoch)
+        check_size("leg", self.leg, MAX_NAME_CHARS)
+        check_finite("age_s", self.age_s)
         check_int("priority", self.priority, -MAX_INT32 - 1, MAX_INT32)
         check_size("request_id", self.request_id, MAX_ADDRESS_CHARS)
         check_one_of("mode", self.mode, MODES)
         check_size("ticket", self.ticket, MAX_SECRET_NBYTES)
         check_duration("deadline_s", self.deadline_s)
-        self._check_output()
+        check_output(self.output, self.sampling, is_moved=self.mode != "serve")
+        if self.mode == "move":
+            check_id("leg", self.leg)
+            if not self.first_output:
+                fail("output", "nothing", "what there is of the answer to be moved")
 
     @property
     def first_output(self) -> tuple[int, ...]:
@@ -328,15 +282,6 @@ class Dispatch:
     def num_known(self) -> int:
         """Tokens before the next one of that answer, the P of its transfer."""
         return len(self.prompt) + len(self.first_output)
-
-    def _check_output(self) -> None:
-        choices, sampling = [answer.choice for answer in self.output], self.sampling
-        if any(a >= b for a, b in pairwise(choices)) or (choices and choices[-1] >= sampling.num_choices):
-            fail("output", choices, f"ascending numbers of {sampling.num_choices} choices")
-        if any(len(answer.token_ids) >= sampling.max_tokens for answer in self.output):
-            fail("output", "an answer without an end", f"fewer than max_tokens = {sampling.max_tokens} tokens of each")
-        if self.output and self.mode != "serve" and sampling.num_choices > 1:
-            fail("output", f"{sampling.num_choices} choices in mode {self.mode}", "a transfer of one")
 
 
 @dataclass(frozen=True, slots=True)
@@ -390,7 +335,10 @@ class RequestFailed:
 
 @dataclass(frozen=True, slots=True)
 class TransferFailure:
-    """Decode -> router: this epoch's KV did not arrive whole. The router owns what happens next."""
+    """Decode -> router: this epoch's KV did not arrive whole. The router owns what happens next.
+
+    Of a move both ends say so, each under the epoch of its own attempt.
+    """
 
     transfer_id: str
     epoch: int
@@ -494,5 +442,8 @@ RouterMessage = (
     | TransferReport
     | PromptScores
     | CancelChoice
+    | BlockEvents
+    | AskBlocks
     | Grant
+    | Resume
 )

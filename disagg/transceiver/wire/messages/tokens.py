@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import islice, pairwise
 from typing import Annotated, Final
 
 from disagg.transceiver.wire.messages.ranges import (
@@ -19,7 +19,7 @@ from disagg.transceiver.wire.messages.ranges import (
     fail,
 )
 from disagg.transceiver.wire.messages.sampling_limits import MAX_CHOICES
-from disagg.transceiver.wire.messages.values import TokenLogprobs
+from disagg.transceiver.wire.messages.values import Sampling, TokenLogprobs
 from disagg.transceiver.wire.schema import PackedFloats, PackedInts
 
 TOKENS_WINDOW: Final = 16
@@ -174,6 +174,17 @@ class ChoiceOutput:
     def __post_init__(self) -> None:
         check_int("choice", self.choice, 0, MAX_CHOICES - 1)
         check_ints("token_ids", self.token_ids, 0, MAX_INT32)
+
+
+def check_output(output: Sequence[ChoiceOutput], sampling: Sampling, *, is_moved: bool) -> None:
+    """Of open answers, in order of their numbers; the KV of one alone is moved. Raises `ValueError`."""
+    choices = [answer.choice for answer in output]
+    if any(a >= b for a, b in pairwise(choices)) or (choices and choices[-1] >= sampling.num_choices):
+        fail("output", choices, f"ascending numbers of {sampling.num_choices} choices")
+    if any(len(answer.token_ids) >= sampling.max_tokens for answer in output):
+        fail("output", "an answer without an end", f"fewer than max_tokens = {sampling.max_tokens} tokens of each")
+    if output and is_moved and sampling.num_choices > 1:
+        fail("output", f"a transfer of {sampling.num_choices} choices", "a transfer of one")
 
 
 @dataclass(frozen=True, slots=True)
