@@ -19,7 +19,7 @@ from disagg.transceiver.layout.ranks import Part, natural_slot_nbytes
 from disagg.transceiver.layout.units import HashedUnit
 from disagg.transceiver.memory.regions import PoolRegion
 from disagg.transceiver.peers.link import PeerLink, PeerRefused
-from disagg.transceiver.peers.prefill_side import SendingSide, SourceHost
+from disagg.transceiver.peers.prefill_side import PromptHost, SendingSide
 from disagg.transceiver.planes import greeting
 from disagg.transceiver.planes import slice_stream as tcp_wire
 from disagg.transceiver.planes.inproc import InprocHub, InprocLandingPlane
@@ -321,7 +321,7 @@ def fuzz_hello(data: bytes) -> None:
     """What a prefill worker answers to a HELLO: a refusal that can be sent, or a WELCOME with units cut for it."""
     script = Script(data)
     node = Node(PREFILL, "prefill", IDENTITY, PAIRED, KEYS, joins_ranks=bool(script.byte() % 2))
-    side = SendingSide(node, cast(ControlServer, None), {}, cast(SourceHost, None), REGIONS)
+    side = SendingSide(node, cast(ControlServer, None), {}, cast(PromptHost, None), REGIONS)
     planes = tuple(script.pick(("shm", "tcp", "")) for _ in range(script.byte() % 4))
     hello = _as_sent(p.Hello(DECODE, "decode", _identity(script), _geometry(script), planes))
     if isinstance(hello, p.Hello):

@@ -58,6 +58,7 @@ class Promises:
     """Slots promised per pool. The sum of all promises never exceeds a pool, so a promised slot can always be taken.
 
     A soft sequence's promise is revocable: a caller that may not wait for it releases it and drops the sequence.
+    A `floor` is what promises that are not *exempt* leave free, so that exempt ones never wait for them.
     """
 
     def __init__(self, num_slots: Sequence[int]) -> None:
@@ -65,30 +66,52 @@ class Promises:
         self.usable: Peaks = tuple(count - NUM_RESERVED_SLOTS for count in num_slots)
         self.promised: Peaks = (0,) * len(num_slots)
         """Sum of all promises."""
+        self.floor: Peaks = (0,) * len(num_slots)
+        self._bounded: Peaks = (0,) * len(num_slots)
+        """Sum of the promises that are not exempt."""
         self._peaks: dict[Hashable, Peaks] = {}
+        self._exempt: set[Hashable] = set()
+
+    @property
+    def has_floor(self) -> bool:
+        return any(self.floor)
 
     @property
     def free(self) -> Peaks:
-        """Slots that are promised to no sequence."""
-        return tuple(map(sub, self.usable, self.promised))
+        """Slots that may be promised to one that is not exempt."""
+        free, above = map(sub, self.usable, self.promised), map(sub, map(sub, self.usable, self.floor), self._bounded)
+        return tuple(map(min, free, above))
+
+    def keep_floor(self, peaks: Peaks) -> None:
+        """Keep so many for what is exempt, unless as many again could not be promised beside them."""
+        if all(2 * peak <= usable for peak, usable in zip(peaks, self.usable, strict=True)):
+            self.floor = peaks
 
     def fits_empty(self, peaks: Peaks) -> bool:
-        """Whether the peaks fit in empty pools: if not, waiting is pointless."""
-        return all(peak <= usable for peak, usable in zip(peaks, self.usable, strict=True))
+        """Whether the peaks fit in empty pools above the floor: if not, waiting is pointless."""
+        return _fit(peaks, self.floor, self.usable)
 
-    def fits(self, peaks: Peaks, *, without: Collection[Hashable] = ()) -> bool:
+    def fits_floor(self, peaks: Peaks) -> bool:
+        """Whether the peaks of one more exempt sequence fit in the floor, beside those that there are."""
+        return _fit(peaks, tuple(map(sub, self.promised, self._bounded)), self.floor)
+
+    def fits(self, peaks: Peaks, *, without: Collection[Hashable] = (), is_exempt: bool = False) -> bool:
         """Whether `peaks` could be promised now, or after the promises of `without` were released."""
-        taken = self.promised
+        taken, bounded = self.promised, self._bounded
         for key in without:
             if (held := self._peaks.get(key)) is not None:
                 taken = tuple(map(sub, taken, held))
-        return all(peak <= usable - take for peak, usable, take in zip(peaks, self.usable, taken, strict=True))
+                bounded = bounded if key in self._exempt else tuple(map(sub, bounded, held))
+        if not _fit(peaks, taken, self.usable):
+            return False
+        return is_exempt or not self.has_floor or _fit(peaks, tuple(map(add, bounded, self.floor)), self.usable)
 
-    def try_promise(self, key: Hashable, peaks: Peaks) -> bool:
+    def try_promise(self, key: Hashable, peaks: Peaks, *, is_exempt: bool = False) -> bool:
         """Promise `peaks` to `key`, in every pool or in none."""
         assert key not in self._peaks, f"{key} holds a promise already"
-        if not self.fits(peaks):
+        if not self.fits(peaks, is_exempt=is_exempt):
             return False
+        self._exempt |= {key} if is_exempt else set()
         self._set(key, peaks)
         return True
 
@@ -98,7 +121,7 @@ class Promises:
         wanted = tuple(map(max, held, peaks))
         if wanted == held:  # windows let go of as many blocks as they begin
             return True
-        if not self.fits(wanted, without=(key,)):
+        if not self.fits(wanted, without=(key,), is_exempt=key in self._exempt):
             return False
         self._set(key, wanted)
         return True
@@ -113,15 +136,26 @@ class Promises:
     def release(self, key: Hashable) -> None:
         """Forget the promise of `key`; without one, nothing happens."""
         self._set(key, None)
+        self._exempt.discard(key)
 
     def check_invariants(self) -> None:
         sums = tuple(sum(peaks[pool] for peaks in self._peaks.values()) for pool in range(len(self.usable)))
         assert sums == self.promised, "the promises are miscounted"
+        others = [peaks for key, peaks in self._peaks.items() if key not in self._exempt]
+        assert tuple(sum(peaks[pool] for peaks in others) for pool in range(len(self.usable))) == self._bounded
+        assert self._exempt <= self._peaks.keys()
         assert all(promised <= usable for promised, usable in zip(self.promised, self.usable, strict=True))
 
     def _set(self, key: Hashable, peaks: Peaks | None) -> None:
+        is_bounded = key not in self._exempt
         if (held := self._peaks.pop(key, None)) is not None:
             self.promised = tuple(map(sub, self.promised, held))
+            self._bounded = tuple(map(sub, self._bounded, held)) if is_bounded else self._bounded
         if peaks is not None:
             self._peaks[key] = peaks
             self.promised = tuple(map(add, self.promised, peaks))
+            self._bounded = tuple(map(add, self._bounded, peaks)) if is_bounded else self._bounded
+
+
+def _fit(peaks: Peaks, taken: Peaks, usable: Peaks) -> bool:
+    return all(peak + take <= most for peak, take, most in zip(peaks, taken, usable, strict=True))

@@ -17,11 +17,12 @@ from numpy.typing import NDArray
 
 from disagg.cache.cached_sequence import CachedSequence as CachedSequence
 from disagg.cache.cached_sequence import PoolUsage as PoolUsage
+from disagg.cache.checks import check_references, leave_out
 from disagg.cache.errors import PoolExhausted
-from disagg.cache.identity import BlockHasher
+from disagg.cache.identity import BlockHasher, blocks_of
 from disagg.cache.layout import CacheLayout, LayerGroup
-from disagg.cache.pool import NUM_RESERVED_SLOTS, SlotPool
-from disagg.cache.prefix_cache import Chain, Match, PrefixCache, ReuseCount, blocks_of
+from disagg.cache.pool import SlotPool
+from disagg.cache.prefix_cache import Chain, Match, PrefixCache, ReuseCount
 from disagg.cache.reuse import held_ordinals, longest_common
 from disagg.cache.scratch import Scratch, num_scratch_slots, scratch_range
 from disagg.cache.slot_memory import OnFilled, ignore
@@ -62,8 +63,8 @@ class KVCache:
                 raise
         self.is_staged = any(pool.sides.is_staged for pool in self.pools)
         """Kernels read other memory than peers."""
-        self._prefixes = PrefixCache(layout, self.pools, hasher) if hasher is not None else None
-        self.journal = self._prefixes.journal if self._prefixes is not None else None
+        self.prefixes = PrefixCache(layout, self.pools, hasher) if hasher is not None else None
+        self.journal = self.prefixes.journal if self.prefixes is not None else None
         self._sequences: dict[Hashable, CachedSequence] = {}
         self._num_outdated = [0] * layout.num_groups
         self._scratch_pages = tuple(layout.scratch_pages(group) for group in range(layout.num_groups))
@@ -72,30 +73,36 @@ class KVCache:
             for group, pool in zip(layout.groups, layout.pool_of_group, strict=True)
         ]
 
-    @property
-    def reuses_prefixes(self) -> bool:
-        return self._prefixes is not None and bool(self.layout.groups)
-
     def open(self, key: Hashable, salt: str = "", precision: str = "") -> CachedSequence:
         """A sequence that holds nothing yet. Blocks are shared within one `salt` and one `precision` history only."""
         assert key not in self._sequences, f"sequence {key} is open already"
         sequence = CachedSequence(key, self._no_tables())
-        sequence.chain = Chain(salt, precision=precision) if self._prefixes is not None else None
+        sequence.chain = Chain(salt, precision=precision) if self.prefixes is not None else None
         self._sequences[key] = sequence
         return sequence
 
-    def resize(self, sequence: CachedSequence, *, capacity: int, history: int, scratch_until: int = 0) -> bool:
+    def resize(
+        self,
+        sequence: CachedSequence,
+        *,
+        capacity: int,
+        history: int,
+        scratch_until: int = 0,
+        kept_from: int | None = None,
+    ) -> bool:
         """Declare `history` tokens done, make room for `capacity`. False, with nothing changed, when a pool is short.
 
         Afterwards the sequence holds exactly the ordinals of [0, ceil(capacity/T)) that are not stale at `history`,
         in every group. `history` never goes back; `capacity` may shrink down to it. What is to come is the step that
         stores [history, capacity): new slots are zeroed unless they lie in it whole.
         Blocks of a prefill step that are stale at `scratch_until` go to scratch slots where the layout allows that,
-        and are gone with the resize that declares the step history.
+        and are gone with the resize that declares the step history. `kept_from`, at most `history`: what is not stale
+        there is held too, so that another sequence may go on from there.
         """
         size = self.layout.block_size
         whole = range(-(-history // size), capacity // size)
-        return self._resize(sequence, [(whole,)] * self.layout.num_groups, capacity, history, scratch_until)
+        overwritten = [(whole,)] * self.layout.num_groups
+        return self._resize(sequence, overwritten, capacity, history, scratch_until, kept_from)
 
     def _resize(
         self,
@@ -104,20 +111,22 @@ class KVCache:
         capacity: int,
         history: int,
         scratch_until: int = 0,
+        kept_from: int | None = None,
     ) -> bool:
         """`overwritten`: per group, ordinals that are written whole before they are read."""
         assert sequence.is_open, f"sequence {sequence.key} is closed"
         assert sequence.history <= history <= capacity
         scratch = self._scratch_ranges(capacity, history, scratch_until)
-        changes = self._changes(sequence, capacity, history, scratch)
+        trimmed = history if kept_from is None else max(kept_from, sequence.trimmed)
+        changes = self._changes(sequence, capacity, trimmed, scratch)
         if not self._fits(sequence, changes, scratch):
             return False
         self._free_scratch(sequence)
-        self._count_outdated(sequence, changes, history)
+        self._count_outdated(sequence, changes, trimmed)
         self._apply(sequence, changes, overwritten)
         self._allocate_scratch(sequence, scratch)
         sequence.room = self.layout.num_blocks(capacity) * self.layout.block_size
-        sequence.capacity, sequence.history, sequence.trimmed = capacity, history, history
+        sequence.capacity, sequence.history, sequence.trimmed = capacity, history, trimmed
         return True
 
     def close_sequence(self, sequence: CachedSequence, *, wipe: bool = False) -> None:
@@ -148,8 +157,8 @@ class KVCache:
         for table, pool in zip(sequence.tables, self.layout.pool_of_group, strict=True):
             whole = table[:num_whole]
             self.pools[pool].share(whole[whole != HOLE])
-        if self._prefixes is not None and chain is not None and sequence.chain is not None:
-            self._prefixes.follow(sequence.chain, list(chain.path))
+        if self.prefixes is not None and chain is not None and sequence.chain is not None:
+            self.prefixes.follow(sequence.chain, list(chain.path))
             sequence.chain.is_stopped = chain.is_stopped
         sequence.capacity = sequence.history = sequence.trimmed = parent.history
         sequence.committed, sequence.partial = parent.committed, parent.partial
@@ -165,11 +174,11 @@ class KVCache:
         this is a request's first look, which the hit rates tell of.
         """
         assert sequence.capacity == 0, f"sequence {sequence.key} has begun"
-        if self._prefixes is None or sequence.chain is None or not self.layout.groups:
+        if self.prefixes is None or sequence.chain is None or not self.layout.groups:
             return 0
         size = self.layout.block_size
         limit = (len(tokens) - 1) // size * size
-        match = self._prefixes.match(sequence.chain, tokens[:limit])
+        match = self.prefixes.match(sequence.chain, tokens[:limit])
         if counts:
             self._count(self._held(match, limit), limit)
         count = longest_common(match.resident, self.layout, len(tokens))
@@ -181,30 +190,36 @@ class KVCache:
                 for group, slots in zip(self.layout.groups, match.slots, strict=True)
             ],
         )
-        self._prefixes.follow(sequence.chain, match.path[:count])
+        self.prefixes.follow(sequence.chain, match.path[:count])
         sequence.capacity = sequence.history = sequence.committed = length
         sequence.room = sequence.trimmed = length
         return length
 
-    def reserve(self, sequence: CachedSequence, prompt: Sequence[int], *, capacity: int) -> Held | None:
+    def reserve(
+        self, sequence: CachedSequence, prompt: Sequence[int], *, capacity: int, among: Held | None = None
+    ) -> Held | None:
         """Room for a prompt whose KV will be received: history = its length. None, with nothing changed: no room.
 
         Per group the needed ordinals that were resident, whichever they are: they are held from here on, need not be
-        received and must not be written. Nothing counts as committed before `commit`.
+        received and must not be written. Nothing counts as committed before `commit`. `among`: per group, the ordinals
+        that the caller knows of; others are not held, and hit rates do not count this look, which is its second.
         """
         assert sequence.capacity == 0, f"sequence {sequence.key} has begun"
         held: Held = tuple(np.empty(0, dtype=np.int64) for _ in self.layout.groups)
-        if self._prefixes is not None and sequence.chain is not None:
-            match = self._prefixes.match(sequence.chain, prompt)
+        if self.prefixes is not None and sequence.chain is not None:
+            match = self.prefixes.match(sequence.chain, prompt)
             held = self._held(match, len(prompt))
+            if among is not None:
+                held = tuple(map(np.intersect1d, held, among))
             self._take(sequence, [only(slots, kept) for slots, kept in zip(match.slots, held, strict=True)])
-            self._prefixes.follow(sequence.chain, match.path)
+            self.prefixes.follow(sequence.chain, match.path)
         size = self.layout.block_size
         received = [received_whole(len(prompt), g.window, g.num_sink_tokens, size) for g in self.layout.groups]
         if not self._resize(sequence, received, capacity, len(prompt)):
             self._let_go(sequence)
             return None
-        self._count(held, len(prompt))
+        if among is None:
+            self._count(held, len(prompt))
         return held
 
     def mark_partial(self, sequence: CachedSequence, blocks: Collection[tuple[int, int]]) -> None:
@@ -218,35 +233,35 @@ class KVCache:
         have been kept.
         """
         assert sequence.committed + len(tokens) <= sequence.room, f"{sequence.key}: more tokens than blocks"
-        if self._prefixes is None or sequence.chain is None or not sequence.is_committing:
+        if self.prefixes is None or sequence.chain is None or not sequence.is_committing:
             return
         first, blocks = sequence.committed // self.layout.block_size, list(blocks_of(tokens, self.layout.block_size))
         slots = [table[first : first + len(blocks)].copy() for table in sequence.tables]
         for group, ordinal in sequence.partial:
             if first <= ordinal < first + len(blocks):
                 slots[group][ordinal - first] = HOLE
-        sequence.committed += self._prefixes.register(sequence.chain, first, blocks, slots) * self.layout.block_size
+        sequence.committed += self.prefixes.register(sequence.chain, first, blocks, slots) * self.layout.block_size
         sequence.history = max(sequence.history, sequence.committed)
         sequence.capacity = max(sequence.capacity, sequence.history)
 
     def unregister(self, sequence: CachedSequence, ordinal: int) -> int:
         """What lies in this block, in some group, is wrong: it and what extends it are not reused. Slots concerned."""
         chain = sequence.chain
-        if self._prefixes is None or chain is None or ordinal >= len(chain.path):
+        if self.prefixes is None or chain is None or ordinal >= len(chain.path):
             return 0
-        return self._prefixes.unregister(chain.path[ordinal])
+        return self.prefixes.unregister(chain.path[ordinal])
 
     def unregister_slot(self, group: int, slot: int, generation: int) -> int:
         """`unregister` for the block that a slot has held since `generation`. Slots concerned."""
         number = self.layout.pool_of_group[group]
-        if self._prefixes is None or int(self.pools[number].generations[slot]) != generation:
+        if self.prefixes is None or int(self.pools[number].generations[slot]) != generation:
             return 0
-        node = self._prefixes.node_at(number, slot)
-        return self._prefixes.unregister(node) if node is not None else 0
+        node = self.prefixes.node_at(number, slot)
+        return self.prefixes.unregister(node) if node is not None else 0
 
     def reuse_counts(self) -> tuple[ReuseCount, ...]:
         """Per group, blocks asked for and found since start; empty where nothing is reused."""
-        counts = self._prefixes.counts if self._prefixes is not None else ()
+        counts = self.prefixes.counts if self.prefixes is not None else ()
         return tuple(ReuseCount(count.num_queried, count.num_hit) for count in counts)
 
     @property
@@ -314,20 +329,11 @@ class KVCache:
 
     def check_invariants(self) -> None:
         """Every reference is one table entry; tables hold exactly what cursors say; what is shared is not written."""
-        refs = [np.zeros(pool.num_slots, dtype=np.int64) for pool in self.pools]
+        check_references(self.layout, self.pools, tuple(self._sequences.values()))
         for sequence in self._sequences.values():
             self._check_sequence(sequence)
-            for table, number in zip(sequence.tables, self.layout.pool_of_group, strict=True):
-                np.add.at(refs[number], table[table != HOLE], 1)
-            for number, scratch in self._scratch_of(sequence):
-                np.add.at(refs[number], list(scratch.slots), 1)
-        for counted, owner in zip(refs, self.pools, strict=True):
-            owner.check_invariants()
-            every = np.arange(owner.num_slots)
-            assert not counted[:NUM_RESERVED_SLOTS].any(), "a reserved slot is held"
-            assert (counted == owner.num_refs(every)).all(), "a slot is held by more or fewer than it counts"
-        if self._prefixes is not None:
-            self._prefixes.check_invariants()
+        if self.prefixes is not None:
+            self.prefixes.check_invariants()
 
     def _check_sequence(self, sequence: CachedSequence) -> None:
         assert 0 <= sequence.committed <= sequence.history <= sequence.capacity <= sequence.room
@@ -336,7 +342,7 @@ class KVCache:
         for number, (group, table) in enumerate(zip(self.layout.groups, sequence.tables, strict=True)):
             pool = self.layout.pool_of_group[number]
             wanted = self._wanted(group, sequence.capacity, sequence.trimmed)
-            _leave_out(wanted, sequence.scratch[number] if sequence.scratch else None)
+            leave_out(wanted, sequence.scratch[number] if sequence.scratch else None)
             assert ((table != HOLE) == wanted).all(), f"{sequence.key}: group {group.name} holds other than it needs"
             written = table[first_written:][wanted[first_written:]].astype(np.int64)
             assert (self.pools[pool].num_refs(written) == 1).all(), f"{sequence.key}: writes a shared slot"
@@ -375,8 +381,8 @@ class KVCache:
             pool.free(slots[np.argsort(-ordinals, kind="stable")].tolist(), wipe=wipe)
         sequence.tables = self._no_tables()
         self._free_scratch(sequence, wipe=wipe)
-        if self._prefixes is not None and sequence.chain is not None:
-            self._prefixes.leave(sequence.chain)
+        if self.prefixes is not None and sequence.chain is not None:
+            self.prefixes.leave(sequence.chain)
 
     def _held(self, match: Match, length: int) -> Held:
         """What is there of the blocks that go on being read after `length` tokens."""
@@ -387,12 +393,12 @@ class KVCache:
 
     def _count(self, held: Held, length: int) -> None:
         """Asked for: the blocks that go on being read after `length` tokens, as far as they are whole."""
-        if self._prefixes is None:
+        if self.prefixes is None:
             return
         every = np.ones(length // self.layout.block_size, dtype=np.bool_)
         for number, (group, ordinals) in enumerate(zip(self.layout.groups, held, strict=True)):
             queried = held_ordinals(every, group, self.layout.block_size, length)
-            self._prefixes.count(number, len(queried), len(ordinals))
+            self.prefixes.count(number, len(queried), len(ordinals))
 
     def _wanted(self, group: LayerGroup, capacity: int, history: int) -> NDArray[np.bool_]:
         """Which ordinals of [0, ceil(capacity/T)) must have a slot: those that are not stale at `history`."""
@@ -489,9 +495,3 @@ class KVCache:
         for change, pool in zip(changes, self.layout.pool_of_group, strict=True):
             short[pool] -= self.pools[pool].num_sole(change.dropped)
         return max(short) <= 0
-
-
-def _leave_out(wanted: NDArray[np.bool_], scratch: Scratch | None) -> None:
-    if scratch is not None:
-        assert wanted[scratch.first : scratch.first + scratch.num_blocks].all(), "a scratch block is stale already"
-        wanted[scratch.first : scratch.first + scratch.num_blocks] = False

@@ -9,7 +9,7 @@ probing for other tenants' prompts. Names are short, hence every use of one comp
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from hashlib import blake2b
 from typing import Final
 
@@ -40,6 +40,26 @@ class BlockHasher:
         for part in parts:
             state.update(part)
         return state.digest()
+
+    def chain(self, tokens: Sequence[int], block_size: int, salt: str = "") -> tuple[bytes, ...]:
+        """The names of the whole blocks of `tokens`, exact ones, first to last. A microsecond or two each."""
+        names, name = [], self.root(salt)
+        for block in blocks_of(tokens, block_size):
+            name = self.child(name, block)
+            names.append(name)
+        return tuple(names)
+
+
+PIECE: Final = 1024
+"""Tokens whose bytes are made at once: a search for a prefix stops at the first block that is not known."""
+
+
+def blocks_of(tokens: Sequence[int], block_size: int) -> Iterator[bytes]:
+    """`token_bytes` of each whole block."""
+    step, piece = 8 * block_size, max(1, PIECE // block_size) * block_size
+    for first in range(0, len(tokens), piece):
+        data = token_bytes(tokens[first : first + piece])
+        yield from (data[start : start + step] for start in range(0, len(data) - step + 1, step))
 
 
 def root_bytes(salt: str, precision: str) -> bytes:

@@ -178,6 +178,12 @@ class SlotPool:
             del self._cached[slot]
         self._empty(cached)
 
+    def touch(self, slots: Sequence[int]) -> None:
+        """Of these, cached ones are evicted after all others; the first of them before the rest."""
+        for slot in slots:
+            if slot in self._cached:
+                self._cached.move_to_end(slot)
+
     def is_registered(self, slot: int) -> bool:
         return bool(self._is_registered[slot])
 

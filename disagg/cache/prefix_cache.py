@@ -6,16 +6,17 @@ registered block is never written again. A block that is withdrawn takes everyth
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from itertools import chain as chained
 
 import numpy as np
 from numpy.typing import NDArray
 
-from disagg.cache.identity import BlockHasher, token_bytes
+from disagg.cache.identity import BlockHasher, blocks_of
 from disagg.cache.journal import BlockJournal
 from disagg.cache.layout import CacheLayout
+from disagg.cache.loans import Loans
 from disagg.cache.pool import SlotPool
 from disagg.cache.prefix import NO_SLOT, PrefixNode, PrefixTree
 from disagg.cache.reuse import Resident
@@ -59,12 +60,18 @@ class PrefixCache:
 
     def __init__(self, layout: CacheLayout, pools: Sequence[SlotPool], hasher: BlockHasher) -> None:
         self._layout, self._pools = layout, pools
+        self.hasher = hasher
         self.tree = PrefixTree(hasher, layout.num_groups)
         self._owner: list[dict[int, tuple[PrefixNode, int]]] = [{} for _ in pools]
         for number, pool in enumerate(pools):
             pool.on_evict = lambda slots, number=number: self._forget(number, slots)  # type: ignore[misc]
         self.counts = tuple(ReuseCount() for _ in layout.groups)
         self.journal = BlockJournal(self.tree)
+        self.loans = Loans()
+
+    def look_up(self, tokens: Sequence[int], salt: str) -> Match:
+        """`match` for no sequence: exact blocks of these tokens."""
+        return self.match(Chain(salt), tokens)
 
     def match(self, chain: Chain, tokens: Sequence[int]) -> Match:
         """What a sequence may use of the whole blocks of `tokens`. Changes nothing, references nothing."""
@@ -72,6 +79,17 @@ class PrefixCache:
         flat = np.fromiter(chained.from_iterable(node.slots for node in path), dtype=np.int32)
         slots = flat.reshape(len(path), self._layout.num_groups)
         return Match(path, tuple(np.ascontiguousarray(column) for column in slots.T))
+
+    def lend(self, key: Hashable, slots: Sequence[Sequence[int]]) -> None:
+        """Another worker reads these registered slots, by group: of what is cached they are evicted last.
+
+        Nothing holds them. When one is given away all the same, `loans.take_broken` names the key.
+        """
+        places = []
+        for number, some in zip(self._layout.pool_of_group, slots, strict=True):
+            self._pools[number].touch(some)
+            places += [(number, slot) for slot in some]
+        self.loans.begin(key, places)
 
     def follow(self, chain: Chain, path: list[PrefixNode]) -> None:
         """A sequence that stands nowhere yet takes this path."""
@@ -124,8 +142,9 @@ class PrefixCache:
                     number = self._layout.pool_of_group[group]
                     del self._owner[number][slot]
                     slots[number].append(slot)
-        for pool, taken in zip(self._pools, slots, strict=True):
+        for number, (pool, taken) in enumerate(zip(self._pools, slots, strict=True)):
             pool.unregister(taken)
+            self.loans.note_gone(number, taken)
         return sum(map(len, slots))
 
     def count(self, group: int, num_queried: int, num_hit: int) -> None:
@@ -135,6 +154,7 @@ class PrefixCache:
     def check_invariants(self) -> None:
         """Nodes and pools agree on every registered slot."""
         self.tree.check_invariants()
+        self.loans.check_invariants()
         owned = 0
         for node in self.tree:
             for group, slot in enumerate(node.slots):
@@ -174,21 +194,10 @@ class PrefixCache:
 
     def _forget(self, number: int, slots: Sequence[int]) -> None:
         """A pool evicts these slots."""
+        self.loans.note_gone(number, slots)
         owner = self._owner[number]
         for slot in slots:
             node, group = owner.pop(slot)
             node.slots[group] = NO_SLOT
             self.journal.drop(node.identity, (group,))
             self.tree.prune(node)
-
-
-PIECE = 1024
-"""Tokens whose bytes are made at once: a search for a prefix stops at the first block that is not known."""
-
-
-def blocks_of(tokens: Sequence[int], block_size: int) -> Iterator[bytes]:
-    """`token_bytes` of each whole block."""
-    step, piece = 8 * block_size, max(1, PIECE // block_size) * block_size
-    for first in range(0, len(tokens), piece):
-        data = token_bytes(tokens[first : first + piece])
-        yield from (data[start : start + step] for start in range(0, len(data) - step + 1, step))

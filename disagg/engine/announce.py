@@ -8,7 +8,7 @@ from itertools import repeat
 from disagg.cache.cache import CachedSequence, KVCache
 from disagg.cache.table import HOLE
 from disagg.cache.window import needed_ordinals
-from disagg.engine.sequence import PromptSequence
+from disagg.engine.sequence import DecodingSequence, PromptSequence
 from disagg.transceiver.layout.units import SourceUnit
 from disagg.transceiver.wire.messages.values import UnitName
 
@@ -44,6 +44,25 @@ def units_at(cache: KVCache, cached: CachedSequence, names: Sequence[UnitName]) 
             generation = int(cache.pools[pool].generations[slot])
             units.append(SourceUnit(name.group, name.ordinal, pool, slot, generation))
     return tuple(units)
+
+
+def unannounced(
+    cache: KVCache, sequence: PromptSequence | DecodingSequence, first: int, end: int
+) -> tuple[SourceUnit, ...]:
+    """Where the blocks of these tokens lie in the groups that hold them, without those that a decode worker will be
+    told of.
+    """
+    cached, layout = sequence.cached, cache.layout
+    ordinals = range(first // layout.block_size, end // layout.block_size)
+    assert cached is not None
+    names: list[UnitName] = []
+    for number, group in enumerate(layout.groups):
+        told: set[int] = set()
+        if isinstance(sequence, PromptSequence) and not sequence.serves:
+            length = len(sequence.token_ids)
+            told.update(needed_ordinals(length, group.window, group.num_sink_tokens, layout.block_size).tolist())
+        names += [UnitName(number, ordinal) for ordinal in ordinals if ordinal not in told]
+    return units_at(cache, cached, names)
 
 
 def _newly_final(cache: KVCache, prompt: PromptSequence, group: int) -> list[int]:

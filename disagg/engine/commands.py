@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Final
 
 from disagg.transceiver.layout.units import SourceUnit
 from disagg.transceiver.protocol.actions import Verified
 from disagg.transceiver.wire.messages.prompt_logprobs import PromptLogprobs
 from disagg.transceiver.wire.messages.values import AttemptKey as AttemptKey
-from disagg.transceiver.wire.messages.values import FirstToken, Sampling, TokenLogprobs, UnitName
+from disagg.transceiver.wire.messages.values import FirstToken, GroupRuns, Sampling, TokenLogprobs, UnitName
+
+NO_ATTEMPT: Final = AttemptKey("", 0)
+
+BlockSlots = tuple[tuple[tuple[int, int], ...], ...]
+"""Per layer group, (ordinal, slot) pairs, ascending."""
 
 # --- commands -----------------------------------------------------------------------------------------------
 
@@ -19,7 +25,7 @@ class Serve:
 
     `arrived_at`: seconds on this worker's clock; the last to arrive is preempted first.
     `output`, here and below: tokens of the answer that were emitted elsewhere. It goes on behind them, at the head of
-    admission, since a client waits in the middle of it.
+    admission, since a client waits in the middle of it. `prefix_boundary`: see `Prefill`.
     """
 
     key: AttemptKey
@@ -28,18 +34,24 @@ class Serve:
     urgent: bool = False
     priority: int = 0
     output: tuple[int, ...] = ()
+    prefix_boundary: int = 0
     arrived_at: float = field(default=0.0, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
 class Prefill:
-    """Compute the prompt and sample its first token; hold the KV until `Release`. Soft until `Pin`."""
+    """Compute the prompt and sample its first token; hold the KV until `Release`. Soft until `Pin`.
+
+    `prefix_boundary`: another worker may have blocks of so many of its first tokens. If they are more than is cached
+    here, `PrefixWantedEvent` says so when the prompt could begin, and it waits for `PrefixGivenUp` or `PrefixLanded`.
+    """
 
     key: AttemptKey
     prompt: tuple[int, ...]
     sampling: Sampling
     priority: int = 0
     output: tuple[int, ...] = ()
+    prefix_boundary: int = 0
     arrived_at: float = field(default=0.0, compare=False)
 
 
@@ -152,6 +164,51 @@ class PrefixChecked:
     wrong: tuple[SourceUnit, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class MakePrefixRoom:
+    """The other worker's blocks reach up to `boundary`: make room for what is missing. Answered by `PrefixRoomEvent`.
+
+    From then on the prompt's blocks are not taken, until `PrefixLanded` or `PrefixGivenUp`. It must not be released
+    meanwhile: bytes may land in them.
+    """
+
+    key: AttemptKey
+    boundary: int
+
+
+@dataclass(frozen=True, slots=True)
+class PrefixLanded:
+    """The blocks that there is room for were verified, and lie where kernels read: compute from there.
+
+    `partial_blocks` received only the tokens that this request reads: no other request may reuse them.
+    """
+
+    key: AttemptKey
+    partial_blocks: tuple[UnitName, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class PrefixGivenUp:
+    """Nothing lands for the prompt (any more): compute it from what is cached here."""
+
+    key: AttemptKey
+
+
+@dataclass(frozen=True, slots=True)
+class LendPrefix:
+    """Find cached blocks of `tokens` for another worker, whose transfer is `key`. Answered by `PrefixLentEvent`.
+
+    `held`: what that worker has, in blocks of `held_block_size`. What is lent is not held: when its room is wanted it
+    goes, and `PrefixEvictedEvent` says so. `Release` ends the loan.
+    """
+
+    key: AttemptKey
+    tokens: tuple[int, ...]
+    salt: str
+    held: tuple[GroupRuns, ...]
+    held_block_size: int
+
+
 Command = (
     Serve
     | Prefill
@@ -166,6 +223,10 @@ Command = (
     | DropSoft
     | Unregister
     | PrefixChecked
+    | MakePrefixRoom
+    | PrefixLanded
+    | PrefixGivenUp
+    | LendPrefix
 )
 
 
@@ -194,6 +255,60 @@ class PrefixHitEvent:
     key: AttemptKey
     check_id: int
     units: tuple[SourceUnit, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class PrefixWantedEvent:
+    """A prompt could begin: `own` tokens of it are cached here, `boundary` may be elsewhere.
+
+    `held`: all ordinals below the boundary that are cached here.
+    """
+
+    key: AttemptKey
+    boundary: int
+    own: int
+    held: tuple[GroupRuns, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class PrefixRoomEvent:
+    """Answers `MakePrefixRoom`. `slots`: where the missing blocks are to land; None: there is no room, or what was said
+    to be here is gone.
+    """
+
+    key: AttemptKey
+    boundary: int
+    slots: BlockSlots | None
+
+
+@dataclass(frozen=True, slots=True)
+class PrefixLentEvent:
+    """Answers `LendPrefix`: blocks reach up to `boundary`, 0 = none; `units` are those that the other worker lacks."""
+
+    key: AttemptKey
+    boundary: int
+    units: tuple[SourceUnit, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class PrefixEvictedEvent:
+    """Blocks that were lent are gone: what is read of them from here on is something else."""
+
+    key: AttemptKey
+
+
+@dataclass(frozen=True, slots=True)
+class RegisteredEvent:
+    """Blocks that are full and may be lent: to be hashed before their memory can change. Final ones that
+    `UnitsFinalEvent` tells of are left out.
+    """
+
+    units: tuple[SourceUnit, ...]
+
+    @property
+    def key(self) -> AttemptKey:
+        """Of no attempt: it waits for none, and none waits for it."""
+        return NO_ATTEMPT
 
 
 @dataclass(frozen=True, slots=True)
@@ -229,7 +344,7 @@ class ReservedEvent:
     """
 
     key: AttemptKey
-    slots: tuple[tuple[tuple[int, int], ...], ...]
+    slots: BlockSlots
 
 
 @dataclass(frozen=True, slots=True)
@@ -308,6 +423,11 @@ EngineEvent = (
     | UnitsFinalEvent
     | PrefixHitEvent
     | SuspectEvent
+    | PrefixWantedEvent
+    | PrefixRoomEvent
+    | PrefixLentEvent
+    | PrefixEvictedEvent
+    | RegisteredEvent
     | SoftDroppedEvent
     | PromptComputedEvent
     | ReservedEvent

@@ -7,7 +7,7 @@ after the blocks were freed, so a listener may count them.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 
@@ -25,12 +25,18 @@ from disagg.engine.commands import (
     FailedEvent,
     FinishedEvent,
     Freeze,
+    LendPrefix,
+    MakePrefixRoom,
     Pin,
     PinnedEvent,
     Prefill,
     PrefixChecked,
+    PrefixGivenUp,
+    PrefixLanded,
+    PrefixRoomEvent,
     PromptComputedEvent,
     PromptScoredEvent,
+    RegisteredEvent,
     Release,
     Reserve,
     ReservedEvent,
@@ -41,7 +47,9 @@ from disagg.engine.commands import (
     UnitsFinalEvent,
     Unregister,
 )
+from disagg.engine.config import EngineConfig as EngineConfig
 from disagg.engine.flight import Flight, chunk_of, sample_input
+from disagg.engine.lending import Lending
 from disagg.engine.moving import Moves
 from disagg.engine.other_choices import draw_others
 from disagg.engine.promised import Promised
@@ -66,45 +74,6 @@ from disagg.engine.stats import EngineCounters, EngineStats
 from disagg.transceiver.wire.messages.router import YOUNG_TOKENS
 from disagg.transceiver.wire.messages.values import OtherFirst, TokenLogprobs
 
-ROLES = ("prefill", "decode", "both")
-
-
-@dataclass(frozen=True, slots=True)
-class EngineConfig:
-    """Limits of one engine. `check_invariants` (DISAGG_CHECK=1) examines cache and scheduler after every change.
-
-    `vocab_size`: prompts with other token ids are refused; None = the caller has checked.
-    """
-
-    role: str
-    max_num_seqs: int
-    max_num_batched_tokens: int
-    max_model_len: int
-    check_invariants: bool = False
-    vocab_size: int | None = None
-    swa_scratch: str = "off"
-    """`on`: prompts put windowed blocks that a step outdates in scratch slots; `reuse`: save those that the same
-    prompt begins with. The cache's layout allows it."""
-    prefix_recheck_s: float | None = None
-    """How long a registered block is trusted to be as it was hashed; None = as long as it is registered."""
-    steps_ahead: int = 0
-    """1: a step is launched before the tokens of the one before it are read. 0 where the host computes the steps."""
-
-    def __post_init__(self) -> None:
-        if self.role not in ROLES:
-            raise ValueError(f"role: `{self.role}`, expected one of {ROLES}")
-        if self.steps_ahead not in (0, 1):
-            raise ValueError(f"steps ahead: {self.steps_ahead}, expected 0 or 1")
-        if self.max_num_seqs < 1:
-            raise ValueError(f"`--max-num-seqs`: {self.max_num_seqs}, expected at least 1")
-        if self.max_model_len < 2:
-            raise ValueError(f"`--max-model-len`: {self.max_model_len}, expected at least 2 (a prompt and its answer)")
-        if self.max_num_batched_tokens < self.max_num_seqs:  # a step gives every answer its token
-            raise ValueError(
-                f"`--max-num-batched-tokens`: {self.max_num_batched_tokens}, expected at least "
-                f"`--max-num-seqs` ({self.max_num_seqs})"
-            )
-
 
 class Engine:
     """Continuous batching over one cache. `handle` takes a command, `step` computes; both answer with events."""
@@ -126,13 +95,15 @@ class Engine:
             max_num_batched_tokens=config.max_num_batched_tokens,
             swa_scratch=config.swa_scratch,
             recheck=self._recheck,
+            longest_fetched=config.max_model_len if config.role == "both" else 0,
         )
+        self._lending = Lending(cache)
         self._moves = Moves(cache, self._scheduler)
         self._counters = EngineCounters(scratch=cache.num_scratch)
         self._graphs = graphs or GraphUse()
         self._draw = draw
         self._flight: Flight | None = None
-        self._untold: list[ReservedEvent] = []
+        self._untold: list[ReservedEvent | PrefixRoomEvent] = []
         """Reservations made while a step is under way, told when it is read: it may still use what their slots held."""
         self.on_step: Callable[[Sequence[AttemptKey]], None] = lambda keys: None
         """Called before each step with its young attempts: if the step ends the process, one of them is the cause."""
@@ -156,13 +127,13 @@ class Engine:
             self._flight = self._sample(work, logits)
         if not self._config.steps_ahead:
             events += self._finish()
-        events += self._told_in_time(self._scheduler.admit())
+        events += self._told_in_time(self._scheduler.admit()) + self._news()
         self._check()
         return events
 
     def handle(self, command: Command) -> list[EngineEvent]:
         """Apply one command and start what may start now. Commands for unknown or repeated keys change nothing."""
-        events = self._told_in_time(self._apply(command) + self._scheduler.admit())
+        events = self._told_in_time(self._apply(command) + self._scheduler.admit()) + self._news()
         self._check()
         return events
 
@@ -188,7 +159,14 @@ class Engine:
             graphs=replace(self._graphs),
             num_dropped=self._counters.dropped,
             answer_tokens=self._counters.answer_tokens,
+            has_floor=scheduler.has_floor,
         )
+
+    def _news(self) -> list[EngineEvent]:
+        """Of blocks that others may read: which are new, and which of those that are being read are gone."""
+        registered, self._scheduler.registered = tuple(self._scheduler.registered), []
+        events: list[EngineEvent] = [RegisteredEvent(registered)] if registered else []
+        return events + self._lending.broken()
 
     # --- a step's parts -------------------------------------------------------------------------------------
 
@@ -233,17 +211,19 @@ class Engine:
     def _told_in_time(self, events: list[EngineEvent]) -> list[EngineEvent]:
         if self._flight is None:
             return events
-        self._untold += [event for event in events if isinstance(event, ReservedEvent)]
-        return [event for event in events if not isinstance(event, ReservedEvent)]
+        self._untold += [event for event in events if isinstance(event, ReservedEvent | PrefixRoomEvent)]
+        return [event for event in events if not isinstance(event, ReservedEvent | PrefixRoomEvent)]
 
     # --- commands -------------------------------------------------------------------------------------------
 
     def _apply(self, command: Command) -> list[EngineEvent]:
         match command:
             case Serve():
-                return self._add(PromptSequence(_request(command), Claim.OWN), urgent=_is_urgent(command))
+                prompt = PromptSequence(_request(command), Claim.OWN, prefix_boundary=command.prefix_boundary)
+                return self._add(prompt, urgent=_is_urgent(command))
             case Prefill():
-                return self._add(PromptSequence(_request(command), Claim.SOFT))
+                boundary = command.prefix_boundary
+                return self._add(PromptSequence(_request(command), Claim.SOFT, prefix_boundary=boundary))
             case Reserve():
                 return self._add(Reservation(_request(command), command.precision), urgent=_is_urgent(command))
             case Pin():
@@ -266,6 +246,10 @@ class Engine:
                 return self._unregister(command)
             case PrefixChecked():
                 return self._prefix_checked(command)
+            case LendPrefix():
+                return self._lending.lend(command)
+            case MakePrefixRoom() | PrefixLanded() | PrefixGivenUp():
+                return self._fetched(command)
 
     def _add(self, sequence: Promised, *, urgent: bool = False) -> list[EngineEvent]:
         if self._scheduler.get(sequence.key) is not None:
@@ -318,12 +302,15 @@ class Engine:
         return []
 
     def _release(self, command: Release) -> list[EngineEvent]:
+        self._lending.end(command.key)
         for sequence in [s for s in self._scheduler.live.values() if s.key.attempt == command.key]:
             self._counters.released[state_of(sequence)] += 1
             self._scheduler.release(sequence)
         return []
 
     def _unregister(self, command: Unregister) -> list[EngineEvent]:
+        if command.key in self._lending:
+            return self._lending.unregister(command.key, command.units)
         sequence = self._scheduler.get(command.key)
         if sequence is None or sequence.cached is None:
             return [SuspectEvent(command.key, ())]
@@ -343,7 +330,20 @@ class Engine:
             or prompt.check_id != command.check_id
         ):
             return []  # released or dropped meanwhile
-        return self._scheduler.end_check(prompt, is_right=not command.wrong)
+        return self._scheduler.beginnings.end_check(prompt, is_right=not command.wrong)
+
+    def _fetched(self, command: MakePrefixRoom | PrefixLanded | PrefixGivenUp) -> list[EngineEvent]:
+        """What became of the blocks that a prompt waits for."""
+        prompt, beginnings = self._scheduler.get(command.key), self._scheduler.beginnings
+        if not isinstance(prompt, PromptSequence):
+            return [PrefixRoomEvent(command.key, 0, None)] if isinstance(command, MakePrefixRoom) else []
+        match command:
+            case MakePrefixRoom():
+                return [beginnings.make_room(prompt, command.boundary)]
+            case PrefixLanded():
+                return beginnings.take_landed(prompt, command.partial_blocks)
+            case PrefixGivenUp():
+                return beginnings.give_up(prompt)
 
     # --- commit ---------------------------------------------------------------------------------------------
 

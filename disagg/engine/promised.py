@@ -6,7 +6,7 @@ from typing import Final
 
 from disagg.cache.admission import Peaks, Promises, peak_slots
 from disagg.cache.layout import CacheLayout
-from disagg.engine.sequence import PromptSequence, Request, Reservation
+from disagg.engine.sequence import LiveSequence, PromptSequence, Request, Reservation, Stage
 
 HEADROOM_BLOCKS: Final = 2
 """An answer is admitted with room for so many more blocks. With less it could be preempted in its first steps, and the
@@ -46,6 +46,11 @@ class PeakSlots:
         """Whether an empty cache holds all of the request in prompt chunks."""
         return self._promises.fits_empty(self.of(request, total_tokens=request.total_tokens))
 
+    def of_longest(self, max_model_len: int) -> Peaks:
+        """Of a prompt as long as any."""
+        step = min(self._max_num_batched_tokens, max_model_len)
+        return peak_slots(self._layout, total_tokens=max_model_len, history=0, step_tokens=step)
+
     def beyond(self, sequence: Promised) -> tuple[int, int] | None:
         """(slots needed, slots there are) of the pool that could not hold the sequence even if it were empty."""
         pairs = zip(self._worst(sequence), self._promises.usable, strict=True)
@@ -58,3 +63,14 @@ class PeakSlots:
             history = 0 if request.sampling.num_choices > 1 else request.num_known  # others may be computed anew
             return self.of(request, total_tokens=request.total_tokens, history=history)
         return self.of(request, total_tokens=request.total_tokens if sequence.serves else request.num_known)
+
+
+def is_soft(sequence: LiveSequence) -> bool:
+    return isinstance(sequence, PromptSequence) and sequence.is_soft
+
+
+def takes_seat(sequence: Promised) -> bool:
+    """Prompts being computed, and reservations, which will be answers. Every answer has a seat."""
+    if isinstance(sequence, Reservation):
+        return sequence.cached is not None
+    return sequence.stage in (Stage.FETCHING, Stage.LANDING, Stage.CHECKING, Stage.COMPUTING)

@@ -31,22 +31,24 @@ from disagg.cache.admission import Promises
 from disagg.cache.budget import MAX_PREFILLS_PER_STEP
 from disagg.cache.cache import KVCache
 from disagg.cache.scratch import scratch_until
-from disagg.engine.announce import publish_final_units
+from disagg.engine.announce import unannounced
 from disagg.engine.batch import Work, scoring_of, share_tokens
+from disagg.engine.beginning import Beginnings
 from disagg.engine.beside import LOOK_BEHIND, RoomBeside
 from disagg.engine.commands import (
     AttemptKey,
     EngineEvent,
     PinnedEvent,
-    PrefixHitEvent,
+    PrefixRoomEvent,
     ReservedEvent,
     SoftDroppedEvent,
-    UnitsFinalEvent,
 )
-from disagg.engine.promised import PeakSlots, Promised
+from disagg.engine.invariants import check_sequences
+from disagg.engine.promised import PeakSlots, Promised, is_soft, takes_seat
 from disagg.engine.recheck import PrefixRecheck
 from disagg.engine.reserving import reserve
 from disagg.engine.sequence import Claim, DecodingSequence, LiveSequence, PromptSequence, Reservation, Stage
+from disagg.transceiver.layout.units import SourceUnit
 from disagg.waiting_line import WaitingLine
 
 REGISTERED_AT_ONCE = 2048
@@ -65,10 +67,14 @@ class Scheduler:
         max_num_batched_tokens: int,
         swa_scratch: str = "off",
         recheck: PrefixRecheck | None = None,
+        longest_fetched: int = 0,
     ) -> None:
-        self._cache, self._swa_scratch = cache, swa_scratch
+        """`longest_fetched`: tokens of the longest prompt that is computed for others while room is reserved for what
+        others compute; 0 where a worker does one of both only. See `_set_floor`.
+        """
+        self._cache, self._swa_scratch, self._longest_fetched = cache, swa_scratch, longest_fetched
         self._layout = replace(cache.layout, uses_scratch=cache.layout.uses_scratch and swa_scratch != "off")
-        self._recheck = recheck or PrefixRecheck(cache, None)
+        self.beginnings = Beginnings(cache, recheck or PrefixRecheck(cache, None))
         self._max_num_seqs, self._max_num_batched_tokens = max_num_seqs, max_num_batched_tokens
         self._promises = Promises([pool.num_slots for pool in cache.pools])
         self._peaks = PeakSlots(self._layout, self._promises, max_num_batched_tokens)
@@ -78,6 +84,8 @@ class Scheduler:
         self._line: WaitingLine[Promised] = WaitingLine()
         self._soft_line: WaitingLine[PromptSequence] = WaitingLine()
         self._beside = RoomBeside(self._promises)
+        self.registered: list[SourceUnit] = []
+        """Blocks that were registered, those that peers are told of by themselves left out; the engine takes them."""
         pools = zip(self._layout.groups, self._layout.pool_of_group, strict=True)
         self._growing = frozenset(pool for group, pool in pools if group.window is None)
         """Pools of which an answer takes ever more: a window lets go of as much as it begins."""
@@ -111,8 +119,9 @@ class Scheduler:
 
     @property
     def soft(self) -> list[PromptSequence]:
-        """Soft prompts that hold blocks, in order of arrival."""
-        return [s for s in self.promised if isinstance(s, PromptSequence) and s.is_soft and s.cached]
+        """Soft prompts whose blocks may be taken, in order of arrival."""
+        prompts = (s for s in self.promised if isinstance(s, PromptSequence) and s.is_soft and s.cached)
+        return [prompt for prompt in prompts if prompt.stage is not Stage.LANDING]
 
     @property
     def num_waiting(self) -> int:
@@ -145,6 +154,7 @@ class Scheduler:
     def add(self, sequence: Promised, *, urgent: bool = False) -> None:
         """Queue a new sequence; `admit` starts it."""
         assert sequence.key not in self._live
+        self._set_floor(sequence)
         self._put(sequence)
         if isinstance(sequence, PromptSequence) and sequence.is_soft:
             self._soft_line.add(sequence, sequence.request.priority)
@@ -152,6 +162,21 @@ class Scheduler:
             self._urgent.append(sequence)
         else:
             self._line.add(sequence, sequence.request.priority)
+
+    def _set_floor(self, sequence: Promised) -> None:
+        """From the first handoff on, keep room for one longest prompt that another worker fetches, if pools hold two.
+
+        Two workers that both compute for each other would else wait for each other, each with its pools full of
+        reservations. So the oldest fetched prompt waits for this worker's own sequences alone.
+        """
+        if not self._longest_fetched or (isinstance(sequence, PromptSequence) and sequence.serves):
+            return
+        self._promises.keep_floor(self._peaks.of_longest(self._longest_fetched))
+        self._longest_fetched = 0
+
+    @property
+    def has_floor(self) -> bool:
+        return self._promises.has_floor
 
     def pin(self, prompt: PromptSequence) -> None:
         """From here the prompt is not soft. One without blocks takes its place in the line, as the newest."""
@@ -165,6 +190,8 @@ class Scheduler:
     def park(self, prompt: PromptSequence) -> list[EngineEvent]:
         """Take a soft prompt's blocks away and compute it only once it is pinned."""
         assert prompt.is_soft
+        if prompt.stage is Stage.LANDING:
+            return []
         if prompt.cached is not None:
             return [self._drop(prompt)]
         self._leave_lines(prompt)
@@ -211,13 +238,15 @@ class Scheduler:
         """The prompt is computed: promise from now on what it will hold as an answer, or until its transfer ends."""
         request, count = prompt.request, len(prompt.token_ids)
         total = self._peaks.room_for(request, count) if prompt.serves else count
-        self._promises.shrink(prompt.key, self._peaks.of(request, total_tokens=total, history=count))
+        history = self._kept_from(prompt, count)
+        self._promises.shrink(prompt.key, self._peaks.of(request, total_tokens=total, history=history))
 
     # --- admission ------------------------------------------------------------------------------------------
 
     def admit(self) -> list[EngineEvent]:
         """Start all that may start, in order; to be called after whatever frees blocks or adds a sequence."""
         events: list[EngineEvent] = []
+        self._start_in_floor(events)
         while self._urgent:
             if not self._has_seat() or not self._make_room(self._urgent[0], events):
                 return events
@@ -231,6 +260,19 @@ class Scheduler:
             events += self._start(self._line.take())
         self._start_soft(events)
         return events
+
+    def _start_in_floor(self, events: list[EngineEvent]) -> None:
+        """Start fetched prompts, the oldest first, before all else: what is kept for them is no other's to wait for."""
+        if not self._promises.has_floor:
+            return
+        for prompt in [s for s in self._line if isinstance(s, PromptSequence) and s.claim is Claim.PINNED]:
+            peaks = self._peaks.at_start(prompt)
+            if not self._has_seat(is_fetched=True) or not self._promises.fits_floor(peaks):
+                return
+            if not self._make_room(prompt, events):
+                return
+            self._line.remove(prompt)
+            events += self._start(prompt)
 
     def _start_beside(self, head: Promised, events: list[EngineEvent]) -> None:
         """Start what the head of the line does not have to wait for longer."""
@@ -247,7 +289,7 @@ class Scheduler:
         for prompt in self._soft_line.first(LOOK_BEHIND):
             if not self._has_seat(with_soft=True):
                 return
-            if self._promises.try_promise(prompt.key, self._peaks.at_start(prompt)):
+            if self._promises.try_promise(prompt.key, self._peaks.at_start(prompt), is_exempt=True):
                 self._soft_line.remove(prompt)
                 events += self._start(prompt)
 
@@ -255,17 +297,22 @@ class Scheduler:
         self._promises.release(key)
         self._beside.forget(key)
 
-    def _has_seat(self, *, with_soft: bool = False) -> bool:
-        """Whether one more may be computed at once. Held prompts take no seat; soft ones none from the promised."""
-        others = sum(_takes_seat(s) and (with_soft or not _is_soft(s)) for s in self.promised)
-        return len(self.answers) + others < self._max_num_seqs
+    def _has_seat(self, *, with_soft: bool = False, is_fetched: bool = False) -> bool:
+        """Whether one more may be computed at once. Held prompts take no seat; soft ones none from the promised.
+
+        Where there is a floor, one seat is kept for what is fetched.
+        """
+        others = sum(takes_seat(s) and (with_soft or not is_soft(s)) for s in self.promised)
+        kept = self._promises.has_floor and not is_fetched and self._max_num_seqs > 1
+        return len(self.answers) + others < self._max_num_seqs - kept
 
     def _make_room(self, sequence: Promised, events: list[EngineEvent]) -> bool:
         """Promise the sequence its peak; drop soft prompts for it, newest first, but only if that suffices."""
         peaks, soft = self._peaks.at_start(sequence), self.soft
-        if not self._promises.fits(peaks, without={prompt.key for prompt in soft}):
+        is_exempt = isinstance(sequence, PromptSequence) and not sequence.serves
+        if not self._promises.fits(peaks, without={prompt.key for prompt in soft}, is_exempt=is_exempt):
             return False
-        while not self._promises.try_promise(sequence.key, peaks):
+        while not self._promises.try_promise(sequence.key, peaks, is_exempt=is_exempt):
             events.append(self._drop(soft.pop()))
         return True
 
@@ -280,44 +327,13 @@ class Scheduler:
         return dropped
 
     def _start(self, sequence: Promised) -> list[EngineEvent]:
-        precision = sequence.precision if isinstance(sequence, Reservation) else ""
-        sequence.cached = self._cache.open(sequence.key, sequence.request.sampling.cache_salt, precision)
         if isinstance(sequence, Reservation):
+            sequence.cached = self._cache.open(sequence.key, sequence.request.sampling.cache_salt, sequence.precision)
             return [reserve(self._cache, sequence)]
         events: list[EngineEvent] = []
         if sequence.claim is Claim.PINNED:
             events.append(PinnedEvent(sequence.key, sequence.compute_id))
-        return events + self._reuse(sequence)
-
-    def _reuse(self, prompt: PromptSequence) -> list[EngineEvent]:
-        """Begin with what is cached of the prompt, or wait until those of its blocks that are due were checked."""
-        assert prompt.cached is not None
-        if not prompt.is_scored:  # what is reused has no logits
-            self._cache.reuse_prefix(prompt.cached, prompt.token_ids, counts=not prompt.has_looked)
-        if due := self._recheck.due(prompt.cached):
-            prompt.enter(Stage.CHECKING)
-            prompt.check_id += 1
-            return [PrefixHitEvent(prompt.key, prompt.check_id, due)]
-        return self._go_on(prompt)
-
-    def end_check(self, prompt: PromptSequence, *, is_right: bool) -> list[EngineEvent]:
-        """Go on from the reused blocks, or begin anew: the wrong ones are registered no more."""
-        assert prompt.stage is Stage.CHECKING
-        if is_right:
-            return self._go_on(prompt)
-        assert prompt.cached is not None
-        self._cache.close_sequence(prompt.cached)
-        prompt.cached = self._cache.open(prompt.key, prompt.request.sampling.cache_salt)
-        return self._reuse(prompt)
-
-    def _go_on(self, prompt: PromptSequence) -> list[EngineEvent]:
-        prompt.enter(Stage.COMPUTING)
-        if prompt.num_cached_tokens is None:
-            prompt.num_cached_tokens = prompt.num_computed
-        prompt.num_announced = [0] * self._layout.num_groups
-        if not prompt.serves and (units := publish_final_units(self._cache, prompt)):
-            return [UnitsFinalEvent(prompt.key, prompt.compute_id, units)]  # reused blocks are final
-        return []
+        return events + self.beginnings.begin(sequence)
 
     def _leave_lines(self, sequence: Promised) -> None:
         if sequence in self._urgent:
@@ -347,10 +363,10 @@ class Scheduler:
             piece.sequence.num_ahead += len(piece.token_ids)
         return work
 
-    def is_awaited(self, event: ReservedEvent) -> bool:
-        """Whether the reservation still waits for the KV of these slots."""
-        reservation = self._live.get(event.key)
-        return isinstance(reservation, Reservation) and reservation.awaited is event.slots
+    def is_awaited(self, event: ReservedEvent | PrefixRoomEvent) -> bool:
+        """Whether the sequence still waits for the KV of these slots."""
+        sequence = self._live.get(event.key)
+        return isinstance(sequence, Reservation | PromptSequence) and sequence.awaited is event.slots
 
     def advance(self, work: Work) -> None:
         """The piece is computed: register the blocks it filled, and let go of what no later query reads.
@@ -378,7 +394,9 @@ class Scheduler:
         cached = sequence.cached
         assert cached is not None
         if end - cached.committed >= self._layout.block_size and cached.is_committing:
-            self._cache.commit(cached, sequence.tokens(cached.committed, end))
+            first = cached.committed
+            self._cache.commit(cached, sequence.tokens(first, end))
+            self.registered += unannounced(self._cache, sequence, first, cached.committed)
 
     def _begin_block(self, answer: DecodingSequence, events: list[EngineEvent]) -> None:
         """Give the answer its next block. Those that went stale since its last go first, so it never holds more.
@@ -419,8 +437,8 @@ class Scheduler:
         return victim if isinstance(victim, DecodingSequence) else None
 
     def _is_preemptible(self, sequence: LiveSequence) -> bool:
-        """Running here for this worker's own answer, not about to leave, and possible to compute anew."""
-        is_own = isinstance(sequence, PromptSequence) and sequence.serves
+        """Running here for this worker's own answer, not about to leave nor landed in, and possible to compute anew."""
+        is_own = isinstance(sequence, PromptSequence) and sequence.serves and sequence.stage is not Stage.LANDING
         is_own = is_own or (isinstance(sequence, DecodingSequence) and not sequence.is_frozen)
         return is_own and sequence.cached is not None and self._peaks.fit_anew(sequence.request)
 
@@ -449,9 +467,22 @@ class Scheduler:
         self._size(prompt, capacity=end, history=start, scratch_until=until)
         return Work(prompt, prompt.token_ids[start:end], start, scoring_of(prompt, start, end))
 
+    def _kept_from(self, prompt: PromptSequence, history: int) -> int:
+        """A prompt keeps what a longer one goes on from: its last whole block, and all that is read from there on.
+
+        Not where a step's outdated blocks are in scratch slots, nor where other answers will share its blocks.
+        """
+        if self._swa_scratch == "on" or prompt.request.sampling.num_choices > 1:
+            return history
+        size = self._layout.block_size
+        return min(history, len(prompt.token_ids) // size * size)
+
     def _size(self, sequence: LiveSequence, *, capacity: int, history: int, scratch_until: int = 0) -> None:
         assert sequence.cached is not None
-        done = self._cache.resize(sequence.cached, capacity=capacity, history=history, scratch_until=scratch_until)
+        kept_from = self._kept_from(sequence, history) if isinstance(sequence, PromptSequence) else None
+        done = self._cache.resize(
+            sequence.cached, capacity=capacity, history=history, scratch_until=scratch_until, kept_from=kept_from
+        )
         assert done, f"{sequence.key}: a promised slot was not there"
 
     # --- invariants -----------------------------------------------------------------------------------------
@@ -466,33 +497,4 @@ class Scheduler:
             assert self._kinds() == kept, "a sequence came or went unseen"
             self._by_kind = kept
         waiting = {sequence.key for line in (self._urgent, self._line, self._soft_line) for sequence in line}
-        for key, sequence in self._live.items():
-            assert sequence.key == key
-            if isinstance(sequence, PromptSequence):
-                waits = sequence.stage in (Stage.WAITING, Stage.PARKED)
-                assert waits == (sequence.cached is None), f"{key}: {sequence.stage.name}"
-            if sequence.cached is None:
-                assert self._promises.of(key) is None, f"{key} waits with a promise"
-                parked = isinstance(sequence, PromptSequence) and sequence.stage is Stage.PARKED
-                assert (key in waiting) != parked, f"{key} holds nothing and waits for nothing"
-            else:
-                assert key not in waiting, f"{key} waits with blocks"
-                self._check_promise(sequence)
-
-    def _check_promise(self, sequence: LiveSequence) -> None:
-        promised = self._promises.of(sequence.key)
-        assert promised is not None, f"{sequence.key} holds blocks without a promise"
-        assert sequence.cached is not None
-        held = self._cache.num_held(sequence.cached)
-        assert all(h <= p for h, p in zip(held, promised, strict=True)), f"{sequence.key}: {held} > {promised}"
-
-
-def _is_soft(sequence: LiveSequence) -> bool:
-    return isinstance(sequence, PromptSequence) and sequence.is_soft
-
-
-def _takes_seat(sequence: Promised) -> bool:
-    """Prompts being computed, and reservations, which will be answers. Every answer has a seat."""
-    if isinstance(sequence, Reservation):
-        return sequence.cached is not None
-    return sequence.stage in (Stage.CHECKING, Stage.COMPUTING)
+        check_sequences(self._live, waiting, self._promises, self._cache)

@@ -11,8 +11,11 @@ from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import Final
 
+import numpy as np
+from numpy.typing import NDArray
+
 from disagg.cache.cache import CachedSequence, Held
-from disagg.engine.commands import AttemptKey
+from disagg.engine.commands import AttemptKey, BlockSlots
 from disagg.engine.sampling.seen import SeenTokens
 from disagg.transceiver.protocol.actions import Verified
 from disagg.transceiver.wire.messages.values import (
@@ -88,18 +91,22 @@ class Claim(Enum):
 
 
 class Stage(Enum):
-    """How far the computation of a prompt is. It holds blocks from CHECKING on."""
+    """How far the computation of a prompt is. It holds blocks from FETCHING on."""
 
     WAITING = "in a line"
     PARKED = "soft, and dropped or told not to run ahead: computed only once it is pinned"
+    FETCHING = "another worker was asked for blocks that it begins with"
+    LANDING = "there is room for these, and bytes may land in it: until that is over nothing takes its blocks"
     CHECKING = "the blocks it was given for reuse are hashed again: nothing is computed from them before they are known"
     COMPUTING = "its prompt is being computed"
     HELD = "whole, until it is released or dropped"
 
 
 _NEXT: Final[dict[Stage, frozenset[Stage]]] = {
-    Stage.WAITING: frozenset({Stage.WAITING, Stage.PARKED, Stage.CHECKING, Stage.COMPUTING}),
+    Stage.WAITING: frozenset({Stage.WAITING, Stage.PARKED, Stage.FETCHING, Stage.CHECKING, Stage.COMPUTING}),
     Stage.PARKED: frozenset({Stage.PARKED, Stage.WAITING}),
+    Stage.FETCHING: frozenset({Stage.LANDING, Stage.CHECKING, Stage.COMPUTING, Stage.PARKED, Stage.WAITING}),
+    Stage.LANDING: frozenset({Stage.CHECKING, Stage.COMPUTING}),
     Stage.CHECKING: frozenset({Stage.CHECKING, Stage.COMPUTING, Stage.PARKED, Stage.WAITING}),
     Stage.COMPUTING: frozenset({Stage.HELD, Stage.PARKED, Stage.WAITING}),
     Stage.HELD: frozenset({Stage.PARKED}),
@@ -131,6 +138,12 @@ class PromptSequence:
     """Per layer group, how many of its needed ordinals were reported final in this computation."""
     num_ahead: int = 0
     """Tokens of it that a launched step computes."""
+    prefix_boundary: int = 0
+    """Tokens up to which another worker may have blocks of it; 0 once it was asked, or if none is to be."""
+    known_here: tuple[NDArray[np.int64], ...] = ()
+    """Per layer group, the ordinals below that boundary that were cached here when the other worker was asked."""
+    awaited: BlockSlots | None = None
+    """The blocks that its transfer fills."""
 
     def __post_init__(self) -> None:
         self.token_ids = self.request.prompt + tuple(self.answer.output) if self.answer else self.request.known
@@ -190,7 +203,7 @@ class Reservation:
     request: Request
     precision: str = ""
     cached: CachedSequence | None = None
-    awaited: tuple[tuple[tuple[int, int], ...], ...] = ()
+    awaited: BlockSlots = ()
     held: Held = ()
 
     @property

@@ -63,6 +63,8 @@ class EngineStats:
     graphs: GraphUse = field(default_factory=GraphUse)
     num_dropped: int = 0
     answer_tokens: int = 0
+    has_floor: bool = False
+    """Whether the pools keep room for what other workers fetch (see `disagg.engine.scheduler`)."""
 
     @property
     def num_used_slots(self) -> int:

@@ -46,6 +46,7 @@ from disagg.router.going_on import MAX_CONTINUATIONS, GoingOn
 from disagg.router.next_place import NextPlace
 from disagg.router.orders import Orders
 from disagg.router.placer import Mint, Placer
+from disagg.router.prefix_legs import PrefixLegs
 from disagg.router.prompt_scores import ReportedScores
 from disagg.router.record import AttemptRecord, RequestRecord
 from disagg.router.workload import Share, shares_of
@@ -84,6 +85,7 @@ class RoutedRequest:
         timeout_s: float,
         now: float,
         news: WorkerNews | None = None,
+        legs: PrefixLegs | None = None,
         max_continuations: int = MAX_CONTINUATIONS,
     ) -> None:
         self.request = request
@@ -96,7 +98,7 @@ class RoutedRequest:
         self.sides: dict[str, int] = {}
         self._charges = Charges(transfer_id, news or NothingKnown())
         self._waiting: Callable[[float], None] | None = None
-        self._orders = Orders(request, transfer_id, mint, now, self.deadline)
+        self._orders = Orders(request, transfer_id, mint, now, self.deadline, legs)
         self._max_attempts = max_attempts
         self._going_on = GoingOn(max_continuations)
         self._num_before = 0
@@ -192,7 +194,7 @@ class RoutedRequest:
 
     def _take_actions(self) -> list[Action]:
         actions, self._actions = self._actions, []
-        return actions
+        return actions + self._orders.of_legs(is_needed=not self.is_over and not self._has_spoken)
 
     def _react(self, event: Event, now: float) -> None:
         if isinstance(event, WorkerLost):
@@ -441,7 +443,7 @@ class RoutedRequest:
             to_server = self._begin_transfer("transfer", placement, now)
             return self._order(placement.server, to_server)
         self._begin(placement, "serve", now)
-        return self._order(placement.server, self._orders.alone(self.epoch, self._answers.output(), now))
+        return self._order(placement.server, self._orders.alone(self.epoch, placement, self._answers.output(), now))
 
     def _retarget(self, server: PeerTarget, prefill: PeerTarget, now: float) -> None:
         to_server = self._begin_transfer("retarget", Placement(server, prefill), now)

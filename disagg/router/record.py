@@ -12,6 +12,7 @@ from disagg.router.choose import Placement
 from disagg.router.costs.ways import Way
 from disagg.router.generation import GenerationRequest
 from disagg.transceiver.wire.messages.router import TransferReport
+from disagg.transceiver.wire.purposes import HANDOFF
 
 MAX_RECORDS: Final = 1024
 """Requests remembered: as many as may wait, so that a full queue's records outlive it. About 2 KB each."""
@@ -60,7 +61,8 @@ class AttemptRecord:
     def server_report(self) -> TransferReport | None:
         """What landed, as the receiving side counted it."""
         server = self.placement.server.incarnation
-        return next((report for source, report in self.reports if source == server), None)
+        told = (report for source, report in self.reports if source == server and report.purpose == HANDOFF)
+        return next(told, None)
 
     def stage_ends(self) -> Iterator[tuple[str, float]]:
         """(stage, seconds from dispatch to its end), in the order of what had to happen before the first token.
@@ -83,6 +85,13 @@ class AttemptRecord:
         reports = [report for source, report in self.reports if (source == server) is is_server]
         return {name: seconds for report in reports for name, seconds in finite_stages(report).items()}
 
+    def _stages_by_worker(self) -> dict[str, dict[str, float]]:
+        """A worker has a report for each transfer that it received, and one for the prompt."""
+        stages: dict[str, dict[str, float]] = {}
+        for _, report in self.reports:
+            stages.setdefault(report.worker_id, {}).update(finite_stages(report))
+        return stages
+
     def describe(self, received_at: float) -> dict[str, Any]:
         prefill = self.placement.prefill
         return {
@@ -96,7 +105,7 @@ class AttemptRecord:
             "pause_s": self.pause_s,
             "started_s": self.started_at - received_at,
             "ended_s": None if self.ended_at is None else self.ended_at - received_at,
-            "stages": {report.worker_id: finite_stages(report) for _, report in self.reports},
+            "stages": self._stages_by_worker(),
             "estimate": None if self.placement.way is None else _describe_way(self.placement.way),
         }
 

@@ -49,6 +49,8 @@ from disagg.router.minting import Minting
 from disagg.router.moving import MovableRequest
 from disagg.router.options import RouterOptions as RouterOptions
 from disagg.router.placing import Placing
+from disagg.router.prefix_legs import PrefixLegs, PrefixSource
+from disagg.router.prefix_lenders import PrefixLenders
 from disagg.router.record import RecordStore, RequestRecord
 from disagg.router.registry import Worker
 from disagg.router.status import describe_workers
@@ -58,9 +60,11 @@ from disagg.router.workload import Share
 from disagg.transceiver.wire.keys import ClusterKeys
 from disagg.transceiver.wire.links import ControlServer
 from disagg.transceiver.wire.messages.blocks import AskBlocks, BlockEvents
-from disagg.transceiver.wire.messages.router import TransferReport
+from disagg.transceiver.wire.messages.router import PeerTarget, TransferFailure, TransferReport
 from disagg.transceiver.wire.messages.tokens import Tokens
 from disagg.transceiver.wire.node import draw_id
+from disagg.transceiver.wire.purposes import PREFIX
+from disagg.transceiver.wire.ticket import LegClaims, mint_leg
 
 log = logging.getLogger(__name__)
 
@@ -107,6 +111,7 @@ class Router:
         self._by_request: dict[GenerationRequest, _Stream] = {}
         policy, bound = POLICIES[self.options.policy], self.options.max_local_prefill
         self._placing = Placing(self.cluster.registry, self.options.max_queued, policy, bound)
+        self._lenders = PrefixLenders(self.cluster.registry, keys.prefix_hash, clock)
         self._emptying = Emptying(self.cluster.registry, self._placing.work.answers, draw_id)
         self._is_draining = False
         """A move ended since draining workers were looked at."""
@@ -288,7 +293,18 @@ class Router:
             timeout_s=min(request.timeout_s or math.inf, self.options.request_timeout_s),
             now=now,
             news=self,
+            legs=self._legs_of(request, transfer_id),
         )
+
+    def _legs_of(self, request: GenerationRequest, transfer_id: str) -> PrefixLegs:
+        def choose(sink: PeerTarget, placement: Placement) -> PrefixSource | None:
+            return self._lenders.choose(request, sink, placement)
+
+        def mint_one(claims: LegClaims, ttl_s: float) -> bytes:
+            self._lenders.note_leg(claims.transfer_id, claims.source, request, transfer_id)
+            return mint_leg(self._keys.ticket, claims, ttl_s)
+
+        return PrefixLegs(request, transfer_id, choose, mint_one)
 
     def _start(self, attempts: MovableRequest, turn: QueuedRequest) -> _Stream:
         stream, now = _Stream(attempts, turn), self._clock()
@@ -345,6 +361,8 @@ class Router:
         self._note_charges(stream)
         if stream.attempts.is_over and self._streams.pop(stream.attempts.transfer_id, None) is not None:
             self._note_end(stream.attempts.record, now)
+            if stream.attempts.record.state == "finished":
+                self._lenders.note_served(stream.attempts.request, stream.attempts.record)
 
     def _count_load(self, stream: _Stream) -> None:
         """Bring the count up to date with this one stream: no choice looks at all of them."""
@@ -426,6 +444,8 @@ class Router:
     # --- ClusterListener: what happens below ------------------------------------------------------------------
 
     def answered(self, source: str, message: AnswerMessage) -> None:
+        if isinstance(message, TransferReport) and message.purpose == PREFIX:
+            self._lenders.note_fetched(message.transfer_id)
         if stream := self._streams.get(message.transfer_id):
             if not (isinstance(message, Tokens) and self._go_on(stream, source, message)):
                 self._apply(stream, Answered(source, message))
@@ -433,6 +453,8 @@ class Router:
                     self._empty_draining()
         elif isinstance(message, TransferReport) and (record := self._records.get(message.transfer_id)):
             record.note(source, message)
+        elif isinstance(message, TransferFailure):
+            self._lenders.note_failed(message.transfer_id)
 
     def registered(self, worker: Worker) -> None:
         self._placing.add(worker)
@@ -441,6 +463,7 @@ class Router:
 
     def lost(self, incarnation: str, reason: str, in_step: Mapping[str, int]) -> None:
         self._placing.remove(incarnation)
+        self._lenders.forget(incarnation)
         if self._index is not None:
             self._index.remove(incarnation)
         self._apply_to_all(WorkerLost(incarnation, reason, in_step))

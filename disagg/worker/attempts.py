@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
+from typing import Final
 
 from disagg.engine.commands import (
     AttemptKey,
@@ -29,6 +30,9 @@ from disagg.engine.commands import (
     Pin,
     PinnedEvent,
     Prefill,
+    PrefixEvictedEvent,
+    PrefixRoomEvent,
+    PrefixWantedEvent,
     PressedEvent,
     PromptComputedEvent,
     PromptScoredEvent,
@@ -39,8 +43,7 @@ from disagg.engine.commands import (
     TokensEvent,
     Unregister,
 )
-from disagg.transceiver.peers.decode_side import ReceivingSide, TransferRecord
-from disagg.transceiver.peers.prefill_side import SendingSide
+from disagg.transceiver.peers.decode_side import TransferRecord
 from disagg.transceiver.protocol.actions import AskExtension, ReportFailed, Verified
 from disagg.transceiver.protocol.events import (
     CancelAsked,
@@ -72,8 +75,11 @@ from disagg.transceiver.wire.messages.tokens import Tokens
 from disagg.transceiver.wire.messages.values import Geometry, StageTimes, UnitName, nameable
 from disagg.worker.arrivals import Arrivals
 from disagg.worker.departures import Departures
+from disagg.worker.live_attempts import LiveAttempts
 from disagg.worker.metrics import WorkerMetrics
 from disagg.worker.pairing import Pairing
+from disagg.worker.prefix_sinks import PrefixSinks
+from disagg.worker.prefix_sources import PrefixSources
 from disagg.worker.request_state import RequestState
 from disagg.worker.serves import serves_of
 from disagg.worker.stages import report_of, stage_times
@@ -81,8 +87,11 @@ from disagg.worker.taking_in import OnFault, Slots
 
 log = logging.getLogger(__name__)
 
+NO_ROOM_S: Final = 1.0
+"""Long against a step and a transfer, which may give room at any moment, short against a client's patience."""
 
-class Attempts:
+
+class Attempts(LiveAttempts):
     """All live attempts of one registration; host of its sending and receiving sides."""
 
     def __init__(
@@ -95,26 +104,23 @@ class Attempts:
         fetch_wait_s: float,
         decode: Callable[[Decode, Slots, OnFault], None] | None = None,
         on_pressed: Callable[[], None] = lambda: None,
+        lacks_floor: Callable[[], bool] = lambda: False,
     ) -> None:
         """`decode`: takes a `Decode` with the slots whose KV landed; without it they are there already. `on_pressed`:
-        there is something for `take_pressed`.
+        there is something for `take_pressed`. `lacks_floor`: whether reservations are held here in pools that keep no
+        room for what others fetch.
         """
+        super().__init__()
+        self._lacks_floor = lacks_floor
         self._decode = decode or (lambda command, slots, on_fault: submit(command))
         self._submit, self._pair, self._metrics = submit, pair, metrics
         self._tell, self._on_pressed = send, on_pressed
         self._departures = Departures(submit, self._send, pair, lambda: self.sending)
         self._arrivals = Arrivals(submit, pair, lambda: self.receiving)
         self._fetch_wait_s = fetch_wait_s
-        self._live: dict[AttemptKey, RequestState] = {}
-        self._requests: dict[str, Dispatch] = {}
         self._peers: dict[str, PeerTarget] = {}
-        self._suspects: dict[AttemptKey, bool] = {}
-        """Attempts whose sources are hashed again first: True once the transfer needs them no more."""
-        self.sending: SendingSide | None = None
-        self.receiving: ReceivingSide | None = None
-
-    def __contains__(self, key: AttemptKey) -> bool:
-        return key in self._live
+        self.sources: PrefixSources | None = None
+        self.sinks: PrefixSinks | None = None
 
     def peer_geometry(self, key: AttemptKey) -> Geometry:
         """How the peer of a live attempt's transfer, or of a leg, lays out its cache."""
@@ -125,25 +131,6 @@ class Attempts:
     def froze(self, event: FrozenEvent) -> AttemptKey | None:
         """An answer stands still. The leg for which its units are to be hashed now, if it is wanted still."""
         return self._departures.froze(event) if event.key in self._live else None
-
-    def take_pressed(self) -> tuple[tuple[str, int], ...]:
-        """Answers that are preempted next unless another worker takes them over, each told once."""
-        return tuple(state.told_pressed() for state in self._live.values() if state.is_pressed)
-
-    @property
-    def keys(self) -> tuple[AttemptKey, ...]:
-        return tuple(self._live)
-
-    @property
-    def held(self) -> tuple[AttemptKey, ...]:
-        """Attempts of which the engine may hold blocks, with those that are over but have blocks to be hashed again."""
-        return tuple({*self._live, *self._suspects})
-
-    @property
-    def num_open(self) -> int:
-        """Requests that this worker has a part in still, those included whose next attempt the router decides on."""
-        held = self.receiving.held if self.receiving is not None else ()
-        return len({*self._requests, *(key.transfer_id for key in held)})
 
     def _send(self, message: RouterMessage | Tokens) -> None:
         """To the router, under the epoch by which it knows the attempt now."""
@@ -166,10 +153,14 @@ class Attempts:
                 for key in [key for key in self._live if key.transfer_id == transfer_id and key.epoch <= epoch]:
                     self.cancel(key, reason)
                 self._drop_request(transfer_id)
+                if self.sources is not None:
+                    self.sources.withdraw(transfer_id, reason)
             case CancelChoice():
                 self._cancel_choice(AttemptKey(message.transfer_id, message.epoch, message.choice))
             case Grant(purpose="move"):
                 self._let_go(message)
+            case Grant() if self.sources is not None:
+                self.sources.grant(message)
             case Resume():
                 self._resume(message)
             case Peers():
@@ -198,9 +189,10 @@ class Attempts:
             "%s: %d prompt tokens, attempt %d", dispatch.mode, len(dispatch.prompt), dispatch.epoch, extra=_of(state)
         )
         output = dispatch.first_output
+        boundary = self.sinks.expect(state) if self.sinks is not None and dispatch.mode in ("serve", "prefill") else 0
         if dispatch.mode == "serve":
             state.to_follow.extend(serves_of(dispatch, urgent=urgent, arrived_at=state.began_at))
-            self._submit(state.to_follow.popleft())
+            self._submit(replace(state.to_follow.popleft(), prefix_boundary=boundary))
         elif dispatch.mode == "move":
             self._arrivals.begin(state)
         elif dispatch.mode == "decode":
@@ -209,18 +201,13 @@ class Attempts:
             self._reach(dispatch.peer)
         elif self.sending is not None and dispatch.peer is not None:
             # First: a FETCH that came early pins it at once.
-            self._submit(Prefill(key, dispatch.prompt, sampling, priority, output))
+            self._submit(Prefill(key, dispatch.prompt, sampling, priority, output, boundary, state.began_at))
             self.sending.start(key, state.pairing.sender())
 
     def _reach(self, peer: PeerTarget | None) -> None:
         """A peer that no request has named before is connected while the prompt waits for room."""
         if self.receiving is not None and peer is not None:
             self.receiving.reach(peer)
-
-    def _was_here(self, key: AttemptKey) -> bool:
-        """Its transfer may still be stopping, long after the attempt was cancelled."""
-        sides = (self.sending, self.receiving)
-        return any(side is not None and side.knows(key) for side in sides)
 
     def _is_misplaced(self, state: RequestState) -> bool:
         mode = state.dispatch.mode
@@ -248,11 +235,6 @@ class Attempts:
             return
         state.epoch = resume.epoch
         self._departures.resume(state.key)
-
-    def _newest(self, transfer_id: str) -> RequestState | None:
-        """The last attempt of a request that is live here."""
-        keys = [key for key in self._live if key.transfer_id == transfer_id]
-        return self._live[max(keys)] if keys else None
 
     def cancel(self, key: AttemptKey, reason: str) -> None:
         """End an attempt wherever it stands; what a transfer still holds goes when its core says so."""
@@ -295,6 +277,17 @@ class Attempts:
 
     def take_event(self, event: EngineEvent) -> None:
         """What needs no hash, or has had it (see `EngineEvents`)."""
+        match event:
+            case PrefixEvictedEvent(key) if self.sources is not None:
+                return self.sources.evicted(key)
+            case PrefixWantedEvent() if self.sinks is not None:
+                return self.sinks.wanted(event)
+            case PrefixRoomEvent() if self.sinks is not None:
+                return self.sinks.room(event)
+        return self._take_own(event)
+
+    def _take_own(self, event: EngineEvent) -> None:
+        """Of an attempt that is live here."""
         state = self._live.get(event.key.attempt)
         if state is None or event.key.choice in state.ended:  # cancelled meanwhile
             return
@@ -330,6 +323,7 @@ class Attempts:
             case ReservedEvent(key, slots):
                 self._start_receiving(state, slots)
             case PinnedEvent(key, compute_id):
+                state.has_room = True
                 self._feed_sender(key, Pinned(compute_id))
             case SoftDroppedEvent(key, compute_id):
                 self._feed_sender(key, SoftDropped(compute_id))
@@ -400,7 +394,7 @@ class Attempts:
         if key in self._departures:
             self._departures.pin(key)
         elif (state := self._live.get(key)) is not None:
-            state.is_pinned = True
+            state.is_pinned, state.pinned_at = True, time.monotonic()
             self._submit(Pin(key))
 
     def release_source(self, key: AttemptKey, reason: str) -> None:
@@ -475,6 +469,8 @@ class Attempts:
             if now >= state.deadline:
                 self._send(RequestFailed(key.transfer_id, key.epoch, 504, "the request's deadline passed"))
                 self.cancel(key, "deadline")
+            elif state.lacks_room_for(NO_ROOM_S, now) and self._lacks_floor():
+                self._feed_sender(key, ComputeFailed(reasons.NO_ROOM))
             elif self._arrivals.is_late(state, now):
                 self._send(TransferFailure(key.transfer_id, key.epoch, "no room for the answer"))
                 self.cancel(key, "no_room")
@@ -486,13 +482,11 @@ class Attempts:
         self._send(report_of(state, times, record))
 
     def _forget(self, key: AttemptKey) -> None:
+        if self.sinks is not None:
+            self.sinks.begun_without(key)
         if (state := self._live.pop(key, None)) is not None:
             self._arrivals.forget(state)
             self._drop_request(key.transfer_id)
-
-    def _drop_request(self, transfer_id: str) -> None:
-        if not any(key.transfer_id == transfer_id for key in self._live):
-            self._requests.pop(transfer_id, None)
 
 
 def _of(state: RequestState) -> dict[str, str]:

@@ -13,25 +13,36 @@ import functools
 import logging
 from collections import deque
 from collections.abc import Sequence
+from typing import Final
 
 from disagg.engine.commands import (
     AttemptKey,
     EngineEvent,
     FrozenEvent,
     PrefixHitEvent,
+    PrefixLentEvent,
+    RegisteredEvent,
     SuspectEvent,
     UnitsFinalEvent,
 )
 from disagg.transceiver.layout.slice_size import units_per_slice
 from disagg.transceiver.layout.units import SourceUnit
-from disagg.transceiver.protocol.events import UnitsFinal
+from disagg.transceiver.protocol.events import Pinned, UnitsFinal
 from disagg.transceiver.protocol.move_source import FROZEN_ID
 from disagg.transceiver.wire.errors import SourceChanged, clipped
+from disagg.transceiver.wire.messages.values import Geometry
+from disagg.transceiver.wire.purposes import PREFIX
 from disagg.worker.attempts import Attempts
 from disagg.worker.parts import WorkerParts
 from disagg.worker.rechecks import Rechecks
 
 log = logging.getLogger(__name__)
+
+LENT: Final = 0
+"""Stands for the computation that cached blocks came of: whichever it was, they are final."""
+
+
+_HASHED: Final = UnitsFinalEvent | FrozenEvent | PrefixHitEvent | SuspectEvent | PrefixLentEvent
 
 
 class EngineEvents:
@@ -50,7 +61,9 @@ class EngineEvents:
                 event = await self._parts.events.get()
                 if (lane := self._lanes.get(event.key)) is not None:
                     lane.append(event)
-                elif isinstance(event, UnitsFinalEvent | FrozenEvent | PrefixHitEvent | SuspectEvent):
+                elif isinstance(event, RegisteredEvent):
+                    tasks.create_task(self._hash_registered(event))
+                elif isinstance(event, _HASHED):
                     self._lanes[event.key] = deque([event])
                     tasks.create_task(self._run_lane(event.key))
                 else:
@@ -87,6 +100,8 @@ class EngineEvents:
             case FrozenEvent():
                 if (leg := self._attempts.froze(event)) is not None:  # the sink hears of it before anything is hashed
                     await self._hash_units(leg, FROZEN_ID, event.units)
+            case PrefixLentEvent():
+                await self._hash_lent(event)
             case PrefixHitEvent():
                 await self._rechecks.check_hit(event)
             case SuspectEvent():
@@ -99,10 +114,29 @@ class EngineEvents:
         """Those of an attempt's own transfer, or of a leg."""
         if self._attempts.sending is None:
             return
-        with contextlib.suppress(SourceChanged):  # dropped meanwhile: the engine says so next, and computes them anew
-            cut, kept = self._parts.cuts.of_peer(self._attempts.peer_geometry(key))
+        await self._hash_for(key, compute_id, final, self._attempts.peer_geometry(key))
+
+    async def _hash_lent(self, event: PrefixLentEvent) -> None:
+        sources = self._attempts.sources
+        if self._attempts.sending is None or sources is None or event.key not in sources:
+            return
+        self._attempts.sending.feed(event.key, Pinned(LENT, event.boundary))
+        await self._hash_for(event.key, LENT, event.units, sources.peer_geometry(event.key))
+
+    async def _hash_for(self, key: AttemptKey, compute_id: int, units: Sequence[SourceUnit], peer: Geometry) -> None:
+        """A slice's worth at a time, each of which is told once it is hashed."""
+        sending = self._attempts.sending
+        assert sending is not None
+        with contextlib.suppress(SourceChanged):  # dropped meanwhile: the engine says so next
+            cut, kept = self._parts.cuts.of_peer(peer)
             hash_units = functools.partial(self._parts.landing.digest_units, cut=cut)
             count = units_per_slice(self._parts.layout.slot_nbytes)
-            for few in (final[first : first + count] for first in range(0, len(final), count)):
-                units = await kept.digest_units(few, hash_units)
-                self._attempts.sending.feed(key, UnitsFinal(compute_id, units))
+            for few in (units[first : first + count] for first in range(0, len(units), count)):
+                sending.feed(key, UnitsFinal(compute_id, await kept.digest_units(few, hash_units)))
+
+    async def _hash_registered(self, event: RegisteredEvent) -> None:
+        """What answers have filled, so that it can be lent at once and a later change of its memory is seen."""
+        if PREFIX not in self._parts.made.sends or self._parts.made.cache.is_staged:  # there it is hashed when lent
+            return
+        with contextlib.suppress(SourceChanged):
+            await self._parts.cuts.kept.digest_units(event.units, self._parts.landing.digest_units)

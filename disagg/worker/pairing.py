@@ -12,14 +12,17 @@ import numpy as np
 
 from disagg.cache.layout import CacheLayout
 from disagg.cache.window import needed_ordinals
+from disagg.transceiver.layout.boundary import missing_at, ordinals_of
 from disagg.transceiver.layout.ranks import Part
-from disagg.transceiver.layout.required import full_copy_blocks, runs_of
+from disagg.transceiver.layout.required import full_copy_blocks, moved_nbytes, runs_of
 from disagg.transceiver.layout.strides import ELEMENT_NBYTES
 from disagg.transceiver.layout.units import geometry_by_units, peer_unit
 from disagg.transceiver.peers.decode_side import TransferRecord
 from disagg.transceiver.protocol.events import Reserved
 from disagg.transceiver.protocol.move_sink import MoveOrder, MoveSink
 from disagg.transceiver.protocol.move_source import MoveOffer, MoveSource
+from disagg.transceiver.protocol.prefix_sink import PrefixReceiver, Wanted
+from disagg.transceiver.protocol.prefix_source import Lendable, PrefixSender
 from disagg.transceiver.protocol.receiver import Order, Receiver
 from disagg.transceiver.protocol.sender import Offer, Sender
 from disagg.transceiver.protocol.transfer import Ends
@@ -82,6 +85,37 @@ class Pairing:
         """The decode end of a `decode` dispatch, over the plane agreed with the peer."""
         return Receiver(self._ends, self._order(plane), time.monotonic())
 
+    @property
+    def coarser_block_size(self) -> int:
+        """Of both ends'."""
+        return max(self._node.geometry.block_size, self.peer_geometry.block_size)
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether blocks of the peer are what this worker would have computed: stored in the same numbers."""
+        return self.fits and not self.precision
+
+    def prefix_sender(self, tips: tuple[bytes, ...]) -> PrefixSender:
+        """The source's end of a prefix, whose dispatch holds the granted tokens. `tips`: our blocks' names."""
+        lendable = Lendable(
+            self._dispatch.request_id, tips, self._node.geometry.block_size, self.peer_geometry.block_size
+        )
+        return PrefixSender(self._ends, self._offer, lendable, time.monotonic())
+
+    def prefix_receiver(self, plane: str, own: int, held: tuple[GroupRuns, ...], tips: tuple[bytes, ...]) -> Receiver:
+        """The sink's end of a prefix, whose dispatch holds the tokens to ask for. `tips`: the names of the
+        peer's blocks.
+        """
+        ours, theirs = self._node.geometry.block_size, self.peer_geometry.block_size
+        wanted = Wanted(len(self._dispatch.prompt), own, tips, held, ours, theirs)
+        return PrefixReceiver(self._ends, self._order(plane), wanted, time.monotonic())
+
+    def missing_nbytes(self, held: tuple[GroupRuns, ...]) -> int:
+        """Of what a prefix would move at most, if all of its dispatch's tokens were to be had."""
+        groups, ours = self._layout.groups, self._node.geometry.block_size
+        missing = missing_at(groups, len(self._dispatch.prompt), self.unit, ordinals_of(held, len(groups)), ours)
+        return moved_nbytes(missing, self._unit_nbytes)
+
     def move_source(self, request: str, num_tokens: int) -> MoveSource:
         """The end that decodes an answer of which the router has `num_tokens`."""
         return MoveSource(self._ends, MoveOffer(self._offer, request, num_tokens), time.monotonic())
@@ -114,6 +148,11 @@ class Pairing:
             for block, num_coming in count.items()
             if num_coming < min(per_slot, num_units - block * per_slot)
         )
+
+    def reserved_of(self, destinations: Slots) -> Reserved:
+        """Of a prefix: the units that have a destination, of the groups that have any."""
+        every = self.reserved(destinations)
+        return Reserved(tuple(entry for entry in every.required if entry.runs), every.prompt_len)
 
     def reserved(self, destinations: Slots) -> Reserved:
         """The FETCH to make: exactly the ordinals of units that have a destination."""

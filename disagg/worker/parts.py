@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from disagg.cache.cache import KVCache
+from disagg.cache.identity import BlockHasher
 from disagg.cache.layout import CacheLayout
 from disagg.config.settings import Role, WorkerSettings
 from disagg.engine.commands import EngineEvent
@@ -50,14 +51,24 @@ class EngineParts:
         return self.settings.name(self.role)
 
     @property
+    def hasher(self) -> BlockHasher | None:
+        """What names this worker's blocks, where it reuses prefixes."""
+        return self.cache.prefixes.hasher if self.cache.prefixes is not None else None
+
+    @property
     def sends(self) -> tuple[str, ...]:
         """The purposes of which this worker is a source."""
-        return served_by(self.role, reuses_prefixes=self.cache.reuses_prefixes)[0]
+        return self._served[0]
 
     @property
     def receives(self) -> tuple[str, ...]:
         """Those of which it is a sink."""
-        return served_by(self.role, reuses_prefixes=self.cache.reuses_prefixes)[1]
+        return self._served[1]
+
+    @property
+    def _served(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        reuses_prefixes = self.cache.prefixes is not None and bool(self.layout.groups)
+        return served_by(self.role, reuses_prefixes=reuses_prefixes)
 
     @property
     def geometry(self) -> Geometry:

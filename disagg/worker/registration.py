@@ -11,9 +11,11 @@ import contextlib
 import logging
 import os
 import socket
+from collections.abc import Sequence
 from functools import partial
 
 from disagg.engine.commands import AttemptKey, Release
+from disagg.transceiver.layout.units import HashedUnit
 from disagg.transceiver.peers.decode_side import ReceivingSide
 from disagg.transceiver.peers.prefill_side import SendingSide
 from disagg.transceiver.planes.base import SourcePlane
@@ -32,6 +34,7 @@ from disagg.transceiver.wire.messages.router import (
     RouterMessage,
 )
 from disagg.transceiver.wire.node import Node
+from disagg.transceiver.wire.purposes import PREFIX
 from disagg.transceiver.wire.timing import HEARTBEAT_S
 from disagg.worker.attempts import Attempts
 from disagg.worker.block_news import BlockNews
@@ -41,6 +44,8 @@ from disagg.worker.model_thread import Call
 from disagg.worker.pairing import Pairing
 from disagg.worker.parts import WorkerParts
 from disagg.worker.plane_classes import landing_planes, source_planes
+from disagg.worker.prefix_sinks import PrefixSinks
+from disagg.worker.prefix_sources import PrefixSources
 from disagg.worker.router_link import RouterLink, RouterLost
 
 log = logging.getLogger(__name__)
@@ -169,23 +174,46 @@ class Registration:
                 parts.sockets,
                 self._attempts,
                 faults=parts.faults,
+                on_landed=self._keep_landed,
                 on_room=self._attempts.make_room,
             )
             parts.metrics.watch_links(self._attempts.receiving.speeds)
+        if self._attempts.sources is not None and self._attempts.sending is not None:
+            self._attempts.sources.sending = self._attempts.sending
+        if self._attempts.sinks is not None:
+            self._attempts.sinks.receiving = self._attempts.receiving
+
+    def _keep_landed(self, key: AttemptKey, units: Sequence[HashedUnit]) -> None:
+        """What was verified needs no second hash to be lent. A last block in part is filled here, and hashed then."""
+        num_tokens = self._attempts.num_known(key)
+        if num_tokens is not None:
+            units = [unit for unit in units if unit.ordinal < num_tokens // self._parts.layout.block_size]
+        self._parts.cuts.kept.keep_landed(units)
 
     def _make_attempts(self, link: RouterLink, planes: dict[str, SourcePlane]) -> Attempts:
-        parts = self._parts
+        parts, taking_in = self._parts, self._parts.taking_in
         pushes = {name: plane.sends_bytes for name, plane in planes.items()}
         pair = partial(Pairing, self._node, parts.layout, pushes)
-        return Attempts(
-            parts.taking_in.submit,
+        hasher = parts.made.hasher
+        rates = lambda: parts.model.speeds.rates  # noqa: E731
+        sinks = PrefixSinks(
+            pair, taking_in.submit, link.send, parts.metrics, hasher=hasher, rates=rates, take_in=taking_in.decode
+        )
+        attempts = Attempts(
+            sinks.submit,
             link.send,
             pair,
             parts.metrics,
             fetch_wait_s=parts.settings.fetch_wait_s,
-            decode=parts.taking_in.decode,
+            decode=taking_in.decode,
             on_pressed=link.renew,
+            lacks_floor=lambda: parts.model.stats.num_reserved > 0 and not parts.model.stats.has_floor,
         )
+        attempts.sinks = sinks
+        if hasher is not None and PREFIX in self._node.sends:
+            size, count = parts.layout.block_size, parts.metrics.count_digest_failure
+            attempts.sources = PrefixSources(pair, hasher, size, taking_in.submit, count)
+        return attempts
 
     def _make_block_news(self, link: RouterLink) -> BlockNews | None:
         parts, journal = self._parts, self._parts.made.cache.journal
@@ -235,9 +263,13 @@ class Registration:
     async def _release_all(self) -> None:
         """The registration is over, and so are its requests. Landing jobs end before their slots are freed."""
         receiving = self._attempts.receiving
-        # A cancelled attempt is forgotten at once, while its landing jobs may still be joined.
-        held = {*self._attempts.held, *(receiving.held if receiving is not None else ())}
-        for key in held:  # all before any slot is freed: a move lands under another name than that of its attempt
+        if self._attempts.sinks is not None:
+            self._attempts.sinks.close()
+        granted = tuple(self._attempts.sources) if self._attempts.sources is not None else ()
+        # A cancelled attempt is forgotten at once, while its landing jobs may still be joined. All of them are before
+        # anything is released: what lands for a prompt has a name of its own.
+        keys = {*self._attempts.held, *(receiving.held if receiving is not None else ()), *granted}
+        for key in keys:
             await self._parts.landing.stop(key.transfer_id, key.epoch)
-        for key in held:
+        for key in keys:
             self._parts.taking_in.submit(Release(key))

@@ -28,6 +28,9 @@ class RequestState:
     is_pressed: bool = False
     """It is preempted next, and the router has not heard of that."""
     is_pinned: bool = False
+    pinned_at: float | None = None
+    has_room: bool = False
+    """The engine holds its blocks for a peer that fetches them."""
     soft_dropped: bool = False
     is_reported: bool = False
     """Where the prompt is computed for this worker's own answer: the router was told how long that took."""
@@ -81,6 +84,10 @@ class RequestState:
     def is_unfetched(self) -> bool:
         """Whether it computes for a decode worker that has not asked yet, and holds soft blocks for that."""
         return self.dispatch.mode == "prefill" and not self.is_pinned and not self.soft_dropped
+
+    def lacks_room_for(self, limit_s: float, now: float) -> bool:
+        """Whether its peer has asked so long ago, and its blocks are still not held."""
+        return self.pinned_at is not None and not self.has_room and now - self.pinned_at > limit_s
 
     @property
     def began_at(self) -> float:

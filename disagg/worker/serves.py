@@ -17,4 +17,4 @@ def serves_of(dispatch: Dispatch, *, urgent: bool, arrived_at: float) -> Iterato
     for answer in dispatch.output:
         alone = replace(sampling.of_choice(answer.choice), num_choices=1)
         own = replace(key, choice=answer.choice)
-        yield Serve(own, dispatch.prompt, alone, True, dispatch.priority, answer.token_ids, arrived_at)
+        yield Serve(own, dispatch.prompt, alone, True, dispatch.priority, answer.token_ids, arrived_at=arrived_at)

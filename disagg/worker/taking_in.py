@@ -11,7 +11,7 @@ from concurrent.futures import Executor, ThreadPoolExecutor
 import torch
 
 from disagg.cache.cache import KVCache
-from disagg.engine.commands import AttemptKey, Command, Decode
+from disagg.engine.commands import AttemptKey, Command, Decode, PrefixLanded
 from disagg.worker.device import use_device
 
 log = logging.getLogger(__name__)
@@ -23,7 +23,8 @@ OnFault = Callable[[AttemptKey, BaseException], None]
 
 
 class TakingIn:
-    """Hands commands on to the model thread, `Decode` when its KV is on the device. Event loop only.
+    """Hands commands on to the model thread, `Decode` and `PrefixLanded` once their KV is on the device. Event loop
+    only.
 
     What is said of an attempt while its copy runs, such as its release, waits behind the copy: until then no other
     attempt is given its slots. Commands of other attempts do not wait. Where kernels read what peers write nothing is
@@ -46,7 +47,7 @@ class TakingIn:
         else:
             self._submit(command)
 
-    def decode(self, command: Decode, slots: Slots, on_fault: OnFault) -> None:
+    def decode(self, command: Decode | PrefixLanded, slots: Slots, on_fault: OnFault) -> None:
         """Copy `slots`, then hand `command` on. `on_fault`: the copy failed, and the command was dropped."""
         if not self._cache.is_staged or not any(slots):
             self.submit(command)

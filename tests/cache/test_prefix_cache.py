@@ -257,9 +257,7 @@ def test_without_comparing_tokens_the_collision_would_be_reused(monkeypatch):
     """Negative control."""
     cache = make(None, hasher=OneName(b"key", "model"))
     run(cache, "a", (1, 2, 3, 4, 5))
-    monkeypatch.setattr(
-        cache._prefixes.tree, "_find", lambda name, parent, tokens: cache._prefixes.tree._nodes.get(name)
-    )
+    monkeypatch.setattr(cache.prefixes.tree, "_find", lambda name, parent, tokens: cache.prefixes.tree._nodes.get(name))
     sequence = cache.open("b")
     assert cache.reuse_prefix(sequence, (9, 9, 9, 9, 9)) == 4
 
@@ -325,6 +323,6 @@ def test_check_invariants_notices(fault):
         cache.resize(sequence, capacity=25, history=24)
         cache.pools[0].register([int(sequence.tables[0][6])])
     else:
-        cache._prefixes._forget(0, [slot])
+        cache.prefixes._forget(0, [slot])
     with pytest.raises(AssertionError):
         cache.check_invariants()

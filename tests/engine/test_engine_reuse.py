@@ -10,7 +10,7 @@ from support.model.engine_pair import HASHER, LAYOUT, TestedEngine, greedy, key,
 from support.model.fake_runner import reference_tokens
 from support.oracles.cache_oracle import needed_blocks
 
-from disagg.cache.prefix_cache import blocks_of
+from disagg.cache.identity import blocks_of
 from disagg.engine import scheduler
 from disagg.engine.commands import (
     Decode,
@@ -128,7 +128,7 @@ def test_a_block_reused_under_a_wrong_name_shows_in_the_tokens():
     """Negative control: the tree says that another prompt's blocks are this one's."""
     tested = engine()
     tested.serve_all([Serve(key(1), prompt_of(24, 1), greedy(5))])
-    tree = tested.cache._prefixes.tree
+    tree = tested.cache.prefixes.tree
     wrong = tree.match("", blocks_of(prompt_of(24, 1), T))
     tree.match = lambda salt, blocks, precision: wrong[: len(list(blocks))]
     tested.serve_all([Serve(key(2), prompt_of(24, 2), greedy(5))])

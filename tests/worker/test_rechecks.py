@@ -100,7 +100,7 @@ class Worker:
 
     def slot_of(self, ordinal: int, prompt: tuple[int, ...] = SHARED) -> tuple[int, int]:
         """(pool, slot) where the full attention group's block of a registered prompt lies."""
-        match = self.engine.cache._prefixes.match(Chain(""), prompt)  # type: ignore[union-attr]
+        match = self.engine.cache.prefixes.match(Chain(""), prompt)  # type: ignore[union-attr]
         return LAYOUT.pool_of_group[FULL], int(match.slots[FULL][ordinal])
 
     def flip(self, ordinal: int) -> None:
@@ -108,7 +108,7 @@ class Worker:
         self.engine.cache.pools[pool].memory[slot, 2] ^= 0x40
 
     def num_registered(self, prompt: tuple[int, ...]) -> int:
-        return len(self.engine.cache._prefixes.match(Chain(""), prompt).path)  # type: ignore[union-attr]
+        return len(self.engine.cache.prefixes.match(Chain(""), prompt).path)  # type: ignore[union-attr]
 
 
 @pytest.fixture

@@ -40,6 +40,12 @@ class KeptDigests:
         fresh = iter(hashed)
         return tuple(unit for units in known for unit in (next(fresh) if units is None else units))
 
+    def keep_landed(self, units: Sequence[HashedUnit]) -> None:
+        """Whole slots, hashed where they landed and verified against what their sender had hashed."""
+        assert self._per_slot == 1
+        for unit in units:
+            self._keep(unit, (unit,))
+
     async def recheck(self, slots: Sequence[SourceUnit], hash_units: Hash) -> tuple[bool | None, ...]:
         """Hash `slots` again, in order: True = as it was kept, False = changed; None = nothing was kept, and now is."""
         hashed = self._by_slot(await hash_units(slots))

@@ -11,8 +11,9 @@ import time
 from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Any, Final, Protocol
+from typing import Any, Final, Protocol, cast
 
+from disagg.transceiver.layout.units import HashedUnit
 from disagg.transceiver.memory.regions import Destination, LandingJob, PoolRegion
 from disagg.transceiver.peers.landing_threads import Landed, LandingThreads
 from disagg.transceiver.peers.link import LinkSpeed, PeerLink
@@ -23,15 +24,23 @@ from disagg.transceiver.planes.base import LandingPlane
 from disagg.transceiver.protocol.actions import (
     Action,
     AskExtension,
+    AskRoom,
     FreeReservation,
     Land,
     PartVerified,
+    PrefixVerified,
     ReportFailed,
     Send,
     StopLanding,
     Verified,
 )
-from disagg.transceiver.protocol.events import Event, LandingFailed, LandingStopped, PeerGone, SliceLanded
+from disagg.transceiver.protocol.events import (
+    Event,
+    LandingFailed,
+    LandingStopped,
+    PeerGone,
+    SliceLanded,
+)
 from disagg.transceiver.protocol.outbox import BYTE_WINDOW
 from disagg.transceiver.protocol.transfer import Transfer
 from disagg.transceiver.wire import reasons
@@ -42,7 +51,7 @@ from disagg.transceiver.wire.messages.router import LinkStatus as LinkReport
 from disagg.transceiver.wire.messages.router import PeerTarget
 from disagg.transceiver.wire.messages.values import AttemptKey
 from disagg.transceiver.wire.node import Node
-from disagg.transceiver.wire.purposes import HANDOFF
+from disagg.transceiver.wire.purposes import HANDOFF, MOVE
 from disagg.transceiver.wire.sockets import Sockets
 from disagg.transceiver.wire.timing import REPEAT_FIRST_S
 
@@ -54,16 +63,30 @@ RECEIVED_DELAY_S: Final = REPEAT_FIRST_S / 4
 
 
 class LandingHost(Protocol):
-    """What the receiving side needs of its worker."""
-
-    def decode(self, key: AttemptKey, verified: Verified, record: TransferRecord) -> None:
-        """The KV is complete and bound to this request: it may decode."""
+    """What the receiving side needs of its worker, whatever a transfer is for."""
 
     def transfer_failed(self, key: AttemptKey, failure: ReportFailed, record: TransferRecord) -> None:
         """This epoch failed and no job holds its slots: free the reservation and tell the router."""
 
     def free_reservation(self, key: AttemptKey, reason: str, record: TransferRecord) -> None:
         """The request ended without decoding here."""
+
+
+class HandoffHost(LandingHost, Protocol):
+    """And for handoffs."""
+
+    def decode(self, key: AttemptKey, verified: Verified, record: TransferRecord) -> None:
+        """The KV is complete and bound to this request: it may decode."""
+
+
+class PrefixHost(LandingHost, Protocol):
+    """And for prefixes."""
+
+    def make_room(self, key: AttemptKey, asked: AskRoom) -> None:
+        """The source has said what moves: have room made, and answer by `set_destinations` and `Reserved`."""
+
+    def prefix_verified(self, key: AttemptKey, verified: PrefixVerified, record: TransferRecord) -> None:
+        """The blocks up to its boundary may be registered."""
 
 
 @dataclass(slots=True)
@@ -89,6 +112,9 @@ class _Incoming:
     peer: str
     destinations: dict[tuple[int, int], int]
     record: TransferRecord
+    host: LandingHost
+    landed: list[HashedUnit] = field(default_factory=list)
+    """Slots with the digests of what landed in them, where units are slots."""
     received: int = -1
     """What the last RECEIVED said."""
     jobs: set[asyncio.Task[None]] = field(default_factory=set)
@@ -105,17 +131,20 @@ class ReceivingSide:
         pool_of_group: Sequence[int],
         landing: LandingThreads,
         sockets: Sockets,
-        host: LandingHost,
+        host: HandoffHost,
         on_part: Callable[[AttemptKey, PartVerified, TransferRecord], None] | None = None,
         faults: PeerFaults | None = None,
         on_room: Callable[[AttemptKey, AskExtension], None] | None = None,
+        on_landed: Callable[[AttemptKey, Sequence[HashedUnit]], None] = lambda key, units: None,
     ) -> None:
         """`on_part` hears, where ranks are joined, of a pair of ranks that is done; its leader decides.
 
         `on_room`: an answer that comes here has become so long. The worker makes room for it, sets the destinations and
-        feeds `Extended`, or `RoomRefused`.
+        feeds `Extended`, or `RoomRefused`. `on_landed` hears of slots whose transfer was verified, with their digests:
+        not where units are no slots, nor of moves.
         """
         self._on_room = on_room
+        self._on_landed = on_landed
         self._faults = faults or PeerFaults()
         self._on_part = on_part
         self._node, self._planes, self._pools, self._pool_of_group = node, planes, pools, pool_of_group
@@ -154,11 +183,20 @@ class ReceivingSide:
         self.links.reach(target, then)
 
     def start(
-        self, key: AttemptKey, transfer: Transfer, peer: str, slots: Sequence[Sequence[tuple[int, int]]], event: Event
+        self,
+        key: AttemptKey,
+        transfer: Transfer,
+        peer: str,
+        slots: Sequence[Sequence[tuple[int, int]]],
+        event: Event,
+        host: PrefixHost | None = None,
     ) -> None:
-        """Destinations are reserved: `slots[g]` = (ordinal, slot) pairs. `event` (Reserved) begins the transfer."""
+        """Destinations are reserved: `slots[g]` = (ordinal, slot) pairs. `event` (Reserved) begins the transfer.
+
+        With a `host` it is a prefix: FetchWanted begins it, and its destinations come by `set_destinations`.
+        """
         record = TransferRecord(self.plane_of(peer), transfer.purpose)
-        self._incoming[key] = _Incoming(peer, _by_unit(slots), record)
+        self._incoming[key] = _Incoming(peer, _by_unit(slots), record, host or self._host)
         self._transfers.add(key, transfer)
         if self.is_ready(peer, transfer.purpose):
             self.feed(key, event)
@@ -195,6 +233,11 @@ class ReceivingSide:
         """Name of the plane to `peer`, or "" while there is none."""
         plane = self._plane(peer)
         return plane.name if plane is not None else ""
+
+    def gb_per_s(self, peer: str) -> float:
+        """What the link to `peer` moves; 0 while there is none."""
+        link = self.links.get(peer)
+        return link.meter.gb_per_s if link is not None else 0.0
 
     def reports(self) -> tuple[LinkReport, ...]:
         return tuple(link.report() for link in self.links)
@@ -265,10 +308,15 @@ class ReceivingSide:
             case PartVerified():
                 assert self._on_part is not None, "a part that no leader joins"
                 self._on_part(key, action, self._end(key))
+            case AskRoom():
+                cast(PrefixHost, self._incoming[key].host).make_room(key, action)
+            case PrefixVerified():
+                host = cast(PrefixHost, self._incoming[key].host)
+                host.prefix_verified(key, action, self._end_well(key))
             case ReportFailed():
-                self._host.transfer_failed(key, action, self._end(key))
+                self._incoming[key].host.transfer_failed(key, action, self._end(key))
             case FreeReservation(reason):
-                self._host.free_reservation(key, reason, self._end(key))
+                self._incoming[key].host.free_reservation(key, reason, self._end(key))
             case _:
                 raise AssertionError(f"a receiver asked for {action}")
 
@@ -313,7 +361,10 @@ class ReceivingSide:
     def _end_well(self, key: AttemptKey) -> TransferRecord:
         """Its time says how fast the link is."""
         link = self.links.get(self._incoming[key].peer)
+        landed = self._incoming[key].landed
         record = self._end(key)
+        if record.purpose != MOVE:  # an answer that came here writes its last block on
+            self._on_landed(key, landed)
         if link is not None:
             link.meter.note(sum(record.nbytes.values()), record.busy.seconds, record.done_at - record.landed_at)
         return record
@@ -386,7 +437,18 @@ class ReceivingSide:
         if (incoming := self._incoming.get(key)) is not None:
             incoming.record.busy.end(time.monotonic())
             self._count(incoming.record, job, landed)
+            self._note_slots(incoming, job, landed)
         self.feed(key, SliceLanded(job.number, landed.units))
+
+    def _note_slots(self, incoming: _Incoming, job: LandingJob, landed: Landed) -> None:
+        link = self.links.get(job.source)
+        if link is None or link.unit_nbytes:
+            return
+        digests = {(unit.group, unit.ordinal): unit.digest for unit in landed.units}
+        for to in job.destinations:
+            generation = int(self._pools[to.pool].generations[to.slot])
+            digest = digests[to.group, to.ordinal]
+            incoming.landed.append(HashedUnit(to.group, to.ordinal, to.pool, to.slot, generation, digest))
 
     def _count(self, record: TransferRecord, job: LandingJob, landed: Landed) -> None:
         """Bytes are counted here and nowhere else: where they land."""

@@ -21,7 +21,15 @@ from disagg.transceiver.memory.regions import PoolRegion
 from disagg.transceiver.memory.slot_units import SlotUnits
 from disagg.transceiver.peers.live import Transfers
 from disagg.transceiver.planes.base import SourcePlane
-from disagg.transceiver.protocol.actions import Action, AskPin, ReleaseSource, Send, SendPayload, UnregisterUnits
+from disagg.transceiver.protocol.actions import (
+    Action,
+    AskPin,
+    AskPrefix,
+    ReleaseSource,
+    Send,
+    SendPayload,
+    UnregisterUnits,
+)
 from disagg.transceiver.protocol.events import CancelAsked, Event, LeaseRenewed, Pinned
 from disagg.transceiver.protocol.transfer import Transfer
 from disagg.transceiver.wire.errors import LocalProtocolError, PeerLost, SourceChanged
@@ -52,16 +60,27 @@ beyond it is dropped; its decode worker says it again until it is answered."""
 
 
 class SourceHost(Protocol):
-    """What the sending side needs of its worker."""
-
-    def pin(self, key: AttemptKey) -> None:
-        """A FETCH was accepted: the engine must pin this request and answer with the event `Pinned`."""
+    """What the sending side needs of its worker, whatever a transfer is for."""
 
     def release_source(self, key: AttemptKey, reason: str) -> None:
         """The peer needs nothing more of this attempt."""
 
     def unregister(self, key: AttemptKey, units: Sequence[UnitName]) -> None:
         """These blocks failed verification at the peer and must not be reused."""
+
+
+class PromptHost(SourceHost, Protocol):
+    """And for handoffs."""
+
+    def pin(self, key: AttemptKey) -> None:
+        """A FETCH was accepted: the engine must pin this request and answer with the event `Pinned`."""
+
+
+class LendingHost(SourceHost, Protocol):
+    """And for prefixes."""
+
+    def lend(self, key: AttemptKey, asked: AskPrefix) -> None:
+        """A FETCH was accepted: the engine must find what is cached of it and answer with the event `Pinned`."""
 
 
 @dataclass(slots=True)
@@ -94,7 +113,7 @@ class SendingSide:
         node: Node,
         server: ControlServer,
         planes: Mapping[str, SourcePlane],
-        host: SourceHost,
+        host: PromptHost,
         pools: Sequence[PoolRegion] = (),
         faults: PeerFaults | None = None,
         on_refused: Callable[[str, str], None] = lambda purpose, field: None,
@@ -113,6 +132,8 @@ class SendingSide:
         self._transfers = Transfers(node.incarnation, self._perform)
         self._peers: dict[str, _Peer] = {}
         self._plane_of: dict[AttemptKey, SourcePlane] = {}
+        self._lenders: dict[AttemptKey, LendingHost] = {}
+        """Of the transfers that are prefixes."""
         self._unpinned: dict[AttemptKey, None] = {}
         """Accepted and not pinned yet, in the order of their FETCHes."""
         self._early: dict[tuple[str, AttemptKey], tuple[Fetch, float]] = {}
@@ -141,8 +162,12 @@ class SendingSide:
 
     # --- the worker's side ------------------------------------------------------------------------------------
 
-    def start(self, key: AttemptKey, transfer: Transfer) -> None:
-        """The router dispatched this attempt here; a FETCH that overtook it is served now."""
+    def start(self, key: AttemptKey, transfer: Transfer, host: LendingHost | None = None) -> None:
+        """The router dispatched this attempt here, or with a `host` granted this prefix; a FETCH that overtook it is
+        served now.
+        """
+        if host is not None:
+            self._lenders[key] = host
         self._transfers.add(key, transfer)
         if early := self._early.pop((transfer.peer, key), None):
             self._accept_plane(key, early[0])
@@ -297,13 +322,16 @@ class SendingSide:
             case AskPin():
                 self._unpinned[key] = None
                 self._host.pin(key)
+            case AskPrefix():
+                self._lenders[key].lend(key, action)
             case ReleaseSource(reason):
                 self._plane_of.pop(key, None)
                 self._unpinned.pop(key, None)
-                self._host.release_source(key, reason)
+                (self._lenders.pop(key, None) or self._host).release_source(key, reason)
             case UnregisterUnits(units):
                 peer = self._peers.get(self._transfers.peer_of(key))
-                self._host.unregister(key, peer.cut.blocks(units) if peer is not None and peer.cut else units)
+                host = self._lenders.get(key) or self._host
+                host.unregister(key, peer.cut.blocks(units) if peer is not None and peer.cut else units)
             case _:
                 raise AssertionError(f"a sender asked for {action}")
 

@@ -7,6 +7,7 @@ from typing import Final
 FINISHED: Final = "finished"  # the first token ended the answer: nothing had to move
 CANCELLED: Final = "cancelled"  # an authorised party asked for it
 EVICTED: Final = "evicted"  # the source needed the room of the cached blocks that it was sending
+NO_ROOM: Final = "no_room"  # a fetched prompt has none, while this worker keeps room for what others compute
 DEADLINE: Final = "deadline"  # the request's own time is over
 LEASE: Final = "lease"  # the receiver stopped naming the transfer in its heartbeats
 LOST: Final = "lost"  # the peer is gone, or did not answer in time

@@ -12,7 +12,7 @@ import contextlib
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,9 +22,10 @@ from support.event_loop import PATIENCE_S, until
 from support.faults.gates import EventGate, LandingGate
 from support.faults.wrong import Wrong, never_late
 from support.links.message_proxy import MessageProxy
-from support.model.engine_pair import LAYOUT, TestedEngine, greedy, prompt_of
+from support.model.engine_pair import LAYOUT, ROOM, TestedEngine, greedy, prompt_of
 from support.model.fake_runner import reference_tokens
 
+from disagg.cache.identity import BlockHasher
 from disagg.cache.layout import CacheLayout
 from disagg.config.settings import WorkerSettings
 from disagg.engine.commands import AttemptKey, ReservedEvent, UnitsFinalEvent
@@ -171,7 +172,16 @@ class Links:
 class ShellWorker:
     """One worker "process": an engine, its threads, and registrations at the router for as long as it lives."""
 
-    def __init__(self, role: str, links: Links, plane: str, name: str = "", layout: CacheLayout = LAYOUT) -> None:
+    def __init__(
+        self,
+        role: str,
+        links: Links,
+        plane: str,
+        name: str = "",
+        layout: CacheLayout = LAYOUT,
+        hasher: BlockHasher | None = None,
+        num_slots: Sequence[int] = ROOM,
+    ) -> None:
         self.role, self._links, self.name = role, links, name or role
         self.sources: tuple[ShellWorker, ...] = ()
         """Of a decode worker: those whose KV it may receive."""
@@ -185,7 +195,9 @@ class ShellWorker:
         self.deaths: list[BaseException] = []
         self.registration: ShellRegistration
         self.events, self.landing = EventGate(), LandingGate()
-        self.engine = TestedEngine(layout=layout, role=role, max_num_batched_tokens=STEP_TOKENS)
+        self.engine = TestedEngine(
+            layout=layout, role=role, max_num_batched_tokens=STEP_TOKENS, hasher=hasher, num_slots=num_slots
+        )
         settings = WorkerSettings(
             worker_id=self.name,
             router=links.router[role].endpoint,

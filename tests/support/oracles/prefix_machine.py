@@ -325,7 +325,7 @@ class PrefixMachine(RuleBasedStateMachine):
                 case BlockDropped(identity, groups):
                     assert {(identity, group) for group in groups} <= self.told, "dropped before it was stored"
                     self.told -= {(identity, group) for group in groups}
-        nodes = self.cache._prefixes.tree
+        nodes = self.cache.prefixes.tree
         assert self.told == {(n.identity, group) for n in nodes for group, slot in enumerate(n.slots) if slot >= 0}
 
     @invariant()
