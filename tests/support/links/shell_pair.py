@@ -1,8 +1,6 @@
 """A router, a prefill and a decode worker in one process: the real shells over real sockets, with proxies between.
 
-Engines are real too, on pools of a few kilobytes and with a runner whose logits are a hash of the KV it reads: a block
-that is missing, stale, swapped or bent shows as other tokens. `ShellTrio` starts, kills and replaces participants and
-says whether anything is left behind; `patched_timing` makes waiting short.
+Engines are real too, with a runner whose logits are a hash of the KV it reads: a wrong block shows as other tokens.
 """
 
 from __future__ import annotations
