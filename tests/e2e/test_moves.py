@@ -220,7 +220,7 @@ def test_a_worker_killed_while_answers_move_costs_no_token(
 async def killed_while_moving(fleet: Fleet, name: str, after_s: float) -> None:
     """Answers that have begun: of others the status may be 503, since the last worker that decodes may drain."""
     load = asyncio.create_task(fleet.run())
-    await asyncio.sleep(0)
+    await until(lambda: len(fleet.calls) == NUM_CLIENTS, "every client has asked", 60)
     fleet.is_over = True
     began = lambda: len(fleet.calls) == NUM_CLIENTS and all(len(call.token_ids) > 1 for call in fleet.calls)  # noqa: E731
     await until(began, "every answer has begun", 60)
