@@ -131,8 +131,13 @@ def random_gemma3(kinds: Sequence[str] = MIXED_KINDS) -> LoadedModel:
         eos_token_id=None,
         tie_word_embeddings=False,
     )
+    return random_model(_hf.Gemma3ForCausalLM, config)
+
+
+def random_model(kind: Any, config: Any) -> LoadedModel:
+    """The class's own initial weights, rounded to bfloat16 as checkpoints' are, in float32."""
     torch.manual_seed(0)
-    module = _hf.Gemma3ForCausalLM(config).eval().float()
+    module = kind(config).eval().bfloat16().float()
     module.set_attn_implementation(hf.ATTENTION_NAME)
     layers = tuple(
         LayerSpec(call.layer, call.window, 0, call.num_kv_heads, call.head_dim, "float32", call.producer)
@@ -155,9 +160,9 @@ def our_path() -> tuple[str, tuple[str, ...]]:
     return WHOLE if native_matmul.serves(torch.float32) else IN_PARTS
 
 
-def suited(model: LoadedModel) -> LoadedModel:
-    """`model` as a worker on a CPU runs it, beside the original, for as many threads as there are now."""
-    module = copy.deepcopy(model.module)
+def suited(model: LoadedModel, *, is_kept: bool = True) -> LoadedModel:
+    """`model` as a worker on a CPU runs it, for as many threads as there are now; beside the original if it is kept."""
+    module = copy.deepcopy(model.module) if is_kept else model.module
     suit_cpu(module)
     return replace(model, module=module)
 

@@ -40,7 +40,7 @@ from disagg.transceiver.wire.messages.values import Sampling
 from disagg.transceiver.wire.node import draw_id
 
 TICK_S = 1 / os.sysconf("SC_CLK_TCK")
-START_TIMEOUT_S = 60
+START_TIMEOUT_S = 240  # a thousand workers on a busy machine
 NGINX = """
 daemon off; master_process off; pid {folder}/pid; error_log stderr;
 events {{ worker_connections 4096; }}

@@ -105,20 +105,28 @@ def transformers_way(case: Case, logits: torch.Tensor, given: Sequence[SampleInp
     return sample
 
 
-def measure(case: Case, num_rows: int, vocab_size: int, repeats: int) -> str:
-    """A line of the table: milliseconds a row of each contender, medians of turns, and the ratio."""
+def times(
+    case: Case, num_rows: int, vocab_size: int, repeats: int, clock: Callable[[], float] = time.perf_counter
+) -> tuple[float, float | None, float]:
+    """Milliseconds a row of transformers, the helper (None where it is not built) and NumPy, medians of turns."""
     logits, given = made_logits(num_rows, vocab_size), inputs(case, num_rows, vocab_size)
     ways = [engine(plain.sample, logits, given), transformers_way(case, logits, given)]
     ways += [engine(native.sample, logits, given)] if native.is_loaded() else []
     seconds: list[list[float]] = [[] for _ in ways]
     for turn in range(repeats + 1):
         for way, taken in zip(ways, seconds, strict=True):
-            started = time.perf_counter()
+            started = clock()
             way()
             if turn:  # the first makes what is kept
-                taken.append(time.perf_counter() - started)
+                taken.append(clock() - started)
     numpy, theirs, *helper = (statistics.median(taken) / num_rows * 1e3 for taken in seconds)
-    ours = f"{helper[0]:.3f} | {theirs / helper[0]:.1f} x" if helper else "not built | "
+    return theirs, helper[0] if helper else None, numpy
+
+
+def measure(case: Case, num_rows: int, vocab_size: int, repeats: int) -> str:
+    """A line of the table: milliseconds a row of each contender, and the ratio."""
+    theirs, helper, numpy = times(case, num_rows, vocab_size, repeats)
+    ours = "not built | " if helper is None else f"{helper:.3f} | {theirs / helper:.1f} x"
     return f"| {num_rows} | {case.name} | {theirs:.3f} | {ours} | {numpy:.3f} | {theirs / numpy:.1f} x |"
 
 

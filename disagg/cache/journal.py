@@ -54,7 +54,7 @@ class BlockJournal:
         self._lock = threading.Lock()
         self._events: deque[BlockEvent] = deque()
         self._max_waiting = max_waiting
-        self._is_on = self._is_lost = False
+        self.is_on = self._is_lost = False
 
     # --- the cache's thread ---------------------------------------------------------------------------------
 
@@ -66,16 +66,16 @@ class BlockJournal:
         ]
         with self._lock:
             self._events = deque(events)
-            self._is_on, self._is_lost = True, False
+            self.is_on, self._is_lost = True, False
 
     def store(self, stored: Mapping[PrefixNode, Sequence[int]]) -> None:
         """These nodes have a slot now in these groups, in which they had none."""
-        if self._is_on and stored:
+        if self.is_on and stored:
             self._add([_stored_in(node, tuple(groups)) for node, groups in stored.items()])
 
     def drop(self, identity: bytes, groups: Iterable[int]) -> None:
         """This block has no slot in these groups any more."""
-        if self._is_on:
+        if self.is_on:
             self._add([BlockDropped(identity, tuple(groups))])
 
     # --- any thread -----------------------------------------------------------------------------------------
@@ -84,7 +84,7 @@ class BlockJournal:
         """Note nothing more, and forget what was not taken."""
         with self._lock:
             self._events.clear()
-            self._is_on = False
+            self.is_on = False
 
     def take(self, most: int) -> list[BlockEvent]:
         """The next events, fewer than `most` if there are no more."""
@@ -98,11 +98,11 @@ class BlockJournal:
 
     def _add(self, events: Sequence[BlockEvent]) -> None:
         with self._lock:
-            if not self._is_on:
+            if not self.is_on:
                 return
             if len(self._events) + len(events) > self._max_waiting:
                 self._events.clear()
-                self._is_on, self._is_lost = False, True
+                self.is_on, self._is_lost = False, True
             else:
                 self._events.extend(events)
 

@@ -120,7 +120,9 @@ class PrefixCache:
             for slot, node in offered:
                 node.slots[group] = slot
                 owner[slot] = (node, group)
-                stored.setdefault(node, []).append(group)
+            if self.journal.is_on:
+                for _, node in offered:
+                    stored.setdefault(node, []).append(group)
         self.journal.store(stored)
         return len(nodes)
 

@@ -107,7 +107,7 @@ for _role in get_args(Role):
 app.add_typer(bench_app, name="bench")
 
 
-@app.command("drain", help="Empty a worker: its answers go on elsewhere, and it gets no new ones.")
+@app.command("drain", help="Empty a worker: its answers go on elsewhere, and none begins.")
 def drain(
     worker: Annotated[str, typer.Argument(help="Its `--worker-id`, as `GET /workers` names it", metavar="WORKER")],
     admin: Annotated[

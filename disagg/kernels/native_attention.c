@@ -120,34 +120,6 @@ INLINE void take_scores(const Layout *at, const float *query, int num_queries, c
         }
 }
 
-/* `*max` to the largest of it and `count` floats. `x` is filled up to a whole vector with what has no weight. */
-INLINE void raise_to_largest(float *max, float *x, int64_t count)
-{
-    vec largest = *max - (vec){0};
-    for (int64_t i = count; i % LANES; i++)
-        x[i] = -INFINITY;
-    for (int64_t i = 0; i < count; i += LANES) {
-        vec value = *(const loose *)(x + i);
-        ivec is_larger = value > largest;
-        largest = (vec)(((ivec)value & is_larger) | ((ivec)largest & ~is_larger));
-    }
-    for (int i = 0; i < LANES; i++)
-        *max = largest[i] > *max ? largest[i] : *max;
-}
-
-/* exp(x - subtract) of `count` floats, at most 0 (or NaN, which stays), up to a whole vector, and their sum. */
-INLINE float exponentials(float *x, int64_t count, float subtract)
-{
-    vec sums = {0};
-    for (int64_t i = 0; i < count; i += LANES) {
-        vec value = *(const loose *)(x + i) - subtract;
-        exponential(&value);
-        *(loose *)(x + i) = value;
-        sums += value;
-    }
-    return total(&sums);
-}
-
 /* out[q][0..width) += the sum over keys of weights[q][key] * value[key], for one query or two. */
 INLINE void take_columns(int64_t dim, float *out, int num_queries, const float *value, int64_t num_keys, int width,
                          const float *weights)

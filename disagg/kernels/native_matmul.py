@@ -17,6 +17,7 @@ from disagg.kernels.dispatch import CALLS
 MULTIPLY: Final = "native:multiply"
 PANEL: Final = 32
 """Outputs that lie together, as in native_matmul.c."""
+ROWS_AT_ONCE: Final = 4096  # of a weight that is looked at: a head of gigabytes needs no second one beside it
 MAX_QUICK_PRODUCTS: Final = 1 << 22
 """Calls of up to so many multiplications keep Python's lock: about 60 µs, 120 with AVX2, where a thread that wants it
 waits for up to 5 ms."""
@@ -42,14 +43,14 @@ def _typed(library: ctypes.CDLL | None) -> ctypes.CDLL | None:
 _free, _quick = _typed(native.library()), _typed(native.quick_library())
 
 
+def is_fast() -> bool:
+    """Whether this processor has vectors for which the helper's products are fast."""
+    return _free is not None and bool(_free.disagg_multiplies_fast())
+
+
 def serves(dtype: torch.dtype) -> bool:
     """Whether weights of `dtype` should be multiplied here, by the thread that asks alone."""
-    return (
-        _free is not None
-        and dtype == torch.float32
-        and torch.get_num_threads() == 1
-        and bool(_free.disagg_multiplies_fast())
-    )
+    return dtype == torch.float32 and torch.get_num_threads() == 1 and is_fast()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -82,12 +83,13 @@ class PackedWeight:
 def pack(weight: torch.Tensor, bias: torch.Tensor | None) -> PackedWeight:
     """From float32 `weight` `[num_outputs, depth]`, of which nothing is kept."""
     num_outputs, depth = weight.shape
+    is_narrow = all(torch.equal(rows.to(torch.bfloat16).float(), rows) for rows in torch.split(weight, ROWS_AT_ONCE))
+    held = weight.to(torch.bfloat16) if is_narrow else weight
     missing = -num_outputs % PANEL
-    filled = torch.nn.functional.pad(weight, (0, 0, 0, missing)) if missing else weight
-    panels = filled.view(-1, PANEL, depth).transpose(1, 2)
-    narrow = panels.to(torch.bfloat16)
-    if torch.equal(narrow.float(), panels):  # outputs i and i + PANEL / 2 side by side: see native_matmul.c
-        panels = narrow.reshape(-1, depth, 2, PANEL // 2).transpose(2, 3).flatten(2)
+    filled = torch.nn.functional.pad(held, (0, 0, 0, missing)) if missing else held
+    panels = filled.reshape(-1, PANEL, depth).transpose(1, 2)
+    if is_narrow:  # outputs i and i + PANEL / 2 side by side: see native_parts.h
+        panels = panels.reshape(-1, depth, 2, PANEL // 2).transpose(2, 3).flatten(2)
     return PackedWeight(panels.contiguous(), None if bias is None else bias.contiguous(), depth, num_outputs)
 
 

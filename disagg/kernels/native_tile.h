@@ -1,4 +1,4 @@
-/* The inner loops of native_matmul.c for vectors of TILE_LANES floats; included once for each width.
+/* The inner loops of native_panels.h for vectors of TILE_LANES floats; included once for each width.
 
    A tile is `num_rows` rows by two vectors of outputs of a panel, [first, first + TILE_LANES) and as many from
    first + PANEL / 2 on. Its sums stay in registers, so `num_rows` is known where this is compiled. */
@@ -71,47 +71,6 @@ INLINE void NAMED(take_panel_)(const Slice *of, int is_bfloat16, const char *pan
     }
 }
 
-/* All rows of a block by every panel; the last may have fewer outputs than it has room for. */
-INLINE void NAMED(take_block_)(const Weight *of, const Slice *slice, int is_bfloat16, int64_t n, const float *x,
-                               int64_t stride, float *out)
-{
-    float room[TILE_ROWS * PANEL];
-    for (int64_t at = 0; at < of->num_outputs; at += PANEL) {
-        const int64_t nbytes = of->is_bfloat16 ? 2 : 4, width = of->num_outputs - at;
-        const char *panel = of->panels + (at * of->depth + slice->first * PANEL) * nbytes;
-        if (width >= PANEL) {
-            NAMED(take_panel_)(slice, is_bfloat16, panel, x, stride, n, out + at, of->num_outputs);
-            continue;
-        }
-        for (int64_t done = 0, count; done < n; done += count) {
-            count = n - done < TILE_ROWS ? n - done : TILE_ROWS;
-            for (int64_t r = 0; r < count; r++)
-                memcpy(room + r * PANEL, out + (done + r) * of->num_outputs + at, sizeof(float) * (size_t)width);
-            NAMED(take_panel_)(slice, is_bfloat16, panel, x + done * stride, stride, count, room, PANEL);
-            for (int64_t r = 0; r < count; r++)
-                memcpy(out + (done + r) * of->num_outputs + at, room + r * PANEL, sizeof(float) * (size_t)width);
-        }
-    }
-}
-
-INLINE void NAMED(multiply_)(PARAMETERS)
-{
-    for (int64_t done = 0, count; done < n; done += count) {
-        count = n - done < BLOCK_ROWS ? n - done : BLOCK_ROWS;
-        const float *rows = x + done * stride;
-        float *to = out + done * of->num_outputs;
-        for (int64_t first = 0; first < of->depth; first += DEPTH) {
-            const int64_t left = of->depth - first;
-            const Slice slice = {first, left < DEPTH ? left : DEPTH, first == 0};
-            if (of->is_bfloat16)
-                NAMED(take_block_)(of, &slice, 1, count, rows + first, stride, to);
-            else
-                NAMED(take_block_)(of, &slice, 0, count, rows + first, stride, to);
-        }
-        for (int64_t r = 0; of->bias && r < count; r++)
-            for (int64_t i = 0; i < of->num_outputs; i++)
-                to[r * of->num_outputs + i] += of->bias[i];
-    }
-}
-
 #undef TILE
+#undef TILE_LANES
+#undef TILE_ROWS

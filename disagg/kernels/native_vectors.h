@@ -4,6 +4,7 @@
 #ifndef DISAGG_NATIVE_VECTORS_H
 #define DISAGG_NATIVE_VECTORS_H
 
+#include <math.h>
 #include <stdint.h>
 #include <string.h>
 
@@ -52,6 +53,34 @@ INLINE void exponential(vec *x)
     e = e * r + 1.0f;
     ivec power = (((ivec)(n + round) - 0x4B400000) + 127) << 23; /* the bits of `round` hold n in their lowest */
     *x = (vec)((ivec)(e * (vec)power) & ~vanishes);
+}
+
+/* `*max` to the largest of it and `count` floats. `x` is filled up to a whole vector with what has no weight. */
+INLINE void raise_to_largest(float *max, float *x, int64_t count)
+{
+    vec largest = *max - (vec){0};
+    for (int64_t i = count; i % LANES; i++)
+        x[i] = -INFINITY;
+    for (int64_t i = 0; i < count; i += LANES) {
+        vec value = *(const loose *)(x + i);
+        ivec is_larger = value > largest;
+        largest = (vec)(((ivec)value & is_larger) | ((ivec)largest & ~is_larger));
+    }
+    for (int i = 0; i < LANES; i++)
+        *max = largest[i] > *max ? largest[i] : *max;
+}
+
+/* exp(x - subtract) of `count` floats, at most 0 (or NaN, which stays), up to a whole vector, and their sum. */
+INLINE float exponentials(float *x, int64_t count, float subtract)
+{
+    vec sums = {0};
+    for (int64_t i = 0; i < count; i += LANES) {
+        vec value = *(const loose *)(x + i) - subtract;
+        exponential(&value);
+        *(loose *)(x + i) = value;
+        sums += value;
+    }
+    return total(&sums);
 }
 
 #endif

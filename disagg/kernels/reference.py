@@ -9,7 +9,8 @@ are batched with tables padded by the NULL slot, in buckets of similar length; l
 queries, so that a windowed layer touches only the keys near a tile and a mask stays small.
 
 Where the compiled helper is loaded and serves the types, decode queries and writes go there (`native_attention`),
-which needs neither row numbers nor buckets, and so does the fused step before attention (`native_layers`).
+which needs neither row numbers nor buckets. So do longer runs in float32 (`native_prefill`), and the fused step before
+attention (`native_layers`).
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import numpy.typing as npt
 import torch
 from torch.nn import functional
 
-from disagg.kernels import native_attention, native_layers
+from disagg.kernels import native_attention, native_layers, native_prefill
 from disagg.kernels.batch import NULL_SLOT, PagedBatch, QueryRun
 from disagg.kernels.qkv import HeadNorms, Rotary
 from disagg.kernels.scales import KVScales, dequantise, quantise, raw
@@ -99,7 +100,7 @@ class Plan:
     writes: Writes
     decodes: native_attention.DecodeRows | None
     buckets: tuple[Bucket, ...]
-    runs: tuple[Run, ...]
+    runs: tuple[Run | native_prefill.NativeRun, ...]
     workspace: Workspace
 
 
@@ -189,12 +190,14 @@ class _Planner:
             replace(bucket, rows=self._rows(self._bucket_slots(members)))
             for bucket, members in zip(plan.buckets, self._buckets() if plan.buckets else (), strict=True)
         ]
-        runs = [
-            replace(done, rows=self._rows(self.batch.slots(run, self.batch.ordinals(run))))
-            for done, (_, run) in zip(plan.runs, self.long, strict=True)
-        ]
+        runs = [self._moved(done, at, run) for done, (at, run) in zip(plan.runs, self.long, strict=True)]
         rows = None if plan.decodes is None else self._decode_rows()
         return replace(plan, writes=self._writes(), decodes=rows, buckets=tuple(buckets), runs=tuple(runs))
+
+    def _moved(self, done: Run | native_prefill.NativeRun, at: int, run: QueryRun) -> Run | native_prefill.NativeRun:
+        if isinstance(done, native_prefill.NativeRun):
+            return native_prefill.NativeRun(at, run, self.batch.window or 0)
+        return replace(done, rows=self._rows(self.batch.slots(run, self.batch.ordinals(run))))
 
     def _tensor(self, array: npt.NDArray[np.generic]) -> torch.Tensor:
         return torch.from_numpy(np.ascontiguousarray(array)).to(self.device)
@@ -273,7 +276,9 @@ class _Planner:
             allowed &= columns > own - self.batch.window
         return allowed
 
-    def _run(self, at: int, run: QueryRun) -> Run:
+    def _run(self, at: int, run: QueryRun) -> Run | native_prefill.NativeRun:
+        if native_prefill.serves(self.pool, self.dtype, self.batch):
+            return native_prefill.NativeRun(at, run, self.batch.window or 0)
         ordinals = self.batch.ordinals(run)
         keys = self._key_positions(ordinals)
         tiles = []
@@ -382,6 +387,10 @@ def paged_attention(
             return result.reshape(num_queries, num_heads, head_dim)
         out.index_copy_(0, bucket.queries, result)
     for run in plan.runs:
+        if isinstance(run, native_prefill.NativeRun):
+            made = out.view(query.shape)
+            native_prefill.attend(query, pool, run, scale, softcap, sink_logits, plan.workspace, made)
+            continue
         key, value = _gather(plan.workspace, rows, run.rows, (num_kv_heads, 1, -1, head_dim), query.dtype)
         for tile in run.tiles:
             part = grouped[tile.first : tile.last].permute(1, 2, 0, 3)

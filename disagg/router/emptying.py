@@ -18,8 +18,8 @@ MOVES_AT_ONCE: Final = 4
 """From one worker. Each holds its answer still while its bytes land, and more at once share one wire: all would only
 stand still for longer."""
 
-SPARE_BLOCKS: Final = 16
-"""Blocks that a worker without need for them has beside what it is to take over: else it would be pressed next."""
+FREE_SHARE: Final = 0.5
+"""Of each pool of a worker that is to relieve another: with less it would be the next that is short of blocks."""
 
 
 Orders = Iterator[tuple[MovableRequest, list[Action]]]
@@ -50,7 +50,7 @@ class Emptying:
         for request in pressed:
             if source is None or request.server != incarnation or not request.may_move(now, is_pressing=False):
                 continue
-            if (sink := self.sink_for(source, request.avoided_sink, now, request.num_stored)) is not None:
+            if (sink := self.sink_for(source, request.avoided_sink, now, with_room=True)) is not None:
                 yield request, request.move(sink.target, self._draw(), now)
 
     def _moves(self, worker: Worker, own: Sequence[MovableRequest], now: float) -> Orders:
@@ -63,12 +63,12 @@ class Emptying:
                 yield request, request.move(sink.target, self._draw(), now)
         return None
 
-    def sink_for(self, source: Worker, avoided: str, now: float, num_tokens: int = 0) -> Worker | None:
+    def sink_for(self, source: Worker, avoided: str, now: float, *, with_room: bool = False) -> Worker | None:
         """The least loaded worker that can go on with answers of `source`; `avoided` only where there is no other.
 
-        `num_tokens`: those of an answer for which there must be ample room.
+        `with_room`: its pools have ample room by its last lease; without, it may find that it has none.
         """
-        able = [w for w in self._registry if _can_take_over(source, w, now) and _has_room(w, num_tokens)]
+        able = [w for w in self._registry if _can_take_over(source, w, now) and (not with_room or _has_room(w))]
         return min(able, key=lambda w: self._cost(source, w, avoided), default=None)
 
     def _cost(self, source: Worker, sink: Worker, avoided: str) -> tuple[bool, bool, int]:
@@ -96,7 +96,7 @@ def _can_take_over(source: Worker, sink: Worker, now: float) -> bool:
     )
 
 
-def _has_room(sink: Worker, num_tokens: int) -> bool:
-    """For an answer so long, by the sink's last lease, and for what its own answers take meanwhile."""
-    wanted = -(-num_tokens // sink.register.geometry.block_size) + SPARE_BLOCKS if num_tokens else 0
-    return min(sink.lease.blocks_free, default=0) >= wanted
+def _has_room(sink: Worker) -> bool:
+    lease = sink.lease
+    pools = zip(lease.blocks_used, lease.blocks_free, strict=False)
+    return bool(lease.blocks_free) and all(free >= FREE_SHARE * (used + free) for used, free in pools)

@@ -1,6 +1,6 @@
 """A request whose answer may be moved from the worker that decodes it to another. Pure, as all of a request is.
 
-The source decodes under epoch e, the sink gets e+1. The router alone says who speaks:
+The source decodes under epoch e, the sink gets e+1. The router alone says which of them speaks:
 
     before the first token of e+1    tokens of e are forwarded; the source may finish the answer
     a token of e+1                   the sink has the answer: what comes of e later is dropped, the source is cancelled
@@ -90,11 +90,6 @@ class MovableRequest(RoutedRequest):
         """The incarnation that gives the answer, or is to give it; "" before the first placement."""
         return self.placement.server.incarnation if self.placement is not None else ""
 
-    @property
-    def num_stored(self) -> int:
-        """Tokens whose KV the server holds, as far as the router knows."""
-        return len(self.request.prompt) + self.num_tokens
-
     def may_move(self, now: float, *, is_pressing: bool) -> bool:
         """Whether there is one answer, begun and not about to end, that may be moved now.
 
@@ -166,7 +161,7 @@ class MovableRequest(RoutedRequest):
                 return False
         return True
 
-    # --- who speaks -----------------------------------------------------------------------------------------
+    # --- which of them speaks -----------------------------------------------------------------------------------------
 
     def _hear_sink(self, message: object, now: float) -> None:
         match message:

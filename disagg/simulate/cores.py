@@ -1,4 +1,4 @@
-"""Who computes when: each worker on a device of its own, or all of them on the few cores of one machine.
+"""Where jobs are computed: each worker has a device of its own, or all share the few cores of one machine.
 
 Shared cores are shared as a fair scheduler does it: as many jobs as cores run at full speed, and more jobs than cores
 run equally fast, so that no core is idle while there is work. A job's progress is counted in its own seconds of work.

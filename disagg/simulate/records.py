@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 
 from disagg.cache.layout import CacheLayout
+from disagg.router.pairing import PairTraits
 from disagg.router.registry import Registry
 from disagg.simulate.handoff import Ground
 from disagg.simulate.worker import SimulatedWorker
@@ -54,7 +55,9 @@ def records_of(workers: Sequence[SimulatedWorker], ground: Ground) -> Registry:
         w.incarnation: LinkStatus(w.incarnation, w.worker_id, "shm", "ready", per_s, "", latency_s) for w in registry
     }
     measured = MeasuredRates(rates.prefill_tokens_per_s, rates.empty_step_s, rates.decode_step_s.points)
+    traits = PairTraits(next(iter(registry)).register)  # equal for all: one object is compared faster than many
     for record in registry:
+        record.traits = traits
         record.heard_at, record.link_reports = math.inf, links
         record.lease = Lease(record.incarnation, "", rates=measured)
     return registry

@@ -7,7 +7,7 @@ Ours: a first line {"block_size": 16}, then one line for each request:
 `arrival` is in seconds, `prompt` and `answer` are counts of tokens. `hashes` name the prompt's whole blocks, each with
 all that comes before it, so equal names mean equal prefixes; `answer_hashes`, which may be left out, name the blocks
 after these that the answer fills. Mooncake's lines have `timestamp` in milliseconds, `input_length`, `output_length`
-and `hash_ids` of blocks of 512 tokens; a last block that is not whole has a name there and is reused by nobody here.
+and `hash_ids` of blocks of 512 tokens; a last block that is not whole has a name there and is never reused here.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A worker that computes nothing: who starts when there is room, what a step holds, and how long it takes.
+"""A worker that computes nothing: which request starts when there is room, what a step holds, how long it takes.
 
 It follows `disagg.engine.scheduler`: what must be promised stands in one line and starts when seats and pools allow;
 soft prompts start while that line is empty and give way, newest first; every answer gets a token per step, and prompts
@@ -143,7 +143,7 @@ class SimulatedWorker:
         prompt.held = None
         self._admit()
 
-    # --- who starts -----------------------------------------------------------------------------------------
+    # --- what starts ----------------------------------------------------------------------------------------
 
     def _admit(self) -> None:
         line = self._line

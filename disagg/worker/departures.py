@@ -84,7 +84,7 @@ class Departures:
         self._submit(Thaw(key))
 
     def forget(self, key: AttemptKey, event: Event) -> None:
-        """End the transfer of this attempt, if it has one, without a word to the router, who knows."""
+        """End the transfer of this attempt, if it has one, without a word to the router, which knows."""
         if (leg := self.leg_of(key)) is not None:
             del self._by_leg[leg]
             self._feed(leg, event)

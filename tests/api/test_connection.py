@@ -343,8 +343,9 @@ def few_descriptors() -> Iterator[None]:
     """No descriptor is left after a few more."""
     resource = pytest.importorskip("resource")
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    with socket.socket() as next_free:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (next_free.fileno() + 60, hard))
+    with contextlib.ExitStack() as taken:  # numbers further on may be in use already
+        free = [taken.enter_context(socket.socket()).fileno() for _ in range(60)]
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(free) + 1, hard))
     yield
     resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 

@@ -169,7 +169,7 @@ async def test_without_workers_nothing_is_ready_and_requests_are_503(api: Api) -
 
 async def test_the_routes_that_say_how_things_stand(api: Api) -> None:
     assert (await api.get("/ready")).status == 200
-    assert (await api.get("/workers")).json == {"workers": [{"id": "p0", "role": "prefill"}]}
+    assert (await api.get("/workers")).json == {"workers": api.backend.workers()}
     assert set((await api.get("/version")).json) == {"version"}
     metrics = await api.get("/metrics")
     assert metrics.body == b"disagg_up 1\n"

@@ -229,3 +229,15 @@ def test_a_view_has_the_slot_layout_layer_kv_head_token_dim():
     flat = pool.memory[3].view(torch.float32)
     assert flat.nonzero().tolist() == [[((1 * 2 + 1) * 4 + 2) * 2 + 1]]
     pool.close()
+
+
+def test_a_slot_that_peers_were_shown_gets_another_generation_before_it_is_written_again(pool):
+    slot, other = pool.allocate(2)
+    before = pool.generations.copy()
+    pool.rename([slot])
+    assert pool.generations[slot] == before[slot] + 2
+    assert pool.generations[other] == before[other]
+    pool.check_invariants()
+    pool.share(np.array([slot]))
+    with pytest.raises(AssertionError, match="that is shared"):
+        pool.rename([slot])

@@ -140,7 +140,7 @@ def test_help_names_what_to_write_after_a_flag_in_the_words_of_the_settings(
     flags = re.findall(r"^  (?:-\w, )?--[\w-]+ (\S+)", capsys.readouterr().out, re.MULTILINE)
     assert flags
     for value in flags:
-        assert re.fullmatch(r"INT|NUMBER|FILE|TEXT|SIZE(,\.\.\.)?|[\w|]+\|\w+|/", value), value
+        assert re.fullmatch(r"INT|NUMBER|FILE|TEXT|SIZE(,\.\.\.)?|[\w|-]+\|[\w-]+|/", value), value
 
 
 def test_help_says_what_a_flag_takes_and_what_it_is_without(capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,6 +8,7 @@ import os
 import signal
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from urllib.parse import urlsplit
 
 import pytest
@@ -35,7 +36,9 @@ def answer_of(system: System) -> list[int]:
 
 
 def api_pids(system: System) -> list[int]:
-    return children_of(system.pid_of("router"))
+    """The router has other processes beside it: its index, and helpers."""
+    children = children_of(system.pid_of("router"))
+    return [pid for pid in children if b"api_process" in Path(f"/proc/{pid}/cmdline").read_bytes()]
 
 
 def stream(system: System) -> http.client.HTTPConnection:

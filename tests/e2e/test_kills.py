@@ -119,6 +119,7 @@ async def play(case: Case, name: str, kill: Callable[[], None], go_on: Callable[
             records = await asyncio.to_thread(records_of, case, calls)
             scene = Scene(calls, time.monotonic(), records)
             kill()
+            case.faults.end("pause_decode")
             await until(lambda: go_on(scene), "the others to have noticed")
         finally:
             case.faults.set()

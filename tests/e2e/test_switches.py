@@ -24,10 +24,15 @@ def log_of_workers(**environ: str) -> str:
 def test_each_switch_changes_what_serves() -> None:
     plain = log_of_workers()
     assert "decode attention: the compiled helper" in plain
-    assert "fused QKV" not in plain
+    assert "fused QKV preprocessing in " in plain
+    assert "layers are one call each" in plain
     switched = log_of_workers(DISAGG_NATIVE="off", DISAGG_FUSED_QKV="on", DISAGG_KERNELS="torch")
     assert "decode attention and KV writes: torch operations; the compiled helper is not built or left out" in switched
     assert "fused QKV preprocessing in " in switched
+    assert "one call each" not in switched
+    unfused = log_of_workers(DISAGG_FUSED_QKV="off")
+    assert "fused QKV" not in unfused
+    assert "one call each" not in unfused
 
 
 @pytest.mark.skipif(bool(missing_interpreter()), reason=str(missing_interpreter()))

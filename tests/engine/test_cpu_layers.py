@@ -104,6 +104,21 @@ def test_sixteen_bits_keep_transformers_forward(folder: Path) -> None:
     assert count(model.module, NativeNorm) == count(model.module, GatedLayer) == count(model.module, NativeDecoder) == 0
 
 
+def test_with_two_threads_layers_decode_in_parts(folder: Path) -> None:
+    model, references = load_case("gemma3", folder)
+    torch.set_num_threads(2)
+    try:
+        fast = suited(model)
+        assert count(fast.module, NativeDecoder) == 0
+        CALLS.clear()
+        lives = answers(fast, references)
+    finally:
+        torch.set_num_threads(1)
+    assert CALLS[native_layers.QKV] > 0
+    assert not CALLS[native_matmul.MULTIPLY]
+    assert [live.answer for live in lives] == [reference.token_ids for reference in references]
+
+
 # --- negative controls: a module that does something else keeps its forward ----------------------------------
 
 

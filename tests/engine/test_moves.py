@@ -7,7 +7,7 @@ from collections import Counter
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.model.engine_pair import HASHER, LAYOUT, TestedEngine, greedy, key, prompt_of
+from support.model.engine_pair import HASHER, LAYOUT, TestedEngine, greedy, key, prompt_of, transfer
 from support.model.fake_runner import reference_tokens
 from support.oracles.cache_oracle import needed_blocks
 
@@ -18,6 +18,8 @@ from disagg.engine.commands import (
     Freeze,
     FrozenEvent,
     MoveRefusedEvent,
+    Pin,
+    Prefill,
     PressedEvent,
     Release,
     Reserve,
@@ -192,6 +194,20 @@ def test_what_is_no_answer_yet_cannot_be_frozen(state: str) -> None:
     (refused,) = engine.handle(Freeze(ANSWER))
     assert isinstance(refused, MoveRefusedEvent)
     engine.run()
+
+
+def test_kv_that_has_been_through_another_format_stays_where_it_is() -> None:
+    """A worker that took it over would keep it as its own: a lossy prefix must never pass for an exact one."""
+    source, middle = TestedEngine(role="prefill", hasher=HASHER), TestedEngine(role="decode", hasher=HASHER)
+    source.handle(Prefill(ANSWER, prompt_of(9), greedy(20)))
+    source.handle(Pin(ANSWER))
+    source.run()
+    middle.handle(Reserve(ANSWER, prompt_of(9), greedy(20), precision="float16:ab"))
+    middle.handle(Decode(ANSWER, transfer(source, middle, ANSWER, 9)))
+    (refused,) = middle.handle(Freeze(ANSWER))
+    assert isinstance(refused, MoveRefusedEvent)
+    assert "other formats" in refused.reason
+    middle.run()
 
 
 def test_a_frozen_answer_is_never_the_one_that_gives_way() -> None:

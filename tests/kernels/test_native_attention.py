@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.oracles.attention_world import CASES, MIXED, Case, World
 
-from disagg.kernels import native, native_attention, ops, reference
+from disagg.kernels import native, native_attention, native_matmul, native_prefill, ops, reference
 from disagg.kernels.batch import PagedBatch
 from disagg.kernels.dispatch import CALLS, forced
 from disagg.kernels.native_attention import ATTENTION, WRITE
@@ -285,3 +285,64 @@ def test_nothing_is_written_outside_the_pool(slot: int) -> None:
     assert memory.count_nonzero() == 0
     native_attention.write(pool, np.array([3, 11]) * pool.stride(0) + 4, new, new)
     assert memory.count_nonzero() == pool.count_nonzero() == 2 * new.numel()  # K and V
+
+
+RUNS = {
+    "prompts": Case(((0, 300), (0, 1), (17, 40), (256, 13), (0, 12)), head_dim=64, block_size=16),
+    "chunks of a prompt, window": Case(((500, 150), (40, 30), (0, 64)), window=50, head_dim=32, block_size=16),
+    "a window over chunks of keys": Case(((700, 60),), window=300, head_dim=32),
+    "a window of one": Case(((3, 20), (0, 5)), window=1, head_dim=32),
+    "sink logits and softcap": Case(((9, 33), (300, 5)), head_dim=96, sink_logits=True, softcap=1.5),
+    "one head each": Case(((70, 25),), head_dim=128, queries_per_head=1, num_kv_heads=3, block_size=5),
+    "NaN that no query sees": Case(((60, 40), (90, 1)), window=11, head_dim=32, unseen=float("nan")),
+}
+
+
+@needs_helper
+@pytest.mark.parametrize("name", RUNS)
+def test_runs_agree_with_dense_attention(name: str, width: int) -> None:
+    CALLS.clear()
+    assert error(World(RUNS[name])) < 3e-6
+    assert CALLS[native_prefill.RUN] == sum(n > 1 for _, n in RUNS[name].runs) * native_matmul.is_fast()
+
+
+@needs_helper
+@given(
+    runs=st.lists(st.tuples(st.integers(0, 600), st.integers(1, 60)), min_size=1, max_size=3),
+    block_size=st.sampled_from([1, 5, 16]),
+    window=st.none() | st.integers(1, 400),
+    heads=st.tuples(st.integers(1, 2), st.integers(1, 3)),
+    transposed=st.booleans(),
+)
+@settings(max_examples=60, deadline=None)
+def test_any_runs_agree_with_dense_attention(
+    runs: list[tuple[int, int]], block_size: int, window: int | None, heads: tuple[int, int], transposed: bool
+) -> None:
+    case = Case(tuple(runs), block_size, window, 0, *heads, 32)
+    assert error(World(case), transposed=transposed) < 3e-6
+
+
+@needs_helper
+def test_heads_of_a_run_may_be_dealt_to_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native_prefill, "MIN_PRODUCTS_PER_THREAD", 1)
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        assert error(World(RUNS["prompts"])) < 3e-6
+    finally:
+        torch.set_num_threads(before)
+
+
+@needs_helper
+def test_a_runs_window_off_by_one_is_noticed() -> None:
+    world = World(RUNS["chunks of a prompt, window"])
+    world.batch = replace(world.batch, window=49)
+    assert error(world) > 1e-3
+
+
+@needs_helper
+def test_a_run_that_needs_a_block_without_a_slot_is_an_error() -> None:
+    world = World(RUNS["prompts"])
+    world.batch.runs[0].table[1] = 0
+    with pytest.raises(AssertionError, match="has no slot"):
+        world.actual()

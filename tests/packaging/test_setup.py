@@ -93,6 +93,7 @@ def test_an_index_that_has_the_version_answers(
     (tmp_path / "torch").mkdir()
     (tmp_path / "torch" / "index.html").write_text('<a href="torch-2.13.0-py3-none-any.whl">torch</a>')
     monkeypatch.setattr(setup_venv, "CPU_INDEX", tmp_path.as_uri())
+    monkeypatch.setattr(setup_venv, "CPU_INDEX_ANSWER_S", 60)  # pip takes seconds to start on a busy machine
     assert setup_venv.cpu_index_answers(Path(sys.executable), "torch==2.13.0")
     assert not setup_venv.cpu_index_answers(Path(sys.executable), "torch==2.99.0")
 

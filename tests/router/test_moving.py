@@ -313,7 +313,7 @@ def test_workers_that_drain_take_nothing_over() -> None:
 def with_room(*names: str, **free: int) -> Registry:
     registry = fleet(*names)
     for name, count in free.items():
-        registry.renew(replace(make_lease(name, links=names), blocks_free=(count, count)), 0.0)
+        registry.renew(replace(make_lease(name, links=names), blocks_used=(0, 10), blocks_free=(9, count)), 0.0)
     return registry
 
 
@@ -325,11 +325,11 @@ def relieved(registry: Registry, *requests: MovableRequest, now: float = 20.0) -
 
 
 def test_an_answer_that_would_be_preempted_goes_to_a_worker_with_room() -> None:
-    assert relieved(with_room("a", "b", "c", b=5, c=40), answering()) == [("a", Grant, 2), ("c", Dispatch, 2)]
+    assert relieved(with_room("a", "b", "c", b=9, c=10), answering()) == [("a", Grant, 2), ("c", Dispatch, 2)]
 
 
 def test_without_room_elsewhere_it_is_preempted_as_ever() -> None:
-    assert relieved(with_room("a", "b", b=5), answering()) == []
+    assert relieved(with_room("a", "b", b=9), answering()) == []
 
 
 def test_it_moves_no_more_often_than_any_answer_that_need_not() -> None:

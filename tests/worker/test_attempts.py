@@ -15,6 +15,7 @@ from disagg.engine.commands import (
     FailedEvent,
     FinishedEvent,
     Prefill,
+    PressedEvent,
     PromptComputedEvent,
     Release,
     Reserve,
@@ -220,3 +221,24 @@ def test_a_cancelled_continuation_begins_no_further_choice() -> None:
     worker.attempts.take_message(CancelRequest(ID, 2, "disconnect"))
     worker.attempts.take_event(TokensEvent(AttemptKey(ID, 2, 0), 2, (9,), ()))
     assert worker.commands[1:] == [Release(AttemptKey(ID, 2))]
+
+
+def test_an_answer_that_is_pressed_is_told_once_and_at_once() -> None:
+    told: list[int] = []
+    pairing: Any = lambda dispatch: SimpleNamespace()  # noqa: E731
+    metrics: Any = SimpleNamespace()
+    attempts = Attempts(
+        lambda command: None,
+        lambda message: None,
+        pairing,
+        metrics,
+        fetch_wait_s=1.0,
+        on_pressed=lambda: told.append(1),
+    )
+    transfer_id, epoch = key(1).transfer_id, key(1).epoch
+    attempts.take_message(Dispatch(transfer_id, epoch, "r", "serve", (1,), Sampling(max_tokens=9), 60.0))
+    attempts.take_event(PressedEvent(key(1)))
+    attempts.take_event(PressedEvent(key(2)))
+    assert told == [1], "of the other nothing is known here"
+    assert attempts.take_pressed() == ((transfer_id, epoch),)
+    assert attempts.take_pressed() == ()

@@ -147,3 +147,16 @@ def test_whatever_the_credit_every_attempt_is_told_whole_in_order_and_within_the
             )
             heard[tokens.transfer_id].extend(tokens.token_ids)
     assert {name: ids for name, ids in heard.items() if ids} == {name: ids for name, ids in said.items() if ids}
+
+
+def test_what_an_attempt_says_under_its_next_epoch_stays_behind_what_it_said_under_the_last() -> None:
+    """A move that failed gives an answer another epoch, while its tokens wait for credit."""
+    outbox = Outbox()
+    outbox.of.add(row("a", 0, *range(MAX_NUMBERS)))
+    outbox.of.add(row("a", MAX_NUMBERS, 1, 2))
+    outbox.of.add(Tokens("a", 3, MAX_NUMBERS + 2, (3,)))
+    assert outbox.of.follow(Finished("a" * 32, 3, MAX_NUMBERS + 3, "stop")) is False, "another request's"
+    for limit in (1, 2, 3):
+        outbox.of.allow(limit)
+    rows = [told for step in outbox.steps for told in step.rows()]
+    assert [(told.epoch, told.index) for told in rows] == [(1, 0), (1, MAX_NUMBERS), (3, MAX_NUMBERS + 2)]

@@ -20,14 +20,15 @@ from disagg.engine.model.native_norm import suit_norm
 from disagg.engine.model.packed_linear import pack_linears
 from disagg.engine.model.probe import probe
 from disagg.kernels import native_layers
-from disagg.kernels.dispatch import may_fuse_qkv
+from disagg.kernels.dispatch import backend, may_fuse_qkv
 
 log = logging.getLogger(__name__)
 
 
 def suit_cpu(model: nn.Module) -> None:
-    """Replace what can be replaced, for inference in eager steps. Weights are held once; the log says how many."""
-    if native_layers.is_loaded() and model_dtype(model) == torch.float32:
+    """Replace what can be replaced, for inference in eager steps. Each layer keeps one copy of its weights."""
+    is_served = native_layers.is_loaded() and backend(torch.device("cpu")).NAME == "torch"
+    if is_served and model_dtype(model) == torch.float32:
         if may_fuse_qkv() and not _fused(model):
             fuse(model, probe(model, "cpu"))
         gates, norms = sum(map(suit_gated, gated_layers(model))), sum(map(suit_norm, list(model.modules())))
@@ -36,7 +37,7 @@ def suit_cpu(model: nn.Module) -> None:
     for attention in attentions:
         attention.pack()
     log.info("packed the weights of %d linear layers", len(attentions) + pack_linears(model))
-    if count := sum(map(suit_decoder, list(model.modules()))):
+    if is_served and (count := sum(map(suit_decoder, list(model.modules())))):
         way = "a loop of our own" if suit_loop(model) else "transformers' forward"
         log.info("decode steps of %d layers are one call each, in %s", count, way)
 

@@ -85,6 +85,7 @@ class PrefixIndex(Collector):
         self._published: asyncio.Future[None] | None = None
         self._workers: dict[str, Register] = {}
         """Those that may be asked for their blocks."""
+        self._least_block_size = sys.maxsize
         self._process: asyncio.subprocess.Process | None = None
         self._questions: dict[int, asyncio.Future[list[Holder]]] = {}
         self._num_questions = 0
@@ -120,13 +121,19 @@ class PrefixIndex(Collector):
         if register.tells_blocks:
             is_first = not self._workers
             self._workers[register.incarnation] = register
+            self._note_block_sizes()
             if is_first:
                 self._say(self._settings())
             self._say_added(register)
 
     def remove(self, incarnation: str) -> None:
         if self._workers.pop(incarnation, None) is not None:
+            self._note_block_sizes()
             self._say(frame(GONE, incarnation))
+
+    def _note_block_sizes(self) -> None:
+        sizes = [register.geometry.block_size for register in self._workers.values()]
+        self._least_block_size = min(sizes, default=sys.maxsize)
 
     def take(self, events: BlockEvents) -> None:
         """A worker told what it registered and dropped."""
@@ -138,8 +145,7 @@ class PrefixIndex(Collector):
 
         Empty when no answer comes in time.
         """
-        sizes = [register.geometry.block_size for register in self._workers.values()]
-        if self._process is None or len(prompt) <= min(sizes, default=len(prompt)):
+        if self._process is None or len(prompt) <= self._least_block_size:
             return {}  # no block of it could be cached, or no worker tells any
         tokens = prompt if isinstance(prompt, array) and prompt.typecode == "i" else array("i", prompt)
         self._num_questions += 1

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import support.faults.table as table
-from support.event_loop import until
+from support import event_loop
 from support.faults.table import Fault, Row
 from support.faults.wrong import Wrong
 from support.links.shell_pair import REPLY_S, Reply, ShellTrio, let_go
@@ -32,6 +32,7 @@ from disagg.transceiver.wire import reasons
 from disagg.transceiver.wire.messages import peer as p
 
 DEADLINE_S = 0.7
+PATIENCE_S = 10.0  # a state that a transfer has left does not come back: the story is sooner told anew
 """Far longer than it takes to bring a transfer to any state; how long a cell of the column `deadline` takes."""
 
 
@@ -66,6 +67,10 @@ def down(*kinds: type) -> Callable[[str, Any], bool]:
 
 def up(*kinds: type) -> Callable[[str, Any], bool]:
     return lambda direction, message: direction == "up" and isinstance(message, kinds)
+
+
+async def until(is_true: Callable[[], object], what: str = "", patience_s: float = PATIENCE_S) -> None:
+    await event_loop.until(is_true, what, patience_s)
 
 
 @dataclass

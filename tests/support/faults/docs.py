@@ -89,6 +89,12 @@ ENDINGS = (
         "next attempt; the block is reported, counted (`disagg_digest_failures_total`) and logged",
     ),
     (
+        "either end of a move, or the link between them, dies",
+        "the other end and the router, as above",
+        "the end that has the answer goes on with it: the router closes the sink's epoch before it resumes the source; "
+        "when the one that had it is dead, as for a decode worker",
+    ),
+    (
         "the client goes away",
         "router",
         "both sides are cancelled",

@@ -36,6 +36,12 @@ class Faults:
         """These too, beside those that are on; no count begins anew."""
         self._replace(self._now, json.dumps(json.loads(self._now.read_text()) | faults))
 
+    def end(self, name: str) -> None:
+        """This one is off; what others hold they go on holding."""
+        left = json.loads(self._now.read_text())
+        del left[name]
+        self._replace(self._now, json.dumps(left))
+
     def num_fired(self, name: str) -> int:
         return len(list(self.folder.glob(f"{name}.*.fired")))
 

@@ -118,17 +118,20 @@ class ShellRegistration(Registration):
 
     async def _listen(self, stack: contextlib.AsyncExitStack) -> tuple[ControlServer | None, dict[str, SourcePlane]]:
         server, planes = await super()._listen(stack)
+        self.source_planes = planes
+        if not self.shell.is_proxied:
+            return server, planes
         if server is not None:
             self.shell.control.target = server.endpoint
         for name in {"zmq", "tcp", "ucx"} & planes.keys():
             plane: Any = planes[name]
             self.shell.data.target, plane._address = plane._address, self.shell.data.endpoint
-        self.source_planes = planes
         return server, planes
 
     def _make_register(self, server: ControlServer | None) -> Register:
         register = super()._make_register(server)
-        return replace(register, peer_endpoint=self.shell.control.endpoint) if server is not None else register
+        is_proxied = server is not None and self.shell.is_proxied
+        return replace(register, peer_endpoint=self.shell.control.endpoint) if is_proxied else register
 
     def _attach_sides(self, server: ControlServer | None, planes: dict[str, SourcePlane]) -> None:
         self._attempts.shell = self.shell
@@ -183,12 +186,10 @@ class ShellWorker:
         self.sources: tuple[ShellWorker, ...] = ()
         """Of a decode worker: those whose KV it may receive."""
         self.control, self.data = links.control, links.data
-        self.releases: Counter[AttemptKey] = Counter()
-        self.verdicts: Counter[AttemptKey] = Counter()
-        self.failures: list[str] = []
-        self.cancels: list[str] = []
-        self.wrong: list[str] = []
-        """The trio's."""
+        self.is_proxied = role == "prefill"  # the proxies are those of the worker that is fetched from
+        self.releases, self.verdicts = Counter[AttemptKey](), Counter[AttemptKey]()
+        self.failures, self.cancels = list[str](), list[str]()
+        self.wrong: list[str] = []  # the trio's
         self.deaths: list[BaseException] = []
         self.registration: ShellRegistration
         self.events, self.landing = EventGate(), LandingGate()
