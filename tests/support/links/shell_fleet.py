@@ -68,7 +68,7 @@ class ShellFleet:
         worker = ShellWorker(
             role, links, self.plane, name, self.layouts.get(name, LAYOUT), HASHER, self.num_slots.get(name, ROOM)
         )
-        worker.wrong = self.wrong
+        worker.wrong, worker.is_proxied = self.wrong, True
         self.workers[name], self.links[name] = worker, links
         for other in self.workers.values():
             other.sources = tuple(self.workers.values())

@@ -117,8 +117,8 @@ class ShellRegistration(Registration):
     async def _listen(self, stack: contextlib.AsyncExitStack) -> tuple[ControlServer | None, dict[str, SourcePlane]]:
         server, planes = await super()._listen(stack)
         self.source_planes = planes
-        if self.shell.role != "prefill":
-            return server, planes  # nothing of a story is fetched from it: the proxies are the prefill worker's
+        if not self.shell.is_proxied:
+            return server, planes
         if server is not None:
             self.shell.control.target = server.endpoint
         for name in {"zmq", "tcp", "ucx"} & planes.keys():
@@ -128,7 +128,7 @@ class ShellRegistration(Registration):
 
     def _make_register(self, server: ControlServer | None) -> Register:
         register = super()._make_register(server)
-        is_proxied = server is not None and self.shell.role == "prefill"
+        is_proxied = server is not None and self.shell.is_proxied
         return replace(register, peer_endpoint=self.shell.control.endpoint) if is_proxied else register
 
     def _attach_sides(self, server: ControlServer | None, planes: dict[str, SourcePlane]) -> None:
@@ -184,12 +184,10 @@ class ShellWorker:
         self.sources: tuple[ShellWorker, ...] = ()
         """Of a decode worker: those whose KV it may receive."""
         self.control, self.data = links.control, links.data
-        self.releases: Counter[AttemptKey] = Counter()
-        self.verdicts: Counter[AttemptKey] = Counter()
-        self.failures: list[str] = []
-        self.cancels: list[str] = []
-        self.wrong: list[str] = []
-        """The trio's."""
+        self.is_proxied = role == "prefill"  # the proxies are those of the worker that is fetched from
+        self.releases, self.verdicts = Counter[AttemptKey](), Counter[AttemptKey]()
+        self.failures, self.cancels = list[str](), list[str]()
+        self.wrong: list[str] = []  # the trio's
         self.deaths: list[BaseException] = []
         self.registration: ShellRegistration
         self.events, self.landing = EventGate(), LandingGate()
