@@ -472,10 +472,10 @@ class Scheduler:
 
         Not where a step's outdated blocks are in scratch slots, nor where other answers will share its blocks.
         """
-        if self._swa_scratch == "on" or prompt.request.sampling.num_choices > 1:
+        is_shared = prompt.request.sampling.num_choices > 1
+        if self._swa_scratch == "on" or is_shared or self._cache.prefixes is None:
             return history
-        size = self._layout.block_size
-        return min(history, len(prompt.token_ids) // size * size)
+        return min(history, self._layout.block_size * (len(prompt.token_ids) // self._layout.block_size))
 
     def _size(self, sequence: LiveSequence, *, capacity: int, history: int, scratch_until: int = 0) -> None:
         assert sequence.cached is not None
