@@ -17,7 +17,7 @@ from disagg.transceiver.wire.ticket import LegClaims
 
 @dataclass(frozen=True, slots=True)
 class PrefixSource:
-    """Who may be asked, up to where, and what that worker calls its block that ends there."""
+    """A worker that may be asked, up to where, and how it names its block that ends there."""
 
     target: PeerTarget
     boundary: int

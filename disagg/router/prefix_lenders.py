@@ -1,7 +1,7 @@
 """Where a prompt's blocks may be had: the router's choice of a source, and what it learns of each.
 
-The first source of knowledge is the router's own memory of what it gave to which worker. A way that the cost function
-chose with a source is taken as it is.
+A way that the cost function chose with a source is taken as it is. Policies that ask no index go by the router's own
+memory of what it gave to which worker.
 """
 
 from __future__ import annotations
@@ -24,6 +24,10 @@ from disagg.transceiver.wire.purposes import PREFIX
 BLOCKS_PER_NAME: Final = 4
 """Of the coarsest block size: 128 names of a prompt of 8,192 tokens in blocks of 16, a third of a millisecond."""
 
+MAX_NAMED_TOKENS: Final = 16384
+"""Of a prompt that is remembered: its names are made on the router's loop, where more would take over half a
+millisecond. Prompts that differ further on only are taken for one, and a source says what it has."""
+
 MAX_LEGS: Final = 4096
 """Legs whose outcome may still be told: as many as there are requests under way."""
 
@@ -31,10 +35,11 @@ _USABLE: Final = ("ready", "idle")
 
 
 class PrefixLenders:
-    """Of one router. Event loop only."""
+    """Of one router. Event loop only. `remembers`: whether its own memory is asked."""
 
-    def __init__(self, registry: Registry, hash_key: bytes, clock: Callable[[], float]) -> None:
-        self._registry, self._hash_key, self._clock = registry, hash_key, clock
+    def __init__(self, registry: Registry, hash_key: bytes, clock: Callable[[], float], *, remembers: bool) -> None:
+        self._registry, self._hash_key, self._clock, self._remembers = registry, hash_key, clock, remembers
+        self._coarsest = 0
         self._memory, self._back_off = PrefixMemory(), BackOff()
         self._legs: OrderedDict[str, tuple[str, tuple[bytes, ...], str]] = OrderedDict()
         """By leg: its source, the names of its prompt, and the transfer id of its request."""
@@ -46,8 +51,11 @@ class PrefixLenders:
         worker = self._registry.get(sink.incarnation)
         if worker is None or PREFIX not in worker.receives or request.sampling.num_prompt_logprobs is not None:
             return None
-        source = self._named_by(placement) or self._remembered(request, worker)
+        source = self._named_by(placement, worker) or self._remembered(request, worker)
         return None if source is None else self._source(request, worker, source)
+
+    def add(self, worker: Worker) -> None:
+        self._coarsest = max(self._coarsest, worker.register.geometry.block_size)
 
     def note_leg(self, leg: str, source: str, request: GenerationRequest, transfer_id: str) -> None:
         """The outcome of this leg may be told later."""
@@ -84,14 +92,15 @@ class PrefixLenders:
 
     # --- how it is done ---------------------------------------------------------------------------------------
 
-    def _named_by(self, placement: Placement) -> Worker | None:
+    def _named_by(self, placement: Placement, sink: Worker) -> Worker | None:
         """The source that the chosen way was estimated with."""
         named = placement.way.start.source if placement.way is not None else None
-        return self._registry.get(named) if named is not None else None
+        source = self._registry.get(named) if named is not None else None
+        return source if source is not None and self._may_lend(source, sink) else None
 
     def _remembered(self, request: GenerationRequest, sink: Worker) -> Worker | None:
-        step = self._step()
-        found = self._memory.holders(self._chain(request), step) if step else []
+        step = BLOCKS_PER_NAME * self._coarsest
+        found = self._memory.holders(self._chain(request), step)
         own = max((one.num_tokens for one in found if one.incarnation == sink.incarnation), default=0)
         least = own + step // BLOCKS_PER_NAME  # a block more at the least
         more = [one for one in found if one.num_tokens >= least]
@@ -116,15 +125,12 @@ class PrefixLenders:
         names = self._made_hasher(source).chain(request.prompt[:boundary], size, request.sampling.cache_salt)
         return PrefixSource(source.target, boundary, names[-1])
 
-    def _step(self) -> int:
-        sizes = [worker.register.geometry.block_size for worker in self._registry]
-        return BLOCKS_PER_NAME * max(sizes, default=0)
-
     def _chain(self, request: GenerationRequest) -> tuple[bytes, ...]:
-        worker, step = next(iter(self._registry), None), self._step()
-        if worker is None:
+        worker, step = next(iter(self._registry), None), BLOCKS_PER_NAME * self._coarsest
+        if worker is None or not step or not self._remembers:
             return ()
-        return self._made_hasher(worker).chain(request.prompt, step, request.sampling.cache_salt)
+        named = request.prompt[:MAX_NAMED_TOKENS]
+        return self._made_hasher(worker).chain(named, step, request.sampling.cache_salt)
 
     def _made_hasher(self, worker: Worker) -> BlockHasher:
         """Of the fleet's one model."""

@@ -111,7 +111,8 @@ class Router:
         self._by_request: dict[GenerationRequest, _Stream] = {}
         policy, bound = POLICIES[self.options.policy], self.options.max_local_prefill
         self._placing = Placing(self.cluster.registry, self.options.max_queued, policy, bound)
-        self._lenders = PrefixLenders(self.cluster.registry, keys.prefix_hash, clock)
+        remembers = not POLICIES[self.options.policy].weighs_all
+        self._lenders = PrefixLenders(self.cluster.registry, keys.prefix_hash, clock, remembers=remembers)
         self._emptying = Emptying(self.cluster.registry, self._placing.work.answers, draw_id)
         self._is_draining = False
         """A move ended since draining workers were looked at."""
@@ -458,6 +459,7 @@ class Router:
 
     def registered(self, worker: Worker) -> None:
         self._placing.add(worker)
+        self._lenders.add(worker)
         if self._index is not None:
             self._index.add(worker.register)
 
