@@ -77,8 +77,9 @@ def footprint(
     blocks = [cached_tokens.get(group.name, 0) // size for group in layout.groups]
     required = required_units(layout.groups, prompt_len, size, [range(count) for count in blocks])
     steps = _steps(prompt_len, min(prompt_len, max_num_batched_tokens or prompt_len), swa_scratch, size)
+    kept_from = prompt_len if swa_scratch == "on" else prompt_len // size * size  # a longer prompt may go on from there
     groups = tuple(
-        _group(layout, number, prompt_len, units, count * size, _most_scratch_slots(layout, number, steps))
+        _group(layout, number, prompt_len, units, count * size, kept_from, _most_scratch_slots(layout, number, steps))
         for number, (units, count) in enumerate(zip(required, blocks, strict=True))
     )
     return Footprint(size, prompt_len, groups)
@@ -94,7 +95,13 @@ def _check_cached(layout: CacheLayout, prompt_len: int, cached_tokens: Mapping[s
 
 
 def _group(
-    layout: CacheLayout, number: int, prompt_len: int, units: GroupRuns, cached_tokens: int, scratch_slots: int
+    layout: CacheLayout,
+    number: int,
+    prompt_len: int,
+    units: GroupRuns,
+    cached_tokens: int,
+    kept_from: int,
+    scratch_slots: int,
 ) -> GroupFootprint:
     group, size = layout.groups[number], layout.block_size
     slot_nbytes = group.slot_nbytes(size)
@@ -111,7 +118,7 @@ def _group(
         cached_tokens=cached_tokens,
         bytes=moved_nbytes([units], {number: slot_nbytes}),
         full_copy_bytes=full_copy_nbytes(prompt_len, size, [slot_nbytes]),
-        live_slots=num_live(prompt_len, prompt_len, group.window, group.num_sink_tokens, size),
+        live_slots=num_live(prompt_len, kept_from, group.window, group.num_sink_tokens, size),
         scratch_slots=scratch_slots,
     )
 

@@ -79,8 +79,7 @@ def test_whole_blocks_are_held_once_and_the_last_in_part_once_per_choice():
         while not engine.of(key(1), TokensEvent):
             engine.step()
     num_copies = LAYOUT.num_groups * (CHOICES - 1)  # 25 = 6 * 4 + 1: one block in part, in every group
-    num_kept = 1  # the one alone keeps what a longer prompt goes on from: at 24 the window of 6 still reads block 4
-    assert shared.num_used == alone.num_used - num_kept + num_copies
+    assert shared.num_used == alone.num_used + num_copies
 
 
 def test_a_choice_that_is_dropped_leaves_the_others():

@@ -26,10 +26,13 @@ ENGINE = (
 
 @contextlib.contextmanager
 def mixed_cluster(model: Path, folder: Path, workers: Mapping[str, tuple[str, ...]]) -> Iterator[System]:
-    """`workers`: name -> (role, its flags...). Every pair is linked; SIGTERM must end all processes with 0."""
+    """`workers`: name -> (role, its flags...). Every pair is linked, and idle ones take turns.
+
+    SIGTERM must end all processes with 0.
+    """
     deadline = time.monotonic() + START_TIMEOUT_S
     shared = ("--model", str(model))
-    router = _start(folder / "router", "router", *shared, *PORTS)
+    router = _start(folder / "router", "router", *shared, *PORTS, "--policy", "least-loaded")
     processes = [router]
     try:
         url, admin, control = _wait_for(folder / "router", READY, router, deadline).groups()
