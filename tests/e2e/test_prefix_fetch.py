@@ -56,4 +56,4 @@ def test_turns_of_chats_at_workers_in_turn_fetch_what_others_have(system: System
     assert system.total("disagg_transfers_refused_total") == 0
     computed = system.total("disagg_prompt_tokens_computed_total") - asked  # the fresh ones were computed whole
     assert computed < asked - fetched * FIRST / 2
-    assert {tuple(w["receives"]) for w in system.workers()} == {("prefix",), ("handoff", "prefix")}
+    assert {tuple(w["receives"]) for w in system.workers()} == {("prefix",), ("handoff", "prefix", "move")}

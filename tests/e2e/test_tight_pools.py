@@ -119,7 +119,9 @@ def test_every_request_of_an_adversarial_order_finishes_with_the_right_tokens(ca
         ]
         assert all(computed), computed  # every worker took part
     assert system.total("disagg_requests_total", outcome="finished") == NUM_REQUESTS
-    assert system.total("disagg_transfers_total", outcome="verified") == sum(shot.max_tokens > 1 for shot in shots)
+    assert system.total("disagg_transfers_total", purpose="handoff", outcome="verified") == sum(
+        shot.max_tokens > 1 for shot in shots
+    )
 
 
 def test_workers_killed_in_the_middle_of_a_burst_cost_only_answers_that_had_begun(case: Case) -> None:
