@@ -132,6 +132,56 @@ _MOVED = (Frozen, UnitsFinal, FinishedEarly, ComputeFailed)
 _ROOM = (Extended, RoomRefused)
 _ANSWERS = (Accepted, Slice, Done, Failed, Refused)
 
+
+def _end_of_source(late: tuple[Kind, ...]) -> dict[State, dict[Kind, State]]:
+    """From the decision on. `late`: what its engine may still say."""
+    return {
+        S.DECIDED: {
+            **_all_to(S.DECIDED, Fetch, Received, LeaseRenewed, Tick),
+            **_all_to(S.CLOSED, Ack, Cancel, CancelAsked, D.OVERDUE, PeerGone),
+        },
+        S.STOPPED: {
+            **_all_to(S.STOPPED, Fetch, Received, LeaseRenewed, Tick, CancelAsked, *late),
+            **_all_to(S.CLOSED, Ack, Cancel, D.OVERDUE, PeerGone),
+        },
+        S.CLOSED: {
+            **_all_to(S.CLOSED, Fetch, Received, Ack, Cancel, LeaseRenewed),
+            **_all_to(S.CLOSED, Tick, CancelAsked, PeerGone, *late),
+        },
+    }
+
+
+def _end_of_sink(late: tuple[Kind, ...], latest: tuple[Kind, ...]) -> dict[State, dict[Kind, State]]:
+    """From the verdict on. `late`: what its engine may still say; `latest`: once all is over too.
+
+    The engine had made room before it read that the request was over.
+    """
+    return {
+        S.VERIFIED: {
+            **_all_to(S.VERIFIED, Tick, CancelAsked, *_ANSWERS),
+            **_all_to(S.CLOSED, Closed, Cancelled, D.OVERDUE, PeerGone),
+        },
+        S.STOPPING: {
+            **_all_to(S.STOPPING, Tick, CancelAsked, SliceLanded, LandingFailed, *_ANSWERS, *late),
+            LandingStopped: S.CANCELLING,
+            **_all_to(S.JOINING, Closed, Cancelled, D.OVERDUE, PeerGone),
+        },
+        S.JOINING: {
+            **_all_to(S.JOINING, Tick, CancelAsked, SliceLanded, LandingFailed, *_ANSWERS, *late),
+            **_all_to(S.JOINING, Closed, Cancelled, PeerGone),
+            LandingStopped: S.CLOSED,
+        },
+        S.CANCELLING: {
+            **_all_to(S.CANCELLING, Tick, CancelAsked, *_ANSWERS, *late),
+            **_all_to(S.CLOSED, Closed, Cancelled, D.OVERDUE, PeerGone),
+        },
+        S.CLOSED: {
+            **_all_to(S.CLOSED, Tick, CancelAsked, *_ANSWERS, *latest),
+            **_all_to(S.CLOSED, Closed, Cancelled, PeerGone),
+        },
+    }
+
+
 TRANSITIONS: Final[dict[Role, dict[State, dict[Kind, State]]]] = {
     Role.SENDER: {
         S.WAITING: {
@@ -152,18 +202,7 @@ TRANSITIONS: Final[dict[Role, dict[State, dict[Kind, State]]]] = {
             **_all_to(S.STOPPED, FinishedEarly, ComputeFailed, D.INCOMPLETE, CancelAsked, D.OVERDUE),
             **_all_to(S.CLOSED, Cancel, PeerGone),
         },
-        S.DECIDED: {
-            **_all_to(S.DECIDED, Fetch, Received, LeaseRenewed, Tick),
-            **_all_to(S.CLOSED, Ack, Cancel, CancelAsked, D.OVERDUE, PeerGone),
-        },
-        S.STOPPED: {
-            **_all_to(S.STOPPED, Fetch, Received, LeaseRenewed, Tick, CancelAsked, *_ENGINE),
-            **_all_to(S.CLOSED, Ack, Cancel, D.OVERDUE, PeerGone),
-        },
-        S.CLOSED: {
-            **_all_to(S.CLOSED, Fetch, Received, Ack, Cancel, LeaseRenewed),
-            **_all_to(S.CLOSED, Tick, CancelAsked, PeerGone, *_ENGINE),
-        },
+        **_end_of_source(_ENGINE),
     },
     Role.RECEIVER: {
         S.WAITING: {
@@ -185,29 +224,7 @@ TRANSITIONS: Final[dict[Role, dict[State, dict[Kind, State]]]] = {
             **_all_to(S.STOPPING, Failed, Cancelled, Refused),
             **_all_to(S.JOINING, Closed, PeerGone),
         },
-        S.VERIFIED: {
-            **_all_to(S.VERIFIED, Tick, CancelAsked, *_ANSWERS),
-            **_all_to(S.CLOSED, Closed, Cancelled, D.OVERDUE, PeerGone),
-        },
-        S.STOPPING: {
-            **_all_to(S.STOPPING, Tick, CancelAsked, Reserved, SliceLanded, LandingFailed, *_ANSWERS),
-            LandingStopped: S.CANCELLING,
-            **_all_to(S.JOINING, Closed, Cancelled, D.OVERDUE, PeerGone),
-        },
-        S.JOINING: {
-            **_all_to(S.JOINING, Tick, CancelAsked, Reserved, SliceLanded, LandingFailed, *_ANSWERS),
-            **_all_to(S.JOINING, Closed, Cancelled, PeerGone),
-            LandingStopped: S.CLOSED,
-        },
-        S.CANCELLING: {
-            **_all_to(S.CANCELLING, Tick, CancelAsked, Reserved, *_ANSWERS),
-            **_all_to(S.CLOSED, Closed, Cancelled, D.OVERDUE, PeerGone),
-        },
-        S.CLOSED: {
-            # Reserved: the engine had made room before it read that the request was over.
-            **_all_to(S.CLOSED, Tick, CancelAsked, Reserved, *_ANSWERS),
-            **_all_to(S.CLOSED, Closed, Cancelled, PeerGone),
-        },
+        **_end_of_sink((Reserved,), (Reserved,)),
     },
     Role.MOVE_SOURCE: {
         S.WAITING: {
@@ -227,18 +244,7 @@ TRANSITIONS: Final[dict[Role, dict[State, dict[Kind, State]]]] = {
             **_all_to(S.STOPPED, ComputeFailed, CancelAsked, D.OVERDUE),
             **_all_to(S.CLOSED, Cancel, PeerGone),
         },
-        S.DECIDED: {
-            **_all_to(S.DECIDED, Fetch, Received, LeaseRenewed, Tick),
-            **_all_to(S.CLOSED, Ack, Cancel, CancelAsked, D.OVERDUE, PeerGone),
-        },
-        S.STOPPED: {
-            **_all_to(S.STOPPED, Fetch, Received, LeaseRenewed, Tick, CancelAsked, *_MOVED),
-            **_all_to(S.CLOSED, Ack, Cancel, D.OVERDUE, PeerGone),
-        },
-        S.CLOSED: {
-            **_all_to(S.CLOSED, Fetch, Received, Ack, Cancel, LeaseRenewed),
-            **_all_to(S.CLOSED, Tick, CancelAsked, PeerGone, *_MOVED),
-        },
+        **_end_of_source(_MOVED),
     },
     Role.MOVE_SINK: {
         S.WAITING: {
@@ -266,28 +272,7 @@ TRANSITIONS: Final[dict[Role, dict[State, dict[Kind, State]]]] = {
             **_all_to(S.STOPPING, Failed, Cancelled, Refused),
             **_all_to(S.JOINING, Closed, PeerGone),
         },
-        S.VERIFIED: {
-            **_all_to(S.VERIFIED, Tick, CancelAsked, *_ANSWERS),
-            **_all_to(S.CLOSED, Closed, Cancelled, D.OVERDUE, PeerGone),
-        },
-        S.STOPPING: {
-            **_all_to(S.STOPPING, Tick, CancelAsked, SliceLanded, LandingFailed, *_ANSWERS, *_ROOM),
-            LandingStopped: S.CANCELLING,
-            **_all_to(S.JOINING, Closed, Cancelled, D.OVERDUE, PeerGone),
-        },
-        S.JOINING: {
-            **_all_to(S.JOINING, Tick, CancelAsked, SliceLanded, LandingFailed, *_ANSWERS, *_ROOM),
-            **_all_to(S.JOINING, Closed, Cancelled, PeerGone),
-            LandingStopped: S.CLOSED,
-        },
-        S.CANCELLING: {
-            **_all_to(S.CANCELLING, Tick, CancelAsked, *_ANSWERS, *_ROOM),
-            **_all_to(S.CLOSED, Closed, Cancelled, D.OVERDUE, PeerGone),
-        },
-        S.CLOSED: {
-            **_all_to(S.CLOSED, Tick, CancelAsked, RoomMade, *_ANSWERS, *_ROOM),
-            **_all_to(S.CLOSED, Closed, Cancelled, PeerGone),
-        },
+        **_end_of_sink(_ROOM, (RoomMade, *_ROOM)),
     },
 }
 
