@@ -9,7 +9,7 @@ probing for other tenants' prompts. Names are short, hence every use of one comp
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from hashlib import blake2b
 from typing import Final
 
@@ -43,11 +43,14 @@ class BlockHasher:
 
     def chain(self, tokens: Sequence[int], block_size: int, salt: str = "") -> tuple[bytes, ...]:
         """The names of the whole blocks of `tokens`, exact ones, first to last. A microsecond or two each."""
-        names, name = [], self.root(salt)
-        for block in blocks_of(tokens, block_size):
+        return tuple(self.names(salt, blocks_of(tokens, block_size)))
+
+    def names(self, salt: str, blocks: Iterable[bytes]) -> Iterator[bytes]:
+        """The names of blocks with these `token_bytes`, exact ones, each made when it is asked for."""
+        name = self.root(salt)
+        for block in blocks:
             name = self.child(name, block)
-            names.append(name)
-        return tuple(names)
+            yield name
 
 
 PIECE: Final = 1024

@@ -128,10 +128,8 @@ def chain_of(hasher: BlockHasher, salt: str, tokens: bytes, block_size: int) -> 
 
     The last token is always computed, so a block that ends with it is none of them.
     """
-    identity, step = hasher.root(salt), 8 * block_size
-    for start in range(0, len(tokens) - step, step):
-        identity = hasher.child(identity, tokens[start : start + step])
-        yield identity
+    step = 8 * block_size
+    return hasher.names(salt, (tokens[start : start + step] for start in range(0, len(tokens) - step, step)))
 
 
 def serve(jobs: int, answers: int) -> None:
